@@ -1,0 +1,80 @@
+"""The command `qlora-harness`: its subcommands, and errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from qlora_harness import __version__
+from qlora_harness.errors import HarnessError, SettingsError, print_error
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message, f"`{self.prog} --help` lists every flag")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all subcommands; nothing heavy is imported for it."""
+    parser = _Parser(
+        prog="qlora-harness",
+        description="What do the 4 bits of QLoRA cost? Compares runs, and makes models to measure "
+        "with. Training is launch/train.py, scoring is lm_eval --model qlora_adapter.",
+    )
+    parser.add_argument("--version", action="version", version=f"qlora-harness {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    compare = commands.add_parser(
+        "compare",
+        help="two or more runs side by side: memory, runtime, loss, MMLU",
+        description="Compares training records and lm_eval outputs. Runs over different questions, "
+        "with --limit, or on different data are refused.",
+        allow_abbrev=False,
+    )
+    from qlora_harness.compare.command import add_arguments
+
+    add_arguments(compare)
+
+    random_model = commands.add_parser(
+        "random-model",
+        help="write a model folder of a known shape with random weights, to measure with",
+        description="Writes a LLaMA folder with random bfloat16 weights. Loss and accuracy of such "
+        "a model say nothing; every record of it says so.",
+        allow_abbrev=False,
+    )
+    random_model.add_argument("folder", type=Path, help="folder to write; must not exist")
+    random_model.add_argument("--shape", required=True, choices=["llama-2-7b", "tiny"])
+    random_model.add_argument(
+        "--tokenizer", required=True, metavar="PATH", help="tokenizer folder or Hub id"
+    )
+    random_model.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: The arguments, or None for those of this process.
+
+    Returns:
+        The exit status: 0, or 2 for a mistake in the input.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+        if args.command == "compare":
+            from qlora_harness.compare.command import run
+
+            return run(args)
+        from qlora_harness.model.random_model import write_random_model
+
+        write_random_model(args.folder, shape=args.shape, tokenizer=args.tokenizer, seed=args.seed)
+        print(f"wrote {args.folder}: {args.shape}, random weights, seed {args.seed}")
+    except HarnessError as error:
+        print_error(error)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    return 0

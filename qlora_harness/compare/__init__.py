@@ -1,0 +1,12 @@
+"""Comparison of finished runs from their files alone.
+
+    command.py      flags, output files
+        ▼
+    comparison.py ─► runs.py ─► evaluation.py, harness_json.py ─► fields.py  (files → records)
+        │  └───────► conditions.py                          (may they be compared? what differs?)
+        └──────────► tables.py, verdict.py ─► statistics.py          (records → rows, sentences)
+                         ▼
+    report.py       the same rows for the terminal, Markdown and JSON
+
+Nothing here imports torch, transformers or lm_eval: it runs on a laptop.
+"""

@@ -1,0 +1,153 @@
+"""`qlora-harness compare RUN_A RUN_B [RUN_C …]`: the flags, and where the result is written."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from qlora_harness.compare import report
+from qlora_harness.compare.comparison import compare
+from qlora_harness.compare.evaluation import DEFAULT_FAMILY, FAMILIES
+from qlora_harness.errors import ResultsError, SettingsError
+from qlora_harness.record import read_json, write_json, write_text
+
+MARKDOWN_FILE = "comparison.md"
+JSON_FILE = "comparison.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `compare`.
+
+    Args:
+        parser: The parser of the subcommand.
+    """
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="two or more runs: a folder such as results/4bit, a results_*.json of lm_eval, or a "
+        "folder that holds one; differences are against the first",
+    )
+    parser.add_argument(
+        "--task",
+        metavar="NAME",
+        help=f"the MMLU family to compare: {', '.join(FAMILIES)} (default: {DEFAULT_FAMILY} if all "
+        "runs have it, else the only one they have in common)",
+    )
+    parser.add_argument(
+        "--labels", metavar="A,B,…", help="names of the runs in the tables, separated by commas"
+    )
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help=f"write Markdown here (default: {MARKDOWN_FILE} beside the runs)",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help=f"write JSON here (default: {JSON_FILE} beside the runs)",
+    )
+    parser.add_argument(
+        "--allow-limit",
+        action="store_true",
+        help="compare runs scored with --limit, if all have the same limit and questions",
+    )
+    parser.add_argument(
+        "--allow-different-data",
+        action="store_true",
+        help="compare runs trained on different data; a note says so",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compares the runs, prints the comparison and writes it as Markdown and JSON.
+
+    Args:
+        args: What add_arguments defines.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        SettingsError: A flag has an unusable value.
+        ResultsError: A file is unreadable, or an output file can't be written.
+        ComparisonError: The runs can't be compared; nothing is written.
+    """
+    labels = None if args.labels is None else args.labels.split(",")
+    folder = common_folder(args.runs)
+    markdown_file = args.markdown or folder / MARKDOWN_FILE
+    json_file = args.json or folder / JSON_FILE
+    if markdown_file.resolve() == json_file.resolve():
+        raise SettingsError(f"--markdown and --json are both {json_file}", "Name two files")
+    _check_output(markdown_file, _is_our_markdown)
+    _check_output(json_file, _is_our_json)
+    comparison = compare(
+        args.runs,
+        labels=labels,
+        task=args.task,
+        allow_limit=args.allow_limit,
+        allow_different_data=args.allow_different_data,
+    )
+    report.print_comparison(comparison, Console(highlight=False))
+    print()
+    _write(markdown_file, lambda path: write_text(path, report.to_markdown(comparison)))
+    _write(json_file, lambda path: write_json(path, report.to_json(comparison)))
+    return 0
+
+
+def common_folder(paths: Sequence[Path]) -> Path:
+    """Returns the folder in which the runs lie; the working directory if that is only "/".
+
+    Args:
+        paths: The runs.
+    """
+    if not paths:
+        return Path()
+    common = Path(os.path.commonpath([path.resolve().parent for path in paths]))
+    if common == Path(common.anchor):
+        return Path()
+    try:
+        return common.relative_to(Path.cwd())
+    except ValueError:
+        return common
+
+
+def _check_output(path: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Refuses to overwrite anything but an earlier comparison."""
+    if path.exists() and not is_ours(path):
+        raise SettingsError(
+            f"{path} exists and is not a comparison of ours",
+            "Name another file with --markdown or --json, or move it away",
+        )
+
+
+def _is_our_json(path: Path) -> bool:
+    try:
+        return read_json(path).get("kind") == report.KIND
+    except ResultsError:
+        return False
+
+
+def _is_our_markdown(path: Path) -> bool:
+    try:
+        return path.read_text(encoding="utf-8").startswith(report.MARKDOWN_TITLE)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        raise ResultsError(
+            f"{path} can't be written: {error.strerror}",
+            "Name another file with --markdown or --json",
+        ) from None
+    print(f"Wrote {path}")

@@ -1,0 +1,217 @@
+"""The comparison itself: from the paths of runs to tables, notes and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from qlora_harness.compare import conditions, tables, verdict
+from qlora_harness.compare.evaluation import Evaluation
+from qlora_harness.compare.harness_json import Answer, Question
+from qlora_harness.compare.report import Comparison, RunInfo
+from qlora_harness.compare.runs import Run, load_run
+from qlora_harness.compare.statistics import (
+    Difference,
+    PairedCounts,
+    count_pairs,
+    paired_difference,
+    unpaired_difference,
+)
+from qlora_harness.errors import ComparisonError, SettingsError
+from qlora_harness.record import now, scrub
+
+_Answers = Mapping[Question, Answer]
+
+
+def compare(
+    paths: Sequence[Path],
+    *,
+    labels: Sequence[str] | None = None,
+    task: str | None = None,
+    allow_limit: bool = False,
+    allow_different_data: bool = False,
+) -> Comparison:
+    """Compares runs from their files.
+
+    Args:
+        paths: Two or more runs; differences are against the first.
+        labels: Their names in the tables; by default as much of the path as tells them apart.
+        task: The MMLU family to compare; by default mmlu_qlora_5shot, or the only common one.
+        allow_limit: Whether runs with the same --limit may be compared.
+        allow_different_data: Whether runs on different data may be compared.
+
+    Raises:
+        SettingsError: The labels don't fit the runs.
+        ResultsError: A file is unreadable, foreign, incomplete or contradicts another one.
+        ComparisonError: The runs were not made under conditions that allow a comparison.
+    """
+    _check_paths(paths)
+    names = default_labels(paths) if labels is None else _checked_labels(labels, len(paths))
+    runs = [load_run(path, name) for path, name in zip(paths, names, strict=True)]
+    conditions.check_substance(runs)
+    notes = conditions.check_data(runs, allow_different_data)
+    same_data = not notes
+    family = conditions.choose_family(runs, task)
+    evaluations = _pick(runs, family)
+    notes += conditions.check_limit(evaluations, allow_limit)
+    answers = {name: run.answers(str(family)) for run in runs if (name := run.label) in evaluations}
+    notes += conditions.check_questions(evaluations, answers)
+    evaluations = {name: _count_ties(item, answers[name]) for name, item in evaluations.items()}
+    counts = _pair(names, answers)
+    notes += _sample_notes(names, evaluations, answers)
+    for item in runs:
+        notes += verdict.run_notes(item, evaluations.get(item.label))
+    notes += verdict.shared_notes(runs, family)
+    found = conditions.compare_conditions(runs, family)
+    return Comparison(
+        created=now(),
+        runs=tuple(
+            _describe(item, evaluations.get(item.label), answers.get(item.label)) for item in runs
+        ),
+        family=family,
+        tables=_build_tables(runs, evaluations, counts),
+        settings=tables.settings_table(names, found),
+        same_settings=found.same,
+        notes=tuple(scrub(note) for note in notes),
+        verdict=tuple(
+            verdict.sentence(
+                runs[0],
+                item,
+                _difference(names[0], item.label, evaluations, counts.get(index)),
+                family,
+                same_data,
+            )
+            for index, item in enumerate(runs)
+            if index > 0
+        ),
+    )
+
+
+def default_labels(paths: Sequence[Path]) -> list[str]:
+    """Returns for each run the shortest end of its path that tells it from the others.
+
+    Args:
+        paths: The runs; of a results file, the folder counts, as its name is only a time.
+    """
+    parts = [
+        (path.parent if path.suffix == ".json" else path).resolve().parts[1:] or ("/",)
+        for path in paths
+    ]
+    if len(set(parts)) < len(parts):
+        parts = [path.resolve().parts[1:] for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        ends = ["/".join(part[-length:]) for part in parts]
+        if len(set(ends)) == len(ends):
+            return ends
+    return [str(path) for path in paths]
+
+
+def _check_paths(paths: Sequence[Path]) -> None:
+    if len(paths) < 2:
+        found = f"only {paths[0]}" if paths else "none"
+        raise ComparisonError(
+            f"a comparison needs two or more runs, found {found}",
+            "Name them, for example qlora-harness compare results/4bit results/16bit",
+        )
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise ComparisonError(f"the run {path} is named twice", "Name two different runs")
+        seen.add(path.resolve())
+
+
+def _checked_labels(labels: Sequence[str], runs: int) -> list[str]:
+    names = [label.strip() for label in labels]
+    if len(names) != runs:
+        raise SettingsError(
+            f"--labels {','.join(labels)}: {len(names)} names for {runs} runs",
+            "Give one name for each run, separated by commas",
+        )
+    if len(set(names)) < runs or not all(names):
+        raise SettingsError(
+            f"--labels {','.join(labels)}: a name is empty or there twice", "Use different names"
+        )
+    return names
+
+
+def _pick(runs: Sequence[Run], family: str | None) -> dict[str, Evaluation]:
+    if family is None:
+        return {}
+    return {run.label: run.evaluations[family] for run in runs if family in run.evaluations}
+
+
+def _count_ties(evaluation: Evaluation, answers: _Answers | None) -> Evaluation:
+    if evaluation.ties is not None or answers is None:
+        return evaluation
+    return replace(evaluation, ties=sum(answer.tied for answer in answers.values()))
+
+
+def _pair(names: Sequence[str], answers: Mapping[str, _Answers | None]) -> dict[int, PairedCounts]:
+    first = answers.get(names[0])
+    if first is None:
+        return {}
+    counts = {}
+    for index, name in enumerate(names[1:], start=1):
+        other = answers.get(name)
+        if other is not None:
+            counts[index] = count_pairs(
+                (answer.right, other[question].right) for question, answer in first.items()
+            )
+    return counts
+
+
+def _sample_notes(
+    names: Sequence[str],
+    evaluations: Mapping[str, Evaluation],
+    answers: Mapping[str, _Answers | None],
+) -> list[str]:
+    missing = [name for name in names if name in evaluations and answers[name] is None]
+    if not missing or len(evaluations) < 2:
+        return []
+    return [
+        f"No logged samples of {', '.join(missing)} (lm_eval --log_samples): the difference is "
+        "unpaired, which is usually too cautious for runs that answered the same questions."
+    ]
+
+
+def _difference(
+    first: str, name: str, evaluations: Mapping[str, Evaluation], counts: PairedCounts | None
+) -> Difference | None:
+    if counts is not None:
+        return paired_difference(counts)
+    if first not in evaluations or name not in evaluations:
+        return None
+    one, other = evaluations[first], evaluations[name]
+    return unpaired_difference(one.acc, one.acc_stderr, other.acc, other.acc_stderr)
+
+
+def _build_tables(
+    runs: Sequence[Run],
+    evaluations: Mapping[str, Evaluation],
+    counts: Mapping[int, PairedCounts],
+) -> tuple[tables.Table, ...]:
+    labels = [run.label for run in runs]
+    training = tables.training_table(runs)
+    found = [] if training is None else [training]
+    if evaluations:
+        found.append(tables.mmlu_table(labels, [evaluations.get(label) for label in labels]))
+    if counts:
+        found.append(tables.paired_table(labels, counts))
+    return tuple(found)
+
+
+def _describe(run: Run, evaluation: Evaluation | None, answers: _Answers | None) -> RunInfo:
+    training = run.training
+    model = training.model if training else evaluation.model if evaluation else None
+    quant = evaluation.conditions.get("evaluation.model.quant") if evaluation else None
+    return RunInfo(
+        label=run.label,
+        path=scrub(str(run.path)),
+        model=None if model is None else scrub(model),
+        quant=training.quant if training else None if quant is None else str(quant),
+        device=training.device_name if training else None,
+        status=training.status if training else None,
+        evaluation=scrub(str(evaluation.path)) if evaluation else None,
+        samples=answers is not None,
+    )

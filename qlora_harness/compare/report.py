@@ -1,0 +1,265 @@
+"""A comparison written for the terminal, as Markdown and as JSON, from the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from qlora_harness.compare.tables import Cell, Column, Row, Table
+from qlora_harness.record import SCHEMA_VERSION
+
+KIND = "comparison"
+MARKDOWN_TITLE = "# Comparison of "
+# What rich puts between two columns of a SIMPLE_HEAD table, characters.
+_COLUMN_GAP = 3
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """Which run a label stands for.
+
+    Attributes:
+        label: Its name in the tables.
+        path: The folder or file it was read from.
+        model: The model, if recorded.
+        quant: "nf4", "fp4" or "bf16", if recorded.
+        device: The device it was trained on, if recorded.
+        status: Status of its training, None if it was not trained here.
+        evaluation: The file its evaluation was read from, if any.
+        samples: Whether its logged samples were used.
+    """
+
+    label: str
+    path: str
+    model: str | None
+    quant: str | None
+    device: str | None
+    status: str | None
+    evaluation: str | None
+    samples: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything a comparison says.
+
+    Attributes:
+        created: When it was made, ISO 8601.
+        runs: The runs; differences are against the first.
+        family: The MMLU task family compared, if any.
+        tables: The tables of numbers.
+        settings: The table of settings that differ.
+        same_settings: The number of recorded settings that don't differ.
+        notes: What has to be known before quoting a number.
+        verdict: One sentence for each run but the first.
+    """
+
+    created: str
+    runs: tuple[RunInfo, ...]
+    family: str | None
+    tables: tuple[Table, ...]
+    settings: Table
+    same_settings: int
+    notes: tuple[str, ...]
+    verdict: tuple[str, ...]
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """Returns the comparison as JSON values.
+
+    Args:
+        comparison: The comparison.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": KIND,
+        "created": comparison.created,
+        "runs": [vars(run) for run in comparison.runs],
+        "task": comparison.family,
+        "tables": [_table_to_json(table, comparison.runs) for table in comparison.tables],
+        "settings_that_differ": _table_to_json(comparison.settings, comparison.runs),
+        "settings_that_agree": comparison.same_settings,
+        "notes": list(comparison.notes),
+        "verdict": list(comparison.verdict),
+    }
+
+
+def _table_to_json(table: Table, runs: Sequence[RunInfo]) -> dict[str, Any]:
+    return {
+        "key": table.key,
+        "title": table.title,
+        "rows": [
+            {
+                "key": row.key,
+                "name": row.name,
+                "unit": row.unit,
+                "cells": [
+                    {
+                        "run": runs[column.run].label,
+                        "kind": column.kind,
+                        "value": cell.value,
+                        "stderr": cell.stderr,
+                        "text": cell.text,
+                    }
+                    for column, cell in zip(table.columns, row.cells, strict=True)
+                ],
+            }
+            for row in table.rows
+        ],
+    }
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """Returns the comparison as GitHub Markdown.
+
+    Args:
+        comparison: The comparison.
+    """
+    labels = [_escape(run.label) for run in comparison.runs]
+    lines = [f"{MARKDOWN_TITLE}{', '.join(labels)}", ""]
+    lines += [f"- {_escape(line)}" for line in _run_lines(comparison)]
+    for table in comparison.tables:
+        lines += ["", f"## {_escape(table.title)}", "", *_markdown_table(table)]
+    lines += ["", _against(labels[0])]
+    lines += ["", f"## {comparison.settings.title}", ""]
+    if comparison.settings.rows:
+        lines += [*_markdown_table(comparison.settings), ""]
+    lines.append(_same_line(comparison))
+    for title, texts in (("Notes", comparison.notes), ("In words", comparison.verdict)):
+        if texts:
+            lines += ["", f"## {title}", "", *(f"- {_escape(text)}" for text in texts)]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(table: Table) -> Iterator[str]:
+    align = "---:" if table.numeric else ":---"
+    yield _markdown_row(["", *(column.heading for column in table.columns)])
+    yield f"|{'|'.join([':---', *(align for _ in table.columns)])}|"
+    for row in table.rows:
+        yield _markdown_row([row.name, *(cell.text for cell in row.cells)])
+
+
+def _markdown_row(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(_escape(text) for text in texts)} |"
+
+
+def _escape(text: str) -> str:
+    """Keeps a value from ending its cell or turning into markup."""
+    for sign in "\\|`*_<>[]":
+        text = text.replace(sign, f"\\{sign}")
+    return " ".join(text.split())
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Prints the comparison.
+
+    Args:
+        console: Where to; its width decides how many runs stand side by side.
+        comparison: The comparison.
+    """
+    for line in _run_lines(comparison):
+        console.print(Text(line))
+    for table in comparison.tables:
+        _print_table(table, console)
+    console.print()
+    console.print(Text(_against(comparison.runs[0].label)))
+    if comparison.settings.rows:
+        _print_table(comparison.settings, console)
+    console.print()
+    console.print(Text(_same_line(comparison)))
+    for title, texts in (("Notes", comparison.notes), ("In words", comparison.verdict)):
+        if texts:
+            console.print()
+            console.print(Text(title, style="bold"))
+            for text in texts:
+                console.print(Text(f"- {text}"))
+
+
+def _print_table(table: Table, console: Console) -> None:
+    for part in split_table(table, console.width):
+        shown = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        # Long dotted names and paths are folded, never cut: a cut value can't be told from another.
+        shown.add_column("", overflow="fold", no_wrap=part.numeric)
+        for column in part.columns:
+            shown.add_column(
+                Text(column.heading),
+                justify="right" if part.numeric else "left",
+                overflow="fold",
+                no_wrap=False,
+            )
+        for row in part.rows:
+            shown.add_row(Text(row.name), *(Text(cell.text) for cell in row.cells))
+        console.print()
+        console.print(Text(part.title, style="bold"))
+        console.print(shown)
+
+
+def split_table(table: Table, width: int) -> Iterator[Table]:
+    """Splits a table so that each part fits the terminal; the first run stands in each part.
+
+    Args:
+        table: The table.
+        width: Width of the terminal, characters.
+
+    Yields:
+        Tables with the rows of the given one and a part of its runs, at least one beside the first.
+    """
+    fixed = [index for index, column in enumerate(table.columns) if column.run == 0]
+    groups: dict[int, list[int]] = {}
+    for index, column in enumerate(table.columns):
+        if column.run != 0:
+            groups.setdefault(column.run, []).append(index)
+    names = max((len(row.name) for row in table.rows), default=0)
+    taken = names + sum(_column_width(table, index) for index in fixed)
+    part, used = list(fixed), taken
+    for group in groups.values():
+        needed = sum(_column_width(table, index) for index in group)
+        if part != fixed and used + needed > width:
+            yield _select(table, part)
+            part, used = list(fixed), taken
+        part += group
+        used += needed
+    yield _select(table, part)
+
+
+def _column_width(table: Table, index: int) -> int:
+    words = table.columns[index].heading.split()
+    texts = [row.cells[index].text for row in table.rows]
+    return max(map(len, [*words, *texts])) + _COLUMN_GAP
+
+
+def _select(table: Table, indices: Sequence[int]) -> Table:
+    columns: tuple[Column, ...] = tuple(table.columns[index] for index in indices)
+
+    def cells(row: Row) -> tuple[Cell, ...]:
+        return tuple(row.cells[index] for index in indices)
+
+    rows = tuple(Row(row.key, row.name, row.unit, cells(row)) for row in table.rows)
+    return Table(table.key, table.title, columns, rows, table.numeric)
+
+
+def _run_lines(comparison: Comparison) -> Iterator[str]:
+    for run in comparison.runs:
+        details = [run.path, run.model, run.quant, run.device]
+        if run.status is not None:
+            details.append(f"training {run.status}")
+        if run.evaluation is not None:
+            details.append(f"evaluation from {run.evaluation}")
+        yield f"{run.label}: {'; '.join(detail for detail in details if detail)}"
+
+
+def _against(label: str) -> str:
+    return f"Differences (Δ) and ratios (×) are against {label}."
+
+
+def _same_line(comparison: Comparison) -> str:
+    count = f"{comparison.same_settings:,} recorded settings"
+    if comparison.settings.rows:
+        return f"The same otherwise ({count})."
+    return f"No recorded setting differs ({count})."

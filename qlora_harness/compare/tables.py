@@ -1,0 +1,467 @@
+"""The tables of a comparison as data; the terminal, Markdown and JSON all show these rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora_harness.compare.conditions import Conditions
+from qlora_harness.compare.evaluation import CATEGORIES, DEMO_FAMILY, Evaluation
+from qlora_harness.compare.runs import Run, TrainingSummary
+from qlora_harness.compare.statistics import (
+    Difference,
+    PairedCounts,
+    paired_difference,
+    unpaired_difference,
+)
+from qlora_harness.record import scrub
+
+NOTHING = "–"
+GIB = 2**30
+_HASH_SHOWN = 12
+
+ColumnKind = Literal["value", "difference", "ratio"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Attributes:
+        text: What a person reads.
+        value: The number or text behind it, in the unit of the row; None where there is none.
+        stderr: Its standard error in the same unit, where there is one.
+    """
+
+    text: str = NOTHING
+    value: float | int | str | None = None
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Attributes:
+        key: Its name for programs.
+        name: Its name for people, with the unit.
+        unit: The unit of its values, "" for none.
+        cells: One cell per column.
+    """
+
+    key: str
+    name: str
+    unit: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column after the names of the rows.
+
+    Attributes:
+        heading: What stands above it.
+        run: Index of the run it belongs to; a difference belongs to the later run.
+        kind: "value", "difference" (to the first run) or "ratio" (to the first run).
+    """
+
+    heading: str
+    run: int
+    kind: ColumnKind
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        key: Its name for programs.
+        title: Its name for people.
+        columns: The columns after the names of the rows.
+        rows: The rows.
+        numeric: Whether its cells are numbers, to be aligned on the right.
+    """
+
+    key: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """One row of the training table: what it shows of a summary and how it is written."""
+
+    key: str
+    name: str
+    unit: str
+    read: Callable[[TrainingSummary], float | None]
+    write: Callable[[float], str]
+    ratio_digits: int = 2
+
+
+def decimals(digits: int) -> Callable[[float], str]:
+    """Returns a function that writes a number with a fixed number of decimals.
+
+    Args:
+        digits: Decimals.
+    """
+    return lambda value: f"{value:,.{digits}f}".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """Writes a time as h:mm:ss.
+
+    Args:
+        seconds: A time of at least 0, seconds.
+    """
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}"
+
+
+def signed(value: float, write: Callable[[float], str]) -> str:
+    """Writes a difference with its sign; exactly 0 has none.
+
+    Args:
+        value: The difference.
+        write: Writes its size.
+    """
+    sign = "" if value == 0 else "+" if value > 0 else "−"
+    return f"{sign}{write(abs(value))}"
+
+
+def points(difference: Difference) -> str:
+    """Writes a difference of accuracies in percentage points with its standard error.
+
+    Args:
+        difference: The difference, as a share.
+    """
+    text = signed(100 * difference.value, decimals(2))
+    if difference.stderr is None:
+        return text
+    return f"{text} ± {100 * difference.stderr:.2f}"
+
+
+def gpu_peak_bytes(summary: TrainingSummary) -> float | None:
+    """Returns the peak GPU memory held by tensors, bytes; None for a run on the CPU.
+
+    Args:
+        summary: A training summary.
+    """
+    return None if summary.device_type == "cpu" else summary.peak_allocated_bytes
+
+
+def cpu_peak_bytes(summary: TrainingSummary) -> float | None:
+    """Returns the peak resident memory of a run on the CPU, bytes; None for a run on a GPU.
+
+    Args:
+        summary: A training summary.
+    """
+    return summary.cpu_peak_rss_bytes if summary.device_type == "cpu" else None
+
+
+def training_table(runs: Sequence[Run]) -> Table | None:
+    """Builds the table of memory, time and loss; None if no run was trained here.
+
+    Args:
+        runs: The runs; those without a training summary get empty cells.
+    """
+    summaries = [run.training for run in runs]
+    known = [summary for summary in summaries if summary is not None]
+    if not known:
+        return None
+    rows = tuple(
+        _training_row(measure, summaries)
+        for measure in _MEASURES
+        if measure.key not in _OPTIONAL or any(measure.read(item) is not None for item in known)
+    )
+    columns = _columns([run.label for run in runs], ("value", "difference", "ratio"))
+    return Table("training", "Training", columns, rows)
+
+
+def _gib(value: float | None) -> float | None:
+    return None if value is None else value / GIB
+
+
+def _on_gpu(summary: TrainingSummary, value: float | None) -> float | None:
+    return None if summary.device_type == "cpu" else _gib(value)
+
+
+_MEASURES = (
+    _Measure(
+        "peak_gpu_gib",
+        "Peak GPU memory (GiB)",
+        "GiB",
+        lambda summary: _gib(gpu_peak_bytes(summary)),
+        decimals(2),
+    ),
+    _Measure(
+        "peak_gpu_reserved_gib",
+        "Peak GPU memory, reserved (GiB)",
+        "GiB",
+        lambda summary: _on_gpu(summary, summary.peak_reserved_bytes),
+        decimals(2),
+    ),
+    _Measure(
+        "peak_gpu_device_gib",
+        "Peak GPU memory, device (GiB)",
+        "GiB",
+        lambda summary: _on_gpu(summary, summary.peak_device_used_bytes),
+        decimals(2),
+    ),
+    _Measure(
+        "peak_cpu_gib",
+        "Peak CPU memory (RSS, GiB)",
+        "GiB",
+        lambda summary: _gib(cpu_peak_bytes(summary)),
+        decimals(2),
+    ),
+    _Measure(
+        "train_seconds", "Training time (h:mm:ss)", "s", lambda item: item.train_seconds, duration
+    ),
+    _Measure(
+        "tokens_per_second",
+        "Throughput (tokens/s)",
+        "tokens/s",
+        lambda summary: summary.tokens_per_second,
+        decimals(1),
+    ),
+    _Measure(
+        "final_train_loss",
+        "Final training loss (nats/token)",
+        "nats/token",
+        lambda summary: summary.final_train_loss,
+        decimals(4),
+        3,
+    ),
+    _Measure(
+        "eval_loss",
+        "Evaluation loss (nats/token)",
+        "nats/token",
+        lambda summary: summary.eval_loss,
+        decimals(4),
+        3,
+    ),
+    _Measure("perplexity", "Perplexity", "", lambda summary: summary.perplexity, decimals(3), 3),
+)
+# Rows that stand only where some run has a value.
+_OPTIONAL = {"peak_gpu_reserved_gib", "peak_gpu_device_gib", "peak_cpu_gib"}
+
+
+def _training_row(measure: _Measure, summaries: Sequence[TrainingSummary | None]) -> Row:
+    values = [None if summary is None else measure.read(summary) for summary in summaries]
+    first = values[0]
+    cells = []
+    for index, value in enumerate(values):
+        cells.append(Cell() if value is None else Cell(measure.write(value), value))
+        if index == 0:
+            continue
+        if first is None or value is None:
+            cells += [Cell(), Cell()]
+            continue
+        cells.append(Cell(signed(value - first, measure.write), value - first))
+        ratio = value / first if first else None
+        cells.append(Cell() if ratio is None else Cell(f"{ratio:.{measure.ratio_digits}f}×", ratio))
+    return Row(measure.key, measure.name, measure.unit, tuple(cells))
+
+
+def mmlu_table(labels: Sequence[str], evaluations: Sequence[Evaluation | None]) -> Table:
+    """Builds the table of accuracies with standard errors and unpaired differences.
+
+    Args:
+        labels: The names of the runs.
+        evaluations: Their evaluations of one family, None where there is none; at least one.
+    """
+    known = [evaluation for evaluation in evaluations if evaluation is not None]
+    rows = [
+        _accuracy_row(
+            "acc",
+            "Accuracy, micro (%)",
+            [None if item is None else (item.acc, item.acc_stderr) for item in evaluations],
+        ),
+        _accuracy_row(
+            "acc_macro",
+            "Accuracy, macro (%)",
+            [
+                None if item is None else (item.acc_macro, item.acc_macro_stderr)
+                for item in evaluations
+            ],
+        ),
+        *_category_rows(evaluations, known),
+        _tie_row(evaluations),
+    ]
+    columns = _columns(labels, ("value", "difference"), " (unpaired, points)")
+    return Table("mmlu", _mmlu_title(known[0]), columns, tuple(rows))
+
+
+def _mmlu_title(evaluation: Evaluation) -> str:
+    number = f"{evaluation.n:,}"
+    if evaluation.limited:
+        number += f" of {evaluation.n_total:,}"
+    title = f"MMLU: {evaluation.family}, {number} question{'' if number == '1' else 's'}"
+    if evaluation.family == DEMO_FAMILY:
+        title += " (the embedded demo set, not a benchmark)"
+    return title
+
+
+def _category_rows(
+    evaluations: Sequence[Evaluation | None], known: Sequence[Evaluation]
+) -> list[Row]:
+    found = {key for evaluation in known for key in evaluation.categories}
+    rows = []
+    for key in [*CATEGORIES, *sorted(found - CATEGORIES.keys())]:
+        if key not in found:
+            continue
+        scores = [None if item is None else item.categories.get(key) for item in evaluations]
+        sizes = {score.n for score in scores if score is not None and score.n is not None}
+        size = f"n = {sizes.pop():,}, " if len(sizes) == 1 else ""
+        rows.append(
+            _accuracy_row(
+                f"category.{key}",
+                f"{CATEGORIES.get(key, key)} ({size}%)",
+                [None if score is None else (score.acc, score.acc_stderr) for score in scores],
+            )
+        )
+    return rows
+
+
+def _accuracy_row(key: str, name: str, scores: Sequence[tuple[float, float | None] | None]) -> Row:
+    first = scores[0]
+    cells = []
+    for index, score in enumerate(scores):
+        cells.append(Cell() if score is None else _accuracy_cell(*score))
+        if index == 0:
+            continue
+        if first is None or score is None:
+            cells.append(Cell())
+        else:
+            cells.append(_difference_cell(unpaired_difference(*first, *score)))
+    return Row(key, name, "%", tuple(cells))
+
+
+def _accuracy_cell(acc: float, stderr: float | None) -> Cell:
+    text = f"{100 * acc:.2f}"
+    if stderr is None:
+        return Cell(text, 100 * acc)
+    return Cell(f"{text} ± {100 * stderr:.2f}", 100 * acc, 100 * stderr)
+
+
+def _difference_cell(difference: Difference) -> Cell:
+    stderr = None if difference.stderr is None else 100 * difference.stderr
+    return Cell(points(difference), 100 * difference.value, stderr)
+
+
+def _tie_row(evaluations: Sequence[Evaluation | None]) -> Row:
+    ties = [None if item is None else item.ties for item in evaluations]
+    cells = []
+    for index, count in enumerate(ties):
+        cells.append(Cell() if count is None else Cell(f"{count:,}", count))
+        if index == 0:
+            continue
+        if ties[0] is None or count is None:
+            cells.append(Cell())
+        else:
+            cells.append(Cell(signed(count - ties[0], decimals(0)), count - ties[0]))
+    return Row("ties", "Tied best choices", "questions", tuple(cells))
+
+
+def paired_table(labels: Sequence[str], counts: Mapping[int, PairedCounts]) -> Table:
+    """Builds the table of right and wrong answers, question by question.
+
+    Args:
+        labels: The names of the runs.
+        counts: For each later run with samples, by index, its table against the first run.
+    """
+    first = labels[0]
+    other = labels[next(iter(counts))] if len(counts) == 1 else "the other"
+    names = (
+        ("both", "Right in both"),
+        ("only_first", f"Right only in {first}"),
+        ("only_second", f"Right only in {other}"),
+        ("neither", "Wrong in both"),
+    )
+    rows = [
+        Row(
+            key,
+            name,
+            "questions",
+            tuple(Cell(f"{getattr(item, key):,}", getattr(item, key)) for item in counts.values()),
+        )
+        for key, name in names
+    ]
+    rows.append(
+        Row(
+            "difference",
+            "Difference, paired (points)",
+            "points",
+            tuple(_difference_cell(paired_difference(item)) for item in counts.values()),
+        )
+    )
+    columns = tuple(
+        Column(f"{labels[index]} against {first}", index, "difference") for index in counts
+    )
+    return Table("paired", "MMLU, question by question", columns, tuple(rows))
+
+
+def settings_table(labels: Sequence[str], conditions: Conditions) -> Table:
+    """Builds the table of every setting in which the runs differ.
+
+    Args:
+        labels: The names of the runs.
+        conditions: Their conditions.
+    """
+    rows = tuple(
+        Row(
+            setting.name,
+            setting.name,
+            "",
+            tuple(_setting_cell(value) for value in setting.values),
+        )
+        for setting in conditions.different
+    )
+    columns = tuple(Column(label, index, "value") for index, label in enumerate(labels))
+    return Table("settings", "Settings that differ", columns, rows, numeric=False)
+
+
+def _setting_cell(value: object) -> Cell:
+    if value is None:
+        return Cell()
+    if isinstance(value, (bool, list)):
+        text = json.dumps(value, ensure_ascii=False)
+        return Cell(text, text)
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return Cell(str(value), value)
+    text = scrub(str(value))
+    return Cell(_shorten_hash(text), text)
+
+
+def _shorten_hash(text: str) -> str:
+    kind, _, digits = text.rpartition(":")
+    is_hash = len(digits) in (40, 64) and all(digit in "0123456789abcdef" for digit in digits)
+    if not is_hash:
+        return text
+    return f"{kind}:{digits[:_HASH_SHOWN]}…" if kind else f"{digits[:_HASH_SHOWN]}…"
+
+
+def _columns(
+    labels: Sequence[str], kinds: Sequence[ColumnKind], unit: str = ""
+) -> tuple[Column, ...]:
+    columns = [Column(labels[0], 0, "value")]
+    for index, label in enumerate(labels[1:], start=1):
+        for kind in kinds:
+            columns.append(Column(_heading(label, kind, unit, len(labels) == 2), index, kind))
+    return tuple(columns)
+
+
+def _heading(label: str, kind: ColumnKind, unit: str, only_pair: bool) -> str:
+    if kind == "value":
+        return label
+    if only_pair:
+        return f"{kind}{unit}"
+    # Beside several pairs of runs the heading has to say whose difference it is.
+    return f"Δ {label}{unit}" if kind == "difference" else f"{label} ×"

@@ -1,0 +1,105 @@
+"""The errors a user can cause, as one small hierarchy.
+
+    HarnessError
+    ├── SettingsError     a flag, a recipe key or a combination of them
+    ├── DataError         a data file: missing, broken, empty after filtering
+    ├── ModelError        a base model: missing, gated, unreadable, unsuitable
+    ├── AdapterError      an adapter: broken, foreign, untrained
+    ├── RunError          a run folder: occupied, unfinished, not resumable
+    ├── ResultsError      a results file: missing, unreadable, contradicting itself
+    ├── ComparisonError   runs that cannot be compared
+    └── TrainingError     a run that went wrong while training (non-finite loss)
+
+Every message is one line that says what is wrong, where (file, key, flag, value seen) and what to
+do. The command lines print it without a traceback; a caller from Python gets the exception.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+
+class HarnessError(Exception):
+    """Base of every error that a user can cause and mend.
+
+    Args:
+        problem: What is wrong and where, with the value seen.
+        remedy: What to do about it.
+    """
+
+    exit_status = 2
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        text = f"{self.problem.rstrip('.')}. {self.remedy.rstrip('.')}."
+        return " ".join(text.split())
+
+
+class SettingsError(HarnessError):
+    """A flag, a recipe key or a combination of them is wrong."""
+
+
+class DataError(HarnessError):
+    """A data file is missing, broken or empty after filtering."""
+
+
+class ModelError(HarnessError):
+    """A base model is missing, gated, unreadable or unsuitable."""
+
+
+class AdapterError(HarnessError):
+    """An adapter is broken, untrained or belongs to another base model."""
+
+
+class RunError(HarnessError):
+    """A run folder is occupied, unfinished or can't be resumed."""
+
+
+class ResultsError(HarnessError):
+    """A results file is missing, unreadable or contradicts itself."""
+
+
+class ComparisonError(HarnessError):
+    """The runs were not made under conditions that allow a comparison."""
+
+
+class TrainingError(HarnessError):
+    """Training went wrong in a way that more steps can't mend."""
+
+    exit_status = 3
+
+
+def print_error(error: HarnessError) -> None:
+    """Prints the error as one line on standard error.
+
+    Args:
+        error: What the user is told.
+    """
+    print(f"qlora-harness: error: {error}", file=sys.stderr, flush=True)
+
+
+def install_excepthook() -> None:
+    """Lets an uncaught HarnessError end the program with its one line instead of a traceback.
+
+    Other exceptions keep their traceback. Used where another program (lm_eval) owns the main
+    function; calling it twice is harmless.
+    """
+    previous = sys.excepthook
+    if getattr(previous, "_qlora_harness", False):
+        return
+
+    def hook(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, HarnessError):
+            print_error(error)
+        else:
+            previous(kind, error, traceback)
+
+    hook._qlora_harness = True  # type: ignore[attr-defined]
+    sys.excepthook = hook

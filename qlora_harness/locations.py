@@ -1,0 +1,35 @@
+"""Where the files that belong to the package lie: in a checkout, or inside an installed wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _folder(name: str) -> Path:
+    """A top-level folder of the checkout, which a wheel carries inside the package."""
+    installed = _PACKAGE / name
+    return installed if installed.is_dir() else _PACKAGE.parent / name
+
+
+def tasks_dir() -> Path:
+    """Returns the folder of the task YAML files."""
+    return _folder("tasks")
+
+
+def recipes_dir() -> Path:
+    """Returns the folder of the training recipes."""
+    return _folder("launch") / "recipes"
+
+
+def demo_dir() -> Path:
+    """Returns the folder of the embedded demo data."""
+    return _PACKAGE / "data" / "demo"
+
+
+def cache_dir() -> Path:
+    """Returns the user's cache folder of this project (not created)."""
+    import pooch
+
+    return Path(pooch.os_cache("qlora-harness"))

@@ -1,0 +1,248 @@
+"""Adapters: attached, saved, loaded, and checked before they are believed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_harness.errors import AdapterError, SettingsError
+from qlora_harness.record import read_json, write_json
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+RECORD_FILE = "qlora_harness.json"
+
+
+def attach_lora(
+    model: PreTrainedModel, *, r: int, alpha: float, dropout: float, targets: str
+) -> PeftModel:
+    """Attaches a fresh LoRA adapter to a frozen base model.
+
+    The adapter's weights are float32 on every base (PEFT's default), so both arms learn alike; the
+    update is zero until the first step.
+
+    Args:
+        model: From `load_base`.
+        r: Rank.
+        alpha: Scale; the update is multiplied by alpha / r.
+        dropout: Probability, on the adapter's input.
+        targets: "all-linear" (every linear layer but the output head) or a comma list of layer
+            names.
+
+    Raises:
+        SettingsError: No layer has such a name.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT's hint says int, its arithmetic is float
+        lora_dropout=dropout,
+        target_modules=names,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with _quiet():
+            return get_peft_model(model, config)  # type: ignore[return-value]
+    except ValueError as error:
+        if "not found in the base model" in str(error):
+            raise SettingsError(
+                f"--lora-targets: the model has no layers named {targets}",
+                "Name layers such as q_proj,v_proj, or all-linear",
+            ) from None
+        raise
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides a deprecation inside PEFT 0.21 that transformers 5.23 reports at every call."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        yield
+
+
+def save_adapter(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, record: dict[str, Any]
+) -> None:
+    """Saves adapter, tokenizer and record into a folder that appears whole or not at all.
+
+    Args:
+        model: The trained model.
+        tokenizer: Saved beside it, so that scoring encodes as training did.
+        folder: Replaced if it exists.
+        record: Base, revision and quantisation, read by `load_adapter`'s callers.
+
+    Raises:
+        AdapterError: A weight is not finite.
+    """
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise AdapterError(
+                f"the trained adapter has non-finite values in {name}; it was not saved",
+                "Lower --learning-rate or look at the step log",
+            )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        # save_embedding_layers=False: nothing is ever added to the vocabulary, and "auto" may ask
+        # the Hub for the base model's configuration.
+        model.save_pretrained(str(work), safe_serialization=True, save_embedding_layers=False)
+        tokenizer.save_pretrained(str(work))
+        write_json(work / RECORD_FILE, record)
+        (work / "README.md").unlink(missing_ok=True)
+        os.chmod(work, 0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Reads and checks what an adapter folder says of itself.
+
+    Args:
+        folder: A PEFT adapter folder.
+
+    Returns:
+        The content of adapter_config.json.
+
+    Raises:
+        AdapterError: The folder is no LoRA adapter, or its weights are pickled.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"peft={folder} does not exist", "Name an adapter folder")
+    if not (folder / CONFIG_FILE).is_file():
+        nested = folder / "adapter"
+        hint = f"Did you mean peft={nested}" if nested.is_dir() else "Name a PEFT adapter folder"
+        raise AdapterError(f"peft={folder} holds no {CONFIG_FILE}", hint)
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        kind = config["peft_type"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise AdapterError(
+            f"{folder / CONFIG_FILE} is broken ({type(error).__name__}: {error})",
+            "Save the adapter anew",
+        ) from None
+    if kind != "LORA":
+        raise AdapterError(
+            f"{folder / CONFIG_FILE}, key 'peft_type': {kind!r}", "Only LoRA adapters are supported"
+        )
+    if not (folder / WEIGHTS_FILE).is_file():
+        pickled = sorted(p.name for p in folder.glob("adapter_model.*"))
+        if pickled:
+            raise AdapterError(
+                f"{folder / pickled[0]} is pickled, and unpickling runs code",
+                f"Convert it to {WEIGHTS_FILE}",
+            )
+        raise AdapterError(f"{folder} holds no {WEIGHTS_FILE}", "Save the adapter anew")
+    return dict(config)
+
+
+def read_adapter_record(folder: Path) -> dict[str, Any] | None:
+    """Returns this project's record beside an adapter, or None for an adapter made elsewhere.
+
+    Args:
+        folder: The adapter folder.
+    """
+    path = folder / RECORD_FILE
+    return read_json(path) if path.is_file() else None
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Loads an adapter onto a base model, unmerged, and checks that it took.
+
+    Args:
+        model: From `load_base`.
+        folder: A PEFT adapter folder.
+
+    Raises:
+        AdapterError: The file is damaged; keys are missing or unexpected, or shapes differ (another
+            base model); a weight is not finite; or every lora_B is zero (never trained).
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    read_adapter_config(folder)
+    weights_path = folder / WEIGHTS_FILE
+    try:
+        weights = load_file(str(weights_path))
+    except Exception as error:  # safetensors raises its own kinds
+        raise AdapterError(
+            f"{weights_path} is damaged ({str(error).splitlines()[0]})", "Save the adapter anew"
+        ) from None
+    _check_values(weights, weights_path)
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    try:
+        with _quiet():
+            adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+        outcome = set_peft_model_state_dict(adapted, weights)
+    except (RuntimeError, ValueError, KeyError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        detail = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
+        raise AdapterError(
+            f"peft={folder} does not fit this base model ({detail})",
+            f"It was trained on {config.base_model_name_or_path}; give that as pretrained=",
+        ) from None
+    missing = [key for key in outcome.missing_keys if "lora_" in key]
+    unexpected = list(outcome.unexpected_keys)
+    if missing or unexpected:
+        raise AdapterError(
+            f"peft={folder} does not fit this base model: {len(missing)} adapter weights missing, "
+            f"{len(unexpected)} unexpected (first: {(missing + unexpected)[0]})",
+            f"It was trained on {config.base_model_name_or_path}; give that as pretrained=",
+        )
+    for parameter in adapted.parameters():
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        adapted.eval()
+    return adapted  # type: ignore[return-value]
+
+
+def _check_values(weights: dict[str, Any], path: Path) -> None:
+    import torch
+
+    trained = False
+    for name, value in weights.items():
+        if not bool(torch.isfinite(value).all()):
+            raise AdapterError(
+                f"{path}, tensor {name}: non-finite values", "Train the adapter anew"
+            )
+        trained = trained or ("lora_B" in name and bool(value.any()))
+    if not trained:
+        raise AdapterError(
+            f"{path}: every lora_B weight is zero, so the adapter was never trained",
+            "Name the adapter of a completed run",
+        )
+
+
+def adapter_digest(folder: Path) -> str:
+    """Returns the SHA-256 of an adapter's weights and configuration, 64 hexadecimal digits.
+
+    Args:
+        folder: The adapter folder.
+    """
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        with (folder / name).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

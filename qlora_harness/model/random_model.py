@@ -1,0 +1,91 @@
+"""Model folders of a known shape with random weights, to measure speed and memory without a hub."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qlora_harness.errors import ModelError
+from qlora_harness.model.base import RANDOM_WEIGHTS_KEY
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+    },
+    "tiny": {
+        "vocab_size": 32000,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    },
+}
+
+
+def write_random_model(
+    folder: Path, *, shape: str, tokenizer: str, seed: int = 0, vocab_size: int | None = None
+) -> None:
+    """Writes a LLaMA model folder with random bfloat16 weights, which says so in its config.
+
+    Args:
+        folder: Must not exist.
+        shape: Name in `SHAPES`.
+        tokenizer: Folder or Hub id of the tokenizer to put beside it.
+        seed: Seed of the weights.
+        vocab_size: Rows of the embedding, if not the shape's own.
+
+    Raises:
+        ModelError: The folder exists, or the tokenizer can't be read.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    if folder.exists():
+        raise ModelError(f"{folder} exists", "Name a folder that does not")
+    try:
+        tok = AutoTokenizer.from_pretrained(tokenizer)
+    except Exception as error:
+        raise ModelError(
+            f"--tokenizer: {tokenizer!r} can't be loaded ({str(error).splitlines()[0]})",
+            "Name a tokenizer folder or a Hub id",
+        ) from None
+    dims = dict(SHAPES[shape])
+    if vocab_size is not None:
+        dims["vocab_size"] = vocab_size
+    config = LlamaConfig(
+        **dims,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+    )
+    setattr(config, RANDOM_WEIGHTS_KEY, True)
+    torch.manual_seed(seed)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        model.save_pretrained(work)
+        tok.save_pretrained(work)
+        os.chmod(work, 0o755)
+        os.replace(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,190 @@
+"""Records of what was asked, what happened and where: JSON files written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from qlora_harness.errors import ResultsError
+
+SCHEMA_VERSION = 1
+
+SUMMARY_FILE = "training_summary.json"
+LOGS_FILE = "training_logs.json"
+TRAINER_STATE_FILE = "trainer_state.json"
+EVALUATION_FILE = "evaluation_results.json"
+ADAPTER_DIR = "adapter"
+CHECKPOINT_DIR = "checkpoints"
+
+_PACKAGES = (
+    "qlora-harness",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "lm_eval",
+    "tokenizers",
+    "safetensors",
+)
+
+
+def now() -> str:
+    """Returns the time of day in UTC, ISO 8601 to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text to a temporary name in the same folder and renames it into place.
+
+    A reader sees the old file or the new one, never a half; an interrupted write loses nothing.
+
+    Args:
+        path: The file; its folder is made if missing.
+        text: What to write.
+
+    Raises:
+        OSError: The folder can't be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON, whole or not at all; see `write_text`.
+
+    Args:
+        path: The file; its folder is made if missing.
+        value: What to write. NaN and infinity are refused, as JSON has neither.
+
+    Raises:
+        ValueError: The value holds NaN or infinity.
+        OSError: The folder can't be written.
+    """
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads one JSON object.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ResultsError: The file is missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ResultsError(f"{path} does not exist", "Check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ResultsError(f"{path} can't be read: {error}", "Check the file") from None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ResultsError(
+            f"{path}, line {error.lineno}: not valid JSON ({error.msg})",
+            "The file is damaged or half written; make it anew or remove it",
+        ) from None
+    if not isinstance(value, dict):
+        raise ResultsError(
+            f"{path}: expected a JSON object, found {type(value).__name__}", "Name another file"
+        )
+    return value
+
+
+def package_versions() -> dict[str, str]:
+    """Returns the installed versions of the packages that decide the numbers."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Returns the git revision of a folder and whether it has uncommitted changes.
+
+    Args:
+        folder: Any folder; outside a checkout (an installed wheel) both values are None.
+    """
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *words],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed copy inside somebody else's checkout must not report that checkout's revision.
+    if git("ls-files", "--error-unmatch", str(folder / "record.py")) is None:
+        return {"revision": None, "dirty": None}
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {"revision": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def environment() -> dict[str, Any]:
+    """Returns versions, git state, platform and command of this process (no device: that needs torch)."""
+    return {
+        "versions": package_versions(),
+        "git": git_state(Path(__file__).resolve().parent),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "command": scrub(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+    }
+
+
+def scrub(text: str) -> str:
+    """Removes Hub tokens and the home folder from a text that is about to be stored.
+
+    Args:
+        text: For example a command line.
+    """
+    text = re.sub(r"hf_[A-Za-z0-9]{20,}", "hf_***", text)
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text
+
+
+def nested(value: Mapping[str, Any], *keys: str) -> Any:
+    """Returns value[key0][key1]…, or None where a key is missing on the way.
+
+    Args:
+        value: A record as read from JSON.
+        *keys: The path into it.
+    """
+    current: Any = value
+    for key in keys:
+        if not isinstance(current, Mapping) or key not in current:
+            return None
+        current = current[key]
+    return current

@@ -1,0 +1,223 @@
+"""What is stored of a scored MMLU run: every question, and accuracies that follow from them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_harness.record import EVALUATION_FILE, SCHEMA_VERSION, now, read_json, write_json
+from qlora_harness.score.mmlu import is_tie, predict
+from qlora_harness.score.mmlu_files import LETTERS
+
+
+@dataclass(frozen=True)
+class ScoredQuestion:
+    """One question and what the model said.
+
+    Attributes:
+        index: Line of the file, from 0.
+        subject: For example "anatomy".
+        prompt: The text that was scored.
+        answer: The right letter.
+        logprobs: Log-probabilities of " A" … " D" in nats.
+    """
+
+    index: int
+    subject: str
+    prompt: str
+    answer: str
+    logprobs: tuple[float, float, float, float]
+
+    @property
+    def prediction(self) -> str:
+        """The letter with the highest log-probability."""
+        return predict(self.logprobs)
+
+    @property
+    def correct(self) -> bool:
+        """Whether the prediction is the answer."""
+        return self.prediction == self.answer
+
+
+def accuracy(correct: Sequence[bool]) -> tuple[float, float | None]:
+    """Returns mean and standard error, the sample standard deviation over the root of n.
+
+    This is lm-eval's `mean_stderr`. The error is None for fewer than two values.
+
+    Args:
+        correct: One value a question, at least one.
+    """
+    n = len(correct)
+    mean = sum(correct) / n
+    return mean, math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else None
+
+
+def summarise(
+    questions: Sequence[ScoredQuestion],
+    categories: Mapping[str, Sequence[str]],
+    *,
+    n_total: int,
+    truncated: int,
+) -> dict[str, Any]:
+    """Computes the accuracies of one task family.
+
+    Args:
+        questions: All scored questions.
+        categories: Subjects by category.
+        n_total: Questions in the file; more than were scored with --limit or a single subject.
+        truncated: Questions whose prompt was longer than the model's window.
+
+    Returns:
+        Micro and macro accuracy with standard errors, subjects, categories, number of exact ties,
+        and a hash of indices, prompts and answers.
+    """
+    by_subject: dict[str, list[bool]] = defaultdict(list)
+    for q in questions:
+        by_subject[q.subject].append(q.correct)
+    subjects: dict[str, dict[str, Any]] = {}
+    for subject, correct in sorted(by_subject.items()):
+        mean, error = accuracy(correct)
+        subjects[subject] = {
+            "acc": mean,
+            "acc_stderr": error,
+            "n": len(correct),
+            "correct": sum(correct),
+        }
+    summary = _micro_macro(list(subjects.values()))
+    summary |= {
+        "n_total": n_total,
+        "ties": sum(is_tie(q.logprobs) for q in questions),
+        "truncated": truncated,
+        "prompts_sha256": _prompts_hash(questions),
+        "subjects": subjects,
+        "categories": {
+            category: _micro_macro([subjects[s] for s in members if s in subjects])
+            for category, members in categories.items()
+            if any(s in subjects for s in members)
+        },
+    }
+    return summary
+
+
+def _micro_macro(subjects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Micro and macro accuracy of some subjects; errors as lm-eval pools them for groups."""
+    n = sum(s["n"] for s in subjects)
+    errors = [s["acc_stderr"] for s in subjects]
+    pooled = macro_error = None
+    known = [e for e in errors if e is not None]
+    if len(known) == len(errors):
+        macro_error = math.sqrt(sum(e**2 for e in known)) / len(known)
+        # lm-eval's pooled_sample_stderr: within-subject variances, weighted by their freedom.
+        weighted = sum((s["n"] - 1) * s["acc_stderr"] ** 2 * s["n"] for s in subjects)
+        freedom = n - len(subjects)
+        pooled = math.sqrt(weighted / freedom / n) if freedom else None
+    return {
+        "acc": sum(s["correct"] for s in subjects) / n,
+        "acc_stderr": pooled,
+        "acc_macro": sum(s["acc"] for s in subjects) / len(subjects),
+        "acc_macro_stderr": macro_error,
+        "n": n,
+    }
+
+
+def _prompts_hash(questions: Iterable[ScoredQuestion]) -> str:
+    digest = hashlib.sha256()
+    for q in sorted(questions, key=lambda q: q.index):
+        digest.update(f"{q.index}\0{q.subject}\0{q.prompt}\0{q.answer}\0".encode())
+    return digest.hexdigest()
+
+
+def progress_rows(questions: Sequence[ScoredQuestion]) -> list[dict[str, Any]]:
+    """Returns one row a question, in file order, with the accuracy so far.
+
+    Args:
+        questions: Scored questions of one family.
+    """
+    rows: list[dict[str, Any]] = []
+    right = 0
+    for count, q in enumerate(sorted(questions, key=lambda q: q.index), start=1):
+        right += q.correct
+        rows.append(
+            {
+                "index": q.index,
+                "subject": q.subject,
+                "logprobs": dict(zip(LETTERS, q.logprobs, strict=True)),
+                "prediction": q.prediction,
+                "answer": q.answer,
+                "correct": q.correct,
+                "running_accuracy": right / count,
+            }
+        )
+    return rows
+
+
+def model_slug(name: str) -> str:
+    """Returns a model's name as it stands in file names: meta-llama/Llama-2-7b-hf → llama2_7b.
+
+    Args:
+        name: Hub id, folder, or "smollm2".
+    """
+    short = Path(name).name.lower().removesuffix("-hf")
+    short = re.sub(r"^([a-z]+)-(\d)", r"\1\2", short)
+    return re.sub(r"[^a-z0-9]+", "_", short).strip("_")
+
+
+def write_records(
+    folder: Path,
+    progress_name: str,
+    header: Mapping[str, Any],
+    tasks: Mapping[str, Mapping[str, Any]],
+    questions: Mapping[str, Sequence[ScoredQuestion]],
+) -> list[str]:
+    """Writes evaluation_results.json and the progress file of a run.
+
+    What the same model was scored on before stays: other task families, and a family of which more
+    questions were scored then (a later run with --limit, or of one subject, loses nothing). What
+    another model was scored on goes.
+
+    Args:
+        folder: The run folder.
+        progress_name: File name of the progress file.
+        header: arm, model, settings and environment of this run.
+        tasks: Summaries by family.
+        questions: Scored questions by family.
+
+    Returns:
+        The families that were written.
+    """
+    same_model = {"arm": header["arm"], "model": header["model"]}
+    old_tasks = _kept(folder / EVALUATION_FILE, same_model)
+    old_questions = _kept(folder / progress_name, same_model)
+    written = [
+        family
+        for family, summary in tasks.items()
+        if family not in old_questions or old_tasks.get(family, {}).get("n", 0) <= summary["n"]
+    ]
+    new_questions = {family: progress_rows(questions[family]) for family in written}
+    new_tasks = {family: {**tasks[family], "settings": header["settings"]} for family in written}
+    common = {"schema_version": SCHEMA_VERSION, "created": now()}
+    write_json(
+        folder / progress_name,
+        common | {"kind": "mmlu_progress", **same_model, "tasks": old_questions | new_questions},
+    )
+    write_json(
+        folder / EVALUATION_FILE,
+        common | {"kind": "evaluation_results", **header, "tasks": old_tasks | new_tasks},
+    )
+    return written
+
+
+def _kept(path: Path, same_model: Mapping[str, Any]) -> dict[str, Any]:
+    """The tasks of an existing file, if it is about the same model."""
+    if not path.is_file():
+        return {}
+    old = read_json(path)
+    if any(old.get(key) != value for key, value in same_model.items()):
+        return {}
+    return dict(old.get("tasks") or {})

@@ -1,0 +1,79 @@
+"""The functions that the MMLU task YAML names: its data set and its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qlora_harness.errors import DataError, install_excepthook
+from qlora_harness.score.mmlu_files import LETTERS, load_questions
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def load_subject(
+    *, mmlu_file: str, mmlu_subject: str, mmlu_dir: str | None = None, **ignored: Any
+) -> dict[str, datasets.Dataset]:
+    """Returns the questions of one subject as lm-eval wants a data set.
+
+    Args:
+        mmlu_file: File name, from the task.
+        mmlu_subject: Subject, from the task.
+        mmlu_dir: Folder of the files, from `--metadata mmlu_dir=…`.
+        **ignored: The harness passes everything in `--metadata` and `--model_args`.
+
+    Returns:
+        {"test": data set} with columns index (line of the file, from 0), subject, input, output.
+
+    Raises:
+        DataError: See `load_questions`; or the file has no such subject.
+    """
+    import datasets
+
+    install_excepthook()
+    rows = [q for q in load_questions(mmlu_file, mmlu_dir) if q.subject == mmlu_subject]
+    if not rows:
+        raise DataError(f"{mmlu_file} has no subject {mmlu_subject!r}", "Fetch the file anew")
+    columns = {
+        "index": [q.index for q in rows],
+        "subject": [q.subject for q in rows],
+        "input": [q.prompt for q in rows],
+        "output": [q.answer for q in rows],
+    }
+    return {"test": datasets.Dataset.from_dict(columns)}
+
+
+def process_results(
+    doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]
+) -> dict[str, float]:
+    """Scores one question: right if the answer has the highest log-probability of the four.
+
+    Args:
+        doc: A row of `load_subject`.
+        results: Log-probability (nats) and greediness of " A" … " D".
+
+    Returns:
+        acc and acc_macro, equal for a question; groups average the first over questions and the
+        second over subjects.
+    """
+    right = float(predict([logprob for logprob, _ in results]) == doc["output"])
+    return {"acc": right, "acc_macro": right}
+
+
+def predict(logprobs: Sequence[float]) -> str:
+    """Returns the letter of the highest log-probability; of a tie, the first, as numpy.argmax does.
+
+    Args:
+        logprobs: Four values in nats, for A to D.
+    """
+    return LETTERS[max(range(len(LETTERS)), key=lambda i: logprobs[i])]
+
+
+def is_tie(logprobs: Sequence[float]) -> bool:
+    """Whether the highest of four log-probabilities is reached more than once, exactly.
+
+    Args:
+        logprobs: Four values in nats.
+    """
+    return sorted(logprobs)[-1] == sorted(logprobs)[-2]

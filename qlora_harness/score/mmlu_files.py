@@ -1,0 +1,191 @@
+"""The QLoRA repository's MMLU files: found or fetched, checked by hash, read.
+
+Source: https://github.com/artidoro/qlora, data/mmlu (MIT). Despite their ending the files are JSON
+Lines: subject, input (the whole prompt, shots included, ending in "Answer:") and output (a letter).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import jsonlines
+
+from qlora_harness.errors import DataError
+from qlora_harness.locations import cache_dir, demo_dir
+
+COMMIT = "7f4e95a68dc076bea9b3a413d2b512eca6d004e5"
+BASE_URL = f"https://raw.githubusercontent.com/artidoro/qlora/{COMMIT}/data/mmlu/"
+DIR_VARIABLE = "QLORA_MMLU_DIR"
+DEMO_FILE = "five_shot_mmlu_demo.json"
+LETTERS = ("A", "B", "C", "D")
+
+
+@dataclass(frozen=True)
+class PinnedFile:
+    """What a file of the pinned commit holds.
+
+    Attributes:
+        sha256: Of the content, 64 hexadecimal digits.
+        rows: Number of questions.
+    """
+
+    sha256: str
+    rows: int
+
+
+PINNED: dict[str, PinnedFile] = {
+    "five_shot_mmlu_test.json": PinnedFile(
+        "a3995dab517e1316d9f9706a82d793b8964cf997b1e740d84f45fbabf7c94f12", 14042
+    ),
+    "five_shot_mmlu_val.json": PinnedFile(
+        "38f795b6e1d4b8a7d63b65cb2a9124ba05f26902e3d71c7fb28cf265820f75e3", 1531
+    ),
+    "zero_shot_mmlu_test.json": PinnedFile(
+        "a755f86308464ec7c21db20b846042844ee02492fc60c1c73c511eb07d51c5f9", 14042
+    ),
+    "zero_shot_mmlu_val.json": PinnedFile(
+        "2df2476a8ccde60cda1ddad5958f21f46b61fdb609607c3918f7a812246b1694", 1531
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of an MMLU file.
+
+    Attributes:
+        index: Line in the file, from 0.
+        subject: For example "anatomy".
+        prompt: The text that ends in "Answer:", verbatim.
+        answer: "A", "B", "C" or "D".
+    """
+
+    index: int
+    subject: str
+    prompt: str
+    answer: str
+
+
+def load_questions(name: str, folder: str | None = None) -> tuple[Question, ...]:
+    """Returns the questions of an MMLU file.
+
+    Args:
+        name: A name in `PINNED`, or the embedded demo file.
+        folder: Where the file (or its .xz form) is. If None, the folder in QLORA_MMLU_DIR, else the
+            user's cache, into which the file is fetched once.
+
+    Raises:
+        DataError: The file is missing, can't be fetched, has a wrong hash or a bad row.
+    """
+    if name == DEMO_FILE:
+        return _read(demo_dir() / DEMO_FILE, None)
+    chosen = folder or os.environ.get(DIR_VARIABLE)
+    if chosen is None:
+        return _read(_fetch(name), PINNED[name].sha256)
+    source = "--metadata mmlu_dir" if folder else DIR_VARIABLE
+    path = Path(chosen).expanduser()
+    if not path.is_dir():
+        raise DataError(f"{source}: folder {chosen} does not exist", "Name the folder of the files")
+    for candidate in (path / name, path / f"{name}.xz"):
+        if candidate.is_file():
+            return _read(candidate, PINNED[name].sha256)
+    raise DataError(
+        f"{source}: {chosen} holds neither {name} nor {name}.xz",
+        f"Put it there, or leave the folder out to fetch it from {BASE_URL}",
+    )
+
+
+def rows_in(name: str) -> int:
+    """Returns the number of questions in an MMLU file, without reading a pinned one.
+
+    Args:
+        name: A name in `PINNED`, or the embedded demo file.
+    """
+    return len(load_questions(name)) if name == DEMO_FILE else PINNED[name].rows
+
+
+def _fetch(name: str) -> Path:
+    import pooch
+
+    try:
+        found = pooch.retrieve(
+            url=BASE_URL + name,
+            known_hash=f"sha256:{PINNED[name].sha256}",
+            fname=name,
+            path=cache_dir() / "mmlu",
+            progressbar=False,
+        )
+    except Exception as error:  # requests, urllib3 and pooch raise many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{name} can't be fetched from {BASE_URL}{name} ({reason[:200]})",
+            f"Check the network, or put the file into a folder and name it in {DIR_VARIABLE}",
+        ) from None
+    return Path(found)
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, sha256: str | None) -> tuple[Question, ...]:
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".xz":
+            data = lzma.decompress(data)
+    except (OSError, lzma.LZMAError, EOFError) as error:
+        raise DataError(f"{path} can't be read ({error})", "Fetch the file anew") from None
+    if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
+        raise DataError(
+            f"{path}: SHA-256 of the content is {found}, expected {sha256}",
+            "The file is damaged or another version; fetch it anew",
+        )
+    return parse_questions(data, str(path))
+
+
+def parse_questions(data: bytes, place: str) -> tuple[Question, ...]:
+    """Parses the content of an MMLU file.
+
+    Args:
+        data: JSON Lines, UTF-8.
+        place: The file, for messages.
+
+    Raises:
+        DataError: A row is not JSON, lacks a field, does not end in "Answer:", or has an answer
+            other than A to D.
+    """
+    questions = []
+    lines = data.decode("utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{place}, line {number}"
+        try:
+            row = jsonlines.Reader([line]).read(type=dict)
+        except jsonlines.InvalidLineError as error:
+            reason = str(error).split("\n")[0]
+            raise DataError(f"{where}: not valid JSON ({reason})", "Fetch the file anew") from None
+        questions.append(_question(len(questions), row, where))
+    if not questions:
+        raise DataError(f"{place} holds no questions", "Fetch the file anew")
+    return tuple(questions)
+
+
+def _question(index: int, row: Mapping[str, object], where: str) -> Question:
+    texts = []
+    for name in ("subject", "input", "output"):
+        value = row.get(name)
+        if not isinstance(value, str) or not value:
+            raise DataError(f"{where}: field '{name}' is {value!r}", "It must be a text")
+        texts.append(value)
+    subject, prompt, answer = texts
+    if not prompt.endswith("Answer:"):
+        raise DataError(
+            f"{where}: field 'input' ends in {prompt[-12:]!r}", "It must end in 'Answer:'"
+        )
+    if answer not in LETTERS:
+        raise DataError(f"{where}: field 'output' is {answer!r}", "It must be A, B, C or D")
+    return Question(index, subject, prompt, answer)

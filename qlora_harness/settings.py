@@ -1,0 +1,425 @@
+"""All settings of a training run: the only place with defaults, units and their checks.
+
+Flags and recipe keys are made from these fields (`learning_rate` is `--learning-rate` on the command
+line), so that the two arms of a comparison, the help text and the stored record can't drift apart.
+The defaults are the published QLoRA recipe for LLaMA-2-7B on OASST1
+(https://github.com/artidoro/qlora, scripts/finetune_llama2_guanaco_7b.sh).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_harness.errors import SettingsError
+
+DEFAULT_MAX_STEPS = 1875
+
+
+class Quant(str, Enum):
+    """How the frozen base weights are held: one word from flag to JSON key."""
+
+    NF4 = "nf4"
+    FP4 = "fp4"
+    BF16 = "bf16"
+
+    @property
+    def is_4bit(self) -> bool:
+        """Whether bitsandbytes holds the linear layers in 4 bits."""
+        return self is not Quant.BF16
+
+    @property
+    def arm(self) -> str:
+        """Name of the results folder: 4bit, 16bit or 4bit_fp4."""
+        return {Quant.NF4: "4bit", Quant.BF16: "16bit", Quant.FP4: "4bit_fp4"}[self]
+
+    @property
+    def file_arm(self) -> str:
+        """Name of the arm inside file names: 4bit_qlora, 16bit_lora or 4bit_fp4_qlora."""
+        return f"{self.arm}_{'qlora' if self.is_4bit else 'lora'}"
+
+
+def _setting(
+    default: Any, help_text: str, unit: str = "", choices: Iterable[str] | None = None
+) -> Any:
+    """A dataclass field that carries what the help and the checks need."""
+    meta = {"help": help_text, "unit": unit, "choices": tuple(choices) if choices else None}
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which base model, and how its weights are held."""
+
+    model: str = _setting(
+        "meta-llama/Llama-2-7b-hf",
+        "base model: a Hub id, a folder, or 'smollm2' (the embedded SmolLM2-135M)",
+    )
+    revision: str | None = _setting(None, "branch, tag or commit of the base model on the Hub")
+    quant: str = _setting(
+        "nf4", "how the frozen base weights are held", choices=[q.value for q in Quant]
+    )
+    double_quant: bool = _setting(True, "quantise the 4-bit scales as well (4-bit arms only)")
+    compute_dtype: str = _setting(
+        "bfloat16",
+        "dtype of matrix products; float32 is for CPUs without fast bfloat16",
+        choices=["bfloat16", "float32"],
+    )
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which conversations, and what of them is trained on."""
+
+    dataset: str = _setting(
+        "oasst1",
+        "conversations in OASST1's row schema: 'oasst1', 'demo' (embedded), a Hub id, a .jsonl file, "
+        "or a `datasets` folder",
+    )
+    dataset_revision: str | None = _setting(
+        None, "branch, tag or commit of the data set on the Hub"
+    )
+    languages: str = _setting("en", "comma-separated language codes to keep, or 'all'")
+    conversations: str = _setting(
+        "best-path",
+        "which paths of a tree become conversations; all-paths trains on each last reply only",
+        choices=["best-path", "all-paths"],
+    )
+    template: str = _setting(
+        "guanaco",
+        "text around the turns; guanaco is '### Human: …### Assistant: …'",
+        choices=["guanaco", "alpaca", "chatml"],
+    )
+    mask: str = _setting(
+        "prompt",
+        "prompt: learn assistant tokens only; none: learn every token, as the original QLoRA did",
+        choices=["prompt", "none"],
+    )
+    max_length: int = _setting(512, "longest example, BOS and EOS included", "tokens")
+    eval_fraction: float = _setting(
+        0.05, "share of trees held out where the data set has no validation split", "0 to 0.5"
+    )
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapter."""
+
+    lora_r: int = _setting(64, "rank", "dimensions")
+    lora_alpha: float = _setting(16, "scale: the update is multiplied by alpha / r")
+    lora_dropout: float = _setting(0.1, "dropout on the adapter's input", "probability")
+    lora_targets: str = _setting(
+        "all-linear", "layers that get an adapter: all-linear (no output head) or a comma list"
+    )
+
+
+@dataclass(frozen=True)
+class OptimizationSettings:
+    """Steps, batches and the optimizer."""
+
+    max_steps: int | None = _setting(
+        None, f"optimizer steps (default {DEFAULT_MAX_STEPS} unless --epochs is given)", "steps"
+    )
+    epochs: float | None = _setting(None, "passes over the data, instead of --max-steps", "epochs")
+    batch_size: int = _setting(1, "examples in one forward pass, per process", "examples")
+    grad_accum: int = _setting(16, "forward passes per optimizer step", "passes")
+    eval_batch_size: int = _setting(8, "examples in one evaluation pass, per process", "examples")
+    learning_rate: float = _setting(2e-4, "peak learning rate")
+    lr_schedule: str = _setting(
+        "constant", "learning rate over time", choices=["constant", "linear", "cosine"]
+    )
+    warmup_ratio: float = _setting(0.0, "share of steps with a rising rate", "0 to 1")
+    optimizer: str = _setting(
+        "paged_adamw_32bit",
+        "optimizer, the same for both arms",
+        choices=["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw_torch"],
+    )
+    adam_beta2: float = _setting(0.999, "decay of the second moment", "0 to 1")
+    weight_decay: float = _setting(0.0, "decoupled weight decay")
+    max_grad_norm: float = _setting(0.3, "gradients are clipped to this norm")
+    group_by_length: bool = _setting(True, "put examples of like length into one batch")
+    gradient_checkpointing: bool = _setting(
+        True, "recompute activations in the backward pass: less memory, more time"
+    )
+    seed: int = _setting(0, "seed of weights, dropout, data order and split")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where the run is kept, and what happens if something is there already."""
+
+    output_dir: str | None = _setting(
+        None, "run folder (default results/4bit for nf4, results/16bit, results/4bit_fp4)"
+    )
+    save_steps: int = _setting(250, "steps between checkpoints", "steps")
+    resume: str = _setting(
+        "auto",
+        "auto: go on from the newest whole checkpoint of an unfinished run; never; or a checkpoint "
+        "folder",
+    )
+    overwrite: bool = _setting(False, "replace what the run folder holds")
+    report_to: str = _setting(
+        "none", "where Trainer logs as well", choices=["none", "tensorboard", "wandb"]
+    )
+
+
+GROUPS: dict[str, type] = {
+    "model": ModelSettings,
+    "data": DataSettings,
+    "lora": LoraSettings,
+    "optimization": OptimizationSettings,
+    "run": RunSettings,
+}
+
+# Which settings may change without making it another experiment (a resumed run keeps the rest).
+_HOUSEKEEPING = {"output_dir", "resume", "overwrite", "report_to", "save_steps", "eval_batch_size"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of one run, checked."""
+
+    model: ModelSettings
+    data: DataSettings
+    lora: LoraSettings
+    optimization: OptimizationSettings
+    run: RunSettings
+
+    @property
+    def quant(self) -> Quant:
+        """How the base weights are held."""
+        return Quant(self.model.quant)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.run.output_dir or Path("results") / self.quant.arm)
+
+    def flat(self) -> dict[str, Any]:
+        """Returns every setting by name, as recipes and records hold them."""
+        return {
+            name: value
+            for group in GROUPS
+            for name, value in dataclasses.asdict(getattr(self, group)).items()
+        }
+
+    def experiment(self) -> dict[str, Any]:
+        """Returns the settings that decide what is learned, without house-keeping."""
+        return {k: v for k, v in self.flat().items() if k not in _HOUSEKEEPING}
+
+
+def setting_fields() -> dict[str, tuple[str, dataclasses.Field[Any]]]:
+    """Returns each setting's group and dataclass field by its name."""
+    return {f.name: (group, f) for group, cls in GROUPS.items() for f in fields(cls)}
+
+
+def field_kind(cls: type, name: str) -> tuple[type, bool]:
+    """Returns the plain type of a setting and whether it may be None.
+
+    Args:
+        cls: The dataclass that holds it.
+        name: The setting.
+    """
+    hint = typing.get_type_hints(cls)[name]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        plain = [t for t in typing.get_args(hint) if t is not type(None)]
+        return plain[0], True
+    return hint, False
+
+
+def build_settings(values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> Settings:
+    """Checks values by name and fills in the defaults.
+
+    Args:
+        values: Settings by name; what is missing gets its default.
+        sources: Where each value came from (a flag, or a recipe file and key), for messages.
+
+    Returns:
+        The settings.
+
+    Raises:
+        SettingsError: An unknown name, a wrong type, a value out of range, or two that exclude
+            each other.
+    """
+    where = dict(sources or {})
+    known = setting_fields()
+    grouped: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+    for name, value in values.items():
+        if name not in known:
+            raise unknown_name(name, where.get(name, f"setting '{name}'"), known)
+        group, f = known[name]
+        place = where.setdefault(name, f"--{name.replace('_', '-')}")
+        grouped[group][name] = _typed(f, GROUPS[group], value, place)
+    optimization = grouped["optimization"]
+    if optimization.get("max_steps") is not None and optimization.get("epochs") is not None:
+        raise SettingsError(
+            f"{where['max_steps']} ({optimization['max_steps']}) and {where['epochs']} "
+            f"({optimization['epochs']}) exclude each other",
+            "Give one of the two",
+        )
+    if optimization.get("max_steps") is None and optimization.get("epochs") is None:
+        optimization["max_steps"] = DEFAULT_MAX_STEPS
+    settings = Settings(**{group: GROUPS[group](**grouped[group]) for group in GROUPS})
+    _check_ranges(settings, where)
+    return settings
+
+
+def unknown_name(name: str, place: str, known: Iterable[str]) -> SettingsError:
+    """Returns the error for an unknown name, with the nearest known one.
+
+    Args:
+        name: What was given.
+        place: The flag, or recipe file and key.
+        known: The names that exist.
+    """
+    close = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return SettingsError(
+        f"{place} is not known", f"{hint}`launch/train.py --help` lists every setting"
+    )
+
+
+def _typed(f: dataclasses.Field[Any], cls: type, value: Any, place: str) -> Any:
+    kind, optional = field_kind(cls, f.name)
+    if value is None and optional:
+        return None
+    wrong = SettingsError(f"{place}: {value!r} is not {_kind_name(kind)}", "Correct the value")
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise wrong
+    if kind is str:
+        if not isinstance(value, str) or not value:
+            raise wrong
+        choices = f.metadata["choices"]
+        if choices and value not in choices:
+            raise SettingsError(
+                f"{place}: {value!r} is not one of {', '.join(choices)}", "Choose one of these"
+            )
+        return value
+    if isinstance(value, bool):
+        raise wrong
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise wrong from None
+    if not math.isfinite(number) or (kind is int and number != int(number)):
+        raise wrong
+    return int(number) if kind is int else number
+
+
+def _kind_name(kind: type) -> str:
+    return {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+    }[kind]
+
+
+def _check_ranges(settings: Settings, where: Mapping[str, str]) -> None:
+    flat = settings.flat()
+    at_least: dict[str, float] = {
+        "max_length": 8,
+        "lora_r": 1,
+        "max_steps": 1,
+        "batch_size": 1,
+        "grad_accum": 1,
+        "eval_batch_size": 1,
+        "save_steps": 1,
+        "seed": 0,
+        "weight_decay": 0,
+    }
+    above_zero = ("epochs", "learning_rate", "lora_alpha", "max_grad_norm")
+    spans = {
+        "lora_dropout": (0.0, 0.99),
+        "warmup_ratio": (0.0, 1.0),
+        "eval_fraction": (0.0, 0.5),
+        "adam_beta2": (0.0, 0.999999),
+    }
+
+    def refuse(name: str, rule: str) -> None:
+        place = where.get(name, f"--{name.replace('_', '-')}")
+        raise SettingsError(f"{place}: {flat[name]} is out of range", f"It must be {rule}")
+
+    for name, low in at_least.items():
+        if flat[name] is not None and flat[name] < low:
+            refuse(name, f"at least {low:g}")
+    for name in above_zero:
+        if flat[name] is not None and flat[name] <= 0:
+            refuse(name, "above 0")
+    for name, (low, high) in spans.items():
+        if not low <= flat[name] <= high:
+            refuse(name, f"from {low:g} to {high:g}")
+
+
+def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """Reads a YAML recipe: settings by name, with `extends: NAME` for a recipe it differs from.
+
+    Args:
+        path: The YAML file.
+        seen: Files that extend this one, to stop at a circle.
+
+    Returns:
+        The values, and for each the place it came from.
+
+    Raises:
+        SettingsError: The file is missing, not YAML, not a mapping, or has an unknown key.
+    """
+    if path in seen:
+        raise SettingsError(f"recipe {path} extends itself", "Remove its 'extends' key")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"recipe {path} can't be read: {error}", "Check the file") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"recipe {path} is not YAML: {error}", "Correct the file") from None
+    if not isinstance(loaded, dict):
+        raise SettingsError(
+            f"recipe {path} holds a {type(loaded).__name__}, not 'name: value' lines",
+            "Correct the file",
+        )
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    base = loaded.pop("extends", None)
+    if base is not None:
+        values, sources = read_recipe(find_recipe(str(base), path.parent), (*seen, path))
+    known = setting_fields()
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        place = f"recipe {path}, key '{key}'"
+        if name not in known:
+            raise unknown_name(name, place, known)
+        values[name] = value
+        sources[name] = place
+    return values, sources
+
+
+def find_recipe(name: str, folder: Path) -> Path:
+    """Returns the file of a recipe given by name or path.
+
+    Args:
+        name: A path to a YAML file, or the name of a recipe in `folder`.
+        folder: Where the named recipes are.
+
+    Raises:
+        SettingsError: There is no such recipe.
+    """
+    for path in (Path(name), folder / name, folder / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    names = sorted(p.stem for p in folder.glob("*.yaml"))
+    raise SettingsError(
+        f"--recipe: there is no recipe {name!r}",
+        f"Name a YAML file or one of {', '.join(names)}",
+    )

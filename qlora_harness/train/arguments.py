@@ -1,0 +1,105 @@
+"""Our stable setting names to the arguments of the installed transformers: the only such place."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_harness.settings import OptimizationSettings
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+OPTIMIZERS = {
+    "paged_adamw_32bit": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "adamw_torch": "adamw_torch_fused",
+}
+
+
+def planned_steps(optimization: OptimizationSettings, examples: int, processes: int) -> int:
+    """Returns the number of optimizer steps.
+
+    Args:
+        optimization: Holds either max_steps or epochs.
+        examples: Training examples.
+        processes: Data-parallel processes.
+    """
+    if optimization.max_steps is not None:
+        return optimization.max_steps
+    assert optimization.epochs is not None
+    per_step = optimization.batch_size * optimization.grad_accum * processes
+    return max(1, math.ceil(optimization.epochs * examples / per_step))
+
+
+def training_arguments(
+    optimization: OptimizationSettings,
+    *,
+    checkpoint_dir: Path,
+    steps: int,
+    save_steps: int,
+    report_to: str,
+    compute_dtype: str,
+    use_cpu: bool,
+) -> TrainingArguments:
+    """Builds the TrainingArguments of a run; every value that matters is stated, none inherited.
+
+    Args:
+        optimization: Steps, batches, optimizer.
+        checkpoint_dir: Where Trainer keeps its checkpoints.
+        steps: From `planned_steps`.
+        save_steps: Steps between checkpoints.
+        report_to: "none", "tensorboard" or "wandb".
+        compute_dtype: "bfloat16" (autocast) or "float32".
+        use_cpu: Whether to stay on the CPU.
+    """
+    from transformers import TrainingArguments
+
+    values: dict[str, Any] = {
+        "output_dir": str(checkpoint_dir),
+        "max_steps": steps,
+        "per_device_train_batch_size": optimization.batch_size,
+        "per_device_eval_batch_size": optimization.eval_batch_size,
+        "gradient_accumulation_steps": optimization.grad_accum,
+        "learning_rate": optimization.learning_rate,
+        "lr_scheduler_type": optimization.lr_schedule,
+        "warmup_steps": math.ceil(optimization.warmup_ratio * steps),
+        "optim": OPTIMIZERS[optimization.optimizer],
+        "adam_beta1": 0.9,
+        "adam_beta2": optimization.adam_beta2,
+        "adam_epsilon": 1e-8,
+        "weight_decay": optimization.weight_decay,
+        "max_grad_norm": optimization.max_grad_norm,
+        "bf16": compute_dtype == "bfloat16",
+        "fp16": False,
+        "seed": optimization.seed,
+        "data_seed": optimization.seed,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        # A NaN loss must be seen, not replaced by the mean of its neighbours.
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": save_steps,
+        "save_total_limit": 2,
+        "eval_strategy": "no",
+        "report_to": [] if report_to == "none" else [report_to],
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": not use_cpu,
+        "use_cpu": use_cpu,
+        # Trainer's own tracker would reset the peak counters that we read.
+        "skip_memory_metrics": True,
+        "disable_tqdm": False,
+    }
+    names = {f.name for f in dataclasses.fields(TrainingArguments)}
+    # transformers 5.2x renames gradient_checkpointing to activation_checkpointing.
+    kind = "activation" if "activation_checkpointing" in names else "gradient"
+    values[f"{kind}_checkpointing"] = optimization.gradient_checkpointing
+    values[f"{kind}_checkpointing_kwargs"] = {"use_reentrant": False}
+    by_length = optimization.group_by_length
+    values["train_sampling_strategy"] = "group_by_length" if by_length else "random"
+    return TrainingArguments(**values)

@@ -1,0 +1,64 @@
+"""Examples to padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from qlora_harness.data.chat import IGNORE, Example
+
+
+class ExampleSet(Dataset[dict[str, list[int]]]):
+    """A list of examples as the Trainer wants it.
+
+    Args:
+        examples: From `ChatEncoder`.
+    """
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        example = self._examples[index]
+        return {"input_ids": example.input_ids, "labels": example.labels}
+
+
+def pad_batch(rows: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Pads rows on the right; what is padding is known by length, never by token id.
+
+    Args:
+        rows: `input_ids` and `labels` of equal length per row.
+        pad_id: Any valid id; it is neither attended to nor learned.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels` (-100 on padding), each [B, T] int64.
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+    input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+    labels = torch.full((len(rows), longest), IGNORE, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        input_ids[i, :length] = torch.tensor(row["input_ids"], dtype=torch.int64)
+        attention_mask[i, :length] = 1
+        labels[i, :length] = torch.tensor(row["labels"], dtype=torch.int64)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Returns an id to pad with: the tokenizer's pad, unknown or end token, or 0.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+    """
+    for name in ("pad_token_id", "unk_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if isinstance(value, int) and value >= 0:
+            return value
+    return 0

@@ -1,0 +1,161 @@
+"""The training command line: flags and recipe to settings, settings to a run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from qlora_harness.errors import HarnessError, SettingsError, print_error
+from qlora_harness.locations import recipes_dir
+from qlora_harness.settings import (
+    GROUPS,
+    Settings,
+    build_settings,
+    field_kind,
+    find_recipe,
+    read_recipe,
+    setting_fields,
+)
+
+_EPILOG = """\
+Every flag is also a recipe key (learning_rate: 0.0002). Flags win over the recipe, the recipe over
+the defaults. Recipes that come along: qlora-llama2-7b (the published one; its values are the
+defaults), lora-llama2-7b (the same in bf16), demo (SmolLM2 on the embedded data, for CPUs).
+
+examples:
+  accelerate launch launch/train.py --quant nf4
+  accelerate launch launch/train.py --quant bf16
+  accelerate launch launch/train.py --recipe demo --quant nf4
+  accelerate launch launch/train.py --quant nf4 --dataset rows.jsonl --languages all --epochs 3
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown = "unrecognized arguments: "
+        if message.startswith(unknown):
+            flag = message.removeprefix(unknown).split()[0]
+            from qlora_harness.settings import unknown_name
+
+            name = flag.split("=")[0].lstrip("-").replace("-", "_")
+            raise unknown_name(name, f"flag {flag}", [*setting_fields(), "recipe"])
+        raise SettingsError(message, "`launch/train.py --help` lists every flag")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser; it names flags only, defaults and checks are those of `settings`."""
+    parser = _Parser(
+        prog="launch/train.py",
+        description="Fine-tunes a base model with LoRA, held in 4 bits (QLoRA) or in bf16.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="YAML file, or the name of one in launch/recipes"
+    )
+    for group, cls in GROUPS.items():
+        section = parser.add_argument_group(f"{group} settings")
+        for f in dataclasses.fields(cls):
+            _add_flag(section, cls, f)
+    return parser
+
+
+def _add_flag(section: Any, cls: type, f: dataclasses.Field[Any]) -> None:
+    kind, _ = field_kind(cls, f.name)
+    flag = f"--{f.name.replace('_', '-')}"
+    unit, choices = f.metadata["unit"], f.metadata["choices"]
+    notes = [unit] if unit else []
+    if choices:
+        notes.append(" | ".join(choices))
+    if f.default is not None:
+        shown = str(f.default).lower() if isinstance(f.default, bool) else f.default
+        notes.append(f"default {shown}")
+    text = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
+    text = text.replace("%", "%%")
+    if kind is bool:
+        section.add_argument(
+            flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+        )
+    else:
+        metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+        section.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+
+def parse_settings(argv: Sequence[str] | None = None) -> tuple[Settings, bool]:
+    """Turns a command line into settings.
+
+    Args:
+        argv: The arguments, or None for those of this process.
+
+    Returns:
+        The settings, and whether --resume was given.
+
+    Raises:
+        SettingsError: A flag, recipe key or value is wrong.
+    """
+    flags = vars(build_parser().parse_args(argv))
+    recipe = flags.pop("recipe")
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    if recipe is not None:
+        values, sources = read_recipe(find_recipe(recipe, recipes_dir()))
+    # --epochs on the command line replaces the recipe's steps, and the other way round.
+    for given, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
+        if given in flags and other not in flags:
+            values.pop(other, None)
+    for name, value in flags.items():
+        values[name] = value
+        sources[name] = f"--{name.replace('_', '-')}"
+    return build_settings(values, sources), "resume" in flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the training command.
+
+    Args:
+        argv: The arguments, or None for those of this process.
+
+    Returns:
+        The exit status: 0, 2 for a mistake in the input, 3 for a run that failed.
+    """
+    try:
+        settings, resume_given = parse_settings(argv)
+        from qlora_harness.train.run import run_training
+
+        summary = run_training(settings, resume_given=resume_given)
+    except HarnessError as error:
+        print_error(error)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    _report(settings, summary)
+    return 0
+
+
+def _report(settings: Settings, summary: dict[str, Any]) -> None:
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
+    results, memory, runtime = summary["results"], summary["memory"], summary["runtime"]
+    peak = memory["peak_allocated_bytes"]
+    if peak is not None:
+        used = f"peak GPU memory {peak / 2**30:.2f} GiB allocated"
+    else:
+        used = f"peak CPU memory {(memory['cpu_peak_rss_bytes'] or 0) / 2**30:.2f} GiB (RSS)"
+    speed = summary["throughput"]["tokens_per_second"]
+    parts = [
+        f"{results['steps']} steps in {runtime['train_seconds']:.0f} s"
+        + (f" ({speed:,.0f} tokens/s)" if speed else ""),
+        used,
+        f"last train loss {results['final_train_loss']:.3f}",
+    ]
+    if results["eval_loss"] is not None:
+        parts.append(
+            f"evaluation loss {results['eval_loss']:.3f}, perplexity {results['perplexity']:.2f}"
+        )
+    print(f"{settings.quant.value}: " + "; ".join(parts))
+    print(f"adapter: {settings.run_dir / 'adapter'}   record: {settings.run_dir}")

@@ -1,0 +1,413 @@
+"""One training run from settings to adapter and record."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import TrainerState
+from transformers.utils import logging as transformers_logging
+
+from qlora_harness.data.chat import ChatEncoder, show
+from qlora_harness.data.corpus import TrainingData, load_training_data
+from qlora_harness.errors import HarnessError, SettingsError, TrainingError
+from qlora_harness.model.base import (
+    BaseSource,
+    find_base,
+    is_out_of_memory,
+    load_base,
+    load_tokenizer,
+    parameter_dtypes,
+    weights_fingerprint,
+)
+from qlora_harness.model.lora import attach_lora, save_adapter
+from qlora_harness.record import (
+    ADAPTER_DIR,
+    CHECKPOINT_DIR,
+    LOGS_FILE,
+    SCHEMA_VERSION,
+    SUMMARY_FILE,
+    TRAINER_STATE_FILE,
+    environment,
+    now,
+    read_json,
+    write_json,
+)
+from qlora_harness.settings import Settings
+from qlora_harness.train.arguments import planned_steps, training_arguments
+from qlora_harness.train.batches import ExampleSet, pad_batch, padding_id
+from qlora_harness.train.evaluation import EvaluationLoss, evaluate_loss
+from qlora_harness.train.memory import MemoryMeter, summarise
+from qlora_harness.train.run_folder import StartingPoint, clear, inspect
+from qlora_harness.train.trainer import CountingTrainer, StepLog, StopOnSignal
+
+# Steps left out of the steady throughput: kernels are chosen and memory is mapped in them.
+WARM_UP_STEPS = 3
+
+
+def run_training(settings: Settings, *, resume_given: bool = False) -> dict[str, Any]:
+    """Trains one arm and writes its run folder.
+
+    Args:
+        settings: What to do.
+        resume_given: Whether the user asked to resume.
+
+    Returns:
+        The training summary, as stored.
+
+    Raises:
+        HarnessError: Anything the user can mend; the folder then says "failed", or is untouched if
+            training had not begun.
+    """
+    state = PartialState()
+    _check_launch(state)
+    run_dir = settings.run_dir
+    start = inspect(
+        run_dir,
+        experiment=settings.experiment(),
+        resume=settings.run.resume,
+        resume_given=resume_given,
+        overwrite=settings.run.overwrite,
+    )
+    if start.nothing_to_do and start.previous is not None:
+        _say(state, f"{run_dir} holds this run already, completed; nothing is left to do")
+        return start.previous
+    return _Run(settings, state, start).execute()
+
+
+def _check_launch(state: PartialState) -> None:
+    if state.num_processes == 1 and torch.cuda.device_count() > 1:
+        raise SettingsError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process",
+            "Use `accelerate launch --multi_gpu launch/train.py …`, or set CUDA_VISIBLE_DEVICES=0",
+        )
+
+
+def _say(state: PartialState, text: str) -> None:
+    if state.is_main_process:
+        print(text, flush=True)
+
+
+class _Run:
+    """The state of one run; `execute` is its only entry."""
+
+    def __init__(self, settings: Settings, state: PartialState, start: StartingPoint) -> None:
+        self.settings = settings
+        self.state = state
+        self.start = start
+        self.run_dir = settings.run_dir
+        # LOCAL rank: the global one would name a GPU that a second machine does not have.
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", state.local_process_index) if cuda else state.device
+        self.memory = MemoryMeter(self.device, state.process_index)
+        self.seconds: dict[str, float] = {}
+        self.stop = StopOnSignal()
+        self.began = time.perf_counter()
+        self.summary: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "training_summary",
+            "status": "running",
+            "arm": settings.quant.arm,
+            "quant": settings.quant.value,
+            "started": now(),
+            "finished": None,
+        }
+
+    def execute(self) -> dict[str, Any]:
+        settings = self.settings
+        source = find_base(settings.model.model, settings.model.revision)
+        tokenizer = load_tokenizer(source)
+        with self._timed("data"):
+            data = self._load_data(tokenizer)
+        self._describe(source, data)
+        with self._timed("load"), self.memory.phase("load"):
+            model = self._load_model(source)
+        self._begin(source, data, model)
+        try:
+            outcome = self._train_and_evaluate(model, tokenizer, data, source)
+        except BaseException as error:
+            self._fail(error)
+            if is_out_of_memory(error):
+                raise self._memory_advice() from error
+            raise
+        return outcome
+
+    def _load_data(self, tokenizer: Any) -> TrainingData:
+        chosen = self.settings.data
+        encoder = ChatEncoder(tokenizer, chosen.template, chosen.max_length, chosen.mask)
+        # The main process goes first: it fills the cache that the others read.
+        with self.state.main_process_first():
+            return load_training_data(
+                encoder,
+                chosen.dataset,
+                revision=chosen.dataset_revision,
+                languages=chosen.languages,
+                paths=chosen.conversations,
+                eval_fraction=chosen.eval_fraction,
+                seed=self.settings.optimization.seed,
+            )
+
+    def _describe(self, source: BaseSource, data: TrainingData) -> None:
+        report, settings = data.report, self.settings
+        train, held_out = report["train"], report["eval"]
+        dropped = ", ".join(f"{n} {reason}" for reason, n in report["dropped"].items()) or "none"
+        note = " (random weights)" if source.random_weights else ""
+        lines = [
+            f"{source.name}{note}, {settings.quant.value}, into {self.run_dir}, on {self.device}",
+            f"data: {report['source']}: {report['trees']} trees, {report['messages']} messages; "
+            f"dropped: {dropped}",
+            f"train: {train['conversations']} conversations, {train['tokens']:,} tokens, "
+            f"{train['supervised_tokens']:,} learned; {train['truncated']} truncated to "
+            f"{settings.data.max_length}, {train['without_supervised_token']} left out",
+            f"evaluation ({report['evaluation_source']}): {held_out['conversations']} "
+            f"conversations, {held_out['supervised_tokens']:,} learned tokens",
+        ]
+        _say(self.state, "\n".join(lines))
+
+    def _load_model(self, source: BaseSource) -> Any:
+        settings = self.settings
+        model = load_base(
+            source,
+            quant=settings.quant,
+            double_quant=settings.model.double_quant,
+            compute_dtype=settings.model.compute_dtype,
+            device=self.device,
+        )
+        self.base_fingerprint = weights_fingerprint(model)
+        torch.manual_seed(settings.optimization.seed)
+        lora = settings.lora
+        return attach_lora(
+            model,
+            r=lora.lora_r,
+            alpha=lora.lora_alpha,
+            dropout=lora.lora_dropout,
+            targets=lora.lora_targets,
+        )
+
+    def _begin(self, source: BaseSource, data: TrainingData, model: Any) -> None:
+        """From here on the run folder is ours."""
+        settings, main = self.settings, self.state.is_main_process
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if self.start.replace and main:
+            clear(self.run_dir)
+        self.state.wait_for_everyone()
+        quant = settings.quant
+        self.summary |= {
+            "model": source.record() | {"trainable_parameters": trainable},
+            "quantization": {
+                "quant": quant.value,
+                "double_quant": settings.model.double_quant if quant.is_4bit else None,
+                "compute_dtype": settings.model.compute_dtype,
+                "parameter_dtypes": parameter_dtypes(model),
+            },
+            "settings": settings.flat() | {"output_dir": str(self.run_dir)},
+            "data": data.report,
+            "environment": environment()
+            | {"device": _device(self.device), "world_size": self.state.num_processes},
+            "failure": None,
+        }
+        self._write_summary()
+
+    def _train_and_evaluate(
+        self, model: Any, tokenizer: Any, data: TrainingData, source: BaseSource
+    ) -> dict[str, Any]:
+        settings = self.settings
+        pad = padding_id(tokenizer)
+        steps = planned_steps(settings.optimization, len(data.train), self.state.num_processes)
+        arguments = training_arguments(
+            settings.optimization,
+            checkpoint_dir=self.run_dir / CHECKPOINT_DIR,
+            steps=steps,
+            save_steps=settings.run.save_steps,
+            report_to=settings.run.report_to,
+            compute_dtype=settings.model.compute_dtype,
+            use_cpu=self.device.type == "cpu",
+        )
+        log = StepLog(self.run_dir, self.memory, self._earlier_rows())
+        if self.state.is_main_process:
+            shown = show(data.train[0], tokenizer)
+            print(f"first example, learned parts in ⟦ ⟧:\n{shown}\n", flush=True)
+        # Trainer resets the log level to "warning", which repeats every step's row on the screen.
+        transformers_logging.set_verbosity_error()
+        trainer = CountingTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=ExampleSet(data.train),
+            data_collator=partial(pad_batch, pad_id=pad),
+            callbacks=[log, self.stop],
+        )
+        log.trainer = trainer
+        checkpoint = str(self.start.checkpoint) if self.start.checkpoint else None
+        with self._timed("train"), self.memory.phase("train"), self.stop.installed():
+            result = trainer.train(resume_from_checkpoint=checkpoint)
+        log.write()
+        if self.state.is_main_process:
+            _save_state(trainer.state, self.run_dir / TRAINER_STATE_FILE)
+        self.summary["results"] = _results(log.rows, result.training_loss)
+        if self.stop.received and trainer.state.global_step < steps:
+            self._finish("interrupted", log.rows)
+            raise TrainingError(
+                f"{self.stop.received} stopped the run at step {trainer.state.global_step} of "
+                f"{steps}; a checkpoint was saved",
+                "Give the same command again to go on",
+            )
+        if self.state.is_main_process:
+            adapter_record = {
+                "schema_version": SCHEMA_VERSION,
+                "kind": "adapter",
+                "base": source.record() | {"weights_fingerprint": self.base_fingerprint},
+                "quant": settings.quant.value,
+                "double_quant": settings.model.double_quant,
+                "compute_dtype": settings.model.compute_dtype,
+                "data_fingerprint": data.report["train"]["fingerprint"],
+                "run": self.run_dir.name,
+            }
+            unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+            save_adapter(unwrapped, tokenizer, self.run_dir / ADAPTER_DIR, adapter_record)
+        if data.evaluation:
+            with self._timed("eval"), self.memory.phase("evaluate"):
+                evaluation = evaluate_loss(
+                    trainer.model,
+                    data.evaluation,
+                    batch_size=settings.optimization.eval_batch_size,
+                    pad_id=pad,
+                    accelerator=trainer.accelerator,
+                    autocast_dtype=torch.bfloat16 if arguments.bf16 else None,
+                )
+            self.summary["results"] |= _evaluation_results(evaluation)
+        self._finish("completed", log.rows)
+        return self.summary
+
+    def _earlier_rows(self) -> list[dict[str, Any]]:
+        """The step rows before the checkpoint that this run goes on from."""
+        if self.start.checkpoint is None or not (self.run_dir / LOGS_FILE).is_file():
+            return []
+        last = int(self.start.checkpoint.name.rsplit("-", 1)[1])
+        rows = read_json(self.run_dir / LOGS_FILE).get("steps", [])
+        return [row for row in rows if row["step"] <= last]
+
+    def _finish(self, status: str, rows: list[dict[str, Any]]) -> None:
+        phases = [vars(p) for p in self.memory.phases]
+        if self.state.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            phases = gather_object(phases)
+        previous = self.start.previous or {}
+        before = (previous.get("runtime") or {}).get("train_seconds") or 0.0
+        self.summary["status"] = status
+        self.summary["finished"] = now()
+        self.summary["memory"] = summarise(phases, self.device.type)
+        self.summary["runtime"] = {
+            "train_seconds": self.seconds.get("train", 0.0) + before,
+            "load_seconds": self.seconds.get("load"),
+            "data_seconds": self.seconds.get("data"),
+            "eval_seconds": self.seconds.get("eval"),
+            "total_seconds": time.perf_counter() - self.began,
+            "resumed": self.start.checkpoint is not None,
+        }
+        self.summary["throughput"] = _throughput(rows)
+        self._write_summary()
+
+    def _fail(self, error: BaseException) -> None:
+        """Notes the failure; an interruption has been noted already."""
+        if self.summary["status"] != "running":
+            return
+        interrupted = isinstance(error, KeyboardInterrupt)
+        self.summary["status"] = "interrupted" if interrupted else "failed"
+        self.summary["finished"] = now()
+        self.summary["memory"] = summarise([vars(p) for p in self.memory.phases], self.device.type)
+        text = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
+        self.summary["failure"] = {"problem": text.splitlines()[0] if text else "stopped"}
+        self._write_summary()
+
+    def _memory_advice(self) -> TrainingError:
+        optimization = self.settings.optimization
+        return TrainingError(
+            f"{self.device} ran out of memory with --batch-size {optimization.batch_size} and "
+            f"--max-length {self.settings.data.max_length}",
+            "Halve --batch-size and double --grad-accum, lower --max-length, or use --quant nf4",
+        )
+
+    def _write_summary(self) -> None:
+        if self.state.is_main_process:
+            write_json(self.run_dir / SUMMARY_FILE, self.summary)
+
+    def _timed(self, name: str) -> _Timer:
+        return _Timer(self.seconds, name, self.device)
+
+
+class _Timer:
+    """Measures the seconds of a `with` block, device work included."""
+
+    def __init__(self, seconds: dict[str, float], name: str, device: torch.device) -> None:
+        self._seconds, self._name, self._device = seconds, name, device
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        if self._device.type == "cuda" and error[0] is None:
+            torch.cuda.synchronize(self._device)
+        self._seconds[self._name] = time.perf_counter() - self._start
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"name": device.type, "type": device.type, "total_memory_bytes": None, "count": 0}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "type": "cuda",
+        "total_memory_bytes": properties.total_memory,
+        "count": torch.cuda.device_count(),
+        "cuda": torch.version.cuda,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+    }
+
+
+def _results(rows: list[dict[str, Any]], mean_loss: float) -> dict[str, Any]:
+    """The loss of the last step and means; Trainer's own mean covers this segment only."""
+    losses = [row["loss"] for row in rows]
+    last = losses[-10:]
+    return {
+        "steps": len(rows),
+        "final_train_loss": losses[-1] if losses else None,
+        "last_10_steps_train_loss": sum(last) / len(last) if last else None,
+        "mean_train_loss": sum(losses) / len(losses) if losses else mean_loss,
+        "eval_loss": None,
+        "perplexity": None,
+        "eval_tokens": None,
+    }
+
+
+def _evaluation_results(evaluation: EvaluationLoss) -> dict[str, Any]:
+    return {
+        "eval_loss": evaluation.loss,
+        "perplexity": evaluation.perplexity,
+        "eval_tokens": evaluation.tokens,
+    }
+
+
+def _throughput(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens a second over the steps, with the first ones left out where there are enough."""
+    steady = rows[WARM_UP_STEPS:] if len(rows) > 2 * WARM_UP_STEPS else rows
+    seconds = sum(row["seconds"] for row in steady)
+    if not seconds:
+        return {"tokens_per_second": None, "supervised_tokens_per_second": None}
+    return {
+        "tokens_per_second": sum(row["tokens"] for row in steady) / seconds,
+        "supervised_tokens_per_second": sum(row["supervised_tokens"] for row in steady) / seconds,
+        "steps_per_second": len(steady) / seconds,
+        "steps_measured": len(steady),
+    }
+
+
+def _save_state(state: TrainerState, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    state.save_to_json(str(temporary))
+    os.replace(temporary, path)

@@ -1,0 +1,161 @@
+"""The HF Trainer with a full record of every step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from qlora_harness.data.chat import IGNORE
+from qlora_harness.errors import TrainingError
+from qlora_harness.record import LOGS_FILE, SCHEMA_VERSION, write_json
+from qlora_harness.train.memory import MemoryMeter
+
+_WRITE_EVERY_SECONDS = 10.0
+
+
+class CountingTrainer(Trainer):
+    """Trainer that counts the real and the supervised tokens of each optimizer step."""
+
+    step_tokens: torch.Tensor
+    step_started: float
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetches the micro-batches of one optimizer step, and counts their tokens on the way."""
+        self.step_started = time.perf_counter()
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        counts = torch.zeros(2, dtype=torch.int64, device=self.args.device)
+        for batch in samples:
+            counts[0] += batch["attention_mask"].sum()
+            counts[1] += (batch["labels"][:, 1:] != IGNORE).sum()
+        self.step_tokens = counts
+        return samples, items
+
+
+class StepLog(TrainerCallback):
+    """Keeps one row per optimizer step and stops a run whose loss is not finite.
+
+    Args:
+        run_dir: Where training_logs.json is written (by the main process).
+        memory: Measures the training phase.
+        rows: Rows of the steps before, when a run goes on from a checkpoint.
+    """
+
+    def __init__(self, run_dir: Path, memory: MemoryMeter, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+        self.trainer: CountingTrainer | None = None
+        self._path = run_dir / LOGS_FILE
+        self._memory = memory
+        self._written = time.monotonic()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Adds the row of a step (Trainer logs its end-of-run summary through here, too)."""
+        trainer = self.trainer
+        if logs is None or "loss" not in logs or trainer is None:
+            return
+        seconds = time.perf_counter() - trainer.step_started
+        counts = trainer.step_tokens
+        if trainer.accelerator.num_processes > 1:
+            counts = trainer.accelerator.reduce(counts)
+        tokens, supervised = (int(n) for n in counts.tolist())
+        loss, norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise TrainingError(
+                f"step {state.global_step}: loss {loss}, gradient norm {norm}; the run was stopped "
+                f"and {self._path.name} keeps the steps before",
+                "Lower --learning-rate, or look at the data of this step",
+            )
+        self.rows.append(
+            {
+                "step": state.global_step,
+                "epoch": logs.get("epoch"),
+                "loss": loss,
+                "learning_rate": logs.get("learning_rate"),
+                "grad_norm": norm,
+                "tokens": tokens,
+                "supervised_tokens": supervised,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+                **self._memory.sample(),
+            }
+        )
+        if time.monotonic() - self._written > _WRITE_EVERY_SECONDS:
+            self.write()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Writes the rows with each checkpoint, so that a resumed run has them all."""
+        self.write()
+
+    def write(self) -> None:
+        """Writes training_logs.json (main process only)."""
+        self._written = time.monotonic()
+        if self.trainer is None or self.trainer.is_world_process_zero():
+            write_json(
+                self._path,
+                {"schema_version": SCHEMA_VERSION, "kind": "training_logs", "steps": self.rows},
+            )
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends a run at the next step border, with a checkpoint, on SIGTERM or Ctrl-C.
+
+    Attributes:
+        received: Name of the signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Catches the signals inside the `with` block; a second one acts as usual."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        names = (signal.SIGTERM, signal.SIGINT)
+        previous = {name: signal.getsignal(name) for name in names}
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.received = signal.Signals(number).name
+            for name in names:
+                signal.signal(name, previous[name])
+
+        for name in names:
+            signal.signal(name, handle)
+        try:
+            yield
+        finally:
+            for name in names:
+                signal.signal(name, previous[name])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Asks Trainer to save and stop."""
+        if self.received:
+            control.should_save = True
+            control.should_training_stop = True
