@@ -1,7 +1,7 @@
 """Makes `lm_eval` find our model and tasks.
 
-lm-eval 0.4.13 has no plugin discovery; its main branch reads the entry-point group `lm_eval.models`,
-which this distribution declares. For releases without discovery the distribution ships a start-up
+lm-eval 0.4.13 has no plugin discovery; its main branch reads the entry-point group
+`lm_eval.models`, which this distribution declares. For releases without discovery the distribution ships a start-up
 hook, `qlora_harness_hook.pth`: at interpreter start it adds one finder to sys.meta_path and imports
 nothing; when `lm_eval` is imported, it calls `install`. That adds the model to lm-eval's registry
 (unless the release discovers plugins itself) and our tasks to its index.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import sys
-
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -106,8 +105,8 @@ class _Loader:
             self._action(module)
         except Exception as error:  # a harness we don't know must still work without us
             print(
-                f"qlora-harness: this lm_eval could not be extended ({error!r}); its own models and "
-                "tasks work, ours are missing",
+                f"qlora-harness: this lm_eval could not be extended ({error!r}); its own models "
+                "and tasks work, ours are missing",
                 file=sys.stderr,
             )
 

@@ -153,7 +153,7 @@ def git_state(folder: Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Returns versions, git state, platform and command of this process (no device: that needs torch)."""
+    """Returns versions, git state, platform and command; the device is left to who knows torch."""
     return {
         "versions": package_versions(),
         "git": git_state(Path(__file__).resolve().parent),

@@ -1,7 +1,7 @@
 """All settings of a training run: the only place with defaults, units and their checks.
 
-Flags and recipe keys are made from these fields (`learning_rate` is `--learning-rate` on the command
-line), so that the two arms of a comparison, the help text and the stored record can't drift apart.
+Flags and recipe keys are made from these fields (`learning_rate` is `--learning-rate` on the
+command line), so that the two arms of a comparison, the help text and the stored record can't drift apart.
 The defaults are the published QLoRA recipe for LLaMA-2-7B on OASST1
 (https://github.com/artidoro/qlora, scripts/finetune_llama2_guanaco_7b.sh).
 """
@@ -83,8 +83,8 @@ class DataSettings:
 
     dataset: str = _setting(
         "oasst1",
-        "conversations in OASST1's row schema: 'oasst1', 'demo' (embedded), a Hub id, a .jsonl file, "
-        "or a `datasets` folder",
+        "conversations in OASST1's row schema: 'oasst1', 'demo' (embedded), a Hub id, a .jsonl "
+        "file, or a `datasets` folder",
     )
     dataset_revision: str | None = _setting(
         None, "branch, tag or commit of the data set on the Hub"

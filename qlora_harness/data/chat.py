@@ -136,8 +136,8 @@ class ChatEncoder:
         for token in self._template.control_tokens:
             if len(self._ids(token, control=True)) != 1:
                 raise SettingsError(
-                    f"--template {template} needs the token {token!r}, which this model's tokenizer "
-                    "does not have",
+                    f"--template {template} needs the token {token!r}, which this model's "
+                    "tokenizer does not have",
                     "Choose --template guanaco; tokens are never added to a vocabulary",
                 )
         if tokenizer.eos_token_id is None:
@@ -214,8 +214,11 @@ class ChatEncoder:
         return _Exchange(prompt, reply + self._end, assistant.supervised)
 
     def _continuation(self, before: str, text: str) -> list[int]:
-        """Ids of a text as it follows another one (a SentencePiece tokenizer puts a space before
-        every text it sees alone, so the two are encoded together and split)."""
+        """Ids of a text as it follows another one.
+
+        A SentencePiece tokenizer puts a space before every text it sees alone, so the two are
+        encoded together and split.
+        """
         context = self._with_control(before)
         whole = self._with_control(before, text)
         if whole[: len(context)] == context:

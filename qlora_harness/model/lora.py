@@ -49,7 +49,7 @@ def attach_lora(
     names = targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT's hint says int, its arithmetic is float
+        lora_alpha=alpha,  # PEFT's hint says int, its arithmetic is float
         lora_dropout=dropout,
         target_modules=names,
         bias="none",
@@ -57,7 +57,7 @@ def attach_lora(
     )
     try:
         with _quiet():
-            return get_peft_model(model, config)  # type: ignore[return-value]
+            return get_peft_model(model, config)
     except ValueError as error:
         if "not found in the base model" in str(error):
             raise SettingsError(
@@ -193,7 +193,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     config.inference_mode = True
     try:
         with _quiet():
-            adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+            adapted = get_peft_model(model, config)
         outcome = set_peft_model_state_dict(adapted, weights)
     except (RuntimeError, ValueError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -214,7 +214,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         parameter.requires_grad_(False)
     with torch.no_grad():
         adapted.eval()
-    return adapted  # type: ignore[return-value]
+    return adapted
 
 
 def _check_values(weights: dict[str, Any], path: Path) -> None:

@@ -1,11 +1,10 @@
-"""`--model qlora_adapter`: a base model in nf4, fp4 or bf16 with an unmerged adapter, as an lm-eval LM."""
+"""`--model qlora_adapter`: a base in nf4, fp4 or bf16 with an unmerged adapter, as an lm-eval LM."""
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qlora_harness")
 
 
-class QloraAdapterLM(HFLM):
+class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
     """A base model and an adapter, scored as HFLM scores.
 
     The base is loaded by the function that training uses, and the adapter stays unmerged on it, so
@@ -222,8 +221,8 @@ class QloraAdapterLM(HFLM):
             whole = self.tok_encode(f"Answer: {letter}")
             if whole[: len(context)] != context or len(whole) != len(context) + 1:
                 raise SettingsError(
-                    f"the tokenizer of {self._choice.base} makes {len(whole) - len(context)} tokens "
-                    f"of ' {letter}' after 'Answer:'",
+                    f"the tokenizer of {self._choice.base} makes {len(whole) - len(context)} "
+                    f"tokens of ' {letter}' after 'Answer:'",
                     "These tasks need a tokenizer for which each answer is one token",
                 )
 

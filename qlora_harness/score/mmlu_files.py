@@ -157,7 +157,7 @@ def parse_questions(data: bytes, place: str) -> tuple[Question, ...]:
         DataError: A row is not JSON, lacks a field, does not end in "Answer:", or has an answer
             other than A to D.
     """
-    questions = []
+    questions: list[Question] = []
     lines = data.decode("utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -1,4 +1,4 @@
-"""Which base and which adapter to score: from model arguments, an adapter's record, or ./results."""
+"""What is scored: from model arguments, an adapter's record, or the newest run in ./results."""
 
 from __future__ import annotations
 

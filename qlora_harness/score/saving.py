@@ -24,7 +24,7 @@ def verify_saved_results() -> None:
         ("save_results_samples", "samples_*.jsonl"),
     ):
         setattr(EvaluationTracker, name, _checked(getattr(EvaluationTracker, name), pattern))
-    EvaluationTracker._qlora_harness = True  # type: ignore[attr-defined]
+    EvaluationTracker._qlora_harness = True
 
 
 def _checked(save: Any, pattern: str) -> Any:

@@ -86,7 +86,7 @@ def extend_index(index: dict[str, Entry], paths: Iterable[Path]) -> dict[str, En
 
 
 def _quiet_dataset_hint() -> None:
-    """lm-eval warns once for every task that has a custom_dataset: 57 times for one of our groups."""
+    """Hides a hint that lm-eval gives for every task with a custom_dataset: 57 times a group."""
     logger = logging.getLogger("lm_eval.api.task")
     if not any(getattr(f, "_qlora_harness", False) for f in logger.filters):
 

@@ -31,7 +31,7 @@ class EvaluationLoss:
 
     @property
     def perplexity(self) -> float:
-        """exp of the token-weighted loss."""
+        """Exp of the token-weighted loss."""
         return math.exp(self.loss)
 
 
@@ -46,8 +46,8 @@ def evaluate_loss(
 ) -> EvaluationLoss:
     """Computes the loss over examples, divided among the processes.
 
-    The sum runs over tokens, not over batches, so the result does not depend on batch size or number
-    of processes (beyond rounding).
+    The sum runs over tokens, not over batches, so the result does not depend on batch size or
+    number of processes (beyond rounding).
 
     Args:
         model: A causal language model.

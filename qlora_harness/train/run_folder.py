@@ -118,7 +118,8 @@ def _same_experiment(
     for name, value in experiment.items():
         if name in before and before[name] != value:
             raise RunError(
-                f"{run_dir} holds a run with --{name.replace('_', '-')} {before[name]}, not {value}",
+                f"{run_dir} holds a run with --{name.replace('_', '-')} {before[name]}, "
+                f"not {value}",
                 "Give the same value to go on, --overwrite to replace it, or another --output-dir",
             )
 

@@ -29,7 +29,7 @@ from qlora_harness.train.memory import MemoryMeter
 _WRITE_EVERY_SECONDS = 10.0
 
 
-class CountingTrainer(Trainer):
+class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to mypy
     """Trainer that counts the real and the supervised tokens of each optimizer step."""
 
     step_tokens: torch.Tensor
@@ -47,7 +47,7 @@ class CountingTrainer(Trainer):
         return samples, items
 
 
-class StepLog(TrainerCallback):
+class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to mypy
     """Keeps one row per optimizer step and stops a run whose loss is not finite.
 
     Args:
@@ -120,7 +120,7 @@ class StepLog(TrainerCallback):
             )
 
 
-class StopOnSignal(TrainerCallback):
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to mypy
     """Ends a run at the next step border, with a checkpoint, on SIGTERM or Ctrl-C.
 
     Attributes:
