@@ -1,7 +1,8 @@
 """All settings of a training run: the only place with defaults, units and their checks.
 
 Flags and recipe keys are made from these fields (`learning_rate` is `--learning-rate` on the
-command line), so that the two arms of a comparison, the help text and the stored record can't drift apart.
+command line), so that the two arms of a comparison, the help text and the stored record can't
+drift apart.
 The defaults are the published QLoRA recipe for LLaMA-2-7B on OASST1
 (https://github.com/artidoro/qlora, scripts/finetune_llama2_guanaco_7b.sh).
 """

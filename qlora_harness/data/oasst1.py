@@ -72,8 +72,8 @@ def build_conversations(
 
     `best-path` walks from each root and takes at each level the best-ranked remaining message, or
     the only one where ranks are null, or among several unranked ones the earliest. `all-paths`
-    makes one conversation of each path from a root to an assistant message and supervises its last turn
-    only, so that shared prefixes are not learned several times.
+    makes one conversation of each path from a root to an assistant message and supervises its
+    last turn only, so that shared prefixes are not learned several times.
 
     Args:
         rows: Checked rows in any order.

@@ -136,8 +136,8 @@ def load_base(
     """Loads a base model, frozen, onto one device.
 
     Weights are read as bfloat16; with a 4-bit `quant` the linear layers but the output head are
-    then quantised. With compute dtype float32 everything that is not 4-bit is held in float32 *after*
-    that, so the values are those of the bfloat16 model.
+    then quantised. With compute dtype float32 everything that is not 4-bit is then cast to
+    float32, so the values are those of the bfloat16 model.
 
     Args:
         source: From `find_base`.

@@ -1,4 +1,4 @@
-"""`--model qlora_adapter`: a base in nf4, fp4 or bf16 with an unmerged adapter, as an lm-eval LM."""
+"""`--model qlora_adapter`: a base in nf4, fp4 or bf16, with an unmerged adapter, for lm-eval."""
 
 from __future__ import annotations
 
