@@ -3,8 +3,8 @@
 lm-eval 0.4.13 has no plugin discovery; its main branch reads the entry-point group
 `lm_eval.models`, which this distribution declares. For releases without discovery it ships a
 start-up hook, `qlora_harness_hook.pth`: at interpreter start that adds one finder to sys.meta_path
-and imports nothing; when `lm_eval` is imported, it calls `install`. That adds the model to lm-eval's registry
-(unless the release discovers plugins itself) and our tasks to its index.
+and imports nothing; when `lm_eval` is imported, it calls `install`. That adds the model to
+lm-eval's registry (unless the release discovers plugins itself) and our tasks to its index.
 QLORA_HARNESS_NO_HOOK=1 switches it off.
 """
 
