@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -11,6 +12,9 @@ from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.compare.runs import Run
 from qlora_harness.errors import ComparisonError
 
+_FOLLOWS = re.compile(
+    r"\.(arm|output_dir|results_dir|peft|peft_sha|model_num_parameters|parameter_dtypes\..+)$"
+)
 _SAME_QUESTIONS = "Score all runs with the same task, data folder and template"
 
 
@@ -280,10 +284,24 @@ def compare_conditions(runs: Sequence[Run], family: str | None) -> Conditions:
                 "evaluation", [None if item is None else item.conditions for item in found]
             )
         )
-    return Conditions(
-        tuple(setting for part in parts for setting in part.different),
-        sum(part.same for part in parts),
-    )
+    different = [setting for part in parts for setting in part.different]
+    return Conditions(tuple(_without_echoes(different)), sum(part.same for part in parts))
+
+
+def _without_echoes(settings: Sequence[Setting]) -> Iterator[Setting]:
+    """Leaves out what only follows from another line: names of files, and repeated settings.
+
+    The records hold `quant` in several places, and the arm's name, its folder, the dtypes of its
+    weights and the number of them follow from it.
+    """
+    seen: set[tuple[str, tuple[object, ...]]] = set()
+    for setting in settings:
+        leaf = setting.name.rsplit(".", 1)[-1]
+        values = tuple(value for value in setting.values if value is not None)
+        echo = any((leaf, known) in seen for known in (setting.values, values))
+        if not echo and not _FOLLOWS.search(setting.name):
+            yield setting
+        seen |= {(leaf, setting.values), (leaf, values)}
 
 
 def _compare_part(name: str, records: Sequence[Mapping[str, object] | None]) -> Conditions:

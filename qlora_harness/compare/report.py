@@ -241,6 +241,9 @@ def _select(table: Table, indices: Sequence[int]) -> Table:
         return tuple(row.cells[index] for index in indices)
 
     rows = tuple(Row(row.key, row.name, row.unit, cells(row)) for row in table.rows)
+    if not table.numeric:
+        # A setting that differs somewhere need not differ between the runs of this part.
+        rows = tuple(row for row in rows if len({cell.text for cell in row.cells}) > 1)
     return Table(table.key, table.title, columns, rows, table.numeric)
 
 

@@ -1,0 +1,74 @@
+"""Errors are one line, tell the remedy, and reach the user without a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from qlora_harness import errors
+from qlora_harness.errors import DataError, HarnessError, TrainingError, print_error
+
+
+def test_message_is_problem_and_remedy_as_two_sentences() -> None:
+    error = DataError("rows.jsonl, line 3: field 'text' is missing", "Correct the line")
+    assert str(error) == "rows.jsonl, line 3: field 'text' is missing. Correct the line."
+    assert (error.problem, error.remedy) == (
+        "rows.jsonl, line 3: field 'text' is missing",
+        "Correct the line",
+    )
+
+
+def test_message_is_one_line_whatever_the_library_said() -> None:
+    error = DataError("can't be read: first\n  second\n\nthird.", "Check\tit.")
+    assert str(error) == "can't be read: first second third. Check it."
+
+
+def test_print_error_writes_one_line_to_stderr_only(capsys: pytest.CaptureFixture[str]) -> None:
+    print_error(DataError("broken\nfile", "Mend it"))
+    assert capsys.readouterr() == ("", "qlora-harness: error: broken file. Mend it.\n")
+
+
+def test_every_kind_is_a_harness_error_with_status_2_but_a_failed_training_has_3() -> None:
+    kinds = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, HarnessError) and kind is not HarnessError
+    ]
+    assert {kind.__name__: kind.exit_status for kind in kinds} == {
+        "SettingsError": 2,
+        "DataError": 2,
+        "ModelError": 2,
+        "AdapterError": 2,
+        "RunError": 2,
+        "ResultsError": 2,
+        "ComparisonError": 2,
+        "TrainingError": 3,
+    }
+    # The tree in the module's docstring names them all.
+    assert all(kind.__name__ in (errors.__doc__ or "") for kind in kinds)
+    assert TrainingError("a", "b").exit_status == 3
+
+
+def _run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_excepthook_prints_our_errors_as_one_line() -> None:
+    done = _run(
+        "from qlora_harness.errors import *\n"
+        "install_excepthook(); install_excepthook()\n"
+        "raise DataError('x is missing', 'Add x')"
+    )
+    assert (done.returncode, done.stderr) == (1, "qlora-harness: error: x is missing. Add x.\n")
+
+
+def test_excepthook_leaves_other_exceptions_their_traceback() -> None:
+    done = _run(
+        "from qlora_harness.errors import install_excepthook\n"
+        "install_excepthook()\nraise ValueError('boom')"
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last):")
+    assert done.stderr.endswith("ValueError: boom\n")

@@ -1,0 +1,123 @@
+"""What only a CUDA device can show: run by hand with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+def train(model: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    from qlora_harness.settings import build_settings
+    from qlora_harness.train.run import run_training
+
+    values: dict[str, Any] = {
+        "model": str(model),
+        "dataset": "demo",
+        "output_dir": str(folder),
+        "max_length": 128,
+        "max_steps": 4,
+        "batch_size": 2,
+        "grad_accum": 2,
+        "lora_r": 8,
+        "save_steps": 2,
+        "learning_rate": 1e-3,
+    }
+    return run_training(build_settings(values | changes))
+
+
+def losses(folder: Path) -> list[float]:
+    rows = json.loads((folder / "training_logs.json").read_text())["steps"]
+    return [row["loss"] for row in rows]
+
+
+def test_nf4_weights_are_those_of_the_cpu(tiny_llama: Path) -> None:
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    from qlora_harness.model.base import find_base, load_base
+    from qlora_harness.settings import Quant
+
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = load_base(
+            find_base(str(tiny_llama)),
+            quant=Quant.NF4,
+            double_quant=True,
+            compute_dtype="float32",
+            device=torch.device(device),
+        )
+        weight = model.model.layers[0].mlp.gate_proj.weight
+        found[device] = dequantize_4bit(weight.data, weight.quant_state).float().cpu()
+    assert torch.equal(found["cpu"], found["cuda"])
+
+
+@pytest.mark.parametrize("quant", ["nf4", "bf16"])
+@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw_torch"])
+def test_resumed_run_agrees_with_an_uninterrupted_one(
+    tiny_llama: Path, tmp_path: Path, quant: str, optimizer: str
+) -> None:
+    import shutil
+
+    options = {"quant": quant, "optimizer": optimizer, "lora_dropout": 0.1}
+    whole = train(tiny_llama, tmp_path / "whole", **options)
+    assert whole["status"] == "completed"
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "whole", resumed)
+    shutil.rmtree(resumed / "checkpoints" / "checkpoint-4")
+    summary = json.loads((resumed / "training_summary.json").read_text())
+    summary["status"] = "interrupted"
+    (resumed / "training_summary.json").write_text(json.dumps(summary))
+    second = train(tiny_llama, resumed, **options)
+    assert second["runtime"]["resumed"] is True
+    assert losses(resumed) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    assert second["results"]["eval_loss"] == pytest.approx(whole["results"]["eval_loss"], rel=1e-4)
+
+
+def test_memory_is_measured_as_allocated_reserved_and_by_the_driver(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    memory = train(tiny_llama, tmp_path / "run", quant="nf4")["memory"]
+    assert memory["device_type"] == "cuda"
+    assert memory["cpu_peak_rss_bytes"] is None
+    assert (
+        0
+        < memory["peak_allocated_bytes"]
+        <= memory["peak_reserved_bytes"]
+        <= memory["peak_device_used_bytes"]
+    )
+    assert [phase["phase"] for phase in memory["phases"]] == ["load", "train", "evaluate"]
+
+
+@pytest.mark.parametrize("quant", ["nf4", "bf16"])
+def test_scoring_on_the_gpu_agrees_with_the_cpu(tiny_llama: Path, quant: str) -> None:
+    from lm_eval.api.instance import Instance
+
+    from qlora_harness.score.adapter_lm import QloraAdapterLM
+    from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
+
+    prompts = [q.prompt for q in load_questions(DEMO_FILE)[:6]]
+    requests = [
+        Instance("loglikelihood", {}, (prompt, f" {letter}"), place)
+        for prompt in prompts
+        for place, letter in enumerate("ABCD")
+    ]
+    found = {}
+    for device in ("cpu", "cuda"):
+        lm = QloraAdapterLM(
+            pretrained=str(tiny_llama), quant=quant, dtype="float32", device=device, batch_size=4
+        )
+        found[device] = [logprob for logprob, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    assert found["cuda"] == pytest.approx(found["cpu"], abs=1e-3)

@@ -1,0 +1,521 @@
+"""Settings: the published recipe as defaults, recipes, flags, an exact line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qlora_harness.errors import SettingsError
+from qlora_harness.locations import recipes_dir
+from qlora_harness.settings import (
+    Quant,
+    Settings,
+    build_settings,
+    find_recipe,
+    read_recipe,
+    setting_fields,
+)
+from qlora_harness.train.command import main, parse_settings
+
+# The published recipe (artidoro/qlora, scripts/finetune_llama2_guanaco_7b.sh), by our names.
+PUBLISHED = {
+    "model": "meta-llama/Llama-2-7b-hf",
+    "quant": "nf4",
+    "double_quant": True,
+    "compute_dtype": "bfloat16",
+    "dataset": "oasst1",
+    "max_length": 512,
+    "lora_r": 64,
+    "lora_alpha": 16,
+    "lora_dropout": 0.1,
+    "lora_targets": "all-linear",
+    "max_steps": 1875,
+    "epochs": None,
+    "learning_rate": 2e-4,
+    "lr_schedule": "constant",
+    "optimizer": "paged_adamw_32bit",
+    "adam_beta2": 0.999,
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.3,
+    "group_by_length": True,
+    "gradient_checkpointing": True,
+    "seed": 0,
+}
+
+# The two deliberate differences to it, and what it does not speak of.
+OURS = {
+    "revision": None,
+    "dataset_revision": None,
+    "languages": "en",
+    "conversations": "best-path",
+    "template": "guanaco",
+    "mask": "prompt",
+    "eval_fraction": 0.05,
+    "batch_size": 1,
+    "grad_accum": 16,
+    "eval_batch_size": 8,
+    "warmup_ratio": 0.0,
+    "output_dir": None,
+    "save_steps": 250,
+    "resume": "auto",
+    "overwrite": False,
+    "report_to": "none",
+}
+
+
+def parse(*words: str) -> Settings:
+    return parse_settings(list(words))[0]
+
+
+def mistake(*words: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        parse_settings(list(words))
+    return str(caught.value)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., Path]:
+    def write(text: str, name: str = "mine.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+# --- defaults and the recipes that come along -----------------------------------------------------
+
+
+def test_defaults_are_the_published_recipe() -> None:
+    assert build_settings({}).flat() == PUBLISHED | OURS
+
+
+def test_effective_batch_of_the_defaults_is_16() -> None:
+    optimization = build_settings({}).optimization
+    assert optimization.batch_size * optimization.grad_accum == 16
+
+
+def test_published_recipe_states_the_defaults_in_every_value() -> None:
+    values, _ = read_recipe(recipes_dir() / "qlora-llama2-7b.yaml")
+    assert build_settings(values).flat() == build_settings({}).flat()
+    # Everything that is part of the published recipe is written out in the file.
+    assert set(PUBLISHED) - {"epochs"} <= set(values)
+
+
+def test_bf16_twin_differs_in_quantisation_only() -> None:
+    nf4 = parse("--recipe", "qlora-llama2-7b").flat()
+    bf16 = parse("--recipe", "lora-llama2-7b").flat()
+    assert {name: (nf4[name], bf16[name]) for name in nf4 if nf4[name] != bf16[name]} == {
+        "quant": ("nf4", "bf16")
+    }
+
+
+def test_demo_recipe_trains_the_embedded_model_on_the_embedded_data() -> None:
+    flat = parse("--recipe", "demo").flat()
+    assert (flat["model"], flat["dataset"], flat["compute_dtype"]) == ("smollm2", "demo", "float32")
+
+
+@pytest.mark.parametrize(
+    ("quant", "is_4bit", "folder", "file_arm"),
+    [
+        ("nf4", True, "results/4bit", "4bit_qlora"),
+        ("bf16", False, "results/16bit", "16bit_lora"),
+        ("fp4", True, "results/4bit_fp4", "4bit_fp4_qlora"),
+    ],
+)
+def test_arms(quant: str, is_4bit: bool, folder: str, file_arm: str) -> None:
+    assert parse("--quant", quant).run_dir == Path(folder)
+    assert Quant(quant).is_4bit is is_4bit
+    assert Quant(quant).file_arm == file_arm
+
+
+def test_output_dir_wins_over_the_arm() -> None:
+    assert parse("--quant", "bf16", "--output-dir", "runs/a").run_dir == Path("runs/a")
+
+
+def test_experiment_leaves_out_what_does_not_change_the_result() -> None:
+    settings = build_settings({})
+    assert set(settings.flat()) - set(settings.experiment()) == {
+        "output_dir",
+        "resume",
+        "overwrite",
+        "report_to",
+        "save_steps",
+        "eval_batch_size",
+    }
+
+
+# --- flags ----------------------------------------------------------------------------------------
+
+
+def test_every_flag_of_the_mission_is_understood() -> None:
+    # fmt: off
+    flat = parse(
+        "--quant", "bf16", "--model", "m", "--revision", "r", "--dataset", "d",
+        "--languages", "all", "--output-dir", "o", "--max-steps", "7", "--max-length", "99",
+        "--batch-size", "2", "--grad-accum", "3", "--learning-rate", "1e-5", "--lora-r", "4",
+        "--lora-alpha", "8", "--lora-dropout", "0", "--seed", "5", "--save-steps", "6",
+        "--resume", "never", "--overwrite", "--report-to", "wandb",
+    ).flat()
+    # fmt: on
+    assert {name: value for name, value in flat.items() if value != (PUBLISHED | OURS)[name]} == {
+        "quant": "bf16",
+        "model": "m",
+        "revision": "r",
+        "dataset": "d",
+        "languages": "all",
+        "output_dir": "o",
+        "max_steps": 7,
+        "max_length": 99,
+        "batch_size": 2,
+        "grad_accum": 3,
+        "learning_rate": 1e-5,
+        "lora_r": 4,
+        "lora_alpha": 8.0,
+        "lora_dropout": 0.0,
+        "seed": 5,
+        "save_steps": 6,
+        "resume": "never",
+        "overwrite": True,
+        "report_to": "wandb",
+    }
+
+
+def test_epochs_replace_the_default_steps() -> None:
+    optimization = parse("--epochs", "1.5").optimization
+    assert (optimization.epochs, optimization.max_steps) == (1.5, None)
+
+
+def test_booleans_can_be_switched_off() -> None:
+    assert parse("--no-group-by-length").optimization.group_by_length is False
+
+
+def test_whether_resume_was_given_is_known() -> None:
+    assert parse_settings([])[1] is False
+    assert parse_settings(["--resume", "auto"])[1] is True
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(
+    recipe: Callable[..., Path],
+) -> None:
+    path = recipe("lora_r: 8\nseed: 3\nlearning_rate: 5e-4\n")
+    flat = parse("--recipe", str(path), "--seed", "4").flat()
+    assert (flat["lora_r"], flat["seed"], flat["learning_rate"]) == (8, 4, 5e-4)
+    assert flat["max_grad_norm"] == 0.3
+
+
+def test_recipe_keys_may_be_written_like_flags(recipe: Callable[..., Path]) -> None:
+    assert parse("--recipe", str(recipe("lora-r: 8\n"))).lora.lora_r == 8
+
+
+def test_flag_replaces_the_other_way_to_say_how_long(recipe: Callable[..., Path]) -> None:
+    steps = str(recipe("max_steps: 5\n", "steps.yaml"))
+    epochs = str(recipe("epochs: 2\n", "epochs.yaml"))
+    optimization = parse("--recipe", steps, "--epochs", "3").optimization
+    assert (optimization.max_steps, optimization.epochs) == (None, 3.0)
+    optimization = parse("--recipe", epochs, "--max-steps", "9").optimization
+    assert (optimization.max_steps, optimization.epochs) == (9, None)
+
+
+def test_recipe_extends_another_one_beside_it(recipe: Callable[..., Path]) -> None:
+    recipe("lora_r: 8\nseed: 3\n", "base.yaml")
+    middle = recipe("extends: base\nseed: 4\n", "middle.yaml")
+    top = recipe("extends: middle.yaml\nlora_alpha: 2\n", "top.yaml")
+    assert read_recipe(middle)[0] == {"lora_r": 8, "seed": 4}
+    assert read_recipe(top)[0] == {"lora_r": 8, "seed": 4, "lora_alpha": 2}
+
+
+def test_recipe_elsewhere_extends_one_that_comes_along(recipe: Callable[..., Path]) -> None:
+    path = recipe("extends: lora-llama2-7b\nlora_r: 8\n")
+    flat = parse("--recipe", str(path)).flat()
+    assert (flat["quant"], flat["lora_r"], flat["lora_alpha"]) == ("bf16", 8, 16)
+
+
+def test_extends_means_the_file_beside_the_recipe_not_one_in_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, rank in (("recipes", 8), ("elsewhere", 16)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "base.yaml").write_text(f"lora_r: {rank}\n")
+    (tmp_path / "recipes" / "mine.yaml").write_text("extends: base.yaml\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert parse("--recipe", str(tmp_path / "recipes" / "mine.yaml")).lora.lora_r == 8
+
+
+def test_recipe_with_epochs_extends_one_with_steps(recipe: Callable[..., Path]) -> None:
+    recipe("max_steps: 10\nlora_r: 8\n", "base.yaml")
+    optimization = parse("--recipe", str(recipe("extends: base\nepochs: 3\n"))).optimization
+    assert (optimization.epochs, optimization.max_steps) == (3.0, None)
+
+
+@pytest.mark.parametrize("reference", ["mine", "mine.yaml", "../{folder}/mine.yaml"])
+def test_recipe_that_extends_itself(
+    recipe: Callable[..., Path], tmp_path: Path, reference: str
+) -> None:
+    path = recipe(f"extends: {reference.format(folder=tmp_path.name)}\n")
+    with pytest.raises(SettingsError, match="extends itself. Remove its 'extends' key.$"):
+        read_recipe(path)
+
+
+def test_source_of_each_value_is_kept_for_messages(recipe: Callable[..., Path]) -> None:
+    base = recipe("lora_r: 0\n", "base.yaml")
+    top = recipe("extends: base\nseed: 1\n", "top.yaml")
+    assert mistake("--recipe", str(top)) == (
+        f"recipe {base}, key 'lora_r': 0 is out of range. It must be at least 1."
+    )
+    assert mistake("--recipe", str(top), "--lora-r", "-1") == (
+        "--lora-r: -1 is out of range. It must be at least 1."
+    )
+
+
+def test_named_recipes_are_found_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("seed: 1\n")
+    (tmp_path / "b.yaml").write_text("seed: 2\n")
+    assert find_recipe("a", tmp_path) == tmp_path / "a.yaml"
+    with pytest.raises(SettingsError) as caught:
+        find_recipe("c", tmp_path)
+    assert str(caught.value) == (
+        "--recipe: there is no recipe 'c'. Name a YAML file or one of a, b."
+    )
+
+
+# --- mistakes, each with its exact line -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["--learing-rate", "1"],
+            "flag --learing-rate is not known. did you mean '--learning-rate'? "
+            "`launch/train.py --help` lists every setting.",
+        ),
+        (
+            ["--zzz"],
+            "flag --zzz is not known. `launch/train.py --help` lists every setting.",
+        ),
+        (
+            ["stray"],
+            "flag stray is not known. `launch/train.py --help` lists every setting.",
+        ),
+        (
+            ["--quant", "int8"],
+            "--quant: 'int8' is not one of nf4, fp4, bf16. Choose one of these.",
+        ),
+        (
+            ["--quant"],
+            "argument --quant: expected one argument. `launch/train.py --help` lists every flag.",
+        ),
+        (
+            ["--report-to", "mlflow"],
+            "--report-to: 'mlflow' is not one of none, tensorboard, wandb. Choose one of these.",
+        ),
+        (["--max-steps", "1.5"], "--max-steps: '1.5' is not a whole number. Correct the value."),
+        (["--learning-rate", "x"], "--learning-rate: 'x' is not a number. Correct the value."),
+        (["--learning-rate", "nan"], "--learning-rate: 'nan' is not a number. Correct the value."),
+        (["--learning-rate", "inf"], "--learning-rate: 'inf' is not a number. Correct the value."),
+        (["--languages", ""], "--languages: '' is not a text. Correct the value."),
+        (["--max-steps", "0"], "--max-steps: 0 is out of range. It must be at least 1."),
+        (["--max-length", "7"], "--max-length: 7 is out of range. It must be at least 8."),
+        (["--epochs", "0"], "--epochs: 0.0 is out of range. It must be above 0."),
+        (
+            ["--lora-dropout", "1"],
+            "--lora-dropout: 1.0 is out of range. It must be from 0 to 0.99.",
+        ),
+        (
+            ["--eval-fraction", "0.6"],
+            "--eval-fraction: 0.6 is out of range. It must be from 0 to 0.5.",
+        ),
+        (
+            ["--epochs", "1", "--max-steps", "2"],
+            "--max-steps (2) and --epochs (1.0) exclude each other. Give one of the two.",
+        ),
+    ],
+)
+def test_mistakes_on_the_command_line(words: list[str], line: str) -> None:
+    assert mistake(*words) == line
+
+
+@pytest.mark.parametrize(
+    "name",
+    # fmt: off
+    [
+        "max_steps",
+        "epochs",
+        "batch_size",
+        "grad_accum",
+        "eval_batch_size",
+        "learning_rate",
+        "lora_r",
+        "lora_alpha",
+        "lora_dropout",
+        "max_length",
+        "save_steps",
+        "seed",
+        "weight_decay",
+        "max_grad_norm",
+        "warmup_ratio",
+        "adam_beta2",
+        "eval_fraction",
+    ],
+    # fmt: on
+)
+def test_every_number_has_a_lower_limit(name: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    assert mistake(f"{flag}=-1").startswith(f"{flag}: -1")
+    assert "is out of range. It must be " in mistake(f"{flag}=-1")
+
+
+def test_seed_is_one_that_numpy_takes_too() -> None:
+    assert mistake("--seed", str(2**32)).startswith("--seed: 4294967296 is out of range")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("learing_rate: 1\n", "key 'learing_rate' is not known"),
+        ("7: 1\n", "key '7' is not known"),
+        ("quant: int4\n", "key 'quant': 'int4' is not one of nf4, fp4, bf16"),
+        ("languages: no\n", "key 'languages': False is not a text"),
+        ("double_quant: 1\n", "key 'double_quant': 1 is not true or false"),
+        ("max_steps: true\n", "key 'max_steps': True is not a whole number"),
+        ("max_steps: [1]\n", "key 'max_steps': [1] is not a whole number"),
+        ("seed: null\n", "key 'seed': None is not a whole number"),
+        ("batch_size: 0\n", "key 'batch_size': 0 is out of range"),
+    ],
+)
+def test_mistakes_in_a_recipe_name_file_key_and_value(
+    recipe: Callable[..., Path], text: str, problem: str
+) -> None:
+    path = recipe(text)
+    assert mistake("--recipe", str(path)).startswith(f"recipe {path}, {problem}. ")
+
+
+def test_numbers_too_large_for_a_float_are_one_line_too(recipe: Callable[..., Path]) -> None:
+    path = recipe(f"max_steps: {10**400}\n")
+    assert mistake("--recipe", str(path)).startswith(f"recipe {path}, key 'max_steps': ")
+
+
+def test_steps_and_epochs_in_one_recipe(recipe: Callable[..., Path]) -> None:
+    path = recipe("max_steps: 5\nepochs: 2\n")
+    assert mistake("--recipe", str(path)) == (
+        f"recipe {path}, key 'max_steps' (5) and recipe {path}, key 'epochs' (2.0) exclude each "
+        "other. Give one of the two."
+    )
+
+
+def test_recipe_suggests_the_nearest_key(recipe: Callable[..., Path]) -> None:
+    path = recipe("learing_rate: 1\n")
+    assert mistake("--recipe", str(path)) == (
+        f"recipe {path}, key 'learing_rate' is not known. did you mean 'learning_rate'? "
+        "`launch/train.py --help` lists every setting."
+    )
+
+
+def test_recipe_that_is_missing_or_not_a_mapping(recipe: Callable[..., Path]) -> None:
+    assert mistake("--recipe", "nope") == (
+        "--recipe: there is no recipe 'nope'. Name a YAML file or one of demo, lora-llama2-7b, "
+        "qlora-llama2-7b."
+    )
+    path = recipe("- 1\n")
+    assert mistake("--recipe", str(path)) == (
+        f"recipe {path} holds a list, not 'name: value' lines. Correct the file."
+    )
+    path = recipe("a: [\n")
+    line = mistake("--recipe", str(path))
+    assert line.startswith(f"recipe {path} is not YAML: ")
+    assert "line 2" in line and "\n" not in line
+
+
+def test_missing_extends_names_the_recipe_and_its_key(recipe: Callable[..., Path]) -> None:
+    path = recipe("extends: nope\n")
+    assert mistake("--recipe", str(path)).startswith(
+        f"recipe {path}, key 'extends': there is no recipe 'nope'. "
+    )
+
+
+def test_main_prints_one_line_and_returns_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--quant", "int8"]) == 2
+    assert capsys.readouterr() == (
+        "",
+        "qlora-harness: error: --quant: 'int8' is not one of nf4, fp4, bf16. Choose one of "
+        "these.\n",
+    )
+
+
+# --- help -----------------------------------------------------------------------------------------
+
+_HELP = """
+import json, sys
+from qlora_harness.train.command import main
+try:
+    main(["--help"])
+except SystemExit as stop:
+    status = stop.code
+heavy = ["torch", "transformers", "peft", "datasets", "lm_eval", "accelerate", "numpy"]
+print(json.dumps({"status": status, "heavy": [m for m in heavy if m in sys.modules]}))
+"""
+
+
+@pytest.fixture(scope="module")
+def help_output() -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", _HELP],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env={"COLUMNS": "10000", "PATH": ""},
+    )
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_help_imports_nothing_heavy(help_output: str) -> None:
+    assert json.loads(help_output.splitlines()[-1]) == {"status": 0, "heavy": []}
+
+
+def test_help_is_grouped(help_output: str) -> None:
+    titles = re.findall(r"^(\w+ settings):$", help_output, flags=re.MULTILINE)
+    assert titles == [
+        "model settings",
+        "data settings",
+        "lora settings",
+        "optimization settings",
+        "run settings",
+    ]
+
+
+@pytest.mark.parametrize("name", list(setting_fields()))
+def test_help_states_unit_and_default_of_every_setting(help_output: str, name: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    # argparse breaks the line after a long flag.
+    entry = re.search(rf"^  {flag}[ ,].*?(?=^  -|^$)", help_output, re.MULTILINE | re.DOTALL)
+    assert entry is not None
+    text = " ".join(entry.group().split())
+    field = setting_fields()[name][1]
+    assert field.metadata["help"] in text
+    assert field.metadata["unit"] in text
+    for choice in field.metadata["choices"] or ():
+        assert choice in text
+    if field.default is not None:
+        shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        assert f"default {shown}" in text
+    elif name != "epochs":  # which has none: --max-steps has
+        assert "default" in text  # a setting without a value of its own says what happens then
+
+
+def test_examples_in_the_help_are_valid(help_output: str) -> None:
+    commands = re.findall(r"accelerate launch launch/train\.py (.*)", help_output)
+    assert len(commands) == 4
+    for command in commands:
+        parse(*command.split())
