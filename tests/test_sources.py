@@ -1,0 +1,271 @@
+"""Where rows come from: JSON Lines, also compressed, folders of `datasets`, the embedded set."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_harness.data import sources
+from qlora_harness.data.sources import load_splits, read_jsonl
+from qlora_harness.errors import DataError
+
+ROWS: list[dict[str, Any]] = [
+    {
+        "message_id": "q",
+        "parent_id": None,
+        "created_date": "2023-02-05T14:23:50.983374+00:00",
+        "text": "How are you? é\u2028",
+        "role": "prompter",
+        "lang": "en",
+        "review_result": True,
+        "deleted": False,
+        "rank": None,
+    },
+    {
+        "message_id": "a",
+        "parent_id": "q",
+        "created_date": "2023-02-05T14:24:50.983374+00:00",
+        "text": "Fine.",
+        "role": "assistant",
+        "lang": "en",
+        "review_result": True,
+        "deleted": False,
+        "rank": 0,
+    },
+]
+
+
+def lines(rows: Iterable[object] = ROWS) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problem(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        list(read_jsonl(path))
+    assert "\n" not in str(caught.value)
+    return caught.value.problem
+
+
+# --- JSON Lines -----------------------------------------------------------------------------------
+
+
+def test_rows_come_back_as_they_are(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", lines())
+    splits = load_splits(str(path))
+    assert (list(splits.train), splits.validation, splits.source) == (ROWS, None, str(path))
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+def test_compressed_files(tmp_path: Path, suffix: str, compress: Any) -> None:
+    path = tmp_path / f"rows.jsonl{suffix}"
+    path.write_bytes(compress(lines().encode("utf-8")))
+    assert list(load_splits(str(path)).train) == ROWS
+
+
+def test_empty_lines_are_skipped_but_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", "\n" + lines() + "\n\n{}\n")
+    assert problem(path) == f"{path}, line 6: field 'message_id' is missing"
+
+
+def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + lines().replace("\n", "\r\n").encode("utf-8"))
+    assert list(read_jsonl(path)) == ROWS
+
+
+def test_broken_line_is_named_by_its_number_only(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", lines() + '{"message_id": "b", \n' + lines())
+    found = problem(path)
+    assert found.startswith(f"{path}, line 3: not valid JSON (")
+    assert "line 1" not in found
+
+
+def test_row_of_the_wrong_schema_is_named_by_its_number(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", lines([*ROWS, {"text": "hello"}]))
+    assert problem(path) == f"{path}, line 3: field 'message_id' is missing"
+    path = write(tmp_path / "list.jsonl", "[1]\n")
+    assert problem(path) == f"{path}, line 1: expected an object, found list"
+
+
+def test_good_rows_before_a_bad_one_are_not_silently_used(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", lines() + "oops\n")
+    with pytest.raises(DataError):
+        list(load_splits(str(path)).train)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.gz", "./rows", "~/rows"])
+def test_missing_file_is_not_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(DataError) as caught:
+        load_splits(name)
+    assert str(caught.value) == (
+        f"--dataset: {name} does not exist. Name a .jsonl file, a folder or a Hub id."
+    )
+
+
+def test_home_folder_is_understood_as_it_is_for_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "rows.jsonl", lines())
+    assert list(load_splits("~/rows.jsonl").train) == ROWS
+
+
+def test_unreadable_files_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "\xff"}\n')
+    assert problem(path) == f"{path} is not UTF-8 (invalid start byte)"
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(b"not compressed")
+    assert problem(path).startswith(f"{path} can't be read: Not a gzipped file")
+    path.write_bytes(gzip.compress(lines().encode())[:-20])
+    assert problem(path).startswith(f"{path} can't be read: Compressed file ended")
+    path = tmp_path / "rows.jsonl.xz"
+    path.write_bytes(b"not compressed")
+    assert problem(path).startswith(f"{path} can't be read: ")
+
+
+def test_damaged_gzip_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    packed = bytearray(gzip.compress(lines().encode() * 50))
+    packed[20:24] = b"\xaa\xbb\xcc\xdd"
+    path.write_bytes(bytes(packed))
+    assert problem(path).startswith(f"{path} can't be read: ")
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def test_saved_dataset(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    splits = load_splits(str(tmp_path / "saved"))
+    assert (list(splits.train), splits.validation) == (ROWS, None)
+
+
+def test_saved_dataset_dict_with_a_validation_split(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.DatasetDict(
+        {
+            "train": datasets.Dataset.from_list(ROWS),
+            "validation": datasets.Dataset.from_list(ROWS[:1]),
+        }
+    ).save_to_disk(str(tmp_path / "saved"))
+    splits = load_splits(str(tmp_path / "saved"))
+    assert list(splits.train) == ROWS
+    assert splits.validation is not None and list(splits.validation) == ROWS[:1]
+    assert splits.source == str(tmp_path / "saved")
+
+
+def test_saved_dataset_without_a_train_split(tmp_path: Path) -> None:
+    import datasets
+
+    folder = tmp_path / "saved"
+    datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(folder))
+    with pytest.raises(DataError) as caught:
+        load_splits(str(folder))
+    assert str(caught.value) == (
+        f"--dataset: {folder} has the splits test but no 'train'. Name a data set with a train "
+        "split."
+    )
+
+
+def test_bad_row_of_a_saved_dataset_is_named_by_its_number(tmp_path: Path) -> None:
+    import datasets
+
+    folder = tmp_path / "saved"
+    rows = [ROWS[0], ROWS[1] | {"role": "user"}]
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(folder))
+    with pytest.raises(DataError) as caught:
+        list(load_splits(str(folder)).train)
+    assert caught.value.problem == f"{folder}, split train, row 1: field 'role' is 'user'"
+
+
+@pytest.mark.parametrize("date", ["2023-02-05T14:23:50.983374+00:00", "2023-02-05T14:23:50"])
+def test_folder_of_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, date: str) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    rows = [row | {"created_date": date} for row in ROWS]
+    write(folder / "train.jsonl", lines(rows))
+    write(folder / "validation.jsonl", lines(rows[:1]))
+    splits = load_splits(str(folder))
+    assert [row["message_id"] for row in splits.train] == ["q", "a"]
+    assert splits.validation is not None
+    assert [row["message_id"] for row in splits.validation] == ["q"]
+
+
+def test_folder_without_data(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load_splits(str(tmp_path))
+    assert caught.value.problem.startswith(f"--dataset: folder {tmp_path} can't be read: ")
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def test_demo_is_the_embedded_set() -> None:
+    splits = load_splits("demo")
+    assert splits.source == "embedded oasst_demo.jsonl"
+    assert len(list(splits.train)) == 291
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("oasst1", "OpenAssistant/oasst1"),
+        ("oasst2", "OpenAssistant/oasst2"),
+        ("someone/rows", "someone/rows"),
+    ],
+)
+def test_other_names_are_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, asked: str
+) -> None:
+    import datasets
+
+    asked_for = []
+
+    def load_dataset(path: str, revision: str | None) -> dict[str, list[dict[str, Any]]]:
+        asked_for.append((path, revision))
+        return {"train": ROWS, "validation": ROWS[:1]}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    splits = load_splits(name, "abc")
+    assert asked_for == [(asked, "abc")]
+    assert list(splits.train) == ROWS
+    assert splits.validation is not None and list(splits.validation) == ROWS[:1]
+    assert splits.source == asked
+
+
+def test_hub_that_cannot_be_reached_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        load_splits("someone/rows")
+    assert caught.value.problem.startswith(
+        "--dataset: 'someone/rows' can't be loaded from the Hub: "
+    )
+    assert caught.value.remedy == (
+        "Check the name, the network and your access, or give a local .jsonl file or folder"
+    )
+    assert sources.HUB_NAMES["oasst1"] == "OpenAssistant/oasst1"
