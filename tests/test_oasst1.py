@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -392,12 +393,20 @@ def test_real_oasst1_validation(shared_data: Path) -> None:
     assert {c.tree: len(c.turns) for c in best.conversations} == best_path_lengths(made)
 
     every = build(read_jsonl(path), languages=None, paths="all-paths")
-    replies = sum(row["role"] == "assistant" for row in made)
-    assert len(every.conversations) == replies == 1388
-    # The 953 leaves are the paths that no other path goes on from.
-    spoken = [tuple((t.role, t.text) for t in c.turns) for c in every.conversations]
-    continued = {path[:-2] for path in spoken}
-    assert sum(path not in continued for path in spoken) == 953
+    by_id = {row["message_id"]: row for row in made}
+
+    def texts_up_to(row: Row) -> tuple[str, ...]:
+        above = by_id.get(row["parent_id"])
+        return (*(texts_up_to(above) if above else ()), row["text"])
+
+    replies = [row for row in made if row["role"] == "assistant"]
+    assert len(every.conversations) == len(replies) == 1388
+    assert Counter(tuple(t.text for t in c.turns) for c in every.conversations) == Counter(
+        texts_up_to(row) for row in replies
+    )
+    # Each of the 953 leaves is a reply, so none of the file's conversations is missing.
+    inner = {row["parent_id"] for row in made}
+    assert sum(row["message_id"] not in inner for row in replies) == 953
 
     english = build(read_jsonl(path))
     assert len(english.conversations) == 338

@@ -5,6 +5,7 @@ Training and scoring load through `load_base`, so that what is scored is what wa
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import shutil
@@ -189,6 +190,73 @@ def load_base(
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
+
+
+def dequantise(model: PreTrainedModel, compute_dtype: str) -> int:
+    """Expands 4-bit linear layers once, in place, to the values they are expanded to at every call.
+
+    bitsandbytes expands a weight to the dtype of the input at every call, so the numbers are the
+    same; only the time and the memory of doing so are not.
+
+    Args:
+        model: From `load_base`, without an adapter.
+        compute_dtype: "bfloat16" or "float32".
+
+    Returns:
+        How many layers were expanded.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    dtype = getattr(torch, compute_dtype)
+    count = 0
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if not isinstance(layer, Linear4bit):
+                continue
+            state = copy.copy(layer.weight.quant_state)
+            state.dtype = dtype
+            weight = dequantize_4bit(layer.weight.data, state)
+            plain = torch.nn.Linear(
+                layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
+            )
+            plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+            if layer.bias is not None:
+                plain.bias = layer.bias
+            setattr(parent, name, plain)
+            count += 1
+    # transformers and PEFT choose their layers by these marks.
+    model.is_quantized = False
+    model.is_loaded_in_4bit = False
+    model.quantization_method = None
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return count
+
+
+def fits_dequantised(model: PreTrainedModel, compute_dtype: str) -> bool:
+    """Whether the expanded 4-bit layers, and room to work, fit into the free memory.
+
+    Args:
+        model: From `load_base`.
+        compute_dtype: "bfloat16" or "float32".
+    """
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    size = getattr(torch, compute_dtype).itemsize
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    needed = sum(m.in_features * m.out_features for m in layers) * size
+    device = model.device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    return bool(free > needed + 3 * 2**30)
 
 
 def _cast_unquantised(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -1,0 +1,156 @@
+"""Scores queries pack by pack: progress, memory, and what is done when memory runs out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from qlora_harness.model.base import is_out_of_memory
+from qlora_harness.score.packed_forward import PackedModel
+from qlora_harness.score.prefix_tree import Pack, Plan, Query, plan
+
+logger = logging.getLogger("qlora_harness")
+
+Score = tuple[float, bool]
+
+_CPU_PACK = 2048
+_SMALLEST_PACK = 256
+_ROUND = 128
+
+
+class PackedScorer:
+    """Answers queries with a model, in as few tokens as they distinctly hold.
+
+    Args:
+        model: Computes one pack.
+        window: Longest input of the model, tokens.
+        pack_tokens: Most tokens in a pack.
+    """
+
+    def __init__(self, model: PackedModel, *, window: int, pack_tokens: int) -> None:
+        self._model = model
+        self._window = window
+        self.pack_tokens = pack_tokens
+        self.last_plan: Plan | None = None
+
+    def score(
+        self,
+        queries: Sequence[Query],
+        *,
+        share: tuple[int, int] = (0, 1),
+        show_progress: bool = True,
+        on_scored: Callable[[Sequence[tuple[int, Score]]], None] | None = None,
+    ) -> dict[int, Score]:
+        """Scores queries.
+
+        Args:
+            queries: The same list on every process.
+            share: This process and the number of processes; whole runs of packs, so mostly whole
+                subtrees, go to one process.
+            show_progress: Whether to show a bar.
+            on_scored: Called after each pack with the queries it completed.
+
+        Returns:
+            Log-probability in nats and greediness by query, for this process's share.
+        """
+        wanted = list(range(len(queries)))
+        scored: dict[int, Score] = {}
+        bar = tqdm(total=0, desc="Scoring", unit=" texts", disable=not show_progress)
+        started, computed = time.perf_counter(), 0
+        while wanted:
+            planned = plan(
+                [queries[i] for i in wanted], pack_tokens=self.pack_tokens, window=self._window
+            )
+            if not scored:
+                self.last_plan = planned
+            packs = _share(planned.packs, *share)
+            bar.total = len(scored) + sum(len(np.unique(p.read_query)) for p in packs)
+            done = 0
+            for pack in packs:
+                try:
+                    reads = self._model.read(pack, self._padding(pack))
+                except Exception as error:
+                    if not is_out_of_memory(error) or self.pack_tokens <= _SMALLEST_PACK:
+                        raise
+                    break
+                fresh = [
+                    (wanted[number], value)
+                    for number, value in _collect(pack, reads.logprobs, reads.greedy)
+                ]
+                scored.update(fresh)
+                computed += len(pack.tokens)
+                if on_scored is not None:
+                    on_scored(fresh)
+                bar.update(len(fresh))
+                rate = computed / (time.perf_counter() - started)
+                bar.set_postfix_str(f"{rate:,.0f} distinct tokens/s", refresh=False)
+                done += 1
+            if done == len(packs):
+                break
+            # Every process must go on with the same plan, so only the own packs are made smaller.
+            self.pack_tokens //= 2
+            torch.cuda.empty_cache()
+            logger.warning("out of memory: going on with packs of %d tokens", self.pack_tokens)
+            left = {int(n) for pack in packs[done:] for n in np.unique(pack.read_query)}
+            wanted = [wanted[number] for number in sorted(left)]
+            share = (0, 1)
+        bar.close()
+        return scored
+
+    def _padding(self, pack: Pack) -> int:
+        """One length for nearly all packs, so that GPU kernels are built once."""
+        size = len(pack.tokens)
+        padded = self.pack_tokens
+        while padded >= 2 * max(size, _ROUND):
+            padded //= 2
+        return padded if size <= padded else -(-size // _ROUND) * _ROUND
+
+
+def _share(packs: Sequence[Pack], rank: int, world: int) -> list[Pack]:
+    """A run of packs with about an equal part of the tokens."""
+    sizes = np.array([len(pack.tokens) for pack in packs], dtype=np.int64)
+    middles = np.cumsum(sizes) - sizes / 2
+    owner = np.minimum((middles * world / max(1, sizes.sum())).astype(int), world - 1)
+    return [pack for pack, mine in zip(packs, owner == rank, strict=True) if mine]
+
+
+def _collect(
+    pack: Pack,
+    logprobs: np.ndarray[tuple[int], np.dtype[np.float64]],
+    greedy: np.ndarray[tuple[int], np.dtype[np.bool_]],
+) -> list[tuple[int, Score]]:
+    """Sums the tokens of each query."""
+    size = int(pack.read_query.max()) + 1 if len(pack.read_query) else 0
+    total = np.bincount(pack.read_query, weights=logprobs, minlength=size)
+    misses = np.bincount(pack.read_query, weights=~greedy, minlength=size)
+    return [
+        (int(n), (float(total[n]), bool(misses[n] == 0))) for n in np.unique(pack.read_query)
+    ]
+
+
+def default_pack_tokens(model: torch.nn.Module, device: torch.device) -> int:
+    """Returns a pack size that fits the device.
+
+    A token of a pack takes about ten vectors of the hidden size and four of the intermediate size
+    while it passes through a layer.
+
+    Args:
+        model: Already on the device.
+        device: "cuda" or another.
+    """
+    if device.type != "cuda":
+        return _CPU_PACK
+    config: Any = model.config
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    size = next(p for p in model.parameters() if p.is_floating_point()).element_size()
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    fits = int(0.8 * free / (size * (10 * hidden + 4 * inner)))
+    return max(1024, min(16384, fits) // _ROUND * _ROUND)

@@ -1,0 +1,210 @@
+"""Plans the scoring of many texts as a trie of tokens: each distinct token position computed once.
+
+Pure planning: no torch, no lm_eval. Sorted lexicographically, sequences that share a prefix stand
+side by side, and what a sequence shares with the one before it is all it shares with any earlier
+one. So a pack is a run of the sorted order: each sequence adds the tokens past its common prefix
+with the one before, in depth-first order of the trie. In that order the ancestors of token q are the
+tokens k <= q with q < end[k], where end[k] is the place after the subtree of k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is asked of one sequence: the log-probabilities of its last tokens.
+
+    Attributes:
+        context: Token ids before the continuation; at least one.
+        continuation: Token ids whose log-probability is asked; at least one.
+    """
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of new tokens in a pack and the tokens it continues.
+
+    Attributes:
+        start: First token of the run in the pack.
+        stop: One past its last token.
+        ancestors: Ranges (start, stop) of the pack that are before it on its path, from the root.
+    """
+
+    start: int
+    stop: int
+    ancestors: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One forward pass.
+
+    Attributes:
+        tokens: Token ids in depth-first order, [T] int32.
+        positions: Distance of each token from its root, [T] int32.
+        end: Place after the subtree of each token, [T] int32.
+        segments: The runs of new tokens, in order; they cover the pack.
+        read_at: Places whose next-token distribution is read, [R] int32.
+        read_token: The token asked about at each of them, [R] int32.
+        read_query: The query that asked, [R] int32; its reads stand in the order of its tokens.
+    """
+
+    tokens: IntArray
+    positions: IntArray
+    end: IntArray
+    segments: tuple[Segment, ...]
+    read_at: IntArray
+    read_token: IntArray
+    read_query: IntArray
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All packs of a set of queries.
+
+    Attributes:
+        packs: The forward passes.
+        asked_tokens: Input tokens of all queries, each counted as often as it is asked.
+        distinct_tokens: Nodes of the trie of all queries.
+        computed_tokens: Tokens of all packs; above `distinct_tokens` by the prefixes that a pack
+            repeats from the one before.
+        truncated: Queries that were longer than the window and lost tokens on the left.
+    """
+
+    packs: tuple[Pack, ...]
+    asked_tokens: int
+    distinct_tokens: int
+    computed_tokens: int
+    truncated: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The input of one or more queries: what they ask of equal input tokens."""
+
+    tokens: IntArray
+    queries: tuple[int, ...]
+
+
+def plan(queries: Sequence[Query], *, pack_tokens: int, window: int) -> Plan:
+    """Plans the forward passes that answer all queries.
+
+    Args:
+        queries: In any order; duplicates cost nothing.
+        pack_tokens: Most tokens in a pack; a longer single sequence gets a pack of its own.
+        window: Longest input of the model; longer ones lose tokens on the left, as HFLM does.
+    """
+    rows, truncated = _distinct_rows(queries, window)
+    shared = [0] + [_common(a.tokens, b.tokens) for a, b in zip(rows, rows[1:], strict=False)]
+    packs = []
+    first = 0
+    while first < len(rows):
+        last, size = first + 1, len(rows[first].tokens)
+        while last < len(rows):
+            added = len(rows[last].tokens) - shared[last]
+            if size + added > pack_tokens:
+                break
+            size += added
+            last += 1
+        packs.append(_pack(rows[first:last], shared[first:last], queries))
+        first = last
+    return Plan(
+        tuple(packs),
+        sum(len(_input(query, window)) for query in queries),
+        sum(len(row.tokens) - common for row, common in zip(rows, shared, strict=True)),
+        sum(len(pack.tokens) for pack in packs),
+        truncated,
+    )
+
+
+def _input(query: Query, window: int) -> Sequence[int]:
+    """What the model reads: all but the last token, cut on the left to the window."""
+    whole = [*query.context, *query.continuation]
+    return whole[-(window + 1) :][:-1]
+
+
+def _distinct_rows(queries: Sequence[Query], window: int) -> tuple[list[_Row], tuple[int, ...]]:
+    """The distinct inputs in lexicographic order of their tokens."""
+    by_input: dict[bytes, list[int]] = {}
+    truncated = []
+    for number, query in enumerate(queries):
+        if len(query.context) + len(query.continuation) > window + 1:
+            truncated.append(number)
+        # Big-endian, so that bytes sort as the token ids do.
+        key = np.asarray(_input(query, window), dtype=">u4").tobytes()
+        by_input.setdefault(key, []).append(number)
+    rows = [
+        _Row(np.frombuffer(key, dtype=">u4").astype(np.int32), tuple(by_input[key]))
+        for key in sorted(by_input)
+    ]
+    return rows, tuple(truncated)
+
+
+def _common(a: IntArray, b: IntArray) -> int:
+    """Length of the common prefix."""
+    length = min(len(a), len(b))
+    different = np.flatnonzero(a[:length] != b[:length])
+    return int(different[0]) if len(different) else length
+
+
+def _pack(rows: Sequence[_Row], shared: Sequence[int], queries: Sequence[Query]) -> Pack:
+    """Lays sorted rows out as one pack; the first row shares nothing with what is before it."""
+    longest = max(len(row.tokens) for row in rows)
+    size = len(rows[0].tokens) + sum(
+        len(row.tokens) - common for row, common in zip(rows[1:], shared[1:], strict=True)
+    )
+    tokens = np.empty(size, dtype=np.int32)
+    positions = np.empty(size, dtype=np.int32)
+    end = np.full(size, size, dtype=np.int32)
+    path = np.empty(longest, dtype=np.int32)  # place in the pack of each token of the current row
+    depth = filled = 0
+    segments: list[Segment] = []
+    read_at: list[int] = []
+    read_token: list[int] = []
+    read_query: list[int] = []
+    for place, row in enumerate(rows):
+        common = shared[place] if place else 0
+        length = len(row.tokens)
+        end[path[common:depth]] = filled
+        stop = filled + length - common
+        tokens[filled:stop] = row.tokens[common:]
+        positions[filled:stop] = np.arange(common, length, dtype=np.int32)
+        path[common:length] = np.arange(filled, stop, dtype=np.int32)
+        if stop > filled:
+            segments.append(Segment(filled, stop, _ranges(path[:common])))
+        depth, filled = length, stop
+        for number in row.queries:
+            continuation = queries[number].continuation
+            read_at += path[length - len(continuation) : length].tolist()
+            read_token += continuation
+            read_query += [number] * len(continuation)
+    return Pack(
+        tokens,
+        positions,
+        end,
+        tuple(segments),
+        np.asarray(read_at, dtype=np.int32),
+        np.asarray(read_token, dtype=np.int32),
+        np.asarray(read_query, dtype=np.int32),
+    )
+
+
+def _ranges(path: IntArray) -> tuple[tuple[int, int], ...]:
+    """Joins consecutive places into (start, stop) ranges."""
+    if not len(path):
+        return ()
+    breaks = np.flatnonzero(np.diff(path) != 1) + 1
+    starts = path[np.concatenate(([0], breaks))]
+    stops = path[np.concatenate((breaks - 1, [len(path) - 1]))] + 1
+    return tuple(zip(starts.tolist(), stops.tolist(), strict=True))

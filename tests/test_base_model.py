@@ -1,0 +1,321 @@
+"""Base models: found or refused in one line, and really held as asked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCABULARY_SIZE
+from safetensors.torch import load_file, save_file
+
+from qlora_harness.errors import ModelError
+from qlora_harness.model.base import (
+    find_base,
+    is_out_of_memory,
+    load_base,
+    load_tokenizer,
+    parameter_dtypes,
+    weights_fingerprint,
+)
+from qlora_harness.model.random_model import write_random_model
+from qlora_harness.settings import Quant
+
+WEIGHTS = "model.safetensors"
+# One linear layer of each kind in each of the two layers, by the shapes of "tiny".
+QUANTISED = 2 * (64 * 64 + 32 * 64 + 32 * 64 + 64 * 64 + 3 * 128 * 64)
+# Embedding, output head, two norms a layer and the last one.
+NOT_QUANTISED = 2 * VOCABULARY_SIZE * 64 + 5 * 64
+
+
+def load(
+    folder: Path, quant: str, compute_dtype: str = "float32", double_quant: bool = True
+) -> Any:
+    return load_base(
+        find_base(str(folder)),
+        quant=Quant(quant),
+        double_quant=double_quant,
+        compute_dtype=compute_dtype,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.fixture
+def copy(tiny_llama: Path, tmp_path: Path) -> Callable[[str], Path]:
+    def make(name: str = "model") -> Path:
+        return Path(shutil.copytree(tiny_llama, tmp_path / name))
+
+    return make
+
+
+def refusal(action: Callable[[], object]) -> str:
+    with pytest.raises(ModelError) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- found or refused -----------------------------------------------------------------------------
+
+
+def test_folder_is_found(tiny_llama: Path) -> None:
+    source = find_base(str(tiny_llama), revision="ignored for a folder")
+    assert source.record() == {
+        "name": str(tiny_llama),
+        "revision": None,
+        "commit": None,
+        "random_weights": True,
+    }
+
+
+def test_smollm2_is_made_once_and_is_not_random(smollm2: str) -> None:
+    source = find_base(smollm2)
+    assert (source.name, source.random_weights) == ("smollm2", False)
+    config = json.loads((Path(source.path) / "config.json").read_text())
+    assert "quantization_config" not in config
+    written = (Path(source.path) / WEIGHTS).stat().st_mtime_ns
+    assert find_base(smollm2) == source
+    assert (Path(source.path) / WEIGHTS).stat().st_mtime_ns == written
+
+
+def test_missing_folder_and_folder_without_config(tmp_path: Path) -> None:
+    assert refusal(lambda: find_base(str(tmp_path / "nope"))) == (
+        f"--model: {tmp_path / 'nope'} does not exist. Name a folder or a Hub id."
+    )
+    assert refusal(lambda: find_base(str(tmp_path))) == (
+        f"--model: folder {tmp_path} holds no config.json. Name a Hugging Face model folder."
+    )
+
+
+def test_hub_that_cannot_be_reached() -> None:
+    line = refusal(lambda: find_base("someone/llama"))
+    assert line.startswith("--model: 'someone/llama' can't be loaded (")
+    assert line.endswith("Check the name, --revision and the network, or give a local folder.")
+
+
+def test_gated_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoConfig
+
+    def gated(*_: object, **__: object) -> None:
+        raise OSError(
+            "You are trying to access a gated repo.\nMake sure to have access to it.\n"
+            "401 Client Error."
+        )
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", gated)
+    assert refusal(lambda: find_base("meta-llama/Llama-2-7b-hf")) == (
+        "--model: 'meta-llama/Llama-2-7b-hf' is gated on the Hub and this account has no access. "
+        "Accept its licence on its Hub page and log in with `hf auth login`, or give a local "
+        "folder."
+    )
+
+
+def test_broken_config_of_a_folder_is_not_called_gated(copy: Callable[[str], Path]) -> None:
+    folder = copy("run-401")
+    (folder / "config.json").write_text("{")
+    line = refusal(lambda: find_base(str(folder)))
+    assert line.startswith(f"--model: '{folder}' can't be loaded (")
+    assert "gated" not in line
+
+
+@pytest.mark.parametrize("config", ["{", "{}", '{"model_type": "nope"}'])
+def test_unreadable_config(copy: Callable[[str], Path], config: str) -> None:
+    folder = copy("model")
+    (folder / "config.json").write_text(config)
+    line = refusal(lambda: find_base(str(folder)))
+    assert line.startswith(f"--model: '{folder}' can't be loaded (")
+
+
+def test_missing_tokenizer(copy: Callable[[str], Path]) -> None:
+    folder = copy("model")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    line = refusal(lambda: load_tokenizer(find_base(str(folder))))
+    assert line.startswith(f"--model: '{folder}' has no readable tokenizer (")
+
+
+def test_missing_and_damaged_weights(copy: Callable[[str], Path]) -> None:
+    folder = copy("model")
+    (folder / WEIGHTS).write_bytes(b"x" * 100)
+    line = refusal(lambda: load(folder, "bf16"))
+    assert line.startswith(f"--model: '{folder}' can't be loaded (")
+    (folder / WEIGHTS).unlink()
+    line = refusal(lambda: load(folder, "bf16"))
+    assert line.startswith(f"--model: '{folder}' can't be loaded (")
+
+
+@pytest.mark.parametrize("quant", ["nf4", "bf16"])
+def test_checkpoint_that_lacks_a_weight_is_refused_not_filled_with_noise(
+    copy: Callable[[str], Path], quant: str
+) -> None:
+    folder = copy("model")
+    weights = load_file(folder / WEIGHTS)
+    del weights["model.layers.0.self_attn.q_proj.weight"]
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    assert "model.layers.0.self_attn.q_proj.weight" in refusal(lambda: load(folder, quant))
+
+
+def test_weight_of_another_shape_is_refused(copy: Callable[[str], Path]) -> None:
+    folder = copy("model")
+    weights = load_file(folder / WEIGHTS)
+    weights["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(3, 3)
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    line = refusal(lambda: load(folder, "bf16"))
+    assert line.startswith(f"--model: '{folder}' can't be loaded (")
+
+
+# --- held as asked --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", ["nf4", "fp4"])
+def test_4_bit_arms_hold_every_linear_layer_but_the_head_in_4_bits(
+    tiny_llama: Path, quant: str
+) -> None:
+    import bitsandbytes
+
+    model = load(tiny_llama, quant)
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    in_4_bits = {n for n, m in linear.items() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert set(linear) - in_4_bits == {"lm_head"}
+    assert len(in_4_bits) == 14
+    for name in in_4_bits:
+        weight = linear[name].weight
+        assert weight.dtype == torch.uint8
+        state = weight.quant_state
+        assert (state.quant_type, state.nested, state.blocksize) == (quant, True, 64)
+        assert linear[name].compute_dtype == torch.float32
+    assert parameter_dtypes(model) == {"float32": NOT_QUANTISED, "uint8": QUANTISED // 2}
+
+
+def test_double_quantisation_can_be_switched_off(tiny_llama: Path) -> None:
+    state = (
+        load(tiny_llama, "nf4", double_quant=False).model.layers[0].mlp.up_proj.weight.quant_state
+    )
+    assert state.nested is False
+
+
+def test_nf4_values_are_near_the_checkpoint_and_on_the_nf4_grid(tiny_llama: Path) -> None:
+    import bitsandbytes.functional as functional
+
+    saved = load_file(tiny_llama / WEIGHTS)["model.layers.1.mlp.up_proj.weight"].float()
+    weight = load(tiny_llama, "nf4", double_quant=False).model.layers[1].mlp.up_proj.weight
+    held = functional.dequantize_4bit(weight.data, weight.quant_state).float()
+    assert held.shape == saved.shape
+    # Per block of 64: at most 16 values, and none further off than half of NF4's widest gap.
+    blocks, originals = held.reshape(-1, 64), saved.reshape(-1, 64)
+    assert max(len(block.unique()) for block in blocks) <= 16
+    scale = originals.abs().amax(dim=1, keepdim=True)
+    assert ((blocks - originals).abs() <= 0.16 * scale).all()
+    assert not torch.equal(held, saved)
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_bf16_arm_has_the_values_of_the_checkpoint(tiny_llama: Path, compute_dtype: str) -> None:
+    saved = load_file(tiny_llama / WEIGHTS)
+    model = load(tiny_llama, "bf16", compute_dtype)
+    parameters = dict(model.named_parameters())
+    assert set(parameters) == set(saved)
+    for name, value in parameters.items():
+        assert value.dtype == getattr(torch, compute_dtype)
+        assert torch.equal(value.to(torch.bfloat16), saved[name])
+    assert parameter_dtypes(model) == {compute_dtype: NOT_QUANTISED + QUANTISED}
+
+
+def test_float32_checkpoint_is_rounded_to_bf16_first(copy: Callable[[str], Path]) -> None:
+    folder = copy("model")
+    name = "model.layers.0.mlp.up_proj.weight"
+    generator = torch.Generator().manual_seed(0)
+    fine = torch.randn(128, 64, generator=generator)
+    weights = {n: w.float() for n, w in load_file(folder / WEIGHTS).items()} | {name: fine}
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    held = dict(load(folder, "bf16", "float32").named_parameters())[name]
+    assert held.dtype == torch.float32
+    assert torch.equal(held, fine.to(torch.bfloat16).float())
+    assert not torch.equal(held, fine)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "bf16"])
+def test_base_is_frozen_and_in_evaluation_mode(tiny_llama: Path, quant: str) -> None:
+    model = load(tiny_llama, quant)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.training is False
+    assert model.config.use_cache is False
+
+
+def test_tied_weights_stay_tied(smollm2: str) -> None:
+    model = load_base(
+        find_base(smollm2),
+        quant=Quant.NF4,
+        double_quant=True,
+        compute_dtype="float32",
+        device=torch.device("cpu"),
+    )
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.dtype == torch.float32
+
+
+# --- the fingerprint ------------------------------------------------------------------------------
+
+
+def test_fingerprint_is_that_of_the_model_not_of_its_quantisation(
+    tiny_llama: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    prints = {
+        weights_fingerprint(load(tiny_llama, quant, dtype))
+        for quant in ("nf4", "fp4", "bf16")
+        for dtype in ("float32", "bfloat16")
+    }
+    assert len(prints) == 1
+    (one,) = prints
+    assert one.startswith("sha256:") and len(one) == len("sha256:") + 64
+
+    other = tmp_path / "other"
+    write_random_model(
+        other, shape="tiny", tokenizer=str(tiny_tokenizer), vocab_size=VOCABULARY_SIZE, seed=1
+    )
+    assert weights_fingerprint(load(other, "nf4")) != one
+    assert weights_fingerprint(load(other, "bf16")) == weights_fingerprint(load(other, "nf4"))
+
+
+# --- random models and memory errors --------------------------------------------------------------
+
+
+def test_random_model_is_seeded_and_says_so(
+    tiny_llama: Path, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    write_random_model(
+        again, shape="tiny", tokenizer=str(tiny_tokenizer), vocab_size=VOCABULARY_SIZE
+    )
+    first, second = load_file(tiny_llama / WEIGHTS), load_file(again / WEIGHTS)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(value.dtype == torch.bfloat16 for value in first.values())
+    assert json.loads((again / "config.json").read_text())["qlora_harness_random_weights"] is True
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_random_model_never_replaces_a_folder(tiny_tokenizer: Path, tmp_path: Path) -> None:
+    line = refusal(
+        lambda: write_random_model(tmp_path, shape="tiny", tokenizer=str(tiny_tokenizer))
+    )
+    assert line == f"{tmp_path} exists. Name a folder that does not."
+    line = refusal(
+        lambda: write_random_model(tmp_path / "new", shape="tiny", tokenizer=str(tmp_path))
+    )
+    assert line.startswith(f"--tokenizer: '{tmp_path}' can't be loaded (")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("x"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+    assert not is_out_of_memory(MemoryError())

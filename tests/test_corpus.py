@@ -1,0 +1,255 @@
+"""A run's data from name to examples: the split by tree, and the report that is stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BOS, EOS, token_ids
+
+from qlora_harness.data.chat import ChatEncoder, fingerprint
+from qlora_harness.data.conversation import Conversation, Turn
+from qlora_harness.data.corpus import (
+    TrainingData,
+    load_training_data,
+    parse_languages,
+    split_by_tree,
+)
+from qlora_harness.errors import DataError
+
+
+def forest(trees: int, per_tree: int = 1) -> list[Conversation]:
+    turns = (Turn("user", "q"), Turn("assistant", "a", True))
+    return [Conversation(f"t{tree}", turns) for tree in range(trees) for _ in range(per_tree)]
+
+
+# --- the split ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_tree_stands_on_both_sides(seed: int) -> None:
+    conversations = forest(20, per_tree=3)
+    train, held_out = split_by_tree(conversations, 0.25, seed)
+    assert {c.tree for c in train} & {c.tree for c in held_out} == set()
+    assert (len(train), len(held_out)) == (45, 15)
+    # Both sides keep the order of the file, and together they are everything.
+    assert train == [c for c in conversations if c in train]
+    assert sorted(c.tree for c in train + held_out) == sorted(c.tree for c in conversations)
+
+
+@pytest.mark.parametrize(
+    ("trees", "fraction", "held_out"),
+    [
+        (100, 0.05, 5),
+        (953, 0.05, 48),
+        (10, 0.05, 1),  # at least one
+        (2, 0.05, 1),
+        (1, 0.5, 0),  # but never all
+        (2, 0.5, 1),
+        (10, 0.0, 0),
+        (0, 0.05, 0),
+    ],
+)
+def test_sizes(trees: int, fraction: float, held_out: int) -> None:
+    train, evaluation = split_by_tree(forest(trees), fraction, 0)
+    assert (len(train), len(evaluation)) == (trees - held_out, held_out)
+
+
+def test_split_is_seeded() -> None:
+    def chosen(seed: int) -> set[str]:
+        return {c.tree for c in split_by_tree(forest(100), 0.05, seed)[1]}
+
+    assert chosen(0) == chosen(0)
+    assert chosen(0) != chosen(1)
+
+
+@pytest.mark.parametrize(
+    ("text", "codes"),
+    [("en", ("en",)), ("en,de", ("en", "de")), (" en , pt-BR,", ("en", "pt-BR")), ("all", None)],
+)
+def test_languages(text: str, codes: tuple[str, ...] | None) -> None:
+    assert parse_languages(text) == codes
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def pair(tree: str, question: str, answer: str, **more: Any) -> list[dict[str, Any]]:
+    common = {"lang": "en"} | more
+    return [
+        {"message_id": tree, "parent_id": None, "role": "prompter", "text": question} | common,
+        {"message_id": f"{tree}-a", "parent_id": tree, "role": "assistant", "text": answer}
+        | common,
+    ]
+
+
+Loader = Callable[..., TrainingData]
+
+
+@pytest.fixture
+def load(tiny_tokenizer: Path, tmp_path: Path) -> Loader:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny_tokenizer))
+
+    def run(rows: list[dict[str, Any]] | str, max_length: int = 64, **options: Any) -> TrainingData:
+        if isinstance(rows, list):
+            path = tmp_path / "rows.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            rows = str(path)
+        chosen: dict[str, Any] = {
+            "revision": None,
+            "languages": "en",
+            "paths": "best-path",
+            "eval_fraction": 0.0,
+            "seed": 0,
+        }
+        encoder = ChatEncoder(tokenizer, "guanaco", max_length, "prompt")
+        return load_training_data(encoder, rows, **(chosen | options))
+
+    return run
+
+
+def example_ids(question: str, answer: str) -> list[int]:
+    return [BOS, *token_ids(f" ### Human: {question}### Assistant: {answer}"), EOS]
+
+
+def test_report_counts_everything_by_hand(load: Loader, tmp_path: Path) -> None:
+    rows = [
+        *pair("t1", "q", "yes"),
+        *pair("t2", "q", "x" * 100),
+        *pair("t3", "q" * 100, "no"),
+        *pair("t4", "Frage", "ja", lang="de"),
+        *pair("t5", "q", "gone", deleted=True),
+        pair("t6", "q", "")[0],
+    ]
+    data = load(rows)
+    # " ### Human: q### Assistant:" is 26 tokens, so a reply has room for 64 - 1 - 26 = 37.
+    assert len(token_ids(" ### Human: q### Assistant:")) == 26
+    assert [e.input_ids for e in data.train] == [
+        example_ids("q", "yes"),
+        example_ids("q", "x" * 100)[:64],
+    ]
+    assert data.evaluation == []
+    split = {
+        "conversations": 2,
+        "turns": 4,
+        "tokens": (1 + 26 + 4 + 1) + 64,
+        "supervised_tokens": (4 + 1) + 37,
+        "truncated": 1,
+        "without_supervised_token": 1,
+        "fingerprint": fingerprint(data.train),
+    }
+    assert data.report == {
+        "dataset": str(tmp_path / "rows.jsonl"),
+        "revision": None,
+        "source": str(tmp_path / "rows.jsonl"),
+        "languages": "en",
+        "conversations": "best-path",
+        "evaluation_source": "0 of the trees, seed 0",
+        "template": "guanaco",
+        "mask": "prompt",
+        "leading_bos": [BOS],
+        "messages": 11,
+        "trees": 6,
+        "dropped": {"deleted": 2, "language": 2, "tree without assistant reply": 1},
+        "resolved": {},
+        "train": split,
+        "eval": {
+            "conversations": 0,
+            "turns": 0,
+            "tokens": 0,
+            "supervised_tokens": 0,
+            "truncated": 0,
+            "without_supervised_token": 0,
+            "fingerprint": fingerprint([]),
+        },
+    }
+    assert json.loads(json.dumps(data.report)) == data.report
+
+
+def test_same_data_has_the_same_fingerprint_and_other_data_another(load: Loader) -> None:
+    def printed(*answers: str) -> str:
+        rows = [row for i, a in enumerate(answers) for row in pair(f"t{i}", "q", a)]
+        return str(load(rows).report["train"]["fingerprint"])
+
+    assert printed("a", "b") == printed("a", "b")
+    assert len({printed("a", "b"), printed("b", "a"), printed("a"), printed("a", "c")}) == 4
+
+
+def test_share_of_the_trees_is_held_out(load: Loader) -> None:
+    rows = [row for i in range(20) for row in pair(f"t{i}", "q", f"answer {i}")]
+    data = load(rows, eval_fraction=0.1, seed=3)
+    assert (len(data.train), len(data.evaluation)) == (18, 2)
+    assert data.report["evaluation_source"] == "0.1 of the trees, seed 3"
+    again = load(rows, eval_fraction=0.1, seed=3)
+    assert again.report == data.report
+    every = {tuple(e.input_ids) for e in data.train + data.evaluation}
+    assert every == {tuple(example_ids("q", f"answer {i}")) for i in range(20)}
+    assert "validation" not in data.report
+
+
+def test_all_paths_of_a_held_out_tree_are_held_out(load: Loader) -> None:
+    rows = []
+    for i in range(10):
+        rows += pair(f"t{i}", f"question {i}", "first")
+        rows.append(rows[-1] | {"message_id": f"t{i}-b", "text": "second"})
+    data = load(rows, paths="all-paths", eval_fraction=0.2)
+    assert (len(data.train), len(data.evaluation)) == (16, 4)
+    held_out = {tuple(e.input_ids) for e in data.evaluation}
+    trees = [
+        i
+        for i in range(10)
+        if tuple(example_ids(f"question {i}", "first")) in held_out
+        and tuple(example_ids(f"question {i}", "second")) in held_out
+    ]
+    assert len(trees) == 2
+
+
+def test_validation_split_of_the_data_set_is_used_whole(load: Loader, tmp_path: Path) -> None:
+    import datasets
+
+    splits = {
+        "train": datasets.Dataset.from_list([*pair("t1", "q", "yes"), *pair("t2", "q", "no")]),
+        "validation": datasets.Dataset.from_list(
+            [*pair("v1", "q", "maybe"), *pair("v2", "q", "vielleicht", lang="de")]
+        ),
+    }
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    data = load(str(tmp_path / "saved"), eval_fraction=0.5)
+    assert [e.input_ids for e in data.train] == [example_ids("q", "yes"), example_ids("q", "no")]
+    assert [e.input_ids for e in data.evaluation] == [example_ids("q", "maybe")]
+    assert data.report["evaluation_source"] == "validation split"
+    assert data.report["dropped"] == {}
+    assert data.report["validation"] == {
+        "messages": 4,
+        "trees": 2,
+        "dropped": {"language": 2},
+        "resolved": {},
+    }
+
+
+def test_nothing_left_to_train_on_says_why(load: Loader, tmp_path: Path) -> None:
+    rows = [*pair("t1", "Frage", "ja", lang="de"), *pair("t2", "q" * 100, "no")]
+    with pytest.raises(DataError) as caught:
+        load(rows)
+    assert str(caught.value) == (
+        f"--dataset {tmp_path / 'rows.jsonl'}: no conversation is left to train on (of 4 messages; "
+        "dropped: 2 language; without a supervised token: 1). Check --languages and --max-length."
+    )
+
+
+def test_empty_file_says_so(load: Loader) -> None:
+    with pytest.raises(DataError, match=r"of 0 messages; dropped: none; "):
+        load([])
+
+
+def test_message_that_stands_twice_is_named_with_its_file(load: Loader, tmp_path: Path) -> None:
+    rows = pair("t1", "q", "yes")
+    with pytest.raises(DataError) as caught:
+        load([*rows, rows[1] | {"text": "no"}])
+    assert str(tmp_path / "rows.jsonl") in str(caught.value)
+    assert "'t1-a'" in str(caught.value)

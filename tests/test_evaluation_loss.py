@@ -1,0 +1,136 @@
+"""Evaluation loss: a mean over tokens, against a reference written out here."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from qlora_harness.data.chat import Example
+from qlora_harness.model.base import find_base, load_base
+from qlora_harness.settings import Quant
+from qlora_harness.train.evaluation import EvaluationLoss, evaluate_loss
+
+PAD = 2
+
+# Different lengths and different numbers of learned tokens, the pad id among them.
+EXAMPLES = [
+    Example([1, 300, 301, 2], [-100, -100, 301, 2]),
+    Example([1, 310, 311, 312, 313, 314, 2, 2], [-100, -100, -100, 312, 313, 314, 2, 2]),
+    Example([1, 320, 2], [-100, -100, 2]),
+    Example([2, 330, 331, 332, 333], [2, 330, 331, 332, 333]),
+    Example([1, *range(280, 320)], [-100] * 39 + [318, 319]),
+]
+LEARNED = 2 + 5 + 1 + 4 + 2
+
+
+def base(folder: Path, quant: str) -> Any:
+    return load_base(
+        find_base(str(folder)),
+        quant=Quant(quant),
+        double_quant=True,
+        compute_dtype="float32",
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.fixture(scope="module", params=["nf4", "bf16"])
+def model(request: pytest.FixtureRequest, tiny_llama: Path) -> Any:
+    return base(tiny_llama, request.param)
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def evaluate(
+    model: Any, accelerator: Accelerator, batch_size: int, **options: Any
+) -> EvaluationLoss:
+    chosen: dict[str, Any] = {"pad_id": PAD, "autocast_dtype": None} | options
+    return evaluate_loss(model, EXAMPLES, batch_size=batch_size, accelerator=accelerator, **chosen)
+
+
+def by_hand(model: Any, example: Example) -> list[float]:
+    """Negative log-likelihoods of the learned tokens of one unpadded row, in double precision."""
+    with torch.no_grad():
+        logits = model(torch.tensor([example.input_ids])).logits[0].double()
+    return [
+        math.log(sum(math.exp(v - float(row.max())) for v in row.tolist()))
+        + float(row.max())
+        - float(row[label])
+        for row, label in zip(logits[:-1], example.labels[1:], strict=True)
+        if label != -100
+    ]
+
+
+def test_loss_is_the_mean_over_learned_tokens(model: Any, accelerator: Accelerator) -> None:
+    losses = [loss for example in EXAMPLES for loss in by_hand(model, example)]
+    assert len(losses) == LEARNED
+    found = evaluate(model, accelerator, batch_size=2)
+    assert found.tokens == LEARNED
+    assert found.loss == pytest.approx(sum(losses) / LEARNED, abs=1e-5)
+    # The mean of the rows' means is another number, so the weighting shows.
+    per_row = [by_hand(model, example) for example in EXAMPLES]
+    unweighted = sum(sum(row) / len(row) for row in per_row) / len(per_row)
+    assert abs(found.loss - unweighted) > 1e-3
+
+
+def test_loss_does_not_depend_on_batch_size_or_padding(
+    model: Any, accelerator: Accelerator
+) -> None:
+    alone = evaluate(model, accelerator, batch_size=1)
+    for batch_size in (2, 3, 100):
+        for pad_id in (0, PAD, 331):
+            found = evaluate(model, accelerator, batch_size, pad_id=pad_id)
+            assert found.tokens == alone.tokens
+            assert found.loss == pytest.approx(alone.loss, abs=1e-5)
+
+
+def test_autocast_is_close_but_not_the_same(model: Any, accelerator: Accelerator) -> None:
+    exact = evaluate(model, accelerator, batch_size=2)
+    rough = evaluate(model, accelerator, batch_size=2, autocast_dtype=torch.bfloat16)
+    assert rough.loss == pytest.approx(exact.loss, rel=0.01)
+    assert rough.loss != exact.loss
+
+
+def test_model_is_left_in_the_mode_it_was_in(tiny_llama: Path, accelerator: Accelerator) -> None:
+    model = base(tiny_llama, "bf16")
+    for training in (True, False):
+        model.train(training)
+        evaluate(model, accelerator, batch_size=2)
+        assert model.training is training
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_takes_its_share(tiny_llama: Path, rank: int) -> None:
+    """Two processes, each played here: their sums add up to the whole."""
+    seen = []
+
+    class Played:
+        process_index = rank
+        num_processes = 2
+        device = torch.device("cpu")
+
+        def gather(self, total: torch.Tensor) -> torch.Tensor:
+            seen.append(total.clone())
+            return torch.cat([total, torch.tensor([10.0, 5.0], dtype=torch.float64)])
+
+    model = base(tiny_llama, "bf16")
+    found = evaluate(model, Played(), batch_size=2)  # type: ignore[arg-type]
+    by_length = sorted(EXAMPLES, key=lambda e: len(e.input_ids))
+    losses = [loss for example in by_length[rank::2] for loss in by_hand(model, example)]
+    (total,) = seen
+    assert total[0].item() == pytest.approx(sum(losses), abs=1e-4)
+    assert total[1].item() == len(losses)
+    assert found.tokens == len(losses) + 5
+    assert found.loss == pytest.approx((sum(losses) + 10) / (len(losses) + 5), abs=1e-5)
+
+
+def test_perplexity_is_exp_of_the_loss() -> None:
+    assert EvaluationLoss(loss=0.0, tokens=1).perplexity == 1.0
+    assert EvaluationLoss(loss=math.log(7.5), tokens=1).perplexity == pytest.approx(7.5, rel=1e-12)

@@ -1,0 +1,334 @@
+"""What is stored of a scored run: exact rows, exact accuracies, and nothing lost by a later run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_harness.errors import ResultsError
+from qlora_harness.score.evaluation_record import (
+    ScoredQuestion,
+    accuracy,
+    model_slug,
+    progress_rows,
+    summarise,
+    write_records,
+)
+
+SCHEMA_VERSION = 1
+CATEGORIES = {
+    "stem": ["anatomy", "astronomy"],
+    "humanities": ["philosophy"],
+    "other": ["virology"],
+}
+SAYS = {
+    "A": (-0.5, -1.0, -2.0, -3.0),
+    "B": (-2.5, -0.25, -2.0, -3.0),
+    "C": (-2.5, -2.25, -1.0, -3.0),
+    "D": (-2.5, -2.25, -2.0, -1.5),
+}
+
+
+def question(index: int, subject: str, *, says: str, answer: str) -> ScoredQuestion:
+    return ScoredQuestion(index, subject, f"Question {index}\nAnswer:", answer, SAYS[says])
+
+
+# anatomy 2 of 3 right, astronomy 1 of 4, philosophy 2 of 2; given out of order.
+NINE = [
+    question(8, "philosophy", says="D", answer="D"),
+    question(0, "anatomy", says="A", answer="A"),
+    question(1, "anatomy", says="B", answer="A"),
+    question(2, "anatomy", says="C", answer="C"),
+    question(3, "astronomy", says="A", answer="D"),
+    question(4, "astronomy", says="A", answer="C"),
+    question(5, "astronomy", says="A", answer="B"),
+    question(6, "astronomy", says="A", answer="A"),
+    question(7, "philosophy", says="B", answer="B"),
+]
+
+
+def stderr(values: list[int]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+@pytest.mark.parametrize("values", [[1, 0], [1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0, 1, 1, 0]])
+def test_accuracy_and_its_standard_error(values: list[int]) -> None:
+    mean, error = accuracy([bool(value) for value in values])
+    assert mean == pytest.approx(statistics.mean(values), abs=1e-15)
+    assert error == pytest.approx(stderr(values), abs=1e-15)
+
+
+def test_one_value_has_no_standard_error() -> None:
+    assert accuracy([True]) == (1.0, None)
+
+
+def test_prediction_is_the_likeliest_letter() -> None:
+    assert [question(0, "x", says=letter, answer="A").prediction for letter in "ABCD"] == list(
+        "ABCD"
+    )
+    assert question(0, "x", says="C", answer="C").correct
+    assert not question(0, "x", says="C", answer="A").correct
+
+
+def test_summary_by_question_subject_and_category() -> None:
+    summary = summarise(NINE, CATEGORIES, n_total=20, truncated=1)
+    anatomy, astronomy, philosophy = [1, 0, 1], [0, 0, 0, 1], [1, 1]
+    assert {name: values["acc"] for name, values in summary["subjects"].items()} == {
+        "anatomy": pytest.approx(2 / 3),
+        "astronomy": 0.25,
+        "philosophy": 1.0,
+    }
+    assert summary["subjects"]["astronomy"] == {
+        "acc": 0.25,
+        "acc_stderr": pytest.approx(stderr(astronomy), abs=1e-15),
+        "n": 4,
+        "correct": 1,
+    }
+    assert (summary["n"], summary["n_total"], summary["truncated"], summary["ties"]) == (9, 20, 1, 0)
+    assert summary["acc"] == pytest.approx(5 / 9, abs=1e-15)
+    assert summary["acc_macro"] == pytest.approx((2 / 3 + 1 / 4 + 1) / 3, abs=1e-15)
+    squares = [statistics.variance(values) * (len(values) - 1) for values in (anatomy, astronomy)]
+    assert statistics.variance(philosophy) == 0
+    assert summary["acc_stderr"] == pytest.approx(math.sqrt(sum(squares) / (9 - 3) / 9), abs=1e-15)
+    errors = [stderr(anatomy), stderr(astronomy), 0.0]
+    assert summary["acc_macro_stderr"] == pytest.approx(math.hypot(*errors) / 3, abs=1e-15)
+    assert list(summary["categories"]) == ["stem", "humanities"]  # nobody asked about virology
+    stem = summary["categories"]["stem"]
+    assert (stem["acc"], stem["n"]) == (pytest.approx(3 / 7), 7)
+    assert stem["acc_macro"] == pytest.approx((2 / 3 + 1 / 4) / 2)
+    assert stem["acc_stderr"] == pytest.approx(math.sqrt(sum(squares) / (7 - 2) / 7), abs=1e-15)
+    assert summary["categories"]["humanities"]["acc"] == 1.0
+
+
+def test_pooled_errors_are_those_of_lm_eval() -> None:
+    from lm_eval.api.metrics import aggregate_subtask_metrics, mean_stderr, pooled_sample_stderr
+
+    summary = summarise(NINE, CATEGORIES, n_total=9, truncated=0)
+    values = {"anatomy": [1, 0, 1], "astronomy": [0, 0, 0, 1], "philosophy": [1, 1]}
+    sizes = [len(v) for v in values.values()]
+    errors = [mean_stderr(v) for v in values.values()]
+    means = [sum(v) / len(v) for v in values.values()]
+    assert summary["acc_stderr"] == pytest.approx(pooled_sample_stderr(errors, sizes), abs=1e-15)
+    assert summary["acc"] == pytest.approx(aggregate_subtask_metrics(means, sizes), abs=1e-15)
+    assert summary["acc_macro"] == pytest.approx(
+        aggregate_subtask_metrics(means, sizes, weight_by_size=False), abs=1e-15
+    )
+
+
+def test_subject_with_one_question_leaves_the_error_unknown() -> None:
+    some = [q for q in NINE if q.index in (0, 3, 4)]
+    summary = summarise(some, CATEGORIES, n_total=9, truncated=0)
+    assert summary["subjects"]["anatomy"]["acc_stderr"] is None
+    assert summary["acc"] == pytest.approx(1 / 3)
+    assert (summary["acc_stderr"], summary["acc_macro_stderr"]) == (None, None)
+
+
+def test_ties_are_counted() -> None:
+    tied = ScoredQuestion(9, "virology", "Q\nAnswer:", "B", (-1.0, -1.0, -2.0, -2.0))
+    summary = summarise([*NINE, tied], CATEGORIES, n_total=10, truncated=0)
+    assert summary["ties"] == 1
+    assert summary["subjects"]["virology"]["acc"] == 0.0  # the first of a tie counts
+
+
+def test_prompt_hash_tells_questions_apart_and_forgets_their_order() -> None:
+    def hashed(questions: list[ScoredQuestion]) -> str:
+        return summarise(questions, CATEGORIES, n_total=9, truncated=0)["prompts_sha256"]
+
+    text = "".join(
+        f"{q.index}\0{q.subject}\0{q.prompt}\0{q.answer}\0"
+        for q in sorted(NINE, key=lambda q: q.index)
+    )
+    assert hashed(NINE) == hashlib.sha256(text.encode()).hexdigest()
+    assert hashed(NINE[::-1]) == hashed(NINE)
+    assert hashed(NINE[1:]) != hashed(NINE)
+
+
+def test_progress_has_one_row_a_question_in_file_order() -> None:
+    rows = progress_rows(NINE[:3])
+    assert rows == [
+        {
+            "index": 0,
+            "subject": "anatomy",
+            "logprobs": {"A": -0.5, "B": -1.0, "C": -2.0, "D": -3.0},
+            "prediction": "A",
+            "answer": "A",
+            "correct": True,
+            "running_accuracy": 1.0,
+        },
+        {
+            "index": 1,
+            "subject": "anatomy",
+            "logprobs": {"A": -2.5, "B": -0.25, "C": -2.0, "D": -3.0},
+            "prediction": "B",
+            "answer": "A",
+            "correct": False,
+            "running_accuracy": 0.5,
+        },
+        {
+            "index": 8,
+            "subject": "philosophy",
+            "logprobs": {"A": -2.5, "B": -2.25, "C": -2.0, "D": -1.5},
+            "prediction": "D",
+            "answer": "D",
+            "correct": True,
+            "running_accuracy": 2 / 3,
+        },
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("meta-llama/Llama-2-7b-hf", "llama2_7b"),
+        ("meta-llama/Llama-2-7b-chat-hf", "llama2_7b_chat"),
+        ("/models/Llama-2-7b-hf/", "llama2_7b"),
+        ("smollm2", "smollm2"),
+        ("HuggingFaceTB/SmolLM2-135M", "smollm2_135m"),
+        ("Qwen/Qwen2.5-0.5B", "qwen2_5_0_5b"),
+    ],
+)
+def test_model_name_in_file_names(name: str, slug: str) -> None:
+    assert model_slug(name) == slug
+
+
+# What is written
+
+
+def header(**changes: Any) -> dict[str, Any]:
+    return {
+        "arm": "4bit",
+        "model": {"base": "smollm2", "adapter_sha256": "0"},
+        "settings": {"batch_size": 1},
+        "environment": {"device": "a GPU"},
+    } | changes
+
+
+def write(
+    folder: Path,
+    questions: list[ScoredQuestion],
+    *,
+    family: str = "mmlu_qlora_demo",
+    name: str = "mmlu_progress_smollm2_4bit_qlora.json",
+    **changes: Any,
+) -> list[str]:
+    summary = summarise(questions, CATEGORIES, n_total=9, truncated=0)
+    return write_records(folder, name, header(**changes), {family: summary}, {family: questions})
+
+
+def read(folder: Path, name: str = "evaluation_results.json") -> dict[str, Any]:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def test_both_files_say_what_was_scored(tmp_path: Path) -> None:
+    assert write(tmp_path / "results" / "4bit", NINE) == ["mmlu_qlora_demo"]
+    folder = tmp_path / "results" / "4bit"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "evaluation_results.json",
+        "mmlu_progress_smollm2_4bit_qlora.json",
+    ]
+    evaluation = read(folder)
+    created = evaluation.pop("created")
+    summary = summarise(NINE, CATEGORIES, n_total=9, truncated=0)
+    assert evaluation == header() | {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "evaluation_results",
+        "tasks": {"mmlu_qlora_demo": summary | {"settings": {"batch_size": 1}}},
+    }
+    assert read(folder, "mmlu_progress_smollm2_4bit_qlora.json") == {
+        "schema_version": SCHEMA_VERSION,
+        "created": created,
+        "kind": "mmlu_progress",
+        "arm": "4bit",
+        "model": {"base": "smollm2", "adapter_sha256": "0"},
+        "tasks": {"mmlu_qlora_demo": progress_rows(NINE)},
+    }
+
+
+def test_other_task_families_stay(tmp_path: Path) -> None:
+    write(tmp_path, NINE, family="mmlu_qlora_5shot")
+    first = read(tmp_path)["tasks"]["mmlu_qlora_5shot"]
+    write(tmp_path, NINE[:3], settings={"batch_size": 2})
+    tasks = read(tmp_path)["tasks"]
+    assert list(tasks) == ["mmlu_qlora_5shot", "mmlu_qlora_demo"]
+    assert tasks["mmlu_qlora_5shot"] == first
+    assert tasks["mmlu_qlora_5shot"]["settings"] == {"batch_size": 1}
+    assert tasks["mmlu_qlora_demo"]["settings"] == {"batch_size": 2}
+    progress = read(tmp_path, "mmlu_progress_smollm2_4bit_qlora.json")["tasks"]
+    assert {family: len(rows) for family, rows in progress.items()} == {
+        "mmlu_qlora_5shot": 9,
+        "mmlu_qlora_demo": 3,
+    }
+
+
+def test_a_smaller_run_does_not_replace_a_larger_record(tmp_path: Path) -> None:
+    write(tmp_path, NINE)
+    before = read(tmp_path)["tasks"]
+    assert write(tmp_path, NINE[:2]) == []
+    assert read(tmp_path)["tasks"] == before
+    progress = read(tmp_path, "mmlu_progress_smollm2_4bit_qlora.json")["tasks"]
+    assert len(progress["mmlu_qlora_demo"]) == 9
+
+
+def test_a_record_that_is_kept_keeps_its_environment(tmp_path: Path) -> None:
+    write(tmp_path, NINE)
+    write(tmp_path, NINE[:2], settings={"batch_size": 4}, environment={"device": "cpu"})
+    evaluation = read(tmp_path)
+    assert evaluation["environment"] == {"device": "a GPU"}
+    assert evaluation["settings"] == {"batch_size": 1}
+
+
+def test_a_run_of_the_same_size_replaces_the_record(tmp_path: Path) -> None:
+    write(tmp_path, NINE)
+    again = [question(q.index, q.subject, says="A", answer=q.answer) for q in NINE]
+    assert write(tmp_path, again) == ["mmlu_qlora_demo"]
+    assert read(tmp_path)["tasks"]["mmlu_qlora_demo"]["acc"] == pytest.approx(3 / 9)
+
+
+def test_one_subject_after_another_loses_neither(tmp_path: Path) -> None:
+    write(tmp_path, [q for q in NINE if q.subject == "anatomy"])
+    write(tmp_path, [q for q in NINE if q.subject == "astronomy"])
+    assert set(read(tmp_path)["tasks"]["mmlu_qlora_demo"]["subjects"]) == {"anatomy", "astronomy"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"arm": "16bit"},
+        {"model": {"base": "smollm2", "adapter_sha256": "1"}},
+        {"model": {"base": "another", "adapter_sha256": "0"}},
+    ],
+)
+def test_the_record_of_another_model_is_replaced(tmp_path: Path, change: dict[str, Any]) -> None:
+    write(tmp_path, NINE)
+    write(tmp_path, NINE, family="mmlu_qlora_5shot")
+    assert write(tmp_path, NINE[:2], **change) == ["mmlu_qlora_demo"]
+    evaluation = read(tmp_path)
+    assert list(evaluation["tasks"]) == ["mmlu_qlora_demo"]
+    assert evaluation["tasks"]["mmlu_qlora_demo"]["n"] == 2
+    assert {key: evaluation[key] for key in change} == change
+
+
+def test_a_damaged_record_is_named_and_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "evaluation_results.json").write_text('{"tasks":')
+    with pytest.raises(ResultsError) as error:
+        write(tmp_path, NINE)
+    assert str(error.value) == (
+        f"{tmp_path / 'evaluation_results.json'}, line 1: not valid JSON (Expecting value). "
+        "The file is damaged or half written; make it anew or remove it."
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation_results.json"]
+
+
+def test_records_are_read_by_the_comparison(tmp_path: Path) -> None:
+    from qlora_harness.compare.evaluation import read_evaluations
+
+    write(tmp_path, NINE)
+    found = read_evaluations(tmp_path / "evaluation_results.json")["mmlu_qlora_demo"]
+    assert (found.n, found.n_total, found.acc) == (9, 9, pytest.approx(5 / 9))
+    assert found.conditions["evaluation.settings.batch_size"] == 1

@@ -1,0 +1,352 @@
+"""Adapters: attached alike on both arms, saved without the base, and checked when loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_harness.errors import AdapterError, SettingsError
+from qlora_harness.model.base import find_base, load_base, load_tokenizer
+from qlora_harness.model.lora import (
+    CONFIG_FILE,
+    RECORD_FILE,
+    WEIGHTS_FILE,
+    adapter_digest,
+    attach_lora,
+    load_adapter,
+    read_adapter_config,
+    read_adapter_record,
+    save_adapter,
+)
+from qlora_harness.settings import Quant
+
+RANK, ALPHA = 4, 8
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+FIRST_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+IDS = torch.tensor([[1, 300, 301, 302, 303]])
+
+
+def base(folder: Path, quant: str = "bf16") -> Any:
+    return load_base(
+        find_base(str(folder)),
+        quant=Quant(quant),
+        double_quant=True,
+        compute_dtype="float32",
+        device=torch.device("cpu"),
+    )
+
+
+def attach(folder: Path, quant: str = "bf16", targets: str = "all-linear") -> Any:
+    torch.manual_seed(0)
+    return attach_lora(base(folder, quant), r=RANK, alpha=ALPHA, dropout=0.0, targets=targets)
+
+
+def learned(folder: Path, quant: str = "bf16") -> Any:
+    """A model whose adapter is not zero any more."""
+    model = attach(folder, quant).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.02)
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(IDS).logits
+    return found
+
+
+def refusal(action: Callable[[], object]) -> str:
+    with pytest.raises(AdapterError) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter folder; never written to."""
+    folder = tmp_path_factory.mktemp("adapters") / "adapter"
+    tokenizer = load_tokenizer(find_base(str(tiny_llama)))
+    save_adapter(learned(tiny_llama), tokenizer, folder, {"quant": "bf16"})
+    return folder
+
+
+@pytest.fixture
+def adapter(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it to break."""
+    return Path(shutil.copytree(saved, tmp_path / "adapter"))
+
+
+def rewrite(
+    adapter: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> None:
+    save_file(change(load_file(adapter / WEIGHTS_FILE)), adapter / WEIGHTS_FILE)
+
+
+# --- attached -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", ["nf4", "bf16"])
+def test_all_linear_layers_but_the_head_get_a_float32_adapter(tiny_llama: Path, quant: str) -> None:
+    model = attach(tiny_llama, quant)
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".lora_")[0].split(".")[-1] for name in trainable} == LINEAR
+    assert len(trainable) == 2 * 7 * 2
+    assert {p.dtype for p in trainable.values()} == {torch.float32}
+    assert not any(p.any() for name, p in trainable.items() if "lora_B" in name)
+    # r x (inputs + outputs) of each layer.
+    per_layer = (64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3
+    assert sum(p.numel() for p in trainable.values()) == RANK * 2 * per_layer
+
+
+@pytest.mark.parametrize("quant", ["nf4", "bf16"])
+def test_fresh_adapter_changes_nothing(tiny_llama: Path, quant: str) -> None:
+    assert torch.equal(logits(attach(tiny_llama, quant)), logits(base(tiny_llama, quant)))
+
+
+def test_both_arms_start_from_the_same_adapter(tiny_llama: Path) -> None:
+    nf4, bf16 = (
+        {n: p for n, p in attach(tiny_llama, quant).named_parameters() if "lora_" in n}
+        for quant in ("nf4", "bf16")
+    )
+    assert set(nf4) == set(bf16)
+    assert all(torch.equal(nf4[name], bf16[name]) for name in nf4)
+
+
+def test_scale_is_alpha_over_r(tiny_llama: Path) -> None:
+    layer = attach(tiny_llama).base_model.model.model.layers[0].mlp.up_proj
+    assert layer.scaling == {"default": ALPHA / RANK}
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_(0, 0.02)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    by_hand = x @ layer.base_layer.weight.T + (ALPHA / RANK) * (x @ a.T @ b.T)
+    assert torch.allclose(layer(x), by_hand, atol=1e-6)
+
+
+def test_layers_by_name(tiny_llama: Path) -> None:
+    model = attach(tiny_llama, targets="q_proj, v_proj")
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert {name.split(".lora_")[0].split(".")[-1] for name in trainable} == {"q_proj", "v_proj"}
+
+
+def test_unknown_layer_names(tiny_llama: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        attach(tiny_llama, targets="typo")
+    assert str(caught.value) == (
+        "--lora-targets: the model has no layers named typo. "
+        "Name layers such as q_proj,v_proj, or all-linear."
+    )
+
+
+def test_one_unknown_layer_name_among_known_ones_is_not_passed_over(tiny_llama: Path) -> None:
+    with pytest.raises(SettingsError, match="typo_proj"):
+        attach(tiny_llama, targets="q_proj,typo_proj")
+
+
+# --- saved and loaded -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", ["nf4", "bf16"])
+def test_saved_adapter_gives_the_same_logits(tiny_llama: Path, tmp_path: Path, quant: str) -> None:
+    model = learned(tiny_llama, quant)
+    tokenizer = load_tokenizer(find_base(str(tiny_llama)))
+    save_adapter(model, tokenizer, tmp_path / "adapter", {"quant": quant})
+    loaded = load_adapter(base(tiny_llama, quant), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    assert (logits(loaded) - logits(base(tiny_llama, quant))).abs().max() > 0.01
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.training is False
+
+
+def test_folder_holds_the_adapter_the_tokenizer_and_the_record_but_no_base(
+    saved: Path, tiny_llama: Path
+) -> None:
+    assert {path.name for path in saved.iterdir()} == {
+        WEIGHTS_FILE,
+        CONFIG_FILE,
+        RECORD_FILE,
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    weights = load_file(saved / WEIGHTS_FILE)
+    assert len(weights) == 28
+    assert all(".lora_A." in name or ".lora_B." in name for name in weights)
+    numbers = sum(value.numel() for value in weights.values())
+    assert (saved / WEIGHTS_FILE).stat().st_size < 4 * numbers + 8192
+    assert read_adapter_record(saved) == {"quant": "bf16"}
+    again = load_tokenizer(find_base(str(tiny_llama)))
+    from transformers import AutoTokenizer
+
+    beside = AutoTokenizer.from_pretrained(str(saved))
+    assert beside.encode("Answer: A") == again.encode("Answer: A")
+
+
+def test_nothing_half_written_is_left_beside_it(saved: Path) -> None:
+    assert [path.name for path in saved.parent.iterdir()] == ["adapter"]
+
+
+def test_saving_replaces_an_older_adapter_whole(tiny_llama: Path, adapter: Path) -> None:
+    (adapter / "stale.txt").write_text("old")
+    before = adapter_digest(adapter)
+    model = learned(tiny_llama)
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).add_(1.0)
+    save_adapter(model, load_tokenizer(find_base(str(tiny_llama))), adapter, {})
+    assert not (adapter / "stale.txt").exists()
+    assert adapter_digest(adapter) != before
+
+
+def test_non_finite_adapter_is_not_saved_and_the_old_one_stays(
+    tiny_llama: Path, adapter: Path
+) -> None:
+    before = adapter_digest(adapter)
+    model = learned(tiny_llama)
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n)[0, 0] = float("inf")
+    line = refusal(
+        lambda: save_adapter(model, load_tokenizer(find_base(str(tiny_llama))), adapter, {})
+    )
+    assert "lora_B" in line and "non-finite" in line
+    assert adapter_digest(adapter) == before
+    assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
+
+
+def test_adapter_from_elsewhere_has_no_record(adapter: Path) -> None:
+    (adapter / RECORD_FILE).unlink()
+    assert read_adapter_record(adapter) is None
+
+
+def test_digest_is_that_of_weights_and_configuration(adapter: Path) -> None:
+    before = adapter_digest(adapter)
+    assert len(before) == 64
+    (adapter / "tokenizer.json").unlink()
+    assert adapter_digest(adapter) == before
+    (adapter / CONFIG_FILE).write_text((adapter / CONFIG_FILE).read_text() + "\n")
+    assert adapter_digest(adapter) != before
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+def loading(tiny_llama: Path, adapter: Path) -> str:
+    return refusal(lambda: load_adapter(base(tiny_llama), adapter))
+
+
+def test_missing_weights(tiny_llama: Path, adapter: Path) -> None:
+    rewrite(adapter, lambda w: {name: v for name, v in w.items() if name != FIRST_A})
+    line = loading(tiny_llama, adapter)
+    assert line.startswith(
+        f"peft={adapter} does not fit this base model: 1 adapter weights missing, 0 unexpected "
+        "(first: base_model.model.model.layers.0.self_attn.q_proj.lora_A."
+    )
+    assert line.endswith(f"It was trained on {tiny_llama}; give that as pretrained=.")
+
+
+def test_unexpected_weights(tiny_llama: Path, adapter: Path) -> None:
+    other = FIRST_A.replace("layers.0", "layers.9")
+    rewrite(adapter, lambda w: w | {other: w[FIRST_A].clone()})
+    assert loading(tiny_llama, adapter).startswith(
+        f"peft={adapter} does not fit this base model: 0 adapter weights missing, 1 unexpected "
+        f"(first: {other})"
+    )
+
+
+def test_weights_under_other_names(tiny_llama: Path, adapter: Path) -> None:
+    rewrite(adapter, lambda w: {n.replace("base_model.model.", "m."): v for n, v in w.items()})
+    assert "28 adapter weights missing, 28 unexpected" in loading(tiny_llama, adapter)
+
+
+def test_weights_of_another_shape(tiny_llama: Path, adapter: Path) -> None:
+    rewrite(adapter, lambda w: w | {FIRST_A: torch.ones(RANK, 65)})
+    line = loading(tiny_llama, adapter)
+    assert line.startswith(f"peft={adapter} does not fit this base model (size mismatch for ")
+    assert "[4, 65]" in line and "[4, 64]" in line
+
+
+def test_adapter_that_was_never_trained(tiny_llama: Path, adapter: Path) -> None:
+    rewrite(adapter, lambda w: {n: v * 0 if "lora_B" in n else v for n, v in w.items()})
+    assert loading(tiny_llama, adapter) == (
+        f"{adapter / WEIGHTS_FILE}: every lora_B weight is zero, so the adapter was never trained. "
+        "Name the adapter of a completed run."
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_weights(tiny_llama: Path, adapter: Path, value: float) -> None:
+    def poison(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weights[FIRST_A][0, 0] = value
+        return weights
+
+    rewrite(adapter, poison)
+    assert loading(tiny_llama, adapter) == (
+        f"{adapter / WEIGHTS_FILE}, tensor {FIRST_A}: non-finite values. Train the adapter anew."
+    )
+
+
+def test_pickled_weights(tiny_llama: Path, adapter: Path) -> None:
+    torch.save(load_file(adapter / WEIGHTS_FILE), adapter / "adapter_model.bin")
+    (adapter / WEIGHTS_FILE).unlink()
+    assert loading(tiny_llama, adapter) == (
+        f"{adapter / 'adapter_model.bin'} is pickled, and unpickling runs code. "
+        "Convert it to adapter_model.safetensors."
+    )
+
+
+def test_damaged_and_cut_off_weights(tiny_llama: Path, adapter: Path) -> None:
+    whole = (adapter / WEIGHTS_FILE).read_bytes()
+    for content in (b"x" * 50, whole[:-100], b""):
+        (adapter / WEIGHTS_FILE).write_bytes(content)
+        line = loading(tiny_llama, adapter)
+        assert line.startswith(f"{adapter / WEIGHTS_FILE} is damaged (")
+        assert line.endswith("Save the adapter anew.")
+
+
+def test_no_weights_no_configuration_no_folder(tiny_llama: Path, adapter: Path) -> None:
+    (adapter / WEIGHTS_FILE).unlink()
+    assert loading(tiny_llama, adapter) == (
+        f"{adapter} holds no {WEIGHTS_FILE}. Save the adapter anew."
+    )
+    (adapter / CONFIG_FILE).unlink()
+    assert loading(tiny_llama, adapter) == (
+        f"peft={adapter} holds no {CONFIG_FILE}. Name a PEFT adapter folder."
+    )
+    assert loading(tiny_llama, adapter.parent) == (
+        f"peft={adapter.parent} holds no {CONFIG_FILE}. Did you mean peft={adapter}."
+    )
+    shutil.rmtree(adapter)
+    assert loading(tiny_llama, adapter) == f"peft={adapter} does not exist. Name an adapter folder."
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", "{path} is broken (JSONDecodeError: "),
+        ("[]", "{path} is broken (TypeError: "),
+        ("{}", "{path} is broken (KeyError: 'peft_type')"),
+        ('{"peft_type": "IA3"}', "{path}, key 'peft_type': 'IA3'. Only LoRA adapters"),
+    ],
+)
+def test_broken_configuration(adapter: Path, content: str, problem: str) -> None:
+    path = adapter / CONFIG_FILE
+    path.write_text(content)
+    line = refusal(lambda: read_adapter_config(adapter))
+    assert line.startswith(problem.format(path=path))
+
+
+@pytest.mark.parametrize("change", [{"r": "x"}, {"r": 0}, {"target_modules": ["nope"]}])
+def test_configuration_with_senseless_values(
+    tiny_llama: Path, adapter: Path, change: dict[str, Any]
+) -> None:
+    path = adapter / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert str(adapter) in loading(tiny_llama, adapter)

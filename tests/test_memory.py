@@ -1,0 +1,104 @@
+"""The memory meter: peaks by phase, on the CPU as resident memory in a field of its own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_harness.train.memory import MemoryMeter, PhasePeak, summarise
+
+MIB = 2**20
+
+
+def _peak_can_be_reset() -> bool:
+    try:
+        return Path("/proc/self/clear_refs").write_text("5") == 1
+    except OSError:
+        return False
+
+
+linux_only = pytest.mark.skipif(
+    not _peak_can_be_reset(), reason="this system does not let a process reset its peak"
+)
+
+
+def meter() -> MemoryMeter:
+    return MemoryMeter(torch.device("cpu"), rank=0)
+
+
+def test_cpu_run_has_resident_memory_only() -> None:
+    memory = meter()
+    with memory.phase("train"):
+        pass
+    (peak,) = memory.phases
+    found = asdict(peak)
+    rss = found.pop("cpu_peak_rss_bytes")
+    assert found == {
+        "phase": "train",
+        "rank": 0,
+        "peak_allocated_bytes": None,
+        "peak_reserved_bytes": None,
+        "peak_device_used_bytes": None,
+    }
+    # This process with torch in it: more than 50 MiB, less than the machine.
+    assert 50 * MIB < rss < 2**40
+
+
+@linux_only
+def test_peak_is_that_of_its_phase() -> None:
+    memory = meter()
+    with memory.phase("load"):
+        big = bytearray(b"x") * (200 * MIB)
+        del big
+    with memory.phase("train"):
+        small = bytearray(b"x") * (20 * MIB)
+        del small
+    load, train = memory.phases
+    assert load.cpu_peak_rss_bytes is not None and train.cpu_peak_rss_bytes is not None
+    assert load.cpu_peak_rss_bytes - train.cpu_peak_rss_bytes > 100 * MIB
+
+
+@linux_only
+def test_sample_reads_the_phase_that_is_running() -> None:
+    memory = meter()
+    with memory.phase("train"):
+        before = memory.sample()
+        big = bytearray(b"x") * (400 * MIB)
+        after = memory.sample()
+        del big
+    assert set(before) == set(after) == {"cpu_peak_rss_bytes"}
+    assert before["cpu_peak_rss_bytes"] is not None and after["cpu_peak_rss_bytes"] is not None
+    assert after["cpu_peak_rss_bytes"] - before["cpu_peak_rss_bytes"] > 300 * MIB
+
+
+def test_phase_that_fails_is_measured_too() -> None:
+    memory = meter()
+    with pytest.raises(RuntimeError), memory.phase("train"):
+        raise RuntimeError("boom")
+    assert memory.phases[0].cpu_peak_rss_bytes
+
+
+def test_headline_is_the_largest_over_ranks_of_the_training_phase() -> None:
+    phases = [
+        asdict(PhasePeak("load", 0, 900, 950, 990, None)),
+        asdict(PhasePeak("train", 0, 500, 700, 800, None)),
+        asdict(PhasePeak("train", 1, 600, 650, None, None)),
+        asdict(PhasePeak("evaluate", 0, 999, 999, 999, None)),
+    ]
+    assert summarise(phases, "cuda") == {
+        "device_type": "cuda",
+        "peak_allocated_bytes": 600,
+        "peak_reserved_bytes": 700,
+        "peak_device_used_bytes": 800,
+        "cpu_peak_rss_bytes": None,
+        "phases": phases,
+    }
+
+
+def test_headline_of_a_run_that_never_trained() -> None:
+    summary = summarise([asdict(PhasePeak("load", 0, cpu_peak_rss_bytes=5))], "cpu")
+    assert summary["cpu_peak_rss_bytes"] is None
+    assert summary["peak_allocated_bytes"] is None

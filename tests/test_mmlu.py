@@ -1,0 +1,96 @@
+"""The functions that the task YAML names: a subject's questions, and right or wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from qlora_harness.errors import DataError
+from qlora_harness.locations import demo_dir
+from qlora_harness.score.mmlu import is_tie, load_subject, predict, process_results
+
+DEMO = "five_shot_mmlu_demo.json"
+
+
+def demo_rows(subject: str) -> list[dict[str, object]]:
+    lines = (demo_dir() / DEMO).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) | {"index": number} for number, line in enumerate(lines)]
+    return [row for row in rows if row["subject"] == subject]
+
+
+def test_subject_is_a_data_set_with_the_lines_of_the_file() -> None:
+    loaded = load_subject(mmlu_file=DEMO, mmlu_subject="nutrition")
+    assert list(loaded) == ["test"]
+    assert loaded["test"].column_names == ["index", "subject", "input", "output"]
+    assert loaded["test"].to_list() == demo_rows("nutrition")
+    assert len(loaded["test"]) == 12
+
+
+def test_what_the_harness_passes_on_is_ignored() -> None:
+    loaded = load_subject(
+        mmlu_file=DEMO,
+        mmlu_subject="nutrition",
+        pretrained="smollm2",
+        peft=None,
+        version=1.0,
+        config_source="inline",
+        mmlu_dir="/no/such/folder",  # the embedded file is in no folder of the user's
+    )
+    assert len(loaded["test"]) == 12
+
+
+def test_folder_is_passed_on(shared_data: Path) -> None:
+    loaded = load_subject(
+        mmlu_file="five_shot_mmlu_val.json",
+        mmlu_subject="anatomy",
+        mmlu_dir=str(shared_data / "mmlu"),
+    )
+    assert len(loaded["test"]) == 14
+    assert set(loaded["test"]["subject"]) == {"anatomy"}
+    assert loaded["test"]["index"] == list(range(11, 25))
+
+
+def test_subject_that_the_file_lacks_is_an_error() -> None:
+    with pytest.raises(DataError) as error:
+        load_subject(mmlu_file=DEMO, mmlu_subject="anatomy")
+    assert str(error.value) == (
+        "five_shot_mmlu_demo.json has no subject 'anatomy'. Fetch the file anew."
+    )
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "letter"),
+    [
+        ((-1.0, -2.0, -3.0, -4.0), "A"),
+        ((-4.0, -1.0, -3.0, -2.0), "B"),
+        ((-4.0, -3.0, -1.0, -2.0), "C"),
+        ((-4.0, -3.0, -2.0, -1.0), "D"),
+        ((-2.0, -1.0, -1.0, -3.0), "B"),  # of a tie, the first, as numpy.argmax does
+        ((-1.0, -1.0, -1.0, -1.0), "A"),
+        ((-math.inf, -math.inf, -9.0, -math.inf), "C"),
+    ],
+)
+def test_prediction_is_the_likeliest_letter(logprobs: tuple[float, ...], letter: str) -> None:
+    assert predict(logprobs) == letter
+    results = [(value, False) for value in logprobs]
+    for answer in "ABCD":
+        expected = 1.0 if answer == letter else 0.0
+        assert process_results({"output": answer}, results) == {
+            "acc": expected,
+            "acc_macro": expected,
+        }
+
+
+def test_greediness_does_not_count() -> None:
+    results = [(-1.0, False), (-2.0, True), (-3.0, False), (-4.0, False)]
+    assert process_results({"output": "A"}, results)["acc"] == 1.0
+
+
+def test_tie_is_a_shared_highest_value_and_nothing_else() -> None:
+    assert is_tie((-1.0, -1.0, -2.0, -3.0))
+    assert is_tie((-3.0, -1.0, -2.0, -1.0))
+    assert not is_tie((-1.0, -2.0, -2.0, -2.0))
+    assert not is_tie((-1.0, -1.0 - 1e-12, -2.0, -3.0))
