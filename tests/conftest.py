@@ -11,6 +11,7 @@ Fixtures that other files use:
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,3 +124,25 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
     return folder
+
+
+def tiny_rows(path: Path) -> Path:
+    """Writes 16 short trees of two messages each; question i is "What is i plus i?".
+
+    Args:
+        path: The JSON Lines file to write.
+    """
+    rows = []
+    for i in range(16):
+        common = {"lang": "en"}
+        question, answer = f"What is {i} plus {i}?", f"It is {2 * i}." + " ok" * (i % 5)
+        rows += [
+            common
+            | {"message_id": f"q{i}", "parent_id": None, "role": "prompter"}
+            | {"text": question},
+            common
+            | {"message_id": f"a{i}", "parent_id": f"q{i}", "role": "assistant"}
+            | {"text": answer},
+        ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

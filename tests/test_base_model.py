@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_harness.errors import ModelError
 from qlora_harness.model.base import (
+    dequantise,
     find_base,
     is_out_of_memory,
     load_base,
@@ -260,6 +261,25 @@ def test_tied_weights_stay_tied(smollm2: str) -> None:
     )
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.lm_head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_dequantised_layers_compute_the_same_numbers(tiny_llama: Path, compute_dtype: str) -> None:
+    import bitsandbytes
+
+    ids = torch.tensor([[1, 300, 301, 302, 303, 304]])
+    model = load(tiny_llama, "nf4", compute_dtype)
+    head = model.lm_head.weight
+    with torch.no_grad():
+        before = model(ids).logits
+        assert dequantise(model, compute_dtype) == 14
+        after = model(ids).logits
+    assert not any(isinstance(m, bitsandbytes.nn.Linear4bit) for m in model.modules())
+    assert torch.allclose(after, before, atol=1e-5 if compute_dtype == "float32" else 2e-2)
+    assert parameter_dtypes(model) == {compute_dtype: NOT_QUANTISED + QUANTISED}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.lm_head.weight is head
+    assert dequantise(model, compute_dtype) == 0
 
 
 # --- the fingerprint ------------------------------------------------------------------------------

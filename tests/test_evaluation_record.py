@@ -90,7 +90,12 @@ def test_summary_by_question_subject_and_category() -> None:
         "n": 4,
         "correct": 1,
     }
-    assert (summary["n"], summary["n_total"], summary["truncated"], summary["ties"]) == (9, 20, 1, 0)
+    assert (summary["n"], summary["n_total"], summary["truncated"], summary["ties"]) == (
+        9,
+        20,
+        1,
+        0,
+    )
     assert summary["acc"] == pytest.approx(5 / 9, abs=1e-15)
     assert summary["acc_macro"] == pytest.approx((2 / 3 + 1 / 4 + 1) / 3, abs=1e-15)
     squares = [statistics.variance(values) * (len(values) - 1) for values in (anatomy, astronomy)]

@@ -20,6 +20,7 @@ from qlora_harness.model.lora import (
     WEIGHTS_FILE,
     adapter_digest,
     attach_lora,
+    fuse_lora,
     load_adapter,
     read_adapter_config,
     read_adapter_record,
@@ -233,6 +234,19 @@ def test_digest_is_that_of_weights_and_configuration(adapter: Path) -> None:
     assert adapter_digest(adapter) == before
     (adapter / CONFIG_FILE).write_text((adapter / CONFIG_FILE).read_text() + "\n")
     assert adapter_digest(adapter) != before
+
+
+@pytest.mark.parametrize("quant", ["nf4", "bf16"])
+def test_fused_adapter_gives_the_same_logits_unmerged(
+    tiny_llama: Path, saved: Path, quant: str
+) -> None:
+    model = load_adapter(base(tiny_llama, quant), saved)
+    weight = model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight
+    held = weight.detach().clone()
+    before = logits(model)
+    assert fuse_lora(model, "float32") == 14
+    assert torch.allclose(logits(model), before, atol=1e-5)
+    assert torch.equal(weight, held)
 
 
 # --- refused --------------------------------------------------------------------------------------

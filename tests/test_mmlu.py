@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,20 @@ def test_subject_that_the_file_lacks_is_an_error() -> None:
         load_subject(mmlu_file=DEMO, mmlu_subject="anatomy")
     assert str(error.value) == (
         "five_shot_mmlu_demo.json has no subject 'anatomy'. Fetch the file anew."
+    )
+
+
+def test_error_ends_a_program_with_one_line_whatever_model_it_scores() -> None:
+    code = (
+        "from qlora_harness.score.mmlu import load_subject\n"
+        "load_subject(mmlu_file='five_shot_mmlu_val.json', mmlu_subject='anatomy', "
+        "mmlu_dir='/no/such/folder')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "qlora-harness: error: --metadata mmlu_dir: folder /no/such/folder does not exist. "
+        "Name the folder of the files.\n"
     )
 
 

@@ -75,7 +75,9 @@ def test_wheel_holds_package_tasks_recipes_and_hook(wheel: Path) -> None:
     assert len(names) == len(set(names))
     info = f"qlora_harness-{__version__}.dist-info"
     expected = tracked_files("qlora_harness")
-    expected |= {f"qlora_harness/{name}" for name in tracked_files("tasks") | tracked_files("launch")}
+    expected |= {
+        f"qlora_harness/{name}" for name in tracked_files("tasks") | tracked_files("launch")
+    }
     expected |= {HOOK}
     expected |= {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt")}
     expected |= {f"{info}/licenses/LICENSE"}
@@ -203,7 +205,11 @@ def test_installed_command_runs(installed: Path, tmp_path: Path) -> None:
         text=True,
         timeout=60,
     )
-    assert (process.returncode, process.stdout, process.stderr) == (0, f"qlora-harness {__version__}\n", "")
+    assert (process.returncode, process.stdout, process.stderr) == (
+        0,
+        f"qlora-harness {__version__}\n",
+        "",
+    )
 
 
 def test_training_command_runs_from_the_installed_wheel(installed: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which model is scored: what the arguments say, what the adapter's record says, which run is newest.
+"""Which model is scored: by the arguments, by the adapter's record, or as the newest run.
 
 Nothing is loaded here: an adapter is its folder.
 """
@@ -166,6 +166,11 @@ def test_double_quant_that_is_neither_true_nor_false_is_refused(value: Any) -> N
         pick(pretrained="smollm2", quant="nf4", double_quant=value)
 
 
+def test_revision_of_digits_is_a_text() -> None:
+    # lm-eval parses revision=1234567 as a number.
+    assert pick(pretrained="x/y", revision=1234567).revision == "1234567"
+
+
 def test_newest_completed_run_is_the_one_that_finished_last() -> None:
     write_run(Path("results/4bit"), finished="2026-11-24T10:00:00+00:00")
     write_run(Path("results/16bit"), finished="2026-11-24T12:00:00+00:00")
@@ -221,7 +226,9 @@ def test_hub_adapter_that_cannot_be_fetched() -> None:
     with pytest.raises(AdapterError) as error:
         pick(peft="someone/guanaco-7b")
     text = str(error.value)
-    assert text.startswith("peft=someone/guanaco-7b is no folder and can't be loaded from the Hub (")
+    assert text.startswith(
+        "peft=someone/guanaco-7b is no folder and can't be loaded from the Hub ("
+    )
     assert text.endswith("Check the path; adapters of this project lie in results/<arm>/adapter.")
     assert "\n" not in text
 

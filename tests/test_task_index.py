@@ -73,7 +73,9 @@ def quick_index(monkeypatch: pytest.MonkeyPatch) -> None:
     walk: Callable[[Path], Any] = TaskIndex._iter_yaml_files
 
     def few(root: Path) -> Any:
-        return sorted((root / "mmlu" / "default").glob("*.yaml")) if root == BUILT_IN else walk(root)
+        return (
+            sorted((root / "mmlu" / "default").glob("*.yaml")) if root == BUILT_IN else walk(root)
+        )
 
     monkeypatch.setattr(TaskIndex, "_iter_yaml_files", staticmethod(few))
 

@@ -38,6 +38,7 @@ class BaseSource:
         revision: Branch, tag or commit asked for, or None.
         commit: The commit the Hub resolved it to, or None for a folder.
         random_weights: Whether it says of itself that its weights are random.
+        argument: The flag or model argument that named it, for messages.
     """
 
     name: str
@@ -45,18 +46,20 @@ class BaseSource:
     revision: str | None
     commit: str | None
     random_weights: bool
+    argument: str = "--model"
 
     def record(self) -> dict[str, Any]:
         """Returns what is stored about it; the path is left out, it is this machine's."""
-        return {k: v for k, v in asdict(self).items() if k != "path"}
+        return {k: v for k, v in asdict(self).items() if k not in ("path", "argument")}
 
 
-def find_base(name: str, revision: str | None = None) -> BaseSource:
+def find_base(name: str, revision: str | None = None, *, argument: str = "--model") -> BaseSource:
     """Finds a base model and reads its configuration, not its weights.
 
     Args:
         name: A Hub id, a folder, or "smollm2".
         revision: Branch, tag or commit on the Hub.
+        argument: The flag or model argument that named it, for messages.
 
     Raises:
         ModelError: It is missing, gated, or has no readable configuration.
@@ -64,65 +67,86 @@ def find_base(name: str, revision: str | None = None) -> BaseSource:
     from transformers import AutoConfig
 
     if name == EMBEDDED:
-        return BaseSource(name, str(_materialise_smollm2()), None, None, False)
+        return BaseSource(name, str(_materialise_smollm2()), None, None, False, argument)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
-                f"--model: folder {name} holds no config.json", "Name a Hugging Face model folder"
+                f"{argument}: folder {name} holds no config.json",
+                "Name a Hugging Face model folder",
             )
         name_or_path, revision = str(path), None
     elif name.startswith((".", "/", "~")):
-        raise ModelError(f"--model: {name} does not exist", "Name a folder or a Hub id")
+        raise ModelError(f"{argument}: {name} does not exist", "Name a folder or a Hub id")
     else:
         name_or_path = name
     try:
         config = AutoConfig.from_pretrained(name_or_path, revision=revision or "main")
     except Exception as error:  # the Hub client and the parsers raise many kinds
-        raise _unreadable(name, error) from None
+        raise _unreadable(name, argument, error) from None
     return BaseSource(
         name,
         name_or_path,
         revision,
         getattr(config, "_commit_hash", None),
         bool(getattr(config, RANDOM_WEIGHTS_KEY, False)),
+        argument,
     )
 
 
-def _unreadable(name: str, error: Exception) -> ModelError:
+def _unreadable(name: str, argument: str, error: Exception) -> ModelError:
     """The one line for a model that transformers can't load."""
-    text = f"{type(error).__name__}: {error}"
-    if "gated" in text.lower() or "401" in text or "403" in text:
+    if _is_refused_by_hub(error):
         return ModelError(
-            f"--model: {name!r} is gated on the Hub and this account has no access",
+            f"{argument}: {name!r} is gated on the Hub and this account has no access",
             "Accept its licence on its Hub page and log in with `hf auth login`, or give a local "
             "folder",
         )
-    first = str(error).strip().split("\n")[0]
+    revision = "--revision" if argument.startswith("--") else "revision="
     return ModelError(
-        f"--model: {name!r} can't be loaded ({first})",
-        "Check the name, --revision and the network, or give a local folder",
+        f"{argument}: {name!r} can't be loaded ({_first_line(error)})",
+        f"Check the name, {revision} and the network, or give a local folder",
     )
 
 
-def load_tokenizer(source: BaseSource) -> PreTrainedTokenizerBase:
+def _is_refused_by_hub(error: BaseException) -> bool:
+    """Whether the Hub said no, somewhere in a chain of exceptions."""
+    current: BaseException | None = error
+    while current is not None:
+        status = getattr(getattr(current, "response", None), "status_code", None)
+        gated = type(current).__name__ == "GatedRepoError" or "gated repo" in str(current)
+        if gated or status in (401, 403):
+            return True
+        current = current.__cause__ or current.__context__
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def load_tokenizer(source: BaseSource, folder: Path | None = None) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a base model; nothing is added to its vocabulary.
 
     Args:
         source: From `find_base`.
+        folder: Where it lies, if not beside the model (an adapter has a copy).
 
     Raises:
         ModelError: There is none, or it can't be read.
     """
     from transformers import AutoTokenizer
 
+    place = str(folder) if folder else source.path
+    revision = None if folder else source.revision
     try:
-        return AutoTokenizer.from_pretrained(source.path, revision=source.revision or "main")
+        return AutoTokenizer.from_pretrained(place, revision=revision or "main")
     except Exception as error:
-        first = str(error).strip().split("\n")[0]
+        shown = f"{folder}" if folder else f"{source.argument}: {source.name!r}"
         raise ModelError(
-            f"--model: {source.name!r} has no readable tokenizer ({first})",
-            "Put the tokenizer's files beside the model's",
+            f"{shown} has no readable tokenizer ({_first_line(error)})",
+            "Put the tokenizer's files there",
         ) from None
 
 
@@ -170,12 +194,13 @@ def load_base(
             bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             source.path,
             revision=source.revision or "main",
             dtype=torch.bfloat16,
             device_map={"": device},
             attn_implementation="sdpa",
+            output_loading_info=True,
             **options,
         )
     except torch.OutOfMemoryError:
@@ -184,9 +209,16 @@ def load_base(
             "Free the device, or use --quant nf4",
         ) from None
     except Exception as error:
-        raise _unreadable(source.name, error) from None
+        raise _unreadable(source.name, source.argument, error) from None
+    if missing := sorted(loaded["missing_keys"]):
+        # transformers fills what is missing with random numbers.
+        raise ModelError(
+            f"{source.argument}: {source.name!r} lacks {len(missing)} weights (first: {missing[0]})",
+            "Fetch the model anew",
+        )
     if compute_dtype == "float32":
-        _cast_unquantised(model, torch.float32)
+        _compute_in_float32(model)
+    model.qlora_harness_fingerprint = _checkpoint_fingerprint(source)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
@@ -259,11 +291,29 @@ def fits_dequantised(model: PreTrainedModel, compute_dtype: str) -> bool:
     return bool(free > needed + 3 * 2**30)
 
 
-def _cast_unquantised(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Casts floating-point parameters in place; 4-bit ones are stored as integers and stay."""
+def _compute_in_float32(model: PreTrainedModel) -> None:
+    """Casts what is not 4-bit (that is stored as integers), and keeps products in float32."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
     for parameter in model.parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(torch.float32)
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            # On CPUs with AVX512-BF16 bitsandbytes would round activations to bfloat16.
+            layer.support_avx512bf16_for_cpu = False
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Returns the number of parameters; a 4-bit one counts as what it stands for.
+
+    Args:
+        model: Any module.
+    """
+    import torch
+
+    return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
 
 
 def parameter_dtypes(model: torch.nn.Module) -> dict[str, int]:
@@ -278,30 +328,53 @@ def parameter_dtypes(model: torch.nn.Module) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def weights_fingerprint(model: torch.nn.Module) -> str:
+def weights_fingerprint(model: torch.nn.Module) -> str | None:
     """Returns a hash that tells base models apart, equal for every `quant` of one model.
 
-    It covers the one-dimensional weights (norms, biases) and the first 64 rows of the input
-    embedding, none of which is ever quantised, as bfloat16.
-
     Args:
-        model: From `load_base`, without an adapter.
+        model: From `load_base`, before or after an adapter was attached.
 
     Returns:
-        "sha256:" and 64 hexadecimal digits.
+        "sha256:" and 64 hexadecimal digits, or None for a checkpoint without safetensors files.
+    """
+    found: str | None = getattr(model, "qlora_harness_fingerprint", None)
+    return found
+
+
+def _checkpoint_fingerprint(source: BaseSource) -> str | None:
+    """Hashes the first row of every tensor of a checkpoint, as bfloat16, by name.
+
+    A mirror in another sharding or in float16 has the same hash; a merged adapter changes it.
     """
     import torch
+    from safetensors import safe_open
 
+    folder = Path(source.path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(
+                snapshot_download(
+                    source.path,
+                    revision=source.revision,
+                    local_files_only=True,
+                    allow_patterns=["*.safetensors"],
+                )
+            )
+        except Exception:  # no cached snapshot: then there is nothing to compare with
+            return None
+    rows: dict[str, bytes] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                row = file.get_slice(name)[:1]
+                rows[name] = row.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+    if not rows:
+        return None
     digest = hashlib.sha256()
-
-    def add(name: str, value: torch.Tensor) -> None:
-        digest.update(name.encode())
-        digest.update(value.detach().to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
-
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            add(name, parameter)
-    add("embedding", model.get_input_embeddings().weight[:64])  # type: ignore[operator]
+    for name in sorted(rows):
+        digest.update(name.encode() + b"\0" + rows[name])
     return f"sha256:{digest.hexdigest()}"
 
 

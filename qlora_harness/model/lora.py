@@ -55,6 +55,13 @@ def attach_lora(
         bias="none",
         task_type="CAUSAL_LM",
     )
+    if names != "all-linear":
+        known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+        if unknown := [name for name in names if name.rsplit(".", 1)[-1] not in known]:
+            raise SettingsError(
+                f"--lora-targets: the model has no layers named {', '.join(unknown)}",
+                "Name layers such as q_proj,v_proj, or all-linear",
+            )
     try:
         with _quiet():
             return get_peft_model(model, config)
@@ -189,18 +196,21 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             f"{weights_path} is damaged ({str(error).splitlines()[0]})", "Save the adapter anew"
         ) from None
     _check_values(weights, weights_path)
-    config = LoraConfig.from_pretrained(str(folder))
-    config.inference_mode = True
     try:
+        config = LoraConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        # Else PEFT warns that it renames the base, which is checked elsewhere.
+        recorded, config.base_model_name_or_path = config.base_model_name_or_path, None
         with _quiet():
             adapted = get_peft_model(model, config)
         outcome = set_peft_model_state_dict(adapted, weights)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         detail = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
+        base = read_adapter_config(folder).get("base_model_name_or_path")
         raise AdapterError(
             f"peft={folder} does not fit this base model ({detail})",
-            f"It was trained on {config.base_model_name_or_path}; give that as pretrained=",
+            f"It was trained on {base}; give that as pretrained=",
         ) from None
     missing = [key for key in outcome.missing_keys if "lora_" in key]
     unexpected = list(outcome.unexpected_keys)
@@ -208,7 +218,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise AdapterError(
             f"peft={folder} does not fit this base model: {len(missing)} adapter weights missing, "
             f"{len(unexpected)} unexpected (first: {(missing + unexpected)[0]})",
-            f"It was trained on {config.base_model_name_or_path}; give that as pretrained=",
+            f"It was trained on {recorded}; give that as pretrained=",
         )
     for parameter in adapted.parameters():
         parameter.requires_grad_(False)

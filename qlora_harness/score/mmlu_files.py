@@ -86,7 +86,7 @@ def load_questions(name: str, folder: str | None = None) -> tuple[Question, ...]
     if name == DEMO_FILE:
         return _read(demo_dir() / DEMO_FILE, None)
     chosen = folder or os.environ.get(DIR_VARIABLE)
-    if chosen is None:
+    if not chosen:
         return _read(_fetch(name), PINNED[name].sha256)
     source = "--metadata mmlu_dir" if folder else DIR_VARIABLE
     path = Path(chosen).expanduser()
@@ -124,7 +124,7 @@ def _fetch(name: str) -> Path:
     except Exception as error:  # requests, urllib3 and pooch raise many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{name} can't be fetched from {BASE_URL}{name} ({reason[:200]})",
+            f"{name} can't be fetched from {BASE_URL}{name} ({reason[:400]})",
             f"Check the network, or put the file into a folder and name it in {DIR_VARIABLE}",
         ) from None
     return Path(found)

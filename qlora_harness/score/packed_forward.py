@@ -27,7 +27,18 @@ _BLOCK = 128
 # Decoders whose whole attention goes through transformers' attention interface, causal, with
 # positions given by position_ids. Others fall back to HFLM's own path.
 MODEL_TYPES = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "smollm3", "olmo2", "granite", "phi3"}
+    {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gpt2",
+        "gpt_neox",
+        "smollm3",
+        "olmo2",
+        "granite",
+        "phi3",
+    }
 )
 
 

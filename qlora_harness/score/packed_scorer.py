@@ -129,9 +129,7 @@ def _collect(
     size = int(pack.read_query.max()) + 1 if len(pack.read_query) else 0
     total = np.bincount(pack.read_query, weights=logprobs, minlength=size)
     misses = np.bincount(pack.read_query, weights=~greedy, minlength=size)
-    return [
-        (int(n), (float(total[n]), bool(misses[n] == 0))) for n in np.unique(pack.read_query)
-    ]
+    return [(int(n), (float(total[n]), bool(misses[n] == 0))) for n in np.unique(pack.read_query)]
 
 
 def default_pack_tokens(model: torch.nn.Module, device: torch.device) -> int:

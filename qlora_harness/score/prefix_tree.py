@@ -106,7 +106,8 @@ def plan(queries: Sequence[Query], *, pack_tokens: int, window: int) -> Plan:
         window: Longest input of the model; longer ones lose tokens on the left, as HFLM does.
     """
     rows, truncated = _distinct_rows(queries, window)
-    shared = [0] + [_common(a.tokens, b.tokens) for a, b in zip(rows, rows[1:], strict=False)]
+    # What each row shares with the one before it; the first has none.
+    shared = [_common(rows[i - 1].tokens, row.tokens) if i else 0 for i, row in enumerate(rows)]
     packs = []
     first = 0
     while first < len(rows):

@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.errors import AdapterError, SettingsError
-from qlora_harness.model.lora import CONFIG_FILE, read_adapter_config, read_adapter_record
+from qlora_harness.model.lora import (
+    CONFIG_FILE,
+    RECORD_FILE,
+    read_adapter_config,
+    read_adapter_record,
+)
 from qlora_harness.record import ADAPTER_DIR, SUMMARY_FILE, nested, read_json
 from qlora_harness.settings import Quant
 
@@ -65,10 +70,14 @@ def choose(
         SettingsError: An argument is missing or has an unknown value.
         AdapterError: The adapter can't be found or read.
     """
-    if quant is not None and quant not in [q.value for q in Quant]:
-        raise SettingsError(
-            f"--model_args quant={quant}", f"Use one of {', '.join(q.value for q in Quant)}"
-        )
+    known = [q.value for q in Quant]
+    if quant is not None and quant not in known:
+        raise SettingsError(f"--model_args quant={quant}", f"Use one of {', '.join(known)}")
+    if not isinstance(double_quant, bool | None):
+        raise SettingsError(f"--model_args double_quant={double_quant}", "Use True or False")
+    # lm-eval parses revision=1234567 as a number.
+    revision = None if revision is None else str(revision)
+    peft_revision = None if peft_revision is None else str(peft_revision)
     if peft is None and pretrained is None:
         peft = str(_newest_run(results_root) / ADAPTER_DIR)
     if peft is None:
@@ -79,42 +88,67 @@ def choose(
         return ScoringChoice(pretrained, revision, chosen, doubled, None, None, None, folder)
     adapter = _adapter_folder(peft, peft_revision)
     config = read_adapter_config(adapter)
-    record = read_adapter_record(adapter)
-    base = pretrained or nested(record or {}, "base", "name")
+    record = _checked_record(adapter)
+    base = pretrained or nested(record, "base", "name")
     if base is None:
         raise SettingsError(
             f"peft={peft} has no record of its base model (its {CONFIG_FILE} names "
             f"{config.get('base_model_name_or_path')!r})",
             "Give pretrained= and quant= in --model_args",
         )
-    chosen_quant = quant or (record or {}).get("quant")
+    chosen_quant = quant or record.get("quant")
     if chosen_quant is None:
         raise SettingsError(
             f"peft={peft} has no record of the quantisation it was trained with",
             "Give quant=nf4 or quant=bf16 in --model_args",
         )
     if double_quant is None:
-        double_quant = bool((record or {}).get("double_quant", True))
+        double_quant = record.get("double_quant", True)
     if revision is None and pretrained is None:
-        revision = nested(record or {}, "base", "revision")
-    if results_dir is None:
-        results_dir = str(adapter.parent if adapter.name == ADAPTER_DIR else adapter)
+        revision = nested(record, "base", "revision")
     return ScoringChoice(
         base,
         revision,
         Quant(chosen_quant),
         double_quant,
-        (record or {}).get("compute_dtype"),
+        record.get("compute_dtype"),
         adapter,
-        nested(record or {}, "base"),
-        Path(results_dir),
+        record.get("base"),
+        Path(results_dir) if results_dir else _results_dir(peft, adapter, results_root),
     )
+
+
+def _checked_record(adapter: Path) -> dict[str, Any]:
+    """The adapter's record, empty for an adapter made elsewhere."""
+    record = read_adapter_record(adapter)
+    if record is None:
+        return {}
+    rules = {
+        "quant": record.get("quant") in [q.value for q in Quant],
+        "double_quant": isinstance(record.get("double_quant"), bool),
+        "compute_dtype": record.get("compute_dtype") in ("bfloat16", "float32"),
+        "base": isinstance(nested(record, "base", "name"), str),
+    }
+    for name, valid in rules.items():
+        if not valid:
+            raise AdapterError(
+                f"{adapter / RECORD_FILE}, key {name!r}: {record.get(name)!r}",
+                "Train anew, or remove the file and give pretrained= and quant=",
+            )
+    return record
+
+
+def _results_dir(peft: str, adapter: Path, root: Path) -> Path:
+    """The run folder of an adapter of ours, the adapter's own folder, or one in ./results."""
+    if not Path(peft).expanduser().exists():  # from the Hub: its cache is not ours to write in
+        return root / peft.replace("/", "__")
+    return adapter.parent if adapter.name == ADAPTER_DIR else adapter
 
 
 def _newest_run(root: Path) -> Path:
     """The completed run with an adapter that finished last."""
     found: list[tuple[str, Path]] = []
-    for path in sorted(root.glob(f"*/{SUMMARY_FILE}")):
+    for path in sorted([*root.glob(f"*/{SUMMARY_FILE}"), *root.glob(f"*/*/{SUMMARY_FILE}")]):
         summary = read_json(path)
         has_adapter = (path.parent / ADAPTER_DIR / CONFIG_FILE).is_file()
         if summary.get("status") == "completed" and has_adapter:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,15 @@ def verify_saved_results() -> None:
 
     if getattr(EvaluationTracker, "_qlora_harness", False):
         return
-    for name, pattern in (
-        ("save_results_aggregated", "*.json"),
-        ("save_results_samples", "samples_*.jsonl"),
+    for name, pattern, whole in (
+        ("save_results_aggregated", "*.json", _is_json),
+        ("save_results_samples", "samples_*.jsonl", _has_all_lines),
     ):
-        setattr(EvaluationTracker, name, _checked(getattr(EvaluationTracker, name), pattern))
+        setattr(EvaluationTracker, name, _checked(getattr(EvaluationTracker, name), pattern, whole))
     EvaluationTracker._qlora_harness = True
 
 
-def _checked(save: Any, pattern: str) -> Any:
+def _checked(save: Any, pattern: str, whole: Callable[..., bool]) -> Any:
     @wraps(save)
     def saved(tracker: Any, *args: Any, **kwargs: Any) -> Any:
         if not tracker.output_path:
@@ -36,7 +38,8 @@ def _checked(save: Any, pattern: str) -> Any:
         folder = folder.parent if folder.suffix == ".json" else folder
         before = _sizes(folder, pattern)
         outcome = save(tracker, *args, **kwargs)
-        if _sizes(folder, pattern) == before:
+        fresh = [path for path, size in _sizes(folder, pattern).items() if before.get(path) != size]
+        if not fresh or not all(whole(path, *args, **kwargs) for path in fresh):
             raise ResultsError(
                 f"--output_path {tracker.output_path}: lm_eval could not save the results",
                 "Check that the folder can be written and the disk has room",
@@ -44,6 +47,19 @@ def _checked(save: Any, pattern: str) -> Any:
         return outcome
 
     return saved
+
+
+def _is_json(path: Path, *args: Any, **kwargs: Any) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _has_all_lines(path: Path, task_name: str, samples: Sequence[object]) -> bool:
+    with path.open("rb") as file:
+        return sum(1 for _ in file) >= len(samples)
 
 
 def _sizes(folder: Path, pattern: str) -> dict[Path, int]:

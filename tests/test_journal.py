@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_harness.errors import ResultsError
+from qlora_harness.score.journal import Journal, question_key
+
+IDENTITY = {"base": "llama", "quant": "nf4", "adapter_sha256": "a" * 64}
+
+
+def test_what_was_appended_is_known_to_the_next_run(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "journal.jsonl"
+    first = Journal(path, IDENTITY)
+    assert first.known == {}
+    first.append([("k1", -1.25, True), ("k2", -2.5, False)])
+    first.append([("k3", -0.1, True)])
+    second = Journal(path, IDENTITY)
+    assert second.known == {"k1": (-1.25, True), "k2": (-2.5, False), "k3": (-0.1, True)}
+    second.append([("k4", -4.0, False)])
+    assert set(Journal(path, IDENTITY).known) == {"k1", "k2", "k3", "k4"}
+
+
+@pytest.mark.parametrize("key", sorted(IDENTITY))
+def test_another_model_never_gets_these_answers(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal(path, IDENTITY).append([("k1", -1.0, True)])
+    other = Journal(path, IDENTITY | {key: "other"})
+    assert other.known == {}
+    other.append([("k2", -2.0, True)])
+    assert Journal(path, IDENTITY | {key: "other"}).known == {"k2": (-2.0, True)}
+    assert Journal(path, IDENTITY).known == {}
+
+
+@pytest.mark.parametrize("cut", range(1, 30))
+def test_a_line_that_was_cut_off_is_passed_over(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "journal.jsonl"
+    Journal(path, IDENTITY).append([("k1", -1.0, True), ("k2", -2.0, True)])
+    path.write_bytes(path.read_bytes()[:-cut])
+    again = Journal(path, IDENTITY)
+    assert "k1" in again.known
+    again.append([("k3", -3.0, True)])
+    assert {"k1", "k3"} <= set(Journal(path, IDENTITY).known)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1, 2", b'{"other": 1}\n{"key": 2}\n'])
+def test_a_foreign_file_is_replaced(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(content)
+    journal = Journal(path, IDENTITY)
+    assert journal.known == {}
+    journal.append([("k1", -1.0, True)])
+    assert Journal(path, IDENTITY).known == {"k1": (-1.0, True)}
+
+
+def test_close_removes_the_file_only_when_asked(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, IDENTITY)
+    journal.append([("k1", -1.0, True)])
+    journal.close(remove=False)
+    assert path.is_file()
+    journal.close(remove=True)
+    assert not path.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ResultsError, match=r"file/journal\.jsonl can't be written"):
+        Journal(tmp_path / "file" / "journal.jsonl", IDENTITY).append([("k", -1.0, True)])
+
+
+def test_the_key_depends_on_context_and_continuation() -> None:
+    keys = {question_key(*p) for p in [("a", "b"), ("ab", ""), ("", "ab"), ("a", "c")]}
+    assert len(keys) == 4

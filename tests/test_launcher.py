@@ -1,0 +1,180 @@
+"""Training as users start it: `accelerate launch launch/train.py`, killed and in two processes.
+
+Each run is a subprocess that imports torch anew (about 6 seconds), so there are few of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, tiny_rows
+
+ACCELERATE = Path(sys.executable).parent / "accelerate"
+ONE_PROCESS = [
+    "--quiet", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+    "--dynamo_backend", "no",
+]  # fmt: skip
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A working folder in which `launch/train.py` is the launcher and results/ is our own."""
+    (tmp_path / "launch").symlink_to(REPOSITORY / "launch")
+    return tmp_path
+
+
+@pytest.fixture
+def flags(tiny_llama: Path, tmp_path: Path) -> list[str]:
+    rows = tiny_rows(tmp_path / "rows.jsonl")
+    # fmt: off
+    return [
+        "--model", str(tiny_llama), "--dataset", str(rows), "--compute-dtype", "float32",
+        "--optimizer", "adamw_torch", "--max-length", "96", "--lora-r", "4", "--lora-dropout", "0",
+        "--eval-fraction", "0.25", "--learning-rate", "0.01", "--no-group-by-length",
+    ]
+    # fmt: on
+
+
+def start(folder: Path, *words: str, **more: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"} | more
+    return subprocess.Popen(
+        words,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(folder: Path, *words: str, **more: str) -> tuple[int, str, str]:
+    process = start(folder, *words, **more)
+    out, err = process.communicate(timeout=150)
+    return process.returncode, out, err
+
+
+def read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+
+def losses(run_dir: Path) -> list[float]:
+    rows = read(run_dir / "training_logs.json")["steps"]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+def test_the_command_of_the_mission(checkout: Path, flags: list[str]) -> None:
+    status, out, err = run(
+        checkout, str(ACCELERATE), "launch", *ONE_PROCESS, "launch/train.py", "--quant", "nf4",
+        *flags, "--max-steps", "2",
+    )  # fmt: skip
+    assert (status, "Traceback" in err) == (0, False), err
+    summary = read(checkout / "results" / "4bit" / "training_summary.json")
+    assert (summary["status"], summary["quant"]) == ("completed", "nf4")
+    assert summary["environment"]["command"].startswith("train.py --quant nf4 --model ")
+    assert len(losses(checkout / "results" / "4bit")) == 2
+    # The numbers that a user looks for are the last lines.
+    last = out.strip().splitlines()[-2:]
+    assert last[0].startswith("nf4: 2 steps in ")
+    assert f"evaluation loss {summary['results']['eval_loss']:.3f}, perplexity " in last[0]
+    assert last[1] == "adapter: results/4bit/adapter   record: results/4bit"
+
+
+def test_mistake_through_the_launcher_is_one_line(checkout: Path) -> None:
+    status, out, err = run(
+        checkout, str(ACCELERATE), "launch", *ONE_PROCESS, "launch/train.py", "--quant", "int8"
+    )
+    assert status != 0
+    assert out == ""
+    assert err == (
+        "qlora-harness: error: --quant: 'int8' is not one of nf4, fp4, bf16. Choose one of these.\n"
+    )
+    assert not (checkout / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "status"), [(["--quant", "int8"], 2), (["--recipe", "nope"], 2), (["--help"], 0)]
+)
+def test_launcher_runs_without_accelerate_too(
+    checkout: Path, words: list[str], status: int
+) -> None:
+    found, out, err = run(checkout, sys.executable, "launch/train.py", *words)
+    assert found == status
+    assert (err.count("\n"), bool(out)) == ((0, True) if status == 0 else (1, False))
+
+
+def test_kill_leaves_valid_files_and_the_same_command_goes_on(
+    checkout: Path, flags: list[str]
+) -> None:
+    words = [
+        sys.executable, "launch/train.py", "--quant", "nf4", *flags, "--max-steps", "60",
+        "--batch-size", "2", "--grad-accum", "1", "--save-steps", "10",
+    ]  # fmt: skip
+    run_dir = checkout / "results" / "4bit"
+    process = start(checkout, *words)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "checkpoints" / "checkpoint-20").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+
+    record = read(run_dir / "training_summary.json")
+    assert (record["status"], record["finished"]) == ("running", None)
+    before = losses(run_dir)
+    assert 10 <= len(before) < 60
+    assert not (run_dir / "adapter").exists()
+    assert list(run_dir.glob(".*.tmp")) == []
+
+    status, _, err = run(checkout, *words)
+    assert status == 0, err
+    record = read(run_dir / "training_summary.json")
+    assert (record["status"], record["runtime"]["resumed"]) == ("completed", True)
+    assert len(losses(run_dir)) == 60
+    assert losses(run_dir)[:10] == before[:10]
+
+
+def test_two_processes_give_the_numbers_of_one(checkout: Path, flags: list[str]) -> None:
+    """Through torch's own launcher: `accelerate launch --cpu` starts one process only."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = ["launch/train.py", "--quant", "bf16", *flags, "--max-steps", "3", "--batch-size", "2"]
+    status, out, err = run(
+        checkout, sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+        "--master_port", str(port), *common, "--grad-accum", "1", "--output-dir", "two",
+        ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    assert status == 0, err
+    status, _, err = run(
+        checkout, sys.executable, *common, "--grad-accum", "2", "--output-dir", "one"
+    )
+    assert status == 0, err
+    one, two = (read(checkout / name / "training_summary.json") for name in ("one", "two"))
+    assert losses(checkout / "two") == pytest.approx(losses(checkout / "one"), abs=1e-5)
+    for name in ("eval_loss", "perplexity"):
+        assert two["results"][name] == pytest.approx(one["results"][name], rel=1e-5)
+    assert two["results"]["eval_tokens"] == one["results"]["eval_tokens"]
+    counts = [
+        [(row["tokens"], row["supervised_tokens"]) for row in read(path)["steps"]]
+        for path in sorted(checkout.glob("*/training_logs.json"))
+    ]
+    assert counts[0] == counts[1]
+    # Both processes are in the record, and only the first one talks.
+    assert (one["environment"]["world_size"], two["environment"]["world_size"]) == (1, 2)
+    phases = [(phase["phase"], phase["rank"]) for phase in two["memory"]["phases"]]
+    assert sorted(phases) == [
+        (name, rank) for name in ("evaluate", "load", "train") for rank in (0, 1)
+    ]
+    assert out.count("first example, learned parts in") == 1
+    assert out.count("adapter: two/adapter") == 1

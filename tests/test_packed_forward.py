@@ -1,0 +1,185 @@
+"""The packed forward against the plain one, in float32, on several architectures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qlora_harness.score.packed_forward import PackedModel, why_unsupported
+from qlora_harness.score.packed_scorer import PackedScorer
+from qlora_harness.score.prefix_tree import Query
+
+VOCABULARY = 40
+WINDOW = 48
+
+
+def tiny(kind: str) -> Any:
+    import transformers as tf
+
+    shared = {"vocab_size": VOCABULARY, "attn_implementation": "sdpa"}
+    llama_like = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": WINDOW,
+    }
+    configs = {
+        "llama": lambda: tf.LlamaConfig(**shared, **llama_like),
+        "qwen2": lambda: tf.Qwen2Config(**shared, **llama_like),
+        "qwen3": lambda: tf.Qwen3Config(**shared, **llama_like, head_dim=8),
+        "gpt2": lambda: tf.GPT2Config(**shared, n_embd=32, n_layer=2, n_head=4, n_positions=WINDOW),
+        "gpt_neox": lambda: tf.GPTNeoXConfig(
+            **shared,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=WINDOW,
+        ),
+    }
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(configs[kind]())
+    for parameter in model.parameters():
+        # Larger than the usual 0.02, so that a wrong mask changes the result visibly.
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.float().eval()
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return tiny(request.param)
+
+
+def plain(model: Any, query: Query) -> tuple[float, bool]:
+    """HFLM's rule, one text at a time."""
+    whole = [*query.context, *query.continuation][-(WINDOW + 1) :]
+    with torch.no_grad():
+        logits = model(torch.tensor([whole[:-1]])).logits[0].float()
+    asked = len(query.continuation)
+    logprobs = torch.log_softmax(logits, dim=-1)[-asked:]
+    targets = torch.tensor(query.continuation)
+    total = logprobs[torch.arange(asked), targets].sum()
+    return float(total), bool((logprobs.argmax(-1) == targets).all())
+
+
+TOKENS = st.integers(0, 3)
+QUERIES = st.lists(
+    st.builds(
+        Query,
+        st.lists(TOKENS, min_size=1, max_size=WINDOW + 6),
+        st.lists(TOKENS, min_size=1, max_size=4),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@pytest.mark.parametrize("flex", [False, True])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(queries=QUERIES, pack_tokens=st.integers(1, 160))
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_packed_equals_plain(
+    model: Any, flex: bool, queries: list[Query], pack_tokens: int
+) -> None:
+    packed = PackedModel(model, torch.float32, flex=flex)
+    scorer = PackedScorer(packed, window=WINDOW, pack_tokens=pack_tokens)
+    found = scorer.score(queries, show_progress=False)
+    assert sorted(found) == list(range(len(queries)))
+    for number, query in enumerate(queries):
+        logprob, greedy = plain(model, query)
+        assert found[number][0] == pytest.approx(logprob, abs=1e-4)
+        assert found[number][1] == greedy
+
+
+def test_the_model_is_left_as_it_was(model: Any) -> None:
+    before = model.config._attn_implementation
+    query = Query([1, 2, 3], [4])
+    expected = plain(model, query)
+    PackedScorer(PackedModel(model, torch.float32), window=WINDOW, pack_tokens=64).score(
+        [query], show_progress=False
+    )
+    assert model.config._attn_implementation == before
+    assert plain(model, query) == expected
+
+
+def test_shares_of_all_processes_make_the_whole(model: Any) -> None:
+    rng = np.random.default_rng(0)
+    queries = [
+        Query(rng.integers(0, 3, size=rng.integers(1, 30)).tolist(), [int(rng.integers(0, 3))])
+        for _ in range(60)
+    ]
+    scorer = PackedScorer(PackedModel(model, torch.float32), window=WINDOW, pack_tokens=64)
+    alone = scorer.score(queries, show_progress=False)
+    parts = [scorer.score(queries, share=(rank, 3), show_progress=False) for rank in range(3)]
+    assert sum(len(part) for part in parts) == len(queries)
+    assert {n: s for part in parts for n, s in part.items()} == alone
+    assert min(len(part) for part in parts) > 0
+
+
+class RunsOut:
+    """A model that has memory for so many tokens only."""
+
+    def __init__(self, inner: PackedModel, limit: int) -> None:
+        self.inner, self.limit, self.failed = inner, limit, 0
+
+    def read(self, pack: Any, pad_to: int | None = None) -> Any:
+        if len(pack.tokens) > self.limit:
+            self.failed += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.inner.read(pack, pad_to)
+
+
+def test_out_of_memory_halves_the_packs_and_goes_on(model: Any) -> None:
+    rng = np.random.default_rng(1)
+    queries = [Query(rng.integers(0, 40, size=30).tolist(), [1]) for _ in range(80)]
+    packed = PackedModel(model, torch.float32)
+    expected = PackedScorer(packed, window=WINDOW, pack_tokens=1024).score(
+        queries, show_progress=False
+    )
+    limited = RunsOut(packed, 300)
+    scorer = PackedScorer(limited, window=WINDOW, pack_tokens=1024)  # type: ignore[arg-type]
+    found = scorer.score(queries, show_progress=False)
+    assert scorer.pack_tokens == 256
+    assert limited.failed == 2
+    assert {n: s[0] for n, s in found.items()} == pytest.approx(
+        {n: s[0] for n, s in expected.items()}, abs=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"model_type": "mamba"}, "model type 'mamba' is not among those checked"),
+        ({"model_type": "mistral", "sliding_window": 8}, "sliding-window attention \\(8 tokens\\)"),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+            "layers of type sliding_attention",
+        ),
+        ({"model_type": "llama", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        (
+            {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic"}},
+            "rotary embedding \\(dynamic\\)",
+        ),
+    ],
+)
+def test_models_it_cannot_take_are_refused(values: dict[str, Any], reason: str) -> None:
+    from types import SimpleNamespace
+
+    found = why_unsupported(SimpleNamespace(**values))
+    assert found is not None
+    import re
+
+    assert re.search(reason, found)
+
+
+def test_models_it_can_take_are_not_refused(model: Any) -> None:
+    assert why_unsupported(model.config) is None

@@ -1,0 +1,197 @@
+"""Scoring through the command lines that users type, in processes of their own.
+
+lm-eval reads its 14,000 task files in each of them, so every command runs once, all start together
+(two at a time), and the tests share what they left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+BIN = Path(sys.executable).parent
+DEMO = ["--tasks", "mmlu_qlora_demo", "--model", "qlora_adapter"]
+
+
+class Run(NamedTuple):
+    """A command that has ended, and the folder it ran in."""
+
+    status: int
+    output: str
+    errors: str
+    folder: Path
+
+    def record(self, name: str = "evaluation_results.json") -> dict[str, Any]:
+        return json.loads((self.folder / "results" / "base_4bit" / name).read_text())
+
+    def harness_json(self) -> dict[str, Any]:
+        (path,) = self.folder.glob("out/*/results_*.json")
+        return json.loads(path.read_text())
+
+    def error_line(self) -> str:
+        """The one line that the user is told; there is no traceback."""
+        assert self.status != 0
+        assert "Traceback" not in self.errors
+        lines = [s for s in self.errors.splitlines() if s.startswith("qlora-harness: error: ")]
+        assert len(lines) == 1
+        return lines[0].removeprefix("qlora-harness: error: ")
+
+
+def commands(model: Path) -> dict[str, list[str]]:
+    lm_eval, accelerate = str(BIN / "lm_eval"), str(BIN / "accelerate")
+    nf4 = ["--model_args", f"pretrained={model},quant=nf4"]
+    saved = ["--output_path", "out", "--log_samples"]
+    blocked = ["--output_path", "blocked"]
+    one_process = ["launch", "--quiet", "--num_processes", "1", "-m", "lm_eval"]
+    # `accelerate launch` starts several processes on a CPU through MPI only; this is what it does.
+    two_processes = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lm_eval"]
+    return {
+        "single": [lm_eval, *DEMO, *nf4, "--limit", "3", *saved],
+        "two processes": [sys.executable, *two_processes, *DEMO, *nf4, "--limit", "3", *saved],
+        "accelerate, not saved": [accelerate, *one_process, *DEMO, *nf4, "--limit", "1", *blocked],
+        "module, unknown quant": [
+            *(sys.executable, "-m", "lm_eval", *DEMO),
+            *("--model_args", f"pretrained={model},quant=int8"),
+        ],
+        "list": [lm_eval, "ls", "tasks"],
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Run]]]:
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    for name in ("QLORA_HARNESS_NO_HOOK", "QLORA_MMLU_DIR", "LMEVAL_LOG_LEVEL"):
+        environment.pop(name, None)
+
+    def run(words: list[str]) -> Run:
+        folder = tmp_path_factory.mktemp("cli")
+        (folder / "blocked").write_text("a file in the way")
+        done = subprocess.run(
+            words, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+        )
+        return Run(done.returncode, done.stdout, done.stderr, folder)
+
+    pool = ThreadPoolExecutor(2)
+    yield {name: pool.submit(run, words) for name, words in commands(tiny_llama).items()}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def single(runs: dict[str, Future[Run]]) -> Run:
+    return runs["single"].result()
+
+
+def test_lm_eval_scores_the_demo_tasks(single: Run) -> None:
+    assert single.status == 0, single.errors
+    results = single.harness_json()
+    assert results["config"]["model"] == "qlora_adapter"
+    assert results["config"]["quant"] == "nf4"
+    assert results["config"]["softmax_dtype"] == "float32"
+    assert results["n-samples"]["mmlu_qlora_demo_astronomy"] == {"original": 12, "effective": 3}
+    samples = list(single.folder.glob("out/*/samples_mmlu_qlora_demo_*.jsonl"))
+    assert len(samples) == 8
+    assert all(len(path.read_text().splitlines()) == 3 for path in samples)
+    table = [line.split("|")[1].strip() for line in single.output.splitlines() if "|" in line]
+    assert {"mmlu_qlora_demo", "- stem", "- nutrition"} <= set(table)
+
+
+def test_record_equals_the_harness_json(single: Run) -> None:
+    results = single.harness_json()["results"]
+    task = single.record()["tasks"]["mmlu_qlora_demo"]
+    assert (task["n"], task["n_total"]) == (24, 96)
+
+    def same(found: dict[str, Any], name: str) -> None:
+        for metric in ("acc", "acc_macro"):
+            for key in (metric, f"{metric}_stderr"):
+                assert found[key] == pytest.approx(results[name][f"{key},none"], abs=1e-12)
+
+    same(task, "mmlu_qlora_demo")
+    for category, found in task["categories"].items():
+        same(found, f"mmlu_qlora_demo_{category}")
+    for subject, found in task["subjects"].items():
+        expected = results[f"mmlu_qlora_demo_{subject}"]
+        assert found["acc"] == pytest.approx(expected["acc,none"], abs=1e-12)
+        assert found["acc_stderr"] == pytest.approx(expected["acc_stderr,none"], abs=1e-12)
+
+
+def test_record_equals_the_logged_samples(single: Run) -> None:
+    rows = single.record("mmlu_progress_tiny_llama_4bit_base.json")["tasks"]["mmlu_qlora_demo"]
+    found = {row["index"]: row for row in rows}
+    assert list(found) == sorted(found)
+    logged = {}
+    for path in single.folder.glob("out/*/samples_*.jsonl"):
+        for line in path.read_text().splitlines():
+            sample = json.loads(line)
+            logged[sample["doc"]["index"]] = sample
+    assert set(found) == set(logged)
+    for index, sample in logged.items():
+        logprobs = [float(pair[0]) for pair in sample["filtered_resps"]]
+        assert list(found[index]["logprobs"].values()) == pytest.approx(logprobs, abs=1e-6)
+        assert found[index]["correct"] == bool(sample["acc"])
+        assert sample["arguments"]["gen_args_0"]["arg_0"] == sample["doc"]["input"]
+
+
+def test_two_processes_leave_the_same_record(single: Run, runs: dict[str, Future[Run]]) -> None:
+    both = runs["two processes"].result()
+    assert both.status == 0, both.errors
+    expected = single.record()["tasks"]["mmlu_qlora_demo"]
+    found = both.record()["tasks"]["mmlu_qlora_demo"]
+    assert found.pop("settings") == expected.pop("settings") | {"processes": 2}
+    assert found == expected
+    name = "mmlu_progress_tiny_llama_4bit_base.json"
+    rows, others = (run.record(name)["tasks"]["mmlu_qlora_demo"] for run in (single, both))
+    for row, other in zip(rows, others, strict=True):
+        assert list(other.pop("logprobs").values()) == pytest.approx(
+            list(row.pop("logprobs").values()), abs=1e-5
+        )
+    assert rows == others
+    theirs = both.harness_json()["results"]["mmlu_qlora_demo"]
+    assert theirs["acc,none"] == pytest.approx(found["acc"], abs=1e-12)
+
+
+def test_accelerate_launch_scores_and_says_that_the_results_cannot_be_saved(
+    runs: dict[str, Future[Run]],
+) -> None:
+    run = runs["accelerate, not saved"].result()
+    assert run.error_line() == (
+        "--output_path blocked: lm_eval could not save the results. "
+        "Check that the folder can be written and the disk has room."
+    )
+    assert (run.folder / "blocked").read_text() == "a file in the way"
+    # What was scored is not lost with it.
+    task = run.record()["tasks"]["mmlu_qlora_demo"]
+    assert (task["n"], task["settings"]["processes"]) == (8, 1)
+
+
+def test_python_m_lm_eval_ends_with_one_line_for_an_unknown_quantisation(
+    runs: dict[str, Future[Run]],
+) -> None:
+    run = runs["module, unknown quant"].result()
+    assert run.error_line() == "--model_args quant=int8. Use one of nf4, fp4, bf16."
+    assert sorted(path.name for path in run.folder.iterdir()) == ["blocked"]
+
+
+def test_tasks_are_listed(runs: dict[str, Future[Run]]) -> None:
+    run = runs["list"].result()
+    assert run.status == 0, run.errors
+    names = {line.split("|")[1].strip() for line in run.output.splitlines() if "|" in line}
+    ours = {name for name in names if name.startswith("mmlu_qlora")}
+    assert len(ours) == 261
+    assert {"mmlu_qlora_5shot", "mmlu_qlora_0shot_val_stem", "mmlu_qlora_demo_nutrition"} <= ours
+    assert {"mmlu", "mmlu_stem", "mmlu_anatomy", "hellaswag"} <= names
