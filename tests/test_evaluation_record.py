@@ -13,10 +13,12 @@ import pytest
 
 from qlora_harness.errors import ResultsError
 from qlora_harness.score.evaluation_record import (
+    Family,
     ScoredQuestion,
     accuracy,
     model_slug,
     progress_rows,
+    prompt_hash,
     summarise,
     write_records,
 )
@@ -36,7 +38,8 @@ SAYS = {
 
 
 def question(index: int, subject: str, *, says: str, answer: str) -> ScoredQuestion:
-    return ScoredQuestion(index, subject, f"Question {index}\nAnswer:", answer, SAYS[says])
+    prompt = prompt_hash(f"Question {index}\nAnswer:")
+    return ScoredQuestion(index, subject, prompt, answer, SAYS[says], truncated=index == 8)
 
 
 # anatomy 2 of 3 right, astronomy 1 of 4, philosophy 2 of 2; given out of order.
@@ -77,7 +80,7 @@ def test_prediction_is_the_likeliest_letter() -> None:
 
 
 def test_summary_by_question_subject_and_category() -> None:
-    summary = summarise(NINE, CATEGORIES, n_total=20, truncated=1)
+    summary = summarise(NINE, CATEGORIES, n_total=20)
     anatomy, astronomy, philosophy = [1, 0, 1], [0, 0, 0, 1], [1, 1]
     assert {name: values["acc"] for name, values in summary["subjects"].items()} == {
         "anatomy": pytest.approx(2 / 3),
@@ -114,7 +117,7 @@ def test_summary_by_question_subject_and_category() -> None:
 def test_pooled_errors_are_those_of_lm_eval() -> None:
     from lm_eval.api.metrics import aggregate_subtask_metrics, mean_stderr, pooled_sample_stderr
 
-    summary = summarise(NINE, CATEGORIES, n_total=9, truncated=0)
+    summary = summarise(NINE, CATEGORIES, n_total=9)
     values = {"anatomy": [1, 0, 1], "astronomy": [0, 0, 0, 1], "philosophy": [1, 1]}
     sizes = [len(v) for v in values.values()]
     errors = [mean_stderr(v) for v in values.values()]
@@ -128,7 +131,7 @@ def test_pooled_errors_are_those_of_lm_eval() -> None:
 
 def test_subject_with_one_question_leaves_the_error_unknown() -> None:
     some = [q for q in NINE if q.index in (0, 3, 4)]
-    summary = summarise(some, CATEGORIES, n_total=9, truncated=0)
+    summary = summarise(some, CATEGORIES, n_total=9)
     assert summary["subjects"]["anatomy"]["acc_stderr"] is None
     assert summary["acc"] == pytest.approx(1 / 3)
     assert (summary["acc_stderr"], summary["acc_macro_stderr"]) == (None, None)
@@ -136,17 +139,17 @@ def test_subject_with_one_question_leaves_the_error_unknown() -> None:
 
 def test_ties_are_counted() -> None:
     tied = ScoredQuestion(9, "virology", "Q\nAnswer:", "B", (-1.0, -1.0, -2.0, -2.0))
-    summary = summarise([*NINE, tied], CATEGORIES, n_total=10, truncated=0)
+    summary = summarise([*NINE, tied], CATEGORIES, n_total=10)
     assert summary["ties"] == 1
     assert summary["subjects"]["virology"]["acc"] == 0.0  # the first of a tie counts
 
 
 def test_prompt_hash_tells_questions_apart_and_forgets_their_order() -> None:
     def hashed(questions: list[ScoredQuestion]) -> str:
-        return summarise(questions, CATEGORIES, n_total=9, truncated=0)["prompts_sha256"]
+        return summarise(questions, CATEGORIES, n_total=9)["prompts_sha256"]
 
     text = "".join(
-        f"{q.index}\0{q.subject}\0{q.prompt}\0{q.answer}\0"
+        f"{q.index}\0{q.subject}\0{q.prompt_sha256}\0{q.answer}\0"
         for q in sorted(NINE, key=lambda q: q.index)
     )
     assert hashed(NINE) == hashlib.sha256(text.encode()).hexdigest()
@@ -155,7 +158,7 @@ def test_prompt_hash_tells_questions_apart_and_forgets_their_order() -> None:
 
 
 def test_progress_has_one_row_a_question_in_file_order() -> None:
-    rows = progress_rows(NINE[:3])
+    rows = progress_rows(NINE[:3])  # given out of order
     assert rows == [
         {
             "index": 0,
@@ -165,6 +168,8 @@ def test_progress_has_one_row_a_question_in_file_order() -> None:
             "answer": "A",
             "correct": True,
             "running_accuracy": 1.0,
+            "prompt_sha256": hashlib.sha256(b"Question 0\nAnswer:").hexdigest()[:16],
+            "truncated": False,
         },
         {
             "index": 1,
@@ -174,6 +179,8 @@ def test_progress_has_one_row_a_question_in_file_order() -> None:
             "answer": "A",
             "correct": False,
             "running_accuracy": 0.5,
+            "prompt_sha256": hashlib.sha256(b"Question 1\nAnswer:").hexdigest()[:16],
+            "truncated": False,
         },
         {
             "index": 8,
@@ -183,6 +190,8 @@ def test_progress_has_one_row_a_question_in_file_order() -> None:
             "answer": "D",
             "correct": True,
             "running_accuracy": 2 / 3,
+            "prompt_sha256": hashlib.sha256(b"Question 8\nAnswer:").hexdigest()[:16],
+            "truncated": True,
         },
     ]
 
@@ -222,8 +231,8 @@ def write(
     name: str = "mmlu_progress_smollm2_4bit_qlora.json",
     **changes: Any,
 ) -> list[str]:
-    summary = summarise(questions, CATEGORIES, n_total=9, truncated=0)
-    return write_records(folder, name, header(**changes), {family: summary}, {family: questions})
+    scored = Family(questions, CATEGORIES, 9)
+    return write_records(folder, name, header(**changes), {family: scored})
 
 
 def read(folder: Path, name: str = "evaluation_results.json") -> dict[str, Any]:
@@ -239,7 +248,7 @@ def test_both_files_say_what_was_scored(tmp_path: Path) -> None:
     ]
     evaluation = read(folder)
     created = evaluation.pop("created")
-    summary = summarise(NINE, CATEGORIES, n_total=9, truncated=0)
+    summary = summarise(NINE, CATEGORIES, n_total=9)
     assert evaluation == header() | {
         "schema_version": SCHEMA_VERSION,
         "kind": "evaluation_results",
@@ -274,7 +283,9 @@ def test_other_task_families_stay(tmp_path: Path) -> None:
 def test_a_smaller_run_does_not_replace_a_larger_record(tmp_path: Path) -> None:
     write(tmp_path, NINE)
     before = read(tmp_path)["tasks"]
-    assert write(tmp_path, NINE[:2]) == []
+    assert write(tmp_path, NINE[:2]) == ["mmlu_qlora_demo"]  # the same questions, scored again
+    assert read(tmp_path)["tasks"] == before
+    assert write(tmp_path, NINE[:2], settings={"batch_size": 4}) == []
     assert read(tmp_path)["tasks"] == before
     progress = read(tmp_path, "mmlu_progress_smollm2_4bit_qlora.json")["tasks"]
     assert len(progress["mmlu_qlora_demo"]) == 9

@@ -213,7 +213,8 @@ def load_base(
     if missing := sorted(loaded["missing_keys"]):
         # transformers fills what is missing with random numbers.
         raise ModelError(
-            f"{source.argument}: {source.name!r} lacks {len(missing)} weights (first: {missing[0]})",
+            f"{source.argument}: {source.name!r} lacks {len(missing)} weights (first: "
+            f"{missing[0]})",
             "Fetch the model anew",
         )
     if compute_dtype == "float32":

@@ -3,40 +3,87 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from qlora_harness.data.chat import leading_bos
-from qlora_harness.errors import AdapterError, ResultsError, SettingsError, install_excepthook
-from qlora_harness.model.base import find_base, load_base, load_tokenizer, weights_fingerprint
-from qlora_harness.model.lora import adapter_digest, load_adapter
-from qlora_harness.record import environment
-from qlora_harness.score.evaluation_record import (
-    ScoredQuestion,
-    model_slug,
-    summarise,
-    write_records,
+from qlora_harness.errors import (
+    AdapterError,
+    ModelError,
+    SettingsError,
+    install_excepthook,
 )
-from qlora_harness.score.mmlu_files import LETTERS, rows_in
+from qlora_harness.model.base import (
+    count_parameters,
+    dequantise,
+    find_base,
+    fits_dequantised,
+    load_base,
+    load_tokenizer,
+    weights_fingerprint,
+)
+from qlora_harness.model.lora import adapter_digest, fuse_lora, load_adapter
+from qlora_harness.record import environment
+from qlora_harness.score.encoding import encode_pairs
+from qlora_harness.score.evaluation_record import model_slug
+from qlora_harness.score.journal import Journal, question_key
+from qlora_harness.score.mmlu_files import LETTERS
+from qlora_harness.score.mmlu_recorder import MmluRecorder
+from qlora_harness.score.packed_forward import PackedModel, why_unsupported
+from qlora_harness.score.packed_scorer import PackedScorer, Score, default_pack_tokens
+from qlora_harness.score.prefix_tree import Query
 from qlora_harness.score.run_choice import choose
 from qlora_harness.score.saving import verify_saved_results
-from qlora_harness.score.task_index import families
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 logger = logging.getLogger("qlora_harness")
 
+Pair = tuple[str, str]
+Encoded = tuple[Pair, list[int], list[int]]
+
+# Arguments of HFLM that are passed on. Others would bypass the loading that this model is about.
+_PASSED_ON = {
+    "add_bos_token",
+    "batch_size",
+    "chat_template_args",
+    "device",
+    "enable_thinking",
+    "logits_cache",
+    "max_batch_size",
+    "max_length",
+    "prefix_token_id",
+    "think_end_token",
+    "truncation",
+}
+_REMEDIES = {
+    "load_in_4bit": "Use quant=nf4",
+    "load_in_8bit": "Use quant=nf4 or quant=bf16",
+    "delta": "Use peft=",
+    "parallelize": "Use `accelerate launch -m lm_eval` for several GPUs",
+    "tp_plan": "Use `accelerate launch -m lm_eval` for several GPUs",
+    "autogptq": "Use --model hf",
+    "gptqmodel": "Use --model hf",
+    "gguf_file": "Use pretrained=smollm2 or a converted folder",
+    "token": "Log in with `hf auth login`; a token here would land in the results",
+    "trust_remote_code": "Use a model that needs no code of its own",
+    "tokenizer": "The tokenizer is the adapter's, or the base model's",
+    "mixed_precision_dtype": "Use dtype=bfloat16 or dtype=float32",
+}
+_SOFTMAX_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
-    """A base model and an adapter, scored as HFLM scores.
+    """A base model and an adapter, scored as HFLM scores, each distinct token once.
 
     The base is loaded by the function that training uses, and the adapter stays unmerged on it, so
-    what is scored is what was trained. Questions of our MMLU tasks are recorded in the run folder.
+    what is scored is what was trained. Requests are planned as a trie over token ids and computed
+    pack by pack (see `prefix_tree` and `packed_forward`). Questions of our MMLU tasks are recorded
+    in the run folder as they come; after an interruption the same command scores the rest.
 
     Args:
         pretrained: Base model: a Hub id, a folder, or "smollm2". Default: the adapter's.
@@ -50,6 +97,10 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             bfloat16 on a GPU and float32 on a CPU.
         softmax_dtype: dtype of the log-softmax; bfloat16 would make ties.
         results_dir: Folder of the progress and evaluation records.
+        scoring: "packed", or "hf" for HFLM's own path.
+        dequantize: "auto" expands a 4-bit base once (the same values) if memory allows; "never".
+        pack_tokens: Most tokens in a forward pass. Default: what fits the device.
+        verify: How many texts to score again through HFLM's path, to log the largest difference.
         **options: Further arguments of HFLM: max_length, batch_size, device, …
 
     Raises:
@@ -68,10 +119,14 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         dtype: str = "auto",
         softmax_dtype: str | None = "float32",
         results_dir: str | None = None,
+        scoring: str = "packed",
+        dequantize: str = "auto",
+        pack_tokens: int | None = None,
+        verify: int = 0,
         **options: Any,
     ) -> None:
         install_excepthook()
-        _refuse_options(options)
+        _check_arguments(options, softmax_dtype, scoring, dequantize)
         self._choice = choose(
             pretrained=pretrained,
             peft=peft,
@@ -84,17 +139,16 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         choice = self._choice
         if pretrained is None and peft is None:
             logger.warning("scoring the newest completed run: %s", choice.results_dir)
-        self._source = find_base(choice.base, choice.revision)
+        self._source = find_base(choice.base, choice.revision, argument="pretrained=")
         self._compute_dtype = _compute_dtype(dtype, choice.compute_dtype)
+        self._scoring, self._dequantize, self._verify = scoring, dequantize, verify
+        self._asked_pack_tokens = pack_tokens
         self._chat_template_asked = False
         self._truncated: set[str] = set()
-        tokenizer_folder = choice.adapter
-        if tokenizer_folder is None or not (tokenizer_folder / "tokenizer_config.json").is_file():
-            tokenizer_folder = None
         super().__init__(
             pretrained=self._source.path,
             revision=choice.revision or "main",
-            tokenizer=str(tokenizer_folder) if tokenizer_folder else load_tokenizer(self._source),
+            tokenizer=self._load_tokenizer(),
             dtype=self._compute_dtype,
             softmax_dtype=softmax_dtype,
             **options,
@@ -104,15 +158,26 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             # HFLM divides the work among GPUs only, and by local rank.
             self._rank = accelerator.process_index
             self._world_size = accelerator.num_processes
+        kind = choice.quant.file_arm if choice.adapter else f"{choice.quant.arm}_base"
+        self._recorder = MmluRecorder(
+            choice.results_dir, f"mmlu_progress_{model_slug(choice.base)}_{kind}.json"
+        )
         verify_saved_results()
         logger.warning(
-            "%s, %s%s, adapter %s, compute dtype %s",
+            "%s, %s%s%s, adapter %s, compute dtype %s",
             choice.base,
             choice.quant.value,
+            " (expanded once)" if self._dequantised else "",
             ", random weights" if self._source.random_weights else "",
             choice.adapter or "none",
             self._compute_dtype,
         )
+
+    def _load_tokenizer(self) -> Any:
+        folder = self._choice.adapter
+        if folder is None or not (folder / "tokenizer_config.json").is_file():
+            folder = None
+        return load_tokenizer(self._source, folder)
 
     def _create_model(self, pretrained: str, **options: Any) -> None:
         """Loads base and adapter; HFLM's own way can't quantise under transformers 5."""
@@ -127,24 +192,44 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             compute_dtype=self._compute_dtype,
             device=torch.device(device),
         )
-        rows = base.get_input_embeddings().weight.shape[0]
-        if len(self.tokenizer) > rows:
-            raise AdapterError(
-                f"the tokenizer beside peft={choice.adapter} has {len(self.tokenizer)} tokens, the "
-                f"base model {rows}",
-                "This adapter was trained with added tokens, which are not supported",
-            )
-        self._adapter_sha256 = None
+        self._check_vocabulary(base.get_input_embeddings().weight.shape[0])
+        self._dequantised = (
+            choice.quant.is_4bit
+            and self._dequantize == "auto"
+            and fits_dequantised(base, self._compute_dtype)
+        )
         if choice.adapter is not None:
-            self._check_base(base)
-            base = load_adapter(base, choice.adapter)
-            self._adapter_sha256 = adapter_digest(choice.adapter)
+            self._check_base(weights_fingerprint(base))
+        if self._dequantised:
+            dequantise(base, self._compute_dtype)
+        self._adapter_sha256 = None
         self._model = base
+        if choice.adapter is not None:
+            self._model = load_adapter(base, choice.adapter)
+            if self._scoring == "packed":
+                fuse_lora(self._model, self._compute_dtype)
+            self._adapter_sha256 = adapter_digest(choice.adapter)
 
-    def _check_base(self, base: torch.nn.Module) -> None:
+    def _check_vocabulary(self, rows: int) -> None:
+        tokens = len(self.tokenizer)
+        if tokens <= rows:
+            return
+        if self._choice.adapter is None:
+            raise ModelError(
+                f"pretrained={self._choice.base}: its tokenizer has {tokens} tokens, its embedding "
+                f"{rows} rows",
+                "Put the tokenizer that belongs to the model beside it",
+            )
+        raise AdapterError(
+            f"the tokenizer beside peft={self._choice.adapter} has {tokens} tokens, the base model "
+            f"{rows}",
+            "This adapter was trained with added tokens, which are not supported",
+        )
+
+    def _check_base(self, found: str | None) -> None:
         recorded = self._choice.recorded or {}
         expected = recorded.get("weights_fingerprint")
-        if expected is not None and weights_fingerprint(base) != expected:
+        if expected is not None and found is not None and found != expected:
             raise AdapterError(
                 f"pretrained={self._choice.base} is not the base model that peft="
                 f"{self._choice.adapter} was trained on ({recorded.get('name')}, revision "
@@ -156,7 +241,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         """Returns what the results JSON says of the model, without asking the Hub."""
         choice = self._choice
         return {
-            "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "model_num_parameters": count_parameters(self.model),
             "model_dtype": self._compute_dtype,
             "model_revision": choice.revision,
             "model_sha": self._source.commit or "",
@@ -166,16 +251,34 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             "double_quant": choice.double_quant if choice.quant.is_4bit else None,
             "softmax_dtype": str(self.softmax_dtype).removeprefix("torch."),
             "max_length": self.max_length,
-            "leading_bos": leading_bos(self.tokenizer),
+            "leading_bos": self._leading_bos(),
         }
+
+    def _leading_bos(self) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tok_encode("a")[:1] == [bos] else []
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Notes whether a chat template was asked for, and selects it as HFLM does."""
-        self._chat_template_asked = bool(chat_template)
         if not chat_template:
             return None
+        self._need_chat_template()
         selected: str | None = super().chat_template(chat_template)
         return selected
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+        """Notes that a chat template is applied, and applies it as HFLM does."""
+        self._need_chat_template()
+        applied: str = super().apply_chat_template(*args, **kwargs)
+        return applied
+
+    def _need_chat_template(self) -> None:
+        self._chat_template_asked = True
+        if not self.tokenizer.chat_template:
+            raise SettingsError(
+                f"--apply_chat_template with {self._choice.base}, whose tokenizer has none",
+                "Leave it out",
+            )
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -190,32 +293,141 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             Log-probability in nats and whether the continuation is the greedy one, a request.
 
         Raises:
-            SettingsError: Our tasks with a chat template, or with a tokenizer for which " A" is
-                several tokens.
+            SettingsError: Our tasks with other prompts than those of the files, or with a tokenizer
+                for which " A" is several tokens.
+            ResultsError: The records can't be written, or a log-probability is not a number.
         """
-        ours = families()
-        mine = [r for r in requests if _family(r, ours) is not None]
+        if self.enable_thinking:
+            refused: list[tuple[float, bool]] = super().loglikelihood(requests)
+            return refused
+        mine = self._recorder.ours(requests)
+        journal = None
         if mine:
-            self._check_mmlu_conditions()
-        results: list[tuple[float, bool]] = super().loglikelihood(
-            requests, disable_tqdm=disable_tqdm
-        )
-        if mine or self.world_size > 1:
-            self._record(requests, results, ours)
+            self._recorder.check(mine, self._chat_template_asked)
+            self._check_letters()
+            path = self._recorder.journal_path
+            if self.world_size > 1:
+                path = path.with_name(f"{path.name}.rank{self.rank}")
+            journal = Journal(path, self._identity())
+        scores = self._score_pairs([r.args for r in requests], journal, disable_tqdm)
+        results = [scores[request.args] for request in requests]
+        found = self._recorder.collect(requests, results, self._truncated)
+        parts = self.gather_object(found, dst=0)
+        if self.rank == 0 and parts is not None and any(parts):
+            self._recorder.write(parts, self._header())
+        if journal is not None:
+            self.barrier()
+            journal.close(remove=True)
+        if self._verify:
+            self._compare_with_hflm(scores)
         return results
 
-    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-        for (context, _), context_ids, continuation_ids in requests:
-            if len(context_ids) + len(continuation_ids) > self.max_length + 1:
-                self._truncated.add(context)
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+    def _score_pairs(
+        self, pairs: Sequence[Pair], journal: Journal | None, disable_tqdm: bool
+    ) -> dict[Pair, Score]:
+        """Scores distinct pairs; several processes do it together."""
+        keys = {pair: question_key(*pair) for pair in dict.fromkeys(pairs)} if journal else {}
+        known = (
+            {p: journal.known[k] for p, k in keys.items() if k in journal.known} if journal else {}
+        )
+        if known:
+            logger.warning("%d texts were scored before the interruption", len(known))
+        wanted = [pair for pair in dict.fromkeys(pairs) if pair not in known]
+        if self.world_size > 1:
+            shared: list[list[Pair]] = [[] for _ in range(self.world_size)]
+            torch.distributed.all_gather_object(shared, wanted)
+            wanted = list(dict.fromkeys(pair for part in shared for pair in part))
 
-    def _check_mmlu_conditions(self) -> None:
-        if self._chat_template_asked:
-            raise SettingsError(
-                "--apply_chat_template with an mmlu_qlora task",
-                "Leave it out: these prompts are scored verbatim, as QLoRA does",
+        def note(scored: Sequence[tuple[Pair, Score]]) -> None:
+            if journal is not None:
+                journal.append((question_key(*pair), *score) for pair, score in scored)
+
+        encoded = [
+            (pair, *ids) for pair, ids in zip(wanted, encode_pairs(self, wanted), strict=True)
+        ]
+        fresh = dict(
+            zip(
+                wanted,
+                self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm, on_scored=note),
+                strict=True,
             )
+        )
+        return known | fresh
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[Encoded],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+        on_scored: Callable[[Sequence[tuple[Pair, Score]]], None] | None = None,
+    ) -> list[Score]:
+        for pair, context, continuation in requests:
+            if pair is not None and len(context) + len(continuation) > self.max_length + 1:
+                self._truncated.add(pair[0])
+        # Windows of one rolling text share nothing: they stay with HFLM, as does what it asks for.
+        if override_bs is not None or not requests or not self._can_pack():
+            plain: list[Score] = super()._loglikelihood_tokens(
+                requests, disable_tqdm=disable_tqdm, override_bs=override_bs
+            )
+            return plain
+        return self._score_packed(requests, disable_tqdm, on_scored)
+
+    def _can_pack(self) -> bool:
+        if self._scoring == "hf":
+            return False
+        reason = why_unsupported(self.model.config)
+        if reason is not None:
+            logger.warning("scored through HFLM's own path: %s", reason)
+            self._scoring = "hf"
+        return reason is None
+
+    def _score_packed(
+        self,
+        requests: Sequence[Encoded],
+        disable_tqdm: bool,
+        on_scored: Callable[[Sequence[tuple[Pair, Score]]], None] | None,
+    ) -> list[Score]:
+        scorer = PackedScorer(
+            PackedModel(self.model, self.softmax_dtype),
+            window=self.max_length,
+            pack_tokens=self._asked_pack_tokens or default_pack_tokens(self.model, self.device),
+        )
+
+        def note(scored: Sequence[tuple[int, Score]]) -> None:
+            if on_scored is not None:
+                on_scored([(requests[number][0], score) for number, score in scored])
+
+        scores = scorer.score(
+            [Query(context, continuation) for _, context, continuation in requests],
+            share=(self.rank, self.world_size),
+            show_progress=not disable_tqdm and self.rank == 0,
+            on_scored=note,
+        )
+        if self.world_size > 1:
+            parts: list[dict[int, Score]] = [{} for _ in range(self.world_size)]
+            torch.distributed.all_gather_object(parts, scores)
+            scores = {number: score for part in parts for number, score in part.items()}
+        self.last_plan = scorer.last_plan
+        for number, (pair, _, _) in enumerate(requests):
+            self.cache_hook.add_partial("loglikelihood", pair, scores[number])
+        return [scores[number] for number in range(len(requests))]
+
+    def _compare_with_hflm(self, scores: dict[Pair, Score]) -> None:
+        """Scores a random sample again, the plain way, and says how far the two are apart."""
+        pairs = random.Random(0).sample(sorted(scores), min(self._verify, len(scores)))
+        encoded = [(pair, *ids) for pair, ids in zip(pairs, encode_pairs(self, pairs), strict=True)]
+        plain = super()._loglikelihood_tokens(encoded, disable_tqdm=True)
+        largest = max(
+            abs(scores[p][0] - logprob) for p, (logprob, _) in zip(pairs, plain, strict=True)
+        )
+        logger.warning(
+            "verified: %d texts scored again through HFLM's path; largest difference %.2g nats",
+            len(pairs),
+            largest,
+        )
+        self.largest_difference = largest
+
+    def _check_letters(self) -> None:
         context = self.tok_encode("Answer:")
         for letter in LETTERS:
             whole = self.tok_encode(f"Answer: {letter}")
@@ -226,116 +438,73 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
                     "These tasks need a tokenizer for which each answer is one token",
                 )
 
-    def _record(
-        self,
-        requests: Sequence[Instance],
-        results: Sequence[tuple[float, bool]],
-        ours: dict[str, dict[str, Any]],
-    ) -> None:
-        """Writes the records of the run folder; every process must call it."""
-        found: dict[str, dict[int, ScoredQuestion]] = defaultdict(dict)
-        logprobs: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
-        docs: dict[tuple[str, int], tuple[str, Instance]] = {}
-        for request, (logprob, _) in zip(requests, results, strict=True):
-            family = _family(request, ours)
-            if family is not None:
-                key = (request.task_name, request.doc_id)
-                logprobs[key][request.idx] = logprob
-                docs[key] = (family, request)
-        for key, (family, request) in docs.items():
-            a, b, c, d = (logprobs[key][i] for i in range(4))
-            doc = request.doc
-            found[family][doc["index"]] = ScoredQuestion(
-                doc["index"], doc["subject"], request.args[0], doc["output"], (a, b, c, d)
-            )
-        gathered = self.gather_object((dict(found), self._truncated), dst=0)
-        if self.rank != 0 or gathered is None:
-            return
-        merged: dict[str, dict[int, ScoredQuestion]] = defaultdict(dict)
-        truncated: set[str] = set()
-        for part, cut in gathered:
-            truncated |= cut
-            for family, questions in part.items():
-                merged[family].update(questions)
-        if merged:
-            self._write({f: list(q.values()) for f, q in merged.items()}, truncated, ours)
-
-    def _write(
-        self,
-        questions: dict[str, list[ScoredQuestion]],
-        truncated: set[str],
-        ours: dict[str, dict[str, Any]],
-    ) -> None:
+    def _model_record(self) -> dict[str, Any]:
         choice = self._choice
-        tasks = {
-            family: summarise(
-                scored,
-                ours[family]["categories"],
-                n_total=rows_in(ours[family]["file"]),
-                truncated=sum(q.prompt in truncated for q in scored),
-            )
-            for family, scored in questions.items()
+        return {
+            "base": choice.base,
+            "revision": choice.revision,
+            "commit": self._source.commit,
+            "random_weights": self._source.random_weights,
+            "quant": choice.quant.value,
+            "double_quant": choice.double_quant if choice.quant.is_4bit else None,
+            "peft": choice.adapter.name if choice.adapter else None,
+            "adapter_sha256": self._adapter_sha256,
         }
-        kind = choice.quant.file_arm if choice.adapter else f"{choice.quant.arm}_base"
-        name = f"mmlu_progress_{model_slug(choice.base)}_{kind}.json"
-        header = {
-            "arm": choice.quant.arm,
-            "model": {
-                "base": choice.base,
-                "revision": choice.revision,
-                "commit": self._source.commit,
-                "random_weights": self._source.random_weights,
-                "quant": choice.quant.value,
-                "double_quant": choice.double_quant if choice.quant.is_4bit else None,
-                "peft": choice.adapter.name if choice.adapter else None,
-                "adapter_sha256": self._adapter_sha256,
-            },
-            "settings": {
-                "batch_size": self.batch_size,
-                "dtype": self._compute_dtype,
-                "softmax_dtype": str(self.softmax_dtype).removeprefix("torch."),
-                "max_length": self.max_length,
-                "leading_bos": leading_bos(self.tokenizer),
-                "processes": self.world_size,
-            },
+
+    def _settings_record(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "dtype": self._compute_dtype,
+            "softmax_dtype": str(self.softmax_dtype).removeprefix("torch."),
+            "max_length": self.max_length,
+            "leading_bos": self._leading_bos(),
+            "scoring": self._scoring,
+            "expanded_once": self._dequantised,
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        """What a stored score depends on; another model can never be given it."""
+        return {
+            **self._model_record(),
+            **self._settings_record(),
+            "weights_fingerprint": weights_fingerprint(self._unwrapped()),
+        }
+
+    def _unwrapped(self) -> torch.nn.Module:
+        model: Any = self.model
+        whole: torch.nn.Module = model.get_base_model() if self._choice.adapter else model
+        return whole
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "arm": self._choice.quant.arm,
+            "model": self._model_record(),
+            "settings": self._settings_record() | {"processes": self.world_size},
             "environment": environment() | {"device": _device_name(self.device)},
         }
-        try:
-            written = write_records(choice.results_dir, name, header, tasks, questions)
-        except OSError as error:
-            raise ResultsError(
-                f"{choice.results_dir} can't be written ({error})",
-                "Give another folder with results_dir= in --model_args",
+
+
+def _check_arguments(
+    options: dict[str, Any], softmax_dtype: str | None, scoring: str, dequantize: str
+) -> None:
+    for name in list(options):
+        if name in _PASSED_ON:
+            continue
+        if options[name] not in (None, False):
+            remedy = _REMEDIES.get(name, f"Known are {', '.join(sorted(_PASSED_ON))} and others")
+            raise SettingsError(
+                f"--model_args {name}= is not supported by qlora_adapter", remedy
             ) from None
-        for family in tasks:
-            if family in written:
-                logger.warning("record of %s written to %s", family, choice.results_dir)
-            else:
-                logger.warning(
-                    "record of %s in %s kept: it holds more questions than this run",
-                    family,
-                    choice.results_dir,
-                )
-
-
-def _refuse_options(options: dict[str, Any]) -> None:
-    """Arguments of HFLM that would bypass the loading that this model is about."""
-    remedies = {
-        "load_in_4bit": "Use quant=nf4",
-        "load_in_8bit": "Use quant=nf4 or quant=bf16",
-        "delta": "Use peft=",
-        "parallelize": "Use `accelerate launch -m lm_eval` for several GPUs",
-        "tp_plan": "Use `accelerate launch -m lm_eval` for several GPUs",
-        "autogptq": "Use --model hf",
-        "gptqmodel": "Use --model hf",
-        "gguf_file": "Use pretrained=smollm2 or a converted folder",
-        "token": "Log in with `hf auth login`; a token here would land in the results",
-        "trust_remote_code": "Use a model that needs no code of its own",
-    }
-    for name, remedy in remedies.items():
-        if options.get(name) not in (None, False):
-            raise SettingsError(f"--model_args {name}= is not supported by qlora_adapter", remedy)
-        options.pop(name, None)
+        del options[name]
+    for name, value, known in (
+        ("softmax_dtype", softmax_dtype, (None, *_SOFTMAX_DTYPES)),
+        ("scoring", scoring, ("packed", "hf")),
+        ("dequantize", dequantize, ("auto", "never")),
+    ):
+        if value not in known:
+            raise SettingsError(
+                f"--model_args {name}={value}", f"Use one of {', '.join(map(str, known))}"
+            )
 
 
 def _compute_dtype(asked: str, recorded: str | None) -> str:
@@ -344,16 +513,6 @@ def _compute_dtype(asked: str, recorded: str | None) -> str:
     if asked != "auto":
         raise SettingsError(f"--model_args dtype={asked}", "Use bfloat16 or float32")
     return recorded or ("bfloat16" if torch.cuda.is_available() else "float32")
-
-
-def _family(request: Instance, ours: dict[str, dict[str, Any]]) -> str | None:
-    """The family of a request's task, or None for a task that is not ours."""
-    subject = request.doc.get("subject") if isinstance(request.doc, dict) else None
-    name = request.task_name or ""
-    if not isinstance(subject, str) or not name.endswith(f"_{subject}"):
-        return None
-    family = name.removesuffix(f"_{subject}")
-    return family if family in ours else None
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,8 +1,8 @@
 """Texts to token ids as HFLM does it, each distinct text once, in batches.
 
-HFLM encodes context and continuation together for every pair and splits the ids at the length of the
-context's own. Here a context is encoded once for all its continuations where that is provably the
-same: a continuation that starts with a space after a non-space, with a tokenizer none of whose
+HFLM encodes context and continuation together for every pair and splits the ids at the length of
+the context's own. Here a context is encoded once for all its continuations where that is provably
+the same: a continuation that starts with a space after a non-space, with a tokenizer none of whose
 tokens has a space behind a non-space, can't share a token with its context.
 """
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_harness.errors import ResultsError
 from qlora_harness.record import EVALUATION_FILE, SCHEMA_VERSION, now, read_json, write_json
 from qlora_harness.score.mmlu import is_tie, predict
 from qlora_harness.score.mmlu_files import LETTERS
@@ -23,16 +25,18 @@ class ScoredQuestion:
     Attributes:
         index: Line of the file, from 0.
         subject: For example "anatomy".
-        prompt: The text that was scored.
+        prompt_sha256: Hash of the text that was scored, 16 hexadecimal digits.
         answer: The right letter.
         logprobs: Log-probabilities of " A" … " D" in nats.
+        truncated: Whether the prompt was longer than the model's window.
     """
 
     index: int
     subject: str
-    prompt: str
+    prompt_sha256: str
     answer: str
-    logprobs: tuple[float, float, float, float]
+    logprobs: tuple[float, ...]
+    truncated: bool = False
 
     @property
     def prediction(self) -> str:
@@ -43,6 +47,15 @@ class ScoredQuestion:
     def correct(self) -> bool:
         """Whether the prediction is the answer."""
         return self.prediction == self.answer
+
+
+def prompt_hash(prompt: str) -> str:
+    """Returns the hash by which a prompt is known in records, 16 hexadecimal digits.
+
+    Args:
+        prompt: The text that was scored.
+    """
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
 def accuracy(correct: Sequence[bool]) -> tuple[float, float | None]:
@@ -63,7 +76,6 @@ def summarise(
     categories: Mapping[str, Sequence[str]],
     *,
     n_total: int,
-    truncated: int,
 ) -> dict[str, Any]:
     """Computes the accuracies of one task family.
 
@@ -71,7 +83,6 @@ def summarise(
         questions: All scored questions.
         categories: Subjects by category.
         n_total: Questions in the file; more than were scored with --limit or a single subject.
-        truncated: Questions whose prompt was longer than the model's window.
 
     Returns:
         Micro and macro accuracy with standard errors, subjects, categories, number of exact ties,
@@ -93,7 +104,7 @@ def summarise(
     summary |= {
         "n_total": n_total,
         "ties": sum(is_tie(q.logprobs) for q in questions),
-        "truncated": truncated,
+        "truncated": sum(q.truncated for q in questions),
         "prompts_sha256": _prompts_hash(questions),
         "subjects": subjects,
         "categories": {
@@ -129,7 +140,7 @@ def _micro_macro(subjects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _prompts_hash(questions: Iterable[ScoredQuestion]) -> str:
     digest = hashlib.sha256()
     for q in sorted(questions, key=lambda q: q.index):
-        digest.update(f"{q.index}\0{q.subject}\0{q.prompt}\0{q.answer}\0".encode())
+        digest.update(f"{q.index}\0{q.subject}\0{q.prompt_sha256}\0{q.answer}\0".encode())
     return digest.hexdigest()
 
 
@@ -152,6 +163,8 @@ def progress_rows(questions: Sequence[ScoredQuestion]) -> list[dict[str, Any]]:
                 "answer": q.answer,
                 "correct": q.correct,
                 "running_accuracy": right / count,
+                "prompt_sha256": q.prompt_sha256,
+                "truncated": q.truncated,
             }
         )
     return rows
@@ -168,49 +181,101 @@ def model_slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", short).strip("_")
 
 
+@dataclass(frozen=True)
+class Family:
+    """What was scored of one task family.
+
+    Attributes:
+        questions: The questions of this run.
+        categories: Subjects by category.
+        n_total: Questions in the file.
+    """
+
+    questions: Sequence[ScoredQuestion]
+    categories: Mapping[str, Sequence[str]]
+    n_total: int
+
+
 def write_records(
-    folder: Path,
-    progress_name: str,
-    header: Mapping[str, Any],
-    tasks: Mapping[str, Mapping[str, Any]],
-    questions: Mapping[str, Sequence[ScoredQuestion]],
+    folder: Path, progress_name: str, header: Mapping[str, Any], families: Mapping[str, Family]
 ) -> list[str]:
     """Writes evaluation_results.json and the progress file of a run.
 
-    What the same model was scored on before stays: other task families, and a family of which more
-    questions were scored then (a later run with --limit, or of one subject, loses nothing). What
-    another model was scored on goes.
+    What the same model was scored on before stays: other families; other questions of a family
+    scored with the same settings; and, with other settings, a family of which more questions were
+    scored then. So a later run with --limit, or of one subject, loses nothing. What another model
+    was scored on goes.
 
     Args:
         folder: The run folder.
         progress_name: File name of the progress file.
         header: arm, model, settings and environment of this run.
-        tasks: Summaries by family.
-        questions: Scored questions by family.
+        families: What was scored, by family.
 
     Returns:
         The families that were written.
+
+    Raises:
+        ResultsError: A record that is there is damaged.
     """
     same_model = {"arm": header["arm"], "model": header["model"]}
     old_tasks = _kept(folder / EVALUATION_FILE, same_model)
-    old_questions = _kept(folder / progress_name, same_model)
-    written = [
-        family
-        for family, summary in tasks.items()
-        if family not in old_questions or old_tasks.get(family, {}).get("n", 0) <= summary["n"]
-    ]
-    new_questions = {family: progress_rows(questions[family]) for family in written}
-    new_tasks = {family: {**tasks[family], "settings": header["settings"]} for family in written}
-    common = {"schema_version": SCHEMA_VERSION, "created": now()}
-    write_json(
-        folder / progress_name,
-        common | {"kind": "mmlu_progress", **same_model, "tasks": old_questions | new_questions},
-    )
-    write_json(
-        folder / EVALUATION_FILE,
-        common | {"kind": "evaluation_results", **header, "tasks": old_tasks | new_tasks},
-    )
+    old_rows = _kept(folder / progress_name, same_model)
+    tasks, rows = dict(old_tasks), dict(old_rows)
+    written = []
+    for name, family in families.items():
+        questions = {q.index: q for q in family.questions}
+        if name in old_rows and name in old_tasks:
+            if old_tasks[name].get("settings") == header["settings"]:
+                questions = {q["index"]: _question(q) for q in old_rows[name]} | questions
+            elif old_tasks[name]["n"] > len(questions):
+                continue
+        merged = list(questions.values())
+        summary = summarise(merged, family.categories, n_total=family.n_total)
+        tasks[name] = {**summary, "settings": header["settings"]}
+        rows[name] = progress_rows(merged)
+        written.append(name)
+    if written:
+        common = {"schema_version": SCHEMA_VERSION, "created": now()}
+        progress = common | {"kind": "mmlu_progress", **same_model, "tasks": rows}
+        evaluation = common | {"kind": "evaluation_results", **header, "tasks": tasks}
+        write_json(folder / progress_name, progress)
+        write_json(folder / EVALUATION_FILE, evaluation)
     return written
+
+
+def check_folder(folder: Path, progress_name: str) -> None:
+    """Checks before hours of scoring that its records can be written.
+
+    Args:
+        folder: The run folder; made if missing.
+        progress_name: File name of the progress file.
+
+    Raises:
+        ResultsError: The folder can't be written, or a record in it is damaged.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ResultsError(
+            f"{folder} can't be written ({error.strerror})",
+            "Give another folder with results_dir= in --model_args",
+        ) from None
+    for name in (EVALUATION_FILE, progress_name):
+        _kept(folder / name, {})
+
+
+def _question(row: Mapping[str, Any]) -> ScoredQuestion:
+    return ScoredQuestion(
+        row["index"],
+        row["subject"],
+        row["prompt_sha256"],
+        row["answer"],
+        tuple(row["logprobs"][letter] for letter in LETTERS),
+        row["truncated"],
+    )
 
 
 def _kept(path: Path, same_model: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,8 +99,8 @@ class PackedModel:
     Args:
         model: A transformers causal language model, with or without a PEFT adapter.
         softmax_dtype: dtype of the log-softmax, or None for that of the logits.
-        flex: Whether attention is FlexAttention with a block mask, or one call of scaled dot product
-            attention a segment; None is FlexAttention on CUDA.
+        flex: Whether attention is FlexAttention with a block mask, or one call of scaled dot
+            product attention a segment; None is FlexAttention on CUDA.
     """
 
     def __init__(

@@ -3,8 +3,8 @@
 Pure planning: no torch, no lm_eval. Sorted lexicographically, sequences that share a prefix stand
 side by side, and what a sequence shares with the one before it is all it shares with any earlier
 one. So a pack is a run of the sorted order: each sequence adds the tokens past its common prefix
-with the one before, in depth-first order of the trie. In that order the ancestors of token q are the
-tokens k <= q with q < end[k], where end[k] is the place after the subtree of k.
+with the one before, in depth-first order of the trie. In that order the ancestors of token q are
+the tokens k <= q with q < end[k], where end[k] is the place after the subtree of k.
 """
 
 from __future__ import annotations
