@@ -172,7 +172,9 @@ def scrub(text: str) -> str:
     """
     text = re.sub(r"hf_[A-Za-z0-9]{20,}", "hf_***", text)
     home = str(Path.home())
-    return text.replace(home, "~") if len(home) > 1 else text
+    if len(home) < 2:
+        return text
+    return re.sub(rf"(?<![\w/.-]){re.escape(home)}(?![\w.-])", "~", text)
 
 
 def nested(value: Mapping[str, Any], *keys: str) -> Any:

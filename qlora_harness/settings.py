@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from qlora_harness.errors import SettingsError
+from qlora_harness.locations import recipes_dir
 
 DEFAULT_MAX_STEPS = 1875
 
@@ -66,7 +67,9 @@ class ModelSettings:
         "meta-llama/Llama-2-7b-hf",
         "base model: a Hub id, a folder, or 'smollm2' (the embedded SmolLM2-135M)",
     )
-    revision: str | None = _setting(None, "branch, tag or commit of the base model on the Hub")
+    revision: str | None = _setting(
+        None, "branch, tag or commit of the base model on the Hub (default: its main branch)"
+    )
     quant: str = _setting(
         "nf4", "how the frozen base weights are held", choices=[q.value for q in Quant]
     )
@@ -88,7 +91,7 @@ class DataSettings:
         "file, or a `datasets` folder",
     )
     dataset_revision: str | None = _setting(
-        None, "branch, tag or commit of the data set on the Hub"
+        None, "branch, tag or commit of the data set on the Hub (default: its main branch)"
     )
     languages: str = _setting("en", "comma-separated language codes to keep, or 'all'")
     conversations: str = _setting(
@@ -284,6 +287,8 @@ def unknown_name(name: str, place: str, known: Iterable[str]) -> SettingsError:
         known: The names that exist.
     """
     close = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1)
+    if close and place.startswith("flag "):
+        close = [f"--{close[0].replace('_', '-')}"]
     hint = f"did you mean {close[0]!r}? " if close else ""
     return SettingsError(
         f"{place} is not known", f"{hint}`launch/train.py --help` lists every setting"
@@ -312,7 +317,7 @@ def _typed(f: dataclasses.Field[Any], cls: type, value: Any, place: str) -> Any:
         raise wrong
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise wrong from None
     if not math.isfinite(number) or (kind is int and number != int(number)):
         raise wrong
@@ -338,7 +343,6 @@ def _check_ranges(settings: Settings, where: Mapping[str, str]) -> None:
         "grad_accum": 1,
         "eval_batch_size": 1,
         "save_steps": 1,
-        "seed": 0,
         "weight_decay": 0,
     }
     above_zero = ("epochs", "learning_rate", "lora_alpha", "max_grad_norm")
@@ -347,6 +351,7 @@ def _check_ranges(settings: Settings, where: Mapping[str, str]) -> None:
         "warmup_ratio": (0.0, 1.0),
         "eval_fraction": (0.0, 0.5),
         "adam_beta2": (0.0, 0.999999),
+        "seed": (0, 2**32 - 1),  # what numpy takes
     }
 
     def refuse(name: str, rule: str) -> None:
@@ -361,7 +366,7 @@ def _check_ranges(settings: Settings, where: Mapping[str, str]) -> None:
             refuse(name, "above 0")
     for name, (low, high) in spans.items():
         if not low <= flat[name] <= high:
-            refuse(name, f"from {low:g} to {high:g}")
+            refuse(name, f"from {low:.10g} to {high:.10g}")
 
 
 def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
@@ -377,6 +382,7 @@ def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
     Raises:
         SettingsError: The file is missing, not YAML, not a mapping, or has an unknown key.
     """
+    path = path.resolve()
     if path in seen:
         raise SettingsError(f"recipe {path} extends itself", "Remove its 'extends' key")
     try:
@@ -394,7 +400,13 @@ def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
     sources: dict[str, str] = {}
     base = loaded.pop("extends", None)
     if base is not None:
-        values, sources = read_recipe(find_recipe(str(base), path.parent), (*seen, path))
+        place = f"recipe {path}, key 'extends'"
+        beside = _recipe_in(path.parent, str(base)) or find_recipe(str(base), place)
+        values, sources = read_recipe(beside, (*seen, path))
+        # Steps replace inherited epochs, and the other way round.
+        for given, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
+            if given in loaded and other not in loaded:
+                values.pop(other, None)
     known = setting_fields()
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
@@ -406,21 +418,26 @@ def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
     return values, sources
 
 
-def find_recipe(name: str, folder: Path) -> Path:
-    """Returns the file of a recipe given by name or path.
+def find_recipe(name: str, place: str = "--recipe") -> Path:
+    """Returns the file of a recipe given by path, or by name if it comes along.
 
     Args:
-        name: A path to a YAML file, or the name of a recipe in `folder`.
-        folder: Where the named recipes are.
+        name: A path to a YAML file, or the name of a recipe in launch/recipes.
+        place: The flag, or recipe file and key, for messages.
 
     Raises:
         SettingsError: There is no such recipe.
     """
-    for path in (Path(name), folder / name, folder / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    names = sorted(p.stem for p in folder.glob("*.yaml"))
-    raise SettingsError(
-        f"--recipe: there is no recipe {name!r}",
-        f"Name a YAML file or one of {', '.join(names)}",
-    )
+    folder = recipes_dir()
+    found = Path(name) if Path(name).is_file() else _recipe_in(folder, name)
+    if found is None:
+        names = sorted(p.stem for p in folder.glob("*.yaml"))
+        raise SettingsError(
+            f"{place}: there is no recipe {name!r}",
+            f"Name a YAML file or one of {', '.join(names)}",
+        )
+    return found
+
+
+def _recipe_in(folder: Path, name: str) -> Path | None:
+    return next((p for p in (folder / name, folder / f"{name}.yaml") if p.is_file()), None)

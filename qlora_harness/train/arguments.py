@@ -35,6 +35,13 @@ def planned_steps(optimization: OptimizationSettings, examples: int, processes: 
     return max(1, math.ceil(optimization.epochs * examples / per_step))
 
 
+def _schedule(optimization: OptimizationSettings) -> str:
+    """Trainer's "constant" ignores the warm-up."""
+    if optimization.lr_schedule == "constant" and optimization.warmup_ratio > 0:
+        return "constant_with_warmup"
+    return optimization.lr_schedule
+
+
 def training_arguments(
     optimization: OptimizationSettings,
     *,
@@ -65,7 +72,7 @@ def training_arguments(
         "per_device_eval_batch_size": optimization.eval_batch_size,
         "gradient_accumulation_steps": optimization.grad_accum,
         "learning_rate": optimization.learning_rate,
-        "lr_scheduler_type": optimization.lr_schedule,
+        "lr_scheduler_type": _schedule(optimization),
         "warmup_steps": math.ceil(optimization.warmup_ratio * steps),
         "optim": OPTIMIZERS[optimization.optimizer],
         "adam_beta1": 0.9,

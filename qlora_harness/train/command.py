@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from qlora_harness.errors import HarnessError, SettingsError, print_error
-from qlora_harness.locations import recipes_dir
 from qlora_harness.settings import (
     GROUPS,
     Settings,
@@ -101,7 +100,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> tuple[Settings, bool]:
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     if recipe is not None:
-        values, sources = read_recipe(find_recipe(recipe, recipes_dir()))
+        values, sources = read_recipe(find_recipe(recipe))
     # --epochs on the command line replaces the recipe's steps, and the other way round.
     for given, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
         if given in flags and other not in flags:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 import time
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,13 @@ from transformers.utils import logging as transformers_logging
 
 from qlora_harness.data.chat import ChatEncoder, show
 from qlora_harness.data.corpus import TrainingData, load_training_data
-from qlora_harness.errors import HarnessError, SettingsError, TrainingError
+from qlora_harness.errors import (
+    AdapterError,
+    HarnessError,
+    RunError,
+    SettingsError,
+    TrainingError,
+)
 from qlora_harness.model.base import (
     BaseSource,
     find_base,
@@ -34,6 +43,7 @@ from qlora_harness.record import (
     SUMMARY_FILE,
     TRAINER_STATE_FILE,
     environment,
+    nested,
     now,
     read_json,
     write_json,
@@ -43,7 +53,7 @@ from qlora_harness.train.arguments import planned_steps, training_arguments
 from qlora_harness.train.batches import ExampleSet, pad_batch, padding_id
 from qlora_harness.train.evaluation import EvaluationLoss, evaluate_loss
 from qlora_harness.train.memory import MemoryMeter, summarise
-from qlora_harness.train.run_folder import StartingPoint, clear, inspect
+from qlora_harness.train.run_folder import StartingPoint, checkpoint_step, clear, inspect
 from qlora_harness.train.trainer import CountingTrainer, StepLog, StopOnSignal
 
 # Steps left out of the steady throughput: kernels are chosen and memory is mapped in them.
@@ -64,8 +74,9 @@ def run_training(settings: Settings, *, resume_given: bool = False) -> dict[str,
         HarnessError: Anything the user can mend; the folder then says "failed", or is untouched if
             training had not begun.
     """
-    state = PartialState()
+    state = _process_state()
     _check_launch(state)
+    _check_report_to(settings.run.report_to)
     run_dir = settings.run_dir
     start = inspect(
         run_dir,
@@ -80,8 +91,22 @@ def run_training(settings: Settings, *, resume_given: bool = False) -> dict[str,
     return _Run(settings, state, start).execute()
 
 
+def _process_state() -> PartialState:
+    """This process among the others; `accelerate launch --cpu`, and no GPU, mean the CPU."""
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return PartialState(cpu=asked or not torch.cuda.is_available())
+
+
+def _check_report_to(name: str) -> None:
+    if name != "none" and find_spec(name) is None:
+        raise SettingsError(
+            f"--report-to {name} needs a package that is not installed", f"pip install {name}"
+        )
+
+
 def _check_launch(state: PartialState) -> None:
-    if state.num_processes == 1 and torch.cuda.device_count() > 1:
+    on_gpu = state.device.type == "cuda"
+    if on_gpu and state.num_processes == 1 and torch.cuda.device_count() > 1:
         raise SettingsError(
             f"{torch.cuda.device_count()} GPUs are visible to one process",
             "Use `accelerate launch --multi_gpu launch/train.py …`, or set CUDA_VISIBLE_DEVICES=0",
@@ -102,11 +127,13 @@ class _Run:
         self.start = start
         self.run_dir = settings.run_dir
         # LOCAL rank: the global one would name a GPU that a second machine does not have.
-        cuda = torch.cuda.is_available()
+        cuda = state.device.type == "cuda"
         self.device = torch.device("cuda", state.local_process_index) if cuda else state.device
         self.memory = MemoryMeter(self.device, state.process_index)
         self.seconds: dict[str, float] = {}
         self.stop = StopOnSignal()
+        self.log: StepLog | None = None
+        self.earlier_rows: list[dict[str, Any]] = []
         self.began = time.perf_counter()
         self.summary: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -124,6 +151,7 @@ class _Run:
         tokenizer = load_tokenizer(source)
         with self._timed("data"):
             data = self._load_data(tokenizer)
+        self._check_same_data(data)
         self._describe(source, data)
         with self._timed("load"), self.memory.phase("load"):
             model = self._load_model(source)
@@ -150,6 +178,16 @@ class _Run:
                 paths=chosen.conversations,
                 eval_fraction=chosen.eval_fraction,
                 seed=self.settings.optimization.seed,
+            )
+
+    def _check_same_data(self, data: TrainingData) -> None:
+        """A resumed run must go on with the tokens that it began with."""
+        before = nested(self.start.previous or {}, "data", "train", "fingerprint")
+        now_found = data.report["train"]["fingerprint"]
+        if self.start.checkpoint is not None and before not in (None, now_found):
+            raise RunError(
+                f"{self.run_dir} holds a run on other data (fingerprint {before}, now {now_found})",
+                "Restore the data, use --overwrite to start again, or another --output-dir",
             )
 
     def _describe(self, source: BaseSource, data: TrainingData) -> None:
@@ -228,7 +266,8 @@ class _Run:
             compute_dtype=settings.model.compute_dtype,
             use_cpu=self.device.type == "cpu",
         )
-        log = StepLog(self.run_dir, self.memory, self._earlier_rows())
+        self.earlier_rows = self._earlier_rows()
+        log = self.log = StepLog(self.run_dir, self.memory, list(self.earlier_rows))
         if self.state.is_main_process:
             shown = show(data.train[0], tokenizer)
             print(f"first example, learned parts in ⟦ ⟧:\n{shown}\n", flush=True)
@@ -242,13 +281,19 @@ class _Run:
             callbacks=[log, self.stop],
         )
         log.trainer = trainer
-        checkpoint = str(self.start.checkpoint) if self.start.checkpoint else None
-        with self._timed("train"), self.memory.phase("train"), self.stop.installed():
-            result = trainer.train(resume_from_checkpoint=checkpoint)
+        checkpoint = self.start.checkpoint
+        if checkpoint is not None and checkpoint_step(checkpoint) >= steps:
+            # It was stopped after its last step: Trainer would take one more.
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            trainer._load_from_checkpoint(str(checkpoint))
+        else:
+            resume_from = str(checkpoint) if checkpoint else None
+            with self._timed("train"), self.memory.phase("train"), self.stop.installed():
+                trainer.train(resume_from_checkpoint=resume_from)
         log.write()
         if self.state.is_main_process:
             _save_state(trainer.state, self.run_dir / TRAINER_STATE_FILE)
-        self.summary["results"] = _results(log.rows, result.training_loss)
+        self.summary["results"] = _results(log.rows, trainer.state.global_step)
         if self.stop.received and trainer.state.global_step < steps:
             self._finish("interrupted", log.rows)
             raise TrainingError(
@@ -268,7 +313,10 @@ class _Run:
                 "run": self.run_dir.name,
             }
             unwrapped = trainer.accelerator.unwrap_model(trainer.model)
-            save_adapter(unwrapped, tokenizer, self.run_dir / ADAPTER_DIR, adapter_record)
+            try:
+                save_adapter(unwrapped, tokenizer, self.run_dir / ADAPTER_DIR, adapter_record)
+            except AdapterError as error:  # here it is the run that failed
+                raise TrainingError(error.problem, error.remedy) from None
         if data.evaluation:
             with self._timed("eval"), self.memory.phase("evaluate"):
                 evaluation = evaluate_loss(
@@ -279,6 +327,11 @@ class _Run:
                     accelerator=trainer.accelerator,
                     autocast_dtype=torch.bfloat16 if arguments.bf16 else None,
                 )
+            if not math.isfinite(evaluation.loss):
+                raise TrainingError(
+                    f"the evaluation loss is {evaluation.loss}",
+                    "Lower --learning-rate or look at the step log",
+                )
             self.summary["results"] |= _evaluation_results(evaluation)
         self._finish("completed", log.rows)
         return self.summary
@@ -287,7 +340,7 @@ class _Run:
         """The step rows before the checkpoint that this run goes on from."""
         if self.start.checkpoint is None or not (self.run_dir / LOGS_FILE).is_file():
             return []
-        last = int(self.start.checkpoint.name.rsplit("-", 1)[1])
+        last = checkpoint_step(self.start.checkpoint)
         rows = read_json(self.run_dir / LOGS_FILE).get("steps", [])
         return [row for row in rows if row["step"] <= last]
 
@@ -298,7 +351,9 @@ class _Run:
 
             phases = gather_object(phases)
         previous = self.start.previous or {}
-        before = (previous.get("runtime") or {}).get("train_seconds") or 0.0
+        # A killed run has no runtime, but its step log has the seconds of each step.
+        recorded = nested(previous, "runtime", "train_seconds") or 0.0
+        before = max(recorded, sum(row["seconds"] for row in self.earlier_rows))
         self.summary["status"] = status
         self.summary["finished"] = now()
         self.summary["memory"] = summarise(phases, self.device.type)
@@ -315,6 +370,9 @@ class _Run:
 
     def _fail(self, error: BaseException) -> None:
         """Notes the failure; an interruption has been noted already."""
+        print(file=sys.stderr, flush=True)  # ends the line of the progress bar
+        if self.log is not None:
+            self.log.write()
         if self.summary["status"] != "running":
             return
         interrupted = isinstance(error, KeyboardInterrupt)
@@ -370,15 +428,15 @@ def _device(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _results(rows: list[dict[str, Any]], mean_loss: float) -> dict[str, Any]:
+def _results(rows: list[dict[str, Any]], steps: int) -> dict[str, Any]:
     """The loss of the last step and means; Trainer's own mean covers this segment only."""
     losses = [row["loss"] for row in rows]
     last = losses[-10:]
     return {
-        "steps": len(rows),
+        "steps": steps,
         "final_train_loss": losses[-1] if losses else None,
         "last_10_steps_train_loss": sum(last) / len(last) if last else None,
-        "mean_train_loss": sum(losses) / len(losses) if losses else mean_loss,
+        "mean_train_loss": sum(losses) / len(losses) if losses else None,
         "eval_loss": None,
         "perplexity": None,
         "eval_tokens": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from qlora_harness.record import (
     read_json,
 )
 
+_STEP = re.compile(r"^checkpoint-\d+$")
 _CHECKPOINT_FILES = (
     WEIGHTS_FILE,
     CONFIG_FILE,
@@ -67,11 +69,21 @@ def inspect(
     Raises:
         RunError: The folder holds a run that would be lost, or that can't be gone on with.
     """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise RunError(f"--output-dir: {run_dir} is a file", "Name another folder")
+    if overwrite and resume not in ("auto", "never"):
+        raise RunError(
+            f"--overwrite removes what --resume {resume} goes on from", "Give one of the two"
+        )
     if overwrite:
         return StartingPoint(replace=True)
     summary_path = run_dir / SUMMARY_FILE
     if resume not in ("auto", "never"):
         checkpoint = Path(resume)
+        if checkpoint.is_dir() and not _STEP.search(checkpoint.name):
+            raise RunError(
+                f"--resume: {resume} does not say its step", "Name a checkpoint-N folder"
+            )
         if missing := missing_files(checkpoint):
             raise RunError(
                 f"--resume: {resume} is no whole checkpoint (missing: {', '.join(missing)})",
@@ -130,7 +142,11 @@ def missing_files(checkpoint: Path) -> list[str]:
     Args:
         checkpoint: A checkpoint-N folder.
     """
-    missing = [name for name in _CHECKPOINT_FILES if not (checkpoint / name).is_file()]
+    missing = [
+        name
+        for name in _CHECKPOINT_FILES
+        if not (checkpoint / name).is_file() or not (checkpoint / name).stat().st_size
+    ]
     if not any(checkpoint.glob("rng_state*.pth")):
         missing.append("rng_state.pth")
     return missing
@@ -143,14 +159,21 @@ def newest_checkpoint(folder: Path) -> Path | None:
         folder: The folder of checkpoint-N folders.
     """
     numbered = [
-        (int(p.name.rsplit("-", 1)[1]), p)
-        for p in folder.glob("checkpoint-*")
-        if p.name.rsplit("-", 1)[1].isdigit()
+        (checkpoint_step(p), p) for p in folder.glob("checkpoint-*") if _STEP.search(p.name)
     ]
     for _, path in sorted(numbered, reverse=True):
         if not missing_files(path):
             return path
     return None
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Returns the step of a checkpoint-N folder.
+
+    Args:
+        checkpoint: The folder.
+    """
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def clear(run_dir: Path) -> None:
