@@ -34,6 +34,7 @@ from qlora_harness.model.lora import adapter_digest, attach_lora, save_adapter
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.evaluation_record import prompt_hash
 from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
+from qlora_harness.score.packed_scorer import PackedScorer
 from qlora_harness.score.task_index import extend_index, families
 from qlora_harness.settings import Quant
 
@@ -106,6 +107,13 @@ def unchanged_tracker() -> Iterator[None]:
         setattr(EvaluationTracker, name, method)
     if "_qlora_harness" in vars(EvaluationTracker):
         del EvaluationTracker._qlora_harness
+
+
+def recorded_fingerprint(adapter: Path) -> str:
+    found: str = json.loads((adapter / "qlora_harness.json").read_text())["base"][
+        "weights_fingerprint"
+    ]
+    return found
 
 
 def loglikelihood_requests(prompts: list[str]) -> list[Instance]:
@@ -461,6 +469,7 @@ def test_progress_file_holds_every_question_in_file_order(
             "double_quant": True,
             "peft": "adapter",
             "adapter_sha256": adapter_digest(adapter),
+            "weights_fingerprint": recorded_fingerprint(adapter),
         },
         "tasks": {"mmlu_qlora_demo": expected},
     }
@@ -470,6 +479,7 @@ def test_evaluation_results_say_what_was_scored_and_how(
     make_lm: Callable[..., QloraAdapterLM],
     manager: TaskManager,
     tiny_llama: Path,
+    adapter: Path,
     tmp_path: Path,
     known_answers: list[str],
 ) -> None:
@@ -508,6 +518,7 @@ def test_evaluation_results_say_what_was_scored_and_how(
             "double_quant": None,
             "peft": None,
             "adapter_sha256": None,
+            "weights_fingerprint": recorded_fingerprint(adapter),
         },
         "settings": settings,
     }
@@ -642,6 +653,39 @@ def test_logprobs_that_are_no_numbers_end_with_one_line(
         lambda self, requests, **options: [(math.nan, False)] * len(requests),
     )
     refused(lambda: evaluate(make_lm(), manager, limit=1), HarnessError)
+
+
+def test_logprobs_that_are_no_numbers_are_not_kept_for_the_next_run(
+    make_lm: Callable[..., QloraAdapterLM],
+    manager: TaskManager,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = PackedScorer.score
+
+    def broken(self: PackedScorer, *args: Any, on_scored: Any, **options: Any) -> dict[int, Any]:
+        scores = dict.fromkeys(whole(self, *args, on_scored=None, **options), (math.nan, False))
+        on_scored(list(scores.items()))
+        return scores
+
+    lm = make_lm()
+    monkeypatch.setattr(PackedScorer, "score", broken)
+    refused(lambda: evaluate(lm, manager, limit=1), ResultsError)
+    monkeypatch.setattr(PackedScorer, "score", whole)
+    evaluate(lm, manager, limit=1)
+    assert read(tmp_path / "records")["tasks"]["mmlu_qlora_demo"]["n"] == 8
+
+
+def test_questions_of_a_base_that_was_replaced_in_place_are_not_mixed_in(
+    make_lm: Callable[..., QloraAdapterLM], manager: TaskManager, tiny_llama: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    evaluate(make_lm(pretrained=str(base)), manager, "mmlu_qlora_demo_nutrition")
+    shutil.rmtree(base)
+    another_base(tiny_llama, base, lambda model: model.lm_head.weight.mul_(2))
+    evaluate(make_lm(pretrained=str(base)), manager, "mmlu_qlora_demo_astronomy")
+    task = read(tmp_path / "records")["tasks"]["mmlu_qlora_demo"]
+    assert list(task["subjects"]) == ["astronomy"]
 
 
 # Result files of lm-eval itself
@@ -867,6 +911,15 @@ def test_copy_of_the_base_elsewhere_is_accepted_in_every_quantisation(
     for quant in ("nf4", "fp4", "bf16"):
         for dtype in ("float32", "bfloat16"):
             make_lm(peft=str(adapter), pretrained=base, quant=quant, dtype=dtype)
+
+
+def test_base_beside_other_weight_files_is_accepted(
+    make_lm: Callable[..., QloraAdapterLM], adapter: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """A whole download of a Hub repository may hold weights that transformers never reads."""
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "download"))
+    save_file({"tok_embeddings.weight": torch.ones(2, 2)}, base / "consolidated.safetensors")
+    make_lm(peft=str(adapter), pretrained=str(base))
 
 
 def test_foreign_adapter_is_scored_once_base_and_quantisation_are_given(

@@ -305,6 +305,29 @@ def test_fingerprint_is_that_of_the_model_not_of_its_quantisation(
     assert weights_fingerprint(load(other, "bf16")) == weights_fingerprint(load(other, "nf4"))
 
 
+def test_fingerprint_is_that_of_the_values_not_of_the_file(
+    tiny_llama: Path, copy: Callable[[str], Path]
+) -> None:
+    folder = copy("float32")
+    weights = {name: value.float() for name, value in load_file(folder / WEIGHTS).items()}
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    assert weights_fingerprint(load(folder, "nf4")) == weights_fingerprint(load(tiny_llama, "nf4"))
+
+
+def test_fingerprint_tells_a_merged_adapter_from_its_base(
+    tiny_llama: Path, copy: Callable[[str], Path]
+) -> None:
+    """Merging changes linear layers only, which 4-bit arms hold in another form."""
+    folder = copy("merged")
+    weights = load_file(folder / WEIGHTS)
+    generator = torch.Generator().manual_seed(0)
+    name = "model.layers.1.self_attn.v_proj.weight"
+    update = torch.randn(32, 2, generator=generator) @ torch.randn(2, 64, generator=generator)
+    weights[name] = (weights[name].float() + 0.01 * update).to(torch.bfloat16)
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    assert weights_fingerprint(load(folder, "nf4")) != weights_fingerprint(load(tiny_llama, "nf4"))
+
+
 # --- random models and memory errors --------------------------------------------------------------
 
 

@@ -75,13 +75,13 @@ def test_base_alone_is_scored_in_bf16() -> None:
         compute_dtype=None,
         adapter=None,
         recorded=None,
-        results_dir=Path("results/base_16bit"),
+        results_dir=Path("results/smollm2_base_16bit"),
     )
 
 
 @pytest.mark.parametrize(
     ("quant", "folder"),
-    [("nf4", "base_4bit"), ("fp4", "base_4bit_fp4"), ("bf16", "base_16bit")],
+    [("nf4", "y_base_4bit"), ("fp4", "y_base_4bit_fp4"), ("bf16", "y_base_16bit")],
 )
 def test_base_alone_in_a_named_quantisation(quant: str, folder: str) -> None:
     found = pick(pretrained="x/y", quant=quant, revision="abc", double_quant=False)
@@ -93,7 +93,7 @@ def test_adapter_brings_its_base_its_quantisation_and_its_folder() -> None:
     adapter = write_adapter(Path("results/4bit/adapter"), RECORD)
     assert pick(peft=str(adapter)) == ScoringChoice(
         base="meta-llama/Llama-2-7b-hf",
-        revision="main",
+        revision=BASE["commit"],
         quant=Quant.NF4,
         double_quant=False,
         compute_dtype="bfloat16",
@@ -120,7 +120,7 @@ def test_arguments_win_over_the_record() -> None:
 
 def test_recorded_revision_belongs_to_the_recorded_base_only() -> None:
     adapter = write_adapter(Path("adapter"), RECORD)
-    assert pick(peft=str(adapter)).revision == "main"
+    assert pick(peft=str(adapter)).revision == BASE["commit"]  # the branch may have moved
     assert pick(peft=str(adapter), pretrained="another/base").revision is None
 
 

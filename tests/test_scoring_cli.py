@@ -30,7 +30,7 @@ class Run(NamedTuple):
     folder: Path
 
     def record(self, name: str = "evaluation_results.json") -> dict[str, Any]:
-        return json.loads((self.folder / "results" / "base_4bit" / name).read_text())
+        return json.loads((self.folder / "results" / "tiny_llama_base_4bit" / name).read_text())
 
     def harness_json(self) -> dict[str, Any]:
         (path,) = self.folder.glob("out/*/results_*.json")

@@ -277,16 +277,11 @@ def test_source_of_each_value_is_kept_for_messages(recipe: Callable[..., Path]) 
     )
 
 
-def test_named_recipes_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_harness.settings.recipes_dir", lambda: tmp_path)
-    (tmp_path / "a.yaml").write_text("seed: 1\n")
-    (tmp_path / "b.yaml").write_text("seed: 2\n")
-    assert find_recipe("a") == tmp_path / "a.yaml"
-    with pytest.raises(SettingsError) as caught:
-        find_recipe("c")
-    assert str(caught.value) == (
-        "--recipe: there is no recipe 'c'. Name a YAML file or one of a, b."
-    )
+def test_recipes_are_found_by_name_or_path(recipe: Callable[..., Path]) -> None:
+    path = recipe("seed: 1\n")
+    assert find_recipe("demo") == recipes_dir() / "demo.yaml"
+    assert find_recipe("demo.yaml") == recipes_dir() / "demo.yaml"
+    assert find_recipe(str(path)) == path
 
 
 # --- mistakes, each with its exact line -----------------------------------------------------------

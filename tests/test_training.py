@@ -143,7 +143,7 @@ def loss_of(model: Any, examples: list[Example]) -> float:
 # --- one run of each arm --------------------------------------------------------------------------
 
 SUMMARY_KEYS = {
-    "schema_version", "kind", "status", "arm", "quant", "started", "finished", "model",
+    "schema_version", "kind", "status", "arm", "quant", "started", "finished", "model", "process",
     "quantization", "settings", "data", "environment", "failure", "results", "memory", "runtime",
     "throughput",
 }  # fmt: skip
@@ -678,6 +678,18 @@ def test_last_step_that_ruins_the_adapter_fails_the_run(
     assert summary("run")["status"] == "failed"
 
 
+def test_evaluation_loss_without_a_finite_perplexity_is_no_crash(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """exp(loss) leaves the range of a float above 709 nats."""
+    from qlora_harness.train import run
+    from qlora_harness.train.evaluation import EvaluationLoss
+
+    monkeypatch.setattr(run, "evaluate_loss", lambda *_, **__: EvaluationLoss(800.0, 5))
+    assert train(quant="bf16", output_dir="run", max_steps=1) in (0, 3)
+    assert summary("run")["status"] in ("completed", "failed")
+
+
 def test_failed_run_is_started_again(train: Train) -> None:
     assert train(quant="bf16", output_dir="run", learning_rate=1e30) == 3
     assert train(quant="bf16", output_dir="run") == 0
@@ -778,6 +790,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Path, Path, Path], dict[str, Any]], str]] =
         "--resume: {folder}/nope is no whole checkpoint (missing: ",
     ),
     "output folder is a file": (lambda folder, model, rows: {"output_dir": rows}, "{rows}"),
+    "output folder below a file": (
+        lambda folder, model, rows: {"output_dir": rows / "run"},
+        "{rows}",
+    ),
 }
 
 

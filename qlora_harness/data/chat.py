@@ -40,6 +40,7 @@ class Template:
         assistant_start: Between the user's text and the reply.
         reply_lead: Between assistant_start and the reply; belongs to the reply's tokens.
         end_token: End of turn where it is not EOS.
+        between: After an end of turn that is not the last.
         control_tokens: Tokens in this text that must be single tokens of the tokenizer.
     """
 
@@ -47,6 +48,7 @@ class Template:
     assistant_start: str
     reply_lead: str
     end_token: str | None = None
+    between: str = ""
     control_tokens: tuple[str, ...] = ()
 
 
@@ -59,6 +61,7 @@ TEMPLATES: dict[str, Template] = {
         "<|im_end|>\n<|im_start|>assistant\n",
         "",
         "<|im_end|>",
+        "\n",
         ("<|im_start|>", "<|im_end|>"),
     ),
 }
@@ -72,11 +75,13 @@ class Example:
         input_ids: Token ids; BOS first, once, where the tokenizer uses one.
         labels: The same ids where they are learned, -100 elsewhere. Same length.
         truncated: Whether turns or tokens were cut to fit.
+        turns: Turns that are left.
     """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool = False
+    turns: int = field(default=0, compare=False)
 
     @property
     def supervised_tokens(self) -> int:
@@ -162,7 +167,7 @@ class ChatEncoder:
                 continue
             encoded.examples.append(example)
             encoded.truncated += example.truncated
-            encoded.turns += len(conversation.turns)
+            encoded.turns += example.turns
         return encoded
 
     def encode(self, conversation: Conversation) -> Example | None:
@@ -183,6 +188,11 @@ class ChatEncoder:
             for i in range(0, len(conversation.turns), 2)
         ]
         anchor = next((i for i, pair in enumerate(pairs) if pair.supervised), 0)
+        between = self._ids(self._template.between) if self._template.between else []
+        pairs = [
+            _Exchange(between + pair.prompt if i else pair.prompt, pair.reply, pair.supervised)
+            for i, pair in enumerate(pairs)
+        ]
         total = len(self.leading_bos) + sum(len(pair) for pair in pairs)
         truncated = total > self._max_length
         first, last = 0, len(pairs)
@@ -199,7 +209,15 @@ class ChatEncoder:
             learned = self.mask == "none"
             labels += pair.prompt if learned else [IGNORE] * len(pair.prompt)
             labels += pair.reply if learned or pair.supervised else [IGNORE] * len(pair.reply)
-        example = Example(ids[: self._max_length], labels[: self._max_length], truncated)
+        if first:  # what stood between the exchanges would now stand at the start
+            del ids[len(self.leading_bos) : len(self.leading_bos) + len(between)]
+            del labels[len(self.leading_bos) : len(self.leading_bos) + len(between)]
+        example = Example(
+            ids[: self._max_length],
+            labels[: self._max_length],
+            truncated,
+            turns=2 * (last - first),
+        )
         return example if example.supervised_tokens else None
 
     def _encode_exchange(self, user: Turn, assistant: Turn) -> _Exchange:

@@ -10,7 +10,7 @@ from typing import Any
 from qlora_harness.data.chat import ChatEncoder, EncodedSet, Example, fingerprint
 from qlora_harness.data.conversation import Conversation, Corpus
 from qlora_harness.data.oasst1 import build_conversations
-from qlora_harness.data.sources import load_splits
+from qlora_harness.data.sources import Rows, load_splits
 from qlora_harness.errors import DataError
 
 
@@ -58,13 +58,13 @@ def load_training_data(
     """
     wanted = parse_languages(languages)
     splits = load_splits(dataset, revision)
-    corpus = build_conversations(splits.train, wanted, paths)
+    corpus = _build(splits.train, wanted, paths, splits.source)
     if splits.validation is None:
         train, held_out = split_by_tree(corpus.conversations, eval_fraction, seed)
         evaluation_source = f"{eval_fraction:g} of the trees, seed {seed}"
         validation = None
     else:
-        validation = build_conversations(splits.validation, wanted, paths)
+        validation = _build(splits.validation, wanted, paths, splits.source)
         train, held_out = corpus.conversations, validation.conversations
         evaluation_source = "validation split"
     encoded = encoder.encode_all(train)
@@ -94,6 +94,16 @@ def load_training_data(
     if validation is not None:
         report["validation"] = _corpus_report(validation)
     return TrainingData(encoded.examples, encoded_evaluation.examples, report)
+
+
+def _build(rows: Rows, languages: Sequence[str] | None, paths: str, source: str) -> Corpus:
+    """Builds conversations; what is wrong with them as a whole is said with the file's name."""
+    try:
+        return build_conversations(rows, languages, paths)
+    except DataError as error:
+        if source in str(error):
+            raise
+        raise DataError(f"{source}: {error.problem}", error.remedy) from None
 
 
 def parse_languages(languages: str) -> tuple[str, ...] | None:

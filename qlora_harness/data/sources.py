@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import lzma
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,7 +58,8 @@ def read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
                 try:
                     row = jsonlines.Reader([line]).read()
                 except jsonlines.InvalidLineError as error:
-                    reason = str(error).split("\n")[0]
+                    # jsonlines counts lines of its own; the parser's message is its cause.
+                    reason = getattr(error.__cause__, "msg", None) or str(error).split("\n")[0]
                     raise DataError(
                         f"{place}: not valid JSON ({reason})", "Correct or remove the line"
                     ) from None
@@ -67,7 +70,7 @@ def read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
         ) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason})", "Convert the file") from None
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path} can't be read: {error}", "Check the file") from None
 
 
@@ -92,7 +95,7 @@ def load_splits(name: str, revision: str | None = None) -> Splits:
     """
     if name == "demo":
         return Splits(read_jsonl(demo_dir() / DEMO_FILE), None, f"embedded {DEMO_FILE}")
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_file():
         return Splits(read_jsonl(path), None, str(path))
     if path.is_dir():
@@ -153,4 +156,7 @@ def _splits(loaded: Any, source: str) -> Splits:
 
 def _checked(rows: Iterable[object], place: str) -> Iterator[Mapping[str, Any]]:
     for number, row in enumerate(rows):
+        if isinstance(row, Mapping) and isinstance(row.get("created_date"), datetime):
+            # datasets turns some dates of a JSON Lines file into this.
+            row = {**row, "created_date": row["created_date"].isoformat()}
         yield check_row(row, f"{place}, row {number}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -77,7 +78,8 @@ def find_base(name: str, revision: str | None = None, *, argument: str = "--mode
             )
         name_or_path, revision = str(path), None
     elif name.startswith((".", "/", "~")):
-        raise ModelError(f"{argument}: {name} does not exist", "Name a folder or a Hub id")
+        place = argument if argument.endswith("=") else f"{argument}: "
+        raise ModelError(f"{place}{name} does not exist", "Name a folder or a Hub id")
     else:
         name_or_path = name
     try:
@@ -96,17 +98,23 @@ def find_base(name: str, revision: str | None = None, *, argument: str = "--mode
 
 def _unreadable(name: str, argument: str, error: Exception) -> ModelError:
     """The one line for a model that transformers can't load."""
+    shown = _shown(name, argument)
     if _is_refused_by_hub(error):
         return ModelError(
-            f"{argument}: {name!r} is gated on the Hub and this account has no access",
+            f"{shown} is gated on the Hub and this account has no access",
             "Accept its licence on its Hub page and log in with `hf auth login`, or give a local "
             "folder",
         )
-    revision = "--revision" if argument.startswith("--") else "revision="
+    revision = "revision=" if argument.endswith("=") else "--revision"
     return ModelError(
-        f"{argument}: {name!r} can't be loaded ({_first_line(error)})",
+        f"{shown} can't be loaded ({_first_line(error)})",
         f"Check the name, {revision} and the network, or give a local folder",
     )
+
+
+def _shown(name: str, argument: str) -> str:
+    """A flag with its value: "--model: 'x'", or "--model_args pretrained=x"."""
+    return f"{argument}{name}" if argument.endswith("=") else f"{argument}: {name!r}"
 
 
 def _is_refused_by_hub(error: BaseException) -> bool:
@@ -143,7 +151,7 @@ def load_tokenizer(source: BaseSource, folder: Path | None = None) -> PreTrained
     try:
         return AutoTokenizer.from_pretrained(place, revision=revision or "main")
     except Exception as error:
-        shown = f"{folder}" if folder else f"{source.argument}: {source.name!r}"
+        shown = f"{folder}" if folder else _shown(source.name, source.argument)
         raise ModelError(
             f"{shown} has no readable tokenizer ({_first_line(error)})",
             "Put the tokenizer's files there",
@@ -213,7 +221,7 @@ def load_base(
     if missing := sorted(loaded["missing_keys"]):
         # transformers fills what is missing with random numbers.
         raise ModelError(
-            f"{source.argument}: {source.name!r} lacks {len(missing)} weights (first: "
+            f"{_shown(source.name, source.argument)} lacks {len(missing)} weights (first: "
             f"{missing[0]})",
             "Fetch the model anew",
         )
@@ -342,6 +350,16 @@ def weights_fingerprint(model: torch.nn.Module) -> str | None:
     return found
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads; a folder may hold others beside them."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else []
+
+
 def _checkpoint_fingerprint(source: BaseSource) -> str | None:
     """Hashes the first row of every tensor of a checkpoint, as bfloat16, by name.
 
@@ -360,13 +378,13 @@ def _checkpoint_fingerprint(source: BaseSource) -> str | None:
                     source.path,
                     revision=source.revision,
                     local_files_only=True,
-                    allow_patterns=["*.safetensors"],
+                    allow_patterns=["*.safetensors", "*.index.json"],
                 )
             )
         except Exception:  # no cached snapshot: then there is nothing to compare with
             return None
     rows: dict[str, bytes] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _weight_files(folder):
         with safe_open(str(path), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
                 row = file.get_slice(name)[:1]

@@ -139,7 +139,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         choice = self._choice
         if pretrained is None and peft is None:
             logger.warning("scoring the newest completed run: %s", choice.results_dir)
-        self._source = find_base(choice.base, choice.revision, argument="pretrained=")
+        self._source = find_base(choice.base, choice.revision, argument="--model_args pretrained=")
         self._compute_dtype = _compute_dtype(dtype, choice.compute_dtype)
         self._scoring, self._dequantize, self._verify = scoring, dequantize, verify
         self._asked_pack_tokens = pack_tokens
@@ -229,7 +229,13 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
     def _check_base(self, found: str | None) -> None:
         recorded = self._choice.recorded or {}
         expected = recorded.get("weights_fingerprint")
-        if expected is not None and found is not None and found != expected:
+        if expected is None or found is None:
+            logger.warning(
+                "whether %s is the base that %s was trained on can't be checked",
+                self._choice.base,
+                self._choice.adapter,
+            )
+        elif found != expected:
             raise AdapterError(
                 f"pretrained={self._choice.base} is not the base model that peft="
                 f"{self._choice.adapter} was trained on ({recorded.get('name')}, revision "
@@ -297,18 +303,15 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
                 for which " A" is several tokens.
             ResultsError: The records can't be written, or a log-probability is not a number.
         """
-        if self.enable_thinking:
+        if self.enable_thinking:  # HFLM refuses this for every log-probability
             refused: list[tuple[float, bool]] = super().loglikelihood(requests)
             return refused
         mine = self._recorder.ours(requests)
         journal = None
         if mine:
-            self._recorder.check(mine, self._chat_template_asked)
             self._check_letters()
-            path = self._recorder.journal_path
-            if self.world_size > 1:
-                path = path.with_name(f"{path.name}.rank{self.rank}")
-            journal = Journal(path, self._identity())
+            self._recorder.check(mine, self._chat_template_asked)
+            journal = Journal(self._recorder.journal_path, self._identity(), self.rank)
         scores = self._score_pairs([r.args for r in requests], journal, disable_tqdm)
         results = [scores[request.args] for request in requests]
         found = self._recorder.collect(requests, results, self._truncated)
@@ -317,7 +320,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             self._recorder.write(parts, self._header())
         if journal is not None:
             self.barrier()
-            journal.close(remove=True)
+            journal.close(remove=self.rank == 0)
         if self._verify:
             self._compare_with_hflm(scores)
         return results
@@ -333,7 +336,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         if known:
             logger.warning("%d texts were scored before the interruption", len(known))
         wanted = [pair for pair in dict.fromkeys(pairs) if pair not in known]
-        if self.world_size > 1:
+        if self.world_size > 1 and self._can_pack():
             shared: list[list[Pair]] = [[] for _ in range(self.world_size)]
             torch.distributed.all_gather_object(shared, wanted)
             wanted = list(dict.fromkeys(pair for part in shared for pair in part))
@@ -449,6 +452,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             "double_quant": choice.double_quant if choice.quant.is_4bit else None,
             "peft": choice.adapter.name if choice.adapter else None,
             "adapter_sha256": self._adapter_sha256,
+            "weights_fingerprint": weights_fingerprint(self._unwrapped()),
         }
 
     def _settings_record(self) -> dict[str, Any]:
@@ -464,11 +468,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
 
     def _identity(self) -> dict[str, Any]:
         """What a stored score depends on; another model can never be given it."""
-        return {
-            **self._model_record(),
-            **self._settings_record(),
-            "weights_fingerprint": weights_fingerprint(self._unwrapped()),
-        }
+        return {**self._model_record(), **self._settings_record()}
 
     def _unwrapped(self) -> torch.nn.Module:
         model: Any = self.model

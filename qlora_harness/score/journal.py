@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,38 +24,46 @@ def question_key(context: str, continuation: str) -> str:
 
 
 class Journal:
-    """A JSON Lines file: a first line that says of which model, then one line a scored text.
+    """JSON Lines files: a first line that says of which model, then one line a scored text.
 
-    A file of another model (or of other settings) is never read; it is replaced. A last line that
-    was cut off is passed over.
+    Each process writes a file of its own and reads those of all. A file of another model (or of
+    other settings) is never read; it is replaced. A line that was cut off is passed over.
 
     Args:
-        path: The file; it is made with the first `append`.
+        path: The file of the first process; others add their number.
         identity: What the scores depend on: base, revision, adapter content, quantisation, dtypes.
+        rank: This process.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
-        self._path = path
+    def __init__(self, path: Path, identity: Mapping[str, Any], rank: int = 0) -> None:
+        self._first = path
+        self._path = path.with_name(f"{path.name}.{rank}") if rank else path
         self._identity = json.dumps(identity, sort_keys=True)
         self._file: IO[str] | None = None
-        self.known: dict[str, tuple[float, bool]] = self._read()
+        self._own = self._read(self._path)
+        self.known: dict[str, tuple[float, bool]] = {}
+        for file in self._files():
+            self.known |= self._read(file)
 
-    def _read(self) -> dict[str, tuple[float, bool]]:
+    def _files(self) -> list[Path]:
+        return [self._first, *sorted(self._first.parent.glob(f"{self._first.name}.*"))]
+
+    def _read(self, path: Path) -> dict[str, tuple[float, bool]]:
         try:
-            lines = self._path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError):
             return {}
         known = {}
         for number, line in enumerate(lines):
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError:
+                if number == 0:
+                    if json.dumps(value, sort_keys=True) != self._identity:
+                        return {}
+                else:
+                    known[value["key"]] = (float(value["logprob"]), bool(value["greedy"]))
+            except (ValueError, KeyError, TypeError):
                 continue
-            if number == 0:
-                if json.dumps(value, sort_keys=True) != self._identity:
-                    return {}
-            else:
-                known[value["key"]] = (value["logprob"], value["greedy"])
         return known
 
     def append(self, scored: Iterable[tuple[str, float, bool]]) -> None:
@@ -69,11 +78,13 @@ class Journal:
         try:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                mode = "a" if self.known else "w"
+                mode = "a" if self._own else "w"
                 self._file = self._path.open(mode, encoding="utf-8")
                 # After a cut-off last line, or as the first line of a new file.
-                self._file.write("\n" if self.known else self._identity + "\n")
+                self._file.write("\n" if self._own else self._identity + "\n")
             for key, logprob, greedy in scored:
+                if not math.isfinite(logprob):
+                    continue  # a fault of this run must not become one of the next
                 line = {"key": key, "logprob": logprob, "greedy": greedy}
                 self._file.write(json.dumps(line) + "\n")
             self._file.flush()
@@ -88,10 +99,11 @@ class Journal:
         """Closes the file.
 
         Args:
-            remove: Whether everything in it has been stored elsewhere.
+            remove: Whether all files are removed, as everything in them is stored elsewhere.
         """
         if self._file is not None:
             self._file.close()
             self._file = None
         if remove:
-            self._path.unlink(missing_ok=True)
+            for file in self._files():
+                file.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from qlora_harness.model.lora import (
     read_adapter_record,
 )
 from qlora_harness.record import ADAPTER_DIR, SUMMARY_FILE, nested, read_json
+from qlora_harness.score.evaluation_record import model_slug
 from qlora_harness.settings import Quant
 
 
@@ -63,7 +64,7 @@ def choose(
         revision: Of the base; None takes the record's.
         peft_revision: Of the adapter, if it is on the Hub.
         results_dir: Folder of the records; None is the adapter's run folder, or
-            results/base_<arm> for a base alone.
+            results/<model>_base_<arm> for a base alone.
         results_root: Where the newest completed run is looked for when both are None.
 
     Raises:
@@ -83,7 +84,8 @@ def choose(
     if peft is None:
         assert pretrained is not None
         chosen = Quant(quant or "bf16")
-        folder = Path(results_dir) if results_dir else results_root / f"base_{chosen.arm}"
+        name = f"{model_slug(pretrained)}_base_{chosen.arm}"
+        folder = Path(results_dir) if results_dir else results_root / name
         doubled = True if double_quant is None else double_quant
         return ScoringChoice(pretrained, revision, chosen, doubled, None, None, None, folder)
     adapter = _adapter_folder(peft, peft_revision)
@@ -105,7 +107,8 @@ def choose(
     if double_quant is None:
         double_quant = record.get("double_quant", True)
     if revision is None and pretrained is None:
-        revision = nested(record, "base", "revision")
+        # A branch may have moved since the training.
+        revision = nested(record, "base", "commit") or nested(record, "base", "revision")
     return ScoringChoice(
         base,
         revision,
@@ -114,7 +117,9 @@ def choose(
         record.get("compute_dtype"),
         adapter,
         record.get("base"),
-        Path(results_dir) if results_dir else _results_dir(peft, adapter, results_root),
+        Path(results_dir)
+        if results_dir
+        else _results_dir(peft, adapter, results_root, chosen_quant, record.get("quant")),
     )
 
 
@@ -138,11 +143,16 @@ def _checked_record(adapter: Path) -> dict[str, Any]:
     return record
 
 
-def _results_dir(peft: str, adapter: Path, root: Path) -> Path:
+def _results_dir(
+    peft: str, adapter: Path, root: Path, quant: str, recorded_quant: str | None
+) -> Path:
     """The run folder of an adapter of ours, the adapter's own folder, or one in ./results."""
     if not Path(peft).expanduser().exists():  # from the Hub: its cache is not ours to write in
-        return root / peft.replace("/", "__")
-    return adapter.parent if adapter.name == ADAPTER_DIR else adapter
+        folder = root / peft.replace("/", "__")
+    else:
+        folder = adapter.parent if adapter.name == ADAPTER_DIR else adapter
+    # On another quantisation than it was trained with it is another model, with its own record.
+    return folder if recorded_quant in (None, quant) else folder / f"on_{quant}"
 
 
 def _newest_run(root: Path) -> Path:

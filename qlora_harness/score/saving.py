@@ -63,4 +63,5 @@ def _has_all_lines(path: Path, task_name: str, samples: Sequence[object]) -> boo
 
 
 def _sizes(folder: Path, pattern: str) -> dict[Path, int]:
-    return {path: path.stat().st_size for path in folder.rglob(pattern)} if folder.is_dir() else {}
+    found = [*folder.glob(pattern), *folder.glob(f"*/{pattern}")]
+    return {path: path.stat().st_size for path in found}

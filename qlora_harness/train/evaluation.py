@@ -32,7 +32,10 @@ class EvaluationLoss:
     @property
     def perplexity(self) -> float:
         """Exp of the token-weighted loss."""
-        return math.exp(self.loss)
+        try:
+            return math.exp(self.loss)
+        except OverflowError:  # above 709 nats
+            return math.inf
 
 
 def evaluate_loss(

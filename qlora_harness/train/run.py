@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import sys
 import time
 from functools import partial
@@ -245,6 +246,7 @@ class _Run:
             },
             "settings": settings.flat() | {"output_dir": str(self.run_dir)},
             "data": data.report,
+            "process": {"id": os.getpid(), "host": socket.gethostname()},
             "environment": environment()
             | {"device": _device(self.device), "world_size": self.state.num_processes},
             "failure": None,
@@ -327,9 +329,9 @@ class _Run:
                     accelerator=trainer.accelerator,
                     autocast_dtype=torch.bfloat16 if arguments.bf16 else None,
                 )
-            if not math.isfinite(evaluation.loss):
+            if not math.isfinite(evaluation.perplexity):
                 raise TrainingError(
-                    f"the evaluation loss is {evaluation.loss}",
+                    f"the evaluation loss is {evaluation.loss:g}, of which no perplexity follows",
                     "Lower --learning-rate or look at the step log",
                 )
             self.summary["results"] |= _evaluation_results(evaluation)

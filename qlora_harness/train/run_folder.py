@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from qlora_harness.errors import RunError
 from qlora_harness.model.lora import CONFIG_FILE, WEIGHTS_FILE
@@ -69,8 +73,10 @@ def inspect(
     Raises:
         RunError: The folder holds a run that would be lost, or that can't be gone on with.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise RunError(f"--output-dir: {run_dir} is a file", "Name another folder")
+    existing = next((p for p in (run_dir, *run_dir.parents) if p.exists()), None)
+    if existing is not None and not (existing.is_dir() and os.access(existing, os.W_OK)):
+        kind = "can't be written" if existing.is_dir() else "is a file"
+        raise RunError(f"--output-dir {run_dir}: {existing} {kind}", "Name another folder")
     if overwrite and resume not in ("auto", "never"):
         raise RunError(
             f"--overwrite removes what --resume {resume} goes on from", "Give one of the two"
@@ -103,6 +109,12 @@ def inspect(
         return StartingPoint()
     previous = read_json(summary_path)
     status = previous.get("status")
+    if status == "running" and _is_alive(previous):
+        raise RunError(
+            f"{run_dir} belongs to a run that is still going on (process "
+            f"{nested(previous, 'process', 'id')})",
+            "Wait for it, stop it, or use another --output-dir",
+        )
     if status == "completed" and not (resume_given and resume == "auto"):
         raise RunError(
             f"{run_dir} holds a completed run",
@@ -121,6 +133,15 @@ def inspect(
         )
     _same_experiment(run_dir, previous, experiment)
     return StartingPoint(newest, previous)
+
+
+def _is_alive(summary: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote a summary still runs on this machine."""
+    process = nested(summary, "process", "id")
+    here = nested(summary, "process", "host") == socket.gethostname()
+    if not here or not isinstance(process, int) or process == os.getpid():
+        return False
+    return bool(psutil.pid_exists(process))
 
 
 def _same_experiment(

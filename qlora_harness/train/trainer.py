@@ -155,7 +155,12 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Asks Trainer to save and stop."""
+        """Asks Trainer to save and stop, on all processes at the same step."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            flag = torch.tensor([float(self.received is not None)], device=args.device)
+            torch.distributed.all_reduce(flag)
+            if flag.item() and not self.received:
+                self.received = "a signal to another process"
         if self.received:
             control.should_save = True
             control.should_training_stop = True
