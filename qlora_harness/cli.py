@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qlora_harness import __version__
 from qlora_harness.errors import HarnessError, SettingsError, print_error
@@ -50,7 +50,60 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokenizer", required=True, metavar="PATH", help="tokenizer folder or Hub id"
     )
     random_model.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    _add_benchmark(commands)
     return parser
+
+
+def _add_benchmark(commands: Any) -> None:
+    parser = commands.add_parser(
+        "benchmark-scoring",
+        help="time the packed scoring of MMLU prompts against HFLM's own path",
+        description="Scores the same prompts twice in one process, HFLM's way and packed, and "
+        "prints times, ratio, memory and the largest difference.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, metavar="NAME", help="base model")
+    parser.add_argument("--quant", default="bf16", choices=["nf4", "fp4", "bf16"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
+    parser.add_argument("--file", default="five_shot_mmlu_test.json", metavar="NAME")
+    parser.add_argument("--mmlu-dir", metavar="DIR", help="folder of the file (default: fetched)")
+    parser.add_argument("--subjects", metavar="A,B", help="only these subjects")
+    parser.add_argument("--rows", type=int, metavar="N", help="at most N rows of each subject")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="of HFLM's path")
+    parser.add_argument("--pack-tokens", type=int, metavar="N", help="most tokens in a pack")
+    parser.add_argument(
+        "--baseline-questions",
+        type=int,
+        metavar="N",
+        help="HFLM scores a random sample of N; its time is scaled by prompt tokens",
+    )
+    parser.add_argument(
+        "--adapter-rank", type=int, metavar="R", help="also with a random unmerged adapter"
+    )
+    parser.add_argument("--kernels", default="auto", choices=["auto", "none"])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
+
+
+def _benchmark(args: argparse.Namespace) -> None:
+    from qlora_harness.score.benchmark import run
+
+    print(
+        run(
+            model=args.model,
+            quant=args.quant,
+            file=args.file,
+            folder=args.mmlu_dir,
+            subjects=args.subjects.split(",") if args.subjects else None,
+            rows=args.rows,
+            batch_size=args.batch_size,
+            dtype=args.dtype,
+            pack_tokens=args.pack_tokens,
+            baseline_questions=args.baseline_questions,
+            adapter_rank=args.adapter_rank,
+            kernels=args.kernels,
+            output=args.json,
+        )
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from qlora_harness.compare.command import run
 
             return run(args)
+        if args.command == "benchmark-scoring":
+            _benchmark(args)
+            return 0
         from qlora_harness.model.random_model import write_random_model
 
         write_random_model(args.folder, shape=args.shape, tokenizer=args.tokenizer, seed=args.seed)

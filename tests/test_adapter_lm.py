@@ -502,6 +502,7 @@ def test_evaluation_results_say_what_was_scored_and_how(
         "leading_bos": [BOS],
         "scoring": "packed",
         "expanded_once": False,
+        "fused_kernels": False,
         "processes": 1,
     }
     record.pop("created")

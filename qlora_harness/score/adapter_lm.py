@@ -32,7 +32,11 @@ from qlora_harness.score.evaluation_record import model_slug
 from qlora_harness.score.journal import Journal, question_key
 from qlora_harness.score.mmlu_files import LETTERS
 from qlora_harness.score.mmlu_recorder import MmluRecorder
-from qlora_harness.score.packed_forward import PackedModel, why_unsupported
+from qlora_harness.score.packed_forward import (
+    PackedModel,
+    use_fused_kernels,
+    why_unsupported,
+)
 from qlora_harness.score.packed_scorer import PackedScorer, Score, default_pack_tokens
 from qlora_harness.score.prefix_tree import Query
 from qlora_harness.score.run_choice import choose
@@ -100,6 +104,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         scoring: "packed", or "hf" for HFLM's own path.
         dequantize: "auto" expands a 4-bit base once (the same values) if memory allows; "never".
         pack_tokens: Most tokens in a forward pass. Default: what fits the device.
+        kernels: "auto" uses Liger's fused kernels on a GPU where they are installed; "none".
         verify: How many texts to score again through HFLM's path, to log the largest difference.
         **options: Further arguments of HFLM: max_length, batch_size, device, …
 
@@ -123,10 +128,11 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         dequantize: str = "auto",
         pack_tokens: int | None = None,
         verify: int = 0,
+        kernels: str = "auto",
         **options: Any,
     ) -> None:
         install_excepthook()
-        _check_arguments(options, softmax_dtype, scoring, dequantize)
+        _check_arguments(options, softmax_dtype, scoring, dequantize, kernels)
         self._choice = choose(
             pretrained=pretrained,
             peft=peft,
@@ -142,6 +148,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         self._source = find_base(choice.base, choice.revision, argument="--model_args pretrained=")
         self._compute_dtype = _compute_dtype(dtype, choice.compute_dtype)
         self._scoring, self._dequantize, self._verify = scoring, dequantize, verify
+        self._kernels = kernels
         self._asked_pack_tokens = pack_tokens
         self._chat_template_asked = False
         self._truncated: set[str] = set()
@@ -209,6 +216,9 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             if self._scoring == "packed":
                 fuse_lora(self._model, self._compute_dtype)
             self._adapter_sha256 = adapter_digest(choice.adapter)
+        self._fused_kernels = (
+            self._kernels == "auto" and self._scoring == "packed" and use_fused_kernels(self._model)
+        )
 
     def _check_vocabulary(self, rows: int) -> None:
         tokens = len(self.tokenizer)
@@ -464,6 +474,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             "leading_bos": self._leading_bos(),
             "scoring": self._scoring,
             "expanded_once": self._dequantised,
+            "fused_kernels": self._fused_kernels,
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -485,7 +496,11 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
 
 
 def _check_arguments(
-    options: dict[str, Any], softmax_dtype: str | None, scoring: str, dequantize: str
+    options: dict[str, Any],
+    softmax_dtype: str | None,
+    scoring: str,
+    dequantize: str,
+    kernels: str,
 ) -> None:
     for name in list(options):
         if name in _PASSED_ON:
@@ -500,6 +515,7 @@ def _check_arguments(
         ("softmax_dtype", softmax_dtype, (None, *_SOFTMAX_DTYPES)),
         ("scoring", scoring, ("packed", "hf")),
         ("dequantize", dequantize, ("auto", "never")),
+        ("kernels", kernels, ("auto", "none")),
     ):
         if value not in known:
             raise SettingsError(

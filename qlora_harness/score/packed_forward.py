@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,6 +92,28 @@ def why_unsupported(config: Any) -> str | None:
     if rope not in ("default", "linear", "llama3", "yarn"):
         return f"its rotary embedding ({rope}) depends on the length of the text"
     return None
+
+
+def use_fused_kernels(model: torch.nn.Module) -> bool:
+    """Replaces norms, gated products and rotary embeddings by Liger's fused kernels, on CUDA.
+
+    Args:
+        model: A causal language model, with or without a PEFT adapter.
+
+    Returns:
+        Whether it was done: liger-kernel is installed and knows the architecture.
+    """
+    whole: Any = model
+    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    if base.device.type != "cuda" or find_spec("liger_kernel") is None:
+        return False
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(base.config.model_type)
+    if apply is None:
+        return False
+    apply(cross_entropy=False, fused_linear_cross_entropy=False, model=base)
+    return True
 
 
 class PackedModel:
