@@ -19,7 +19,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 demo: $(READY)
 	$(TRAIN) --quant nf4 --output-dir $(DEMO)/4bit
 	$(TRAIN) --quant bf16 --output-dir $(DEMO)/16bit
-	$(SCORE) --model_args peft=$(DEMO)/4bit/adapter --output_path $(DEMO)/4bit/lm_eval --log_samples
+	$(SCORE) --model_args peft=$(DEMO)/4bit/adapter,verify=16 --output_path $(DEMO)/4bit/lm_eval --log_samples
 	$(SCORE) --model_args peft=$(DEMO)/16bit/adapter --output_path $(DEMO)/16bit/lm_eval --log_samples
 	$(SCORE) --model_args pretrained=smollm2,quant=bf16,results_dir=$(DEMO)/base_16bit --output_path $(DEMO)/base_16bit/lm_eval --log_samples
 	$(BIN)/qlora-harness compare $(DEMO)/4bit $(DEMO)/16bit $(DEMO)/base_16bit
