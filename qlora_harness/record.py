@@ -177,6 +177,21 @@ def scrub(text: str) -> str:
     return re.sub(rf"(?<![\w/.-]){re.escape(home)}(?![\w.-])", "~", text)
 
 
+def scrub_all(value: Any) -> Any:
+    """Removes tokens and the home folder from every text of a record; see `scrub`.
+
+    Args:
+        value: JSON: mappings, lists and plain values.
+    """
+    if isinstance(value, str):
+        return scrub(value)
+    if isinstance(value, Mapping):
+        return {key: scrub_all(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [scrub_all(item) for item in value]
+    return value
+
+
 def nested(value: Mapping[str, Any], *keys: str) -> Any:
     """Returns value[key0][key1]…, or None where a key is missing on the way.
 

@@ -64,13 +64,21 @@ def refusal(action: Callable[[], object]) -> str:
 
 
 def test_folder_is_found(tiny_llama: Path) -> None:
-    source = find_base(str(tiny_llama), revision="ignored for a folder")
+    source = find_base(str(tiny_llama))
     assert source.record() == {
         "name": str(tiny_llama),
         "revision": None,
         "commit": None,
         "random_weights": True,
     }
+
+
+@pytest.mark.parametrize("name", ["folder", "smollm2"])
+def test_revision_of_what_is_not_on_the_hub_is_refused(tiny_llama: Path, name: str) -> None:
+    name = str(tiny_llama) if name == "folder" else name
+    assert refusal(lambda: find_base(name, "v2")) == (
+        f"--model: {name!r} is not on the Hub and has no revision 'v2'. Leave the revision out."
+    )
 
 
 def test_smollm2_is_made_once_and_is_not_random(smollm2: str) -> None:

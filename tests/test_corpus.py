@@ -253,3 +253,11 @@ def test_message_that_stands_twice_is_named_with_its_file(load: Loader, tmp_path
         load([*rows, rows[1] | {"text": "no"}])
     assert str(tmp_path / "rows.jsonl") in str(caught.value)
     assert "'t1-a'" in str(caught.value)
+
+
+def test_all_languages_beside_others_is_refused() -> None:
+    with pytest.raises(DataError) as caught:
+        parse_languages("all,en")
+    assert str(caught.value) == (
+        "--languages all,en: 'all' stands beside others. Give one of the two."
+    )

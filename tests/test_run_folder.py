@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -294,3 +297,26 @@ def test_clear_removes_what_a_run_left_and_nothing_else(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     shutil.rmtree(tmp_path)
     clear(tmp_path)
+
+
+def test_clear_removes_scores_of_the_adapter_that_goes(tmp_path: Path) -> None:
+    output = tmp_path / "lm_eval" / "model"
+    output.mkdir(parents=True)
+    for name in ("results_2026.json", "samples_mmlu_2026.jsonl", "notes.txt"):
+        (output / name).write_text("{}")
+    clear(tmp_path)
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_that_is_still_going_on_is_left_alone(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        write_summary(tmp_path, "running")
+        path = tmp_path / "training_summary.json"
+        process = {"id": other.pid, "host": socket.gethostname()}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"process": process}))
+        line = refusal(tmp_path)
+        assert f"still going on (process {other.pid})" in line
+        assert other.stdin is not None
+        other.stdin.close()
+        other.wait()
+    assert start(tmp_path) == StartingPoint(replace=True)

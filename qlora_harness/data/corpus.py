@@ -111,8 +111,15 @@ def parse_languages(languages: str) -> tuple[str, ...] | None:
 
     Args:
         languages: Comma-separated codes, or "all".
+
+    Raises:
+        DataError: "all" stands beside other codes.
     """
     codes = tuple(code.strip() for code in languages.split(",") if code.strip())
+    if "all" in codes and len(codes) > 1:
+        raise DataError(
+            f"--languages {languages}: 'all' stands beside others", "Give one of the two"
+        )
     return None if codes == ("all",) else codes
 
 

@@ -93,6 +93,11 @@ def load_splits(name: str, revision: str | None = None) -> Splits:
     Raises:
         DataError: It can't be found or read.
     """
+    local = name == "demo" or Path(name).expanduser().exists()
+    if local and revision is not None:
+        raise DataError(
+            f"--dataset-revision {revision}: {name} is not on the Hub", "Leave the revision out"
+        )
     if name == "demo":
         return Splits(read_jsonl(demo_dir() / DEMO_FILE), None, f"embedded {DEMO_FILE}")
     path = Path(name).expanduser()

@@ -67,16 +67,21 @@ def find_base(name: str, revision: str | None = None, *, argument: str = "--mode
     """
     from transformers import AutoConfig
 
+    path = Path(name).expanduser()
+    if revision is not None and (name == EMBEDDED or path.is_dir()):
+        raise ModelError(
+            f"{argument}: {name!r} is not on the Hub and has no revision {revision!r}",
+            "Leave the revision out",
+        )
     if name == EMBEDDED:
         return BaseSource(name, str(_materialise_smollm2()), None, None, False, argument)
-    path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"{argument}: folder {name} holds no config.json",
                 "Name a Hugging Face model folder",
             )
-        name_or_path, revision = str(path), None
+        name_or_path = str(path)
     elif name.startswith((".", "/", "~")):
         place = argument if argument.endswith("=") else f"{argument}: "
         raise ModelError(f"{place}{name} does not exist", "Name a folder or a Hub id")

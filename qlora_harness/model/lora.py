@@ -112,6 +112,11 @@ def save_adapter(
         model.save_pretrained(str(work), safe_serialization=True, save_embedding_layers=False)
         tokenizer.save_pretrained(str(work))
         write_json(work / RECORD_FILE, record)
+        # PEFT writes this list in the order of a set, which would change the adapter's digest.
+        config = json.loads((work / CONFIG_FILE).read_text(encoding="utf-8"))
+        if isinstance(config.get("target_modules"), list):
+            config["target_modules"].sort()
+            write_json(work / CONFIG_FILE, config)
         (work / "README.md").unlink(missing_ok=True)
         os.chmod(work, 0o755)
         if folder.exists():

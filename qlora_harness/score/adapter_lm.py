@@ -26,7 +26,7 @@ from qlora_harness.model.base import (
     weights_fingerprint,
 )
 from qlora_harness.model.lora import adapter_digest, fuse_lora, load_adapter
-from qlora_harness.record import environment
+from qlora_harness.record import environment, scrub_all
 from qlora_harness.score.encoding import encode_pairs
 from qlora_harness.score.evaluation_record import model_slug
 from qlora_harness.score.journal import Journal, question_key
@@ -487,12 +487,15 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         return whole
 
     def _header(self) -> dict[str, Any]:
-        return {
-            "arm": self._choice.quant.arm,
-            "model": self._model_record(),
-            "settings": self._settings_record() | {"processes": self.world_size},
-            "environment": environment() | {"device": _device_name(self.device)},
-        }
+        header: dict[str, Any] = scrub_all(
+            {
+                "arm": self._choice.quant.arm,
+                "model": self._model_record(),
+                "settings": self._settings_record() | {"processes": self.world_size},
+                "environment": environment() | {"device": _device_name(self.device)},
+            }
+        )
+        return header
 
 
 def _check_arguments(

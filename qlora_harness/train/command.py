@@ -140,18 +140,19 @@ def _report(settings: Settings, summary: dict[str, Any]) -> None:
     if not PartialState().is_main_process:
         return
     results, memory, runtime = summary["results"], summary["memory"], summary["runtime"]
-    peak = memory["peak_allocated_bytes"]
-    if peak is not None:
-        used = f"peak GPU memory {peak / 2**30:.2f} GiB allocated"
-    else:
-        used = f"peak CPU memory {(memory['cpu_peak_rss_bytes'] or 0) / 2**30:.2f} GiB (RSS)"
+    peaks = {
+        "peak GPU memory {:.2f} GiB allocated": memory["peak_allocated_bytes"],
+        "peak CPU memory {:.2f} GiB (RSS)": memory["cpu_peak_rss_bytes"],
+    }
+    used = [text.format(peak / 2**30) for text, peak in peaks.items() if peak is not None]
     speed = summary["throughput"]["tokens_per_second"]
     parts = [
         f"{results['steps']} steps in {runtime['train_seconds']:.0f} s"
         + (f" ({speed:,.0f} tokens/s)" if speed else ""),
-        used,
-        f"last train loss {results['final_train_loss']:.3f}",
+        *used,
     ]
+    if results["final_train_loss"] is not None:
+        parts.append(f"last train loss {results['final_train_loss']:.3f}")
     if results["eval_loss"] is not None:
         parts.append(
             f"evaluation loss {results['eval_loss']:.3f}, perplexity {results['perplexity']:.2f}"

@@ -47,6 +47,7 @@ from qlora_harness.record import (
     nested,
     now,
     read_json,
+    scrub_all,
     write_json,
 )
 from qlora_harness.settings import Settings
@@ -314,6 +315,7 @@ class _Run:
                 "data_fingerprint": data.report["train"]["fingerprint"],
                 "run": self.run_dir.name,
             }
+            adapter_record = scrub_all(adapter_record)
             unwrapped = trainer.accelerator.unwrap_model(trainer.model)
             try:
                 save_adapter(unwrapped, tokenizer, self.run_dir / ADAPTER_DIR, adapter_record)
@@ -395,7 +397,7 @@ class _Run:
 
     def _write_summary(self) -> None:
         if self.state.is_main_process:
-            write_json(self.run_dir / SUMMARY_FILE, self.summary)
+            write_json(self.run_dir / SUMMARY_FILE, scrub_all(self.summary))
 
     def _timed(self, name: str) -> _Timer:
         return _Timer(self.seconds, name, self.device)

@@ -24,6 +24,7 @@ from qlora_harness.record import (
     TRAINER_STATE_FILE,
     nested,
     read_json,
+    scrub_all,
 )
 
 _STEP = re.compile(r"^checkpoint-\d+$")
@@ -149,7 +150,7 @@ def _same_experiment(
 ) -> None:
     before = nested(previous, "settings") or {}
     for name, value in experiment.items():
-        if name in before and before[name] != value:
+        if name in before and before[name] != scrub_all(value):
             raise RunError(
                 f"{run_dir} holds a run with --{name.replace('_', '-')} {before[name]}, "
                 f"not {value}",
@@ -207,5 +208,10 @@ def clear(run_dir: Path) -> None:
         shutil.rmtree(run_dir / name, ignore_errors=True)
     for name in (SUMMARY_FILE, LOGS_FILE, TRAINER_STATE_FILE, EVALUATION_FILE):
         (run_dir / name).unlink(missing_ok=True)
-    for path in run_dir.glob("mmlu_progress_*.json"):
-        path.unlink()
+    for pattern in ("mmlu_progress_*.json", ".mmlu_progress_*.jsonl*"):
+        for path in run_dir.glob(pattern):
+            path.unlink()
+    # lm_eval's output below the folder is about the adapter that goes.
+    for pattern in ("results_*.json", "samples_*.jsonl"):
+        for path in run_dir.rglob(pattern):
+            path.unlink()
