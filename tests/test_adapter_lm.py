@@ -1124,3 +1124,81 @@ def test_bos_that_was_asked_for_is_recorded(make_lm: Callable[..., QloraAdapterL
     lm = make_lm(add_bos_token=False)
     assert lm.tok_encode("Answer:")[0] != BOS
     assert lm.get_model_info()["leading_bos"] == []
+
+
+# Interrupted and continued
+
+
+def test_interrupted_run_scores_only_what_is_missing(
+    make_lm: Callable[..., QloraAdapterLM],
+    manager: TaskManager,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from qlora_harness.score.packed_forward import PackedModel
+
+    read_pack = PackedModel.read
+    packs: list[int] = []
+
+    def counted(self: PackedModel, pack: Any, pad_to: int | None = None) -> Any:
+        if len(packs) == stop_after:
+            raise KeyboardInterrupt
+        packs.append(len(pack.read_query))
+        return read_pack(self, pack, pad_to)
+
+    monkeypatch.setattr(PackedModel, "read", counted)
+    options = {"pack_tokens": 1024, "results_dir": str(tmp_path / "killed")}
+    stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(make_lm(**options), manager, limit=3)
+    assert not (tmp_path / "killed" / "evaluation_results.json").exists()
+    done = sum(packs)
+    assert 0 < done < 96
+
+    packs.clear()
+    stop_after = -1
+    evaluate(make_lm(**options), manager, limit=3)
+    assert sum(packs) == 96 - done
+    assert f"{done} texts were scored before the interruption" in caplog.messages
+    assert not list((tmp_path / "killed").glob(".*"))  # the journal is gone once all is recorded
+
+    evaluate(make_lm(pack_tokens=1024), manager, limit=3)
+    name = "mmlu_progress_tiny_llama_16bit_base.json"
+    for field in ("tasks", "model"):
+        assert read(tmp_path / "killed", name)[field] == read(tmp_path / "records", name)[field]
+
+    # Another model is never given these answers.
+    packs.clear()
+    stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(make_lm(**options), manager, limit=3)
+    packs.clear()
+    stop_after = -1
+    evaluate(make_lm(**options, quant="nf4"), manager, limit=3)
+    assert sum(packs) == 96
+
+
+def test_sample_is_verified_through_the_plain_path(
+    make_lm: Callable[..., QloraAdapterLM],
+    manager: TaskManager,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lm = make_lm(verify=5)
+    evaluate(lm, manager, limit=1)
+    assert lm.largest_difference < 1e-4
+    assert any(m.startswith("verified: 5 texts scored again") for m in caplog.messages)
+
+
+def test_architecture_that_cannot_be_packed_goes_the_plain_way(
+    make_lm: Callable[..., QloraAdapterLM],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from qlora_harness.score import adapter_lm
+
+    prompts = demo_prompts(2)
+    expected = score(make_lm(), prompts)
+    monkeypatch.setattr(adapter_lm, "why_unsupported", lambda config: "it is odd")
+    assert score(make_lm(), prompts) == pytest.approx(expected, abs=1e-5)
+    assert "scored through HFLM's own path: it is odd" in caplog.messages
