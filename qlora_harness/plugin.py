@@ -54,10 +54,9 @@ def extend_task_index(index_module: ModuleType) -> None:
     build = index_class.build
 
     def build_with_ours(paths: Any, **options: Any) -> Any:
-        from qlora_harness.score.task_index import extend_index
+        from qlora_harness.score.task_index import build_index
 
-        folders = list(paths)
-        return extend_index(build(folders, **options), folders)
+        return build_index(build, list(paths), options)
 
     index_class.build = staticmethod(build_with_ours)
 

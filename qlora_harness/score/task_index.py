@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from qlora_harness.locations import tasks_dir
+from qlora_harness.score.index_cache import cached_index
 
 if TYPE_CHECKING:
     from lm_eval.tasks._index import Entry
@@ -65,6 +66,26 @@ def task_entries() -> dict[str, Entry]:
                 }
                 entries[name] = Entry(name=name, kind=Kind.TASK, yaml_path=None, cfg=config)
     return entries
+
+
+def build_index(
+    build: Callable[..., dict[str, Entry]], paths: list[Path], options: dict[str, Any]
+) -> dict[str, Entry]:
+    """Builds lm-eval's index with our entries; lm-eval's own part comes from a cache.
+
+    Args:
+        build: lm-eval's TaskIndex.build.
+        paths: The folders it is asked to look into.
+        options: Further arguments of it.
+    """
+    import lm_eval.tasks
+
+    own = Path(lm_eval.tasks.__file__).parent
+    if paths == [own] and not options:
+        index = cached_index(own, lambda: build(paths))
+    else:
+        index = build(paths, **options)
+    return extend_index(index, paths)
 
 
 def extend_index(index: dict[str, Entry], paths: Iterable[Path]) -> dict[str, Entry]:
