@@ -25,7 +25,8 @@ class PhasePeak:
         peak_reserved_bytes: Most memory held by torch's allocator.
         peak_device_used_bytes: Most memory in use on the device as the driver counts it, with the
             CUDA context and other processes; sampled at the end of steps and of the phase.
-        cpu_peak_rss_bytes: Most resident memory of the process; measured on CPU runs only.
+        cpu_peak_rss_bytes: Most resident memory of the process; measured on CPU runs only. Where
+            the system can't reset it, that of the process so far.
     """
 
     phase: str
