@@ -108,3 +108,15 @@ def test_old_indices_go(folder: Path) -> None:
         (folder / "arc" / "arc.yaml").write_text("#" * n)
         cached_index(folder, counting(index())[0])
     assert len(cached_files(folder)) == 3
+
+
+def test_index_that_lacks_most_files_is_not_kept(folder: Path) -> None:
+    for n in range(5):
+        (folder / "arc" / f"more{n}.yaml").write_text(f"task: t{n}\n")
+    build, calls = counting(index())  # three entries for six files
+    for _ in range(2):
+        assert cached_index(folder, build) == index()
+    assert len(calls) == 2
+    build, calls = counting({})
+    assert cached_index(folder, build) == {}
+    assert cached_files(folder) == []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lm_eval.tasks._index import Entry
 
 _KEPT = 3
+# Of lm-eval's YAML files, nearly each one makes an entry.
+_LEAST = 0.9
 
 
 def cached_index(folder: Path, build: Callable[[], dict[str, Entry]]) -> dict[str, Entry]:
@@ -31,7 +33,8 @@ def cached_index(folder: Path, build: Callable[[], dict[str, Entry]]) -> dict[st
         build: Builds the index of it.
     """
     try:
-        path = cache_dir() / "task-index" / f"{_key(folder)}.json"
+        files = sorted(_files(str(folder)))
+        path = cache_dir() / "task-index" / f"{_key(folder, files)}.json"
     except OSError:
         return build()
     try:
@@ -39,6 +42,8 @@ def cached_index(folder: Path, build: Callable[[], dict[str, Entry]]) -> dict[st
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass  # not there, or damaged: it is written anew
     index = build()
+    if len(index) < _LEAST * sum(name.endswith(".yaml") for name, _, _ in files):
+        return index  # something has changed what lm-eval reads; that is not to be kept
     try:
         text = json.dumps(_encode(index))
         if _decode(json.loads(text)) == index:
@@ -49,11 +54,11 @@ def cached_index(folder: Path, build: Callable[[], dict[str, Entry]]) -> dict[st
     return index
 
 
-def _key(folder: Path) -> str:
+def _key(folder: Path, files: Iterable[tuple[str, int, int]]) -> str:
     from lm_eval import __version__
 
     digest = hashlib.sha256(f"1 {__version__} {folder}".encode())
-    for name, size, changed in sorted(_files(str(folder))):
+    for name, size, changed in files:
         digest.update(f"{name}\0{size}\0{changed}\0".encode())
     return digest.hexdigest()[:32]
 
