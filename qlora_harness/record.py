@@ -6,10 +6,12 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -69,6 +71,32 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Gives a temporary folder to fill, which takes its place when the `with` block ends well.
+
+    Args:
+        folder: Appears whole or not at all; its parent is made if missing.
+        replace: Whether a folder that is there is removed first.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        OSError: The folder can't be written, or is there and not to be replaced.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        yield work
+        os.chmod(work, 0o755)
+        if replace and folder.exists():
+            shutil.rmtree(folder)
+        os.replace(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def write_json(path: Path, value: object) -> None:

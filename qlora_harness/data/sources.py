@@ -39,6 +39,25 @@ class Splits:
     source: str
 
 
+def parse_line(line: str, place: str, remedy: str) -> object:
+    """Parses one line of a JSON Lines file.
+
+    Args:
+        line: The line.
+        place: The file and line number, for the message.
+        remedy: What to do about a broken line.
+
+    Raises:
+        DataError: It is not JSON.
+    """
+    try:
+        return jsonlines.Reader([line]).read()
+    except jsonlines.InvalidLineError as error:
+        # jsonlines counts lines of its own; the parser's message is its cause.
+        reason = getattr(error.__cause__, "msg", None) or str(error).split("\n")[0]
+        raise DataError(f"{place}: not valid JSON ({reason})", remedy) from None
+
+
 def read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
     """Yields the checked rows of a JSON Lines file (also .gz and .xz).
 
@@ -55,15 +74,7 @@ def read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
                 if not line.strip():
                     continue
                 place = f"{path}, line {number}"
-                try:
-                    row = jsonlines.Reader([line]).read()
-                except jsonlines.InvalidLineError as error:
-                    # jsonlines counts lines of its own; the parser's message is its cause.
-                    reason = getattr(error.__cause__, "msg", None) or str(error).split("\n")[0]
-                    raise DataError(
-                        f"{place}: not valid JSON ({reason})", "Correct or remove the line"
-                    ) from None
-                yield check_row(row, place)
+                yield check_row(parse_line(line, place, "Correct or remove the line"), place)
     except FileNotFoundError:
         raise DataError(
             f"--dataset: {path} does not exist", "Name a .jsonl file, a folder or a Hub id"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import AdapterError, SettingsError
-from qlora_harness.record import read_json, write_json
+from qlora_harness.record import new_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -104,9 +101,7 @@ def save_adapter(
                 f"the trained adapter has non-finite values in {name}; it was not saved",
                 "Lower --learning-rate or look at the step log",
             )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with new_folder(folder, replace=True) as work:
         # save_embedding_layers=False: nothing is ever added to the vocabulary, and "auto" may ask
         # the Hub for the base model's configuration.
         model.save_pretrained(str(work), safe_serialization=True, save_embedding_layers=False)
@@ -118,12 +113,6 @@ def save_adapter(
             config["target_modules"].sort()
             write_json(work / CONFIG_FILE, config)
         (work / "README.md").unlink(missing_ok=True)
-        os.chmod(work, 0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from qlora_harness.errors import ModelError
 from qlora_harness.model.base import RANDOM_WEIGHTS_KEY
+from qlora_harness.record import new_folder
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
@@ -80,12 +78,6 @@ def write_random_model(
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(default)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with new_folder(folder) as work:
         model.save_pretrained(work)
         tok.save_pretrained(work)
-        os.chmod(work, 0o755)
-        os.replace(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

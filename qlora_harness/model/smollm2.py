@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from qlora_harness.errors import ModelError
 from qlora_harness.locations import cache_dir
+from qlora_harness.record import new_folder
 
 
 def materialise_smollm2() -> Path:
@@ -35,23 +33,20 @@ def materialise_smollm2() -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".smollm2-"))
+    folder, name = str(files[0].parent), files[0].name
     try:
-        folder, name = str(files[0].parent), files[0].name
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
-            if getattr(model, mark, None) is not None:
-                setattr(model, mark, False if mark == "is_quantized" else None)
-        model.to(torch.bfloat16).save_pretrained(work)
-        AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(work)
-        try:
-            os.replace(work, target)
-        except OSError:  # another process made it in the meantime
-            if not (target / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with new_folder(target) as work:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=name, dtype=torch.float32
+            )
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
+                if getattr(model, mark, None) is not None:
+                    setattr(model, mark, False if mark == "is_quantized" else None)
+            model.to(torch.bfloat16).save_pretrained(work)
+            AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(work)
+    except OSError:  # another process made it in the meantime
+        if not (target / "config.json").is_file():
+            raise
     return target

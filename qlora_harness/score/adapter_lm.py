@@ -328,8 +328,8 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         parts = self.gather_object(found, dst=0)
         if self.rank == 0 and parts is not None and any(parts):
             self._recorder.write(parts, self._header())
+        self.barrier()  # of all processes, also those that have no question of ours
         if journal is not None:
-            self.barrier()
             journal.close(remove=self.rank == 0)
         if self._verify:
             self._compare_with_hflm(scores)

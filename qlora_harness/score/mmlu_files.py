@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import jsonlines
-
+from qlora_harness.data.sources import parse_line
 from qlora_harness.errors import DataError
 from qlora_harness.locations import cache_dir, demo_dir
 
@@ -163,11 +162,12 @@ def parse_questions(data: bytes, place: str) -> tuple[Question, ...]:
         if not line.strip():
             continue
         where = f"{place}, line {number}"
-        try:
-            row = jsonlines.Reader([line]).read(type=dict)
-        except jsonlines.InvalidLineError as error:
-            reason = str(error).split("\n")[0]
-            raise DataError(f"{where}: not valid JSON ({reason})", "Fetch the file anew") from None
+        row = parse_line(line, where, "Fetch the file anew")
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"{where}: not valid JSON (expected an object, found {type(row).__name__})",
+                "Fetch the file anew",
+            )
         questions.append(_question(len(questions), row, where))
     if not questions:
         raise DataError(f"{place} holds no questions", "Fetch the file anew")
