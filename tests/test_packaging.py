@@ -177,6 +177,7 @@ result = {
 def test_installed_wheel_extends_lm_eval_by_its_own_hook(installed: Path, tmp_path: Path) -> None:
     code = f"""
 import os, site, sys
+os.environ["XDG_CACHE_HOME"] = {str(tmp_path)!r}  # the index is not one that was kept before
 sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "QloraHarnessHook"]
 site.addsitedir({str(installed)!r})
 import qlora_harness, lm_eval.tasks
