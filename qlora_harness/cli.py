@@ -57,9 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_benchmark(commands: Any) -> None:
     parser = commands.add_parser(
         "benchmark-scoring",
-        help="time the packed scoring of MMLU prompts against HFLM's own path",
-        description="Scores the same prompts twice in one process, HFLM's way and packed, and "
-        "prints times, ratio, memory and the largest difference.",
+        help="time the packed scoring of MMLU prompts against lm-eval's hf model",
+        description="Scores the same prompts in one process as lm-eval's hf model does and packed, "
+        "and prints times, ratios, memory and the largest difference.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, metavar="NAME", help="base model")
@@ -69,13 +69,19 @@ def _add_benchmark(commands: Any) -> None:
     parser.add_argument("--mmlu-dir", metavar="DIR", help="folder of the file (default: fetched)")
     parser.add_argument("--subjects", metavar="A,B", help="only these subjects")
     parser.add_argument("--rows", type=int, metavar="N", help="at most N rows of each subject")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="of HFLM's path")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="of hf")
+    parser.add_argument(
+        "--margin-batch-size",
+        type=int,
+        metavar="N",
+        help="also hf at this batch size: how far that alone moves its numbers",
+    )
     parser.add_argument("--pack-tokens", type=int, metavar="N", help="most tokens in a pack")
     parser.add_argument(
         "--baseline-questions",
         type=int,
         metavar="N",
-        help="HFLM scores a random sample of N; its time is scaled by prompt tokens",
+        help="hf scores a random sample of N; its time is scaled by prompt tokens",
     )
     parser.add_argument(
         "--adapter-rank", type=int, metavar="R", help="also with a random unmerged adapter"
@@ -98,6 +104,7 @@ def _benchmark(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             dtype=args.dtype,
             pack_tokens=args.pack_tokens,
+            margin_batch_size=args.margin_batch_size,
             baseline_questions=args.baseline_questions,
             adapter_rank=args.adapter_rank,
             kernels=args.kernels,

@@ -1138,16 +1138,16 @@ def test_interrupted_run_scores_only_what_is_missing(
 ) -> None:
     from qlora_harness.score.packed_forward import PackedModel
 
-    read_pack = PackedModel.read
+    start_pack = PackedModel.start
     packs: list[int] = []
 
     def counted(self: PackedModel, pack: Any, pad_to: int | None = None) -> Any:
         if len(packs) == stop_after:
             raise KeyboardInterrupt
         packs.append(len(pack.read_query))
-        return read_pack(self, pack, pad_to)
+        return start_pack(self, pack, pad_to)
 
-    monkeypatch.setattr(PackedModel, "read", counted)
+    monkeypatch.setattr(PackedModel, "start", counted)
     options = {"pack_tokens": 1024, "results_dir": str(tmp_path / "killed")}
     stop_after = 3
     with pytest.raises(KeyboardInterrupt):

@@ -100,6 +100,34 @@ def test_packed_equals_plain(
         assert found[number][1] == greedy
 
 
+@settings(max_examples=30, deadline=None)
+@given(queries=QUERIES, filling=st.integers(0, 300))
+def test_blocks_of_the_mask_are_those_that_torch_finds(queries: list[Query], filling: int) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    from qlora_harness.score.packed_forward import BLOCK, block_mask
+    from qlora_harness.score.prefix_tree import plan
+
+    # Long tails, so that whole blocks are seen, skipped, and seen in part.
+    longer = [
+        Query([*q.context, *range(i, i + filling)], q.continuation) for i, q in enumerate(queries)
+    ]
+    (pack,) = plan(longer, pack_tokens=10**6, window=10**6).packs
+    ends = torch.from_numpy(pack.end)
+
+    def sees(batch: Any, head: Any, q: Any, k: Any) -> Any:
+        return (k <= q) & (q < ends[k])
+
+    size = len(pack.end) // BLOCK * BLOCK
+    if not size:
+        return
+    found = block_mask(np.minimum(pack.end[:size], size), torch.device("cpu"))
+    wanted = create_block_mask(sees, None, None, size, size, device="cpu", BLOCK_SIZE=BLOCK)
+    assert torch.equal(found.to_dense(), wanted.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name))
+
+
 def test_the_model_is_left_as_it_was(model: Any) -> None:
     before = model.config._attn_implementation
     query = Query([1, 2, 3], [4])
@@ -131,11 +159,13 @@ class RunsOut:
     def __init__(self, inner: PackedModel, limit: int) -> None:
         self.inner, self.limit, self.failed = inner, limit, 0
 
-    def read(self, pack: Any, pad_to: int | None = None) -> Any:
+    overlaps = True
+
+    def start(self, pack: Any, pad_to: int | None = None) -> Any:
         if len(pack.tokens) > self.limit:
             self.failed += 1
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return self.inner.read(pack, pad_to)
+        return self.inner.start(pack, pad_to)
 
 
 def test_out_of_memory_halves_the_packs_and_goes_on(model: Any) -> None:

@@ -21,6 +21,26 @@ BIN = Path(sys.executable).parent
 DEMO = ["--tasks", "mmlu_qlora_demo", "--model", "qlora_adapter"]
 
 
+# lm_eval, killed by the system in the middle of its scoring.
+KILLED = """
+import os, signal, sys
+from lm_eval.__main__ import cli_evaluate
+from qlora_harness.score.packed_forward import PackedModel
+
+start, packs = PackedModel.start, []
+
+def killed(self, pack, pad_to=None):
+    if len(packs) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    packs.append(pack)
+    return start(self, pack, pad_to)
+
+PackedModel.start = killed
+sys.argv[0] = "lm_eval"
+cli_evaluate()
+"""
+
+
 class Run(NamedTuple):
     """A command that has ended, and the folder it ran in."""
 
@@ -53,6 +73,7 @@ def commands(model: Path) -> dict[str, list[str]]:
     one_process = ["launch", "--quiet", "--num_processes", "1", "-m", "lm_eval"]
     # `accelerate launch` starts several processes on a CPU through MPI only; this is what it does.
     two_processes = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lm_eval"]
+    killed = ["-c", KILLED, *DEMO, *nf4[:1], f"{nf4[1]},pack_tokens=1024", "--limit", "3"]
     return {
         "single": [lm_eval, *DEMO, *nf4, "--limit", "3", *saved],
         "two processes": [sys.executable, *two_processes, *DEMO, *nf4, "--limit", "3", *saved],
@@ -62,6 +83,7 @@ def commands(model: Path) -> dict[str, list[str]]:
             *("--model_args", f"pretrained={model},quant=int8"),
         ],
         "list": [lm_eval, "ls", "tasks"],
+        "killed": [sys.executable, *killed],
     }
 
 
@@ -195,3 +217,27 @@ def test_tasks_are_listed(runs: dict[str, Future[Run]]) -> None:
     assert len(ours) == 261
     assert {"mmlu_qlora_5shot", "mmlu_qlora_0shot_val_stem", "mmlu_qlora_demo_nutrition"} <= ours
     assert {"mmlu", "mmlu_stem", "mmlu_anatomy", "hellaswag"} <= names
+
+
+def test_after_kill_9_the_same_command_scores_only_what_is_missing(
+    single: Run, runs: dict[str, Future[Run]], tiny_llama: Path
+) -> None:
+    first = runs["killed"].result()
+    assert first.status == -9
+    folder = first.folder / "results" / "tiny_llama_base_4bit"
+    (journal,) = folder.iterdir()
+    done = len(journal.read_text().splitlines()) - 1
+    assert 0 < done < 96
+    model_args = f"pretrained={tiny_llama},quant=nf4,pack_tokens=1024"
+    again = subprocess.run(
+        [str(BIN / "lm_eval"), *DEMO, "--model_args", model_args, "--limit", "3"],
+        cwd=first.folder,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"{done} texts were scored before the interruption" in again.stderr
+    assert first.record()["tasks"] == single.record()["tasks"]
+    assert not journal.exists()

@@ -25,6 +25,7 @@ from qlora_harness.model.base import (
     load_tokenizer,
     weights_fingerprint,
 )
+from qlora_harness.model.kernels import use_fused_kernels
 from qlora_harness.model.lora import adapter_digest, fuse_lora, load_adapter
 from qlora_harness.record import environment, scrub_all
 from qlora_harness.score.encoding import encode_pairs
@@ -32,11 +33,8 @@ from qlora_harness.score.evaluation_record import model_slug
 from qlora_harness.score.journal import Journal, question_key
 from qlora_harness.score.mmlu_files import LETTERS
 from qlora_harness.score.mmlu_recorder import MmluRecorder
-from qlora_harness.score.packed_forward import (
-    PackedModel,
-    use_fused_kernels,
-    why_unsupported,
-)
+from qlora_harness.score.model_arguments import check_arguments, resolve_dtype
+from qlora_harness.score.packed_forward import PackedModel, why_unsupported
 from qlora_harness.score.packed_scorer import PackedScorer, Score, default_pack_tokens
 from qlora_harness.score.prefix_tree import Query
 from qlora_harness.score.run_choice import choose
@@ -49,36 +47,6 @@ logger = logging.getLogger("qlora_harness")
 
 Pair = tuple[str, str]
 Encoded = tuple[Pair, list[int], list[int]]
-
-# Arguments of HFLM that are passed on. Others would bypass the loading that this model is about.
-_PASSED_ON = {
-    "add_bos_token",
-    "batch_size",
-    "chat_template_args",
-    "device",
-    "enable_thinking",
-    "logits_cache",
-    "max_batch_size",
-    "max_length",
-    "prefix_token_id",
-    "think_end_token",
-    "truncation",
-}
-_REMEDIES = {
-    "load_in_4bit": "Use quant=nf4",
-    "load_in_8bit": "Use quant=nf4 or quant=bf16",
-    "delta": "Use peft=",
-    "parallelize": "Use `accelerate launch -m lm_eval` for several GPUs",
-    "tp_plan": "Use `accelerate launch -m lm_eval` for several GPUs",
-    "autogptq": "Use --model hf",
-    "gptqmodel": "Use --model hf",
-    "gguf_file": "Use pretrained=smollm2 or a converted folder",
-    "token": "Log in with `hf auth login`; a token here would land in the results",
-    "trust_remote_code": "Use a model that needs no code of its own",
-    "tokenizer": "The tokenizer is the adapter's, or the base model's",
-    "mixed_precision_dtype": "Use dtype=bfloat16 or dtype=float32",
-}
-_SOFTMAX_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
@@ -132,7 +100,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         **options: Any,
     ) -> None:
         install_excepthook()
-        _check_arguments(options, softmax_dtype, scoring, dequantize, kernels)
+        check_arguments(options, softmax_dtype, scoring, dequantize, kernels)
         self._choice = choose(
             pretrained=pretrained,
             peft=peft,
@@ -146,7 +114,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         if pretrained is None and peft is None:
             logger.warning("scoring the newest completed run: %s", choice.results_dir)
         self._source = find_base(choice.base, choice.revision, argument="--model_args pretrained=")
-        self._compute_dtype = _compute_dtype(dtype, choice.compute_dtype)
+        self._compute_dtype = resolve_dtype(dtype, choice.compute_dtype)
         self._scoring, self._dequantize, self._verify = scoring, dequantize, verify
         self._kernels = kernels
         self._asked_pack_tokens = pack_tokens
@@ -496,42 +464,6 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             }
         )
         return header
-
-
-def _check_arguments(
-    options: dict[str, Any],
-    softmax_dtype: str | None,
-    scoring: str,
-    dequantize: str,
-    kernels: str,
-) -> None:
-    for name in list(options):
-        if name in _PASSED_ON:
-            continue
-        if options[name] not in (None, False):
-            remedy = _REMEDIES.get(name, f"Known are {', '.join(sorted(_PASSED_ON))} and others")
-            raise SettingsError(
-                f"--model_args {name}= is not supported by qlora_adapter", remedy
-            ) from None
-        del options[name]
-    for name, value, known in (
-        ("softmax_dtype", softmax_dtype, (None, *_SOFTMAX_DTYPES)),
-        ("scoring", scoring, ("packed", "hf")),
-        ("dequantize", dequantize, ("auto", "never")),
-        ("kernels", kernels, ("auto", "none")),
-    ):
-        if value not in known:
-            raise SettingsError(
-                f"--model_args {name}={value}", f"Use one of {', '.join(map(str, known))}"
-            )
-
-
-def _compute_dtype(asked: str, recorded: str | None) -> str:
-    if asked in ("bfloat16", "float32"):
-        return asked
-    if asked != "auto":
-        raise SettingsError(f"--model_args dtype={asked}", "Use bfloat16 or float32")
-    return recorded or ("bfloat16" if torch.cuda.is_available() else "float32")
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,23 +1,27 @@
-"""Measures packed scoring against HFLM's own path: one process, one model, the same prompts."""
+"""Measures packed scoring against lm-eval's `hf` model: one process, one base, the same prompts."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval.models.huggingface import HFLM
 
+from qlora_harness.model.kernels import use_fused_kernels
 from qlora_harness.model.lora import attach_lora, fuse_lora
 from qlora_harness.record import environment, now, write_json
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.encoding import encode_pairs
+from qlora_harness.score.mmlu import is_tie, predict
 from qlora_harness.score.mmlu_files import LETTERS, Question, load_questions
 
 Pair = tuple[str, str]
+Encoded = tuple[Pair, list[int], list[int]]
 
 
 @dataclass
@@ -27,27 +31,43 @@ class Measurement:
     Attributes:
         name: What was measured.
         questions: How many.
-        seconds: Encoding, planning and scoring together.
+        encoding_seconds: Texts to token ids.
+        scoring_seconds: Token ids to log-probabilities; with planning.
         prompt_tokens: Tokens of the prompts, each counted as often as it is asked.
-        computed_tokens: Tokens that went through the model.
-        prompt_tokens_per_second: prompt_tokens over seconds.
+        computed_tokens: Tokens that went through the model, without padding.
         peak_allocated_bytes: On CUDA, else None.
+        ties: Questions whose best log-probability is shared by several letters.
         ratio: Seconds of the baseline on these questions (scaled by prompt tokens where it ran on
-            a sample) over these seconds.
+            a sample) over these seconds, encoding and scoring.
+        scoring_ratio: The same of scoring alone.
         largest_difference: Of any log-probability from the baseline, nats; None for the baseline.
         same_predictions: Share of the baseline's questions with the same predicted letter.
+        accuracy_difference: Accuracy on the baseline's questions less the baseline's.
     """
 
     name: str
     questions: int
-    seconds: float
+    encoding_seconds: float
+    scoring_seconds: float
     prompt_tokens: int
     computed_tokens: int
-    prompt_tokens_per_second: float
     peak_allocated_bytes: int | None
-    ratio: float | None = None
+    ties: int
+    ratio: float = 1.0
+    scoring_ratio: float = 1.0
     largest_difference: float | None = None
     same_predictions: float | None = None
+    accuracy_difference: float | None = None
+
+
+@dataclass
+class _Way:
+    """A way of scoring: how texts are encoded and how token ids are scored."""
+
+    name: str
+    encode: Callable[[Sequence[Pair]], list[Encoded]]
+    score: Callable[[list[Encoded]], list[tuple[float, bool]]]
+    computed_tokens: Callable[[], int | None] = field(default=lambda: None)
 
 
 def choose_questions(
@@ -76,104 +96,160 @@ def benchmark(
     lm: QloraAdapterLM,
     questions: Sequence[Question],
     *,
+    batch_size: int,
+    margin_batch_size: int | None,
     baseline_questions: int | None,
     adapter_rank: int | None,
+    kernels: str,
 ) -> list[Measurement]:
-    """Measures HFLM's path, the packed path, and the packed path with an unmerged adapter.
+    """Measures lm-eval's `hf`, the packed path, and the packed path with an unmerged adapter.
 
     Args:
-        lm: A base without adapter.
+        lm: A base without adapter and without fused kernels; it is changed.
         questions: What is scored.
-        baseline_questions: A random sample of so many for HFLM's path, or None for all.
+        batch_size: Of `hf`.
+        margin_batch_size: Another batch size of `hf`, to see how far that alone moves the numbers;
+            or None.
+        baseline_questions: A random sample of so many for `hf`, or None for all.
         adapter_rank: Rank of a random adapter on all linear layers to measure as well, or None.
+        kernels: "auto" gives the packed path fused kernels where it has them; "none".
     """
     sample = list(questions)
     if baseline_questions is not None and baseline_questions < len(sample):
         sample = random.Random(0).sample(sample, baseline_questions)
-    # Kernels are chosen and compiled, and memory is mapped, before anything is timed.
-    warm = list(questions[: min(len(questions), 64)])
-    _score(lm, warm[:8], "hf")
-    _score(lm, warm, "packed")
-    baseline, expected = _measure(lm, sample, "hf", f"HFLM, batch size {lm.batch_size}")
-    baseline.ratio = 1.0
+    warm = list(questions[:64])
+    plain = _plain(lm, batch_size)
+    _run(plain, warm[: 2 * batch_size])
+    baseline, expected = _measure(lm, plain, sample)
     results = [baseline]
-    packed, found = _measure(lm, questions, "packed", "packed")
-    _relate(packed, found, baseline, expected, sample)
-    results.append(packed)
+
+    def relate(measured: Measurement, logprobs: list[list[float]] | None) -> None:
+        scale = baseline.prompt_tokens / measured.prompt_tokens
+        seconds = baseline.encoding_seconds + baseline.scoring_seconds
+        own = measured.encoding_seconds + measured.scoring_seconds
+        measured.ratio = seconds / scale / own
+        measured.scoring_ratio = baseline.scoring_seconds / scale / measured.scoring_seconds
+        if logprobs is not None:
+            _compare(measured, logprobs, expected, sample)
+        results.append(measured)
+
+    if margin_batch_size is not None:
+        relate(*_measure(lm, _plain(lm, margin_batch_size), sample))
+    lm._fused_kernels = kernels == "auto" and use_fused_kernels(lm.model)
+    _run(_packed(lm, "packed"), warm)
+    measured, found = _measure(lm, _packed(lm, "packed"), questions)
+    by_prompt = {q.prompt: values for q, values in zip(questions, found, strict=True)}
+    relate(measured, [by_prompt[q.prompt] for q in sample])
     if adapter_rank is not None:
-        lm._model = attach_lora(
-            lm.model, r=adapter_rank, alpha=16, dropout=0.0, targets="all-linear"
-        ).eval()
-        with torch.no_grad():
-            for name, parameter in lm.model.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=1e-3)
-        fuse_lora(lm._model, lm._compute_dtype)
-        _score(lm, warm, "packed")
-        adapted, _ = _measure(
-            lm, questions, "packed", f"packed, unmerged adapter of rank {adapter_rank}"
-        )
-        adapted.ratio = _baseline_seconds(baseline, adapted) / adapted.seconds
-        results.append(adapted)
+        _attach_random_adapter(lm, adapter_rank)
+        way = _packed(lm, f"packed, unmerged adapter of rank {adapter_rank}")
+        _run(way, warm)
+        relate(_measure(lm, way, questions)[0], None)
     return results
 
 
+def _plain(lm: QloraAdapterLM, batch_size: int) -> _Way:
+    """lm-eval's own model around the same weights."""
+    hf = HFLM(
+        pretrained=lm.model,
+        tokenizer=lm.tokenizer,
+        batch_size=batch_size,
+        max_length=lm.max_length,
+        add_bos_token=lm.add_bos_token,
+        softmax_dtype=lm.softmax_dtype,
+    )
+    return _Way(
+        f"lm-eval hf, batch size {batch_size}",
+        lambda pairs: [(pair, *hf._encode_pair(*pair)) for pair in pairs],
+        lambda encoded: hf._loglikelihood_tokens(encoded, disable_tqdm=True),
+    )
+
+
+def _packed(lm: QloraAdapterLM, name: str) -> _Way:
+    return _Way(
+        name,
+        lambda pairs: [
+            (pair, *ids) for pair, ids in zip(pairs, encode_pairs(lm, pairs), strict=True)
+        ],
+        lambda encoded: lm._loglikelihood_tokens(encoded, disable_tqdm=True),
+        lambda: lm.last_plan.computed_tokens if lm.last_plan is not None else None,
+    )
+
+
+def _attach_random_adapter(lm: QloraAdapterLM, rank: int) -> None:
+    lm._model = attach_lora(lm.model, r=rank, alpha=16, dropout=0.0, targets="all-linear").eval()
+    with torch.no_grad():
+        for name, parameter in lm.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=1e-3)
+    fuse_lora(lm._model, lm._compute_dtype)
+
+
 def _pairs(questions: Sequence[Question]) -> list[Pair]:
-    return [(q.prompt, f" {letter}") for q in questions for letter in LETTERS]
+    return list(dict.fromkeys((q.prompt, f" {letter}") for q in questions for letter in LETTERS))
 
 
-def _score(lm: QloraAdapterLM, questions: Sequence[Question], way: str) -> dict[Pair, float]:
-    lm._scoring = way
-    pairs = list(dict.fromkeys(_pairs(questions)))
-    encoded = [(pair, *ids) for pair, ids in zip(pairs, encode_pairs(lm, pairs), strict=True)]
-    scores = lm._loglikelihood_tokens(encoded, disable_tqdm=True)
-    return {pair: logprob for pair, (logprob, _) in zip(pairs, scores, strict=True)}
+def _run(
+    way: _Way, questions: Sequence[Question]
+) -> tuple[dict[Pair, float], float, float, list[Encoded]]:
+    """Log-probabilities, seconds of encoding and of scoring, and the token ids."""
+    pairs = _pairs(questions)
+    started = time.perf_counter()
+    encoded = way.encode(pairs)
+    between = time.perf_counter()
+    scores = way.score(encoded)
+    ended = time.perf_counter()
+    logprobs = {pair: logprob for pair, (logprob, _) in zip(pairs, scores, strict=True)}
+    return logprobs, between - started, ended - between, encoded
 
 
 def _measure(
-    lm: QloraAdapterLM, questions: Sequence[Question], way: str, name: str
-) -> tuple[Measurement, dict[Pair, float]]:
+    lm: QloraAdapterLM, way: _Way, questions: Sequence[Question]
+) -> tuple[Measurement, list[list[float]]]:
+    """The measurement, and the four log-probabilities of each question."""
     cuda = lm.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    scores = _score(lm, questions, way)
-    seconds = time.perf_counter() - started
-    tokens = sum(len(ids) for ids in lm.tokenizer([q.prompt for q in questions])["input_ids"])
-    plan = lm.last_plan if way == "packed" else None
+    scores, encoding, scoring, encoded = _run(way, questions)
+    peak = torch.cuda.max_memory_allocated() if cuda else None
+    length = {context: len(ids) for (context, _), ids, _ in encoded}
+    tokens = sum(length[q.prompt] for q in questions)
+    logprobs = [[scores[q.prompt, f" {letter}"] for letter in LETTERS] for q in questions]
     return (
         Measurement(
-            name,
+            way.name,
             len(questions),
-            seconds,
+            encoding,
+            scoring,
             tokens,
-            plan.computed_tokens if plan is not None else tokens,
-            tokens / seconds,
-            torch.cuda.max_memory_allocated() if cuda else None,
+            way.computed_tokens() or tokens,
+            peak,
+            sum(map(is_tie, logprobs)),
         ),
-        scores,
+        logprobs,
     )
 
 
-def _baseline_seconds(baseline: Measurement, other: Measurement) -> float:
-    return baseline.seconds * other.prompt_tokens / baseline.prompt_tokens
-
-
-def _relate(
-    packed: Measurement,
-    found: dict[Pair, float],
-    baseline: Measurement,
-    expected: dict[Pair, float],
-    sample: Sequence[Question],
+def _compare(
+    measured: Measurement,
+    found: Sequence[Sequence[float]],
+    expected: Sequence[Sequence[float]],
+    questions: Sequence[Question],
 ) -> None:
-    packed.ratio = _baseline_seconds(baseline, packed) / packed.seconds
-    packed.largest_difference = max(abs(found[pair] - expected[pair]) for pair in expected)
-    same = 0
-    for question in sample:
-        pairs = _pairs([question])
-        same += max(pairs, key=found.__getitem__) == max(pairs, key=expected.__getitem__)
-    packed.same_predictions = same / len(sample)
+    measured.largest_difference = max(
+        abs(a - b)
+        for mine, theirs in zip(found, expected, strict=True)
+        for a, b in zip(mine, theirs, strict=True)
+    )
+    mine, theirs = list(map(predict, found)), list(map(predict, expected))
+    count = len(questions)
+    measured.same_predictions = sum(a == b for a, b in zip(mine, theirs, strict=True)) / count
+    right = [
+        sum(letter == q.answer for letter, q in zip(letters, questions, strict=True))
+        for letters in (mine, theirs)
+    ]
+    measured.accuracy_difference = (right[0] - right[1]) / count
 
 
 def report(measurements: Sequence[Measurement], title: str) -> str:
@@ -186,20 +262,32 @@ def report(measurements: Sequence[Measurement], title: str) -> str:
     lines = [
         title,
         "",
-        "| | questions | seconds | prompt tokens/s | computed tokens | ratio | peak GiB | "
-        "largest difference | same prediction |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| | questions | encoding, s | scoring, s | prompt tokens | computed tokens | ratio | "
+        "ratio of scoring | peak GiB | largest difference, nats | same prediction | accuracy | "
+        "ties |",
+        "|---|" + "---:|" * 12,
     ]
     for m in measurements:
-        peak = "–" if m.peak_allocated_bytes is None else f"{m.peak_allocated_bytes / 2**30:.2f}"
-        far = "–" if m.largest_difference is None else f"{m.largest_difference:.2g}"
-        same = "–" if m.same_predictions is None else f"{100 * m.same_predictions:.2f}%"
-        ratio = "–" if m.ratio is None else f"{m.ratio:.2f}"
-        lines.append(
-            f"| {m.name} | {m.questions:,} | {m.seconds:.1f} | {m.prompt_tokens_per_second:,.0f} | "
-            f"{m.computed_tokens:,} | {ratio} | {peak} | {far} | {same} |"
-        )
+        cells = [
+            f"{m.questions:,}",
+            f"{m.encoding_seconds:.1f}",
+            f"{m.scoring_seconds:.1f}",
+            f"{m.prompt_tokens:,}",
+            f"{m.computed_tokens:,}",
+            f"{m.ratio:.2f}",
+            f"{m.scoring_ratio:.2f}",
+            _shown(m.peak_allocated_bytes, lambda v: f"{v / 2**30:.2f}"),
+            _shown(m.largest_difference, lambda v: f"{v:.2g}"),
+            _shown(m.same_predictions, lambda v: f"{100 * v:.2f}%"),
+            _shown(m.accuracy_difference, lambda v: f"{100 * v:+.2f} points"),
+            f"{m.ties:,}",
+        ]
+        lines.append(f"| {m.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _shown(value: float | None, form: Callable[[float], str]) -> str:
+    return "–" if value is None else form(value)
 
 
 def run(
@@ -213,6 +301,7 @@ def run(
     batch_size: int,
     dtype: str,
     pack_tokens: int | None,
+    margin_batch_size: int | None,
     baseline_questions: int | None,
     adapter_rank: int | None,
     kernels: str,
@@ -227,10 +316,11 @@ def run(
         folder: Where it is, or None.
         subjects: Only these, or None.
         rows: At most so many of each subject, or None.
-        batch_size: Of HFLM's path.
+        batch_size: Of lm-eval's `hf`.
         dtype: Compute dtype.
         pack_tokens: Most tokens in a pack, or None for what fits.
-        baseline_questions: Sample size for HFLM's path, or None.
+        margin_batch_size: A second batch size of `hf`, or None.
+        baseline_questions: Sample size for `hf`, or None.
         adapter_rank: Rank of a random adapter to measure as well, or None.
         kernels: "auto" or "none".
         output: JSON file to write, or None.
@@ -244,10 +334,16 @@ def run(
         batch_size=batch_size,
         device=device,
         pack_tokens=pack_tokens,
-        kernels=kernels,
+        kernels="none",
     )
     measurements = benchmark(
-        lm, questions, baseline_questions=baseline_questions, adapter_rank=adapter_rank
+        lm,
+        questions,
+        batch_size=batch_size,
+        margin_batch_size=margin_batch_size,
+        baseline_questions=baseline_questions,
+        adapter_rank=adapter_rank,
+        kernels=kernels,
     )
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     random_weights = ", random weights" if lm._source.random_weights else ""
@@ -255,7 +351,7 @@ def run(
     title += ", fused kernels" if lm._fused_kernels else ""
     if output is not None:
         record: dict[str, Any] = {
-            "schema_version": 1,
+            "schema_version": 2,
             "kind": "scoring_benchmark",
             "created": now(),
             "title": title,

@@ -1,9 +1,9 @@
-"""Texts to token ids as HFLM does it, each distinct text once, in batches.
+"""Texts to token ids as HFLM does it, each distinct piece of text once, in batches.
 
 HFLM encodes context and continuation together for every pair and splits the ids at the length of
-the context's own. Here a context is encoded once for all its continuations where that is provably
-the same: a continuation that starts with a space after a non-space, with a tokenizer none of whose
-tokens has a space behind a non-space, can't share a token with its context.
+the context's own. Here texts are cut where that provably changes nothing: between a non-space and
+a space, with a tokenizer none of whose tokens reaches over such a border. Few-shot prompts then
+fall into pieces that most of them share.
 """
 
 from __future__ import annotations
@@ -11,15 +11,21 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-_SAMPLE = 16
-_TAIL = 24
+_SAMPLE = 32
+_ANCHOR = 24
+_PIECE = 128
+_BORDER = re.compile(r"(?<=[^\s▁Ġ]) (?=[^\s▁Ġ])")
+
+Pair = tuple[str, str]
+Encoded = tuple[list[int], list[int]]
+Pieces = tuple[str, tuple[tuple[str, str], ...]]
 
 
-def encode_pairs(lm: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+def encode_pairs(lm: Any, pairs: Sequence[Pair]) -> list[Encoded]:
     """Encodes (context, continuation) pairs.
 
     Args:
@@ -29,42 +35,79 @@ def encode_pairs(lm: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[i
     Returns:
         Token ids of context and continuation, as `TemplateLM.loglikelihood` would give them.
     """
-    separable = _separable(lm.tokenizer)
     moved = [_move_spaces(context, continuation) for context, continuation in pairs]
-    contexts = _encode_distinct(lm, (context for context, _ in moved if context))
-    wholes = _encode_distinct(
-        lm,
-        (
-            context + continuation
-            for context, continuation in moved
-            if context and not (separable and _splits(context, continuation))
-        ),
-    )
-    tails: dict[tuple[str, str], list[int]] = {}
-    found = []
-    for context, continuation in moved:
-        if not context:
-            found.append(_without_context(lm, continuation))
-        elif context + continuation in wholes:
-            ids = contexts[context]
-            found.append((ids, wholes[context + continuation][len(ids) :]))
-        else:
-            key = (context[-_TAIL:], continuation)
-            if key not in tails:
-                before = lm.tok_encode(key[0], add_special_tokens=False)
-                both = lm.tok_encode(key[0] + continuation, add_special_tokens=False)
-                tails[key] = both[len(before) :]
-            found.append((contexts[context], tails[key]))
-    if tails and not _confirmed(lm, moved, found):
-        everything = _encode_distinct(lm, (c + k for c, k in moved if c))
-        found = [
-            (ids, everything[c + k][len(ids) :]) if c else (ids, continuation)
-            for (c, k), (ids, continuation) in zip(moved, found, strict=True)
-        ]
+    found = _by_pieces(lm, moved) if _separable(lm.tokenizer) else None
+    if found is None or not _confirmed(lm, moved, found):
+        found = _whole(lm, moved)
     return found
 
 
-def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
+def _whole(lm: Any, pairs: Sequence[Pair]) -> list[Encoded]:
+    """The plain rule, each distinct text once."""
+    texts = (text for c, k in pairs if c for text in (c, c + k))
+    ids = _encode_distinct(lm, texts)
+    return [(ids[c], ids[c + k][len(ids[c]) :]) if c else _without_context(lm, k) for c, k in pairs]
+
+
+def _by_pieces(lm: Any, pairs: Sequence[Pair]) -> list[Encoded] | None:
+    """Encodes distinct pieces and joins them; None if a piece is not what it is in its text."""
+    added = _added_tokens(lm.tokenizer)
+    pieces = {c: _cut(c, added) for c in dict.fromkeys(c for c, _ in pairs) if c}
+    alone = {pair for pair in pairs if pair[0] and _splits(*pair, added)}
+    wholes = {c + k: _cut(c + k, added) for c, k in pairs if c and (c, k) not in alone}
+    texts = [*pieces.values(), *wholes.values()]
+    heads = _encode_distinct(lm, (head for head, _ in texts))
+    last = {(_anchor(c), k) for c, k in alone}
+    tails = _encode_tails(lm, [*(tail for _, cut in texts for tail in cut), *last])
+    if tails is None:
+        return None
+
+    def join(head: str, cut: Sequence[tuple[str, str]]) -> list[int]:
+        ids = list(heads[head])
+        for tail in cut:
+            ids += tails[tail]
+        return ids
+
+    contexts = {text: join(*cut) for text, cut in pieces.items()}
+    both = {text: join(*cut) for text, cut in wholes.items()}
+    found = []
+    for context, continuation in pairs:
+        if not context:
+            found.append(_without_context(lm, continuation))
+            continue
+        ids = contexts[context]
+        if (context, continuation) in alone:
+            found.append((ids, tails[_anchor(context), continuation]))
+        else:
+            found.append((ids, both[context + continuation][len(ids) :]))
+    return found
+
+
+def _cut(text: str, added: re.Pattern[str] | None) -> Pieces:
+    """Cuts a text at the first border of a line, where the piece is long enough.
+
+    Returns:
+        The head, and the tails with the anchor of each: the word it is encoded behind.
+    """
+    places = []
+    if added is None or not added.search(text):
+        at = 0
+        while (line := text.find("\n", at + _PIECE)) >= 0:
+            border = _BORDER.search(text, line)
+            if border is None:
+                break
+            at = border.start()
+            places.append(at)
+    if not places:
+        return text, ()
+    ends = [*places[1:], len(text)]
+    return text[: places[0]], tuple(
+        (_anchor(text[max(0, start - _ANCHOR) : start]), text[start:stop])
+        for start, stop in zip(places, ends, strict=True)
+    )
+
+
+def _move_spaces(context: str, continuation: str) -> Pair:
     """Moves spaces from the end of the context to the continuation, as HFLM does."""
     stripped = context.rstrip()
     if not context or len(stripped) == len(context):
@@ -72,8 +115,10 @@ def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
     return stripped, context[len(stripped) :] + continuation
 
 
-def _splits(context: str, continuation: str) -> bool:
-    return continuation.startswith(" ") and continuation[1:2].strip() != ""
+def _splits(context: str, continuation: str, added: re.Pattern[str] | None) -> bool:
+    if not _BORDER.match(context[-1] + continuation[:2], 1):
+        return False
+    return added is None or not (added.search(continuation) or added.search(context))
 
 
 def _separable(tokenizer: Any) -> bool:
@@ -87,7 +132,37 @@ def _separable(tokenizer: Any) -> bool:
     return not any(crossing.search(token) for token in tokenizer.get_vocab())
 
 
-def _encode_distinct(lm: Any, texts: Iterator[str]) -> dict[str, list[int]]:
+def _added_tokens(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds tokens that stand outside the vocabulary and may swallow the spaces around them."""
+    contents = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    return re.compile("|".join(map(re.escape, contents))) if contents else None
+
+
+def _anchor(context: str) -> str:
+    """What a tail is encoded behind, in place of all that is before it."""
+    words = context[-_ANCHOR:].split()
+    return words[-1] if words else context[-1:]
+
+
+def _encode_tails(lm: Any, tails: Iterable[Pair]) -> dict[Pair, list[int]] | None:
+    """The ids that texts add behind an anchor; None if the anchor's own ids change."""
+    distinct = list(dict.fromkeys(tails))
+    if not distinct:
+        return {}
+    texts = list(dict.fromkeys(t for word, tail in distinct for t in (word, word + tail)))
+    with _parallel():
+        encoded = lm.tokenizer(texts, return_attention_mask=False, add_special_tokens=False)
+    ids = dict(zip(texts, encoded["input_ids"], strict=True))
+    found = {}
+    for word, tail in distinct:
+        before, whole = ids[word], ids[word + tail]
+        if whole[: len(before)] != before:
+            return None
+        found[word, tail] = whole[len(before) :]
+    return found
+
+
+def _encode_distinct(lm: Any, texts: Iterable[str]) -> dict[str, list[int]]:
     distinct = list(dict.fromkeys(texts))
     bos = lm.tokenizer.decode(lm.prefix_token_id)
     # HFLM adds no second BOS to a text that begins with one; such texts go its own way.
@@ -117,24 +192,15 @@ def _parallel() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _without_context(lm: Any, continuation: str) -> tuple[list[int], list[int]]:
+def _without_context(lm: Any, continuation: str) -> Encoded:
     """An empty context is the prefix token, unless the continuation begins with it."""
     ids = lm.tok_encode(continuation, add_special_tokens=False)
     prefix = lm.prefix_token_id
     return ([prefix], ids) if prefix != ids[0] else (ids[:1], ids[1:])
 
 
-def _confirmed(
-    lm: Any,
-    pairs: Sequence[tuple[str, str]],
-    found: Sequence[tuple[list[int], list[int]]],
-) -> bool:
+def _confirmed(lm: Any, pairs: Sequence[Pair], found: Sequence[Encoded]) -> bool:
     """Checks a sample against the plain rule: a tokenizer may do what its vocabulary hides."""
-    for i in random.Random(0).sample(range(len(pairs)), min(_SAMPLE, len(pairs))):
-        context, continuation = pairs[i]
-        if context:
-            whole = lm.tok_encode(context + continuation)
-            ids = lm.tok_encode(context)
-            if (ids, whole[len(ids) :]) != found[i]:
-                return False
-    return True
+    chosen = random.Random(0).sample(range(len(pairs)), min(_SAMPLE, len(pairs)))
+    sample = [pairs[i] for i in chosen]
+    return _whole(lm, sample) == [found[i] for i in chosen]

@@ -44,6 +44,15 @@ def load_subject(
     return {"test": datasets.Dataset.from_dict(columns)}
 
 
+def answer_index(doc: Mapping[str, Any]) -> int:
+    """Returns the place of the right answer among A to D.
+
+    Args:
+        doc: A row of `load_subject`.
+    """
+    return LETTERS.index(doc["output"])
+
+
 def process_results(
     doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]
 ) -> dict[str, float]:

@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from qlora_harness.model.kernels import fused_rotary
 from qlora_harness.score.prefix_tree import Pack, Segment
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 ATTENTION = "qlora_harness_tree"
-_BLOCK = 128
+BLOCK = 128
 
 # Decoders whose whole attention goes through transformers' attention interface, causal, with
 # positions given by position_ids. Others fall back to HFLM's own path.
@@ -94,26 +94,20 @@ def why_unsupported(config: Any) -> str | None:
     return None
 
 
-def use_fused_kernels(model: torch.nn.Module) -> bool:
-    """Replaces norms, gated products and rotary embeddings by Liger's fused kernels, on CUDA.
+class Running:
+    """A pack that was started; on a GPU it may still be at work.
 
     Args:
-        model: A causal language model, with or without a PEFT adapter.
-
-    Returns:
-        Whether it was done: liger-kernel is installed and knows the architecture.
+        logprobs: Log-probabilities on the device, [R].
+        greedy: On the device, [R] bool.
     """
-    whole: Any = model
-    base = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
-    if base.device.type != "cuda" or find_spec("liger_kernel") is None:
-        return False
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(base.config.model_type)
-    if apply is None:
-        return False
-    apply(cross_entropy=False, fused_linear_cross_entropy=False, model=base)
-    return True
+    def __init__(self, logprobs: torch.Tensor, greedy: torch.Tensor) -> None:
+        self._logprobs, self._greedy = logprobs, greedy
+
+    def reads(self) -> Reads:
+        """Waits for the pack and returns what was read."""
+        return Reads(self._logprobs.double().cpu().numpy(), self._greedy.cpu().numpy())
 
 
 class PackedModel:
@@ -144,7 +138,11 @@ class PackedModel:
         self._device = next(model.parameters()).device
         self._flex = self._device.type == "cuda" if flex is None else flex
 
-    @torch.inference_mode()
+    @property
+    def overlaps(self) -> bool:
+        """Whether the device works on while the next pack is made ready."""
+        return self._device.type == "cuda"
+
     def read(self, pack: Pack, pad_to: int | None = None) -> Reads:
         """Runs one pack and reads the log-probabilities asked of it.
 
@@ -152,34 +150,49 @@ class PackedModel:
             pack: From `prefix_tree.plan`.
             pad_to: Length to fill the pack up to, so that GPU kernels are built once.
         """
+        return self.start(pack, pad_to).reads()
+
+    @torch.inference_mode()
+    def start(self, pack: Pack, pad_to: int | None = None) -> Running:
+        """Starts one pack, on a GPU without waiting for it.
+
+        Args:
+            pack: From `prefix_tree.plan`.
+            pad_to: Length to fill the pack up to, so that GPU kernels are built once.
+        """
         size = max(len(pack.tokens), pad_to or 0)
-        tokens = _filled(pack.tokens, size, 0)
-        positions = _filled(pack.positions, size, 0)
         mask = None
         if self._flex:
+            size = -(-size // BLOCK) * BLOCK
             # A token of the filling has no descendants: only itself sees it.
             alone = np.arange(len(pack.tokens) + 1, size + 1, dtype=np.int32)
-            mask = _block_mask(np.concatenate([pack.end, alone]), self._device)
+            mask = block_mask(np.concatenate([pack.end, alone]), self._device)
         segments = pack.segments
         if size > len(pack.tokens) and not self._flex:
             segments = (*segments, Segment(len(pack.tokens), size, ()))
+        tokens = self._moved(_filled(pack.tokens, size, 0))
+        positions = self._moved(_filled(pack.positions, size, 0))
+        # Choices of one question read the same place: the head runs once for them.
+        places, which = np.unique(pack.read_at, return_inverse=True)
+        at, back, asked = map(self._moved, (places, which, pack.read_token))
         with _attending(self._model, _Tree(segments, mask)):
             hidden = self._decoder(
-                input_ids=torch.from_numpy(tokens)[None].to(self._device, torch.int64),
-                position_ids=torch.from_numpy(positions)[None].to(self._device, torch.int64),
-                use_cache=False,
+                input_ids=tokens[None], position_ids=positions[None], use_cache=False
             )[0][0]
-        places = torch.from_numpy(pack.read_at).to(self._device, torch.int64)
-        asked = torch.from_numpy(pack.read_token).to(self._device, torch.int64)
-        # Choices of one question read the same place: the head runs once for them.
-        distinct, which = torch.unique(places, return_inverse=True)
-        logits = self._head(hidden[distinct]) / self._logits_scaling
+        logits = self._head(hidden[at]) / self._logits_scaling
         logprobs = torch.log_softmax(logits, dim=-1, dtype=self._softmax_dtype)
-        greedy = logprobs.argmax(dim=-1)[which] == asked
-        return Reads(
-            logprobs[which, asked].double().cpu().numpy(),
-            greedy.cpu().numpy(),
-        )
+        greedy = logprobs.argmax(dim=-1)[back] == asked
+        return Running(logprobs[back, asked], greedy)
+
+    def _moved(self, values: Any) -> torch.Tensor:
+        """Integers on the device, as int64; without waiting for the device."""
+        return _to_device(torch.from_numpy(values.astype(np.int64)), self._device)
+
+
+def _to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def _filled(values: Any, size: int, filler: int) -> Any:
@@ -196,7 +209,8 @@ def _attending(model: Any, tree: _Tree) -> Iterator[None]:
     model.set_attn_implementation(ATTENTION)
     _active = tree
     try:
-        yield
+        with fused_rotary(model):
+            yield
     finally:
         _active = None
         model.set_attn_implementation(before)
@@ -283,16 +297,51 @@ def _flex(compiled: bool) -> Callable[..., torch.Tensor]:
     return torch.compile(function, dynamic=False) if compiled else function
 
 
-def _block_mask(end: Any, device: torch.device) -> BlockMask:
-    """FlexAttention's mask of a pack: q sees k when k <= q < end[k]."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def block_mask(end: Any, device: torch.device) -> BlockMask:
+    """Returns FlexAttention's mask of a pack: q sees k when k <= q < end[k].
 
-    ends = torch.from_numpy(end).to(device)
+    What create_block_mask would find by trying all pairs follows from the largest and the smallest
+    end in each block of keys.
+
+    Args:
+        end: Place after the subtree of each token, [T] int32.
+        device: Where the mask is used.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    size = len(end)
+    blocks = -(-size // BLOCK)
+    filled = np.full(blocks * BLOCK, 0, dtype=np.int32)
+    filled[:size] = end
+    by_block = filled.reshape(blocks, BLOCK)
+    number = np.arange(blocks)
+    first = number[:, None] * BLOCK
+    earlier = number[None, :] < number[:, None]
+    some = (earlier & (by_block.max(axis=1)[None, :] > first)) | (number[:, None] == number)
+    every = earlier & (by_block.min(axis=1)[None, :] >= first + BLOCK)
+    ends = _to_device(torch.from_numpy(filled), device)
 
     def sees(batch: Any, head: Any, q: Any, k: Any) -> Any:
         return (k <= q) & (q < ends[k])
 
-    size = len(end)
-    return create_block_mask(
-        sees, B=None, H=None, Q_LEN=size, KV_LEN=size, device=device, BLOCK_SIZE=_BLOCK
+    partial, whole = (
+        [_to_device(torch.from_numpy(values)[None, None], device) for values in _ordered(blocks)]
+        for blocks in (some & ~every, every)
+    )
+    return BlockMask.from_kv_blocks(
+        partial[0],
+        partial[1],
+        whole[0],
+        whole[1],
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(size, size),
+    )
+
+
+def _ordered(blocks: Any) -> tuple[Any, Any]:
+    """Number of blocks of keys of each block of queries, and their places, those first."""
+    return (
+        blocks.sum(axis=1).astype(np.int32),
+        np.argsort(~blocks, axis=1, kind="stable").astype(np.int32),
     )

@@ -122,7 +122,7 @@ def plan(queries: Sequence[Query], *, pack_tokens: int, window: int) -> Plan:
         first = last
     return Plan(
         tuple(packs),
-        sum(len(_input(query, window)) for query in queries),
+        sum(min(window, len(q.context) + len(q.continuation) - 1) for q in queries),
         sum(len(row.tokens) - common for row, common in zip(rows, shared, strict=True)),
         sum(len(pack.tokens) for pack in packs),
         truncated,
@@ -131,19 +131,25 @@ def plan(queries: Sequence[Query], *, pack_tokens: int, window: int) -> Plan:
 
 def _input(query: Query, window: int) -> Sequence[int]:
     """What the model reads: all but the last token, cut on the left to the window."""
-    whole = [*query.context, *query.continuation]
-    return whole[-(window + 1) :][:-1]
+    whole = [*query.context, *query.continuation[:-1]]
+    return whole[-window:]
 
 
 def _distinct_rows(queries: Sequence[Query], window: int) -> tuple[list[_Row], tuple[int, ...]]:
     """The distinct inputs in lexicographic order of their tokens."""
     by_input: dict[bytes, list[int]] = {}
     truncated = []
+    # Choices of one token have the input in common, and mostly the very list of its tokens.
+    known: dict[tuple[int, tuple[int, ...]], bytes] = {}
     for number, query in enumerate(queries):
         if len(query.context) + len(query.continuation) > window + 1:
             truncated.append(number)
-        # Big-endian, so that bytes sort as the token ids do.
-        key = np.asarray(_input(query, window), dtype=">u4").tobytes()
+        short = (id(query.context), tuple(query.continuation[:-1]))
+        key = known.get(short)
+        if key is None:
+            # Big-endian, so that bytes sort as the token ids do.
+            key = np.asarray(_input(query, window), dtype=">u4").tobytes()
+            known[short] = key
         by_input.setdefault(key, []).append(number)
     rows = [
         _Row(np.frombuffer(key, dtype=">u4").astype(np.int32), tuple(by_input[key]))

@@ -1,0 +1,56 @@
+"""The scoring benchmark as a command: both ways agree, and the table says what the JSON says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_harness.cli import main
+
+
+def test_benchmark_scores_both_ways_alike(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "benchmark.json"
+    words = ["benchmark-scoring", "--model", str(tiny_llama), "--dtype", "float32"]
+    words += ["--file", "five_shot_mmlu_demo.json", "--rows", "2", "--batch-size", "4"]
+    words += ["--margin-batch-size", "1", "--adapter-rank", "4", "--json", str(output)]
+    assert main(words) == 0
+    record = json.loads(output.read_text())
+    baseline, other, packed, adapted = record["measurements"]
+    assert [m["name"] for m in record["measurements"]] == [
+        "lm-eval hf, batch size 4",
+        "lm-eval hf, batch size 1",
+        "packed",
+        "packed, unmerged adapter of rank 4",
+    ]
+    assert baseline["largest_difference"] is None
+    for measured in (other, packed):
+        assert measured["largest_difference"] < 1e-4
+        assert measured["same_predictions"] == 1.0
+        assert measured["accuracy_difference"] == 0.0
+    assert packed["prompt_tokens"] == baseline["prompt_tokens"]
+    assert packed["computed_tokens"] < packed["prompt_tokens"]
+    seconds = [m["encoding_seconds"] + m["scoring_seconds"] for m in record["measurements"]]
+    assert packed["ratio"] == pytest.approx(seconds[0] / seconds[2])
+    assert adapted["ratio"] == pytest.approx(seconds[0] / seconds[3])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == record["title"]
+    (row,) = (line for line in printed if line.startswith("| packed |"))
+    assert row.split("|")[2].strip() == str(packed["questions"])
+    assert f"{packed['computed_tokens']:,}" in row
+
+
+def test_baseline_on_a_sample_is_scaled(tiny_llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "benchmark.json"
+    words = ["benchmark-scoring", "--model", str(tiny_llama), "--dtype", "float32"]
+    words += ["--file", "five_shot_mmlu_demo.json", "--rows", "2", "--batch-size", "4"]
+    assert main([*words, "--baseline-questions", "3", "--json", str(output)]) == 0
+    baseline, packed = json.loads(output.read_text())["measurements"]
+    assert baseline["questions"] == 3
+    scale = packed["prompt_tokens"] / baseline["prompt_tokens"]
+    assert packed["scoring_ratio"] == pytest.approx(
+        baseline["scoring_seconds"] * scale / packed["scoring_seconds"]
+    )
