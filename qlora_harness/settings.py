@@ -125,6 +125,11 @@ class LoraSettings:
     lora_targets: str = _setting(
         "all-linear", "layers that get an adapter: all-linear (no output head) or a comma list"
     )
+    adapter_dtype: str = _setting(
+        "float32",
+        "dtype of the adapter's weights and gradients; bfloat16 halves their memory",
+        choices=["float32", "bfloat16"],
+    )
 
 
 @dataclass(frozen=True)
@@ -152,8 +157,18 @@ class OptimizationSettings:
     weight_decay: float = _setting(0.0, "decoupled weight decay")
     max_grad_norm: float = _setting(0.3, "gradients are clipped to this norm")
     group_by_length: bool = _setting(True, "put examples of like length into one batch")
-    gradient_checkpointing: bool = _setting(
-        True, "recompute activations in the backward pass: less memory, more time"
+    checkpointing: str = _setting(
+        "full",
+        "activations that the backward pass computes again, to save memory: none, selective (the "
+        "large ones of the MLP), full (all but each layer's input), offload (full, and the inputs "
+        "wait in host memory)",
+        choices=["none", "selective", "full", "offload"],
+    )
+    kernels: str = _setting(
+        "auto",
+        "auto: fused layers and rows without padding, for LLaMA-type models; none: PEFT's own "
+        "modules and padded batches",
+        choices=["auto", "none"],
     )
     seed: int = _setting(0, "seed of weights, dropout, data order and split")
 

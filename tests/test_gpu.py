@@ -121,3 +121,53 @@ def test_scoring_on_the_gpu_agrees_with_the_cpu(tiny_llama: Path, quant: str) ->
         )
         found[device] = [logprob for logprob, _ in lm.loglikelihood(requests, disable_tqdm=True)]
     assert found["cuda"] == pytest.approx(found["cpu"], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "offload"])
+def test_fused_step_in_float32_equals_peft(kind: str, checkpointing: str) -> None:
+    from test_fused import adapted, install, texts, tiny
+
+    model = adapted(tiny(kind)).cuda()
+    rows = texts([9, 3, 20, 1, 14])
+    wanted = gpu_step(model, rows, packed=False)
+    install(model, checkpointing)
+    found = gpu_step(model, rows, packed=True)
+    assert found[0] == pytest.approx(wanted[0], abs=1e-4)
+    for name, gradient in wanted[1].items():
+        assert (found[1][name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "offload"])
+def test_fused_step_in_bfloat16_is_near_peft(checkpointing: str, dropout: float) -> None:
+    import torch
+    from test_fused import adapted, install, texts, tiny
+
+    model = adapted(tiny("llama").to(torch.bfloat16), dropout=dropout).cuda()
+    rows = texts([9, 3, 20, 33, 14])
+    wanted = gpu_step(model, rows, packed=False)
+    install(model, checkpointing)
+    found = gpu_step(model, rows, packed=True)
+    assert found[0] == pytest.approx(wanted[0], rel=0.01 if not dropout else 0.3)
+    for name, gradient in wanted[1].items():
+        likeness = torch.nn.functional.cosine_similarity(
+            found[1][name].flatten(), gradient.flatten(), dim=0
+        )
+        assert likeness > (0.99 if not dropout else 0.0), name
+
+
+def gpu_step(model: Any, rows: Any, *, packed: bool) -> Any:
+    import torch
+    from accelerate.utils import send_to_device
+    from test_fused import gradients
+
+    from qlora_harness.train.batches import pack_batch, pad_batch
+
+    half = next(model.parameters()).dtype == torch.bfloat16
+    batch = send_to_device(pack_batch(rows) if packed else pad_batch(rows, 0), "cuda")
+    count = (batch["labels"][:, 1:] != -100).sum()
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=half):
+        loss = model(**batch, num_items_in_batch=count).loss
+    loss.backward()
+    return float(loss.detach()), gradients(model)

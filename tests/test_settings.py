@@ -44,7 +44,7 @@ PUBLISHED = {
     "weight_decay": 0.0,
     "max_grad_norm": 0.3,
     "group_by_length": True,
-    "gradient_checkpointing": True,
+    "checkpointing": "full",
     "seed": 0,
 }
 
@@ -61,6 +61,8 @@ OURS = {
     "grad_accum": 16,
     "eval_batch_size": 8,
     "warmup_ratio": 0.0,
+    "adapter_dtype": "float32",
+    "kernels": "auto",
     "output_dir": None,
     "save_steps": 250,
     "resume": "auto",

@@ -60,7 +60,7 @@ def train(tiny_llama: Path, rows: Path) -> Train:
             "batch_size": 4,
             "grad_accum": 1,
             "optimizer": "adamw_torch",
-            "gradient_checkpointing": False,
+            "checkpointing": "none",
             "max_length": 96,
             "lora_dropout": 0,
             "lora_r": 4,
@@ -143,6 +143,7 @@ def loss_of(model: Any, examples: list[Example]) -> float:
 # --- one run of each arm --------------------------------------------------------------------------
 
 SUMMARY_KEYS = {
+    "computation",
     "schema_version", "kind", "status", "arm", "quant", "started", "finished", "model", "process",
     "quantization", "settings", "data", "environment", "failure", "results", "memory", "runtime",
     "throughput",
@@ -356,8 +357,8 @@ def test_accumulation_equals_one_large_batch(train: Train, quant: str) -> None:
 
 
 def test_checkpointing_changes_memory_not_numbers(train: Train) -> None:
-    assert train(quant="nf4", output_dir="with", gradient_checkpointing=True) == 0
-    assert train(quant="nf4", output_dir="without", gradient_checkpointing=False) == 0
+    assert train(quant="nf4", output_dir="with", checkpointing="full") == 0
+    assert train(quant="nf4", output_dir="without", checkpointing="none") == 0
     assert losses("with") == pytest.approx(losses("without"), abs=1e-5)
 
 
@@ -375,7 +376,7 @@ def test_published_optimizer_and_dtype_run_on_the_cpu(train: Train) -> None:
             output_dir="run",
             compute_dtype="bfloat16",
             optimizer="paged_adamw_32bit",
-            gradient_checkpointing=True,
+            checkpointing="full",
             max_steps=2,
         )
         == 0
@@ -448,6 +449,7 @@ def test_arguments_of_the_published_recipe(tmp_path: Path) -> None:
         report_to="none",
         compute_dtype="bfloat16",
         use_cpu=True,
+        fused=False,
     )
     stated = {
         "max_steps": 1875,

@@ -23,12 +23,18 @@ RECORD_FILE = "qlora_harness.json"
 
 
 def attach_lora(
-    model: PreTrainedModel, *, r: int, alpha: float, dropout: float, targets: str
+    model: PreTrainedModel,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    targets: str,
+    dtype: str = "float32",
 ) -> PeftModel:
     """Attaches a fresh LoRA adapter to a frozen base model.
 
-    The adapter's weights are float32 on every base (PEFT's default), so both arms learn alike; the
-    update is zero until the first step.
+    The adapter's weights have the same dtype on every base, so both arms learn alike; the update
+    is zero until the first step.
 
     Args:
         model: From `load_base`.
@@ -37,10 +43,12 @@ def attach_lora(
         dropout: Probability, on the adapter's input.
         targets: "all-linear" (every linear layer but the output head) or a comma list of layer
             names.
+        dtype: Of the adapter's weights, "float32" (PEFT's default) or "bfloat16".
 
     Raises:
         SettingsError: No layer has such a name.
     """
+    import torch
     from peft import LoraConfig, get_peft_model
 
     names = targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
@@ -61,7 +69,7 @@ def attach_lora(
             )
     try:
         with _quiet():
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         if "not found in the base model" in str(error):
             raise SettingsError(
@@ -69,6 +77,10 @@ def attach_lora(
                 "Name layers such as q_proj,v_proj, or all-linear",
             ) from None
         raise
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    return adapted
 
 
 @contextmanager

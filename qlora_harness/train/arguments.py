@@ -51,6 +51,7 @@ def training_arguments(
     report_to: str,
     compute_dtype: str,
     use_cpu: bool,
+    fused: bool,
 ) -> TrainingArguments:
     """Builds the TrainingArguments of a run; every value that matters is stated, none inherited.
 
@@ -62,6 +63,7 @@ def training_arguments(
         report_to: "none", "tensorboard" or "wandb".
         compute_dtype: "bfloat16" (autocast) or "float32".
         use_cpu: Whether to stay on the CPU.
+        fused: Whether fused layers do the checkpointing themselves.
     """
     from transformers import TrainingArguments
 
@@ -105,7 +107,7 @@ def training_arguments(
     names = {f.name for f in dataclasses.fields(TrainingArguments)}
     # transformers 5.2x renames gradient_checkpointing to activation_checkpointing.
     kind = "activation" if "activation_checkpointing" in names else "gradient"
-    values[f"{kind}_checkpointing"] = optimization.gradient_checkpointing
+    values[f"{kind}_checkpointing"] = optimization.checkpointing == "full" and not fused
     values[f"{kind}_checkpointing_kwargs"] = {"use_reentrant": False}
     by_length = optimization.group_by_length
     values["train_sampling_strategy"] = "group_by_length" if by_length else "random"

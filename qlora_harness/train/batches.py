@@ -51,6 +51,41 @@ def pad_batch(rows: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, to
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+def pack_batch(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
+    """Lays rows one after the other, without padding; none of them sees another.
+
+    Args:
+        rows: `input_ids` and `labels` of equal length per row.
+
+    Returns:
+        `input_ids`, `position_ids` and `labels`, each [1, T] int64, where positions start anew in
+        each row and a row's first label is -100, as nothing comes before it; `shift_labels`,
+        [1, T]: the label of the token after each, -100 at the end of a row; `read_at` and
+        `read_token`, [R] int64: where a token is learned, and which; `borders`, [N + 1] int32, and
+        `starts`, the same as a tuple: where rows begin and the last ends; `longest`: tokens of the
+        longest row.
+    """
+    input_ids = [token for row in rows for token in row["input_ids"]]
+    positions = [place for row in rows for place in range(len(row["input_ids"]))]
+    labels = [label for row in rows for label in (IGNORE, *row["labels"][1:])]
+    shifted = torch.tensor([*labels[1:], IGNORE], dtype=torch.int64)
+    starts = [0]
+    for row in rows:
+        starts.append(starts[-1] + len(row["input_ids"]))
+    read_at = torch.nonzero(shifted != IGNORE).squeeze(1)
+    return {
+        "input_ids": torch.tensor([input_ids], dtype=torch.int64),
+        "position_ids": torch.tensor([positions], dtype=torch.int64),
+        "labels": torch.tensor([labels], dtype=torch.int64),
+        "shift_labels": shifted[None],
+        "read_at": read_at,
+        "read_token": shifted[read_at],
+        "borders": torch.tensor(starts, dtype=torch.int32),
+        "starts": tuple(starts),
+        "longest": max(len(row["input_ids"]) for row in rows),
+    }
+
+
 def padding_id(tokenizer: Any) -> int:
     """Returns an id to pad with: the tokenizer's pad, unknown or end token, or 0.
 

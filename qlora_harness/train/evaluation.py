@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 
 from qlora_harness.data.chat import IGNORE, Example
-from qlora_harness.train.batches import ExampleSet, pad_batch
+from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,6 +47,7 @@ def evaluate_loss(
     pad_id: int,
     accelerator: Accelerator,
     autocast_dtype: torch.dtype | None,
+    fused: bool = False,
 ) -> EvaluationLoss:
     """Computes the loss over examples, divided among the processes.
 
@@ -59,6 +61,7 @@ def evaluate_loss(
         pad_id: See `pad_batch`.
         accelerator: Knows the device and the other processes.
         autocast_dtype: Compute dtype, or None for that of the weights.
+        fused: Whether the model takes rows without padding.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
@@ -75,6 +78,11 @@ def evaluate_loss(
     with torch.no_grad(), context:
         for start in range(0, len(mine), batch_size):
             rows = [mine[i] for i in range(start, min(start + batch_size, len(mine)))]
+            if fused:
+                packed = send_to_device(pack_batch(rows), device)
+                nll = model(**packed, num_items_in_batch=1).loss
+                total += torch.tensor([nll.item(), len(packed["read_token"])], dtype=torch.float64)
+                continue
             batch = {k: v.to(device) for k, v in pad_batch(rows, pad_id).items()}
             labels = batch.pop("labels")[:, 1:]
             logits = model(**batch, use_cache=False).logits[:, :-1]

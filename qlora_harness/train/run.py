@@ -26,6 +26,8 @@ from qlora_harness.errors import (
     SettingsError,
     TrainingError,
 )
+from qlora_harness.fused.model import install, why_not_fused
+from qlora_harness.fused.ops import has_kernels
 from qlora_harness.model.base import (
     BaseSource,
     find_base,
@@ -52,7 +54,7 @@ from qlora_harness.record import (
 )
 from qlora_harness.settings import Settings
 from qlora_harness.train.arguments import planned_steps, training_arguments
-from qlora_harness.train.batches import ExampleSet, pad_batch, padding_id
+from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.evaluation import EvaluationLoss, evaluate_loss
 from qlora_harness.train.memory import MemoryMeter, summarise
 from qlora_harness.train.run_folder import StartingPoint, checkpoint_step, clear, inspect
@@ -221,13 +223,33 @@ class _Run:
         self.base_fingerprint = weights_fingerprint(model)
         torch.manual_seed(settings.optimization.seed)
         lora = settings.lora
-        return attach_lora(
+        model = attach_lora(
             model,
             r=lora.lora_r,
             alpha=lora.lora_alpha,
             dropout=lora.lora_dropout,
             targets=lora.lora_targets,
+            dtype=lora.adapter_dtype,
         )
+        self.fused = self._fuse(model)
+        return model
+
+    def _fuse(self, model: Any) -> bool:
+        """Gives the model fused layers where it can have them."""
+        optimization = self.settings.optimization
+        reason = why_not_fused(model) if optimization.kernels == "auto" else "--kernels none"
+        if reason is None:
+            install(model, optimization.checkpointing)
+            return True
+        if optimization.checkpointing in ("selective", "offload"):
+            raise SettingsError(
+                f"--checkpointing {optimization.checkpointing} needs fused layers, and "
+                f"{self.settings.model.model} has none: {reason}",
+                "Use --checkpointing full or none",
+            )
+        if optimization.kernels == "auto":
+            _say(self.state, f"PEFT's own modules and padded batches: {reason}")
+        return False
 
     def _begin(self, source: BaseSource, data: TrainingData, model: Any) -> None:
         """From here on the run folder is ours."""
@@ -244,6 +266,11 @@ class _Run:
                 "double_quant": settings.model.double_quant if quant.is_4bit else None,
                 "compute_dtype": settings.model.compute_dtype,
                 "parameter_dtypes": parameter_dtypes(model),
+            },
+            "computation": {
+                "fused_layers": self.fused,
+                "padding": "none" if self.fused else "right",
+                "liger_kernels": self.fused and self.device.type == "cuda" and has_kernels(),
             },
             "settings": settings.flat() | {"output_dir": str(self.run_dir)},
             "data": data.report,
@@ -268,6 +295,7 @@ class _Run:
             report_to=settings.run.report_to,
             compute_dtype=settings.model.compute_dtype,
             use_cpu=self.device.type == "cpu",
+            fused=self.fused,
         )
         self.earlier_rows = self._earlier_rows()
         log = self.log = StepLog(self.run_dir, self.memory, list(self.earlier_rows))
@@ -280,7 +308,7 @@ class _Run:
             model=model,
             args=arguments,
             train_dataset=ExampleSet(data.train),
-            data_collator=partial(pad_batch, pad_id=pad),
+            data_collator=pack_batch if self.fused else partial(pad_batch, pad_id=pad),
             callbacks=[log, self.stop],
         )
         log.trainer = trainer
@@ -330,6 +358,7 @@ class _Run:
                     pad_id=pad,
                     accelerator=trainer.accelerator,
                     autocast_dtype=torch.bfloat16 if arguments.bf16 else None,
+                    fused=self.fused,
                 )
             if not math.isfinite(evaluation.perplexity):
                 raise TrainingError(

@@ -41,7 +41,8 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
         samples, items = super().get_batch_samples(*args, **kwargs)
         counts = torch.zeros(2, dtype=torch.int64, device=self.args.device)
         for batch in samples:
-            counts[0] += batch["attention_mask"].sum()
+            mask = batch.get("attention_mask")
+            counts[0] += batch["input_ids"].numel() if mask is None else mask.sum()
             counts[1] += (batch["labels"][:, 1:] != IGNORE).sum()
         self.step_tokens = counts
         return samples, items

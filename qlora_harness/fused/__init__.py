@@ -1,0 +1,1 @@
+"""A LLaMA-type decoder layer with LoRA as one differentiable function, on rows without padding."""

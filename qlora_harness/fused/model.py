@@ -1,0 +1,151 @@
+"""Lets a PEFT model of LLaMA's kind run its training pass through fused layers, in place.
+
+The adapter stays PEFT's: the same parameters, saved and loaded by PEFT. Only what `forward` does
+with a row (see `train.batches.pack_batch`) changes; any other input goes the model's own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import CausalLMOutput
+
+from qlora_harness.fused import ops
+from qlora_harness.fused.layer import CHECKPOINTING, FusedLayer
+from qlora_harness.fused.lora_group import LoraGroup, Projection
+from qlora_harness.fused.row import Row
+
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2"})
+
+
+def why_not_fused(model: Any) -> str | None:
+    """Returns why a model can't have fused layers, or None if it can.
+
+    Args:
+        model: A PEFT model with LoRA on a causal language model.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    config = model.get_base_model().config
+    if config.model_type not in MODEL_TYPES:
+        return f"model type {config.model_type!r} is not one of {', '.join(sorted(MODEL_TYPES))}"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return "it has sliding-window attention"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"its activation is {config.hidden_act}"
+    decoder = model.get_base_model().model
+    known = {id(m) for layer in decoder.layers for m in layer.modules()}
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if id(module) not in known:
+            return f"it has an adapter outside its layers ({name.rsplit('.', 1)[-1]})"
+        if list(module.lora_A) != ["default"] or any(module.use_dora.values()):
+            return "its adapter is not one plain LoRA"
+    return None
+
+
+def install(model: Any, checkpointing: str) -> None:
+    """Gives a model fused layers.
+
+    Args:
+        model: For which `why_not_fused` is None; from `attach_lora`.
+        checkpointing: One of `layer.CHECKPOINTING`.
+    """
+    assert checkpointing in CHECKPOINTING
+    base = model.get_base_model()
+    layers = [_fused_layer(layer, checkpointing) for layer in base.model.layers]
+    base.forward = _Forward(base, layers, base.forward)
+
+
+def uninstall(model: Any) -> None:
+    """Gives a model its own forward back.
+
+    Args:
+        model: On which `install` was called.
+    """
+    base = model.get_base_model()
+    base.forward = base.forward.own
+
+
+class _Forward:
+    """The model's forward; a row of texts goes through the fused layers."""
+
+    def __init__(self, base: Any, layers: list[FusedLayer], own: Callable[..., Any]) -> None:
+        self._base, self._layers, self.own = base, layers, own
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor | None = None,
+        borders: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        if borders is None:
+            return self.own(input_ids=input_ids, **options)
+        assert input_ids is not None
+        return self._row(input_ids, borders, **options)
+
+    def _row(
+        self,
+        input_ids: torch.Tensor,
+        borders: torch.Tensor,
+        *,
+        position_ids: torch.Tensor,
+        starts: tuple[int, ...],
+        longest: int,
+        read_at: torch.Tensor,
+        read_token: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **ignored: Any,
+    ) -> CausalLMOutput:
+        base, decoder = self._base, self._base.model
+        hidden = decoder.embed_tokens(input_ids)
+        cos, sin = decoder.rotary_emb(hidden, position_ids)
+        hidden = hidden[0]
+        row = Row(borders, starts, longest, cos[0].to(hidden.dtype), sin[0].to(hidden.dtype))
+        for layer in self._layers:
+            hidden = layer(hidden, row, training=base.training)
+        # The norm and the head run only where a token is learned.
+        with torch.autocast(hidden.device.type, enabled=False):
+            read = decoder.norm(hidden[read_at])
+            total = ops.summed_cross_entropy(read, base.lm_head.weight, read_token)
+        count = len(read_token) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutput(loss=total / count)
+
+
+def _fused_layer(layer: Any, checkpointing: str) -> FusedLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    size = attention.head_dim
+
+    def group(*modules: Any) -> LoraGroup:
+        return LoraGroup([_projection(m) for m in modules])
+
+    return FusedLayer(
+        layer.input_layernorm.weight,
+        layer.post_attention_layernorm.weight,
+        layer.input_layernorm.variance_epsilon,
+        attention.config.num_attention_heads,
+        size,
+        attention.scaling,
+        group(attention.q_proj, attention.k_proj, attention.v_proj),
+        group(attention.o_proj),
+        group(mlp.gate_proj, mlp.up_proj),
+        group(mlp.down_proj),
+        checkpointing,
+    )
+
+
+def _projection(module: Any) -> Projection:
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(module, LoraLayer):
+        return Projection(module, None, None, 0.0, 0.0)
+    return Projection(
+        module.base_layer,
+        module.lora_A["default"].weight,
+        module.lora_B["default"].weight,
+        float(module.scaling["default"]),
+        float(getattr(module.lora_dropout["default"], "p", 0.0)),
+    )

@@ -1,0 +1,312 @@
+"""Measures training steps of several ways in one process: same base, same data, same Trainer."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_callback import PrinterCallback
+
+from qlora_harness.data.chat import ChatEncoder, Example
+from qlora_harness.data.corpus import load_training_data
+from qlora_harness.errors import SettingsError
+from qlora_harness.fused.model import install, uninstall, why_not_fused
+from qlora_harness.model.base import find_base, is_out_of_memory, load_base, load_tokenizer
+from qlora_harness.model.lora import attach_lora
+from qlora_harness.record import environment, now, write_json
+from qlora_harness.settings import Settings, build_settings
+from qlora_harness.train.arguments import training_arguments
+from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
+from qlora_harness.train.memory import MemoryMeter
+from qlora_harness.train.trainer import CountingTrainer, StepLog
+
+_SHARED: dict[str, Any] = {
+    "batch_size": 16,
+    "grad_accum": 1,
+    "lora_dropout": 0.0,
+    "optimizer": "adamw_torch",
+    "group_by_length": False,
+}
+# What is changed from the published recipe, which is all defaults.
+WAYS: dict[str, dict[str, Any]] = {
+    "published": {"kernels": "none"},
+    "published-fused": {},
+    "peft-full": _SHARED | {"kernels": "none", "checkpointing": "full"},
+    "peft-none": _SHARED | {"kernels": "none", "checkpointing": "none"},
+    "fused-none": _SHARED | {"checkpointing": "none"},
+    "fused-selective": _SHARED | {"checkpointing": "selective"},
+    "fused-full": _SHARED | {"checkpointing": "full"},
+    "fused-offload": _SHARED | {"checkpointing": "offload"},
+    "fused-lean": _SHARED
+    | {"checkpointing": "offload", "optimizer": "paged_adamw_8bit", "adapter_dtype": "bfloat16"},
+    "fused-lean-1": _SHARED
+    | {
+        "batch_size": 1,
+        "checkpointing": "full",
+        "optimizer": "paged_adamw_8bit",
+        "adapter_dtype": "bfloat16",
+    },
+}
+
+
+@dataclass
+class StepMeasurement:
+    """Training steps of one way.
+
+    Attributes:
+        way: Its name in `WAYS`.
+        quant: How the base is held.
+        changes: What it changes from the published recipe.
+        steps: Steps that were timed.
+        tokens: Real tokens of all of them.
+        seconds: Of all of them.
+        tokens_per_second: tokens over seconds.
+        median_tokens_per_second: Median of the steps.
+        peak_allocated_bytes: On CUDA, else None.
+        peak_reserved_bytes: On CUDA, else None.
+        last_loss: Of the last step, nats.
+        ratio: tokens_per_second over that of the first way with the same quant.
+        failure: Why there are no numbers, or None.
+    """
+
+    way: str
+    quant: str
+    changes: dict[str, Any]
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    median_tokens_per_second: float = 0.0
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    last_loss: float | None = None
+    ratio: float | None = None
+    failure: str | None = None
+
+
+def run(
+    *,
+    model: str,
+    quants: Sequence[str],
+    ways: Sequence[str],
+    dataset: str,
+    max_length: int,
+    compute_dtype: str,
+    steps: int,
+    warm_up: int,
+    changes: dict[str, Any],
+    output: Path | None,
+) -> str:
+    """Measures and returns the table.
+
+    Args:
+        model: Base model.
+        quants: Of "nf4", "fp4", "bf16".
+        ways: Of `WAYS`.
+        dataset: As the launcher's --dataset; all languages are kept.
+        max_length: Longest example, tokens.
+        compute_dtype: "bfloat16" or "float32".
+        steps: Timed optimizer steps of each way.
+        warm_up: Optimizer steps before them.
+        changes: Settings that every way gets.
+        output: JSON file to write, or None.
+
+    Raises:
+        HarnessError: A name is not known, or the model or the data can't be read.
+    """
+    if unknown := [way for way in ways if way not in WAYS]:
+        raise SettingsError(f"--ways: {unknown[0]!r} is not known", f"Known are {', '.join(WAYS)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = find_base(model)
+    tokenizer = load_tokenizer(source)
+    shared = {
+        "model": model,
+        "dataset": dataset,
+        "languages": "all",
+        "max_length": max_length,
+        "compute_dtype": compute_dtype,
+    }
+    first = build_settings(shared | changes)
+    data = load_training_data(
+        ChatEncoder(tokenizer, first.data.template, max_length, first.data.mask),
+        dataset,
+        revision=None,
+        languages="all",
+        paths=first.data.conversations,
+        eval_fraction=first.data.eval_fraction,
+        seed=first.optimization.seed,
+    )
+    found = []
+    for quant in quants:
+        base = load_base(
+            source,
+            quant=build_settings({"quant": quant}).quant,
+            double_quant=first.model.double_quant,
+            compute_dtype=compute_dtype,
+            device=device,
+        )
+        baseline: float | None = None
+        for way in ways:
+            settings = build_settings(shared | {"quant": quant} | WAYS[way] | changes)
+            measured = StepMeasurement(way, quant, WAYS[way] | changes)
+            # A step of many passes is long enough to be timed twice.
+            accumulates = settings.optimization.grad_accum > 1
+            timed, before = (min(2, steps), 1) if accumulates else (steps, warm_up)
+            try:
+                _measure(measured, base, settings, data.train, padding_id(tokenizer), timed, before)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                measured.failure = "out of memory"
+            if baseline is None and measured.failure is None:
+                baseline = measured.tokens_per_second
+            if baseline and measured.failure is None:
+                measured.ratio = measured.tokens_per_second / baseline
+            found.append(measured)
+            print(row(measured), flush=True)
+        del base
+        _release(device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    random_weights = ", random weights" if source.random_weights else ""
+    title = (
+        f"{model}{random_weights}, {compute_dtype}, {dataset}, at most {max_length} tokens, {name}"
+    )
+    if output is not None:
+        record = {
+            "schema_version": 1,
+            "kind": "training_benchmark",
+            "created": now(),
+            "title": title,
+            "measurements": [asdict(m) for m in found],
+            "environment": environment() | {"device": name},
+        }
+        write_json(output, record)
+    return report(found, title)
+
+
+def _measure(
+    measured: StepMeasurement,
+    base: Any,
+    settings: Settings,
+    examples: Sequence[Example],
+    pad_id: int,
+    steps: int,
+    warm_up: int,
+) -> None:
+    device = next(base.parameters()).device
+    torch.manual_seed(settings.optimization.seed)
+    lora, optimization = settings.lora, settings.optimization
+    model = attach_lora(
+        base,
+        r=lora.lora_r,
+        alpha=lora.lora_alpha,
+        dropout=lora.lora_dropout,
+        targets=lora.lora_targets,
+        dtype=lora.adapter_dtype,
+    )
+    fused = optimization.kernels == "auto" and why_not_fused(model) is None
+    try:
+        if fused:
+            install(model, optimization.checkpointing)
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = training_arguments(
+                optimization,
+                checkpoint_dir=Path(folder) / "checkpoints",
+                steps=steps + warm_up,
+                save_steps=10**9,
+                report_to="none",
+                compute_dtype=settings.model.compute_dtype,
+                use_cpu=device.type == "cpu",
+                fused=fused,
+            )
+            arguments.save_strategy = "no"
+            arguments.disable_tqdm = True
+            meter = MemoryMeter(device, 0)
+            log = StepLog(Path(folder), meter, [])
+            trainer = CountingTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=ExampleSet(examples),
+                data_collator=pack_batch if fused else partial(pad_batch, pad_id=pad_id),
+                callbacks=[log],
+            )
+            log.trainer = trainer
+            trainer.remove_callback(PrinterCallback)
+            with meter.phase("train"):
+                trainer.train()
+        _fill(measured, log.rows[warm_up:], meter)
+    finally:
+        if fused:
+            uninstall(model)
+        if not fused and optimization.checkpointing == "full":
+            # transformers 5.2x renames gradient_checkpointing to activation_checkpointing.
+            newer = hasattr(base, "activation_checkpointing_disable")
+            kind = "activation" if newer else "gradient"
+            getattr(base, f"{kind}_checkpointing_disable")()
+            model.disable_input_require_grads()
+        model.unload()
+        del model
+        _release(device)
+
+
+def _fill(measured: StepMeasurement, rows: list[dict[str, Any]], meter: MemoryMeter) -> None:
+    measured.steps = len(rows)
+    measured.tokens = sum(row["tokens"] for row in rows)
+    measured.seconds = sum(row["seconds"] for row in rows)
+    measured.tokens_per_second = measured.tokens / measured.seconds
+    measured.median_tokens_per_second = statistics.median(row["tokens_per_second"] for row in rows)
+    measured.peak_allocated_bytes = meter.phases[-1].peak_allocated_bytes
+    measured.peak_reserved_bytes = meter.phases[-1].peak_reserved_bytes
+    measured.last_loss = rows[-1]["loss"]
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def report(measurements: Sequence[StepMeasurement], title: str) -> str:
+    """Returns the measurements as a Markdown table.
+
+    Args:
+        measurements: From `run`.
+        title: What was measured, on which device.
+    """
+    head = (
+        "| way | base | tokens/step | tokens/s | median | ratio | peak allocated, GiB | "
+        "peak reserved, GiB | last loss |"
+    )
+    return "\n".join([title, "", head, "|---|---|" + "---:|" * 7, *map(row, measurements)])
+
+
+def row(m: StepMeasurement) -> str:
+    """Returns one line of the table.
+
+    Args:
+        m: One way.
+    """
+    if m.failure is not None:
+        return f"| {m.way} | {m.quant} | {m.failure} |" + " |" * 6
+    peaks = [
+        "–" if peak is None else f"{peak / 2**30:.2f}"
+        for peak in (m.peak_allocated_bytes, m.peak_reserved_bytes)
+    ]
+    cells = [
+        m.way,
+        m.quant,
+        f"{m.tokens / m.steps:,.0f}",
+        f"{m.tokens_per_second:,.0f}",
+        f"{m.median_tokens_per_second:,.0f}",
+        f"{m.ratio:.2f}" if m.ratio is not None else "–",
+        *peaks,
+        f"{m.last_loss:.4f}",
+    ]
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,227 @@
+"""Fused layers against PEFT's own modules: loss and every gradient, in float32."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_harness.data.chat import IGNORE
+from qlora_harness.fused.layer import CHECKPOINTING
+from qlora_harness.fused.model import install, why_not_fused
+from qlora_harness.fused.ops import drop
+from qlora_harness.model.lora import attach_lora
+from qlora_harness.train.batches import pack_batch, pad_batch
+
+VOCABULARY = 61
+
+
+def tiny(kind: str, *, quantised: bool = False) -> Any:
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "attn_implementation": "sdpa",
+    }
+    config = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[kind](**shape)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    if quantised:
+        quantise(model)
+    return model.requires_grad_(False)
+
+
+def quantise(model: Any) -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    packed = Linear4bit(
+                        linear.in_features,
+                        linear.out_features,
+                        bias=linear.bias is not None,
+                        compute_dtype=torch.float32,
+                        quant_type="nf4",
+                    )
+                    packed.weight = Params4bit(linear.weight.data, quant_type="nf4")
+                    packed.bias = linear.bias
+                    packed.support_avx512bf16_for_cpu = False
+                    setattr(parent, name, packed.to("cpu"))
+
+
+def adapted(model: Any, *, dropout: float = 0.0, targets: str = "all-linear") -> Any:
+    torch.manual_seed(1)
+    peft = attach_lora(model, r=4, alpha=16, dropout=dropout, targets=targets)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return peft.train()
+
+
+def texts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
+        learned = torch.rand(length, generator=generator) < 0.6
+        labels = [i if k else IGNORE for i, k in zip(ids, learned.tolist(), strict=True)]
+        labels[-1] = ids[-1]
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def plain_step(model: Any, rows: list[dict[str, list[int]]]) -> tuple[float, dict[str, Any]]:
+    batch = pad_batch(rows, 0)
+    count = (batch["labels"][:, 1:] != IGNORE).sum()
+    loss = model(**batch, num_items_in_batch=count).loss
+    loss.backward()
+    return float(loss.detach()), gradients(model)
+
+
+def fused_step(model: Any, rows: list[dict[str, list[int]]]) -> tuple[float, dict[str, Any]]:
+    batch = pack_batch(rows)
+    loss = model(**batch, num_items_in_batch=(batch["shift_labels"] != IGNORE).sum()).loss
+    loss.backward()
+    return float(loss.detach()), gradients(model)
+
+
+def assert_alike(found: tuple[float, dict[str, Any]], wanted: tuple[float, dict[str, Any]]) -> None:
+    assert found[0] == pytest.approx(wanted[0], abs=1e-5)
+    assert found[1].keys() == wanted[1].keys()
+    for name, gradient in wanted[1].items():
+        # Queries have no gradient in a text of two tokens: only rounding is left there.
+        assert (found[1][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["full", "nf4"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_step_equals_peft_and_padding(kind: str, quantised: bool, checkpointing: str) -> None:
+    model = adapted(tiny(kind, quantised=quantised))
+    rows = texts([9, 3, 20, 1, 14])
+    wanted = plain_step(model, rows)
+    install(model, checkpointing)
+    assert why_not_fused(model) is None
+    assert_alike(fused_step(model, rows), wanted)
+    # Gradients accumulate over passes, and a second pass is like the first.
+    assert_alike(fused_step(model, rows), wanted)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[tuple[Any, Any]]:
+    plain = adapted(tiny("llama"))
+    fused = copy.deepcopy(plain)
+    install(fused, "none")
+    yield plain, fused
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(2, 40), min_size=1, max_size=6), seed=st.integers(0, 9))
+def test_no_text_sees_another(pair: tuple[Any, Any], lengths: list[int], seed: int) -> None:
+    rows = texts(lengths, seed)
+    assert_alike(fused_step(pair[1], rows), plain_step(pair[0], rows))
+
+
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", "o_proj", "gate_proj", "down_proj"])
+def test_adapters_on_some_layers_only(targets: str) -> None:
+    model = adapted(tiny("llama"), targets=targets)
+    rows = texts([9, 20])
+    wanted = plain_step(model, rows)
+    install(model, "none")
+    assert_alike(fused_step(model, rows), wanted)
+
+
+class Drop(torch.nn.Module):
+    """Dropout with the seed that the fused layer gives to the same projection."""
+
+    def __init__(self, probability: float, seed: int) -> None:
+        super().__init__()
+        self.p, self.seed = probability, seed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return drop(x, self.p, self.seed) if self.training else x
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_dropout_is_the_same_in_both_passes(checkpointing: str) -> None:
+    plain = adapted(tiny("llama"), dropout=0.3)
+    fused = copy.deepcopy(plain)
+    torch.manual_seed(7)
+    order = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    for layer in plain.get_base_model().model.layers:
+        seed = int(torch.randint(0, 2**62, ()))
+        for number, name in enumerate(order):
+            parent = layer.self_attn if number < 4 else layer.mlp
+            getattr(parent, name).lora_dropout["default"] = Drop(0.3, seed + number)
+    rows = texts([20])
+    wanted = plain_step(plain, rows)
+    install(fused, checkpointing)
+    torch.manual_seed(7)
+    assert_alike(fused_step(fused, rows), wanted)
+    assert plain_step(plain.eval(), rows)[0] != pytest.approx(wanted[0], abs=1e-3)
+    assert_alike(fused_step(fused.eval(), rows), plain_step(plain.eval(), rows))
+
+
+def test_dropout_keeps_the_mean_and_follows_the_seed() -> None:
+    ones = torch.ones(200, 300)
+    dropped = drop(ones, 0.25, 5)
+    assert sorted(set(dropped.flatten().tolist())) == [0.0, pytest.approx(4 / 3)]
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
+    assert torch.equal(dropped, drop(ones, 0.25, 5))
+    assert not torch.equal(dropped, drop(ones, 0.25, 6))
+
+
+def test_other_input_goes_the_models_own_way() -> None:
+    model = adapted(tiny("llama"))
+    rows = texts([9, 20])
+    wanted = plain_step(model, rows)
+    install(model, "none")
+    assert plain_step(model, rows)[0] == wanted[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=VOCABULARY),
+            "model type 'gpt2' is not one of llama, mistral, qwen2",
+        ),
+        (
+            transformers.MistralConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                sliding_window=16,
+            ),
+            "it has sliding-window attention",
+        ),
+    ],
+)
+def test_models_without_fused_layers_say_why(config: Any, reason: str) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert (
+        why_not_fused(attach_lora(model, r=2, alpha=2, dropout=0.0, targets="all-linear")) == reason
+    )
