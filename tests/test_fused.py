@@ -191,6 +191,34 @@ def test_dropout_keeps_the_mean_and_follows_the_seed() -> None:
     assert not torch.equal(dropped, drop(ones, 0.25, 6))
 
 
+def test_small_adapters_count_in_bfloat16() -> None:
+    """An update below the residual's rounding must not vanish: as near to float32 as PEFT is."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=500, hidden_size=128, intermediate_size=256, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=4, attn_implementation="sdpa",
+    )  # fmt: skip
+    half = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    exact = copy.deepcopy(half).float()
+    rows = texts([60, 33, 90, 20])
+    models = []
+    for base in (exact, half):
+        torch.manual_seed(1)
+        models.append(attach_lora(base, r=8, alpha=8, dropout=0.0, targets="all-linear").train())
+    _, steps = plain_step(models[0], rows)
+    with torch.no_grad():
+        for model in models:
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(-1e-3 * steps[name].sign())
+    wanted = plain_step(models[0], rows)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = plain_step(models[1], rows)[0]
+        install(models[1], "none")
+        fused = fused_step(models[1], rows)[0]
+    assert abs(fused - wanted) < 2 * abs(plain - wanted) + 1e-4
+
+
 def test_other_input_goes_the_models_own_way() -> None:
     model = adapted(tiny("llama"))
     rows = texts([9, 20])

@@ -123,6 +123,24 @@ def test_scoring_on_the_gpu_agrees_with_the_cpu(tiny_llama: Path, quant: str) ->
     assert found["cuda"] == pytest.approx(found["cpu"], abs=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_kernel_expands_to_the_values_of_bitsandbytes(kind: str, nested: bool, dtype: str) -> None:
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from qlora_harness.fused.expand import expand_with_kernel
+
+    torch.manual_seed(0)
+    for shape in ((128, 192), (4096, 11008)):
+        weight = torch.randn(shape, device="cuda") * torch.rand(shape[0], 1, device="cuda")
+        packed, state = quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+        state.dtype = getattr(torch, dtype)
+        found = expand_with_kernel(packed, state, state.dtype)
+        assert torch.equal(found, dequantize_4bit(packed, state))
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "offload"])
 def test_fused_step_in_float32_equals_peft(kind: str, checkpointing: str) -> None:

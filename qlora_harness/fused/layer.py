@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from qlora_harness.fused import ops
-from qlora_harness.fused.lora_group import LoraGroup
+from qlora_harness.fused.lora_group import Inner, LoraGroup
 from qlora_harness.fused.row import Row
 
 CHECKPOINTING = ("none", "selective", "full", "offload")
@@ -85,8 +85,8 @@ class _Attention:
     v: torch.Tensor
     attended: torch.Tensor
     state: Any
-    inner_qkv: list[torch.Tensor | None]
-    inner_out: list[torch.Tensor | None]
+    inner_qkv: Inner
+    inner_out: Inner
 
 
 @dataclass
@@ -95,8 +95,8 @@ class _Mlp:
 
     gate: torch.Tensor
     up: torch.Tensor
-    inner_gate_up: list[torch.Tensor | None]
-    inner_down: list[torch.Tensor | None]
+    inner_gate_up: Inner
+    inner_down: Inner
 
 
 def _first_half(
@@ -115,7 +115,7 @@ def _gates(layer: FusedLayer, h: torch.Tensor, seed: int | None) -> _Mlp:
     """The second half without the product with down."""
     normed, _ = ops.rms_norm(h, layer.mlp_norm, layer.eps)
     (gate, up), inner = layer.gate_up.forward(normed, _next(seed, 4))
-    return _Mlp(gate, up, inner, [])
+    return _Mlp(gate, up, inner, None)
 
 
 def _second_half(layer: FusedLayer, h: torch.Tensor, seed: int | None) -> tuple[torch.Tensor, _Mlp]:
@@ -132,6 +132,7 @@ class _Layer(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, layer: FusedLayer, row: Row, seed: int | None, *parameters: Any
     ) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
+            _load(layer, x)
             h, attention = _first_half(layer, x, row, seed)
             y, mlp = _second_half(layer, h, seed)
         ctx.layer, ctx.row, ctx.seed = layer, row, seed
@@ -154,6 +155,7 @@ class _Layer(torch.autograd.Function):
         ctx.kept = None
         mlp: _Mlp | None
         with torch.autocast(dy.device.type, enabled=False), torch.no_grad():
+            _load(layer, dy)
             if layer.checkpointing in ("none", "selective"):
                 x, h, attention, mlp = kept
             else:
@@ -175,7 +177,9 @@ def _second_half_backward(
     layer: FusedLayer, dy: torch.Tensor, h: torch.Tensor, mlp: _Mlp, seed: int | None
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     product = ops.swiglu(mlp.gate, mlp.up)
-    inner = mlp.inner_down or layer.down.inner(product, _next(seed, 6))
+    inner = mlp.inner_down
+    if inner is None:
+        inner = layer.down.inner(product, _next(seed, 6))
     d_product, down_grads = layer.down.backward(
         [dy], product, inner, _next(seed, 6), needs_input=True
     )
@@ -223,6 +227,11 @@ def _first_half_backward(
         return None, [*grads, *out_grads]
     dx = ops.rms_norm_backward(d_normed, x, layer.attention_norm, state)
     return dx + dh, [*grads, *out_grads]
+
+
+def _load(layer: FusedLayer, x: torch.Tensor) -> None:
+    for group in layer.groups():
+        group.load(x)
 
 
 def _next(seed: int | None, number: int) -> int | None:

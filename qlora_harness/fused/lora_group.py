@@ -1,12 +1,15 @@
 """Linear layers with LoRA that read one input, forward and backward, outside autograd.
 
-y_i = x W_i^T + b_i + s_i (drop_i(x) A_i^T) B_i^T
+y_i = x W_i^T + b_i + h_i B_i^T,  h_i = s drop_i(x) A_i^T
 
-The frozen weight is expanded once a pass; A's of a group are one product where nothing is dropped;
-second products accumulate in place. Gradients follow by hand (W and b are frozen):
+A frozen weight is expanded once a pass; the A's of a group are one product where nothing is
+dropped; second products accumulate in place. Gradients follow by hand (W and b are frozen):
 
-dB_i = s_i dy_i^T h_i,  dh_i = s_i dy_i B_i,  dA_i = dh_i^T drop_i(x),
+dB_i = dy_i^T h_i,  dh_i = s dy_i B_i,  dA_i = dh_i^T drop_i(x),
 dx = sum_i dy_i W_i + drop_i(dh_i A_i)
+
+Adapters are held in their own dtype and copied to that of the input layer by layer, into memory
+that all layers share.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from qlora_harness.fused.expand import expanded
 from qlora_harness.fused.ops import drop
 
 Gradients = list[torch.Tensor | None]
+Inner = torch.Tensor | None
 
 
 @dataclass
@@ -41,32 +45,75 @@ class Projection:
     scale: float
     dropout: float
 
-    @property
-    def parameters(self) -> list[torch.nn.Parameter | None]:
-        """A and B."""
-        return [self.down, self.up]
+
+class Scratch:
+    """Memory that layers of the same shape share, as they run one after the other."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[Any, torch.Tensor] = {}
+
+    def get(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """Returns a buffer; its content is whatever was written last.
+
+        Args:
+            name: Buffers of different names never overlap.
+            shape: Of the buffer.
+            like: Gives dtype and device.
+        """
+        key = (name, shape, like.dtype, like.device)
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return self._buffers[key]
 
 
 class LoraGroup:
     """Projections of one input.
 
     Args:
-        projections: In the order of the outputs.
+        projections: In the order of the outputs; those with an adapter have one scale, rank and
+            dropout.
+        name: Of the group in a layer.
+        scratch: Shared by all layers.
     """
 
-    def __init__(self, projections: Sequence[Projection]) -> None:
+    def __init__(self, projections: Sequence[Projection], name: str, scratch: Scratch) -> None:
         self.projections = list(projections)
-        self._adapted = [p for p in self.projections if p.down is not None]
-        self.dropout = max((p.dropout for p in self._adapted), default=0.0)
+        self._adapted = [i for i, p in enumerate(self.projections) if p.down is not None]
+        some = self.projections[self._adapted[0]] if self._adapted else None
+        self.dropout = some.dropout if some else 0.0
+        self._scale = some.scale if some else 1.0
+        self._name, self._scratch = name, scratch
+        self._downs: list[torch.Tensor] = []
+        self._ups: list[torch.Tensor] = []
+        self._all_downs: torch.Tensor | None = None
 
     def parameters(self) -> list[torch.nn.Parameter | None]:
         """A and B of each projection."""
-        return [p for projection in self.projections for p in projection.parameters]
+        return [p for projection in self.projections for p in (projection.down, projection.up)]
+
+    def load(self, x: torch.Tensor) -> None:
+        """Copies the adapters into the shared memory, in the dtype of x.
+
+        Args:
+            x: Gives dtype and device.
+        """
+        if not self._adapted:
+            return
+        downs = [p.down.detach() for p in self.projections if p.down is not None]
+        ups = [p.up.detach() for p in self.projections if p.up is not None]
+        shape = (sum(d.shape[0] for d in downs), downs[0].shape[1])
+        self._all_downs = self._scratch.get(f"{self._name}.down", shape, x)
+        self._downs = list(torch.split(self._all_downs, [d.shape[0] for d in downs]))
+        self._ups = [
+            self._scratch.get(f"{self._name}.up.{i}", tuple(up.shape), x)
+            for i, up in enumerate(ups)
+        ]
+        torch._foreach_copy_([*self._downs, *self._ups], [*downs, *ups])
 
     def forward(
         self, x: torch.Tensor, seed: int | None, add_to: torch.Tensor | None = None
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        """Returns the outputs, each [T, N_i], and the adapters' inner activations, [T, r].
+    ) -> tuple[list[torch.Tensor], Inner]:
+        """Returns the outputs, each [T, N_i], and the adapters' inner activations, [T, sum r].
 
         Args:
             x: [T, K].
@@ -74,44 +121,50 @@ class LoraGroup:
             add_to: Added to the output of a group of one (the residual), [T, N].
         """
         inner = self.inner(x, seed)
+        parts = self._parts(inner)
         outputs = []
-        for projection, h in zip(self.projections, inner, strict=True):
+        for i, projection in enumerate(self.projections):
             weight = expanded(projection.layer, x.dtype)
-            if add_to is not None:
-                y = torch.addmm(add_to, x, weight.t())
-            else:
-                y = x @ weight.t()
+            y = x @ weight.t()
             del weight
             if projection.layer.bias is not None:
                 y += projection.layer.bias
-            if h is not None and projection.up is not None:
-                y.addmm_(h, projection.up.to(x.dtype).t(), alpha=projection.scale)
+            if i in parts:
+                h, place = parts[i]
+                y.addmm_(h, self._ups[place].t())
+            if add_to is not None:
+                # Last: an adapter's small product, added to the larger residual alone, would
+                # vanish in bfloat16's rounding.
+                y += add_to
             outputs.append(y)
         return outputs, inner
 
-    def inner(self, x: torch.Tensor, seed: int | None) -> list[torch.Tensor | None]:
-        """Returns drop(x) A^T of each projection, [T, r], or None where there is no adapter.
+    def inner(self, x: torch.Tensor, seed: int | None) -> Inner:
+        """Returns s drop(x) A^T of all adapters side by side, or None where there is none.
 
         Args:
             x: [T, K].
             seed: Of the dropout, or None to drop nothing.
         """
+        if self._all_downs is None:
+            return None
         if self.dropout and seed is not None:
-            return [
-                None if p.down is None else drop(x, p.dropout, seed + i) @ p.down.to(x.dtype).t()
-                for i, p in enumerate(self.projections)
-            ]
-        if not self._adapted:
-            return [None] * len(self.projections)
-        together = x @ self._downs(x.dtype).t()
-        parts = iter(torch.split(together, self._ranks(), dim=1))
-        return [None if p.down is None else next(parts) for p in self.projections]
+            inner = torch.cat(
+                [
+                    drop(x, self.dropout, seed + i) @ down.t()
+                    for i, down in zip(self._adapted, self._downs, strict=True)
+                ],
+                dim=1,
+            )
+        else:
+            inner = x @ self._all_downs.t()
+        return inner.mul_(self._scale)
 
     def backward(
         self,
         grads: Sequence[torch.Tensor],
         x: torch.Tensor,
-        inner: Sequence[torch.Tensor | None],
+        inner: Inner,
         seed: int | None,
         *,
         needs_input: bool,
@@ -126,40 +179,56 @@ class LoraGroup:
             needs_input: Whether the gradient of x is wanted.
         """
         dx: torch.Tensor | None = None
-        inner_grads: list[torch.Tensor | None] = []
-        found: Gradients = []
-        for i, (p, dy, h) in enumerate(zip(self.projections, grads, inner, strict=True)):
-            if needs_input:
+        if needs_input:
+            for p, dy in zip(self.projections, grads, strict=True):
                 weight = expanded(p.layer, x.dtype)
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
                 del weight
-            if p.down is None or p.up is None or h is None:
-                inner_grads.append(None)
-                found += [None, None]
-                continue
-            dh = (dy @ p.up.to(x.dtype)).mul_(p.scale)
-            d_up = (dy.t() @ h).mul_(p.scale).to(p.up.dtype)
-            inner_grads.append(dh)
-            d_down = None
-            if self.dropout and seed is not None:
-                d_down = (dh.t() @ drop(x, p.dropout, seed + i)).to(p.down.dtype)
+        found: Gradients = [None] * (2 * len(self.projections))
+        if inner is None or self._all_downs is None:
+            return dx, found
+        d_inner = torch.empty_like(inner)
+        for i, (h, place) in self._parts(inner).items():
+            up = self.projections[i].up
+            assert up is not None
+            found[2 * i + 1] = _product(grads[i].t(), h, up.dtype)
+            torch.mm(grads[i], self._ups[place], out=self._part(d_inner, place))
+        d_inner.mul_(self._scale)
+        if self.dropout and seed is not None:
+            for i, (dh, place) in self._parts(d_inner).items():
+                down = self.projections[i].down
+                assert down is not None
+                found[2 * i] = _product(dh.t(), drop(x, self.dropout, seed + i), down.dtype)
                 if dx is not None:
-                    dx += drop(dh @ p.down.to(x.dtype), p.dropout, seed + i)
-            found += [d_down, d_up]
-        present = [dh for dh in inner_grads if dh is not None]
-        if present and not (self.dropout and seed is not None):
-            together = torch.cat(present, dim=1) if len(present) > 1 else present[0]
-            if dx is not None:
-                dx.addmm_(together, self._downs(x.dtype))
-            d_downs = iter(torch.split(together.t() @ x, self._ranks()))
-            for i, p in enumerate(self.projections):
-                if p.down is not None:
-                    found[2 * i] = next(d_downs).to(p.down.dtype)
+                    dx += drop(dh @ self._downs[place], self.dropout, seed + i)
+            return dx, found
+        if dx is not None:
+            dx.addmm_(d_inner, self._all_downs)
+        first = self.projections[self._adapted[0]].down
+        assert first is not None
+        d_downs = _product(d_inner.t(), x, first.dtype)
+        for i, (_, place) in self._parts(d_inner).items():
+            found[2 * i] = self._rows(d_downs, place)
         return dx, found
 
-    def _ranks(self) -> list[int]:
-        return [p.down.shape[0] for p in self._adapted if p.down is not None]
+    def _parts(self, inner: Inner) -> dict[int, tuple[torch.Tensor, int]]:
+        """The columns of each adapted projection, and its place among them."""
+        if inner is None:
+            return {}
+        return {i: (self._part(inner, place), place) for place, i in enumerate(self._adapted)}
 
-    def _downs(self, dtype: torch.dtype) -> torch.Tensor:
-        downs = [p.down for p in self._adapted if p.down is not None]
-        return downs[0].to(dtype) if len(downs) == 1 else torch.cat([d.to(dtype) for d in downs])
+    def _part(self, inner: torch.Tensor, place: int) -> torch.Tensor:
+        rank = self._downs[place].shape[0]
+        return inner[:, place * rank : (place + 1) * rank]
+
+    def _rows(self, d_downs: torch.Tensor, place: int) -> torch.Tensor:
+        rank = self._downs[place].shape[0]
+        return d_downs[place * rank : (place + 1) * rank]
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A matrix product in another dtype than its factors', without rounding in between on CUDA."""
+    if a.is_cuda and dtype == torch.float32 and a.dtype == torch.bfloat16:
+        wide: torch.Tensor = torch.mm(a, b, out_dtype=dtype)
+        return wide
+    return (a @ b).to(dtype)

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from qlora_harness.fused import ops
 from qlora_harness.fused.layer import CHECKPOINTING, FusedLayer
-from qlora_harness.fused.lora_group import LoraGroup, Projection
+from qlora_harness.fused.lora_group import LoraGroup, Projection, Scratch
 from qlora_harness.fused.row import Row
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2"})
@@ -56,7 +56,8 @@ def install(model: Any, checkpointing: str) -> None:
     """
     assert checkpointing in CHECKPOINTING
     base = model.get_base_model()
-    layers = [_fused_layer(layer, checkpointing) for layer in base.model.layers]
+    scratch = Scratch()
+    layers = [_fused_layer(layer, checkpointing, scratch) for layer in base.model.layers]
     base.forward = _Forward(base, layers, base.forward)
 
 
@@ -115,12 +116,12 @@ class _Forward:
         return CausalLMOutput(loss=total / count)
 
 
-def _fused_layer(layer: Any, checkpointing: str) -> FusedLayer:
+def _fused_layer(layer: Any, checkpointing: str, scratch: Scratch) -> FusedLayer:
     attention, mlp = layer.self_attn, layer.mlp
     size = attention.head_dim
 
-    def group(*modules: Any) -> LoraGroup:
-        return LoraGroup([_projection(m) for m in modules])
+    def group(name: str, *modules: Any) -> LoraGroup:
+        return LoraGroup([_projection(m) for m in modules], name, scratch)
 
     return FusedLayer(
         layer.input_layernorm.weight,
@@ -129,10 +130,10 @@ def _fused_layer(layer: Any, checkpointing: str) -> FusedLayer:
         attention.config.num_attention_heads,
         size,
         attention.scaling,
-        group(attention.q_proj, attention.k_proj, attention.v_proj),
-        group(attention.o_proj),
-        group(mlp.gate_proj, mlp.up_proj),
-        group(mlp.down_proj),
+        group("qkv", attention.q_proj, attention.k_proj, attention.v_proj),
+        group("out", attention.o_proj),
+        group("gate_up", mlp.gate_proj, mlp.up_proj),
+        group("down", mlp.down_proj),
         checkpointing,
     )
 

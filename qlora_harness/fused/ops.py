@@ -73,7 +73,8 @@ def rms_norm_backward(
     normed = x.float() * state
     inner = (dy * weight).float()
     mean = (inner * normed).mean(dim=-1, keepdim=True)
-    return (state * (inner - normed * mean)).to(x.dtype)
+    plain: torch.Tensor = (state * (inner - normed * mean)).to(x.dtype)
+    return plain
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

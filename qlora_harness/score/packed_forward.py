@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ATTENTION = "qlora_harness_tree"
 BLOCK = 128
+# Tile sizes of FlexAttention on CUDA, or None for its own choice.
+FLEX_OPTIONS: dict[str, int] | None = None
 
 # Decoders whose whole attention goes through transformers' attention interface, causal, with
 # positions given by position_ids. Others fall back to HFLM's own path.
@@ -248,8 +250,15 @@ def _tree_attention(
     """
     assert _active is not None
     if _active.block_mask is not None:
-        out = _flex(query.device.type == "cuda")(
-            query, key, value, block_mask=_active.block_mask, scale=scaling, enable_gqa=True
+        on_gpu = query.device.type == "cuda"
+        out = _flex(on_gpu)(
+            query,
+            key,
+            value,
+            block_mask=_active.block_mask,
+            scale=scaling,
+            enable_gqa=True,
+            kernel_options=FLEX_OPTIONS if on_gpu else None,
         )
         return out.transpose(1, 2), None
     if key.shape[1] != query.shape[1]:

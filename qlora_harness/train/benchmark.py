@@ -6,7 +6,7 @@ import gc
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class StepMeasurement:
         median_tokens_per_second: Median of the steps.
         peak_allocated_bytes: On CUDA, else None.
         peak_reserved_bytes: On CUDA, else None.
-        last_loss: Of the last step, nats.
+        losses: Of every step, those before the timed ones as well, nats.
         ratio: tokens_per_second over that of the first way with the same quant.
         failure: Why there are no numbers, or None.
     """
@@ -86,7 +86,7 @@ class StepMeasurement:
     median_tokens_per_second: float = 0.0
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
-    last_loss: float | None = None
+    losses: list[float] = field(default_factory=list)
     ratio: float | None = None
     failure: str | None = None
 
@@ -121,8 +121,7 @@ def run(
     Raises:
         HarnessError: A name is not known, or the model or the data can't be read.
     """
-    if unknown := [way for way in ways if way not in WAYS]:
-        raise SettingsError(f"--ways: {unknown[0]!r} is not known", f"Known are {', '.join(WAYS)}")
+    chosen = {way: _changes(way) for way in ways}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = find_base(model)
     tokenizer = load_tokenizer(source)
@@ -154,8 +153,8 @@ def run(
         )
         baseline: float | None = None
         for way in ways:
-            settings = build_settings(shared | {"quant": quant} | WAYS[way] | changes)
-            measured = StepMeasurement(way, quant, WAYS[way] | changes)
+            settings = build_settings(shared | {"quant": quant} | chosen[way] | changes)
+            measured = StepMeasurement(way, quant, chosen[way] | changes)
             # A step of many passes is long enough to be timed twice.
             accumulates = settings.optimization.grad_accum > 1
             timed, before = (min(2, steps), 1) if accumulates else (steps, warm_up)
@@ -189,6 +188,17 @@ def run(
         }
         write_json(output, record)
     return report(found, title)
+
+
+def _changes(way: str) -> dict[str, Any]:
+    """A name of `WAYS`, with "@N" behind it for another batch size."""
+    name, at, size = way.partition("@")
+    if name not in WAYS or (at and not size.isdecimal()):
+        raise SettingsError(
+            f"--ways: {way!r} is not known",
+            f"Known are {', '.join(WAYS)}, each with @N for a batch size of N",
+        )
+    return WAYS[name] | ({"batch_size": int(size)} if at else {})
 
 
 def _measure(
@@ -241,6 +251,7 @@ def _measure(
             trainer.remove_callback(PrinterCallback)
             with meter.phase("train"):
                 trainer.train()
+        measured.losses = [row["loss"] for row in log.rows]
         _fill(measured, log.rows[warm_up:], meter)
     finally:
         if fused:
@@ -264,7 +275,6 @@ def _fill(measured: StepMeasurement, rows: list[dict[str, Any]], meter: MemoryMe
     measured.median_tokens_per_second = statistics.median(row["tokens_per_second"] for row in rows)
     measured.peak_allocated_bytes = meter.phases[-1].peak_allocated_bytes
     measured.peak_reserved_bytes = meter.phases[-1].peak_reserved_bytes
-    measured.last_loss = rows[-1]["loss"]
 
 
 def _release(device: torch.device) -> None:
@@ -307,6 +317,6 @@ def row(m: StepMeasurement) -> str:
         f"{m.median_tokens_per_second:,.0f}",
         f"{m.ratio:.2f}" if m.ratio is not None else "–",
         *peaks,
-        f"{m.last_loss:.4f}",
+        f"{m.losses[-1]:.4f}",
     ]
     return f"| {' | '.join(cells)} |"

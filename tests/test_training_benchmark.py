@@ -1,0 +1,37 @@
+"""The training benchmark as a command: all ways learn alike, and the JSON says what was printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_harness.cli import main
+
+
+def test_ways_learn_alike_from_the_same_batches(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "benchmark.json"
+    words = ["benchmark-training", "--model", str(tiny_llama), "--compute-dtype", "float32"]
+    words += ["--dataset", "demo", "--max-length", "64", "--batch-size", "3", "--lora-r", "4"]
+    words += ["--steps", "2", "--warm-up", "1", "--json", str(output)]
+    assert main([*words, "--ways", "peft-full,peft-none,fused-none,fused-full,fused-offload"]) == 0
+    record = json.loads(output.read_text())
+    for quant in ("nf4", "bf16"):
+        found = [m for m in record["measurements"] if m["quant"] == quant]
+        assert len(found) == 5
+        for measured in found:
+            assert measured["losses"] == pytest.approx(found[0]["losses"], abs=1e-4)
+            assert len(measured["losses"]) == 3
+            assert measured["tokens"] == found[0]["tokens"]
+            assert measured["steps"] == 2
+            ratio = measured["tokens_per_second"] / found[0]["tokens_per_second"]
+            assert measured["ratio"] == pytest.approx(ratio)
+    assert capsys.readouterr().out.count("| fused-none | nf4 |") == 2  # as it comes, and at the end
+
+
+def test_unknown_way_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark-training", "--model", "m", "--ways", "fused-none@x"]) == 2
+    assert "--ways: 'fused-none@x' is not known" in capsys.readouterr().err
