@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,6 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--tokenizer", required=True, metavar="PATH", help="tokenizer folder or Hub id"
     )
     random_model.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    commands.add_parser(
+        "plan",
+        help="predict a training run's GPU memory, from the model's configuration alone",
+        add_help=False,
+    )
     _add_benchmark(commands)
     _add_training_benchmark(commands)
     return parser
@@ -160,6 +166,21 @@ def _benchmark(args: argparse.Namespace) -> None:
     )
 
 
+def _plan(words: Sequence[str]) -> int:
+    """Takes the flags of launch/train.py and prints the plan of every way to save memory."""
+    from qlora_harness.model.base import find_base
+    from qlora_harness.train.command import parse_settings
+    from qlora_harness.train.plan import measure_shape, table
+
+    settings, _ = parse_settings(words, prog="qlora-harness plan")
+    source = find_base(settings.model.model, settings.model.revision)
+    shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
+    # Without the data: as many tokens as a pass can have.
+    tokens = settings.optimization.batch_size * settings.data.max_length
+    print(table(shape, settings, tokens))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
@@ -170,7 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, or 2 for a mistake in the input.
     """
     try:
-        args = build_parser().parse_args(argv)
+        words = list(sys.argv[1:] if argv is None else argv)
+        if words[:1] == ["plan"]:
+            return _plan(words[1:])
+        args = build_parser().parse_args(words)
         if args.command == "compare":
             from qlora_harness.compare.command import run
 

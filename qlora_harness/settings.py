@@ -164,6 +164,11 @@ class OptimizationSettings:
         "wait in host memory)",
         choices=["none", "selective", "full", "offload"],
     )
+    memory: str | None = _setting(
+        None,
+        "fast, balanced, lean, or so many GiB: chooses checkpointing, optimizer bits and "
+        "adapter dtype, in place of their flags, by the memory that they take",
+    )
     kernels: str = _setting(
         "auto",
         "auto: fused layers and rows without padding, for LLaMA-type models; none: PEFT's own "
@@ -286,11 +291,33 @@ def build_settings(values: Mapping[str, Any], sources: Mapping[str, str] | None 
             f"({optimization['epochs']}) exclude each other",
             "Give one of the two",
         )
+    if optimization.get("memory") is not None:
+        _check_memory(optimization["memory"], where)
+        chosen = ("checkpointing", "optimizer", "adapter_dtype")
+        if clash := [name for name in chosen if where.get(name, "").startswith("--")]:
+            raise SettingsError(
+                f"{where['memory']} and {where[clash[0]]} exclude each other",
+                "Give one of the two",
+            )
     if optimization.get("max_steps") is None and optimization.get("epochs") is None:
         optimization["max_steps"] = DEFAULT_MAX_STEPS
     settings = Settings(**{group: GROUPS[group](**grouped[group]) for group in GROUPS})
     _check_ranges(settings, where)
     return settings
+
+
+def _check_memory(value: str, where: Mapping[str, str]) -> None:
+    if value in ("fast", "balanced", "lean"):
+        return
+    try:
+        amount = float(value)
+    except ValueError:
+        amount = 0.0
+    if not (math.isfinite(amount) and amount > 0):
+        raise SettingsError(
+            f"{where['memory']}: {value!r} is not fast, balanced, lean or a number of GiB",
+            "Choose one of these",
+        )
 
 
 def unknown_name(name: str, place: str, known: Iterable[str]) -> SettingsError:

@@ -63,6 +63,7 @@ OURS = {
     "warmup_ratio": 0.0,
     "adapter_dtype": "float32",
     "kernels": "auto",
+    "memory": None,
     "output_dir": None,
     "save_steps": 250,
     "resume": "auto",

@@ -143,7 +143,7 @@ def loss_of(model: Any, examples: list[Example]) -> float:
 # --- one run of each arm --------------------------------------------------------------------------
 
 SUMMARY_KEYS = {
-    "computation",
+    "computation", "plan",
     "schema_version", "kind", "status", "arm", "quant", "started", "finished", "model", "process",
     "quantization", "settings", "data", "environment", "failure", "results", "memory", "runtime",
     "throughput",

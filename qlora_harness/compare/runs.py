@@ -218,7 +218,7 @@ def _training_conditions(record: Mapping[str, Any], path: Path) -> dict[str, obj
     # The command line names the output folder and differs between any two runs.
     environment.pop("command", None)
     conditions: dict[str, object] = {}
-    for name in ("arm", "quant", "model", "quantization", "settings", "data"):
+    for name in ("arm", "quant", "model", "quantization", "settings", "computation", "data"):
         conditions.update(fields.flatten(record.get(name), f"training.{name}"))
     conditions.update(fields.flatten(environment, "training.environment"))
     return conditions

@@ -1,8 +1,9 @@
-"""The Triton kernel of `expand`; imported only where Triton is."""
+"""The Triton kernel of `expand`; imported only where Triton is.
+
+Triton compiles the annotations as well, so there are none.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -10,18 +11,18 @@ import triton.language as tl
 BLOCKS = 32
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def expand_kernel(
-    packed: Any,
-    absmax: Any,
-    code: Any,
-    nested_absmax: Any,
-    nested_code: Any,
-    offset: Any,
-    out: Any,
-    blocks: Any,
+    packed,
+    absmax,
+    code,
+    nested_absmax,
+    nested_code,
+    offset,
+    out,
+    blocks,
     NESTED: tl.constexpr,
-) -> None:
+):
     """Each program expands 32 blocks of 64 weights."""
     block = tl.program_id(0) * 32 + tl.arange(0, 32)
     inside = block < blocks

@@ -88,7 +88,7 @@ class PackedScorer:
             done = 0
             for pack in packs:
                 try:
-                    started = self._model.start(pack, self._padding(pack))
+                    started = self._model.start(pack, self._padding(pack, len(packs) == 1))
                 except Exception as error:
                     if not is_out_of_memory(error) or self.pack_tokens <= _SMALLEST_PACK:
                         raise
@@ -116,13 +116,13 @@ class PackedScorer:
         progress.close()
         return scored
 
-    def _padding(self, pack: Pack) -> int:
-        """On a GPU one length for nearly all packs, so that kernels are built once."""
+    def _padding(self, pack: Pack, alone: bool) -> int:
+        """On a GPU one length for all packs: kernels are built anew for every other."""
         size = len(pack.tokens)
         if not self._model.overlaps:
             return size
         padded = self.pack_tokens
-        while padded >= 2 * max(size, _ROUND):
+        while alone and padded >= 2 * max(size, _ROUND):
             padded //= 2
         return padded if size <= padded else -(-size // _ROUND) * _ROUND
 

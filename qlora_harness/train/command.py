@@ -43,12 +43,20 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(message, "`launch/train.py --help` lists every flag")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser; it names flags only, defaults and checks are those of `settings`."""
+def build_parser(prog: str = "launch/train.py") -> argparse.ArgumentParser:
+    """Returns the parser; it names flags only, defaults and checks are those of `settings`.
+
+    Args:
+        prog: The command that takes the flags: the launcher, or `qlora-harness plan`.
+    """
+    trains = prog == "launch/train.py"
     parser = _Parser(
-        prog="launch/train.py",
-        description="Fine-tunes a base model with LoRA, held in 4 bits (QLoRA) or in bf16.",
-        epilog=_EPILOG,
+        prog=prog,
+        description="Fine-tunes a base model with LoRA, held in 4 bits (QLoRA) or in bf16."
+        if trains
+        else "Predicts the GPU memory of a training run with these flags, for every way to save "
+        "memory, from the model's configuration alone; needs no GPU.",
+        epilog=_EPILOG if trains else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -83,11 +91,14 @@ def _add_flag(section: Any, cls: type, f: dataclasses.Field[Any]) -> None:
         section.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
-def parse_settings(argv: Sequence[str] | None = None) -> tuple[Settings, bool]:
+def parse_settings(
+    argv: Sequence[str] | None = None, *, prog: str = "launch/train.py"
+) -> tuple[Settings, bool]:
     """Turns a command line into settings.
 
     Args:
         argv: The arguments, or None for those of this process.
+        prog: The command that takes them.
 
     Returns:
         The settings, and whether --resume was given.
@@ -95,7 +106,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> tuple[Settings, bool]:
     Raises:
         SettingsError: A flag, recipe key or value is wrong.
     """
-    flags = vars(build_parser().parse_args(argv))
+    flags = vars(build_parser(prog).parse_args(argv))
     recipe = flags.pop("recipe")
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}

@@ -57,6 +57,7 @@ from qlora_harness.train.arguments import planned_steps, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.evaluation import EvaluationLoss, evaluate_loss
 from qlora_harness.train.memory import MemoryMeter, summarise
+from qlora_harness.train.plan import choose, describe, largest_pass, measure_shape
 from qlora_harness.train.run_folder import StartingPoint, checkpoint_step, clear, inspect
 from qlora_harness.train.trainer import CountingTrainer, StepLog, StopOnSignal
 
@@ -127,6 +128,9 @@ class _Run:
 
     def __init__(self, settings: Settings, state: PartialState, start: StartingPoint) -> None:
         self.settings = settings
+        # The same with what --memory chose in place of its own.
+        self.chosen = settings
+        self.plan: dict[str, Any] | None = None
         self.state = state
         self.start = start
         self.run_dir = settings.run_dir
@@ -157,6 +161,7 @@ class _Run:
             data = self._load_data(tokenizer)
         self._check_same_data(data)
         self._describe(source, data)
+        self._plan_memory(source, data)
         with self._timed("load"), self.memory.phase("load"):
             model = self._load_model(source)
         self._begin(source, data, model)
@@ -211,8 +216,19 @@ class _Run:
         ]
         _say(self.state, "\n".join(lines))
 
+    def _plan_memory(self, source: BaseSource, data: TrainingData) -> None:
+        """Applies --memory, and says what the peak on a GPU will be."""
+        asked = self.settings.optimization.memory
+        if self.device.type != "cuda" and asked is None:
+            return
+        shape = measure_shape(source.path, source.revision, self.settings.lora.lora_targets)
+        tokens = largest_pass([len(e.input_ids) for e in data.train], self.settings)
+        self.chosen, plan = choose(shape, self.settings, tokens)
+        self.plan = plan.record() | {"tokens_per_pass": tokens}
+        _say(self.state, describe(plan, tokens))
+
     def _load_model(self, source: BaseSource) -> Any:
-        settings = self.settings
+        settings = self.chosen
         model = load_base(
             source,
             quant=settings.quant,
@@ -236,7 +252,7 @@ class _Run:
 
     def _fuse(self, model: Any) -> bool:
         """Gives the model fused layers where it can have them."""
-        optimization = self.settings.optimization
+        optimization = self.chosen.optimization
         reason = why_not_fused(model) if optimization.kernels == "auto" else "--kernels none"
         if reason is None:
             install(model, optimization.checkpointing)
@@ -271,7 +287,11 @@ class _Run:
                 "fused_layers": self.fused,
                 "padding": "none" if self.fused else "right",
                 "liger_kernels": self.fused and self.device.type == "cuda" and has_kernels(),
+                "checkpointing": self.chosen.optimization.checkpointing,
+                "optimizer": self.chosen.optimization.optimizer,
+                "adapter_dtype": self.chosen.lora.adapter_dtype,
             },
+            "plan": self.plan,
             "settings": settings.flat() | {"output_dir": str(self.run_dir)},
             "data": data.report,
             "process": {"id": os.getpid(), "host": socket.gethostname()},
@@ -288,7 +308,7 @@ class _Run:
         pad = padding_id(tokenizer)
         steps = planned_steps(settings.optimization, len(data.train), self.state.num_processes)
         arguments = training_arguments(
-            settings.optimization,
+            self.chosen.optimization,
             checkpoint_dir=self.run_dir / CHECKPOINT_DIR,
             steps=steps,
             save_steps=settings.run.save_steps,
@@ -421,7 +441,8 @@ class _Run:
         return TrainingError(
             f"{self.device} ran out of memory with --batch-size {optimization.batch_size} and "
             f"--max-length {self.settings.data.max_length}",
-            "Halve --batch-size and double --grad-accum, lower --max-length, or use --quant nf4",
+            "Use --memory balanced or lean, halve --batch-size and double --grad-accum, lower "
+            "--max-length, or use --quant nf4",
         )
 
     def _write_summary(self) -> None:
