@@ -166,8 +166,9 @@ class OptimizationSettings:
     )
     memory: str | None = _setting(
         None,
-        "fast, balanced, lean, or so many GiB: chooses checkpointing, optimizer bits and "
-        "adapter dtype, in place of their flags, by the memory that they take",
+        "fast, balanced, lean, or so many GiB: chooses checkpointing, optimizer bits, adapter "
+        "dtype and how many of a step's examples go into one pass (default: what their own flags "
+        "say)",
     )
     kernels: str = _setting(
         "auto",

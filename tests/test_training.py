@@ -724,7 +724,8 @@ def test_out_of_memory_gives_advice(
     assert train(quant="bf16", output_dir="run") == 3
     assert capsys.readouterr().err.strip().splitlines()[-1] == (
         "qlora-harness: error: cpu ran out of memory with --batch-size 4 and --max-length 96. "
-        "Halve --batch-size and double --grad-accum, lower --max-length, or use --quant nf4."
+        "Use --memory balanced or lean, halve --batch-size and double --grad-accum, lower "
+        "--max-length, or use --quant nf4."
     )
     assert summary("run")["status"] == "failed"
 

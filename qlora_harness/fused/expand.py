@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from qlora_harness.model.base import expand_4bit
+
 _BLOCK = 64  # weights that share a scale, as base models are quantised here
 _NESTED_BLOCK = 256  # scales that share a scale
 
@@ -23,21 +25,13 @@ def expanded(layer: Any, dtype: torch.dtype) -> torch.Tensor:
         layer: torch.nn.Linear or bitsandbytes' Linear4bit.
         dtype: Of the result.
     """
-    weight = layer.weight
+    weight: torch.Tensor = layer.weight
     state = getattr(weight, "quant_state", None)
     if state is None:
-        return weight if weight.dtype == dtype else weight.to(dtype)  # type: ignore[no-any-return]
+        return weight if weight.dtype == dtype else weight.to(dtype)
     if weight.is_cuda and _kernel_fits(state):
         return expand_with_kernel(weight.data, state, dtype)
-    from bitsandbytes.functional import dequantize_4bit
-
-    if state.dtype == dtype:
-        return dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
-    before, state.dtype = state.dtype, dtype
-    try:
-        return dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
-    finally:
-        state.dtype = before
+    return expand_4bit(weight.data, state, dtype)
 
 
 @lru_cache(maxsize=1)

@@ -247,7 +247,6 @@ def dequantise(model: PreTrainedModel, compute_dtype: str) -> int:
         How many layers were expanded.
     """
     import torch
-    from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
     dtype = getattr(torch, compute_dtype)
@@ -256,9 +255,7 @@ def dequantise(model: PreTrainedModel, compute_dtype: str) -> int:
         for name, layer in list(parent.named_children()):
             if not isinstance(layer, Linear4bit):
                 continue
-            state = copy.copy(layer.weight.quant_state)
-            state.dtype = dtype
-            weight = dequantize_4bit(layer.weight.data, state)
+            weight = expand_4bit(layer.weight.data, layer.weight.quant_state, dtype)
             plain = torch.nn.Linear(
                 layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
             )
@@ -275,6 +272,23 @@ def dequantise(model: PreTrainedModel, compute_dtype: str) -> int:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return count
+
+
+def expand_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a 4-bit weight expanded by bitsandbytes, [N, K].
+
+    Args:
+        packed: Two weights a byte, uint8.
+        state: bitsandbytes' QuantState.
+        dtype: Of the result.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    if state.dtype != dtype:
+        state = copy.copy(state)
+        state.dtype = dtype
+    weight: torch.Tensor = dequantize_4bit(packed, state)
+    return weight
 
 
 def fits_dequantised(model: PreTrainedModel, compute_dtype: str) -> bool:

@@ -229,43 +229,72 @@ def _plain(shape: Shape, settings: Settings, tokens: int, size: int) -> tuple[in
     return int(hidden * size * tokens * shape.layers), int(work * tokens)
 
 
-def choose(shape: Shape, settings: Settings, tokens: int) -> tuple[Settings, MemoryPlan]:
-    """Applies `--memory`: settings with the rung of the ladder that was asked for, or that fits.
+def choose(
+    shape: Shape, settings: Settings, lengths: Sequence[int]
+) -> tuple[Settings, MemoryPlan, int]:
+    """Applies `--memory`: a way to save memory, and how much of a step goes into one pass.
+
+    Rows without padding may hold all examples of a step without changing what is learned. So
+    "fast" and "balanced" compute a step in one pass, and so many GiB are first sought for few
+    passes, then for little recomputation; "lean" leaves the passes as they are.
 
     Args:
         shape: From `measure_shape`.
         settings: As the user gave them.
-        tokens: As in `predict`.
+        lengths: Tokens of each training example.
 
     Returns:
-        The settings to run with, and their plan.
+        The settings to run with, their plan, and the tokens of the largest pass.
 
     Raises:
-        SettingsError: No rung fits into so many GiB.
+        SettingsError: Nothing fits into so many GiB.
     """
+
+    def planned(changed: Settings) -> tuple[Settings, MemoryPlan, int]:
+        tokens = largest_pass(lengths, changed)
+        return changed, predict(shape, changed, tokens), tokens
+
     asked = settings.optimization.memory
     if asked is None:
-        return settings, predict(shape, settings, tokens)
+        return planned(settings)
     fused = shape.fused and settings.optimization.kernels == "auto"
     rungs = [r for r in LADDER if fused or r["checkpointing"] in ("none", "full")]
     if not fused:
         rungs.append(LADDER[-1] | {"checkpointing": "full"})
+    passes = _divisors(settings.optimization.grad_accum)
+    if not fused:
+        passes = passes[-1:]  # padding would change with the batch
     if asked in _PRESETS:
-        rung = rungs[_PRESETS[asked]]
-        changed = with_rung(settings, rung)
-        return changed, predict(shape, changed, tokens)
-    least = None
-    for rung in rungs:
-        changed = with_rung(settings, rung)
-        plan = predict(shape, changed, tokens)
-        if plan.peak <= float(asked) * GIB:
-            return changed, plan
-        least = min(plan.peak, least or plan.peak)
-    assert least is not None
+        number = passes[-1] if asked == "lean" else passes[0]
+        return planned(_in_passes(with_rung(settings, rungs[_PRESETS[asked]]), number))
+    found = []
+    for number in passes:
+        for rung in rungs:
+            found.append(planned(_in_passes(with_rung(settings, rung), number)))
+            if found[-1][1].peak <= float(asked) * GIB:
+                return found[-1]
+    _, least, tokens = min(found, key=lambda item: item[1].peak)
     raise SettingsError(
-        f"--memory {asked}: the leanest way takes {least / GIB:.1f} GiB at {tokens:,} tokens a "
-        "pass",
+        f"--memory {asked}: the leanest way takes {least.peak / GIB:.1f} GiB at {tokens:,} tokens "
+        "a pass",
         "Lower --batch-size (and raise --grad-accum), --max-length or --lora-r, or use --quant nf4",
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    """From 1 up."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _in_passes(settings: Settings, number: int) -> Settings:
+    """The same step in so many forward passes."""
+    optimization = settings.optimization
+    whole = optimization.batch_size * optimization.grad_accum
+    return dataclasses.replace(
+        settings,
+        optimization=dataclasses.replace(
+            optimization, batch_size=whole // number, grad_accum=number
+        ),
     )
 
 
@@ -323,8 +352,8 @@ def describe(plan: MemoryPlan, tokens: int) -> str:
     }
     listed = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
     return (
-        f"planned peak {plan.peak / GIB:.1f} GiB at {tokens:,} tokens a pass, checkpointing "
-        f"{plan.checkpointing} ({listed})"
+        f"planned peak {plan.peak / GIB:.1f} GiB on a GPU, at {tokens:,} tokens a pass, "
+        f"checkpointing {plan.checkpointing} ({listed})"
     )
 
 

@@ -57,7 +57,7 @@ from qlora_harness.train.arguments import planned_steps, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.evaluation import EvaluationLoss, evaluate_loss
 from qlora_harness.train.memory import MemoryMeter, summarise
-from qlora_harness.train.plan import choose, describe, largest_pass, measure_shape
+from qlora_harness.train.plan import choose, describe, measure_shape
 from qlora_harness.train.run_folder import StartingPoint, checkpoint_step, clear, inspect
 from qlora_harness.train.trainer import CountingTrainer, StepLog, StopOnSignal
 
@@ -222,8 +222,8 @@ class _Run:
         if self.device.type != "cuda" and asked is None:
             return
         shape = measure_shape(source.path, source.revision, self.settings.lora.lora_targets)
-        tokens = largest_pass([len(e.input_ids) for e in data.train], self.settings)
-        self.chosen, plan = choose(shape, self.settings, tokens)
+        lengths = [len(e.input_ids) for e in data.train]
+        self.chosen, plan, tokens = choose(shape, self.settings, lengths)
         self.plan = plan.record() | {"tokens_per_pass": tokens}
         _say(self.state, describe(plan, tokens))
 
@@ -290,6 +290,8 @@ class _Run:
                 "checkpointing": self.chosen.optimization.checkpointing,
                 "optimizer": self.chosen.optimization.optimizer,
                 "adapter_dtype": self.chosen.lora.adapter_dtype,
+                "batch_size": self.chosen.optimization.batch_size,
+                "grad_accum": self.chosen.optimization.grad_accum,
             },
             "plan": self.plan,
             "settings": settings.flat() | {"output_dir": str(self.run_dir)},
