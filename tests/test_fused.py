@@ -33,7 +33,12 @@ def tiny(kind: str, *, quantised: bool = False) -> Any:
         "max_position_embeddings": 64,
         "attn_implementation": "sdpa",
     }
-    config = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[kind](**shape)
+    kinds = {
+        "llama": transformers.LlamaConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }
+    config = kinds[kind](**shape, **({"head_dim": 16} if kind == "qwen3" else {}))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float()
     for parameter in model.parameters():
@@ -114,7 +119,7 @@ def assert_alike(found: tuple[float, dict[str, Any]], wanted: tuple[float, dict[
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["full", "nf4"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_step_equals_peft_and_padding(kind: str, quantised: bool, checkpointing: str) -> None:
     model = adapted(tiny(kind, quantised=quantised))
@@ -232,7 +237,7 @@ def test_other_input_goes_the_models_own_way() -> None:
     [
         (
             transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=VOCABULARY),
-            "model type 'gpt2' is not one of llama, mistral, qwen2",
+            "model type 'gpt2' is not one of llama, mistral, qwen2, qwen3",
         ),
         (
             transformers.MistralConfig(

@@ -141,7 +141,7 @@ def test_kernel_expands_to_the_values_of_bitsandbytes(kind: str, nested: bool, d
         assert torch.equal(found, dequantize_4bit(packed, state))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "offload"])
 def test_fused_step_in_float32_equals_peft(kind: str, checkpointing: str) -> None:
     from test_fused import adapted, install, texts, tiny

@@ -1,6 +1,7 @@
 """One decoder layer as one differentiable function, with the choice of what is kept for backward.
 
     n = norm(x); q, k, v = rotate(project(n)); h = x + o(attention(q, k, v))
+    (Qwen3 normalises the heads of q and k before it rotates them)
     m = norm(h); y = h + down(silu(gate(m)) * up(m))
 
 What is kept between forward and backward:
@@ -42,6 +43,7 @@ class FusedLayer:
         gate_up: Gate and up.
         down: Down.
         checkpointing: What is kept; one of `CHECKPOINTING`.
+        head_norms: [D] weights of the norms of query and key heads, or None for a model without.
     """
 
     attention_norm: torch.Tensor
@@ -55,6 +57,7 @@ class FusedLayer:
     gate_up: LoraGroup
     down: LoraGroup
     checkpointing: str = "none"
+    head_norms: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def groups(self) -> tuple[LoraGroup, ...]:
         """The groups in the order of their parameters."""
@@ -87,6 +90,7 @@ class _Attention:
     state: Any
     inner_qkv: Inner
     inner_out: Inner
+    raw: tuple[torch.Tensor, torch.Tensor] | None  # q and k before the norms of their heads
 
 
 @dataclass
@@ -105,10 +109,17 @@ def _first_half(
     normed, _ = ops.rms_norm(x, layer.attention_norm, layer.eps)
     (q, k, v), inner_qkv = layer.qkv.forward(normed, seed)
     q, k, v = (y.view(len(x), -1, layer.head_size) for y in (q, k, v))
+    raw = None
+    if layer.head_norms is not None:
+        raw = q, k
+        q, k = (
+            ops.rms_norm(y.reshape(-1, layer.head_size), weight, layer.eps)[0].view_as(y)
+            for y, weight in zip(raw, layer.head_norms, strict=True)
+        )
     q, k = ops.rotate(q, k, row)
     attended, state = ops.attention(q, k, v, row, layer.scale)
     (h,), inner_out = layer.out.forward(attended.reshape(len(x), -1), _next(seed, 3), add_to=x)
-    return h, _Attention(q, k, v, attended, state, inner_qkv, inner_out)
+    return h, _Attention(q, k, v, attended, state, inner_qkv, inner_out, raw)
 
 
 def _gates(layer: FusedLayer, h: torch.Tensor, seed: int | None) -> _Mlp:
@@ -217,6 +228,11 @@ def _first_half_backward(
         *(kept.q, kept.k, kept.v, kept.attended, kept.state, row, layer.scale),
     )
     dq, dk = ops.rotate(dq, dk, row, back=True)
+    if kept.raw is not None and layer.head_norms is not None:
+        dq, dk = (
+            _head_norm_backward(dy, y, weight, layer.eps)
+            for dy, y, weight in zip((dq, dk), kept.raw, layer.head_norms, strict=True)
+        )
     normed, state = ops.rms_norm(x, layer.attention_norm, layer.eps)
     d_normed, grads = layer.qkv.backward(
         [g.reshape(tokens, -1) for g in (dq, dk, dv)],
@@ -227,6 +243,15 @@ def _first_half_backward(
         return None, [*grads, *out_grads]
     dx = ops.rms_norm_backward(d_normed, x, layer.attention_norm, state)
     return dx + dh, [*grads, *out_grads]
+
+
+def _head_norm_backward(
+    dy: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    heads = y.reshape(-1, y.shape[-1])
+    _, state = ops.rms_norm(heads, weight, eps)
+    dy = dy.reshape(-1, y.shape[-1]).contiguous()
+    return ops.rms_norm_backward(dy, heads, weight, state).view_as(y)
 
 
 def _load(layer: FusedLayer, x: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from qlora_harness.fused.layer import CHECKPOINTING, FusedLayer
 from qlora_harness.fused.lora_group import LoraGroup, Projection, Scratch
 from qlora_harness.fused.row import Row
 
-MODEL_TYPES = frozenset({"llama", "mistral", "qwen2"})
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
 def why_not_fused(model: Any) -> str | None:
@@ -135,6 +135,9 @@ def _fused_layer(layer: Any, checkpointing: str, scratch: Scratch) -> FusedLayer
         group("gate_up", mlp.gate_proj, mlp.up_proj),
         group("down", mlp.down_proj),
         checkpointing,
+        (attention.q_norm.weight, attention.k_norm.weight)
+        if hasattr(attention, "q_norm")
+        else None,
     )
 
 

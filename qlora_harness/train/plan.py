@@ -55,6 +55,7 @@ class Shape:
         sides: In- and output sizes of the linear layers that get an adapter, summed.
         adapted: Adapters in a layer.
         fused: Whether it can have fused layers.
+        head_norms: Whether heads of queries and keys are normalised, which keeps both twice.
     """
 
     hidden: int
@@ -69,6 +70,7 @@ class Shape:
     sides: int
     adapted: float
     fused: bool
+    head_norms: bool
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,7 @@ def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
         sides=sum(sum(weight.shape) for weight in adapted),
         adapted=len(adapted) / layers,
         fused=config.model_type in MODEL_TYPES,
+        head_norms=config.model_type == "qwen3",
     )
 
 
@@ -203,6 +206,7 @@ def _fused(shape: Shape, settings: Settings, tokens: int, size: int) -> tuple[in
     """Activations that fused layers keep, and those of the layer at work."""
     hidden, inner, rank = shape.hidden, shape.inner, settings.lora.lora_r * shape.adapted
     first = 2 * hidden + 2 * shape.queries + 2 * shape.keys + rank * 4 / 7
+    first += (shape.queries + shape.keys) * shape.head_norms
     second = 2 * inner + rank * 3 / 7
     kept = {
         "none": first + second,
