@@ -362,23 +362,88 @@ def test_mmlu_table(pair: tuple[Path, Path]) -> None:
 def test_paired_table(pair: tuple[Path, Path]) -> None:
     comparison = compare(pair)
     found = {row.key: row.cells[0] for row in table(comparison, "paired").rows}
-    assert {key: cell.value for key, cell in found.items() if key != "difference"} == {
-        "both": 7,
-        "only_first": 5,
-        "only_second": 3,
-        "neither": 5,
-    }
+    counted = ("both", "only_first", "only_second", "neither")
+    assert [found[key].value for key in counted] == [7, 5, 3, 5]
     assert found["difference"].value == -10.0
     # b = 5, c = 3, n = 20.
     assert found["difference"].stderr == pytest.approx(100 * math.sqrt(8 - 4 / 20) / 20)
     assert found["difference"].text == "−10.00 ± 13.96"
+    assert found["mcnemar_p"].text == "0.73"
+    assert found["mcnemar_p"].value == pytest.approx(
+        2 * sum(math.comb(8, k) for k in range(4)) / 2**8
+    )
+    low, high = found["interval"].interval or (0.0, 0.0)
+    assert low < -10.0 < high
+    assert found["macro"].value == pytest.approx(-10.0)
+    assert found["agreement"].text == "100.00"  # all choose the first letter, see `sample`
+
+
+def test_answers_are_recomputed_when_asked(pair: tuple[Path, Path]) -> None:
+    before = compare(pair).tables
+    assert compare(pair, rescore=True).tables == before
+    (path,) = pair[1].glob("gpt2/samples_*_law_*.jsonl")
+    lines = path.read_text().splitlines()
+    first = json.loads(lines[0])
+    first["filtered_resps"].reverse()
+    path.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    compare(pair)  # the counts still add up
+    with pytest.raises(ResultsError) as caught:
+        compare(pair, rescore=True)
+    assert (
+        f"{path.name}, line 1: acc is 1, but the best log-probability is that of choice 3"
+        in str(caught.value)
+    )
+
+
+def test_differences_by_category_and_subject(pair: tuple[Path, Path]) -> None:
+    comparison = compare(pair)
+    (stem,) = table(comparison, "categories").rows
+    assert (stem.key, stem.name) == ("categories.stem", "STEM (n = 10)")
+    (details,) = comparison.details
+    assert [row.key for row in details.rows] == ["subjects.anatomy", "subjects.law"]
+    by_subject = [row.cells[0].value for row in details.rows]
+    assert sum(float(value or 0) for value in by_subject) / 2 == pytest.approx(-10.0)
+    assert "subjects" in [item["key"] for item in report.to_json(comparison)["tables"]]
+    assert "MMLU, paired, by subject" in report.to_markdown(comparison)
+
+
+def test_equivalence_is_said_for_the_margin_asked(pair: tuple[Path, Path]) -> None:
+    assert "is not shown to be within ±1 points" in compare(pair).verdict[0]
+    wide = compare(pair, margin=0.4).verdict[0]
+    assert "no difference is shown (McNemar p = 0.73), and it is shown to be within ±40" in wide
+
+
+def test_bootstrap_follows_its_seed(pair: tuple[Path, Path]) -> None:
+    def interval(seed: int) -> object:
+        found = compare(pair, draws=200, seed=seed)
+        return cells(found, "paired", "interval")[0].interval
+
+    assert interval(1) == interval(1)
+    assert interval(1) != interval(2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--margin", "0"], "--margin 0. Give percentage points, above 0."),
+        (["--draws", "10"], "--draws 10 --seed 0. Draw 100 samples or more, from a seed >= 0."),
+    ],
+)
+def test_flags_of_the_statistics_are_checked(
+    pair: tuple[Path, Path], flags: list[str], message: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        main(*pair, *flags)
+    assert str(caught.value) == message
 
 
 def test_verdict_says_that_no_difference_is_shown(pair: tuple[Path, Path]) -> None:
     assert compare(pair).verdict == (
         "16bit, against 4bit, uses 8.00 GiB more peak GPU memory (2.23×), takes 0.80× the "
         "training time, changes the evaluation loss by 0.0000 (no error bar), and differs on "
-        "mmlu_qlora_5shot by −10.00 ± 13.96 points (paired): no difference shown.",
+        "mmlu_qlora_5shot by −10.00 points (95% interval −35.00 to +15.12, paired): no difference "
+        "is shown (McNemar p = 0.73), but it is not shown to be within ±1 points (equivalence "
+        "p = 0.73).",
     )
 
 
@@ -386,8 +451,9 @@ def test_verdict_says_that_a_difference_is_shown(pair: tuple[Path, Path]) -> Non
     worse = {"anatomy": "0" * 10, "law": "0" * 10}
     write_run(pair[1], None, evaluation(worse))
     write_harness(pair[1], worse)
-    ending = "(paired): a difference is shown (at least 1.96 standard errors)."
-    assert compare(pair).verdict[0].endswith(f"by −60.00 ± 10.95 points {ending}")
+    text = compare(pair).verdict[0]
+    assert "by −60.00 points (95% interval −80.00 to −40.00, paired): a difference is shown" in text
+    assert text.endswith("but it is not shown to be within ±1 points (equivalence p = 1.00).")
 
 
 def test_three_runs_are_compared_with_the_first(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -446,7 +512,7 @@ def test_a_results_file_can_be_named_itself(tmp_path: Path) -> None:
     comparison = compare(files, labels=["one", "two"])
     assert texts(comparison, "mmlu", "acc")[:2] == ["60.00 ± 11.24", "50.00 ± 11.47"]
     assert texts(comparison, "mmlu", "category.stem")[0] == "70.00 ± 15.28"
-    assert [item.key for item in comparison.tables] == ["mmlu", "paired"]
+    assert [item.key for item in comparison.tables] == ["mmlu", "paired", "categories"]
 
 
 def test_an_undefined_standard_error_is_left_out(tmp_path: Path) -> None:
@@ -608,7 +674,7 @@ def test_the_demo_is_called_a_demo_everywhere(tmp_path: Path) -> None:
 
 def test_random_weights_are_not_judged(pair: tuple[Path, Path]) -> None:
     write_run(pair[0], summary(model__random_weights=True))
-    assert compare(pair).verdict[0].endswith("(paired): random weights, so it says nothing.")
+    assert compare(pair).verdict[0].endswith(", paired): random weights, so it says nothing.")
 
 
 def test_random_weights_of_a_scored_base_are_not_judged(tmp_path: Path) -> None:
@@ -1110,7 +1176,13 @@ def test_command_writes_beside_the_runs(
     assert max(map(len, tables_part.splitlines())) <= 80
     record = json.loads((results / "comparison.json").read_text())
     assert (record["schema_version"], record["kind"], record["task"]) == (1, "comparison", FAMILY)
-    assert [item["key"] for item in record["tables"]] == ["training", "mmlu", "paired"]
+    assert [item["key"] for item in record["tables"]] == [
+        "training",
+        "mmlu",
+        "paired",
+        "categories",
+        "subjects",
+    ]
     row = record["tables"][0]["rows"][0]
     assert (row["key"], row["unit"]) == ("peak_gpu_gib", "GiB")
     assert row["cells"][1] == {
@@ -1118,6 +1190,7 @@ def test_command_writes_beside_the_runs(
         "kind": "value",
         "value": 14.5,
         "stderr": None,
+        "interval": None,
         "text": "14.50",
     }
     # The terminal, Markdown and JSON show the same cells.
@@ -1125,7 +1198,7 @@ def test_command_writes_beside_the_runs(
     for shown in record["tables"]:
         for row in shown["rows"]:
             for cell in row["cells"]:
-                assert cell["text"] in out
+                assert cell["text"] in out or shown["key"] == "subjects"  # too long for it
                 assert cell["text"] in markdown
     assert record["verdict"][0] in " ".join(out.split())
     # A second time it replaces its own files and nothing else.
@@ -1204,8 +1277,9 @@ def test_markdown_tables_are_whole(pair: tuple[Path, Path]) -> None:
     markdown = report.to_markdown(comparison)
     assert markdown.startswith("# Comparison of a\\|b, \\*c\\*\n")
     blocks = [block for block in markdown.split("\n\n") if block.startswith("|")]
-    assert len(blocks) == 4
-    for block, shown in zip(blocks, [*comparison.tables, comparison.settings], strict=True):
+    wanted = [*comparison.tables, *comparison.details, comparison.settings]
+    assert len(blocks) == len(wanted) == 6
+    for block, shown in zip(blocks, wanted, strict=True):
         head, align, *rows = [
             line.replace("\\|", "").strip("|").split("|") for line in block.splitlines()
         ]

@@ -18,9 +18,10 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Kind, TaskIndex
 
+from qlora_harness.families import families
 from qlora_harness.score import task_index
 from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
-from qlora_harness.score.task_index import extend_index, families, task_entries
+from qlora_harness.score.task_index import extend_index, task_entries
 
 BUILT_IN = Path(lm_eval.tasks.__file__).parent
 

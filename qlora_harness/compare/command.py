@@ -12,6 +12,7 @@ from rich.console import Console
 from qlora_harness.compare import report
 from qlora_harness.compare.comparison import compare
 from qlora_harness.compare.evaluation import DEFAULT_FAMILY, FAMILIES
+from qlora_harness.compare.paired import DEFAULT_DRAWS, DEFAULT_MARGIN, DEFAULT_SEED
 from qlora_harness.errors import ResultsError, SettingsError
 from qlora_harness.record import read_json, write_json, write_text
 
@@ -64,6 +65,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compare runs trained on different data; a note says so",
     )
+    parser.add_argument(
+        "--rescore",
+        action="store_true",
+        help="recompute every answer from its logged log-probabilities, and fail if it differs",
+    )
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=100 * DEFAULT_MARGIN,
+        metavar="POINTS",
+        help="is the difference shown to be within ± so many percentage points? (default "
+        "%(default)g)",
+    )
+    parser.add_argument(
+        "--draws",
+        type=int,
+        default=DEFAULT_DRAWS,
+        metavar="N",
+        help="samples of the bootstrap (default %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=DEFAULT_SEED, metavar="N", help="of the bootstrap (default 0)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,12 +112,22 @@ def run(args: argparse.Namespace) -> int:
         raise SettingsError(f"--markdown and --json are both {json_file}", "Name two files")
     _check_output(markdown_file, _is_our_markdown)
     _check_output(json_file, _is_our_json)
+    if not 0 < args.margin < 100:
+        raise SettingsError(f"--margin {args.margin:g}", "Give percentage points, above 0")
+    if args.draws < 100 or args.seed < 0:
+        raise SettingsError(
+            f"--draws {args.draws} --seed {args.seed}", "Draw 100 samples or more, from a seed >= 0"
+        )
     comparison = compare(
         args.runs,
         labels=labels,
         task=args.task,
         allow_limit=args.allow_limit,
         allow_different_data=args.allow_different_data,
+        margin=args.margin / 100,
+        draws=args.draws,
+        seed=args.seed,
+        rescore=args.rescore,
     )
     report.print_comparison(comparison, Console(highlight=False))
     print()

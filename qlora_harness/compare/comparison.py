@@ -9,16 +9,22 @@ from pathlib import Path
 from qlora_harness.compare import conditions, tables, verdict
 from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.compare.harness_json import Answer, Question
+from qlora_harness.compare.paired import (
+    DEFAULT_DRAWS,
+    DEFAULT_MARGIN,
+    DEFAULT_SEED,
+    PairedStatistics,
+    analyse,
+)
 from qlora_harness.compare.report import Comparison, RunInfo
 from qlora_harness.compare.runs import Run, load_run
 from qlora_harness.compare.statistics import (
     Difference,
-    PairedCounts,
     count_pairs,
-    paired_difference,
     unpaired_difference,
 )
 from qlora_harness.errors import ComparisonError, SettingsError
+from qlora_harness.families import families
 from qlora_harness.record import now, scrub
 
 _Answers = Mapping[Question, Answer]
@@ -31,6 +37,10 @@ def compare(
     task: str | None = None,
     allow_limit: bool = False,
     allow_different_data: bool = False,
+    margin: float = DEFAULT_MARGIN,
+    draws: int = DEFAULT_DRAWS,
+    seed: int = DEFAULT_SEED,
+    rescore: bool = False,
 ) -> Comparison:
     """Compares runs from their files.
 
@@ -40,6 +50,10 @@ def compare(
         task: The MMLU family to compare; by default mmlu_qlora_5shot, or the only common one.
         allow_limit: Whether runs with the same --limit may be compared.
         allow_different_data: Whether runs on different data may be compared.
+        margin: Of the equivalence test, as a share of the questions.
+        draws: Samples of the bootstrap.
+        seed: Of the bootstrap.
+        rescore: Whether each answer is checked against its log-probabilities.
 
     Raises:
         SettingsError: The labels don't fit the runs.
@@ -55,10 +69,14 @@ def compare(
     family = conditions.choose_family(runs, task)
     evaluations = _pick(runs, family)
     notes += conditions.check_limit(evaluations, allow_limit)
-    answers = {name: run.answers(str(family)) for run in runs if (name := run.label) in evaluations}
+    answers = {
+        name: run.answers(str(family), rescore=rescore)
+        for run in runs
+        if (name := run.label) in evaluations
+    }
     notes += conditions.check_questions(evaluations, answers)
     evaluations = {name: _count_ties(item, answers[name]) for name, item in evaluations.items()}
-    counts = _pair(names, answers)
+    paired = _pair(names, answers, family, margin, draws, seed)
     notes += _sample_notes(names, evaluations, answers)
     for item in runs:
         notes += verdict.run_notes(item, evaluations.get(item.label))
@@ -70,7 +88,8 @@ def compare(
             _describe(item, evaluations.get(item.label), answers.get(item.label)) for item in runs
         ),
         family=family,
-        tables=_build_tables(runs, evaluations, counts),
+        tables=_build_tables(runs, evaluations, paired),
+        details=(tables.groups_table(names, paired, "subjects"),) if paired else (),
         settings=tables.settings_table(names, found),
         same_settings=found.same,
         notes=tuple(scrub(note) for note in notes),
@@ -78,7 +97,8 @@ def compare(
             verdict.sentence(
                 runs[0],
                 item,
-                _difference(names[0], item.label, evaluations, counts.get(index)),
+                _difference(names[0], item.label, evaluations),
+                paired.get(index),
                 family,
                 same_data,
             )
@@ -147,18 +167,37 @@ def _count_ties(evaluation: Evaluation, answers: _Answers | None) -> Evaluation:
     return replace(evaluation, ties=sum(answer.tied for answer in answers.values()))
 
 
-def _pair(names: Sequence[str], answers: Mapping[str, _Answers | None]) -> dict[int, PairedCounts]:
+def _pair(
+    names: Sequence[str],
+    answers: Mapping[str, _Answers | None],
+    family: str | None,
+    margin: float,
+    draws: int,
+    seed: int,
+) -> dict[int, PairedStatistics]:
     first = answers.get(names[0])
     if first is None:
         return {}
-    counts = {}
+    listed = families().get(str(family), {}).get("categories", {})
+    category_of = {subject: name for name, subjects in listed.items() for subject in subjects}
+    found = {}
     for index, name in enumerate(names[1:], start=1):
         other = answers.get(name)
-        if other is not None:
-            counts[index] = count_pairs(
-                (answer.right, other[question].right) for question, answer in first.items()
-            )
-    return counts
+        if other is None:
+            continue
+        by_subject: dict[str, list[tuple[bool, bool]]] = {}
+        for question, answer in first.items():
+            marks = answer.right, other[question].right
+            by_subject.setdefault(question.subject, []).append(marks)
+        found[index] = analyse(
+            {subject: count_pairs(marks) for subject, marks in by_subject.items()},
+            category_of,
+            same_letter=sum(a.choice == other[question].choice for question, a in first.items()),
+            margin=margin,
+            draws=draws,
+            seed=seed,
+        )
+    return found
 
 
 def _sample_notes(
@@ -175,11 +214,7 @@ def _sample_notes(
     ]
 
 
-def _difference(
-    first: str, name: str, evaluations: Mapping[str, Evaluation], counts: PairedCounts | None
-) -> Difference | None:
-    if counts is not None:
-        return paired_difference(counts)
+def _difference(first: str, name: str, evaluations: Mapping[str, Evaluation]) -> Difference | None:
     if first not in evaluations or name not in evaluations:
         return None
     one, other = evaluations[first], evaluations[name]
@@ -189,15 +224,17 @@ def _difference(
 def _build_tables(
     runs: Sequence[Run],
     evaluations: Mapping[str, Evaluation],
-    counts: Mapping[int, PairedCounts],
+    paired: Mapping[int, PairedStatistics],
 ) -> tuple[tables.Table, ...]:
     labels = [run.label for run in runs]
     training = tables.training_table(runs)
     found = [] if training is None else [training]
     if evaluations:
         found.append(tables.mmlu_table(labels, [evaluations.get(label) for label in labels]))
-    if counts:
-        found.append(tables.paired_table(labels, counts))
+    if paired:
+        found.append(tables.paired_table(labels, paired))
+        if any(item.categories for item in paired.values()):
+            found.append(tables.groups_table(labels, paired, "categories"))
     return tuple(found)
 
 

@@ -64,6 +64,7 @@ class Answer:
         target: Hash of the right answer.
         right: Whether the model's answer was right.
         tied: Whether the best log-probability is shared by several choices.
+        choice: Place of the predicted letter, 0 to 3; of a tie, the first.
     """
 
     document: str
@@ -71,6 +72,7 @@ class Answer:
     target: str
     right: bool
     tied: bool
+    choice: int
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -175,12 +177,15 @@ def read_evaluation(file: HarnessFile, family: str) -> Evaluation:
     )
 
 
-def read_answers(file: HarnessFile, evaluation: Evaluation) -> dict[Question, Answer] | None:
+def read_answers(
+    file: HarnessFile, evaluation: Evaluation, *, rescore: bool = False
+) -> dict[Question, Answer] | None:
     """Reads the logged samples that belong to a results file.
 
     Args:
         file: The results file.
         evaluation: What was read from it; the samples must add up to it.
+        rescore: Whether each answer is checked against its log-probabilities.
 
     Returns:
         All answers of the family, or None if lm_eval ran without --log_samples.
@@ -206,17 +211,21 @@ def read_answers(file: HarnessFile, evaluation: Evaluation) -> dict[Question, An
         )
     answers: dict[Question, Answer] = {}
     for subject, path in paths.items():
-        answers.update(_read_subject_answers(path, subject, evaluation.subjects[subject]))
+        answers.update(_read_subject_answers(path, subject, evaluation.subjects[subject], rescore))
     return answers
 
 
-def _read_subject_answers(path: Path, subject: str, score: SubjectScore) -> dict[Question, Answer]:
+def _read_subject_answers(
+    path: Path, subject: str, score: SubjectScore, rescore: bool
+) -> dict[Question, Answer]:
     answers: dict[Question, Answer] = {}
     for where, sample in _read_lines(path):
         question = Question(subject, fields.count(sample, where, "doc_id"))
         if question in answers:
             raise ResultsError(f"{where}: doc_id {question.doc_id} is there twice", "Score again")
-        answers[question] = _read_answer(sample, where)
+        answers[question] = answer = _read_answer(sample, where)
+        if rescore:
+            _check_score(sample, answer, where)
     right = sum(answer.right for answer in answers.values())
     if len(answers) != score.n or abs(right - score.acc * score.n) > 1e-6:
         raise ResultsError(
@@ -254,7 +263,21 @@ def _read_answer(sample: Mapping[str, Any], where: str) -> Answer:
         target=_read_hash(sample, where, "target_hash"),
         right=fields.share(sample, where, "acc") == 1.0,
         tied=scores.count(max(scores)) > 1,
+        choice=scores.index(max(scores)),
     )
+
+
+def _check_score(sample: Mapping[str, Any], answer: Answer, where: str) -> None:
+    """Checks that "acc" is what the log-probabilities and the target give."""
+    target = str(sample.get("target"))
+    if target not in map(str, range(_CHOICES)):
+        raise fields.field_error(where, ("target",), f"is {target!r}, not a choice from 0 to 3")
+    if (answer.choice == int(target)) != answer.right:
+        raise ResultsError(
+            f"{where}: acc is {float(answer.right):g}, but the best log-probability is that of "
+            f"choice {answer.choice} and the target is {target}",
+            "The file was changed or is damaged; score again",
+        )
 
 
 def _read_hash(sample: Mapping[str, Any], where: str, key: str) -> str:

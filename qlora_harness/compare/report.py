@@ -54,6 +54,7 @@ class Comparison:
         runs: The runs; differences are against the first.
         family: The MMLU task family compared, if any.
         tables: The tables of numbers.
+        details: Long tables, which the terminal does not show.
         settings: The table of settings that differ.
         same_settings: The number of recorded settings that don't differ.
         notes: What has to be known before quoting a number.
@@ -64,6 +65,7 @@ class Comparison:
     runs: tuple[RunInfo, ...]
     family: str | None
     tables: tuple[Table, ...]
+    details: tuple[Table, ...]
     settings: Table
     same_settings: int
     notes: tuple[str, ...]
@@ -82,7 +84,10 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "created": comparison.created,
         "runs": [vars(run) for run in comparison.runs],
         "task": comparison.family,
-        "tables": [_table_to_json(table, comparison.runs) for table in comparison.tables],
+        "tables": [
+            _table_to_json(table, comparison.runs)
+            for table in (*comparison.tables, *comparison.details)
+        ],
         "settings_that_differ": _table_to_json(comparison.settings, comparison.runs),
         "settings_that_agree": comparison.same_settings,
         "notes": list(comparison.notes),
@@ -105,6 +110,7 @@ def _table_to_json(table: Table, runs: Sequence[RunInfo]) -> dict[str, Any]:
                         "kind": column.kind,
                         "value": cell.value,
                         "stderr": cell.stderr,
+                        "interval": cell.interval,
                         "text": cell.text,
                     }
                     for column, cell in zip(table.columns, row.cells, strict=True)
@@ -124,7 +130,7 @@ def to_markdown(comparison: Comparison) -> str:
     labels = [_escape(run.label) for run in comparison.runs]
     lines = [f"{MARKDOWN_TITLE}{', '.join(labels)}", ""]
     lines += [f"- {_escape(line)}" for line in _run_lines(comparison)]
-    for table in comparison.tables:
+    for table in (*comparison.tables, *comparison.details):
         lines += ["", f"## {_escape(table.title)}", "", *_markdown_table(table)]
     lines += ["", _against(labels[0])]
     lines += ["", f"## {comparison.settings.title}", ""]

@@ -97,17 +97,20 @@ class Run:
     evaluations: Mapping[str, Evaluation]
     harness: Mapping[str, HarnessFile]
 
-    def answers(self, family: str) -> dict[Question, Answer] | None:
+    def answers(self, family: str, *, rescore: bool = False) -> dict[Question, Answer] | None:
         """Reads the logged samples of one family; None where there are none.
 
         Args:
             family: For example mmlu_qlora_5shot.
+            rescore: Whether each answer is checked against its log-probabilities.
 
         Raises:
             ResultsError: The samples are broken or not those of the evaluation.
         """
         file = self.harness.get(family)
-        return None if file is None else read_answers(file, self.evaluations[family])
+        if file is None:
+            return None
+        return read_answers(file, self.evaluations[family], rescore=rescore)
 
 
 def load_run(path: Path, label: str) -> Run:

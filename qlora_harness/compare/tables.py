@@ -10,13 +10,9 @@ from typing import Literal
 
 from qlora_harness.compare.conditions import Conditions
 from qlora_harness.compare.evaluation import CATEGORIES, DEMO_FAMILY, Evaluation
+from qlora_harness.compare.paired import Interval, PairedStatistics
 from qlora_harness.compare.runs import Run, TrainingSummary
-from qlora_harness.compare.statistics import (
-    Difference,
-    PairedCounts,
-    paired_difference,
-    unpaired_difference,
-)
+from qlora_harness.compare.statistics import Difference, unpaired_difference
 from qlora_harness.record import scrub
 
 NOTHING = "–"
@@ -34,11 +30,13 @@ class Cell:
         text: What a person reads.
         value: The number or text behind it, in the unit of the row; None where there is none.
         stderr: Its standard error in the same unit, where there is one.
+        interval: Its 95% interval in the same unit, where there is one.
     """
 
     text: str = NOTHING
     value: float | int | str | None = None
     stderr: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -370,16 +368,17 @@ def _tie_row(evaluations: Sequence[Evaluation | None]) -> Row:
     return Row("ties", "Tied best choices", "questions", tuple(cells))
 
 
-def paired_table(labels: Sequence[str], counts: Mapping[int, PairedCounts]) -> Table:
-    """Builds the table of right and wrong answers, question by question.
+def paired_table(labels: Sequence[str], paired: Mapping[int, PairedStatistics]) -> Table:
+    """Builds the table of right and wrong answers, question by question, and what it shows.
 
     Args:
         labels: The names of the runs.
-        counts: For each later run with samples, by index, its table against the first run.
+        paired: For each later run with samples, by index, its statistics against the first run.
     """
     first = labels[0]
-    other = labels[next(iter(counts))] if len(counts) == 1 else "the other"
-    names = (
+    other = labels[next(iter(paired))] if len(paired) == 1 else "the other"
+    margin = 100 * next(iter(paired.values())).margin
+    counted = (
         ("both", "Right in both"),
         ("only_first", f"Right only in {first}"),
         ("only_second", f"Right only in {other}"),
@@ -390,22 +389,133 @@ def paired_table(labels: Sequence[str], counts: Mapping[int, PairedCounts]) -> T
             key,
             name,
             "questions",
-            tuple(Cell(f"{getattr(item, key):,}", getattr(item, key)) for item in counts.values()),
+            tuple(
+                Cell(f"{getattr(item.counts, key):,}", getattr(item.counts, key))
+                for item in paired.values()
+            ),
         )
-        for key, name in names
+        for key, name in counted
     ]
-    rows.append(
-        Row(
+    shown: tuple[tuple[str, str, str, Callable[[PairedStatistics], Cell]], ...] = (
+        ("agreement", "Same letter (%)", "%", lambda i: _percent(i.agreement)),
+        (
             "difference",
             "Difference, paired (points)",
             "points",
-            tuple(_difference_cell(paired_difference(item)) for item in counts.values()),
-        )
+            lambda i: _difference_cell(i.difference),
+        ),
+        (
+            "interval",
+            "  95% interval, bootstrap",
+            "points",
+            lambda i: _interval_cell(i.difference.value, i.interval),
+        ),
+        ("macro", "Difference of macro accuracy (points)", "points", lambda i: _points(i.macro)),
+        (
+            "macro_interval",
+            "  95% interval, bootstrap within subjects",
+            "points",
+            lambda i: _interval_cell(i.macro, i.macro_interval),
+        ),
+        ("mcnemar_p", "p of no difference (exact McNemar)", "", lambda i: _p_cell(i.mcnemar_p)),
+        (
+            "equivalence_p",
+            f"p of more than ±{margin:g} points (equivalence)",
+            "",
+            lambda i: _p_cell(i.equivalence_p),
+        ),
+        (
+            "detectable",
+            "Difference found 4 times in 5 (points)",
+            "points",
+            lambda i: Cell(f"{100 * i.detectable:.2f}", 100 * i.detectable),
+        ),
     )
+    rows += [
+        Row(key, name, unit, tuple(make(item) for item in paired.values()))
+        for key, name, unit, make in shown
+    ]
     columns = tuple(
-        Column(f"{labels[index]} against {first}", index, "difference") for index in counts
+        Column(f"{labels[index]} against {first}", index, "difference") for index in paired
     )
     return Table("paired", "MMLU, question by question", columns, tuple(rows))
+
+
+def groups_table(
+    labels: Sequence[str],
+    paired: Mapping[int, PairedStatistics],
+    kind: Literal["subjects", "categories"],
+) -> Table:
+    """Builds the table of paired differences by subject or category.
+
+    Args:
+        labels: The names of the runs.
+        paired: For each later run with samples, by index, its statistics against the first run.
+        kind: Which groups.
+    """
+    names = [group.name for group in getattr(next(iter(paired.values())), kind)]
+    columns = []
+    for index in paired:
+        heading = f"{labels[index]} against {labels[0]}"
+        columns += [
+            Column(f"{heading} (points)", index, "difference"),
+            Column("right only in one (first, second)", index, "value"),
+            Column("p, Holm", index, "value"),
+        ]
+    rows = []
+    for place, name in enumerate(names):
+        cells: list[Cell] = []
+        for item in paired.values():
+            group = getattr(item, kind)[place]
+            counts = group.counts
+            changed = f"{counts.only_first:,}, {counts.only_second:,}"
+            cells += [
+                _difference_cell(group.difference),
+                Cell(changed, changed),
+                _p_cell(group.adjusted),
+            ]
+        size = getattr(next(iter(paired.values())), kind)[place].counts.total
+        shown = CATEGORIES.get(name, name)
+        rows.append(Row(f"{kind}.{name}", f"{shown} (n = {size:,})", "points", tuple(cells)))
+    title = "MMLU, paired, by " + ("subject" if kind == "subjects" else "category")
+    return Table(kind, title, tuple(columns), tuple(rows))
+
+
+def _percent(share: float) -> Cell:
+    return Cell(f"{100 * share:.2f}", 100 * share)
+
+
+def _points(share: float) -> Cell:
+    return Cell(signed(100 * share, decimals(2)), 100 * share)
+
+
+def _interval_cell(value: float, interval: Interval) -> Cell:
+    return Cell(
+        interval_text(interval), 100 * value, None, (100 * interval.low, 100 * interval.high)
+    )
+
+
+def interval_text(interval: Interval) -> str:
+    """Writes an interval of a difference in percentage points.
+
+    Args:
+        interval: As shares.
+    """
+    low, high = (signed(100 * end, decimals(2)) for end in (interval.low, interval.high))
+    return f"{low} to {high}"
+
+
+def p_text(p: float) -> str:
+    """Writes a p-value.
+
+    Args:
+        p: 0 to 1.
+    """
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
+
+
+def _p_cell(p: float) -> Cell:
+    return Cell(p_text(p), p)
 
 
 def settings_table(labels: Sequence[str], conditions: Conditions) -> Table:

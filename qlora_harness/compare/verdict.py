@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qlora_harness.compare.evaluation import DEMO_FAMILY, Evaluation
+from qlora_harness.compare.paired import PairedStatistics
 from qlora_harness.compare.runs import Run, TrainingSummary
 from qlora_harness.compare.statistics import Difference
 from qlora_harness.compare.tables import (
@@ -12,6 +13,8 @@ from qlora_harness.compare.tables import (
     cpu_peak_bytes,
     decimals,
     gpu_peak_bytes,
+    interval_text,
+    p_text,
     points,
     signed,
 )
@@ -95,14 +98,20 @@ def shared_notes(runs: Sequence[Run], family: str | None) -> list[str]:
 
 
 def sentence(
-    first: Run, run: Run, difference: Difference | None, family: str | None, same_data: bool
+    first: Run,
+    run: Run,
+    difference: Difference | None,
+    paired: PairedStatistics | None,
+    family: str | None,
+    same_data: bool,
 ) -> str:
     """Says in one sentence how a run compares with the first.
 
     Args:
         first: The first run.
         run: The other run.
-        difference: The difference of their micro accuracies, if both have one.
+        difference: The unpaired difference of their micro accuracies, if both have one.
+        paired: Their answers question by question, if both have samples.
         family: The task family compared, or None.
         same_data: Whether both were trained and evaluated on the same data.
     """
@@ -112,8 +121,10 @@ def sentence(
     random = any(
         has_random_weights(item, item.evaluations.get(str(family))) for item in (first, run)
     )
-    if difference is not None:
-        parts.append(_accuracy_part(difference, str(family), random))
+    if paired is not None:
+        parts.append(_paired_part(paired, str(family), random))
+    elif difference is not None:
+        parts.append(_unpaired_part(difference, str(family), random))
     if not parts:
         return f"{run.label} and {first.label} have no numbers in common."
     return f"{run.label}, against {first.label}, {_join(parts)}."
@@ -146,10 +157,13 @@ def _memory_part(kind: str, first: float | None, other: float | None) -> str:
     return f"uses {abs(change):.2f} GiB {word} peak {kind} memory ({other / first:.2f}×)"
 
 
-def _accuracy_part(difference: Difference, family: str, random: bool) -> str:
-    how = "paired" if difference.paired else "unpaired"
+def _where(family: str) -> str:
     demo = " (demo questions, not a benchmark)" if family == DEMO_FAMILY else ""
-    text = f"differs on {family}{demo} by {points(difference)} points ({how})"
+    return f"{family}{demo}"
+
+
+def _unpaired_part(difference: Difference, family: str, random: bool) -> str:
+    text = f"differs on {_where(family)} by {points(difference)} points (unpaired)"
     if random:
         return f"{text}: {_RANDOM}"
     if difference.shown is None:
@@ -157,6 +171,28 @@ def _accuracy_part(difference: Difference, family: str, random: bool) -> str:
     if not difference.shown:
         return f"{text}: no difference shown"
     return f"{text}: a difference is shown (at least 1.96 standard errors)"
+
+
+def _paired_part(paired: PairedStatistics, family: str, random: bool) -> str:
+    change = signed(100 * paired.difference.value, decimals(2))
+    text = (
+        f"differs on {_where(family)} by {change} points (95% interval "
+        f"{interval_text(paired.interval)}, paired)"
+    )
+    if random:
+        return f"{text}: {_RANDOM}"
+    margin = f"±{100 * paired.margin:g} points"
+    p = p_text(paired.mcnemar_p)
+    shown = "a difference is shown" if paired.different else "no difference is shown"
+    within = "is shown to be" if paired.equivalent else "is not shown to be"
+    joint = "and" if paired.different == paired.equivalent else "but"
+    if not paired.different:
+        joint = "and" if paired.equivalent else "but"
+    return (
+        f"{text}: {shown} (McNemar p {p if p.startswith('<') else '= ' + p}), {joint} it {within} "
+        f"within {margin} (equivalence p "
+        f"{'' if paired.equivalence_p < 0.0001 else '= '}{p_text(paired.equivalence_p)})"
+    )
 
 
 def _join(parts: Sequence[str]) -> str:

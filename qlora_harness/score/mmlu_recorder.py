@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import ResultsError, SettingsError
+from qlora_harness.families import families
 from qlora_harness.score.evaluation_record import (
     Family,
     ScoredQuestion,
@@ -18,7 +19,6 @@ from qlora_harness.score.evaluation_record import (
     write_records,
 )
 from qlora_harness.score.mmlu_files import LETTERS, rows_in
-from qlora_harness.score.task_index import families
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -7,33 +7,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from qlora_harness.families import FOLDER, families
 from qlora_harness.locations import tasks_dir
 from qlora_harness.score.index_cache import cached_index
 
 if TYPE_CHECKING:
     from lm_eval.tasks._index import Entry
-
-_FOLDER = "mmlu_qlora"
-
-
-def families() -> dict[str, dict[str, Any]]:
-    """Returns the task families: for each its file, and its subjects by category."""
-    text = (tasks_dir() / _FOLDER / "families.yaml").read_text(encoding="utf-8")
-    loaded = yaml.safe_load(text)
-    found = {}
-    for name, family in loaded["families"].items():
-        wanted = family.get("subjects")
-        categories = {
-            category: [s for s in subjects if wanted is None or s in wanted]
-            for category, subjects in loaded["categories"].items()
-        }
-        found[name] = {
-            "file": family["file"],
-            "categories": {c: s for c, s in categories.items() if s},
-        }
-    return found
 
 
 def task_entries() -> dict[str, Entry]:
@@ -41,7 +20,7 @@ def task_entries() -> dict[str, Entry]:
     from lm_eval.tasks._index import Entry, Kind
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    folder = tasks_dir() / _FOLDER
+    folder = tasks_dir() / FOLDER
     subject_config = load_yaml(folder / "_subject_yaml")
     group_config = load_yaml(folder / "_group_yaml")
     entries: dict[str, Entry] = {}

@@ -1,0 +1,278 @@
+"""What two runs that answered the same questions show: tests, intervals, and what could be seen.
+
+Each question falls into one of four cells (right in both, in one, in neither), and every number
+here is a function of these counts, by subject:
+
+- exact McNemar test: of the questions that changed, as many better as worse? (binomial, two-sided)
+- paired bootstrap: questions are drawn anew with replacement, pairs stay together; for the macro
+  mean within each subject. Drawing questions is drawing cells, so counts are drawn (multinomial).
+- equivalence: two one-sided tests (Schuirmann 1987) that the difference lies within a margin, with
+  the standard error of Agresti and Min (Statistics in Medicine 24, 2005: half a question more in
+  each cell), which is not zero where no answer changed.
+- detectable difference: what a two-sided 5% test of this many questions, with this share of
+  changed answers, finds in 80% of samples (Connor, Biometrics 43, 1987, with p_b + p_c as seen).
+- Holm's correction over subjects, and over categories (Scandinavian Journal of Statistics 6, 1979).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qlora_harness.compare.statistics import Difference, PairedCounts, paired_difference
+
+LEVEL = 0.95
+POWER = 0.8
+DEFAULT_DRAWS = 10_000
+DEFAULT_MARGIN = 0.01
+DEFAULT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95% interval of a difference of accuracies, as shares.
+
+    Attributes:
+        low: Its lower end.
+        high: Its upper end.
+    """
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class GroupTest:
+    """The test of one subject or category.
+
+    Attributes:
+        name: Of the group.
+        counts: Its questions.
+        difference: Second accuracy minus first.
+        p: Of the exact McNemar test.
+        adjusted: The same after Holm's correction over all groups of its kind.
+    """
+
+    name: str
+    counts: PairedCounts
+    difference: Difference
+    p: float
+    adjusted: float
+
+
+@dataclass(frozen=True)
+class PairedStatistics:
+    """A comparison of two runs, second minus first; accuracies are shares from 0 to 1.
+
+    Attributes:
+        counts: All questions.
+        difference: Of the micro accuracies.
+        interval: Its bootstrap interval.
+        macro: Difference of the macro accuracies.
+        macro_interval: Its bootstrap interval.
+        mcnemar_p: Of the exact McNemar test.
+        agreement: Share of questions with the same predicted letter.
+        detectable: Smallest difference that would have been found in 80% of samples.
+        margin: Of the equivalence test.
+        equivalence_p: Of the equivalence test; below 0.05 the runs are equivalent.
+        subjects: By subject, in alphabetical order.
+        categories: By category.
+        draws: Of the bootstrap.
+        seed: Of the bootstrap.
+    """
+
+    counts: PairedCounts
+    difference: Difference
+    interval: Interval
+    macro: float
+    macro_interval: Interval
+    mcnemar_p: float
+    agreement: float
+    detectable: float
+    margin: float
+    equivalence_p: float
+    subjects: tuple[GroupTest, ...]
+    categories: tuple[GroupTest, ...]
+    draws: int
+    seed: int
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether the difference is shown to be within the margin, at 5%."""
+        return self.equivalence_p < 1 - LEVEL
+
+    @property
+    def different(self) -> bool:
+        """Whether a difference is shown, at 5%."""
+        return self.mcnemar_p < 1 - LEVEL
+
+
+def mcnemar(counts: PairedCounts) -> float:
+    """Returns the two-sided p of the exact McNemar test; 1 where no answer changed.
+
+    Args:
+        counts: The questions.
+    """
+    from scipy.stats import binomtest
+
+    changed = counts.only_first + counts.only_second
+    if changed == 0:
+        return 1.0
+    return float(binomtest(counts.only_second, changed, 0.5).pvalue)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Returns p-values after Holm's step-down correction, in the order given.
+
+    Args:
+        values: p-values of a family of tests.
+    """
+    order = sorted(range(len(values)), key=lambda i: values[i])
+    adjusted = [0.0] * len(values)
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def bootstrap(
+    by_subject: Sequence[PairedCounts], *, draws: int, seed: int
+) -> tuple[Interval, Interval]:
+    """Returns percentile intervals of the micro and of the macro difference.
+
+    Args:
+        by_subject: The questions of each subject; at least one question each.
+        draws: Samples.
+        seed: Of the random numbers.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+
+    def net(counts: PairedCounts) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """(right only in the second - right only in the first) / questions, of each draw."""
+        total = counts.total
+        shares = [counts.only_first / total, counts.only_second / total]
+        cells = generator.multinomial(total, [*shares, max(0.0, 1.0 - sum(shares))], size=draws)
+        difference: np.ndarray[tuple[int], np.dtype[np.float64]] = (
+            cells[:, 1] - cells[:, 0]
+        ) / total
+        return difference
+
+    micro = net(add(by_subject))
+    macro = sum(net(counts) for counts in by_subject) / len(by_subject)
+    ends = (100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2)
+    found = [np.percentile(values, ends) for values in (micro, macro)]
+    first, second = (Interval(float(low), float(high)) for low, high in found)
+    return first, second
+
+
+def equivalence(counts: PairedCounts, margin: float) -> float:
+    """Returns the p of two one-sided tests that the difference lies within ± margin.
+
+    Args:
+        counts: The questions.
+        margin: As a share, above 0.
+    """
+    from scipy.stats import norm
+
+    padded = counts.total + 2
+    first, second = counts.only_first + 0.5, counts.only_second + 0.5
+    value = (second - first) / padded
+    stderr = math.sqrt(first + second - (second - first) ** 2 / padded) / padded
+    return float(max(norm.sf((value + margin) / stderr), norm.cdf((value - margin) / stderr)))
+
+
+def detectable(counts: PairedCounts) -> float:
+    """Returns the smallest difference that a 5% test would have found in 80% of samples.
+
+    With no difference the standard error is sqrt(p) / sqrt(n), with one of d it is
+    sqrt(p - d²) / sqrt(n), where p is the share of changed answers; d is the solution of
+    d sqrt(n) = z₀.₉₇₅ sqrt(p) + z₀.₈ sqrt(p - d²).
+
+    Args:
+        counts: The questions; where no answer changed, half a changed answer is assumed.
+    """
+    from scipy.stats import norm
+
+    total = counts.total
+    share = max(counts.only_first + counts.only_second, 0.5) / total
+    significance, power = norm.ppf((1 + LEVEL) / 2), norm.ppf(POWER)
+    found = 0.0
+    for _ in range(50):
+        spread = math.sqrt(max(0.0, share - found**2))
+        found = float((significance * math.sqrt(share) + power * spread) / math.sqrt(total))
+        found = min(found, 1.0)
+    return found
+
+
+def add(parts: Sequence[PairedCounts]) -> PairedCounts:
+    """Returns the sum of counts.
+
+    Args:
+        parts: Counts of groups without a question in common.
+    """
+    return PairedCounts(
+        sum(p.both for p in parts),
+        sum(p.only_first for p in parts),
+        sum(p.only_second for p in parts),
+        sum(p.neither for p in parts),
+    )
+
+
+def analyse(
+    by_subject: Mapping[str, PairedCounts],
+    category_of: Mapping[str, str],
+    *,
+    same_letter: int,
+    margin: float = DEFAULT_MARGIN,
+    draws: int = DEFAULT_DRAWS,
+    seed: int = DEFAULT_SEED,
+) -> PairedStatistics:
+    """Analyses two runs that answered the same questions.
+
+    Args:
+        by_subject: The questions of each subject.
+        category_of: The category of each subject that has one.
+        same_letter: Questions with the same predicted letter in both.
+        margin: Of the equivalence test, as a share.
+        draws: Of the bootstrap.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: There is no question.
+    """
+    counts = add(list(by_subject.values()))
+    difference = paired_difference(counts)
+    interval, macro_interval = bootstrap(list(by_subject.values()), draws=draws, seed=seed)
+    categories: dict[str, list[PairedCounts]] = {}
+    for subject, found in by_subject.items():
+        if subject in category_of:
+            categories.setdefault(category_of[subject], []).append(found)
+    macro = [paired_difference(found).value for found in by_subject.values()]
+    return PairedStatistics(
+        counts=counts,
+        difference=difference,
+        interval=interval,
+        macro=sum(macro) / len(macro),
+        macro_interval=macro_interval,
+        mcnemar_p=mcnemar(counts),
+        agreement=same_letter / counts.total,
+        detectable=detectable(counts),
+        margin=margin,
+        equivalence_p=equivalence(counts, margin),
+        subjects=_tests(dict(sorted(by_subject.items()))),
+        categories=_tests({name: add(parts) for name, parts in categories.items()}),
+        draws=draws,
+        seed=seed,
+    )
+
+
+def _tests(groups: Mapping[str, PairedCounts]) -> tuple[GroupTest, ...]:
+    values = [mcnemar(counts) for counts in groups.values()]
+    return tuple(
+        GroupTest(name, counts, paired_difference(counts), p, adjusted)
+        for (name, counts), p, adjusted in zip(groups.items(), values, holm(values), strict=True)
+    )
