@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qlora_harness.compare import report
+from qlora_harness.compare import page, report
 from qlora_harness.compare.comparison import compare
 from qlora_harness.compare.evaluation import DEFAULT_FAMILY, FAMILIES
 from qlora_harness.compare.paired import DEFAULT_DRAWS, DEFAULT_MARGIN, DEFAULT_SEED
@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help=f"write JSON here (default: {JSON_FILE} beside the runs)",
+    )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write one page with figures here, which needs no network (about 5 MB)",
     )
     parser.add_argument(
         "--allow-limit",
@@ -112,6 +118,11 @@ def run(args: argparse.Namespace) -> int:
         raise SettingsError(f"--markdown and --json are both {json_file}", "Name two files")
     _check_output(markdown_file, _is_our_markdown)
     _check_output(json_file, _is_our_json)
+    if args.html is not None:
+        page.check_packages()
+        if args.html.resolve() in (markdown_file.resolve(), json_file.resolve()):
+            raise SettingsError(f"--html {args.html} is another output, too", "Name two files")
+        _check_output(args.html, _is_our_page)
     if not 0 < args.margin < 100:
         raise SettingsError(f"--margin {args.margin:g}", "Give percentage points, above 0")
     if args.draws < 100 or args.seed < 0:
@@ -133,6 +144,8 @@ def run(args: argparse.Namespace) -> int:
     print()
     _write(markdown_file, lambda path: write_text(path, report.to_markdown(comparison)))
     _write(json_file, lambda path: write_json(path, report.to_json(comparison)))
+    if args.html is not None:
+        _write(args.html, lambda path: write_text(path, page.to_html(comparison)))
     return 0
 
 
@@ -158,7 +171,7 @@ def _check_output(path: Path, is_ours: Callable[[Path], bool]) -> None:
     if path.exists() and not is_ours(path):
         raise SettingsError(
             f"{path} exists and is not a comparison of ours",
-            "Name another file with --markdown or --json, or move it away",
+            "Name another file with --markdown, --json or --html, or move it away",
         )
 
 
@@ -176,12 +189,20 @@ def _is_our_markdown(path: Path) -> bool:
         return False
 
 
+def _is_our_page(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return 'content="qlora-harness compare"' in file.read(1000)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def _write(path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(path)
     except OSError as error:
         raise ResultsError(
             f"{path} can't be written: {error.strerror}",
-            "Name another file with --markdown or --json",
+            "Name another file with --markdown, --json or --html",
         ) from None
     print(f"Wrote {path}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qlora_harness.compare import conditions, tables, verdict
 from qlora_harness.compare.evaluation import Evaluation
+from qlora_harness.compare.evidence import gather
 from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.compare.paired import (
     DEFAULT_DRAWS,
@@ -105,6 +106,7 @@ def compare(
             for index, item in enumerate(runs)
             if index > 0
         ),
+        evidence=gather(runs, evaluations, answers),
     )
 
 

@@ -22,6 +22,7 @@ from qlora_harness.errors import ResultsError
 from qlora_harness.record import nested, read_json
 
 _CHOICES = 4
+_SHOWN = 600  # characters of a question
 # <stem>_2026-11-24T08-14-04.277787.json; isoformat() leaves the fraction out when it is zero.
 _DATE_ID = re.compile(r"_(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?)\.json$")
 _TORCH_VERSION = re.compile(r"^PyTorch version: (.+)$", re.MULTILINE)
@@ -65,6 +66,8 @@ class Answer:
         right: Whether the model's answer was right.
         tied: Whether the best log-probability is shared by several choices.
         choice: Place of the predicted letter, 0 to 3; of a tie, the first.
+        answer: Place of the right letter, if the sample names it.
+        question: The end of the prompt: the question without its shots, shortened; if logged.
     """
 
     document: str
@@ -73,6 +76,8 @@ class Answer:
     right: bool
     tied: bool
     choice: int
+    answer: int | None = None
+    question: str | None = None
 
 
 def find_files(folder: Path) -> list[Path]:
@@ -264,15 +269,31 @@ def _read_answer(sample: Mapping[str, Any], where: str) -> Answer:
         right=fields.share(sample, where, "acc") == 1.0,
         tied=scores.count(max(scores)) > 1,
         choice=scores.index(max(scores)),
+        answer=_target(sample),
+        question=_question(sample),
     )
+
+
+def _target(sample: Mapping[str, Any]) -> int | None:
+    target = str(sample.get("target"))
+    return int(target) if target in map(str, range(_CHOICES)) else None
+
+
+def _question(sample: Mapping[str, Any]) -> str | None:
+    prompt = nested(sample, "doc", "input")
+    if not isinstance(prompt, str):
+        return None
+    question = prompt.rsplit("\n\n", 1)[-1].removesuffix("Answer:").strip()
+    return question if len(question) <= _SHOWN else f"…{question[-_SHOWN:]}"
 
 
 def _check_score(sample: Mapping[str, Any], answer: Answer, where: str) -> None:
     """Checks that "acc" is what the log-probabilities and the target give."""
-    target = str(sample.get("target"))
-    if target not in map(str, range(_CHOICES)):
-        raise fields.field_error(where, ("target",), f"is {target!r}, not a choice from 0 to 3")
-    if (answer.choice == int(target)) != answer.right:
+    target = answer.answer
+    if target is None:
+        found = sample.get("target")
+        raise fields.field_error(where, ("target",), f"is {found!r}, not a choice from 0 to 3")
+    if (answer.choice == target) != answer.right:
         raise ResultsError(
             f"{where}: acc is {float(answer.right):g}, but the best log-probability is that of "
             f"choice {answer.choice} and the target is {target}",

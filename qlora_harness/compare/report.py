@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from qlora_harness.compare.evidence import Evidence
 from qlora_harness.compare.tables import Cell, Column, Row, Table
 from qlora_harness.record import SCHEMA_VERSION
 
@@ -59,6 +60,7 @@ class Comparison:
         same_settings: The number of recorded settings that don't differ.
         notes: What has to be known before quoting a number.
         verdict: One sentence for each run but the first.
+        evidence: What lies behind the numbers, for figures; JSON and Markdown don't hold it.
     """
 
     created: str
@@ -70,6 +72,7 @@ class Comparison:
     same_settings: int
     notes: tuple[str, ...]
     verdict: tuple[str, ...]
+    evidence: Evidence
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -129,14 +132,14 @@ def to_markdown(comparison: Comparison) -> str:
     """
     labels = [_escape(run.label) for run in comparison.runs]
     lines = [f"{MARKDOWN_TITLE}{', '.join(labels)}", ""]
-    lines += [f"- {_escape(line)}" for line in _run_lines(comparison)]
+    lines += [f"- {_escape(line)}" for line in run_lines(comparison)]
     for table in (*comparison.tables, *comparison.details):
         lines += ["", f"## {_escape(table.title)}", "", *_markdown_table(table)]
     lines += ["", _against(labels[0])]
     lines += ["", f"## {comparison.settings.title}", ""]
     if comparison.settings.rows:
         lines += [*_markdown_table(comparison.settings), ""]
-    lines.append(_same_line(comparison))
+    lines.append(same_line(comparison))
     for title, texts in (("Notes", comparison.notes), ("In words", comparison.verdict)):
         if texts:
             lines += ["", f"## {title}", "", *(f"- {_escape(text)}" for text in texts)]
@@ -169,7 +172,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console: Where to; its width decides how many runs stand side by side.
         comparison: The comparison.
     """
-    for line in _run_lines(comparison):
+    for line in run_lines(comparison):
         console.print(Text(line))
     for table in comparison.tables:
         _print_table(table, console)
@@ -178,7 +181,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     if comparison.settings.rows:
         _print_table(comparison.settings, console)
     console.print()
-    console.print(Text(_same_line(comparison)))
+    console.print(Text(same_line(comparison)))
     for title, texts in (("Notes", comparison.notes), ("In words", comparison.verdict)):
         if texts:
             console.print()
@@ -253,7 +256,12 @@ def _select(table: Table, indices: Sequence[int]) -> Table:
     return Table(table.key, table.title, columns, rows, table.numeric)
 
 
-def _run_lines(comparison: Comparison) -> Iterator[str]:
+def run_lines(comparison: Comparison) -> Iterator[str]:
+    """Returns a line for each run: where it is, and what it is.
+
+    Args:
+        comparison: The comparison.
+    """
     for run in comparison.runs:
         details = [run.path, run.model, run.quant, run.device]
         if run.status is not None:
@@ -267,7 +275,12 @@ def _against(label: str) -> str:
     return f"Differences (Δ) and ratios (×) are against {label}."
 
 
-def _same_line(comparison: Comparison) -> str:
+def same_line(comparison: Comparison) -> str:
+    """Returns how many recorded settings do not differ.
+
+    Args:
+        comparison: The comparison.
+    """
     count = f"{comparison.same_settings:,} recorded settings"
     if comparison.settings.rows:
         return f"The same otherwise ({count})."

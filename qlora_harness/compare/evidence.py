@@ -1,0 +1,170 @@
+"""What lies behind the numbers of a comparison: curves, subjects, and answers that changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qlora_harness.compare.evaluation import Evaluation
+from qlora_harness.compare.harness_json import Answer, Question
+from qlora_harness.compare.runs import Run
+from qlora_harness.compare.tables import GIB, cpu_peak_bytes, gpu_peak_bytes
+from qlora_harness.errors import ResultsError
+from qlora_harness.record import LOGS_FILE, read_json
+
+LETTERS = "ABCD"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training run took.
+
+    Attributes:
+        label: The run.
+        memory_gib: Peak of its GPU memory, or of its resident memory on a CPU; None if unknown.
+        on_gpu: Which of the two.
+        hours: Training time; None if unknown or resumed.
+    """
+
+    label: str
+    memory_gib: float | None
+    on_gpu: bool
+    hours: float | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The loss of each step.
+
+    Attributes:
+        label: The run.
+        steps: Step numbers.
+        losses: Loss of each, nats per supervised token.
+    """
+
+    label: str
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A question that one run answered right and the other wrong.
+
+    Attributes:
+        label: The later run.
+        subject: Of the question.
+        doc_id: Its number in the subject.
+        better: Whether the later run is the one that was right.
+        first: Letter of the first run.
+        second: Letter of the later run.
+        answer: The right letter, if known.
+        question: Its text, if logged.
+    """
+
+    label: str
+    subject: str
+    doc_id: int
+    better: bool
+    first: str
+    second: str
+    answer: str | None
+    question: str | None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything a page shows beside the tables.
+
+    Attributes:
+        costs: Of each trained run.
+        curves: Of each run with a step log.
+        evaluations: Of the family compared, by label.
+        flips: Of each later run with samples, in the order of subjects and questions.
+    """
+
+    costs: tuple[Cost, ...]
+    curves: tuple[Curve, ...]
+    evaluations: Mapping[str, Evaluation]
+    flips: tuple[Flip, ...]
+
+
+def gather(
+    runs: Sequence[Run],
+    evaluations: Mapping[str, Evaluation],
+    answers: Mapping[str, Mapping[Question, Answer] | None],
+) -> Evidence:
+    """Gathers the evidence of a comparison.
+
+    Args:
+        runs: The runs.
+        evaluations: Of the family compared, by label.
+        answers: Their samples, where there are any.
+    """
+    return Evidence(
+        tuple(cost for run in runs if (cost := _cost(run)) is not None),
+        tuple(curve for run in runs if (curve := _curve(run)) is not None),
+        evaluations,
+        tuple(
+            flip
+            for run in runs[1:]
+            for flip in _flips(run.label, answers.get(runs[0].label), answers.get(run.label))
+        ),
+    )
+
+
+def _cost(run: Run) -> Cost | None:
+    summary = run.training
+    if summary is None:
+        return None
+    on_gpu = summary.device_type != "cpu"
+    peak = gpu_peak_bytes(summary) if on_gpu else cpu_peak_bytes(summary)
+    seconds = None if summary.resumed else summary.train_seconds
+    return Cost(
+        run.label,
+        None if peak is None else peak / GIB,
+        on_gpu,
+        None if seconds is None else seconds / 3600,
+    )
+
+
+def _curve(run: Run) -> Curve | None:
+    path = run.path / LOGS_FILE
+    if run.training is None or not path.is_file():
+        return None
+    rows = read_json(path).get("steps")
+    try:
+        points = [(int(row["step"]), float(row["loss"])) for row in rows or ()]
+    except (KeyError, TypeError, ValueError):
+        raise ResultsError(
+            f"{path}, key 'steps': not a list of rows with step and loss", "Restore the file"
+        ) from None
+    if not points:
+        return None
+    steps, losses = zip(*points, strict=True)
+    return Curve(run.label, steps, losses)
+
+
+def _flips(
+    label: str, first: Mapping[Question, Answer] | None, other: Mapping[Question, Answer] | None
+) -> list[Flip]:
+    if first is None or other is None:
+        return []
+    found = []
+    for question, one in sorted(first.items()):
+        two = other[question]
+        if one.right == two.right:
+            continue
+        found.append(
+            Flip(
+                label,
+                question.subject,
+                question.doc_id,
+                two.right,
+                LETTERS[one.choice],
+                LETTERS[two.choice],
+                None if one.answer is None else LETTERS[one.answer],
+                one.question,
+            )
+        )
+    return found
