@@ -38,6 +38,23 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_arguments(compare)
 
+    runs = commands.add_parser(
+        "runs",
+        help="list the runs below a folder",
+        description="One line a run: status, base, model, data, memory, time, loss, accuracy.",
+        allow_abbrev=False,
+    )
+    runs.add_argument(
+        "folder", nargs="?", type=Path, default=Path("results"), help="default results"
+    )
+    show = commands.add_parser(
+        "show",
+        help="print what is recorded of one run",
+        description="Prints a run's results, how it was computed, and its settings.",
+        allow_abbrev=False,
+    )
+    show.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as results/4bit")
+
     random_model = commands.add_parser(
         "random-model",
         help="write a model folder of a known shape with random weights, to measure with",
@@ -199,6 +216,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             from qlora_harness.compare.command import run
 
             return run(args)
+        if args.command in ("runs", "show"):
+            from rich.console import Console
+
+            from qlora_harness.compare.listing import print_run, print_runs
+
+            console = Console(highlight=False)
+            if args.command == "runs":
+                print_runs(args.folder, console)
+            else:
+                print_run(args.run, console)
+            return 0
         if args.command == "benchmark-scoring":
             _benchmark(args)
             return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qlora_harness.compare import page, report
+from qlora_harness.compare import exports, page, report
 from qlora_harness.compare.comparison import compare
 from qlora_harness.compare.evaluation import DEFAULT_FAMILY, FAMILIES
 from qlora_harness.compare.paired import DEFAULT_DRAWS, DEFAULT_MARGIN, DEFAULT_SEED
@@ -60,6 +60,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="write one page with figures here, which needs no network (about 5 MB)",
+    )
+    parser.add_argument(
+        "--png",
+        type=Path,
+        metavar="DIR",
+        help="write the figures as pictures into this folder (needs Chrome or Chromium)",
+    )
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write every cell of every table as a line here"
+    )
+    parser.add_argument(
+        "--latex", type=Path, metavar="FILE", help="write the tables for LaTeX (booktabs) here"
     )
     parser.add_argument(
         "--allow-limit",
@@ -118,11 +130,19 @@ def run(args: argparse.Namespace) -> int:
         raise SettingsError(f"--markdown and --json are both {json_file}", "Name two files")
     _check_output(markdown_file, _is_our_markdown)
     _check_output(json_file, _is_our_json)
+    extra = {"--html": args.html, "--csv": args.csv, "--latex": args.latex}
+    taken = [markdown_file.resolve(), json_file.resolve()]
+    for flag, path in extra.items():
+        if path is None:
+            continue
+        if path.resolve() in taken:
+            raise SettingsError(f"{flag} {path} is another output, too", "Name two files")
+        taken.append(path.resolve())
+        _check_output(path, _begins_as_ours)
     if args.html is not None:
         page.check_packages()
-        if args.html.resolve() in (markdown_file.resolve(), json_file.resolve()):
-            raise SettingsError(f"--html {args.html} is another output, too", "Name two files")
-        _check_output(args.html, _is_our_page)
+    if args.png is not None:
+        exports.check_pictures(args.png)
     if not 0 < args.margin < 100:
         raise SettingsError(f"--margin {args.margin:g}", "Give percentage points, above 0")
     if args.draws < 100 or args.seed < 0:
@@ -146,6 +166,13 @@ def run(args: argparse.Namespace) -> int:
     _write(json_file, lambda path: write_json(path, report.to_json(comparison)))
     if args.html is not None:
         _write(args.html, lambda path: write_text(path, page.to_html(comparison)))
+    if args.csv is not None:
+        _write(args.csv, lambda path: write_text(path, exports.to_csv(comparison)))
+    if args.latex is not None:
+        _write(args.latex, lambda path: write_text(path, exports.to_latex(comparison)))
+    if args.png is not None:
+        for path in exports.write_pictures(comparison, args.png):
+            print(f"Wrote {path}")
     return 0
 
 
@@ -171,7 +198,7 @@ def _check_output(path: Path, is_ours: Callable[[Path], bool]) -> None:
     if path.exists() and not is_ours(path):
         raise SettingsError(
             f"{path} exists and is not a comparison of ours",
-            "Name another file with --markdown, --json or --html, or move it away",
+            "Name another file, or move it away",
         )
 
 
@@ -189,12 +216,14 @@ def _is_our_markdown(path: Path) -> bool:
         return False
 
 
-def _is_our_page(path: Path) -> bool:
+def _begins_as_ours(path: Path) -> bool:
     try:
         with path.open(encoding="utf-8") as file:
-            return 'content="qlora-harness compare"' in file.read(1000)
+            head = file.read(1000)
     except (OSError, UnicodeDecodeError):
         return False
+    marks = ('content="qlora-harness compare"', "% Made by qlora-harness compare")
+    return any(mark in head for mark in marks) or head.startswith(",".join(exports.FIELDS))
 
 
 def _write(path: Path, write: Callable[[Path], None]) -> None:
@@ -203,6 +232,6 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
     except OSError as error:
         raise ResultsError(
             f"{path} can't be written: {error.strerror}",
-            "Name another file with --markdown, --json or --html",
+            "Name another file",
         ) from None
     print(f"Wrote {path}")

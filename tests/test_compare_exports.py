@@ -1,0 +1,75 @@
+"""CSV, LaTeX and pictures hold what the comparison says, and overwrite nothing foreign."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+from test_compare import compare, main, pair, write  # noqa: F401  (pair is a fixture)
+
+from qlora_harness.errors import SettingsError
+
+BROWSER = any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+
+
+def test_csv_has_a_line_for_every_cell(pair: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+    assert main(*pair, "--csv", tmp_path / "cells.csv") == 0
+    comparison = compare(pair)
+    with (tmp_path / "cells.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    tables = [*comparison.tables, *comparison.details, comparison.settings]
+    assert len(lines) == sum(len(t.columns) * len(t.rows) for t in tables)
+    (interval,) = (line for line in lines if line["row"] == "interval")
+    assert float(interval["low"]) < float(interval["value"]) == -10.0 < float(interval["high"])
+    (memory,) = (
+        line
+        for line in lines
+        if (line["row"], line["run"], line["kind"]) == ("peak_gpu_gib", "16bit", "value")
+    )
+    assert (memory["value"], memory["unit"], memory["text"]) == ("14.5", "GiB", "14.50")
+
+
+def test_latex_escapes_and_balances(pair: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+    assert main(*pair, "--labels", "a_b,50%&c", "--latex", tmp_path / "tables.tex") == 0
+    text = (tmp_path / "tables.tex").read_text()
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 4
+    assert r" & a\_b & 50\%\&c & difference & ratio \\" in text
+    assert r"$-$10.00 $\pm$ 13.96" in text
+    body = [line for line in text.splitlines() if not line.startswith("%")]
+    assert not any(sign in line for line in body for sign in "−±×–")
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chrome or Chromium on this machine")
+def test_pictures_are_drawn(pair: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+    assert main(*pair, "--png", tmp_path / "pictures") == 0
+    assert main(*pair, "--png", tmp_path / "pictures") == 0  # its own are replaced
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert names == [
+        "accuracy-by-category-95-intervals.png",
+        "accuracy-by-subject.png",
+        "peak-memory-and-training-time.png",
+    ]
+    data = (tmp_path / "pictures" / names[0]).read_bytes()
+    assert struct.unpack(">I", data[16:20])[0] == 1800
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--latex"])
+def test_foreign_files_are_kept(pair: tuple[Path, Path], tmp_path: Path, flag: str) -> None:  # noqa: F811
+    other = write(tmp_path / "mine", "mine")
+    with pytest.raises(SettingsError, match="exists and is not a comparison of ours"):
+        main(*pair, flag, other)
+    assert other.read_text() == "mine"
+
+
+def test_folder_with_other_things_is_kept(pair: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+    write(tmp_path / "thesis" / "chapter.tex", "mine")
+    with pytest.raises(SettingsError, match=r"holds something else \(chapter.tex\)"):
+        main(*pair, "--png", tmp_path / "thesis")
+
+
+def test_outputs_must_differ(pair: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(SettingsError, match="is another output, too"):
+        main(*pair, "--csv", tmp_path / "a", "--latex", tmp_path / "a")
