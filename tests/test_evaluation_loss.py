@@ -68,12 +68,29 @@ def by_hand(model: Any, example: Example) -> list[float]:
     ]
 
 
+def test_rows_without_padding_give_the_same(tiny_llama: Path, accelerator: Accelerator) -> None:
+    from qlora_harness.fused.model import install
+    from qlora_harness.model.lora import attach_lora
+
+    model = attach_lora(base(tiny_llama, "nf4"), r=2, alpha=2, dropout=0.0, targets="all-linear")
+    padded = evaluate(model, accelerator, batch_size=3)
+    install(model, "none")
+    packed = evaluate(model, accelerator, batch_size=3, fused=True)
+    assert packed.tokens == padded.tokens
+    for one, other in zip(packed.conversations, padded.conversations, strict=True):
+        assert one[1] == other[1]
+        assert one[0] == pytest.approx(other[0], abs=1e-4)
+
+
 def test_loss_is_the_mean_over_learned_tokens(model: Any, accelerator: Accelerator) -> None:
     losses = [loss for example in EXAMPLES for loss in by_hand(model, example)]
     assert len(losses) == LEARNED
     found = evaluate(model, accelerator, batch_size=2)
     assert found.tokens == LEARNED
     assert found.loss == pytest.approx(sum(losses) / LEARNED, abs=1e-5)
+    for example, (nll, tokens) in zip(EXAMPLES, found.conversations, strict=True):
+        assert tokens == sum(label != -100 for label in example.labels[1:])
+        assert nll == pytest.approx(sum(by_hand(model, example)), abs=1e-4)
     # The mean of the rows' means is another number, so the weighting shows.
     per_row = [by_hand(model, example) for example in EXAMPLES]
     unweighted = sum(sum(row) / len(row) for row in per_row) / len(per_row)
@@ -107,28 +124,32 @@ def test_model_is_left_in_the_mode_it_was_in(tiny_llama: Path, accelerator: Acce
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_each_process_takes_its_share(tiny_llama: Path, rank: int) -> None:
-    """Two processes, each played here: their sums add up to the whole."""
-    seen = []
+def test_each_process_takes_its_share(
+    tiny_llama: Path, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes, each played here: their conversations make the whole."""
 
     class Played:
         process_index = rank
         num_processes = 2
         device = torch.device("cpu")
 
-        def gather(self, total: torch.Tensor) -> torch.Tensor:
-            seen.append(total.clone())
-            return torch.cat([total, torch.tensor([10.0, 5.0], dtype=torch.float64)])
+    by_length = sorted(range(len(EXAMPLES)), key=lambda i: len(EXAMPLES[i].input_ids))
+    mine, others = by_length[rank::2], by_length[1 - rank :: 2]
 
+    def exchange(parts: list[Any], own: dict[int, tuple[float, int]]) -> None:
+        assert sorted(own) == sorted(mine)
+        parts[:] = [own, {i: (float(i), 5) for i in others}]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", exchange)
     model = base(tiny_llama, "bf16")
     found = evaluate(model, Played(), batch_size=2)  # type: ignore[arg-type]
-    by_length = sorted(EXAMPLES, key=lambda e: len(e.input_ids))
-    losses = [loss for example in by_length[rank::2] for loss in by_hand(model, example)]
-    (total,) = seen
-    assert total[0].item() == pytest.approx(sum(losses), abs=1e-4)
-    assert total[1].item() == len(losses)
-    assert found.tokens == len(losses) + 5
-    assert found.loss == pytest.approx((sum(losses) + 10) / (len(losses) + 5), abs=1e-5)
+    losses = {i: by_hand(model, EXAMPLES[i]) for i in mine}
+    total = sum(map(sum, losses.values())) + sum(map(float, others))
+    tokens = sum(map(len, losses.values())) + 5 * len(others)
+    assert found.tokens == tokens
+    assert found.loss == pytest.approx(total / tokens, abs=1e-5)
+    assert [found.conversations[i] for i in others] == [(float(i), 5) for i in others]
 
 
 def test_perplexity_is_exp_of_the_loss() -> None:

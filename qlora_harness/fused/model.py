@@ -99,6 +99,7 @@ class _Forward:
         read_at: torch.Tensor,
         read_token: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
+        per_token: bool = False,
         **ignored: Any,
     ) -> CausalLMOutput:
         base, decoder = self._base, self._base.model
@@ -111,6 +112,9 @@ class _Forward:
         # The norm and the head run only where a token is learned.
         with torch.autocast(hidden.device.type, enabled=False):
             read = decoder.norm(hidden[read_at])
+            if per_token:
+                losses = ops.cross_entropies(read, base.lm_head.weight, read_token)
+                return CausalLMOutput(loss=losses)
             total = ops.summed_cross_entropy(read, base.lm_head.weight, read_token)
         count = len(read_token) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from qlora_harness.fused.row import Row
 
+_ROWS = 1024  # of logits at a time
 _LLAMA = 0  # Liger's number of "multiply by the weight after casting back"
 
 
@@ -242,6 +243,27 @@ def summed_cross_entropy(
         return total.float()
     logits = torch.nn.functional.linear(hidden, weight).float()
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+def cross_entropies(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Returns the negative log-likelihood of each token, nats, [R] float32; not for training.
+
+    Args:
+        hidden: [R, H].
+        weight: Of the output head, [V, H].
+        targets: [R] int64.
+    """
+    parts = [
+        torch.nn.functional.cross_entropy(
+            torch.nn.functional.linear(rows, weight).float(), wanted, reduction="none"
+        )
+        for rows, wanted in zip(
+            torch.split(hidden, _ROWS), torch.split(targets, _ROWS), strict=True
+        )
+    ]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
 def drop(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:

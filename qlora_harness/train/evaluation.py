@@ -25,10 +25,12 @@ class EvaluationLoss:
     Attributes:
         loss: Sum of the negative log-likelihoods over the number of supervised tokens, in nats.
         tokens: Supervised tokens.
+        conversations: Summed loss, nats, and supervised tokens of each example, in their order.
     """
 
     loss: float
     tokens: int
+    conversations: tuple[tuple[float, int], ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -64,10 +66,10 @@ def evaluate_loss(
         fused: Whether the model takes rows without padding.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-    mine = ExampleSet([examples[i] for i in order[rank::world]])
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))[rank::world]
+    rows = ExampleSet(examples)
     device = accelerator.device
-    total = torch.zeros(2, dtype=torch.float64)
+    found: dict[int, tuple[float, int]] = {}
     was_training = model.training
     model.eval()
     context: Any = (
@@ -76,22 +78,48 @@ def evaluate_loss(
         else contextlib.nullcontext()
     )
     with torch.no_grad(), context:
-        for start in range(0, len(mine), batch_size):
-            rows = [mine[i] for i in range(start, min(start + batch_size, len(mine)))]
-            if fused:
-                packed = send_to_device(pack_batch(rows), device)
-                nll = model(**packed, num_items_in_batch=1).loss
-                total += torch.tensor([nll.item(), len(packed["read_token"])], dtype=torch.float64)
-                continue
-            batch = {k: v.to(device) for k, v in pad_batch(rows, pad_id).items()}
-            labels = batch.pop("labels")[:, 1:]
-            logits = model(**batch, use_cache=False).logits[:, :-1]
-            keep = labels != IGNORE
-            nll = torch.nn.functional.cross_entropy(
-                logits[keep].float(), labels[keep], reduction="sum"
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = [rows[i] for i in chosen]
+            nll, tokens = (
+                _row_losses(model, batch, device)
+                if fused
+                else _padded_losses(model, batch, pad_id, device)
             )
-            total += torch.tensor([nll.item(), keep.sum().item()], dtype=torch.float64)
+            values = zip(nll.double().tolist(), tokens.tolist(), strict=True)
+            found.update(zip(chosen, values, strict=True))
     model.train(was_training)
     if world > 1:
-        total = accelerator.gather(total.to(device)).view(world, 2).sum(dim=0).cpu()
-    return EvaluationLoss(float(total[0] / total[1]), int(total[1]))
+        parts: list[dict[int, tuple[float, int]]] = [{} for _ in range(world)]
+        torch.distributed.all_gather_object(parts, found)
+        found = {i: value for part in parts for i, value in part.items()}
+    conversations = tuple(found[i] for i in range(len(examples)))
+    total = math.fsum(nll for nll, _ in conversations)
+    count = sum(tokens for _, tokens in conversations)
+    return EvaluationLoss(total / count, count, conversations)
+
+
+def _padded_losses(
+    model: torch.nn.Module, rows: Sequence[dict[str, list[int]]], pad_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss and supervised tokens of each row, each [B]."""
+    batch = {k: v.to(device) for k, v in pad_batch(rows, pad_id).items()}
+    labels = batch.pop("labels")[:, 1:]
+    logits = model(**batch, use_cache=False).logits[:, :-1]
+    keep = labels != IGNORE
+    losses = torch.zeros(labels.shape, dtype=torch.float64, device=device)
+    losses[keep] = torch.nn.functional.cross_entropy(
+        logits[keep].float(), labels[keep], reduction="none"
+    ).double()
+    return losses.sum(dim=1), keep.sum(dim=1)
+
+
+def _row_losses(
+    model: torch.nn.Module, rows: Sequence[dict[str, list[int]]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of rows without padding."""
+    packed = send_to_device(pack_batch(rows), device)
+    losses = model(**packed, per_token=True).loss.double()
+    owner = torch.searchsorted(packed["borders"], packed["read_at"], right=True) - 1
+    sums = torch.zeros(len(rows), dtype=torch.float64, device=device).index_add_(0, owner, losses)
+    return sums, torch.bincount(owner, minlength=len(rows))

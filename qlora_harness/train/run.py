@@ -388,6 +388,11 @@ class _Run:
                     "Lower --learning-rate or look at the step log",
                 )
             self.summary["results"] |= _evaluation_results(evaluation)
+            log.evaluation = {
+                "nll": [nll for nll, _ in evaluation.conversations],
+                "tokens": [tokens for _, tokens in evaluation.conversations],
+            }
+            log.write()
         self._finish("completed", log.rows)
         return self.summary
 

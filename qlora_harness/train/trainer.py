@@ -55,10 +55,14 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
         run_dir: Where training_logs.json is written (by the main process).
         memory: Measures the training phase.
         rows: Rows of the steps before, when a run goes on from a checkpoint.
+
+    Attributes:
+        evaluation: Summed loss and learned tokens of each evaluation conversation, once known.
     """
 
     def __init__(self, run_dir: Path, memory: MemoryMeter, rows: list[dict[str, Any]]) -> None:
         self.rows = rows
+        self.evaluation: dict[str, Any] | None = None
         self.trainer: CountingTrainer | None = None
         self._path = run_dir / LOGS_FILE
         self._memory = memory
@@ -115,10 +119,14 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
         """Writes training_logs.json (main process only)."""
         self._written = time.monotonic()
         if self.trainer is None or self.trainer.is_world_process_zero():
-            write_json(
-                self._path,
-                {"schema_version": SCHEMA_VERSION, "kind": "training_logs", "steps": self.rows},
-            )
+            record = {
+                "schema_version": SCHEMA_VERSION,
+                "kind": "training_logs",
+                "steps": self.rows,
+            }
+            if self.evaluation is not None:
+                record["evaluation"] = self.evaluation
+            write_json(self._path, record)
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to mypy
