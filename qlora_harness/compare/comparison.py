@@ -10,10 +10,18 @@ from qlora_harness.compare import conditions, tables, verdict
 from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.compare.evidence import gather
 from qlora_harness.compare.harness_json import Answer, Question
+from qlora_harness.compare.losses import (
+    LossDifference,
+    StepLog,
+    compare_losses,
+    perplexity_interval,
+    read_log,
+)
 from qlora_harness.compare.paired import (
     DEFAULT_DRAWS,
     DEFAULT_MARGIN,
     DEFAULT_SEED,
+    Interval,
     PairedStatistics,
     analyse,
 )
@@ -78,6 +86,13 @@ def compare(
     notes += conditions.check_questions(evaluations, answers)
     evaluations = {name: _count_ties(item, answers[name]) for name, item in evaluations.items()}
     paired = _pair(names, answers, family, margin, draws, seed)
+    logs = {run.label: read_log(run) for run in runs}
+    losses = _compare_losses(runs, logs, draws, seed)
+    perplexities = {
+        index: perplexity_interval(log, draws=draws, seed=seed)
+        for index, log in enumerate(logs.values())
+        if log is not None and log.nll
+    }
     notes += _sample_notes(names, evaluations, answers)
     for item in runs:
         notes += verdict.run_notes(item, evaluations.get(item.label))
@@ -89,7 +104,7 @@ def compare(
             _describe(item, evaluations.get(item.label), answers.get(item.label)) for item in runs
         ),
         family=family,
-        tables=_build_tables(runs, evaluations, paired),
+        tables=_build_tables(runs, evaluations, paired, losses, perplexities),
         details=(tables.groups_table(names, paired, "subjects"),) if paired else (),
         settings=tables.settings_table(names, found),
         same_settings=found.same,
@@ -100,13 +115,14 @@ def compare(
                 item,
                 _difference(names[0], item.label, evaluations),
                 paired.get(index),
+                losses.get(index),
                 family,
                 same_data,
             )
             for index, item in enumerate(runs)
             if index > 0
         ),
-        evidence=gather(runs, evaluations, answers),
+        evidence=gather(runs, evaluations, answers, logs),
     )
 
 
@@ -202,6 +218,17 @@ def _pair(
     return found
 
 
+def _compare_losses(
+    runs: Sequence[Run], logs: Mapping[str, StepLog | None], draws: int, seed: int
+) -> dict[int, LossDifference]:
+    differences = {
+        index: compare_losses(runs[0], run, logs, draws=draws, seed=seed)
+        for index, run in enumerate(runs)
+        if index > 0
+    }
+    return {index: item for index, item in differences.items() if item is not None}
+
+
 def _sample_notes(
     names: Sequence[str],
     evaluations: Mapping[str, Evaluation],
@@ -227,10 +254,14 @@ def _build_tables(
     runs: Sequence[Run],
     evaluations: Mapping[str, Evaluation],
     paired: Mapping[int, PairedStatistics],
+    losses: Mapping[int, LossDifference],
+    perplexities: Mapping[int, Interval],
 ) -> tuple[tables.Table, ...]:
     labels = [run.label for run in runs]
     training = tables.training_table(runs)
     found = [] if training is None else [training]
+    if losses:
+        found.append(tables.losses_table(labels, losses, perplexities))
     if evaluations:
         found.append(tables.mmlu_table(labels, [evaluations.get(label) for label in labels]))
     if paired:

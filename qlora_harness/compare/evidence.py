@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.compare.harness_json import Answer, Question
+from qlora_harness.compare.losses import StepLog
 from qlora_harness.compare.runs import Run
 from qlora_harness.compare.tables import GIB, cpu_peak_bytes, gpu_peak_bytes
-from qlora_harness.errors import ResultsError
-from qlora_harness.record import LOGS_FILE, read_json
 
 LETTERS = "ABCD"
 
@@ -93,6 +92,7 @@ def gather(
     runs: Sequence[Run],
     evaluations: Mapping[str, Evaluation],
     answers: Mapping[str, Mapping[Question, Answer] | None],
+    logs: Mapping[str, StepLog | None],
 ) -> Evidence:
     """Gathers the evidence of a comparison.
 
@@ -100,10 +100,11 @@ def gather(
         runs: The runs.
         evaluations: Of the family compared, by label.
         answers: Their samples, where there are any.
+        logs: Step logs by label.
     """
     return Evidence(
         tuple(cost for run in runs if (cost := _cost(run)) is not None),
-        tuple(curve for run in runs if (curve := _curve(run)) is not None),
+        tuple(curve for label, log in logs.items() if (curve := _curve(label, log)) is not None),
         evaluations,
         tuple(
             flip
@@ -128,21 +129,10 @@ def _cost(run: Run) -> Cost | None:
     )
 
 
-def _curve(run: Run) -> Curve | None:
-    path = run.path / LOGS_FILE
-    if run.training is None or not path.is_file():
+def _curve(label: str, log: StepLog | None) -> Curve | None:
+    if log is None or not log.losses:
         return None
-    rows = read_json(path).get("steps")
-    try:
-        points = [(int(row["step"]), float(row["loss"])) for row in rows or ()]
-    except (KeyError, TypeError, ValueError):
-        raise ResultsError(
-            f"{path}, key 'steps': not a list of rows with step and loss", "Restore the file"
-        ) from None
-    if not points:
-        return None
-    steps, losses = zip(*points, strict=True)
-    return Curve(run.label, steps, losses)
+    return Curve(label, log.steps, log.losses)
 
 
 def _flips(

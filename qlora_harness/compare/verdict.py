@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qlora_harness.compare.evaluation import DEMO_FAMILY, Evaluation
+from qlora_harness.compare.losses import LossDifference
 from qlora_harness.compare.paired import PairedStatistics
 from qlora_harness.compare.runs import Run, TrainingSummary
 from qlora_harness.compare.statistics import Difference
@@ -102,6 +103,7 @@ def sentence(
     run: Run,
     difference: Difference | None,
     paired: PairedStatistics | None,
+    losses: LossDifference | None,
     family: str | None,
     same_data: bool,
 ) -> str:
@@ -112,12 +114,13 @@ def sentence(
         run: The other run.
         difference: The unpaired difference of their micro accuracies, if both have one.
         paired: Their answers question by question, if both have samples.
+        losses: Their losses on the same data, if both have a step log.
         family: The task family compared, or None.
         same_data: Whether both were trained and evaluated on the same data.
     """
     parts = []
     if first.training is not None and run.training is not None:
-        parts += _training_parts(first.training, run.training, same_data)
+        parts += _training_parts(first.training, run.training, losses, same_data)
     random = any(
         has_random_weights(item, item.evaluations.get(str(family))) for item in (first, run)
     )
@@ -130,7 +133,12 @@ def sentence(
     return f"{run.label}, against {first.label}, {_join(parts)}."
 
 
-def _training_parts(first: TrainingSummary, other: TrainingSummary, same_data: bool) -> list[str]:
+def _training_parts(
+    first: TrainingSummary,
+    other: TrainingSummary,
+    losses: LossDifference | None,
+    same_data: bool,
+) -> list[str]:
     parts = [
         _memory_part("GPU", gpu_peak_bytes(first), gpu_peak_bytes(other)),
         _memory_part("CPU", cpu_peak_bytes(first), cpu_peak_bytes(other)),
@@ -143,6 +151,11 @@ def _training_parts(first: TrainingSummary, other: TrainingSummary, same_data: b
         change = signed(other.eval_loss - first.eval_loss, decimals(4))
         random = first.random_weights or other.random_weights
         reason = _RANDOM if random else "no error bar"
+        if not random and losses is not None and losses.interval is not None:
+            low, high = (
+                signed(end, decimals(4)) for end in (losses.interval.low, losses.interval.high)
+            )
+            reason = f"95% interval {low} to {high} over {losses.conversations:,} conversations"
         parts.append(f"changes the evaluation loss by {change} ({reason})")
     return [part for part in parts if part]
 

@@ -1,0 +1,166 @@
+"""Losses of two runs on the same conversations and on the same steps.
+
+The evaluation loss is a mean over tokens, but conversations are what was sampled: intervals come
+from drawing conversations anew with replacement, with all their tokens, and pairs stay together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_harness.compare.paired import LEVEL, Interval
+from qlora_harness.compare.runs import Run
+from qlora_harness.errors import ResultsError
+from qlora_harness.record import LOGS_FILE, nested, read_json
+
+_CHUNK = 1000  # draws at a time, to bound memory
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """What a run's step log says.
+
+    Attributes:
+        steps: Step numbers.
+        losses: Of each step, nats per supervised token.
+        tokens: Supervised tokens of each step.
+        nll: Summed evaluation loss of each conversation, nats; empty if not recorded.
+        learned: Supervised tokens of each of them.
+    """
+
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+    tokens: tuple[int, ...]
+    nll: tuple[float, ...]
+    learned: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LossDifference:
+    """Second run minus first.
+
+    Attributes:
+        evaluation: Difference of the evaluation losses, nats per token; None if unknown.
+        interval: Its bootstrap interval.
+        conversations: Evaluation conversations.
+        steps: Mean difference of the training losses of all steps; None unless both runs took the
+            same steps on the same data.
+        last_steps: The same over the last tenth of the steps.
+    """
+
+    evaluation: float | None
+    interval: Interval | None
+    conversations: int
+    steps: float | None
+    last_steps: float | None
+
+
+def read_log(run: Run) -> StepLog | None:
+    """Reads a run's step log; None for a run without one.
+
+    Args:
+        run: The run.
+
+    Raises:
+        ResultsError: The file is broken.
+    """
+    path = run.path / LOGS_FILE
+    if run.training is None or not path.is_file():
+        return None
+    record = read_json(path)
+    try:
+        rows: Sequence[Mapping[str, Any]] = record["steps"]
+        nll = [float(value) for value in nested(record, "evaluation", "nll") or ()]
+        learned = [int(value) for value in nested(record, "evaluation", "tokens") or ()]
+        log = StepLog(
+            tuple(int(row["step"]) for row in rows),
+            tuple(float(row["loss"]) for row in rows),
+            tuple(int(row.get("supervised_tokens", 0)) for row in rows),
+            tuple(nll),
+            tuple(learned),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ResultsError(
+            f"{path}, key 'steps' or 'evaluation': not rows with step and loss", "Restore the file"
+        ) from None
+    if len(nll) != len(learned) or not all(map(math.isfinite, nll)) or 0 in learned:
+        raise ResultsError(
+            f"{path}, key 'evaluation': {len(nll)} losses and {len(learned)} numbers of tokens, or "
+            "one that is not a number",
+            "Restore the file",
+        )
+    return log
+
+
+def compare_losses(
+    first: Run, other: Run, logs: Mapping[str, StepLog | None], *, draws: int, seed: int
+) -> LossDifference | None:
+    """Compares the losses of two runs; None where they have none on the same data.
+
+    Args:
+        first: The first run.
+        other: The other run.
+        logs: Step logs by label.
+        draws: Samples of the bootstrap.
+        seed: Of the random numbers.
+    """
+    one, two = logs.get(first.label), logs.get(other.label)
+    if one is None or two is None or first.training is None or other.training is None:
+        return None
+    evaluation, interval = None, None
+    same = first.training.eval_fingerprint == other.training.eval_fingerprint
+    if same and one.nll and one.learned == two.learned:
+        evaluation = (math.fsum(two.nll) - math.fsum(one.nll)) / sum(one.learned)
+        interval = bootstrap(
+            [b - a for a, b in zip(one.nll, two.nll, strict=True)],
+            one.learned,
+            draws=draws,
+            seed=seed,
+        )
+    steps = last = None
+    data = first.training.train_fingerprint == other.training.train_fingerprint
+    if data and one.losses and one.tokens == two.tokens and any(one.tokens):
+        changes = [b - a for a, b in zip(one.losses, two.losses, strict=True)]
+        tail = changes[-max(1, len(changes) // 10) :]
+        steps, last = math.fsum(changes) / len(changes), math.fsum(tail) / len(tail)
+    if evaluation is None and steps is None:
+        return None
+    return LossDifference(evaluation, interval, len(one.nll), steps, last)
+
+
+def perplexity_interval(log: StepLog, *, draws: int, seed: int) -> Interval:
+    """Returns the bootstrap interval of a run's evaluation perplexity.
+
+    Args:
+        log: With evaluation conversations.
+        draws: Samples.
+        seed: Of the random numbers.
+    """
+    found = bootstrap(log.nll, log.learned, draws=draws, seed=seed)
+    return Interval(math.exp(found.low), math.exp(found.high))
+
+
+def bootstrap(nll: Sequence[float], tokens: Sequence[int], *, draws: int, seed: int) -> Interval:
+    """Returns the interval of sum(nll) / sum(tokens) over conversations drawn anew.
+
+    Args:
+        nll: Summed loss of each conversation, or the difference of two.
+        tokens: Its tokens.
+        draws: Samples.
+        seed: Of the random numbers.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    values, weights = np.asarray(nll), np.asarray(tokens, dtype=np.float64)
+    count = len(values)
+    means = []
+    for start in range(0, draws, _CHUNK):
+        size = min(_CHUNK, draws - start)
+        drawn = generator.multinomial(count, np.full(count, 1 / count), size=size)
+        means.append((drawn @ values) / (drawn @ weights))
+    low, high = np.percentile(np.concatenate(means), [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2])
+    return Interval(float(low), float(high))

@@ -1,0 +1,133 @@
+"""Losses on the same data: differences, intervals over conversations, and what is not compared."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_compare import (  # noqa: F401  (pair is a fixture)
+    cells,
+    changed,
+    compare,
+    edit,
+    pair,
+    table,
+    texts,
+    write,
+)
+
+from qlora_harness.compare.losses import bootstrap
+from qlora_harness.errors import ResultsError
+
+TOKENS = [10, 20, 5, 40, 25]
+LOSSES = [1.0, 1.2, 0.8, 1.1, 0.9]
+
+
+def log(per_token: list[float], steps: list[float]) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "kind": "training_logs",
+        "steps": [
+            {"step": i, "loss": loss, "supervised_tokens": 100 + i}
+            for i, loss in enumerate(steps, start=1)
+        ],
+        "evaluation": {
+            "nll": [loss * n for loss, n in zip(per_token, TOKENS, strict=True)],
+            "tokens": TOKENS,
+        },
+    }
+
+
+@pytest.fixture
+def logged(pair: tuple[Path, Path]) -> tuple[Path, Path]:  # noqa: F811
+    write(pair[0] / "training_logs.json", log(LOSSES, [2.0] * 20))
+    worse = [loss + change for loss, change in zip(LOSSES, (0.1, 0, 0, 0.2, 0), strict=True)]
+    write(pair[1] / "training_logs.json", log(worse, [2.1] * 18 + [2.5, 2.7]))
+    return pair
+
+
+def test_differences_are_those_of_the_logs(logged: tuple[Path, Path]) -> None:
+    comparison = compare(logged)
+    assert table(comparison, "losses").title == "Losses on the same data, 5 conversations"
+    # (0.1 * 10 + 0.2 * 40) / 100.
+    assert texts(comparison, "losses", "eval_difference") == ["–", "+0.0900"]
+    interval = cells(comparison, "losses", "eval_interval")[1].interval or (9.0, 9.0)
+    assert 0.0 <= interval[0] < 0.09 < interval[1] <= 0.2
+    # (18 * 0.1 + 0.5 + 0.7) / 20, and the last two.
+    assert texts(comparison, "losses", "steps_difference") == ["–", "+0.1500"]
+    assert texts(comparison, "losses", "last_steps_difference") == ["–", "+0.6000"]
+    low, high = cells(comparison, "losses", "perplexity_interval")[0].interval or (0.0, 0.0)
+    mean = sum(loss * n for loss, n in zip(LOSSES, TOKENS, strict=True)) / sum(TOKENS)
+    assert low < math.exp(mean) < high
+    assert "over 5 conversations), and differs on" in comparison.verdict[0]
+
+
+def test_bootstrap_draws_conversations_with_their_tokens() -> None:
+    generator = np.random.default_rng(0)
+    nll, tokens = np.array(LOSSES) * TOKENS, np.array(TOKENS)
+    places = generator.integers(0, 5, size=(20_000, 5))
+    drawn = nll[places].sum(axis=1) / tokens[places].sum(axis=1)
+    found = bootstrap(nll.tolist(), TOKENS, draws=20_000, seed=1)
+    assert (found.low, found.high) == pytest.approx(
+        np.percentile(drawn, [2.5, 97.5]).tolist(), abs=0.01
+    )
+
+
+def test_intervals_cover_the_true_loss() -> None:
+    generator = np.random.default_rng(1)
+    covered = 0
+    for run in range(400):
+        tokens = generator.integers(20, 200, size=150)
+        nll = tokens * generator.normal(1.0, 0.3, size=150)
+        found = bootstrap(nll.tolist(), tokens.tolist(), draws=500, seed=run)
+        covered += found.low <= 1.0 <= found.high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_other_data_are_not_compared(logged: tuple[Path, Path]) -> None:
+    changed(
+        logged[1] / "training_summary.json", edit("data/eval/fingerprint", "sha256:" + "0" * 64)
+    )
+    comparison = compare(logged, allow_different_data=True)
+    assert "eval_difference" not in [row.key for row in table(comparison, "losses").rows]
+    assert "steps_difference" in [row.key for row in table(comparison, "losses").rows]
+
+
+def test_other_batches_are_not_compared(logged: tuple[Path, Path]) -> None:
+    path = logged[1] / "training_logs.json"
+    record = json.loads(path.read_text())
+    record["steps"][0]["supervised_tokens"] += 1
+    path.write_text(json.dumps(record))
+    keys = [row.key for row in table(compare(logged), "losses").rows]
+    assert keys == ["perplexity_interval", "eval_difference", "eval_interval"]
+
+
+def test_logs_of_before_have_no_evaluation(logged: tuple[Path, Path]) -> None:
+    for folder in logged:
+        path = folder / "training_logs.json"
+        record = json.loads(path.read_text())
+        del record["evaluation"]
+        path.write_text(json.dumps(record))
+    comparison = compare(logged)
+    assert table(comparison, "losses").title == "Losses on the same data"
+    assert "(no error bar)" in comparison.verdict[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": [{"step": 1}]},
+        {"steps": 5},
+        {"evaluation": {"nll": [1.0], "tokens": []}},
+        {"evaluation": {"nll": ["nan"], "tokens": [3]}},
+        {"evaluation": {"nll": [1.0], "tokens": [0]}},
+    ],
+)
+def test_broken_logs_are_named(logged: tuple[Path, Path], change: dict[str, Any]) -> None:
+    write(logged[1] / "training_logs.json", log(LOSSES, [2.0] * 20) | change)
+    with pytest.raises(ResultsError, match=r"16bit/training_logs.json, key '"):
+        compare(logged)
