@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels", metavar="A,B,…", help="names of the runs in the tables, separated by commas"
     )
     parser.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="the run that differences are against, by its name in the tables (default: the first)",
+    )
+    parser.add_argument(
         "--markdown",
         type=Path,
         metavar="FILE",
@@ -159,6 +164,7 @@ def run(args: argparse.Namespace) -> int:
         draws=args.draws,
         seed=args.seed,
         rescore=args.rescore,
+        baseline=args.baseline,
     )
     report.print_comparison(comparison, Console(highlight=False))
     print()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qlora_harness.compare import conditions, tables, verdict
+from qlora_harness.compare import conditions, design, tables, verdict
 from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.compare.evidence import gather
 from qlora_harness.compare.harness_json import Answer, Question
@@ -50,6 +50,7 @@ def compare(
     draws: int = DEFAULT_DRAWS,
     seed: int = DEFAULT_SEED,
     rescore: bool = False,
+    baseline: str | None = None,
 ) -> Comparison:
     """Compares runs from their files.
 
@@ -63,14 +64,23 @@ def compare(
         draws: Samples of the bootstrap.
         seed: Of the bootstrap.
         rescore: Whether each answer is checked against its log-probabilities.
+        baseline: Label of the run that differences are against, in place of the first.
 
     Raises:
-        SettingsError: The labels don't fit the runs.
+        SettingsError: The labels don't fit the runs, or the baseline is none of them.
         ResultsError: A file is unreadable, foreign, incomplete or contradicts another one.
         ComparisonError: The runs were not made under conditions that allow a comparison.
     """
     _check_paths(paths)
     names = default_labels(paths) if labels is None else _checked_labels(labels, len(paths))
+    if baseline is not None:
+        if baseline not in names:
+            raise SettingsError(
+                f"--baseline {baseline} is none of the runs", f"They are {', '.join(names)}"
+            )
+        first = list(names).index(baseline)
+        order = [first, *(i for i in range(len(names)) if i != first)]
+        paths, names = [paths[i] for i in order], [names[i] for i in order]
     runs = [load_run(path, name) for path, name in zip(paths, names, strict=True)]
     conditions.check_substance(runs)
     notes = conditions.check_data(runs, allow_different_data)
@@ -104,7 +114,10 @@ def compare(
             _describe(item, evaluations.get(item.label), answers.get(item.label)) for item in runs
         ),
         family=family,
-        tables=_build_tables(runs, evaluations, paired, losses, perplexities),
+        tables=(
+            *_build_tables(runs, evaluations, paired, losses, perplexities),
+            *_design_tables(runs, evaluations, answers),
+        ),
         details=(tables.groups_table(names, paired, "subjects"),) if paired else (),
         settings=tables.settings_table(names, found),
         same_settings=found.same,
@@ -269,6 +282,39 @@ def _build_tables(
         if any(item.categories for item in paired.values()):
             found.append(tables.groups_table(labels, paired, "categories"))
     return tuple(found)
+
+
+def _design_tables(
+    runs: Sequence[Run],
+    evaluations: Mapping[str, Evaluation],
+    answers: Mapping[str, _Answers | None],
+) -> list[tables.Table]:
+    found = []
+    effects = design.effects(runs, evaluations, answers)
+    if effects:
+        found.append(tables.design_table(effects))
+
+    def accuracy(run: Run) -> float | None:
+        item = evaluations.get(run.label)
+        return None if item is None else 100 * item.acc
+
+    def loss(run: Run) -> float | None:
+        return None if run.training is None else run.training.eval_loss
+
+    measured = [
+        ("seeds.acc", "Accuracy, micro (%)", "%", tables.decimals(2), design.seeds(runs, accuracy)),
+        (
+            "seeds.eval_loss",
+            "Evaluation loss",
+            "nats",
+            tables.decimals(4),
+            design.seeds(runs, loss),
+        ),
+    ]
+    measured = [item for item in measured if item[4]]
+    if measured and len({tuple(arm.name for arm in item[4]) for item in measured}) == 1:
+        found.append(tables.seeds_table(measured))
+    return found
 
 
 def _describe(run: Run, evaluation: Evaluation | None, answers: _Answers | None) -> RunInfo:

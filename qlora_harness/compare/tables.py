@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_harness.compare.conditions import Conditions
+from qlora_harness.compare.design import ArmSeeds, Effect
 from qlora_harness.compare.evaluation import CATEGORIES, DEMO_FAMILY, Evaluation
 from qlora_harness.compare.losses import LossDifference
 from qlora_harness.compare.paired import Interval, PairedStatistics
@@ -587,6 +588,63 @@ def p_text(p: float) -> str:
 
 def _p_cell(p: float) -> Cell:
     return Cell(p_text(p), p)
+
+
+def design_table(found: Sequence[Effect]) -> Table:
+    """Builds the table that separates quantisation from fine-tuning.
+
+    Args:
+        found: From `design.effects`.
+    """
+    how = "paired" if all(effect.paired for effect in found) else "unpaired"
+    rows = tuple(
+        Row(
+            effect.key,
+            effect.name,
+            "points",
+            (_difference_cell(Difference(effect.value, effect.stderr, effect.paired)),),
+        )
+        for effect in found
+    )
+    columns = (Column(f"accuracy, micro (points, {how})", 0, "difference"),)
+    return Table("design", "What the 4 bits cost and what fine-tuning gains", columns, rows)
+
+
+def seeds_table(
+    measured: Sequence[tuple[str, str, str, Callable[[float], str], Sequence[ArmSeeds]]],
+) -> Table:
+    """Builds the table of means and ranges over seeds.
+
+    Args:
+        measured: Key, name, unit and way of writing of each measure, and its arms.
+    """
+    arms = measured[0][4]
+    columns = [
+        Column(f"{arm.name}, {len(arm.values)} seed{'s' * (len(arm.values) > 1)}", 0, "value")
+        for arm in arms
+    ]
+    columns += [
+        Column(f"{arm.name} less {arms[0].name}, ± of the seeds", 0, "difference")
+        for arm in arms[1:]
+    ]
+    rows = []
+    for key, name, unit, write, found in measured:
+        cells = [
+            Cell(
+                f"{write(arm.mean)} ({write(min(arm.values))} to {write(max(arm.values))})",
+                arm.mean,
+                arm.stderr,
+            )
+            for arm in found
+        ]
+        for arm in found[1:]:
+            change = arm.mean - found[0].mean
+            errors = [e for e in (arm.stderr, found[0].stderr) if e is not None]
+            stderr = math.hypot(*errors) if len(errors) == 2 else None
+            text = signed(change, write) + ("" if stderr is None else f" ± {write(stderr)}")
+            cells.append(Cell(text, change, stderr))
+        rows.append(Row(key, name, unit, tuple(cells)))
+    return Table("seeds", "Over seeds: mean (range)", tuple(columns), tuple(rows))
 
 
 def settings_table(labels: Sequence[str], conditions: Conditions) -> Table:

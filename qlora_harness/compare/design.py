@@ -1,0 +1,169 @@
+"""Designs over several runs: base and fine-tuned in 4 and 16 bits, and several seeds an arm."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from qlora_harness.compare.evaluation import Evaluation
+from qlora_harness.compare.harness_json import Answer, Question
+from qlora_harness.compare.runs import Run
+
+Answers = Mapping[Question, Answer]
+_SEED = "training.settings.seed"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A difference of accuracies within a design, as a share.
+
+    Attributes:
+        key: Its name for programs.
+        name: Its name for people.
+        value: The difference.
+        stderr: Its standard error over questions, paired where all runs have samples; None if
+            unknown.
+        paired: Whether it is.
+    """
+
+    key: str
+    name: str
+    value: float
+    stderr: float | None
+    paired: bool
+
+
+@dataclass(frozen=True)
+class ArmSeeds:
+    """Runs of one arm that differ in their seed.
+
+    Attributes:
+        name: For example "nf4".
+        seeds: Their seeds.
+        values: What was measured, one a run.
+    """
+
+    name: str
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def stderr(self) -> float | None:
+        """Standard error of the mean over seeds; None for one seed."""
+        if len(self.values) < 2:
+            return None
+        return statistics.stdev(self.values) / math.sqrt(len(self.values))
+
+
+def place(run: Run, evaluation: Evaluation | None) -> tuple[bool, bool] | None:
+    """Returns whether a scored run is 4-bit, and whether it is fine-tuned; None if unknown.
+
+    Args:
+        run: The run.
+        evaluation: Its evaluation.
+    """
+    if evaluation is None:
+        return None
+    quant = evaluation.conditions.get("evaluation.model.quant")
+    if quant is None and run.training is not None:
+        quant = run.training.quant
+    if quant not in ("nf4", "fp4", "bf16"):
+        return None
+    adapter = evaluation.conditions.get("evaluation.model.adapter_sha256")
+    adapter = adapter or evaluation.conditions.get("evaluation.model.peft")
+    return quant != "bf16", bool(adapter) or run.training is not None
+
+
+def effects(
+    runs: Sequence[Run],
+    evaluations: Mapping[str, Evaluation],
+    answers: Mapping[str, Answers | None],
+) -> tuple[Effect, ...]:
+    """Separates what quantisation costs from what fine-tuning gains.
+
+    Args:
+        runs: The runs.
+        evaluations: Of one family, by label.
+        answers: Their samples, where there are any.
+
+    Returns:
+        The effects, or nothing unless each of the four places is taken by exactly one run.
+    """
+    found: dict[tuple[bool, bool], str] = {}
+    for run in runs:
+        where = place(run, evaluations.get(run.label))
+        if where is None:
+            continue
+        if where in found:
+            return ()
+        found[where] = run.label
+    if len(found) < 4:
+        return ()
+    base, base4, tuned, tuned4 = (
+        found[key] for key in ((False, False), (True, False), (False, True), (True, True))
+    )
+
+    def effect(key: str, name: str, weights: Mapping[str, int]) -> Effect:
+        value = sum(w * evaluations[label].acc for label, w in weights.items())
+        logged = {label: answers.get(label) for label in weights}
+        if None not in logged.values():
+            samples = {label: found for label, found in logged.items() if found is not None}
+            return Effect(key, name, value, _paired_stderr(samples, weights), True)
+        errors = [evaluations[label].acc_stderr for label in weights]
+        known = [error for error in errors if error is not None]
+        stderr = math.hypot(*known) if len(known) == len(errors) else None
+        return Effect(key, name, value, stderr, False)
+
+    return (
+        effect("quantisation_base", "4 bits, on the base", {base4: 1, base: -1}),
+        effect("quantisation_tuned", "4 bits, after fine-tuning", {tuned4: 1, tuned: -1}),
+        effect("tuning_16bit", "Fine-tuning, in 16 bits", {tuned: 1, base: -1}),
+        effect("tuning_4bit", "Fine-tuning, in 4 bits", {tuned4: 1, base4: -1}),
+        effect(
+            "interaction",
+            "Fine-tuning in 4 bits less in 16",
+            {tuned4: 1, base4: -1, tuned: -1, base: 1},
+        ),
+    )
+
+
+def _paired_stderr(answers: Mapping[str, Answers], weights: Mapping[str, int]) -> float:
+    """Of the mean over questions of a weighted sum of right answers."""
+    questions = next(iter(answers.values()))
+    values = [
+        sum(weight * answers[label][question].right for label, weight in weights.items())
+        for question in questions
+    ]
+    return statistics.pstdev(values) / math.sqrt(len(values))
+
+
+def seeds(runs: Sequence[Run], measure: Callable[[Run], float | None]) -> tuple[ArmSeeds, ...]:
+    """Groups runs that differ in their seed alone (and in what follows from it) by arm.
+
+    Args:
+        runs: The runs.
+        measure: What is summarised; None leaves a run out.
+
+    Returns:
+        The arms in the order of their first runs, or nothing unless some arm has several seeds.
+    """
+    groups: dict[str, list[tuple[int, float]]] = {}
+    for run in runs:
+        if run.training is None or run.training.quant is None:
+            continue
+        seed, value = run.training.conditions.get(_SEED), measure(run)
+        if isinstance(seed, int) and value is not None:
+            groups.setdefault(run.training.quant, []).append((seed, value))
+    if not any(len({seed for seed, _ in group}) > 1 for group in groups.values()):
+        return ()
+    return tuple(
+        ArmSeeds(name, tuple(s for s, _ in group), tuple(v for _, v in group))
+        for name, group in groups.items()
+    )

@@ -1,0 +1,129 @@
+"""The four-row design and several seeds an arm, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_compare import (
+    cells,
+    changed,
+    compare,
+    edit,
+    evaluation,
+    pair,  # noqa: F401  (a fixture)
+    summary,
+    table,
+    texts,
+    write_harness,
+    write_run,
+)
+
+from qlora_harness.compare.report import Comparison
+from qlora_harness.errors import SettingsError
+
+# Right or wrong, by place in the design: (4-bit, fine-tuned).
+MARKS = {
+    (False, False): {"anatomy": "1110000000", "law": "1110000000"},
+    (True, False): {"anatomy": "1100000000", "law": "1110000000"},
+    (False, True): {"anatomy": "1111100000", "law": "1111000000"},
+    (True, True): {"anatomy": "1111000000", "law": "1110100000"},
+}
+
+
+def four(folder: Path, *, samples: bool = True) -> list[Path]:
+    runs = []
+    for (four_bit, tuned), marks in MARKS.items():
+        quant = "nf4" if four_bit else "bf16"
+        path = folder / f"{quant}{'_tuned' if tuned else ''}"
+        write_run(path, summary(quant) if tuned else None, evaluation(marks))
+        change = edit("model/quant", quant)
+        changed(path / "evaluation_results.json", change)
+        changed(path / "evaluation_results.json", edit("model/peft", "adapter" if tuned else None))
+        if samples:
+            write_harness(path, marks)
+        runs.append(path)
+    return runs
+
+
+def test_effects_of_quantisation_and_fine_tuning(tmp_path: Path) -> None:
+    comparison = compare(four(tmp_path))
+    values = {
+        row.key: (row.cells[0].value, row.cells[0].stderr)
+        for row in table(comparison, "design").rows
+    }
+    assert {key: value for key, (value, _) in values.items()} == pytest.approx(
+        {
+            "quantisation_base": -5.0,
+            "quantisation_tuned": -5.0,
+            "tuning_16bit": 15.0,
+            "tuning_4bit": 15.0,
+            "interaction": 0.0,
+        }
+    )
+    # Over the 20 questions: one became wrong.
+    changes = [-1] + [0] * 19
+    assert values["quantisation_base"][1] == pytest.approx(
+        100 * statistics.pstdev(changes) / math.sqrt(20)
+    )
+    assert "paired" in table(comparison, "design").columns[0].heading
+
+
+def test_without_samples_the_effects_are_unpaired(tmp_path: Path) -> None:
+    shown = table(compare(four(tmp_path, samples=False)), "design")
+    assert "unpaired" in shown.columns[0].heading
+    errors = {row.key: float(row.cells[0].stderr or 0) for row in shown.rows}
+    assert errors["interaction"] > errors["quantisation_base"] > 0
+
+
+def test_other_sets_of_runs_have_no_design(pair: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+    assert "design" not in [item.key for item in compare(pair).tables]
+    runs = four(tmp_path / "four")
+    assert "design" not in [item.key for item in compare(runs[:3]).tables]
+
+
+def seeded(folder: Path, values: dict[str, dict[int, float]]) -> list[Path]:
+    runs = []
+    for quant, losses in values.items():
+        for seed, loss in losses.items():
+            changes: dict[str, Any] = {"settings__seed": seed, "results__eval_loss": loss}
+            runs.append(write_run(folder / f"{quant}-{seed}", summary(quant, **changes)))
+    return runs
+
+
+def seeds_of(comparison: Comparison) -> list[str]:
+    return texts(comparison, "seeds", "seeds.eval_loss")
+
+
+def test_means_and_ranges_over_seeds(tmp_path: Path) -> None:
+    runs = seeded(tmp_path, {"nf4": {0: 1.5, 1: 1.6, 2: 1.4}, "bf16": {0: 1.3, 1: 1.4, 2: 1.5}})
+    comparison = compare(runs)
+    stderr = math.hypot(0.1 / math.sqrt(3), 0.1 / math.sqrt(3))
+    assert seeds_of(comparison) == [
+        "1.5000 (1.4000 to 1.6000)",
+        "1.4000 (1.3000 to 1.5000)",
+        f"−0.1000 ± {stderr:.4f}",
+    ]
+    assert cells(comparison, "seeds", "seeds.eval_loss")[2].stderr == pytest.approx(stderr)
+    headings = [column.heading for column in table(comparison, "seeds").columns]
+    assert headings == ["nf4, 3 seeds", "bf16, 3 seeds", "bf16 less nf4, ± of the seeds"]
+
+
+def test_one_seed_has_no_error(tmp_path: Path) -> None:
+    comparison = compare(seeded(tmp_path, {"nf4": {0: 1.5, 1: 1.7}, "bf16": {0: 1.3}}))
+    assert seeds_of(comparison)[2] == "−0.3000"
+
+
+def test_one_seed_an_arm_has_no_table(tmp_path: Path) -> None:
+    runs = seeded(tmp_path, {"nf4": {0: 1.5}, "bf16": {0: 1.3}})
+    assert "seeds" not in [item.key for item in compare(runs).tables]
+
+
+def test_baseline_comes_first(tmp_path: Path) -> None:
+    runs = seeded(tmp_path, {"nf4": {0: 1.5}, "bf16": {0: 1.3}})
+    assert [run.label for run in compare(runs, baseline="bf16-0").runs] == ["bf16-0", "nf4-0"]
+    with pytest.raises(SettingsError, match="--baseline x is none of the runs"):
+        compare(runs, baseline="x")
