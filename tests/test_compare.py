@@ -1205,6 +1205,21 @@ def test_command_writes_beside_the_runs(
     assert main(*pair) == 0
 
 
+def test_json_follows_the_published_schema(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    import jsonschema
+
+    path = Path(report.__file__).with_name("comparison.schema.json")
+    schema = json.loads(path.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    third = write_run(tmp_path / "results" / "fp4", summary(), evaluation(FIRST))
+    for runs in (pair, [*pair, third]):
+        record = json.loads(json.dumps(report.to_json(compare(runs))))
+        jsonschema.validate(record, schema)
+        del record["tables"][0]["rows"][0]["cells"][0]["run"]
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(record, schema)
+
+
 def test_command_writes_where_it_is_told(pair: tuple[Path, Path], tmp_path: Path) -> None:
     words = ["--markdown", tmp_path / "new" / "a.md", "--json", tmp_path / "new" / "a.json"]
     assert main(*pair, *words, "--labels", "NF4,bf16") == 0
