@@ -60,11 +60,9 @@ def fused_rotary(model: torch.nn.Module) -> Iterator[None]:
     if not getattr(base, _MARK, False):
         yield
         return
-    from liger_kernel.transformers.rope import liger_rotary_pos_emb
-
     modeling: Any = sys.modules[type(base).__module__]
     before: Callable[..., Any] = getattr(modeling, _ROTARY)
-    setattr(modeling, _ROTARY, liger_rotary_pos_emb)
+    setattr(modeling, _ROTARY, _rotary)
     try:
         yield
     finally:
@@ -74,6 +72,21 @@ def fused_rotary(model: torch.nn.Module) -> Iterator[None]:
 def _base(model: torch.nn.Module) -> Any:
     whole: Any = model
     return whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+
+
+def _rotary(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *args: Any,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # Not liger_rotary_pos_emb, which looks for other back ends and prints what it does not find.
+    from liger_kernel.ops import LigerRopeFunction
+
+    turned: tuple[torch.Tensor, torch.Tensor] = LigerRopeFunction.apply(q, k, cos, sin)
+    return turned
 
 
 def _rms_norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
