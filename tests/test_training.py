@@ -840,3 +840,20 @@ def test_completed_run_survives_a_later_mistake(train: Train) -> None:
     before = everything_in(Path("run"))
     assert train(quant="bf16", output_dir="run", overwrite=True, languages="de") == 2
     assert everything_in(Path("run")) == before
+
+
+def test_resumed_in_a_later_epoch_goes_on_with_the_same_examples(train: Train) -> None:
+    options = {"quant": "bf16", "max_steps": 10, "batch_size": 2, "save_steps": 8}
+    assert train(output_dir="whole", group_by_length=True, **options) == 0
+    rows = steps("whole")
+    assert rows[7]["epoch"] > 1.0
+    shutil.copytree("whole", "resumed")
+    for path in Path("resumed/checkpoints").glob("checkpoint-10"):
+        shutil.rmtree(path)
+    record = read("resumed/training_summary.json")
+    record["status"] = "interrupted"
+    Path("resumed/training_summary.json").write_text(json.dumps(record))
+    assert train(output_dir="resumed", group_by_length=True, **options) == 0
+    for one, other in zip(rows, steps("resumed"), strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)

@@ -148,6 +148,8 @@ class _Layer(torch.autograd.Function):
             y, mlp = _second_half(layer, h, seed)
         ctx.layer, ctx.row, ctx.seed = layer, row, seed
         ctx.kept = None
+        if not any(ctx.needs_input_grad):
+            return y
         if layer.checkpointing == "offload":
             ctx.kept = _to_host(x)
         elif layer.checkpointing == "full":

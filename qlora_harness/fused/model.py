@@ -20,6 +20,23 @@ from qlora_harness.fused.row import Row
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
+def why_config_not_fused(config: Any) -> str | None:
+    """Returns why a model of a configuration can't have fused layers, or None if it can.
+
+    Args:
+        config: A transformers model configuration.
+    """
+    if config.model_type not in MODEL_TYPES:
+        return f"model type {config.model_type!r} is not one of {', '.join(sorted(MODEL_TYPES))}"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return "it has sliding-window attention"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"its activation is {config.hidden_act}"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"it has attention dropout ({config.attention_dropout})"
+    return None
+
+
 def why_not_fused(model: Any) -> str | None:
     """Returns why a model can't have fused layers, or None if it can.
 
@@ -28,13 +45,9 @@ def why_not_fused(model: Any) -> str | None:
     """
     from peft.tuners.lora import LoraLayer
 
-    config = model.get_base_model().config
-    if config.model_type not in MODEL_TYPES:
-        return f"model type {config.model_type!r} is not one of {', '.join(sorted(MODEL_TYPES))}"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return "it has sliding-window attention"
-    if config.hidden_act not in ("silu", "swish"):
-        return f"its activation is {config.hidden_act}"
+    reason = why_config_not_fused(model.get_base_model().config)
+    if reason is not None:
+        return reason
     decoder = model.get_base_model().model
     known = {id(m) for layer in decoder.layers for m in layer.modules()}
     for name, module in model.named_modules():

@@ -368,10 +368,16 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         disable_tqdm: bool,
         on_scored: Callable[[Sequence[tuple[Pair, Score]]], None] | None,
     ) -> list[Score]:
+        pack_tokens = self._asked_pack_tokens or default_pack_tokens(self.model, self.device)
+        if self.world_size > 1:
+            # The shares make the whole only if all processes plan alike.
+            sizes = [0] * self.world_size
+            torch.distributed.all_gather_object(sizes, pack_tokens)
+            pack_tokens = min(sizes)
         scorer = PackedScorer(
             PackedModel(self.model, self.softmax_dtype),
             window=self.max_length,
-            pack_tokens=self._asked_pack_tokens or default_pack_tokens(self.model, self.device),
+            pack_tokens=pack_tokens,
         )
 
         def note(scored: Sequence[tuple[int, Score]]) -> None:

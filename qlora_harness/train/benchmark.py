@@ -164,6 +164,8 @@ def run(
                 if not is_out_of_memory(error):
                     raise
                 measured.failure = "out of memory"
+            # Only now is the trainer of this way out of reach.
+            _release(device)
             if baseline is None and measured.failure is None:
                 baseline = measured.tokens_per_second
             if baseline and measured.failure is None:

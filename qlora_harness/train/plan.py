@@ -122,23 +122,24 @@ def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qlora_harness.fused.model import MODEL_TYPES
+    from qlora_harness.fused.model import why_config_not_fused
 
     config = AutoConfig.from_pretrained(path, revision=revision or "main")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings()
-    linear = {
+    every = {
         name: module
         for name, module in model.named_modules()
-        if module is not head and type(module).__name__ in ("Linear", "Conv1D")
+        if type(module).__name__ in ("Linear", "Conv1D")
     }
+    linear = {name: module for name, module in every.items() if module is not head}
     names = None if targets == "all-linear" else {t.strip() for t in targets.split(",")}
-    adapted = [
-        module.weight
-        for name, module in linear.items()
+    adapted = {
+        name: module.weight
+        for name, module in (linear if names is None else every).items()
         if names is None or name.rsplit(".", 1)[-1] in names
-    ]
+    }
     sizes = [module.weight.numel() for module in linear.values()]
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -154,9 +155,10 @@ def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
         linear=sum(sizes),
         largest=max(sizes),
         others=sum(p.numel() for p in model.parameters()) - sum(sizes),
-        sides=sum(sum(weight.shape) for weight in adapted),
+        sides=sum(sum(weight.shape) for weight in adapted.values()),
         adapted=len(adapted) / layers,
-        fused=config.model_type in MODEL_TYPES,
+        fused=why_config_not_fused(config) is None
+        and all(name.startswith("model.layers.") for name in adapted),
         head_norms=config.model_type == "qwen3",
     )
 
@@ -255,7 +257,7 @@ def choose(
     """
 
     def planned(changed: Settings) -> tuple[Settings, MemoryPlan, int]:
-        tokens = largest_pass(lengths, changed)
+        tokens = largest_pass(lengths, changed, fused=shape.fused)
         return changed, predict(shape, changed, tokens), tokens
 
     asked = settings.optimization.memory
@@ -321,16 +323,17 @@ def with_rung(settings: Settings, rung: Mapping[str, str]) -> Settings:
     )
 
 
-def largest_pass(lengths: Sequence[int], settings: Settings) -> int:
+def largest_pass(lengths: Sequence[int], settings: Settings, *, fused: bool = True) -> int:
     """Returns the tokens of the largest forward pass that a run is likely to have.
 
     Args:
         lengths: Tokens of each training example.
         settings: Of the run.
+        fused: Whether the model can have fused layers, which take rows without padding.
     """
     count = min(settings.optimization.batch_size, len(lengths))
     longest = sorted(lengths, reverse=True)[:count]
-    if settings.optimization.kernels == "none":
+    if not fused or settings.optimization.kernels == "none":
         return count * longest[0]  # padded
     if settings.optimization.group_by_length:
         return sum(longest)

@@ -271,6 +271,15 @@ class _Run:
         """From here on the run folder is ours."""
         settings, main = self.settings, self.state.is_main_process
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        computation = self._computation()
+        before = nested(self.start.previous or {}, "computation")
+        if self.start.checkpoint is not None and before not in (None, computation):
+            changed = [name for name in computation if before.get(name) != computation[name]]
+            raise RunError(
+                f"{self.run_dir} was begun in another way: {changed[0]} was "
+                f"{before.get(changed[0])}, and is now {computation[changed[0]]}",
+                "Give the flags that lead to the same, use --overwrite, or another --output-dir",
+            )
         if self.start.replace and main:
             clear(self.run_dir)
         self.state.wait_for_everyone()
@@ -283,16 +292,7 @@ class _Run:
                 "compute_dtype": settings.model.compute_dtype,
                 "parameter_dtypes": parameter_dtypes(model),
             },
-            "computation": {
-                "fused_layers": self.fused,
-                "padding": "none" if self.fused else "right",
-                "liger_kernels": self.fused and self.device.type == "cuda" and has_kernels(),
-                "checkpointing": self.chosen.optimization.checkpointing,
-                "optimizer": self.chosen.optimization.optimizer,
-                "adapter_dtype": self.chosen.lora.adapter_dtype,
-                "batch_size": self.chosen.optimization.batch_size,
-                "grad_accum": self.chosen.optimization.grad_accum,
-            },
+            "computation": computation,
             "plan": self.plan,
             "settings": settings.flat() | {"output_dir": str(self.run_dir)},
             "data": data.report,
@@ -302,6 +302,19 @@ class _Run:
             "failure": None,
         }
         self._write_summary()
+
+    def _computation(self) -> dict[str, Any]:
+        """How the steps are computed: what --memory and the model's kind decide."""
+        return {
+            "fused_layers": self.fused,
+            "padding": "none" if self.fused else "right",
+            "liger_kernels": self.fused and self.device.type == "cuda" and has_kernels(),
+            "checkpointing": self.chosen.optimization.checkpointing,
+            "optimizer": self.chosen.optimization.optimizer,
+            "adapter_dtype": self.chosen.lora.adapter_dtype,
+            "batch_size": self.chosen.optimization.batch_size,
+            "grad_accum": self.chosen.optimization.grad_accum,
+        }
 
     def _train_and_evaluate(
         self, model: Any, tokenizer: Any, data: TrainingData, source: BaseSource
@@ -444,7 +457,7 @@ class _Run:
         self._write_summary()
 
     def _memory_advice(self) -> TrainingError:
-        optimization = self.settings.optimization
+        optimization = self.chosen.optimization
         return TrainingError(
             f"{self.device} ran out of memory with --batch-size {optimization.batch_size} and "
             f"--max-length {self.settings.data.max_length}",

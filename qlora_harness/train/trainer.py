@@ -7,12 +7,13 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -20,6 +21,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from qlora_harness.data.chat import IGNORE
 from qlora_harness.errors import TrainingError
@@ -35,6 +37,21 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
     step_tokens: torch.Tensor
     step_started: float
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Like lengths together, in an order that depends on seed and epoch alone.
+
+        transformers' own sampler draws from the global random numbers, which a run that is resumed
+        after its first epoch does not have back in time: it would go on with other examples.
+        """
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(*args, **kwargs)
+        return _ByLength(
+            [len(self.train_dataset[i]["input_ids"]) for i in range(len(self.train_dataset))],
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            self.args.seed,
+            lambda: math.floor((self.state.epoch or 0.0) + 1e-6),
+        )
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetches the micro-batches of one optimizer step, and counts their tokens on the way."""
         self.step_started = time.perf_counter()
@@ -46,6 +63,26 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
             counts[1] += (batch["labels"][:, 1:] != IGNORE).sum()
         self.step_tokens = counts
         return samples, items
+
+
+class _ByLength(Sampler[int]):
+    """Examples of like length side by side, in a new order each epoch."""
+
+    def __init__(
+        self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int]
+    ) -> None:
+        self._lengths, self._batch_size = lengths, batch_size
+        self._seed, self._epoch = seed, epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator()
+        generator.manual_seed(self._seed + 1_000_003 * self._epoch())
+        return iter(
+            get_length_grouped_indices(self._lengths, self._batch_size, generator=generator)
+        )
 
 
 class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to mypy
