@@ -95,7 +95,7 @@ def seeded(folder: Path, values: dict[str, dict[int, float]]) -> list[Path]:
 
 
 def seeds_of(comparison: Comparison) -> list[str]:
-    return texts(comparison, "seeds", "seeds.eval_loss")
+    return texts(comparison, "seeds.eval_loss", "seeds.eval_loss")
 
 
 def test_means_and_ranges_over_seeds(tmp_path: Path) -> None:
@@ -107,8 +107,10 @@ def test_means_and_ranges_over_seeds(tmp_path: Path) -> None:
         "1.4000 (1.3000 to 1.5000)",
         f"−0.1000 ± {stderr:.4f}",
     ]
-    assert cells(comparison, "seeds", "seeds.eval_loss")[2].stderr == pytest.approx(stderr)
-    headings = [column.heading for column in table(comparison, "seeds").columns]
+    assert cells(comparison, "seeds.eval_loss", "seeds.eval_loss")[2].stderr == pytest.approx(
+        stderr
+    )
+    headings = [column.heading for column in table(comparison, "seeds.eval_loss").columns]
     assert headings == ["nf4, 3 seeds", "bf16, 3 seeds", "bf16 less nf4, ± of the seeds"]
 
 
@@ -119,7 +121,7 @@ def test_one_seed_has_no_error(tmp_path: Path) -> None:
 
 def test_one_seed_an_arm_has_no_table(tmp_path: Path) -> None:
     runs = seeded(tmp_path, {"nf4": {0: 1.5}, "bf16": {0: 1.3}})
-    assert "seeds" not in [item.key for item in compare(runs).tables]
+    assert "seeds.eval_loss" not in [item.key for item in compare(runs).tables]
 
 
 def test_baseline_comes_first(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ def test_csv_has_a_line_for_every_cell(pair: tuple[Path, Path], tmp_path: Path) 
         lines = list(csv.DictReader(file))
     tables = [*comparison.tables, *comparison.details, comparison.settings]
     assert len(lines) == sum(len(t.columns) * len(t.rows) for t in tables)
-    (interval,) = (line for line in lines if line["row"] == "interval")
-    assert float(interval["low"]) < float(interval["value"]) == -10.0 < float(interval["high"])
+    (difference,) = (line for line in lines if line["row"] == "difference")
+    assert (float(difference["value"]), difference["low"]) == (-10.0, "")
     (memory,) = (
         line
         for line in lines
@@ -68,6 +68,17 @@ def test_folder_with_other_things_is_kept(pair: tuple[Path, Path], tmp_path: Pat
     write(tmp_path / "thesis" / "chapter.tex", "mine")
     with pytest.raises(SettingsError, match=r"holds something else \(chapter.tex\)"):
         main(*pair, "--png", tmp_path / "thesis")
+
+
+def test_pictures_never_take_the_place_of_other_outputs(
+    pair: tuple[Path, Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(SettingsError, match="is replaced as a whole, and index.html would lie in"):
+        main(*pair, "--png", tmp_path / "out", "--html", tmp_path / "out" / "index.html")
+    write(tmp_path / "photos" / "mine.png", "mine")
+    with pytest.raises(SettingsError, match=r"holds something else \(mine.png\)"):
+        main(*pair, "--png", tmp_path / "photos")
 
 
 def test_outputs_must_differ(pair: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811

@@ -23,8 +23,10 @@ from test_compare import (  # noqa: F401  (pair is a fixture)
 from qlora_harness.compare.losses import bootstrap
 from qlora_harness.errors import ResultsError
 
-TOKENS = [10, 20, 5, 40, 25]
-LOSSES = [1.0, 1.2, 0.8, 1.1, 0.9]
+TOKENS = [10, 20, 5, 40, 25] * 4
+LOSSES = [1.0, 1.2, 0.8, 1.1, 0.9] * 4
+
+MEAN = sum(loss * n for loss, n in zip(LOSSES, TOKENS, strict=True)) / sum(TOKENS)
 
 
 def log(per_token: list[float], steps: list[float]) -> dict[str, Any]:
@@ -45,14 +47,16 @@ def log(per_token: list[float], steps: list[float]) -> dict[str, Any]:
 @pytest.fixture
 def logged(pair: tuple[Path, Path]) -> tuple[Path, Path]:  # noqa: F811
     write(pair[0] / "training_logs.json", log(LOSSES, [2.0] * 20))
-    worse = [loss + change for loss, change in zip(LOSSES, (0.1, 0, 0, 0.2, 0), strict=True)]
+    worse = [loss + change for loss, change in zip(LOSSES, (0.1, 0, 0, 0.2, 0) * 4, strict=True)]
     write(pair[1] / "training_logs.json", log(worse, [2.1] * 18 + [2.5, 2.7]))
+    for folder, loss in zip(pair, (MEAN, MEAN + 0.09), strict=True):
+        changed(folder / "training_summary.json", edit("results/eval_loss", loss))
     return pair
 
 
 def test_differences_are_those_of_the_logs(logged: tuple[Path, Path]) -> None:
     comparison = compare(logged)
-    assert table(comparison, "losses").title == "Losses on the same data, 5 conversations"
+    assert table(comparison, "losses").title == "Losses on the same data, 20 conversations"
     # (0.1 * 10 + 0.2 * 40) / 100.
     assert texts(comparison, "losses", "eval_difference") == ["–", "+0.0900"]
     interval = cells(comparison, "losses", "eval_interval")[1].interval or (9.0, 9.0)
@@ -63,13 +67,13 @@ def test_differences_are_those_of_the_logs(logged: tuple[Path, Path]) -> None:
     low, high = cells(comparison, "losses", "perplexity_interval")[0].interval or (0.0, 0.0)
     mean = sum(loss * n for loss, n in zip(LOSSES, TOKENS, strict=True)) / sum(TOKENS)
     assert low < math.exp(mean) < high
-    assert "over 5 conversations), and differs on" in comparison.verdict[0]
+    assert "over 20 conversations), and differs on" in comparison.verdict[0]
 
 
 def test_bootstrap_draws_conversations_with_their_tokens() -> None:
     generator = np.random.default_rng(0)
     nll, tokens = np.array(LOSSES) * TOKENS, np.array(TOKENS)
-    places = generator.integers(0, 5, size=(20_000, 5))
+    places = generator.integers(0, 20, size=(20_000, 20))
     drawn = nll[places].sum(axis=1) / tokens[places].sum(axis=1)
     found = bootstrap(nll.tolist(), TOKENS, draws=20_000, seed=1)
     assert (found.low, found.high) == pytest.approx(

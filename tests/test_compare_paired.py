@@ -39,7 +39,7 @@ def test_without_a_changed_answer_nothing_is_shown() -> None:
     counts = PairedCounts(3, 0, 0, 2)
     assert mcnemar(counts) == 1.0
     found = analyse({"a": counts}, {}, same_letter=5, draws=200)
-    assert (found.interval.low, found.interval.high) == (0.0, 0.0)
+    assert found.interval is None
     assert not found.different
     # Five questions can't show that two models are alike within a point; many can.
     assert not found.equivalent
@@ -122,6 +122,43 @@ def test_tests_hold_their_level() -> None:
         equivalences += equivalence(apart, margin) < 0.05
     assert differences / 500 <= 0.07
     assert equivalences / 500 <= 0.07
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "total", "margin"),
+    [(5, 3, 200, 0.05), (700, 800, 14042, 0.01), (2, 1, 570, 0.01), (10, 0, 300, 0.05)],
+)
+def test_equivalence_is_the_score_test_at_the_likeliest_shares(
+    first: int, second: int, total: int, margin: float
+) -> None:
+    from scipy.optimize import minimize_scalar
+    from scipy.stats import norm
+
+    def beyond(less: int, more: int) -> float:
+        def cost(q: float) -> float:
+            value = less * math.log(q) + (total - less - more) * math.log(1 - 2 * q + margin)
+            return -value - (more * math.log(q - margin) if more else 0.0)
+
+        ends = (margin + 1e-9, (1 + margin) / 2 - 1e-9)
+        q = minimize_scalar(cost, bounds=ends, method="bounded", options={"xatol": 1e-12}).x
+        spread = math.sqrt(total * (2 * q - margin - margin**2))
+        return float(norm.sf((more - less + total * margin) / spread))
+
+    counts = PairedCounts(total - first - second, first, second, 0)
+    wanted = max(beyond(first, second), beyond(second, first))
+    assert equivalence(counts, margin) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("changed", [0, 2, 10, 60])
+def test_detectable_difference_is_never_below_what_the_exact_test_can_find(changed: int) -> None:
+    from scipy.stats import binom
+
+    total = 300
+    size = detectable(PairedCounts(total - changed, changed // 2, changed - changed // 2, 0))
+    # All changes to one side: found if at least six of them come.
+    assert size >= 8 / total
+    if changed < 8:
+        assert binom.sf(5, total, size) >= 0.75
 
 
 def test_detectable_difference_is_found_in_four_of_five_samples() -> None:

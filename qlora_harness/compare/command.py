@@ -147,6 +147,12 @@ def run(args: argparse.Namespace) -> int:
     if args.html is not None:
         page.check_packages()
     if args.png is not None:
+        folder = args.png.resolve()
+        if inside := [path for path in taken if path == folder or folder in path.parents]:
+            raise SettingsError(
+                f"--png {args.png} is replaced as a whole, and {inside[0].name} would lie in it",
+                "Name a folder for the pictures alone",
+            )
         exports.check_pictures(args.png)
     if not 0 < args.margin < 100:
         raise SettingsError(f"--margin {args.margin:g}", "Give percentage points, above 0")

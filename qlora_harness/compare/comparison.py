@@ -11,6 +11,7 @@ from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.compare.evidence import gather
 from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.compare.losses import (
+    FEWEST,
     LossDifference,
     StepLog,
     compare_losses,
@@ -101,7 +102,7 @@ def compare(
     perplexities = {
         index: perplexity_interval(log, draws=draws, seed=seed)
         for index, log in enumerate(logs.values())
-        if log is not None and log.nll
+        if log is not None and len(log.nll) >= FEWEST
     }
     notes += _sample_notes(names, evaluations, answers)
     for item in runs:
@@ -311,9 +312,8 @@ def _design_tables(
             design.seeds(runs, loss),
         ),
     ]
-    measured = [item for item in measured if item[4]]
-    if measured and len({tuple(arm.name for arm in item[4]) for item in measured}) == 1:
-        found.append(tables.seeds_table(measured))
+    # A table each: not every run need be scored.
+    found += [tables.seeds_table([item]) for item in measured if item[4]]
     return found
 
 

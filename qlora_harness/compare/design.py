@@ -106,15 +106,22 @@ def effects(
         found[where] = run.label
     if len(found) < 4:
         return ()
+    models = {
+        evaluations[label].conditions.get("evaluation.model.base") for label in found.values()
+    }
+    if len(models) > 1:
+        return ()
+    logged = {label: answers.get(label) for label in found.values()}
+    samples = {label: one for label, one in logged.items() if one is not None}
+    # In all effects or in none, so that their errors can be compared.
+    paired = len(samples) == 4 and _same_questions(list(samples.values()))
     base, base4, tuned, tuned4 = (
         found[key] for key in ((False, False), (True, False), (False, True), (True, True))
     )
 
     def effect(key: str, name: str, weights: Mapping[str, int]) -> Effect:
         value = sum(w * evaluations[label].acc for label, w in weights.items())
-        logged = {label: answers.get(label) for label in weights}
-        if None not in logged.values():
-            samples = {label: found for label, found in logged.items() if found is not None}
+        if paired:
             return Effect(key, name, value, _paired_stderr(samples, weights), True)
         errors = [evaluations[label].acc_stderr for label in weights]
         known = [error for error in errors if error is not None]
@@ -131,6 +138,18 @@ def effects(
             "Fine-tuning in 4 bits less in 16",
             {tuned4: 1, base4: -1, tuned: -1, base: 1},
         ),
+    )
+
+
+def _same_questions(answers: Sequence[Answers]) -> bool:
+    first = answers[0]
+    return all(
+        other.keys() == first.keys()
+        and all(
+            (one.document, one.prompt, one.target) == (two.document, two.prompt, two.target)
+            for one, two in ((answer, other[question]) for question, answer in first.items())
+        )
+        for other in answers[1:]
     )
 
 
@@ -154,16 +173,28 @@ def seeds(runs: Sequence[Run], measure: Callable[[Run], float | None]) -> tuple[
     Returns:
         The arms in the order of their first runs, or nothing unless some arm has several seeds.
     """
-    groups: dict[str, list[tuple[int, float]]] = {}
+    groups: dict[str, dict[int, float]] = {}
+    same: dict[str, dict[str, object]] = {}
     for run in runs:
-        if run.training is None or run.training.quant is None:
+        training = run.training
+        if training is None or training.quant is None or training.status != "completed":
             continue
-        seed, value = run.training.conditions.get(_SEED), measure(run)
-        if isinstance(seed, int) and value is not None:
-            groups.setdefault(run.training.quant, []).append((seed, value))
-    if not any(len({seed for seed, _ in group}) > 1 for group in groups.values()):
+        seed, value = training.conditions.get(_SEED), measure(run)
+        if not isinstance(seed, int) or value is None:
+            continue
+        settings = {
+            name: setting
+            for name, setting in training.conditions.items()
+            if name.startswith(("training.settings.", "training.model."))
+            and name not in (_SEED, "training.settings.output_dir")
+        }
+        if same.setdefault(training.quant, settings) != settings:
+            return ()  # more than the seed differs
+        if seed in groups.setdefault(training.quant, {}):
+            return ()  # a copy of a run is no further seed
+        groups[training.quant][seed] = value
+    if not any(len(group) > 1 for group in groups.values()):
         return ()
     return tuple(
-        ArmSeeds(name, tuple(s for s, _ in group), tuple(v for _, v in group))
-        for name, group in groups.items()
+        ArmSeeds(name, tuple(group), tuple(group.values())) for name, group in groups.items()
     )

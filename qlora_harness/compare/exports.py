@@ -8,7 +8,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from qlora_harness.compare.figures import figures
+from qlora_harness.compare.figures import HEADINGS, figures
 from qlora_harness.compare.report import Comparison
 from qlora_harness.compare.tables import Table
 from qlora_harness.errors import ResultsError, SettingsError
@@ -97,12 +97,20 @@ def check_pictures(folder: Path) -> None:
             raise SettingsError(
                 f"--png needs the package {name}", "pip install 'qlora-harness[reports]'"
             )
-    foreign = [p.name for p in folder.iterdir() if p.suffix != ".png"] if folder.is_dir() else []
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    foreign = [p.name for p in entries if p.name not in PICTURES or not p.is_file()]
     if foreign or folder.is_file():
         raise SettingsError(
             f"--png {folder} holds something else ({foreign[0] if foreign else 'it is a file'})",
             "Name a folder for the pictures alone",
         )
+
+
+def _picture(heading: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-") + ".png"
+
+
+PICTURES = frozenset(map(_picture, HEADINGS))
 
 
 def write_pictures(comparison: Comparison, folder: Path) -> list[Path]:
@@ -121,7 +129,7 @@ def write_pictures(comparison: Comparison, folder: Path) -> list[Path]:
     names = []
     with new_folder(folder, replace=True) as work:
         for heading, figure in figures(comparison.evidence):
-            name = re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-") + ".png"
+            name = _picture(heading)
             figure.update_layout(
                 paper_bgcolor="white", plot_bgcolor="white", font={"color": "black"}
             )

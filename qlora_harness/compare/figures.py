@@ -11,6 +11,12 @@ from qlora_harness.compare.statistics import Z95
 
 # Okabe and Ito's colours, which the colour-blind can tell apart and which show on light and dark.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+HEADINGS = (
+    "Peak memory and training time",
+    "Training loss",
+    "Accuracy by category, 95% intervals",
+    "Accuracy by subject",
+)
 _SMOOTHING = 0.9
 
 
@@ -20,13 +26,14 @@ def figures(evidence: Evidence) -> list[tuple[str, Any]]:
     Args:
         evidence: Of the comparison.
     """
-    made = [
-        ("Peak memory and training time", _costs(evidence.costs)),
-        ("Training loss", _curves(evidence.curves)),
-        ("Accuracy by category, 95% intervals", _categories(evidence)),
-        ("Accuracy by subject", _subjects(evidence)),
-    ]
-    return [(heading, figure) for heading, figure in made if figure is not None]
+    made = (
+        _costs(evidence.costs),
+        _curves(evidence.curves),
+        _categories(evidence),
+        _subjects(evidence),
+    )
+    named = zip(HEADINGS, made, strict=True)
+    return [(heading, figure) for heading, figure in named if figure is not None]
 
 
 def _layout(figure: Any, height: int, **options: Any) -> Any:
@@ -59,7 +66,9 @@ def _costs(costs: Sequence[Cost]) -> Any:
     for row, values in ((1, [c.memory_gib for c in costs]), (2, [c.hours for c in costs])):
         figure.add_bar(
             x=values,
-            y=[c.label for c in costs],
+            y=[
+                c.label if c.on_gpu or kind.startswith("GPU") else f"{c.label} (CPU)" for c in costs
+            ],
             orientation="h",
             marker_color=[_colour(i) for i in range(len(costs))],
             text=["" if value is None else f"{value:.2f}" for value in values],
@@ -67,7 +76,7 @@ def _costs(costs: Sequence[Cost]) -> Any:
             row=row,
             col=1,
         )
-    figure.update_yaxes(autorange="reversed")
+    figure.update_yaxes(autorange="reversed", type="category")
     return _layout(figure, 160 + 80 * len(costs), showlegend=False)
 
 
@@ -138,7 +147,7 @@ def _categories(evidence: Evidence) -> Any:
             mode="markers",
             name=label,
             marker={"color": _colour(index), "size": 9},
-            error_x={"array": [100 * Z95 * (stderr or 0.0) for _, _, stderr in rows]},
+            error_x={"array": [100 * Z95 * stderr if stderr else None for _, _, stderr in rows]},
             hovertemplate=f"{label}, %{{customdata}}: %{{x:.2f}}%<extra></extra>",
         )
     figure.update_xaxes(title="accuracy, %")

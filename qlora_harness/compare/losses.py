@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qlora_harness.compare.paired import LEVEL, Interval
-from qlora_harness.compare.runs import Run
+from qlora_harness.compare.runs import Run, TrainingSummary
 from qlora_harness.errors import ResultsError
 from qlora_harness.record import LOGS_FILE, nested, read_json
 
+FEWEST = 20  # conversations, below which a bootstrap says little
 _CHUNK = 1000  # draws at a time, to bound memory
 
 
@@ -86,13 +88,28 @@ def read_log(run: Run) -> StepLog | None:
         raise ResultsError(
             f"{path}, key 'steps' or 'evaluation': not rows with step and loss", "Restore the file"
         ) from None
+    if not all(map(math.isfinite, log.losses)):
+        raise ResultsError(f"{path}: a loss is not a number", "Restore the file")
     if len(nll) != len(learned) or not all(map(math.isfinite, nll)) or 0 in learned:
         raise ResultsError(
             f"{path}, key 'evaluation': {len(nll)} losses and {len(learned)} numbers of tokens, or "
             "one that is not a number",
             "Restore the file",
         )
+    _check_summary(run.training, log, path)
     return log
+
+
+def _check_summary(training: TrainingSummary, log: StepLog, path: Path) -> None:
+    if not log.nll or training.eval_loss is None:
+        return
+    loss = math.fsum(log.nll) / sum(log.learned)
+    if abs(loss - training.eval_loss) > 1e-4:
+        raise ResultsError(
+            f"{path}: its conversations have an evaluation loss of {loss:.4f}, but the summary "
+            f"says {training.eval_loss:.4f}",
+            "The files belong to different runs; restore them",
+        )
 
 
 def compare_losses(
@@ -114,11 +131,15 @@ def compare_losses(
     same = first.training.eval_fingerprint == other.training.eval_fingerprint
     if same and one.nll and one.learned == two.learned:
         evaluation = (math.fsum(two.nll) - math.fsum(one.nll)) / sum(one.learned)
-        interval = bootstrap(
-            [b - a for a, b in zip(one.nll, two.nll, strict=True)],
-            one.learned,
-            draws=draws,
-            seed=seed,
+        interval = (
+            None
+            if len(one.nll) < FEWEST
+            else bootstrap(
+                [b - a for a, b in zip(one.nll, two.nll, strict=True)],
+                one.learned,
+                draws=draws,
+                seed=seed,
+            )
         )
     steps = last = None
     data = first.training.train_fingerprint == other.training.train_fingerprint

@@ -6,9 +6,8 @@ here is a function of these counts, by subject:
 - exact McNemar test: of the questions that changed, as many better as worse? (binomial, two-sided)
 - paired bootstrap: questions are drawn anew with replacement, pairs stay together; for the macro
   mean within each subject. Drawing questions is drawing cells, so counts are drawn (multinomial).
-- equivalence: two one-sided tests (Schuirmann 1987) that the difference lies within a margin, with
-  the standard error of Agresti and Min (Statistics in Medicine 24, 2005: half a question more in
-  each cell), which is not zero where no answer changed.
+- equivalence: two one-sided tests (Schuirmann 1987) that the difference lies within a margin, each
+  Tango's score test (Statistics in Medicine 17, 1998), which holds where hardly any answer changed.
 - detectable difference: what a two-sided 5% test of this many questions, with this share of
   changed answers, finds in 80% of samples (Connor, Biometrics 43, 1987, with p_b + p_c as seen).
 - Holm's correction over subjects, and over categories (Scandinavian Journal of Statistics 6, 1979).
@@ -24,6 +23,7 @@ from qlora_harness.compare.statistics import Difference, PairedCounts, paired_di
 
 LEVEL = 0.95
 POWER = 0.8
+_FEWEST = 10  # changed answers, below which a bootstrap says little
 DEFAULT_DRAWS = 10_000
 DEFAULT_MARGIN = 0.01
 DEFAULT_SEED = 0
@@ -68,9 +68,9 @@ class PairedStatistics:
     Attributes:
         counts: All questions.
         difference: Of the micro accuracies.
-        interval: Its bootstrap interval.
+        interval: Its bootstrap interval; None where fewer than ten answers changed.
         macro: Difference of the macro accuracies.
-        macro_interval: Its bootstrap interval.
+        macro_interval: Its bootstrap interval, or None.
         mcnemar_p: Of the exact McNemar test.
         agreement: Share of questions with the same predicted letter.
         detectable: Smallest difference that would have been found in 80% of samples.
@@ -84,9 +84,9 @@ class PairedStatistics:
 
     counts: PairedCounts
     difference: Difference
-    interval: Interval
+    interval: Interval | None
     macro: float
-    macro_interval: Interval
+    macro_interval: Interval | None
     mcnemar_p: float
     agreement: float
     detectable: float
@@ -170,7 +170,7 @@ def bootstrap(
 
 
 def equivalence(counts: PairedCounts, margin: float) -> float:
-    """Returns the p of two one-sided tests that the difference lies within ± margin.
+    """Returns the p of two one-sided score tests that the difference lies within ± margin.
 
     Args:
         counts: The questions.
@@ -178,11 +178,19 @@ def equivalence(counts: PairedCounts, margin: float) -> float:
     """
     from scipy.stats import norm
 
-    padded = counts.total + 2
-    first, second = counts.only_first + 0.5, counts.only_second + 0.5
-    value = (second - first) / padded
-    stderr = math.sqrt(first + second - (second - first) ** 2 / padded) / padded
-    return float(max(norm.sf((value + margin) / stderr), norm.cdf((value - margin) / stderr)))
+    lost, won, total = counts.only_first, counts.only_second, counts.total
+
+    def beyond(less: int, more: int) -> float:
+        """P of Tango's score test that more - less is above -margin."""
+        # The share of `less` where the difference is -margin, by maximum likelihood:
+        # 2n q² - (less (1 + m) + more (1 - m) + 2nm) q + less m (1 + m) = 0.
+        a, c = 2 * total, less * margin * (1 + margin)
+        b = less * (1 + margin) + more * (1 - margin) + 2 * total * margin
+        share = (b + math.sqrt(max(0.0, b * b - 4 * a * c))) / (2 * a)
+        variance = total * (2 * share - margin - margin**2)
+        return float(norm.sf((more - less + total * margin) / math.sqrt(variance)))
+
+    return max(beyond(lost, won), beyond(won, lost))
 
 
 def detectable(counts: PairedCounts) -> float:
@@ -190,22 +198,24 @@ def detectable(counts: PairedCounts) -> float:
 
     With no difference the standard error is sqrt(p) / sqrt(n), with one of d it is
     sqrt(p - d²) / sqrt(n), where p is the share of changed answers; d is the solution of
-    d sqrt(n) = z₀.₉₇₅ sqrt(p) + z₀.₈ sqrt(p - d²).
+    d sqrt(n) = z₀.₉₇₅ sqrt(p) + z₀.₈ sqrt(p - d²). As d is at most p, and the exact test needs six
+    changes to one side, it is never less than eight questions.
 
     Args:
-        counts: The questions; where no answer changed, half a changed answer is assumed.
+        counts: The questions.
     """
     from scipy.stats import norm
 
     total = counts.total
-    share = max(counts.only_first + counts.only_second, 0.5) / total
+    changed = (counts.only_first + counts.only_second) / total
     significance, power = norm.ppf((1 + LEVEL) / 2), norm.ppf(POWER)
     found = 0.0
-    for _ in range(50):
+    for _ in range(100):
+        share = max(changed, found)
         spread = math.sqrt(max(0.0, share - found**2))
-        found = float((significance * math.sqrt(share) + power * spread) / math.sqrt(total))
-        found = min(found, 1.0)
-    return found
+        step = float((significance * math.sqrt(share) + power * spread) / math.sqrt(total))
+        found = min(1.0, (found + step) / 2)
+    return min(1.0, max(found, 8 / total))
 
 
 def add(parts: Sequence[PairedCounts]) -> PairedCounts:
@@ -247,6 +257,7 @@ def analyse(
     counts = add(list(by_subject.values()))
     difference = paired_difference(counts)
     interval, macro_interval = bootstrap(list(by_subject.values()), draws=draws, seed=seed)
+    enough = counts.only_first + counts.only_second >= _FEWEST
     categories: dict[str, list[PairedCounts]] = {}
     for subject, found in by_subject.items():
         if subject in category_of:
@@ -255,9 +266,9 @@ def analyse(
     return PairedStatistics(
         counts=counts,
         difference=difference,
-        interval=interval,
+        interval=interval if enough else None,
         macro=sum(macro) / len(macro),
-        macro_interval=macro_interval,
+        macro_interval=macro_interval if enough else None,
         mcnemar_p=mcnemar(counts),
         agreement=same_letter / counts.total,
         detectable=detectable(counts),

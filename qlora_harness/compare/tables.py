@@ -419,10 +419,10 @@ def paired_table(labels: Sequence[str], paired: Mapping[int, PairedStatistics]) 
             "points",
             lambda i: _interval_cell(i.macro, i.macro_interval),
         ),
-        ("mcnemar_p", "p of no difference (exact McNemar)", "", lambda i: _p_cell(i.mcnemar_p)),
+        ("mcnemar_p", "p, test of no difference (McNemar)", "", lambda i: _p_cell(i.mcnemar_p)),
         (
             "equivalence_p",
-            f"p of more than ±{margin:g} points (equivalence)",
+            f"p, test of ±{margin:g} points or more",
             "",
             lambda i: _p_cell(i.equivalence_p),
         ),
@@ -561,7 +561,9 @@ def _points(share: float) -> Cell:
     return Cell(signed(100 * share, decimals(2)), 100 * share)
 
 
-def _interval_cell(value: float, interval: Interval) -> Cell:
+def _interval_cell(value: float, interval: Interval | None) -> Cell:
+    if interval is None:
+        return Cell()
     return Cell(
         interval_text(interval), 100 * value, None, (100 * interval.low, 100 * interval.high)
     )
@@ -644,7 +646,8 @@ def seeds_table(
             text = signed(change, write) + ("" if stderr is None else f" ± {write(stderr)}")
             cells.append(Cell(text, change, stderr))
         rows.append(Row(key, name, unit, tuple(cells)))
-    return Table("seeds", "Over seeds: mean (range)", tuple(columns), tuple(rows))
+    key, name = measured[0][:2]
+    return Table(key, f"{name} over seeds: mean (range)", tuple(columns), tuple(rows))
 
 
 def settings_table(labels: Sequence[str], conditions: Conditions) -> Table:

@@ -188,10 +188,12 @@ def _unpaired_part(difference: Difference, family: str, random: bool) -> str:
 
 def _paired_part(paired: PairedStatistics, family: str, random: bool) -> str:
     change = signed(100 * paired.difference.value, decimals(2))
-    text = (
-        f"differs on {_where(family)} by {change} points (95% interval "
-        f"{interval_text(paired.interval)}, paired)"
+    interval = (
+        "too few changed answers for an interval"
+        if paired.interval is None
+        else f"95% interval {interval_text(paired.interval)}"
     )
+    text = f"differs on {_where(family)} by {change} points ({interval}, paired)"
     if random:
         return f"{text}: {_RANDOM}"
     margin = f"±{100 * paired.margin:g} points"
@@ -203,7 +205,7 @@ def _paired_part(paired: PairedStatistics, family: str, random: bool) -> str:
         joint = "and" if paired.equivalent else "but"
     return (
         f"{text}: {shown} (McNemar p {p if p.startswith('<') else '= ' + p}), {joint} it {within} "
-        f"within {margin} (equivalence p "
+        f"within {margin} (two one-sided tests at 5%, p "
         f"{'' if paired.equivalence_p < 0.0001 else '= '}{p_text(paired.equivalence_p)})"
     )
 
