@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     runs = commands.add_parser(
         "runs",
         help="list the runs below a folder",
-        description="One line a run: status, base, model, data, memory, time, loss, accuracy.",
+        description="One line a run: model, data, base, status, memory, loss, accuracy.",
         allow_abbrev=False,
     )
     runs.add_argument(

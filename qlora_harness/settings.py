@@ -26,6 +26,7 @@ from qlora_harness.errors import SettingsError
 from qlora_harness.locations import recipes_dir
 
 DEFAULT_MAX_STEPS = 1875
+CHECKPOINTING = ("none", "selective", "full", "offload")
 
 
 class Quant(str, Enum):
@@ -162,7 +163,7 @@ class OptimizationSettings:
         "activations that the backward pass computes again, to save memory: none, selective (the "
         "large ones of the MLP), full (all but each layer's input), offload (full, and the inputs "
         "wait in host memory)",
-        choices=["none", "selective", "full", "offload"],
+        choices=CHECKPOINTING,
     )
     memory: str | None = _setting(
         None,

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_harness.data.chat import IGNORE
-from qlora_harness.fused.layer import CHECKPOINTING
 from qlora_harness.fused.model import install, why_not_fused
 from qlora_harness.fused.ops import drop
 from qlora_harness.model.lora import attach_lora
+from qlora_harness.settings import CHECKPOINTING
 from qlora_harness.train.batches import pack_batch, pad_batch
 
 VOCABULARY = 61

@@ -178,11 +178,11 @@ def test_memory_and_what_it_chooses_exclude_each_other() -> None:
 def test_largest_pass() -> None:
     lengths = [10] * 50 + [100] * 2
     by_length = build_settings({"batch_size": 3})
-    assert largest_pass(lengths, by_length) == 210
+    assert largest_pass(lengths, by_length, fused=True) == 210
     padded = build_settings({"batch_size": 3, "kernels": "none"})
-    assert largest_pass(lengths, padded) == 300
+    assert largest_pass(lengths, padded, fused=False) == 300
     random = build_settings({"batch_size": 3, "group_by_length": False})
-    assert 3 * 13 < largest_pass(lengths, random) <= 210
+    assert 3 * 13 < largest_pass(lengths, random, fused=True) <= 210
 
 
 def test_plan_is_printed_without_a_gpu(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

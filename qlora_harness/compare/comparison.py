@@ -302,18 +302,13 @@ def _design_tables(
     def loss(run: Run) -> float | None:
         return None if run.training is None else run.training.eval_loss
 
-    measured = [
-        ("seeds.acc", "Accuracy, micro (%)", "%", tables.decimals(2), design.seeds(runs, accuracy)),
-        (
-            "seeds.eval_loss",
-            "Evaluation loss",
-            "nats",
-            tables.decimals(4),
-            design.seeds(runs, loss),
-        ),
-    ]
     # A table each: not every run need be scored.
-    found += [tables.seeds_table([item]) for item in measured if item[4]]
+    for key, name, unit, digits, measure in (
+        ("seeds.acc", "Accuracy, micro (%)", "%", 2, accuracy),
+        ("seeds.eval_loss", "Evaluation loss", "nats", 4, loss),
+    ):
+        if arms := design.seeds(runs, measure):
+            found.append(tables.seeds_table(key, name, unit, tables.decimals(digits), arms))
     return found
 
 

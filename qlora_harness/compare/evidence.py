@@ -32,21 +32,6 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """The loss of each step.
-
-    Attributes:
-        label: The run.
-        steps: Step numbers.
-        losses: Loss of each, nats per supervised token.
-    """
-
-    label: str
-    steps: tuple[int, ...]
-    losses: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Flip:
     """A question that one run answered right and the other wrong.
 
@@ -77,13 +62,13 @@ class Evidence:
 
     Attributes:
         costs: Of each trained run.
-        curves: Of each run with a step log.
+        logs: Step logs that have a step, by label.
         evaluations: Of the family compared, by label.
         flips: Of each later run with samples, in the order of subjects and questions.
     """
 
     costs: tuple[Cost, ...]
-    curves: tuple[Curve, ...]
+    logs: Mapping[str, StepLog]
     evaluations: Mapping[str, Evaluation]
     flips: tuple[Flip, ...]
 
@@ -104,7 +89,7 @@ def gather(
     """
     return Evidence(
         tuple(cost for run in runs if (cost := _cost(run)) is not None),
-        tuple(curve for label, log in logs.items() if (curve := _curve(label, log)) is not None),
+        {label: log for label, log in logs.items() if log is not None and log.losses},
         evaluations,
         tuple(
             flip
@@ -127,12 +112,6 @@ def _cost(run: Run) -> Cost | None:
         on_gpu,
         None if seconds is None else seconds / 3600,
     )
-
-
-def _curve(label: str, log: StepLog | None) -> Curve | None:
-    if log is None or not log.losses:
-        return None
-    return Curve(label, log.steps, log.losses)
 
 
 def _flips(

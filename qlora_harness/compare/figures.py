@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_harness.compare.evaluation import CATEGORIES
-from qlora_harness.compare.evidence import Cost, Curve, Evidence
+from qlora_harness.compare.evidence import Cost, Evidence
+from qlora_harness.compare.losses import StepLog
 from qlora_harness.compare.statistics import Z95
 
 # Okabe and Ito's colours, which the colour-blind can tell apart and which show on light and dark.
@@ -28,7 +29,7 @@ def figures(evidence: Evidence) -> list[tuple[str, Any]]:
     """
     made = (
         _costs(evidence.costs),
-        _curves(evidence.curves),
+        _curves(evidence.logs),
         _categories(evidence),
         _subjects(evidence),
     )
@@ -80,29 +81,29 @@ def _costs(costs: Sequence[Cost]) -> Any:
     return _layout(figure, 160 + 80 * len(costs), showlegend=False)
 
 
-def _curves(curves: Sequence[Curve]) -> Any:
+def _curves(logs: Mapping[str, StepLog]) -> Any:
     import plotly.graph_objects as go
 
-    if not curves:
+    if not logs:
         return None
     figure = go.Figure()
-    for index, curve in enumerate(curves):
+    for index, (label, log) in enumerate(logs.items()):
         figure.add_scatter(
-            x=curve.steps,
-            y=curve.losses,
+            x=log.steps,
+            y=log.losses,
             mode="lines",
             line={"color": _colour(index), "width": 1},
             opacity=0.35,
             showlegend=False,
-            hovertemplate=f"{curve.label}, step %{{x}}: %{{y:.4f}}<extra></extra>",
+            hovertemplate=f"{label}, step %{{x}}: %{{y:.4f}}<extra></extra>",
         )
         figure.add_scatter(
-            x=curve.steps,
-            y=smooth(curve.losses),
+            x=log.steps,
+            y=smooth(log.losses),
             mode="lines",
-            name=curve.label,
+            name=label,
             line={"color": _colour(index), "width": 2.5},
-            hovertemplate=f"{curve.label}, smoothed, step %{{x}}: %{{y:.4f}}<extra></extra>",
+            hovertemplate=f"{label}, smoothed, step %{{x}}: %{{y:.4f}}<extra></extra>",
         )
     figure.update_xaxes(title="step")
     figure.update_yaxes(title="loss, nats per token")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_harness.compare.paired import LEVEL, Interval
+from qlora_harness.compare.paired import Interval, percentile_interval
 from qlora_harness.compare.runs import Run, TrainingSummary
 from qlora_harness.errors import ResultsError
 from qlora_harness.record import LOGS_FILE, nested, read_json
@@ -183,5 +183,4 @@ def bootstrap(nll: Sequence[float], tokens: Sequence[int], *, draws: int, seed: 
         size = min(_CHUNK, draws - start)
         drawn = generator.multinomial(count, np.full(count, 1 / count), size=size)
         means.append((drawn @ values) / (drawn @ weights))
-    low, high = np.percentile(np.concatenate(means), [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2])
-    return Interval(float(low), float(high))
+    return percentile_interval(np.concatenate(means))

@@ -18,8 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qlora_harness.compare.statistics import Difference, PairedCounts, paired_difference
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 LEVEL = 0.95
 POWER = 0.8
@@ -151,22 +156,29 @@ def bootstrap(
 
     generator = np.random.default_rng(seed)
 
-    def net(counts: PairedCounts) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def net(counts: PairedCounts) -> NDArray[np.float64]:
         """(right only in the second - right only in the first) / questions, of each draw."""
         total = counts.total
         shares = [counts.only_first / total, counts.only_second / total]
         cells = generator.multinomial(total, [*shares, max(0.0, 1.0 - sum(shares))], size=draws)
-        difference: np.ndarray[tuple[int], np.dtype[np.float64]] = (
-            cells[:, 1] - cells[:, 0]
-        ) / total
+        difference: NDArray[np.float64] = (cells[:, 1] - cells[:, 0]) / total
         return difference
 
     micro = net(add(by_subject))
-    macro = sum(net(counts) for counts in by_subject) / len(by_subject)
-    ends = (100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2)
-    found = [np.percentile(values, ends) for values in (micro, macro)]
-    first, second = (Interval(float(low), float(high)) for low, high in found)
-    return first, second
+    macro = np.mean([net(counts) for counts in by_subject], axis=0)
+    return percentile_interval(micro), percentile_interval(macro)
+
+
+def percentile_interval(values: NDArray[np.float64]) -> Interval:
+    """Returns the middle 95% of bootstrap draws.
+
+    Args:
+        values: [draws].
+    """
+    import numpy as np
+
+    low, high = np.percentile(values, [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2])
+    return Interval(float(low), float(high))
 
 
 def equivalence(counts: PairedCounts, margin: float) -> float:
@@ -256,8 +268,9 @@ def analyse(
     """
     counts = add(list(by_subject.values()))
     difference = paired_difference(counts)
-    interval, macro_interval = bootstrap(list(by_subject.values()), draws=draws, seed=seed)
-    enough = counts.only_first + counts.only_second >= _FEWEST
+    interval = macro_interval = None
+    if counts.only_first + counts.only_second >= _FEWEST:
+        interval, macro_interval = bootstrap(list(by_subject.values()), draws=draws, seed=seed)
     categories: dict[str, list[PairedCounts]] = {}
     for subject, found in by_subject.items():
         if subject in category_of:
@@ -266,9 +279,9 @@ def analyse(
     return PairedStatistics(
         counts=counts,
         difference=difference,
-        interval=interval if enough else None,
+        interval=interval,
         macro=sum(macro) / len(macro),
-        macro_interval=macro_interval if enough else None,
+        macro_interval=macro_interval,
         mcnemar_p=mcnemar(counts),
         agreement=same_letter / counts.total,
         detectable=detectable(counts),

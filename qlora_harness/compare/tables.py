@@ -613,41 +613,39 @@ def design_table(found: Sequence[Effect]) -> Table:
 
 
 def seeds_table(
-    measured: Sequence[tuple[str, str, str, Callable[[float], str], Sequence[ArmSeeds]]],
+    key: str, name: str, unit: str, write: Callable[[float], str], arms: Sequence[ArmSeeds]
 ) -> Table:
-    """Builds the table of means and ranges over seeds.
+    """Builds the table of a measure's means and ranges over seeds.
 
     Args:
-        measured: Key, name, unit and way of writing of each measure, and its arms.
+        key: Its name for programs.
+        name: Its name for people.
+        unit: Of its values.
+        write: Writes a value.
+        arms: From `design.seeds`.
     """
-    arms = measured[0][4]
+    first = arms[0]
     columns = [
         Column(f"{arm.name}, {len(arm.values)} seed{'s' * (len(arm.values) > 1)}", 0, "value")
         for arm in arms
     ]
-    columns += [
-        Column(f"{arm.name} less {arms[0].name}, ± of the seeds", 0, "difference")
-        for arm in arms[1:]
+    cells = [
+        Cell(
+            f"{write(arm.mean)} ({write(min(arm.values))} to {write(max(arm.values))})",
+            arm.mean,
+            arm.stderr,
+        )
+        for arm in arms
     ]
-    rows = []
-    for key, name, unit, write, found in measured:
-        cells = [
-            Cell(
-                f"{write(arm.mean)} ({write(min(arm.values))} to {write(max(arm.values))})",
-                arm.mean,
-                arm.stderr,
-            )
-            for arm in found
-        ]
-        for arm in found[1:]:
-            change = arm.mean - found[0].mean
-            errors = [e for e in (arm.stderr, found[0].stderr) if e is not None]
-            stderr = math.hypot(*errors) if len(errors) == 2 else None
-            text = signed(change, write) + ("" if stderr is None else f" ± {write(stderr)}")
-            cells.append(Cell(text, change, stderr))
-        rows.append(Row(key, name, unit, tuple(cells)))
-    key, name = measured[0][:2]
-    return Table(key, f"{name} over seeds: mean (range)", tuple(columns), tuple(rows))
+    for arm in arms[1:]:
+        columns.append(Column(f"{arm.name} less {first.name}, ± of the seeds", 0, "difference"))
+        change, stderr = arm.mean - first.mean, None
+        if arm.stderr is not None and first.stderr is not None:
+            stderr = math.hypot(arm.stderr, first.stderr)
+        text = signed(change, write) + ("" if stderr is None else f" ± {write(stderr)}")
+        cells.append(Cell(text, change, stderr))
+    title = f"{name} over seeds: mean (range)"
+    return Table(key, title, tuple(columns), (Row(key, name, unit, tuple(cells)),))
 
 
 def settings_table(labels: Sequence[str], conditions: Conditions) -> Table:

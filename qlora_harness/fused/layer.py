@@ -24,8 +24,6 @@ from qlora_harness.fused import ops
 from qlora_harness.fused.lora_group import Inner, LoraGroup
 from qlora_harness.fused.row import Row
 
-CHECKPOINTING = ("none", "selective", "full", "offload")
-
 
 @dataclass
 class FusedLayer:
@@ -35,21 +33,19 @@ class FusedLayer:
         attention_norm: [H] weight of the norm before attention.
         mlp_norm: [H] weight of the norm before the MLP.
         eps: Of the norms.
-        heads: Query heads.
         head_size: D.
         scale: Factor of the scores.
         qkv: Queries, keys and values.
         out: Output of attention.
         gate_up: Gate and up.
         down: Down.
-        checkpointing: What is kept; one of `CHECKPOINTING`.
+        checkpointing: What is kept; one of `settings.CHECKPOINTING`.
         head_norms: [D] weights of the norms of query and key heads, or None for a model without.
     """
 
     attention_norm: torch.Tensor
     mlp_norm: torch.Tensor
     eps: float
-    heads: int
     head_size: int
     scale: float
     qkv: LoraGroup

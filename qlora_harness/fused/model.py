@@ -13,9 +13,10 @@ import torch
 from transformers.modeling_outputs import CausalLMOutput
 
 from qlora_harness.fused import ops
-from qlora_harness.fused.layer import CHECKPOINTING, FusedLayer
+from qlora_harness.fused.layer import FusedLayer
 from qlora_harness.fused.lora_group import LoraGroup, Projection, Scratch
 from qlora_harness.fused.row import Row
+from qlora_harness.settings import CHECKPOINTING
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
@@ -65,7 +66,7 @@ def install(model: Any, checkpointing: str) -> None:
 
     Args:
         model: For which `why_not_fused` is None; from `attach_lora`.
-        checkpointing: One of `layer.CHECKPOINTING`.
+        checkpointing: One of `settings.CHECKPOINTING`.
     """
     assert checkpointing in CHECKPOINTING
     base = model.get_base_model()
@@ -144,7 +145,6 @@ def _fused_layer(layer: Any, checkpointing: str, scratch: Scratch) -> FusedLayer
         layer.input_layernorm.weight,
         layer.post_attention_layernorm.weight,
         layer.input_layernorm.variance_epsilon,
-        attention.config.num_attention_heads,
         size,
         attention.scaling,
         group("qkv", attention.q_proj, attention.k_proj, attention.v_proj),

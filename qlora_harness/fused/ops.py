@@ -7,27 +7,20 @@ lengths; everywhere else they are a few lines of torch, which the tests compare 
 
 from __future__ import annotations
 
-from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from qlora_harness.fused.row import Row
+from qlora_harness.model.kernels import has_liger
 
 _ROWS = 1024  # of logits at a time
 _LLAMA = 0  # Liger's number of "multiply by the weight after casting back"
 
 
-@lru_cache(maxsize=1)
-def has_kernels() -> bool:
-    """Whether liger-kernel is installed."""
-    return find_spec("liger_kernel") is not None
-
-
 def _fused(x: torch.Tensor) -> bool:
-    return x.is_cuda and has_kernels()
+    return x.is_cuda and has_liger()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, Any]:

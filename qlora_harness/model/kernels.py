@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +20,12 @@ import torch
 _MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _MARK = "_qlora_harness_fused"
 _ROTARY = "apply_rotary_pos_emb"
+
+
+@lru_cache(maxsize=1)
+def has_liger() -> bool:
+    """Whether liger-kernel is installed."""
+    return find_spec("liger_kernel") is not None
 
 
 def use_fused_kernels(model: torch.nn.Module) -> bool:
@@ -32,7 +38,7 @@ def use_fused_kernels(model: torch.nn.Module) -> bool:
         Whether it was done: liger-kernel is installed and the architecture follows LLaMA's rules.
     """
     base = _base(model)
-    if base.device.type != "cuda" or find_spec("liger_kernel") is None:
+    if base.device.type != "cuda" or not has_liger():
         return False
     if base.config.model_type not in _MODEL_TYPES or base.config.hidden_act not in (
         "silu",

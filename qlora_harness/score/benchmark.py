@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 
 from qlora_harness.model.kernels import use_fused_kernels
 from qlora_harness.model.lora import attach_lora, fuse_lora
-from qlora_harness.record import environment, now, write_json
+from qlora_harness.record import write_measurements
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.encoding import encode_pairs
 from qlora_harness.score.mmlu import is_tie, predict
@@ -350,13 +349,5 @@ def run(
     title = f"{model}{random_weights}, {quant}, {lm._compute_dtype}, {file}, {name}"
     title += ", fused kernels" if lm._fused_kernels else ""
     if output is not None:
-        record: dict[str, Any] = {
-            "schema_version": 2,
-            "kind": "scoring_benchmark",
-            "created": now(),
-            "title": title,
-            "measurements": [asdict(m) for m in measurements],
-            "environment": environment() | {"device": name},
-        }
-        write_json(output, record)
+        write_measurements(output, "scoring_benchmark", 2, title, map(asdict, measurements), name)
     return report(measurements, title)

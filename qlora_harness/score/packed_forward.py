@@ -145,15 +145,6 @@ class PackedModel:
         """Whether the device works on while the next pack is made ready."""
         return self._device.type == "cuda"
 
-    def read(self, pack: Pack, pad_to: int | None = None) -> Reads:
-        """Runs one pack and reads the log-probabilities asked of it.
-
-        Args:
-            pack: From `prefix_tree.plan`.
-            pad_to: Length to fill the pack up to, so that GPU kernels are built once.
-        """
-        return self.start(pack, pad_to).reads()
-
     @torch.inference_mode()
     def start(self, pack: Pack, pad_to: int | None = None) -> Running:
         """Starts one pack, on a GPU without waiting for it.

@@ -19,9 +19,9 @@ from qlora_harness.data.corpus import load_training_data
 from qlora_harness.errors import SettingsError
 from qlora_harness.fused.model import install, uninstall, why_not_fused
 from qlora_harness.model.base import find_base, is_out_of_memory, load_base, load_tokenizer
-from qlora_harness.model.lora import attach_lora
-from qlora_harness.record import environment, now, write_json
+from qlora_harness.record import write_measurements
 from qlora_harness.settings import Settings, build_settings
+from qlora_harness.train.adapter import attach_adapter
 from qlora_harness.train.arguments import training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.memory import MemoryMeter
@@ -180,15 +180,7 @@ def run(
         f"{model}{random_weights}, {compute_dtype}, {dataset}, at most {max_length} tokens, {name}"
     )
     if output is not None:
-        record = {
-            "schema_version": 1,
-            "kind": "training_benchmark",
-            "created": now(),
-            "title": title,
-            "measurements": [asdict(m) for m in found],
-            "environment": environment() | {"device": name},
-        }
-        write_json(output, record)
+        write_measurements(output, "training_benchmark", 1, title, map(asdict, found), name)
     return report(found, title)
 
 
@@ -213,16 +205,8 @@ def _measure(
     warm_up: int,
 ) -> None:
     device = next(base.parameters()).device
-    torch.manual_seed(settings.optimization.seed)
-    lora, optimization = settings.lora, settings.optimization
-    model = attach_lora(
-        base,
-        r=lora.lora_r,
-        alpha=lora.lora_alpha,
-        dropout=lora.lora_dropout,
-        targets=lora.lora_targets,
-        dtype=lora.adapter_dtype,
-    )
+    optimization = settings.optimization
+    model = attach_adapter(base, settings)
     fused = optimization.kernels == "auto" and why_not_fused(model) is None
     try:
         if fused:

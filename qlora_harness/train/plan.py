@@ -187,8 +187,7 @@ def predict(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
     state = 2 * (1 + 4 / 256) if "8bit" in optimization.optimizer else 2.0 * width
     if optimization.optimizer == "paged_adamw_32bit":
         state = 8.0
-    fused = shape.fused and optimization.kernels == "auto"
-    kept, work = (_fused if fused else _plain)(shape, settings, tokens, size)
+    kept, work = (_fused if _uses_fused(shape, settings) else _plain)(shape, settings, tokens, size)
     if quant.is_4bit or not half:
         work += shape.largest * size  # the weight that was just expanded
     return MemoryPlan(
@@ -255,16 +254,16 @@ def choose(
     Raises:
         SettingsError: Nothing fits into so many GiB.
     """
+    fused = _uses_fused(shape, settings)
 
     def planned(changed: Settings) -> tuple[Settings, MemoryPlan, int]:
-        tokens = largest_pass(lengths, changed, fused=shape.fused)
+        tokens = largest_pass(lengths, changed, fused=fused)
         return changed, predict(shape, changed, tokens), tokens
 
     asked = settings.optimization.memory
     if asked is None:
         return planned(settings)
-    fused = shape.fused and settings.optimization.kernels == "auto"
-    rungs = [r for r in LADDER if fused or r["checkpointing"] in ("none", "full")]
+    rungs = _rungs(fused)
     if not fused:
         rungs.append(LADDER[-1] | {"checkpointing": "full"})
     passes = _divisors(settings.optimization.grad_accum)
@@ -285,6 +284,15 @@ def choose(
         "a pass",
         "Lower --batch-size (and raise --grad-accum), --max-length or --lora-r, or use --quant nf4",
     )
+
+
+def _uses_fused(shape: Shape, settings: Settings) -> bool:
+    return shape.fused and settings.optimization.kernels == "auto"
+
+
+def _rungs(fused: bool) -> list[dict[str, str]]:
+    """Those of the ladder that a model can take."""
+    return [rung for rung in LADDER if fused or rung["checkpointing"] in ("none", "full")]
 
 
 def _divisors(number: int) -> list[int]:
@@ -323,17 +331,17 @@ def with_rung(settings: Settings, rung: Mapping[str, str]) -> Settings:
     )
 
 
-def largest_pass(lengths: Sequence[int], settings: Settings, *, fused: bool = True) -> int:
+def largest_pass(lengths: Sequence[int], settings: Settings, *, fused: bool) -> int:
     """Returns the tokens of the largest forward pass that a run is likely to have.
 
     Args:
         lengths: Tokens of each training example.
         settings: Of the run.
-        fused: Whether the model can have fused layers, which take rows without padding.
+        fused: Whether fused layers take rows without padding.
     """
     count = min(settings.optimization.batch_size, len(lengths))
     longest = sorted(lengths, reverse=True)[:count]
-    if not fused or settings.optimization.kernels == "none":
+    if not fused:
         return count * longest[0]  # padded
     if settings.optimization.group_by_length:
         return sum(longest)
@@ -372,7 +380,7 @@ def table(shape: Shape, settings: Settings, tokens: int) -> str:
         settings: As the user gave them.
         tokens: As in `predict`.
     """
-    fused = shape.fused and settings.optimization.kernels == "auto"
+    fused = _uses_fused(shape, settings)
     heads = ("weights", "adapter", "optimizer", "gradients", "activations", "work", "peak")
     lines = [
         f"{'checkpointing':<15}{'optimizer':<20}{'adapter':<10}"
@@ -384,7 +392,7 @@ def table(shape: Shape, settings: Settings, tokens: int) -> str:
         "optimizer": settings.optimization.optimizer,
         "adapter_dtype": settings.lora.adapter_dtype,
     }
-    rungs = [own, *(r for r in LADDER if fused or r["checkpointing"] in ("none", "full"))]
+    rungs = [own, *_rungs(fused)]
     seen = set()
     for rung in rungs:
         plan = predict(shape, with_rung(settings, rung), tokens)

@@ -27,7 +27,6 @@ from qlora_harness.errors import (
     TrainingError,
 )
 from qlora_harness.fused.model import install, why_not_fused
-from qlora_harness.fused.ops import has_kernels
 from qlora_harness.model.base import (
     BaseSource,
     find_base,
@@ -37,7 +36,8 @@ from qlora_harness.model.base import (
     parameter_dtypes,
     weights_fingerprint,
 )
-from qlora_harness.model.lora import attach_lora, save_adapter
+from qlora_harness.model.kernels import has_liger
+from qlora_harness.model.lora import save_adapter
 from qlora_harness.record import (
     ADAPTER_DIR,
     CHECKPOINT_DIR,
@@ -53,6 +53,7 @@ from qlora_harness.record import (
     write_json,
 )
 from qlora_harness.settings import Settings
+from qlora_harness.train.adapter import attach_adapter
 from qlora_harness.train.arguments import planned_steps, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.evaluation import EvaluationLoss, evaluate_loss
@@ -237,16 +238,7 @@ class _Run:
             device=self.device,
         )
         self.base_fingerprint = weights_fingerprint(model)
-        torch.manual_seed(settings.optimization.seed)
-        lora = settings.lora
-        model = attach_lora(
-            model,
-            r=lora.lora_r,
-            alpha=lora.lora_alpha,
-            dropout=lora.lora_dropout,
-            targets=lora.lora_targets,
-            dtype=lora.adapter_dtype,
-        )
+        model = attach_adapter(model, settings)
         self.fused = self._fuse(model)
         return model
 
@@ -308,7 +300,7 @@ class _Run:
         return {
             "fused_layers": self.fused,
             "padding": "none" if self.fused else "right",
-            "liger_kernels": self.fused and self.device.type == "cuda" and has_kernels(),
+            "liger_kernels": self.fused and self.device.type == "cuda" and has_liger(),
             "checkpointing": self.chosen.optimization.checkpointing,
             "optimizer": self.chosen.optimization.optimizer,
             "adapter_dtype": self.chosen.lora.adapter_dtype,
