@@ -127,18 +127,40 @@ def test_scoring_on_the_gpu_agrees_with_the_cpu(tiny_llama: Path, quant: str) ->
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_kernel_expands_to_the_values_of_bitsandbytes(kind: str, nested: bool, dtype: str) -> None:
+    from types import SimpleNamespace
+
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from qlora_harness.fused.expand import expand_with_kernel
+    from qlora_harness.fused import triton_ops
+    from qlora_harness.fused.bordered import Bordered, Projection, Scratch
 
     torch.manual_seed(0)
-    for shape in ((128, 192), (4096, 11008)):
-        weight = torch.randn(shape, device="cuda") * torch.rand(shape[0], 1, device="cuda")
-        packed, state = quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
-        state.dtype = getattr(torch, dtype)
-        found = expand_with_kernel(packed, state, state.dtype)
-        assert torch.equal(found, dequantize_4bit(packed, state))
+    for heights, width in (((128, 64, 64), 192), ((4096,), 11008)):
+        projections, expanded = [], []
+        for height in heights:
+            weight = torch.randn(height, width, device="cuda") * torch.rand(height, 1).cuda()
+            packed, state = quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+            state.dtype = getattr(torch, dtype)
+            expanded.append(dequantize_4bit(packed, state))
+            layer = torch.nn.Parameter(packed, requires_grad=False)
+            layer.quant_state = state  # type: ignore[attr-defined]
+            down, up = torch.randn(8, width).cuda(), torch.randn(height, 8).cuda()
+            projections.append(
+                Projection(
+                    SimpleNamespace(weight=layer, in_features=width, out_features=height),
+                    *(torch.nn.Parameter(down), torch.nn.Parameter(up), 0.5, 0.0),
+                )
+            )
+        group = Bordered(projections, Scratch())
+        states = [p.layer.weight.quant_state for p in projections]
+        assert triton_ops.can_load(states)
+        found = group.load(torch.empty(0, dtype=getattr(torch, dtype), device="cuda"))
+        whole = torch.block_diag(*(p.up.detach() for p in projections if p.up is not None))
+        downs = torch.cat([p.down.detach() * 0.5 for p in projections if p.down is not None])
+        assert torch.equal(found[: group.height, :width], torch.cat(expanded))
+        assert torch.equal(found[: group.height, width:], whole.to(found.dtype))
+        assert torch.equal(found[group.height :, :width], downs.to(found.dtype))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])

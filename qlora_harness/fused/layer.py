@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from qlora_harness.fused import ops
-from qlora_harness.fused.lora_group import Inner, LoraGroup
+from qlora_harness.fused.lora_group import Gradients, Inner, LoraGroup
 from qlora_harness.fused.row import Row
 
 
@@ -33,6 +33,8 @@ class FusedLayer:
         attention_norm: [H] weight of the norm before attention.
         mlp_norm: [H] weight of the norm before the MLP.
         eps: Of the norms.
+        heads: Query heads.
+        key_heads: Heads of keys and values.
         head_size: D.
         scale: Factor of the scores.
         qkv: Queries, keys and values.
@@ -46,6 +48,8 @@ class FusedLayer:
     attention_norm: torch.Tensor
     mlp_norm: torch.Tensor
     eps: float
+    heads: int
+    key_heads: int
     head_size: int
     scale: float
     qkv: LoraGroup
@@ -79,22 +83,19 @@ class FusedLayer:
 class _Attention:
     """What backward needs of the first half."""
 
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
+    projected: torch.Tensor  # queries, keys and values side by side, rotated
     attended: torch.Tensor
     state: Any
     inner_qkv: Inner
     inner_out: Inner
-    raw: tuple[torch.Tensor, torch.Tensor] | None  # q and k before the norms of their heads
+    raw: torch.Tensor | None  # queries and keys before the norms of their heads
 
 
 @dataclass
 class _Mlp:
     """What backward needs of the second half."""
 
-    gate: torch.Tensor
-    up: torch.Tensor
+    gates: torch.Tensor  # gate and up side by side
     inner_gate_up: Inner
     inner_down: Inner
 
@@ -102,35 +103,45 @@ class _Mlp:
 def _first_half(
     layer: FusedLayer, x: torch.Tensor, row: Row, seed: int | None
 ) -> tuple[torch.Tensor, _Attention]:
-    normed, _ = ops.rms_norm(x, layer.attention_norm, layer.eps)
-    (q, k, v), inner_qkv = layer.qkv.forward(normed, seed)
-    q, k, v = (y.view(len(x), -1, layer.head_size) for y in (q, k, v))
-    raw = None
-    if layer.head_norms is not None:
-        raw = q, k
-        q, k = (
-            ops.rms_norm(y.reshape(-1, layer.head_size), weight, layer.eps)[0].view_as(y)
-            for y, weight in zip(raw, layer.head_norms, strict=True)
-        )
-    q, k = ops.rotate(q, k, row)
-    attended, state = ops.attention(q, k, v, row, layer.scale)
-    (h,), inner_out = layer.out.forward(attended.reshape(len(x), -1), _next(seed, 3), add_to=x)
-    return h, _Attention(q, k, v, attended, state, inner_qkv, inner_out, raw)
+    """Returns what attention adds to x, and what backward needs."""
+    tokens = len(x)
+    wide = layer.qkv.input(tokens, x)
+    ops.rms_norm(x, layer.attention_norm, layer.eps, wide[:, : x.shape[1]])
+    projected, inner_qkv = layer.qkv.forward(wide, seed)
+    del wide
+    raw = _normalise_heads(layer, projected)
+    ops.rotate(projected, layer.heads + layer.key_heads, row)
+    attended, state = ops.attention(*_split(layer, projected), row, layer.scale)
+    wide = layer.out.input(tokens, x)
+    wide[:, : layer.heads * layer.head_size] = attended.flatten(1)
+    added, inner_out = layer.out.forward(wide, _next(seed, 3))
+    return added, _Attention(projected, attended, state, inner_qkv, inner_out, raw)
 
 
-def _gates(layer: FusedLayer, h: torch.Tensor, seed: int | None) -> _Mlp:
-    """The second half without the product with down."""
-    normed, _ = ops.rms_norm(h, layer.mlp_norm, layer.eps)
-    (gate, up), inner = layer.gate_up.forward(normed, _next(seed, 4))
-    return _Mlp(gate, up, inner, None)
+def _gates(
+    layer: FusedLayer, x: torch.Tensor, added: torch.Tensor | None, seed: int | None
+) -> tuple[torch.Tensor, _Mlp]:
+    """The second half of x + added without the product with down; returns the sum as well."""
+    wide = layer.gate_up.input(len(x), x)
+    h = ops.rms_norm(x, layer.mlp_norm, layer.eps, wide[:, : x.shape[1]], add=added)
+    gates, inner = layer.gate_up.forward(wide, _next(seed, 4))
+    return h, _Mlp(gates, inner, None)
 
 
-def _second_half(layer: FusedLayer, h: torch.Tensor, seed: int | None) -> tuple[torch.Tensor, _Mlp]:
-    kept = _gates(layer, h, seed)
-    (y,), kept.inner_down = layer.down.forward(
-        ops.swiglu(kept.gate, kept.up), _next(seed, 6), add_to=h
-    )
-    return y, kept
+def _second_half(
+    layer: FusedLayer, x: torch.Tensor, added: torch.Tensor, seed: int | None
+) -> tuple[torch.Tensor, torch.Tensor, _Mlp]:
+    h, kept = _gates(layer, x, added, seed)
+    wide = layer.down.input(len(x), x)
+    ops.swiglu(kept.gates, wide[:, : kept.gates.shape[1] // 2])
+    y, kept.inner_down = layer.down.forward(wide, _next(seed, 6))
+    return y.add_(h), h, kept
+
+
+def _split(layer: FusedLayer, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Views of queries, keys and values, [T, heads, D]."""
+    sizes = [n * layer.head_size for n in (layer.heads, layer.key_heads, layer.key_heads)]
+    return tuple(part.unflatten(1, (-1, layer.head_size)) for part in projected.split(sizes, dim=1))
 
 
 class _Layer(torch.autograd.Function):
@@ -139,9 +150,8 @@ class _Layer(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, layer: FusedLayer, row: Row, seed: int | None, *parameters: Any
     ) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            _load(layer, x)
-            h, attention = _first_half(layer, x, row, seed)
-            y, mlp = _second_half(layer, h, seed)
+            added, attention = _first_half(layer, x, row, seed)
+            y, h, mlp = _second_half(layer, x, added, seed)
         ctx.layer, ctx.row, ctx.seed = layer, row, seed
         ctx.kept = None
         if not any(ctx.needs_input_grad):
@@ -164,45 +174,39 @@ class _Layer(torch.autograd.Function):
         ctx.kept = None
         mlp: _Mlp | None
         with torch.autocast(dy.device.type, enabled=False), torch.no_grad():
-            _load(layer, dy)
             if layer.checkpointing in ("none", "selective"):
                 x, h, attention, mlp = kept
             else:
                 x = kept if layer.checkpointing == "full" else kept.to(dy.device, non_blocking=True)
-                h, attention = _first_half(layer, x, row, seed)
-                mlp = None
+                added, attention = _first_half(layer, x, row, seed)
+                h, mlp = _gates(layer, x, added, seed)
+                del added
             del kept
             if mlp is None:
-                mlp = _gates(layer, h, seed)
-            dh, mlp_grads = _second_half_backward(layer, dy, h, mlp, seed)
+                _, mlp = _gates(layer, h, None, seed)
+            dh, mlp_grads = _second_half_backward(layer, dy.contiguous(), h, mlp, seed)
             del mlp, h
-            dx, attention_grads = _first_half_backward(
-                layer, dh, x, attention, row, seed, needs_input=ctx.needs_input_grad[0]
-            )
+            dx, attention_grads = _first_half_backward(layer, dh, x, attention, row, seed)
         return dx, None, None, None, *attention_grads, *mlp_grads
 
 
 def _second_half_backward(
     layer: FusedLayer, dy: torch.Tensor, h: torch.Tensor, mlp: _Mlp, seed: int | None
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    product = ops.swiglu(mlp.gate, mlp.up)
-    inner = mlp.inner_down
-    if inner is None:
-        inner = layer.down.inner(product, _next(seed, 6))
-    d_product, down_grads = layer.down.backward(
-        [dy], product, inner, _next(seed, 6), needs_input=True
-    )
+) -> tuple[torch.Tensor, Gradients]:
+    """Returns the gradient of h, in memory with room for what follows, and those of adapters."""
+    tokens, hidden = dy.shape
+    wide = layer.down.output_gradient(tokens, dy)
+    wide[:, :hidden] = dy
+    product, d_inner = layer.down.backward(wide, _next(seed, 6))
+    del wide
+    ops.swiglu_backward(mlp.gates, product)
+    down_grads = layer.down.gradients(dy, d_inner, product, mlp.inner_down, _next(seed, 6))
     del product
-    assert d_product is not None
-    d_gate, d_up = ops.swiglu_backward(d_product, mlp.gate, mlp.up)
-    del d_product
-    normed, state = ops.rms_norm(h, layer.mlp_norm, layer.eps)
-    d_normed, grads = layer.gate_up.backward(
-        [d_gate, d_up], normed, mlp.inner_gate_up, _next(seed, 4), needs_input=True
-    )
-    assert d_normed is not None
-    dh = ops.rms_norm_backward(d_normed, h, layer.mlp_norm, state)
-    return dh + dy, [*grads, *down_grads]
+    normed, d_inner = layer.gate_up.backward(mlp.gates, _next(seed, 4))
+    dh = layer.out.output_gradient(tokens, dy)
+    ops.rms_norm_backward(normed, h, layer.mlp_norm, layer.eps, dh[:, :hidden], add=dy)
+    grads = layer.gate_up.gradients(mlp.gates, d_inner, normed, mlp.inner_gate_up, _next(seed, 4))
+    return dh, [*grads, *down_grads]
 
 
 def _first_half_backward(
@@ -212,49 +216,59 @@ def _first_half_backward(
     kept: _Attention,
     row: Row,
     seed: int | None,
-    *,
-    needs_input: bool,
-) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    tokens = len(x)
-    attended = kept.attended.reshape(tokens, -1)
-    d_attended, out_grads = layer.out.backward(
-        [dh], attended, kept.inner_out, _next(seed, 3), needs_input=True
+) -> tuple[torch.Tensor, Gradients]:
+    d_attended, d_inner = layer.out.backward(dh, _next(seed, 3))
+    out_grads = layer.out.gradients(
+        dh, d_inner, kept.attended.flatten(1), kept.inner_out, _next(seed, 3)
     )
-    assert d_attended is not None
     dq, dk, dv = ops.attention_backward(
         d_attended.view_as(kept.attended),
-        *(kept.q, kept.k, kept.v, kept.attended, kept.state, row, layer.scale),
+        *_split(layer, kept.projected),
+        *(kept.attended, kept.state, row, layer.scale),
     )
-    dq, dk = ops.rotate(dq, dk, row, back=True)
-    if kept.raw is not None and layer.head_norms is not None:
-        dq, dk = (
-            _head_norm_backward(dy, y, weight, layer.eps)
-            for dy, y, weight in zip((dq, dk), kept.raw, layer.head_norms, strict=True)
-        )
-    normed, state = ops.rms_norm(x, layer.attention_norm, layer.eps)
-    d_normed, grads = layer.qkv.backward(
-        [g.reshape(tokens, -1) for g in (dq, dk, dv)],
-        *(normed, kept.inner_qkv, seed),
-        needs_input=needs_input,
-    )
-    if d_normed is None:
-        return None, [*grads, *out_grads]
-    dx = ops.rms_norm_backward(d_normed, x, layer.attention_norm, state)
-    return dx + dh, [*grads, *out_grads]
+    del d_attended
+    d_projected = ops.rotate_back(dq, dk, dv, row)
+    del dq, dk, dv
+    _normalise_heads_backward(layer, d_projected, kept.raw)
+    normed, d_inner = layer.qkv.backward(d_projected, seed)
+    dx = torch.empty_like(x)
+    residual = dh[:, : x.shape[1]]
+    ops.rms_norm_backward(normed, x, layer.attention_norm, layer.eps, dx, add=residual)
+    grads = layer.qkv.gradients(d_projected, d_inner, normed, kept.inner_qkv, seed)
+    return dx, [*grads, *out_grads]
 
 
-def _head_norm_backward(
-    dy: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float
-) -> torch.Tensor:
-    heads = y.reshape(-1, y.shape[-1])
-    _, state = ops.rms_norm(heads, weight, eps)
-    dy = dy.reshape(-1, y.shape[-1]).contiguous()
-    return ops.rms_norm_backward(dy, heads, weight, state).view_as(y)
+def _normalise_heads(layer: FusedLayer, projected: torch.Tensor) -> torch.Tensor | None:
+    """Normalises the heads of queries and keys in place, and returns what they were."""
+    if layer.head_norms is None:
+        return None
+    raw = projected[:, : (layer.heads + layer.key_heads) * layer.head_size].clone()
+    for weight, place in zip(layer.head_norms, _head_columns(layer), strict=True):
+        heads = raw[:, place].reshape(-1, layer.head_size)
+        normed = torch.empty_like(heads)
+        ops.rms_norm(heads, weight, layer.eps, normed)
+        projected[:, place] = normed.view(len(raw), -1)
+    return raw
 
 
-def _load(layer: FusedLayer, x: torch.Tensor) -> None:
-    for group in layer.groups():
-        group.load(x)
+def _normalise_heads_backward(
+    layer: FusedLayer, d_projected: torch.Tensor, raw: torch.Tensor | None
+) -> None:
+    """In place."""
+    if layer.head_norms is None or raw is None:
+        return
+    for weight, place in zip(layer.head_norms, _head_columns(layer), strict=True):
+        heads = raw[:, place].reshape(-1, layer.head_size)
+        gradient = d_projected[:, place].reshape(-1, layer.head_size)
+        found = torch.empty_like(heads)
+        ops.rms_norm_backward(gradient, heads, weight, layer.eps, found)
+        d_projected[:, place] = found.view(len(raw), -1)
+
+
+def _head_columns(layer: FusedLayer) -> tuple[slice, slice]:
+    """Where queries and keys stand."""
+    queries = layer.heads * layer.head_size
+    return slice(0, queries), slice(queries, queries + layer.key_heads * layer.head_size)
 
 
 def _next(seed: int | None, number: int) -> int | None:

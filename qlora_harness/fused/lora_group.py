@@ -2,68 +2,29 @@
 
 y_i = x W_i^T + b_i + h_i B_i^T,  h_i = s drop_i(x) A_i^T
 
-A frozen weight is expanded once a pass; the A's of a group are one product where nothing is
-dropped; second products accumulate in place. Gradients follow by hand (W and b are frozen):
+The weights and the adapters of a group stand in one matrix M (`bordered`), so that its layers and
+their adapters are one product, [x, h] [W, B]^T. Gradients follow by hand (W and b are frozen):
 
-dB_i = dy_i^T h_i,  dh_i = s dy_i B_i,  dA_i = dh_i^T drop_i(x),
-dx = sum_i dy_i W_i + drop_i(dh_i A_i)
+dB_i = dy_i^T h_i,  dh_i = dy_i B_i,  dA_i = s dh_i^T drop_i(x),
+dx = sum_i dy_i W_i + drop_i(s dh_i A_i)
 
-Adapters are held in their own dtype and copied to that of the input layer by layer, into memory
-that all layers share.
+Several layers give [dx, dh] = dy [W, B] in one product, and dh A is added; one layer alone takes
+dh = dy B first, which is narrow, and then dx = [dy, dh] [W; s A].
+
+Adapters are held in their own dtype; M has them in that of the input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from qlora_harness.fused.expand import expanded
+from qlora_harness.fused.bordered import Bordered, Projection, Scratch, aligned
 from qlora_harness.fused.ops import drop
 
 Gradients = list[torch.Tensor | None]
 Inner = torch.Tensor | None
-
-
-@dataclass
-class Projection:
-    """One linear layer of a group.
-
-    Attributes:
-        layer: The frozen layer.
-        down: LoRA's A, [r, K], or None for a layer without an adapter.
-        up: LoRA's B, [N, r], or None.
-        scale: alpha / r.
-        dropout: Probability, on the adapter's input.
-    """
-
-    layer: Any
-    down: torch.nn.Parameter | None
-    up: torch.nn.Parameter | None
-    scale: float
-    dropout: float
-
-
-class Scratch:
-    """Memory that layers of the same shape share, as they run one after the other."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[Any, torch.Tensor] = {}
-
-    def get(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        """Returns a buffer; its content is whatever was written last.
-
-        Args:
-            name: Buffers of different names never overlap.
-            shape: Of the buffer.
-            like: Gives dtype and device.
-        """
-        key = (name, shape, like.dtype, like.device)
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(shape, dtype=like.dtype, device=like.device)
-        return self._buffers[key]
 
 
 class LoraGroup:
@@ -72,158 +33,171 @@ class LoraGroup:
     Args:
         projections: In the order of the outputs; those with an adapter have one scale, rank and
             dropout.
-        name: Of the group in a layer.
         scratch: Shared by all layers.
     """
 
-    def __init__(self, projections: Sequence[Projection], name: str, scratch: Scratch) -> None:
+    def __init__(self, projections: Sequence[Projection], scratch: Scratch) -> None:
         self.projections = list(projections)
-        self._adapted = [i for i, p in enumerate(self.projections) if p.down is not None]
-        some = self.projections[self._adapted[0]] if self._adapted else None
-        self.dropout = some.dropout if some else 0.0
-        self._scale = some.scale if some else 1.0
-        self._name, self._scratch = name, scratch
-        self._downs: list[torch.Tensor] = []
-        self._ups: list[torch.Tensor] = []
-        self._all_downs: torch.Tensor | None = None
+        self.dropout = max(p.dropout for p in projections)
+        self._weights = Bordered(projections, scratch)
+        biases = [p.layer.bias for p in projections]
+        self._bias: torch.Tensor | None = None
+        if any(bias is not None for bias in biases):
+            self._bias = torch.cat(
+                [
+                    p.layer.weight.new_zeros(height) if bias is None else bias.detach()
+                    for p, bias, height in zip(
+                        projections, biases, self._weights.heights, strict=True
+                    )
+                ]
+            )
 
     def parameters(self) -> list[torch.nn.Parameter | None]:
         """A and B of each projection."""
         return [p for projection in self.projections for p in (projection.down, projection.up)]
 
-    def load(self, x: torch.Tensor) -> None:
-        """Copies the adapters into the shared memory, in the dtype of x.
+    def input(self, tokens: int, like: torch.Tensor) -> torch.Tensor:
+        """Returns memory for an input with room for h behind it, [T, K + R].
 
         Args:
-            x: Gives dtype and device.
+            tokens: T.
+            like: Gives dtype and device.
         """
-        if not self._adapted:
-            return
-        downs = [p.down.detach() for p in self.projections if p.down is not None]
-        ups = [p.up.detach() for p in self.projections if p.up is not None]
-        shape = (sum(d.shape[0] for d in downs), downs[0].shape[1])
-        self._all_downs = self._scratch.get(f"{self._name}.down", shape, x)
-        self._downs = list(torch.split(self._all_downs, [d.shape[0] for d in downs]))
-        self._ups = [
-            self._scratch.get(f"{self._name}.up.{i}", tuple(up.shape), x)
-            for i, up in enumerate(ups)
-        ]
-        torch._foreach_copy_([*self._downs, *self._ups], [*downs, *ups])
+        return _room(tokens, self._weights.width + self._weights.border, like)
 
-    def forward(
-        self, x: torch.Tensor, seed: int | None, add_to: torch.Tensor | None = None
-    ) -> tuple[list[torch.Tensor], Inner]:
-        """Returns the outputs, each [T, N_i], and the adapters' inner activations, [T, sum r].
+    def output_gradient(self, tokens: int, like: torch.Tensor) -> torch.Tensor:
+        """Returns memory for dy with room for dh behind it, [T, N + R]; for a group of one.
 
         Args:
-            x: [T, K].
-            seed: Of the dropout, or None to drop nothing.
-            add_to: Added to the output of a group of one (the residual), [T, N].
+            tokens: T.
+            like: Gives dtype and device.
         """
-        inner = self.inner(x, seed)
-        parts = self._parts(inner)
-        outputs = []
-        for i, projection in enumerate(self.projections):
-            weight = expanded(projection.layer, x.dtype)
-            y = x @ weight.t()
-            del weight
-            if projection.layer.bias is not None:
-                y += projection.layer.bias
-            if i in parts:
-                h, place = parts[i]
-                y.addmm_(h, self._ups[place].t())
-            if add_to is not None:
-                # Last: an adapter's small product, added to the larger residual alone, would
-                # vanish in bfloat16's rounding.
-                y += add_to
-            outputs.append(y)
-        return outputs, inner
+        return _room(tokens, self._weights.height + self._weights.border, like)
 
-    def inner(self, x: torch.Tensor, seed: int | None) -> Inner:
-        """Returns s drop(x) A^T of all adapters side by side, or None where there is none.
+    def forward(self, wide: torch.Tensor, seed: int | None) -> tuple[torch.Tensor, Inner]:
+        """Returns the outputs side by side, [T, N], and h, [T, R].
 
         Args:
-            x: [T, K].
+            wide: From `input`, with the input in its first K columns.
             seed: Of the dropout, or None to drop nothing.
         """
-        if self._all_downs is None:
-            return None
-        if self.dropout and seed is not None:
-            inner = torch.cat(
-                [
-                    drop(x, self.dropout, seed + i) @ down.t()
-                    for i, down in zip(self._adapted, self._downs, strict=True)
-                ],
-                dim=1,
-            )
-        else:
-            inner = x @ self._all_downs.t()
-        return inner.mul_(self._scale)
+        m = self._weights
+        matrix = m.load(wide)
+        inner = self._inner(wide[:, : m.width], matrix, seed)
+        if inner is not None:
+            wide[:, m.width :] = inner
+        weights = matrix[: m.height].t()
+        if self._bias is None:
+            return wide @ weights, inner
+        return torch.addmm(self._bias.to(wide.dtype), wide, weights), inner
 
     def backward(
+        self, dy: torch.Tensor, seed: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the gradients of x, [T, K], and of h, [T, R].
+
+        Args:
+            dy: Of the outputs side by side, [T, N]; for a group of one with an adapter the memory
+                of `output_gradient`, whose first N columns are filled.
+            seed: As in `forward`.
+        """
+        m = self._weights
+        matrix = m.load(dy, again=True)
+        if not m.border:
+            return dy @ matrix, None
+        down = matrix[m.height :, : m.width]
+        dropped = self.dropout and seed is not None
+        if len(self.projections) == 1:
+            own, room = dy[:, : m.height], dy[:, m.height :]
+            inner = own @ matrix[: m.height, m.width :]
+            if not dropped:
+                room.copy_(inner)
+                return dy @ matrix[:, : m.width], inner
+            dx = own @ matrix[: m.height, : m.width]
+        else:
+            both = _room(len(dy), m.width + m.border, dy)
+            torch.mm(dy, matrix[: m.height], out=both)
+            dx, inner = both[:, : m.width], both[:, m.width :]
+            if not dropped:
+                return dx.addmm_(inner, down), inner
+        assert seed is not None
+        for i, place in self._adapted():
+            part = self._columns(inner, place) @ self._rows(down, place)
+            dx += drop(part, self.dropout, seed + i)
+        return dx, inner
+
+    def gradients(
         self,
-        grads: Sequence[torch.Tensor],
+        dy: torch.Tensor,
+        d_inner: torch.Tensor | None,
         x: torch.Tensor,
         inner: Inner,
         seed: int | None,
-        *,
-        needs_input: bool,
-    ) -> tuple[torch.Tensor | None, Gradients]:
-        """Returns the gradient of x, [T, K], and those of A and B of each projection.
+    ) -> Gradients:
+        """Returns the gradients of A and B of each projection; follows `backward`.
 
         Args:
-            grads: Gradient of each output, [T, N_i].
-            x: The input.
-            inner: From `forward`.
+            dy: Of the outputs side by side, [T, N] or wider.
+            d_inner: From `backward`.
+            x: The input, [T, K].
+            inner: From `forward`, or None where it was not kept.
             seed: As in `forward`.
-            needs_input: Whether the gradient of x is wanted.
         """
-        dx: torch.Tensor | None = None
-        if needs_input:
-            for p, dy in zip(self.projections, grads, strict=True):
-                weight = expanded(p.layer, x.dtype)
-                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-                del weight
+        m = self._weights
         found: Gradients = [None] * (2 * len(self.projections))
-        if inner is None or self._all_downs is None:
-            return dx, found
-        d_inner = torch.empty_like(inner)
-        for i, (h, place) in self._parts(inner).items():
+        if d_inner is None:
+            return found
+        if inner is None:
+            inner = self._inner(x, m.loaded(x), seed)
+            assert inner is not None
+        starts = [sum(m.heights[:i]) for i in range(len(m.heights))]
+        for i, place in self._adapted():
             up = self.projections[i].up
             assert up is not None
-            found[2 * i + 1] = _product(grads[i].t(), h, up.dtype)
-            torch.mm(grads[i], self._ups[place], out=self._part(d_inner, place))
-        d_inner.mul_(self._scale)
-        if self.dropout and seed is not None:
-            for i, (dh, place) in self._parts(d_inner).items():
-                down = self.projections[i].down
-                assert down is not None
-                found[2 * i] = _product(dh.t(), drop(x, self.dropout, seed + i), down.dtype)
-                if dx is not None:
-                    dx += drop(dh @ self._downs[place], self.dropout, seed + i)
-            return dx, found
-        if dx is not None:
-            dx.addmm_(d_inner, self._all_downs)
-        first = self.projections[self._adapted[0]].down
+            mine = dy[:, starts[i] : starts[i] + m.heights[i]]
+            found[2 * i + 1] = _product(mine.t(), self._columns(inner, place), up.dtype)
+        scaled = d_inner * m.scale
+        first = self.parameters()[2 * self._adapted()[0][0]]
         assert first is not None
-        d_downs = _product(d_inner.t(), x, first.dtype)
-        for i, (_, place) in self._parts(d_inner).items():
-            found[2 * i] = self._rows(d_downs, place)
-        return dx, found
+        if self.dropout and seed is not None:
+            for i, place in self._adapted():
+                dropped = drop(x, self.dropout, seed + i)
+                found[2 * i] = _product(self._columns(scaled, place).t(), dropped, first.dtype)
+            return found
+        downs = _product(scaled.t(), x, first.dtype)
+        for i, place in self._adapted():
+            found[2 * i] = self._rows(downs, place)
+        return found
 
-    def _parts(self, inner: Inner) -> dict[int, tuple[torch.Tensor, int]]:
-        """The columns of each adapted projection, and its place among them."""
-        if inner is None:
-            return {}
-        return {i: (self._part(inner, place), place) for place, i in enumerate(self._adapted)}
+    def _inner(self, x: torch.Tensor, matrix: torch.Tensor, seed: int | None) -> Inner:
+        """Returns h = s drop(x) A^T of all adapters side by side, or None where there is none."""
+        m = self._weights
+        if not m.border:
+            return None
+        down = matrix[m.height :, : m.width]
+        if not self.dropout or seed is None:
+            return x @ down.t()
+        parts = [
+            drop(x, self.dropout, seed + i) @ self._rows(down, place).t()
+            for i, place in self._adapted()
+        ]
+        return torch.cat(parts, dim=1)
 
-    def _part(self, inner: torch.Tensor, place: int) -> torch.Tensor:
-        rank = self._downs[place].shape[0]
+    def _adapted(self) -> list[tuple[int, int]]:
+        """Each projection with an adapter, and its place among them."""
+        return [(i, place) for i, place in enumerate(self._weights.places) if place is not None]
+
+    def _columns(self, inner: torch.Tensor, place: int) -> torch.Tensor:
+        rank = self._weights.rank
         return inner[:, place * rank : (place + 1) * rank]
 
-    def _rows(self, d_downs: torch.Tensor, place: int) -> torch.Tensor:
-        rank = self._downs[place].shape[0]
-        return d_downs[place * rank : (place + 1) * rank]
+    def _rows(self, downs: torch.Tensor, place: int) -> torch.Tensor:
+        rank = self._weights.rank
+        return downs[place * rank : (place + 1) * rank]
+
+
+def _room(tokens: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(tokens, aligned(columns))[:, :columns]
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

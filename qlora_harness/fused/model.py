@@ -13,8 +13,9 @@ import torch
 from transformers.modeling_outputs import CausalLMOutput
 
 from qlora_harness.fused import ops
+from qlora_harness.fused.bordered import Projection, Scratch
 from qlora_harness.fused.layer import FusedLayer
-from qlora_harness.fused.lora_group import LoraGroup, Projection, Scratch
+from qlora_harness.fused.lora_group import LoraGroup
 from qlora_harness.fused.row import Row
 from qlora_harness.settings import CHECKPOINTING
 
@@ -138,19 +139,21 @@ def _fused_layer(layer: Any, checkpointing: str, scratch: Scratch) -> FusedLayer
     attention, mlp = layer.self_attn, layer.mlp
     size = attention.head_dim
 
-    def group(name: str, *modules: Any) -> LoraGroup:
-        return LoraGroup([_projection(m) for m in modules], name, scratch)
+    def group(*modules: Any) -> LoraGroup:
+        return LoraGroup([_projection(m) for m in modules], scratch)
 
     return FusedLayer(
         layer.input_layernorm.weight,
         layer.post_attention_layernorm.weight,
         layer.input_layernorm.variance_epsilon,
+        attention.q_proj.out_features // size,
+        attention.k_proj.out_features // size,
         size,
         attention.scaling,
-        group("qkv", attention.q_proj, attention.k_proj, attention.v_proj),
-        group("out", attention.o_proj),
-        group("gate_up", mlp.gate_proj, mlp.up_proj),
-        group("down", mlp.down_proj),
+        group(attention.q_proj, attention.k_proj, attention.v_proj),
+        group(attention.o_proj),
+        group(mlp.gate_proj, mlp.up_proj),
+        group(mlp.down_proj),
         checkpointing,
         (attention.q_norm.weight, attention.k_norm.weight)
         if hasattr(attention, "q_norm")

@@ -1,8 +1,8 @@
 """The operations of a layer and their backward, outside autograd: fused on CUDA, plain elsewhere.
 
-All work on rows of tokens: [T, H], or [T, heads, D] inside attention. On CUDA in bfloat16 norms,
-gated products and rotations are Liger's kernels and attention is FlashAttention over variable
-lengths; everywhere else they are a few lines of torch, which the tests compare with autograd.
+All work on rows of tokens: [T, H], or [T, heads, D] inside attention. On CUDA norms, gated products
+and rotations are Triton kernels, and attention in bfloat16 is FlashAttention over variable lengths;
+everywhere else they are a few lines of torch, which the tests compare with autograd.
 """
 
 from __future__ import annotations
@@ -12,118 +12,134 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+from qlora_harness.fused import triton_ops
 from qlora_harness.fused.row import Row
 from qlora_harness.model.kernels import has_liger
 
 _ROWS = 1024  # of logits at a time
-_LLAMA = 0  # Liger's number of "multiply by the weight after casting back"
 
 
-def _fused(x: torch.Tensor) -> bool:
-    return x.is_cuda and has_liger()
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, Any]:
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    add: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Normalises rows as LLaMA does: in float32, cast back, then multiplied.
 
     Args:
-        x: [T, H].
+        x: [T, H], contiguous.
         weight: [H].
         eps: Added to the mean square.
+        out: [T, H], written.
+        add: Added to x first, [T, H], contiguous.
 
     Returns:
-        [T, H] in x's dtype, and what `rms_norm_backward` needs besides x.
+        What was normalised: x, or its sum with `add`.
     """
-    if _fused(x):
-        from liger_kernel.ops import rms_norm_forward
-
-        y: torch.Tensor
-        y, _, rstd, block, warps, _ = rms_norm_forward(x, weight, eps, 0.0, "llama", None)
-        return y, (rstd, block, warps)
-    rstd = torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + eps)
-    normed: torch.Tensor = weight * (x.float() * rstd).to(x.dtype)
-    return normed, rstd
+    if triton_ops.usable(x):
+        return triton_ops.rms_norm(x, weight, eps, out, add)
+    total = x if add is None else x + add
+    wide = total.float()
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    out.copy_(weight * (wide * scale).to(x.dtype))
+    return total
 
 
 def rms_norm_backward(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, state: Any
-) -> torch.Tensor:
-    """Returns the gradient of x; the weight is frozen.
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    add: torch.Tensor | None = None,
+) -> None:
+    """Writes the gradient of x; the weight is frozen.
 
     Args:
-        dy: [T, H]; may be overwritten.
-        x: [T, H].
+        gradient: Of the normalised rows, [T, H]; becomes the normalised rows themselves.
+        x: [T, H], contiguous.
         weight: [H].
-        state: From `rms_norm`.
+        eps: As in `rms_norm`.
+        out: [T, H], written.
+        add: Added to the gradient of x, [T, H].
     """
-    if _fused(x):
-        from liger_kernel.ops import rms_norm_backward as backward
-
-        rstd, block, warps = state
-        dx: torch.Tensor = backward(
-            dy, x, weight, rstd, 0.0, _LLAMA, block, warps, True, None, needs_dw=False
-        )[0]
-        return dx
-    normed = x.float() * state
-    inner = (dy * weight).float()
-    mean = (inner * normed).mean(dim=-1, keepdim=True)
-    plain: torch.Tensor = (state * (inner - normed * mean)).to(x.dtype)
-    return plain
+    if triton_ops.usable(x):
+        triton_ops.rms_norm_backward(gradient, x, weight, eps, out, add)
+        return
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    normed = wide * scale
+    inner = (gradient * weight).float()
+    found = scale * (inner - normed * (inner * normed).mean(dim=-1, keepdim=True))
+    out.copy_(found if add is None else found + add)
+    gradient.copy_(weight * normed.to(x.dtype))
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Returns silu(gate) * up.
+def swiglu(gates: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes silu(gate) * up.
 
     Args:
-        gate: [T, I].
-        up: [T, I].
+        gates: [gate, up] side by side, [T, 2 I], contiguous.
+        out: [T, I], written.
     """
-    if _fused(gate):
-        from liger_kernel.ops import swiglu_forward
+    if triton_ops.usable(gates):
+        triton_ops.swiglu(gates, out)
+        return
+    gate, up = gates.chunk(2, dim=1)
+    torch.mul(silu(gate), up, out=out)
 
-        product: torch.Tensor = swiglu_forward(gate, up)[-1]
-        return product
-    return silu(gate) * up
 
-
-def swiglu_backward(
-    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the gradients of gate and up; on CUDA they overwrite both.
+def swiglu_backward(gates: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Turns gate and up into their gradients, and the product's gradient into the product.
 
     Args:
-        dy: [T, I].
-        gate: [T, I].
-        up: [T, I].
+        gates: As in `swiglu`; overwritten.
+        gradient: Of the product, [T, I]; overwritten.
     """
-    if _fused(gate):
-        from liger_kernel.ops import swiglu_backward as backward
-
-        dgate, dup = backward(gate, up, dy)
-        return dgate, dup
+    if triton_ops.usable(gates):
+        triton_ops.swiglu_backward(gates, gradient)
+        return
+    gate, up = gates.chunk(2, dim=1)
     sigmoid = torch.sigmoid(gate.float()).to(gate.dtype)
-    return dy * up * sigmoid * (1 + gate * (1 - sigmoid)), dy * gate * sigmoid
+    active = silu(gate)
+    d_gate = gradient * up * sigmoid * (1 + gate * (1 - sigmoid))
+    d_up = gradient * active
+    torch.mul(active, up, out=gradient)
+    gate.copy_(d_gate)
+    up.copy_(d_up)
 
 
-def rotate(
-    q: torch.Tensor, k: torch.Tensor, row: Row, *, back: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotates queries and keys by their positions; on CUDA in place.
+def rotate(projected: torch.Tensor, heads: int, row: Row) -> None:
+    """Rotates heads by their positions, in place.
 
     Args:
-        q: [T, heads, D].
-        k: [T, key heads, D].
+        projected: Queries, keys and values side by side, [T, N].
+        heads: How many of the first heads are rotated.
         row: Holds cosines and sines.
-        back: Whether to rotate the other way, which is the gradient.
     """
-    if _fused(q):
-        from liger_kernel.ops import rope_backward, rope_forward
+    if triton_ops.usable(projected):
+        triton_ops.rotate(projected, heads, row.cos, row.sin)
+        return
+    size = row.cos.shape[1]
+    turned = projected[:, : heads * size].unflatten(1, (heads, size))
+    turned.copy_(_rotate_half(turned, row, back=False))
 
-        function = rope_backward if back else rope_forward
-        cos, sin = row.cos[None], row.sin[None]
-        turned = function(q[None].transpose(1, 2), k[None].transpose(1, 2), cos, sin)
-        return turned[0].transpose(1, 2)[0], turned[1].transpose(1, 2)[0]
-    return _rotate_half(q, row, back), _rotate_half(k, row, back)
+
+def rotate_back(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, row: Row) -> torch.Tensor:
+    """Returns the gradients of what `rotate` got, side by side, [T, N].
+
+    Args:
+        dq: Of the rotated queries, [T, heads, D].
+        dk: Of the rotated keys, [T, key heads, D].
+        dv: Of the values, [T, key heads, D].
+        row: Holds cosines and sines.
+    """
+    if triton_ops.usable(dq):
+        return triton_ops.rotate_back(dq, dk, dv, row.cos, row.sin)
+    parts = _rotate_half(dq, row, back=True), _rotate_half(dk, row, back=True), dv
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
 def _rotate_half(x: torch.Tensor, row: Row, back: bool) -> torch.Tensor:
@@ -226,7 +242,7 @@ def summed_cross_entropy(
         weight: Of the output head, [V, H]; frozen.
         targets: [R] int64.
     """
-    if _fused(hidden):
+    if hidden.is_cuda and has_liger():
         from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
 
         loss = LigerFusedLinearCrossEntropyFunction.apply(

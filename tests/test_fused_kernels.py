@@ -1,0 +1,124 @@
+"""The Triton kernels of fused layers, in Triton's interpreter, against the plain torch code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton comes with CUDA builds of torch only")
+
+LOAD = """
+from types import SimpleNamespace
+import torch
+from bitsandbytes.functional import quantize_4bit
+from qlora_harness.fused import triton_ops
+from qlora_harness.fused.bordered import Bordered, Projection, Scratch
+
+def layer(height, width, kind, nested):
+    weight = torch.nn.Parameter(torch.randn(height, width) * torch.rand(height, 1), False)
+    if kind is not None:
+        packed, state = quantize_4bit(weight.data, quant_type=kind, compress_statistics=nested)
+        weight = torch.nn.Parameter(packed, requires_grad=False)
+        weight.quant_state = state
+    return SimpleNamespace(weight=weight, in_features=width, out_features=height)
+
+def projection(height, width, rank, kind, nested, adapted):
+    down, up = (torch.nn.Parameter(torch.randn(s)) for s in ((rank, width), (height, rank)))
+    base = layer(height, width, kind, nested)
+    return Projection(base, down if adapted else None, up if adapted else None, 0.3, 0.0)
+
+torch.manual_seed(0)
+for kind, nested in (("nf4", True), ("nf4", False), ("fp4", True), (None, False)):
+    for width in (64, 2304):
+        for adapted in ((True,), (True, True), (True, False, True), (False, False)):
+            heights = (48, 16, 32)[: len(adapted)]
+            group = Bordered(
+                [
+                    projection(h, width, 3, kind, nested, a)
+                    for h, a in zip(heights, adapted, strict=True)
+                ],
+                Scratch(),
+            )
+            states = [getattr(p.layer.weight, "quant_state", None) for p in group.projections]
+            assert triton_ops.can_load(states)
+            wanted = group.load(torch.empty(0)).clone()
+            if kind is not None:
+                group.loaded(torch.empty(0)).fill_(float("nan"))
+            matrix = group.loaded(torch.empty(0))
+            whole = matrix.as_strided((len(matrix), group.stride), (group.stride, 1))
+            triton_ops.load(group, states, whole)
+            found = group.loaded(torch.empty(0))
+            rows = group.height
+            assert torch.equal(found[:rows], wanted[:rows]), (kind, nested, width, adapted)
+            assert torch.allclose(found[rows:, :width], wanted[rows:, :width], rtol=1e-6)
+print("equal")
+"""
+
+ELEMENTWISE = """
+import torch
+from qlora_harness.fused import ops, triton_ops
+from qlora_harness.fused.row import Row
+
+torch.manual_seed(0)
+def room(rows, columns):
+    return torch.full((rows, columns + 7), float("nan"))[:, :columns]
+def near(a, b):
+    assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), (a - b).abs().max()
+
+for columns in (8, 96, 300):
+    x, add, dy = (torch.randn(5, columns) for _ in range(3))
+    weight = torch.randn(columns)
+    for other in (None, add):
+        a, b = room(5, columns), room(5, columns)
+        total = triton_ops.rms_norm(x, weight, 1e-5, a, other)
+        near(total, ops.rms_norm(x, weight, 1e-5, b, other))
+        near(a, b)
+        a, b = room(5, columns), room(5, columns)
+        first, second = room(5, columns).copy_(dy), dy.clone()
+        more = None if other is None else room(5, columns).copy_(other)
+        triton_ops.rms_norm_backward(first, x, weight, 1e-5, a, more)
+        ops.rms_norm_backward(second, x, weight, 1e-5, b, more)
+        near(a, b)
+        near(first, second)
+
+for columns in (8, 1500):
+    gates, dy = torch.randn(4, 2 * columns), torch.randn(4, columns)
+    a, b = room(4, columns), torch.empty(4, columns)
+    triton_ops.swiglu(gates, a)
+    ops.swiglu(gates, b)
+    near(a, b)
+    first, second = gates.clone(), gates.clone()
+    a, b = room(4, columns).copy_(dy), dy.clone()
+    triton_ops.swiglu_backward(first, a)
+    ops.swiglu_backward(second, b)
+    near(first, second)
+    near(a, b)
+
+for heads, keys, size in ((4, 4, 8), (6, 2, 12), (3, 1, 2)):
+    angles = torch.randn(5, size // 2).repeat(1, 2)
+    row = Row(torch.tensor([0, 5]), (0, 5), 5, angles.cos(), angles.sin())
+    first = torch.randn(5, (heads + 2 * keys) * size)
+    second = first.clone()
+    triton_ops.rotate(first, heads + keys, row.cos, row.sin)
+    ops.rotate(second, heads + keys, row)
+    near(first, second)
+    dq, dk, dv = torch.randn(5, heads, size), *torch.randn(2, 5, keys, size)
+    near(triton_ops.rotate_back(dq, dk, dv, row.cos, row.sin), ops.rotate_back(dq, dk, dv, row))
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("script", [LOAD, ELEMENTWISE], ids=["load", "elementwise"])
+def test_kernels_agree_with_plain_torch(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "equal"
