@@ -43,17 +43,17 @@ for kind, nested in (("nf4", True), ("nf4", False), ("fp4", True), (None, False)
                 Scratch(),
             )
             states = [getattr(p.layer.weight, "quant_state", None) for p in group.projections]
-            assert triton_ops.can_load(states)
-            wanted = group.load(torch.empty(0)).clone()
+            wanted = group.load(torch.empty(0)).whole.clone()
+            matrix = group.loaded(torch.empty(0)).whole
             if kind is not None:
-                group.loaded(torch.empty(0)).fill_(float("nan"))
-            matrix = group.loaded(torch.empty(0))
-            whole = matrix.as_strided((len(matrix), group.stride), (group.stride, 1))
-            triton_ops.load(group, states, whole)
-            found = group.loaded(torch.empty(0))
-            rows = group.height
-            assert torch.equal(found[:rows], wanted[:rows]), (kind, nested, width, adapted)
-            assert torch.allclose(found[rows:, :width], wanted[rows:, :width], rtol=1e-6)
+                matrix.fill_(float("nan"))
+            loader = triton_ops.Loader(group, states)
+            assert loader.fits
+            loader(matrix)
+            rows, columns = group.height, width + group.border
+            a, b = matrix[:rows, :columns], wanted[:rows, :columns]
+            assert torch.equal(a, b), (kind, nested, width, adapted)
+            assert torch.allclose(matrix[rows:, :width], wanted[rows:, :width], rtol=1e-6)
 print("equal")
 """
 

@@ -153,13 +153,13 @@ def test_kernel_expands_to_the_values_of_bitsandbytes(kind: str, nested: bool, d
                 )
             )
         group = Bordered(projections, Scratch())
-        states = [p.layer.weight.quant_state for p in projections]
-        assert triton_ops.can_load(states)
-        found = group.load(torch.empty(0, dtype=getattr(torch, dtype), device="cuda"))
+        assert triton_ops.Loader(group, [p.layer.weight.quant_state for p in projections]).fits
+        found = group.load(torch.empty(0, dtype=getattr(torch, dtype), device="cuda")).whole
         whole = torch.block_diag(*(p.up.detach() for p in projections if p.up is not None))
         downs = torch.cat([p.down.detach() * 0.5 for p in projections if p.down is not None])
         assert torch.equal(found[: group.height, :width], torch.cat(expanded))
-        assert torch.equal(found[: group.height, width:], whole.to(found.dtype))
+        beside = found[: group.height, width : width + group.border]
+        assert torch.equal(beside, whole.to(found.dtype))
         assert torch.equal(found[group.height :, :width], downs.to(found.dtype))
 
 

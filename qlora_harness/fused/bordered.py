@@ -45,29 +45,49 @@ class Projection:
 
 
 class Scratch:
-    """Memory that groups share, as they run one after the other."""
+    """Memory that groups share, as they run one after the other.
+
+    Attributes:
+        flat: The memory, once something was asked for.
+    """
 
     def __init__(self) -> None:
-        self._flat: torch.Tensor | None = None
+        self.flat: torch.Tensor | None = None
 
-    def get(self, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-        """Returns [rows, columns]; its content is whatever was written last.
+    def reserve(self, count: int, like: torch.Tensor) -> torch.Tensor:
+        """Returns the memory, with room for so many elements; what it holds was written last.
 
         Args:
-            rows: Of the matrix.
-            columns: Of the matrix.
+            count: Elements.
             like: Gives dtype and device.
         """
-        flat, count = self._flat, rows * columns
-        if (
-            flat is None
-            or flat.numel() < count
-            or flat.dtype != like.dtype
-            or flat.device != like.device
-        ):
-            self._flat = None  # given back before more is asked for
-            self._flat = flat = torch.empty(count, dtype=like.dtype, device=like.device)
-        return flat[:count].view(rows, columns)
+        flat = self.flat
+        fits = flat is not None and flat.numel() >= count
+        if flat is None or not fits or flat.dtype != like.dtype or flat.device != like.device:
+            self.flat = None  # given back before more is asked for
+            self.flat = flat = torch.empty(count, dtype=like.dtype, device=like.device)
+        return flat
+
+
+@dataclass(frozen=True)
+class Views:
+    """Parts of M.
+
+    Attributes:
+        weights: [W, B], [N, K + R].
+        frozen: W, [N, K].
+        up: B, [N, R].
+        down: s A, [R, K].
+        left: W and below it s A, [N + R, K].
+        whole: M with the unused columns at its right, [N + R, stride].
+    """
+
+    weights: torch.Tensor
+    frozen: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    left: torch.Tensor
+    whole: torch.Tensor
 
 
 class Bordered:
@@ -99,47 +119,68 @@ class Bordered:
         self.places = [None if p.down is None else next(numbers) for p in projections]
         self.stride = aligned(self.width + self.border)
         self._states = [getattr(p.layer.weight, "quant_state", None) for p in projections]
-        self._own: torch.Tensor | None = None
-        if all(state is None for state in self._states):
-            self._own = self._move_in()
+        self._loader = triton_ops.Loader(self, self._states)
+        self._memory: torch.Tensor | None = None
+        self._views: Views | None = None
+        self._owns = all(state is None for state in self._states)
+        if self._owns:
+            self._move_in()
 
-    def _move_in(self) -> torch.Tensor:
+    def _move_in(self) -> None:
         weight = self.projections[0].layer.weight
-        own = weight.new_zeros(self.height + self.border, self.stride)
+        own = weight.new_zeros((self.height + self.border) * self.stride)
+        self._views = self._parts(own)
         start = 0
         for projection, height in zip(self.projections, self.heights, strict=True):
-            view = own[start : start + height, : self.width]
+            view = self._views.frozen[start : start + height]
             view.copy_(projection.layer.weight.data)
             projection.layer.weight.data = view
             start += height
-        return own
 
-    def load(self, like: torch.Tensor, *, again: bool = False) -> torch.Tensor:
-        """Returns M, [N + R, K + R]; valid until another group of a 4-bit base is loaded.
+    def load(self, like: torch.Tensor, *, again: bool = False) -> Views:
+        """Fills M; it is valid until another group of a 4-bit base is loaded.
 
         Args:
             like: Gives dtype and device.
             again: Whether adapters have not changed since the last time, as in a backward pass.
         """
-        matrix = self.loaded(like)
-        if self._own is not None and again:
-            return matrix
-        if triton_ops.usable(matrix) and triton_ops.can_load(self._states):
-            triton_ops.load(self, self._states, matrix)
+        views = self.loaded(like)
+        if self._owns and again:
+            return views
+        if triton_ops.usable(views.whole) and self._loader.fits:
+            self._loader(views.whole)
         else:
-            self._load(matrix)
-        return matrix
+            self._load(views.whole)
+        return views
 
-    def loaded(self, like: torch.Tensor) -> torch.Tensor:
-        """Returns M as it was loaded last, [N + R, K + R].
+    def loaded(self, like: torch.Tensor) -> Views:
+        """Returns M as it was loaded last.
 
         Args:
             like: Gives dtype and device.
         """
-        matrix = self._own
-        if matrix is None:
-            matrix = self._scratch.get(self.height + self.border, self.stride, like)
-        return matrix[:, : self.width + self.border]
+        views = self._views
+        if self._owns:
+            assert views is not None
+            return views
+        memory = self._scratch.reserve((self.height + self.border) * self.stride, like)
+        if views is None or memory is not self._memory:
+            self._memory = memory
+            self._views = views = self._parts(memory)
+        return views
+
+    def _parts(self, memory: torch.Tensor) -> Views:
+        rows = self.height + self.border
+        whole = memory[: rows * self.stride].view(rows, self.stride)
+        columns = self.width + self.border
+        return Views(
+            weights=whole[: self.height, :columns],
+            frozen=whole[: self.height, : self.width],
+            up=whole[: self.height, self.width : columns],
+            down=whole[self.height :, : self.width],
+            left=whole[:, : self.width],
+            whole=whole,
+        )
 
     def _load(self, matrix: torch.Tensor) -> None:
         start = 0
@@ -148,7 +189,7 @@ class Bordered:
         ):
             rows = matrix[start : start + height]
             start += height
-            if self._own is None:
+            if not self._owns:
                 weight = projection.layer.weight.data
                 rows[:, : self.width] = (
                     weight if state is None else expand_4bit(weight, state, matrix.dtype)

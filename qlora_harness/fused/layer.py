@@ -111,7 +111,7 @@ def _first_half(
     del wide
     raw = _normalise_heads(layer, projected)
     ops.rotate(projected, layer.heads + layer.key_heads, row)
-    attended, state = ops.attention(*_split(layer, projected), row, layer.scale)
+    attended, state = ops.attention(*_split(layer, projected), row=row, scale=layer.scale)
     wide = layer.out.input(tokens, x)
     wide[:, : layer.heads * layer.head_size] = attended.flatten(1)
     added, inner_out = layer.out.forward(wide, _next(seed, 3))
@@ -138,10 +138,13 @@ def _second_half(
     return y.add_(h), h, kept
 
 
-def _split(layer: FusedLayer, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _split(
+    layer: FusedLayer, projected: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views of queries, keys and values, [T, heads, D]."""
-    sizes = [n * layer.head_size for n in (layer.heads, layer.key_heads, layer.key_heads)]
-    return tuple(part.unflatten(1, (-1, layer.head_size)) for part in projected.split(sizes, dim=1))
+    heads = projected.view(len(projected), -1, layer.head_size)
+    keys = layer.heads + layer.key_heads
+    return heads[:, : layer.heads], heads[:, layer.heads : keys], heads[:, keys:]
 
 
 class _Layer(torch.autograd.Function):
@@ -224,7 +227,10 @@ def _first_half_backward(
     dq, dk, dv = ops.attention_backward(
         d_attended.view_as(kept.attended),
         *_split(layer, kept.projected),
-        *(kept.attended, kept.state, row, layer.scale),
+        out=kept.attended,
+        state=kept.state,
+        row=row,
+        scale=layer.scale,
     )
     del d_attended
     d_projected = ops.rotate_back(dq, dk, dv, row)

@@ -40,6 +40,8 @@ class LoraGroup:
         self.projections = list(projections)
         self.dropout = max(p.dropout for p in projections)
         self._weights = Bordered(projections, scratch)
+        # Each projection with an adapter, and its place among them.
+        self._adapted = [(i, n) for i, n in enumerate(self._weights.places) if n is not None]
         biases = [p.layer.bias for p in projections]
         self._bias: torch.Tensor | None = None
         if any(bias is not None for bias in biases):
@@ -82,14 +84,13 @@ class LoraGroup:
             seed: Of the dropout, or None to drop nothing.
         """
         m = self._weights
-        matrix = m.load(wide)
-        inner = self._inner(wide[:, : m.width], matrix, seed)
+        views = m.load(wide)
+        inner = self._inner(wide[:, : m.width], views.down, seed)
         if inner is not None:
             wide[:, m.width :] = inner
-        weights = matrix[: m.height].t()
         if self._bias is None:
-            return wide @ weights, inner
-        return torch.addmm(self._bias.to(wide.dtype), wide, weights), inner
+            return wide @ views.weights.t(), inner
+        return torch.addmm(self._bias.to(wide.dtype), wide, views.weights.t()), inner
 
     def backward(
         self, dy: torch.Tensor, seed: int | None
@@ -102,27 +103,26 @@ class LoraGroup:
             seed: As in `forward`.
         """
         m = self._weights
-        matrix = m.load(dy, again=True)
+        views = m.load(dy, again=True)
         if not m.border:
-            return dy @ matrix, None
-        down = matrix[m.height :, : m.width]
+            return dy @ views.frozen, None
         dropped = self.dropout and seed is not None
         if len(self.projections) == 1:
             own, room = dy[:, : m.height], dy[:, m.height :]
-            inner = own @ matrix[: m.height, m.width :]
+            inner = own @ views.up
             if not dropped:
                 room.copy_(inner)
-                return dy @ matrix[:, : m.width], inner
-            dx = own @ matrix[: m.height, : m.width]
+                return dy @ views.left, inner
+            dx = own @ views.frozen
         else:
             both = _room(len(dy), m.width + m.border, dy)
-            torch.mm(dy, matrix[: m.height], out=both)
+            torch.mm(dy, views.weights, out=both)
             dx, inner = both[:, : m.width], both[:, m.width :]
             if not dropped:
-                return dx.addmm_(inner, down), inner
+                return dx.addmm_(inner, views.down), inner
         assert seed is not None
-        for i, place in self._adapted():
-            part = self._columns(inner, place) @ self._rows(down, place)
+        for i, place in self._adapted:
+            part = self._columns(inner, place) @ self._rows(views.down, place)
             dx += drop(part, self.dropout, seed + i)
         return dx, inner
 
@@ -148,44 +148,38 @@ class LoraGroup:
         if d_inner is None:
             return found
         if inner is None:
-            inner = self._inner(x, m.loaded(x), seed)
+            inner = self._inner(x, m.loaded(x).down, seed)
             assert inner is not None
         starts = [sum(m.heights[:i]) for i in range(len(m.heights))]
-        for i, place in self._adapted():
+        for i, place in self._adapted:
             up = self.projections[i].up
             assert up is not None
             mine = dy[:, starts[i] : starts[i] + m.heights[i]]
             found[2 * i + 1] = _product(mine.t(), self._columns(inner, place), up.dtype)
         scaled = d_inner * m.scale
-        first = self.parameters()[2 * self._adapted()[0][0]]
+        first = self.parameters()[2 * self._adapted[0][0]]
         assert first is not None
         if self.dropout and seed is not None:
-            for i, place in self._adapted():
+            for i, place in self._adapted:
                 dropped = drop(x, self.dropout, seed + i)
                 found[2 * i] = _product(self._columns(scaled, place).t(), dropped, first.dtype)
             return found
         downs = _product(scaled.t(), x, first.dtype)
-        for i, place in self._adapted():
+        for i, place in self._adapted:
             found[2 * i] = self._rows(downs, place)
         return found
 
-    def _inner(self, x: torch.Tensor, matrix: torch.Tensor, seed: int | None) -> Inner:
+    def _inner(self, x: torch.Tensor, down: torch.Tensor, seed: int | None) -> Inner:
         """Returns h = s drop(x) A^T of all adapters side by side, or None where there is none."""
-        m = self._weights
-        if not m.border:
+        if not self._weights.border:
             return None
-        down = matrix[m.height :, : m.width]
         if not self.dropout or seed is None:
             return x @ down.t()
         parts = [
             drop(x, self.dropout, seed + i) @ self._rows(down, place).t()
-            for i, place in self._adapted()
+            for i, place in self._adapted
         ]
         return torch.cat(parts, dim=1)
-
-    def _adapted(self) -> list[tuple[int, int]]:
-        """Each projection with an adapter, and its place among them."""
-        return [(i, place) for i, place in enumerate(self._weights.places) if place is not None]
 
     def _columns(self, inner: torch.Tensor, place: int) -> torch.Tensor:
         rank = self._weights.rank

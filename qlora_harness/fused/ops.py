@@ -123,7 +123,7 @@ def rotate(projected: torch.Tensor, heads: int, row: Row) -> None:
         triton_ops.rotate(projected, heads, row.cos, row.sin)
         return
     size = row.cos.shape[1]
-    turned = projected[:, : heads * size].unflatten(1, (heads, size))
+    turned = projected[:, : heads * size].view(len(projected), heads, size)
     turned.copy_(_rotate_half(turned, row, back=False))
 
 

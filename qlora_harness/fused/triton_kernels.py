@@ -8,8 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-CHUNK = 2048  # weights of a row that one program of `load_kernel` expands
-
 
 @triton.jit
 def load_kernel(

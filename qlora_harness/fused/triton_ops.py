@@ -15,6 +15,7 @@ import torch
 
 _BLOCK = 64  # weights that share a scale, as base models are quantised here
 _NESTED_BLOCK = 256  # scales that share a scale
+_CHUNK = 2048  # weights of a row that one program of `load_kernel` expands
 _SWIGLU_BLOCK = 1024
 
 
@@ -32,12 +33,81 @@ def usable(x: torch.Tensor) -> bool:
     return x.is_cuda and _has_triton()
 
 
-def can_load(states: Sequence[Any]) -> bool:
-    """Whether `load` can fill a matrix from weights with such states.
+class Loader:
+    """Fills a bordered matrix: expands 4-bit weights, copies adapters.
 
     Args:
+        group: `bordered.Bordered`.
         states: bitsandbytes' QuantState of each weight, None where it is not 4-bit.
+
+    Attributes:
+        fits: Whether the kernel can expand such weights.
     """
+
+    def __init__(self, group: Any, states: Sequence[Any]) -> None:
+        self.fits = _expandable(states)
+        if not self.fits:
+            return
+        first = states[0]
+        expand = first is not None
+        nested = expand and first.nested
+        missing = 3 - len(states)
+        # Whatever is not there is given another tensor of the same dtype, and is never read.
+        self._weights: list[Any] = []
+        for projection, state in zip(group.projections, states, strict=True):
+            if expand:
+                outer = [state.state2.absmax, state.offset] if nested else [state.code] * 2
+                self._weights += [projection.layer.weight, state.absmax, *outer]
+        self._weights += self._weights[:4] * missing
+        if expand:
+            self._weights += [first.code, first.state2.code if nested else first.code]
+        some = [(p.down, p.up) for p in group.projections if p.down is not None]
+        pairs = [
+            (p.down, p.up) if p.down is not None else some[0] if some else None
+            for p in group.projections
+        ]
+        pairs += pairs[:1] * missing
+        self._adapters = [part for pair in pairs if pair is not None for part in pair]
+        rows = group.height + group.border
+        self._grid = (rows, -(-group.width // _CHUNK) if expand else 1)
+        self._numbers = (
+            group.stride,
+            group.width,
+            group.border,
+            group.heights[0],
+            sum(group.heights[:2]),
+            group.height,
+            float(group.scale),
+            *(-1 if place is None else place for place in group.places),
+            *[-1] * missing,
+        )
+        self._constants: dict[str, Any] = {
+            "RANK": group.rank,
+            "BORDER": _power(max(group.border, 1)),
+            "EXPAND": expand,
+            "NESTED": nested,
+        }
+
+    def __call__(self, matrix: torch.Tensor) -> None:
+        """Fills a matrix.
+
+        Args:
+            matrix: M with its unused columns, [N + R, stride], contiguous.
+        """
+        from qlora_harness.fused.triton_kernels import load_kernel
+
+        load_kernel[self._grid](
+            *(self._weights or [matrix] * 14),
+            *(self._adapters or [matrix] * 6),
+            matrix,
+            *self._numbers,
+            **self._constants,
+            # Scale times scale plus offset in two roundings, as bitsandbytes computes it.
+            enable_fp_fusion=False,
+        )
+
+
+def _expandable(states: Sequence[Any]) -> bool:
     if len(states) > 3:
         return False
     if all(state is None for state in states):
@@ -51,60 +121,6 @@ def can_load(states: Sequence[Any]) -> bool:
         and state.nested == first.nested
         and (not state.nested or state.state2.blocksize == _NESTED_BLOCK)
         for state in states
-    )
-
-
-def load(group: Any, states: Sequence[Any], matrix: torch.Tensor) -> None:
-    """Fills a bordered matrix: expands 4-bit weights, copies adapters.
-
-    Args:
-        group: `bordered.Bordered`.
-        states: For which `can_load`.
-        matrix: [N + R, stride], contiguous.
-    """
-    from qlora_harness.fused.triton_kernels import CHUNK, load_kernel
-
-    first = states[0]
-    expand = first is not None
-    nested = expand and first.nested
-    # Whatever is not there is given another tensor of the same dtype, and never read.
-    some = next(([p.down, p.up] for p in group.projections if p.down is not None), [matrix, matrix])
-    weights: list[Any] = []
-    adapters: list[Any] = []
-    for projection, state in zip(group.projections, states, strict=True):
-        weights += [
-            projection.layer.weight if expand else matrix,
-            state.absmax if expand else matrix,
-            state.state2.absmax if nested else matrix,
-            state.offset if nested else matrix,
-        ]
-        adapters += [projection.down, projection.up] if projection.down is not None else some
-    missing = 3 - len(states)
-    starts = [group.heights[0], sum(group.heights[:2])]
-    places = [-1 if place is None else place for place in group.places]
-    rows = group.height + group.border
-    load_kernel[(rows, -(-group.width // CHUNK) if expand else 1)](
-        *weights,
-        *weights[:4] * missing,
-        first.code if expand else matrix,
-        first.state2.code if nested else matrix,
-        *adapters,
-        *some * missing,
-        matrix,
-        matrix.stride(0),
-        group.width,
-        group.border,
-        *starts,
-        group.height,
-        float(group.scale),
-        *places,
-        *[-1] * missing,
-        RANK=group.rank,
-        BORDER=_power(max(group.border, 1)),
-        EXPAND=expand,
-        NESTED=nested,
-        # Scale times scale plus offset in two roundings, as bitsandbytes computes it.
-        enable_fp_fusion=False,
     )
 
 

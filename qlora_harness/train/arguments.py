@@ -99,6 +99,8 @@ def training_arguments(
         "label_names": ["labels"],
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": not use_cpu,
+        # The next batch is copied while the device works, without waiting for it.
+        "accelerator_config": {"non_blocking": not use_cpu},
         "use_cpu": use_cpu,
         # Trainer's own tracker would reset the peak counters that we read.
         "skip_memory_metrics": True,

@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -26,16 +27,31 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from qlora_harness.data.chat import IGNORE
 from qlora_harness.errors import TrainingError
 from qlora_harness.record import LOGS_FILE, SCHEMA_VERSION, write_json
+from qlora_harness.train.measured_step import Clock, MeasuredStep, to_host
 from qlora_harness.train.memory import MemoryMeter
 
 _WRITE_EVERY_SECONDS = 10.0
 
 
 class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to mypy
-    """Trainer that counts the real and the supervised tokens of each optimizer step."""
+    """Trainer that measures each optimizer step, and logs it without making the device wait.
 
-    step_tokens: torch.Tensor
-    step_started: float
+    The row of a step is logged when the next one has been launched, or before anything is saved or
+    evaluated and at the end.
+
+    Attributes:
+        measured: The step that is being logged.
+    """
+
+    measured: MeasuredStep | None = None
+    _step_tokens: torch.Tensor
+    _begun: Clock | None = None
+    _operations: float | None = None
+    _globalstep_last_logged: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._held: deque[MeasuredStep] = deque()
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """Like lengths together, in an order that depends on seed and epoch alone.
@@ -54,15 +70,97 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetches the micro-batches of one optimizer step, and counts their tokens on the way."""
-        self.step_started = time.perf_counter()
+        if self._begun is None:
+            self._begun = Clock(self.args.device)
         samples, items = super().get_batch_samples(*args, **kwargs)
         counts = torch.zeros(2, dtype=torch.int64, device=self.args.device)
         for batch in samples:
             mask = batch.get("attention_mask")
             counts[0] += batch["input_ids"].numel() if mask is None else mask.sum()
             counts[1] += (batch["labels"][:, 1:] != IGNORE).sum()
-        self.step_tokens = counts
+        self._step_tokens = counts
         return samples, items
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """Trainer's estimate, counting the model's parameters once and not at every pass.
+
+        Args:
+            inputs: A batch.
+        """
+        if self._operations is None:
+            one = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
+            self._operations = float(super().floating_point_ops(one))
+        return self._operations * float(inputs["input_ids"].numel())
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: torch.Tensor,
+        grad_norm: torch.Tensor | float | None,
+        *args: Any,
+        learning_rate: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        control = self.control
+        if control.should_log and self.state.global_step > self._globalstep_last_logged:
+            self._hold(tr_loss, grad_norm, learning_rate)
+        stops = control.should_save or control.should_evaluate or control.should_training_stop
+        wait = stops or self.args.device.type != "cuda"
+        while len(self._held) > (0 if wait else 1):
+            self._log_step(self._held.popleft())
+        if stops:
+            self._begun = None
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs
+        )
+
+    def _hold(
+        self,
+        tr_loss: torch.Tensor,
+        grad_norm: torch.Tensor | float | None,
+        learning_rate: float | None,
+    ) -> None:
+        """Sends the numbers of the step that was just launched to the host."""
+        device = self.args.device
+        steps = self.state.global_step - self._globalstep_last_logged
+        norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm, device=device)
+        means = torch.stack([tr_loss.detach().double() / steps, norm.detach().double()])
+        counts = self._step_tokens.double()
+        if self.accelerator.num_processes > 1:
+            means = self.accelerator.reduce(means, reduction="mean")
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        numbers = to_host(torch.cat([means, counts]))
+        ended = Clock(device)
+        assert self._begun is not None
+        self._held.append(
+            MeasuredStep(
+                self.state.global_step,
+                self.state.epoch,
+                self._get_learning_rate() if learning_rate is None else learning_rate,
+                self._begun,
+                ended,
+                numbers,
+                grad_norm is not None,
+            )
+        )
+        self._begun = ended
+        tr_loss.zero_()
+        self._globalstep_last_logged = self.state.global_step
+
+    def _log_step(self, measured: MeasuredStep) -> None:
+        measured.ended.wait()
+        logs = {"loss": measured.loss, "learning_rate": measured.learning_rate}
+        if measured.grad_norm is not None:
+            logs["grad_norm"] = measured.grad_norm
+        self._total_loss_scalar += measured.loss
+        self.store_flos()
+        self.measured = measured
+        now = self.state.global_step, self.state.epoch
+        self.state.global_step, self.state.epoch = measured.step, measured.epoch
+        try:
+            self.log(logs)
+        finally:
+            self.state.global_step, self.state.epoch = now
+            self.measured = None
 
 
 class _ByLength(Sampler[int]):
@@ -114,15 +212,10 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
         **kwargs: Any,
     ) -> None:
         """Adds the row of a step (Trainer logs its end-of-run summary through here, too)."""
-        trainer = self.trainer
-        if logs is None or "loss" not in logs or trainer is None:
+        measured = self.trainer.measured if self.trainer is not None else None
+        if logs is None or measured is None:
             return
-        seconds = time.perf_counter() - trainer.step_started
-        counts = trainer.step_tokens
-        if trainer.accelerator.num_processes > 1:
-            counts = trainer.accelerator.reduce(counts)
-        tokens, supervised = (int(n) for n in counts.tolist())
-        loss, norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
+        loss, norm = measured.loss, measured.grad_norm or 0.0
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise TrainingError(
                 f"step {state.global_step}: loss {loss}, gradient norm {norm}; the run was stopped "
@@ -132,14 +225,14 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
         self.rows.append(
             {
                 "step": state.global_step,
-                "epoch": logs.get("epoch"),
+                "epoch": measured.epoch,
                 "loss": loss,
-                "learning_rate": logs.get("learning_rate"),
+                "learning_rate": measured.learning_rate,
                 "grad_norm": norm,
-                "tokens": tokens,
-                "supervised_tokens": supervised,
-                "seconds": seconds,
-                "tokens_per_second": tokens / seconds,
+                "tokens": measured.tokens,
+                "supervised_tokens": measured.supervised_tokens,
+                "seconds": measured.seconds,
+                "tokens_per_second": measured.tokens / measured.seconds,
                 **self._memory.sample(),
             }
         )
