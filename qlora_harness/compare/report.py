@@ -12,6 +12,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from qlora_harness.compare.evidence import Evidence
+from qlora_harness.compare.intersection import Intersection, Tally
 from qlora_harness.compare.tables import Cell, Column, Row, Table
 from qlora_harness.record import SCHEMA_VERSION
 
@@ -61,6 +62,7 @@ class Comparison:
         notes: What has to be known before quoting a number.
         verdict: One sentence for each run but the first.
         evidence: What lies behind the numbers, for figures; JSON and Markdown don't hold it.
+        intersection: What each later run has in common with the first; None without --intersect.
     """
 
     created: str
@@ -73,6 +75,7 @@ class Comparison:
     notes: tuple[str, ...]
     verdict: tuple[str, ...]
     evidence: Evidence
+    intersection: tuple[Intersection, ...] | None = None
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -87,6 +90,11 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "created": comparison.created,
         "runs": [vars(run) for run in comparison.runs],
         "task": comparison.family,
+        "intersection": (
+            None
+            if comparison.intersection is None
+            else [_intersection_to_json(item) for item in comparison.intersection]
+        ),
         "tables": [
             _table_to_json(table, comparison.runs)
             for table in (*comparison.tables, *comparison.details)
@@ -95,6 +103,21 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "settings_that_agree": comparison.same_settings,
         "notes": list(comparison.notes),
         "verdict": list(comparison.verdict),
+    }
+
+
+def _intersection_to_json(item: Intersection) -> dict[str, Any]:
+    def counts(tally: Tally) -> dict[str, int]:
+        return vars(tally)
+
+    return {
+        "baseline": item.baseline,
+        "run": item.run,
+        **counts(item.total),
+        "tasks": [
+            {"task": f"{item.family}_{subject}", **counts(tally)}
+            for subject, tally in item.by_subject.items()
+        ],
     }
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from qlora_harness.compare.conditions import Conditions
 from qlora_harness.compare.design import ArmSeeds, Effect
 from qlora_harness.compare.evaluation import CATEGORIES, DEMO_FAMILY, Evaluation
+from qlora_harness.compare.intersection import Intersection, Tally
 from qlora_harness.compare.losses import LossDifference
-from qlora_harness.compare.paired import Interval, PairedStatistics
+from qlora_harness.compare.paired import GroupTest, Interval, PairedStatistics
 from qlora_harness.compare.runs import Run, TrainingSummary
-from qlora_harness.compare.statistics import Difference, unpaired_difference
+from qlora_harness.compare.statistics import Difference, PairedCounts, unpaired_difference
 from qlora_harness.record import scrub
 
 NOTHING = "–"
@@ -270,12 +271,18 @@ def _training_row(measure: _Measure, summaries: Sequence[TrainingSummary | None]
     return Row(measure.key, measure.name, measure.unit, tuple(cells))
 
 
-def mmlu_table(labels: Sequence[str], evaluations: Sequence[Evaluation | None]) -> Table:
+def mmlu_table(
+    labels: Sequence[str],
+    evaluations: Sequence[Evaluation | None],
+    apart: Collection[int] = (),
+) -> Table:
     """Builds the table of accuracies with standard errors and unpaired differences.
 
     Args:
         labels: The names of the runs.
         evaluations: Their evaluations of one family, None where there is none; at least one.
+        apart: Indices of the runs that answered another set of questions than the first: their
+            accuracies stand there without a difference.
     """
     known = [evaluation for evaluation in evaluations if evaluation is not None]
     rows = [
@@ -283,6 +290,7 @@ def mmlu_table(labels: Sequence[str], evaluations: Sequence[Evaluation | None]) 
             "acc",
             "Accuracy, micro (%)",
             [None if item is None else (item.acc, item.acc_stderr) for item in evaluations],
+            apart,
         ),
         _accuracy_row(
             "acc_macro",
@@ -291,12 +299,21 @@ def mmlu_table(labels: Sequence[str], evaluations: Sequence[Evaluation | None]) 
                 None if item is None else (item.acc_macro, item.acc_macro_stderr)
                 for item in evaluations
             ],
+            apart,
         ),
-        *_category_rows(evaluations, known),
-        _tie_row(evaluations),
+        *_category_rows(evaluations, known, apart),
+        _tie_row(evaluations, apart),
     ]
     columns = _columns(labels, ("value", "difference"), " (unpaired, points)")
-    return Table("mmlu", _mmlu_title(known[0]), columns, tuple(rows))
+    title = _mmlu_title(known[0])
+    if apart:
+        sizes = ", ".join(
+            f"{label} {item.n:,}"
+            for label, item in zip(labels, evaluations, strict=True)
+            if item is not None
+        )
+        title = f"MMLU: {known[0].family}, each run over its own questions ({sizes})"
+    return Table("mmlu", title, columns, tuple(rows))
 
 
 def _mmlu_title(evaluation: Evaluation) -> str:
@@ -310,7 +327,7 @@ def _mmlu_title(evaluation: Evaluation) -> str:
 
 
 def _category_rows(
-    evaluations: Sequence[Evaluation | None], known: Sequence[Evaluation]
+    evaluations: Sequence[Evaluation | None], known: Sequence[Evaluation], apart: Collection[int]
 ) -> list[Row]:
     found = {key for evaluation in known for key in evaluation.categories}
     rows = []
@@ -325,19 +342,25 @@ def _category_rows(
                 f"category.{key}",
                 f"{CATEGORIES.get(key, key)} ({size}%)",
                 [None if score is None else (score.acc, score.acc_stderr) for score in scores],
+                apart,
             )
         )
     return rows
 
 
-def _accuracy_row(key: str, name: str, scores: Sequence[tuple[float, float | None] | None]) -> Row:
+def _accuracy_row(
+    key: str,
+    name: str,
+    scores: Sequence[tuple[float, float | None] | None],
+    apart: Collection[int],
+) -> Row:
     first = scores[0]
     cells = []
     for index, score in enumerate(scores):
         cells.append(Cell() if score is None else _accuracy_cell(*score))
         if index == 0:
             continue
-        if first is None or score is None:
+        if first is None or score is None or index in apart:
             cells.append(Cell())
         else:
             cells.append(_difference_cell(unpaired_difference(*first, *score)))
@@ -356,26 +379,106 @@ def _difference_cell(difference: Difference) -> Cell:
     return Cell(points(difference), 100 * difference.value, stderr)
 
 
-def _tie_row(evaluations: Sequence[Evaluation | None]) -> Row:
+def _tie_row(evaluations: Sequence[Evaluation | None], apart: Collection[int]) -> Row:
     ties = [None if item is None else item.ties for item in evaluations]
     cells = []
     for index, count in enumerate(ties):
         cells.append(Cell() if count is None else Cell(f"{count:,}", count))
         if index == 0:
             continue
-        if ties[0] is None or count is None:
+        if ties[0] is None or count is None or index in apart:
             cells.append(Cell())
         else:
             cells.append(Cell(signed(count - ties[0], decimals(0)), count - ties[0]))
     return Row("ties", "Tied best choices", "questions", tuple(cells))
 
 
-def paired_table(labels: Sequence[str], paired: Mapping[int, PairedStatistics]) -> Table:
+def common_table(shared: Mapping[int, Intersection]) -> Table:
+    """Builds the table of the questions compared and dropped under --intersect.
+
+    Args:
+        shared: What each later run has in common with the first, by its index.
+
+    Returns:
+        A line for all questions, then one for each task that lost some.
+    """
+    columns = []
+    for index, item in shared.items():
+        columns += [
+            Column(f"{item.run}: common", index, "value"),
+            Column(f"dropped of {item.baseline}", index, "value"),
+            Column(f"dropped of {item.run}", index, "value"),
+        ]
+
+    def row(key: str, name: str, tallies: Sequence[Tally]) -> Row:
+        counts = [
+            count
+            for tally in tallies
+            for count in (tally.common, tally.dropped_baseline, tally.dropped_run)
+        ]
+        return Row(key, name, "questions", tuple(Cell(f"{n:,}", n) for n in counts))
+
+    none = Tally(0, 0, 0)
+    rows = [row("common.all", "All tasks", [item.total for item in shared.values()])]
+    for subject in sorted({name for item in shared.values() for name in item.by_subject}):
+        tallies = [item.by_subject.get(subject, none) for item in shared.values()]
+        if any(tally.dropped for tally in tallies):
+            rows.append(row(f"common.{subject}", subject, tallies))
+    title = "Questions that both runs answered (--intersect)"
+    return Table("common", title, tuple(columns), tuple(rows))
+
+
+def common_words(size: int | None) -> str:
+    """Says over how many questions a number is that all runs have in common.
+
+    Args:
+        size: The number of questions, or None where each run answered the same ones.
+    """
+    return "" if size is None else f", {size:,} questions common to all runs"
+
+
+def _common_rows(first: str, other: str, paired: Mapping[int, PairedStatistics]) -> list[Row]:
+    """The accuracies behind a paired difference, over the common questions."""
+
+    def row(key: str, name: str, share: Callable[[PairedCounts], int], macro: bool) -> Row:
+        cells = []
+        for item in paired.values():
+            groups = [group.counts for group in item.subjects] if macro else [item.counts]
+            shares = [share(counts) / counts.total for counts in groups]
+            cells.append(_percent(math.fsum(shares) / len(shares)))
+        return Row(key, name, "%", tuple(cells))
+
+    def one(counts: PairedCounts) -> int:
+        return counts.both + counts.only_first
+
+    def two(counts: PairedCounts) -> int:
+        return counts.both + counts.only_second
+
+    words = "common questions (%)"
+    return [
+        Row(
+            "common",
+            "Common questions",
+            "questions",
+            tuple(Cell(f"{i.counts.total:,}", i.counts.total) for i in paired.values()),
+        ),
+        row("common_acc_first", f"{first}: micro, {words}", one, False),
+        row("common_acc_second", f"{other}: micro, {words}", two, False),
+        row("common_acc_macro_first", f"{first}: macro, {words}", one, True),
+        row("common_acc_macro_second", f"{other}: macro, {words}", two, True),
+    ]
+
+
+def paired_table(
+    labels: Sequence[str], paired: Mapping[int, PairedStatistics], *, common: bool = False
+) -> Table:
     """Builds the table of right and wrong answers, question by question, and what it shows.
 
     Args:
         labels: The names of the runs.
         paired: For each later run with samples, by index, its statistics against the first run.
+        common: Whether they are over the common questions only, so that the accuracies of the
+            runs' own evaluations are not those behind the differences.
     """
     first = labels[0]
     other = labels[next(iter(paired))] if len(paired) == 1 else "the other"
@@ -386,7 +489,8 @@ def paired_table(labels: Sequence[str], paired: Mapping[int, PairedStatistics]) 
         ("only_second", f"Right only in {other}"),
         ("neither", "Wrong in both"),
     )
-    rows = [
+    rows = _common_rows(first, other, paired) if common else []
+    rows += [
         Row(
             key,
             name,
@@ -440,7 +544,8 @@ def paired_table(labels: Sequence[str], paired: Mapping[int, PairedStatistics]) 
     columns = tuple(
         Column(f"{labels[index]} against {first}", index, "difference") for index in paired
     )
-    return Table("paired", "MMLU, question by question", columns, tuple(rows))
+    title = "MMLU, question by question" + (", common questions only" if common else "")
+    return Table("paired", title, columns, tuple(rows))
 
 
 def losses_table(
@@ -517,6 +622,8 @@ def groups_table(
     labels: Sequence[str],
     paired: Mapping[int, PairedStatistics],
     kind: Literal["subjects", "categories"],
+    *,
+    common: bool = False,
 ) -> Table:
     """Builds the table of paired differences by subject or category.
 
@@ -524,8 +631,14 @@ def groups_table(
         labels: The names of the runs.
         paired: For each later run with samples, by index, its statistics against the first run.
         kind: Which groups.
+        common: Whether they are over the common questions only.
     """
-    names = [group.name for group in getattr(next(iter(paired.values())), kind)]
+    groups: list[dict[str, GroupTest]] = [
+        {group.name: group for group in getattr(item, kind)} for item in paired.values()
+    ]
+    names = list(dict.fromkeys(name for found in groups for name in found))
+    if kind == "subjects":
+        names.sort()
     columns = []
     for index in paired:
         heading = f"{labels[index]} against {labels[0]}"
@@ -535,10 +648,13 @@ def groups_table(
             Column("p, Holm", index, "value"),
         ]
     rows = []
-    for place, name in enumerate(names):
+    for name in names:
         cells: list[Cell] = []
-        for item in paired.values():
-            group = getattr(item, kind)[place]
+        for found in groups:
+            group = found.get(name)
+            if group is None:  # no question of it is common to these two runs
+                cells += [Cell(), Cell(), Cell()]
+                continue
             counts = group.counts
             changed = f"{counts.only_first:,}, {counts.only_second:,}"
             cells += [
@@ -546,10 +662,13 @@ def groups_table(
                 Cell(changed, changed),
                 _p_cell(group.adjusted),
             ]
-        size = getattr(next(iter(paired.values())), kind)[place].counts.total
+        totals = [found[name].counts.total if name in found else 0 for found in groups]
+        sizes = totals[:1] if len(set(totals)) == 1 else totals
+        size = ", ".join(f"{total:,}" for total in sizes)
         shown = CATEGORIES.get(name, name)
-        rows.append(Row(f"{kind}.{name}", f"{shown} (n = {size:,})", "points", tuple(cells)))
+        rows.append(Row(f"{kind}.{name}", f"{shown} (n = {size})", "points", tuple(cells)))
     title = "MMLU, paired, by " + ("subject" if kind == "subjects" else "category")
+    title += ", common questions only" if common else ""
     return Table(kind, title, tuple(columns), tuple(rows))
 
 
@@ -592,11 +711,13 @@ def _p_cell(p: float) -> Cell:
     return Cell(p_text(p), p)
 
 
-def design_table(found: Sequence[Effect]) -> Table:
+def design_table(found: Sequence[Effect], common: int | None = None) -> Table:
     """Builds the table that separates quantisation from fine-tuning.
 
     Args:
         found: From `design.effects`.
+        common: The number of questions that all runs have in common, where they did not answer
+            the same ones.
     """
     how = "paired" if all(effect.paired for effect in found) else "unpaired"
     rows = tuple(
@@ -609,7 +730,8 @@ def design_table(found: Sequence[Effect]) -> Table:
         for effect in found
     )
     columns = (Column(f"accuracy, micro (points, {how})", 0, "difference"),)
-    return Table("design", "What the 4 bits cost and what fine-tuning gains", columns, rows)
+    title = f"What the 4 bits cost and what fine-tuning gains{common_words(common)}"
+    return Table("design", title, columns, rows)
 
 
 def seeds_table(

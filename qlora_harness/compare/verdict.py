@@ -106,6 +106,8 @@ def sentence(
     losses: LossDifference | None,
     family: str | None,
     same_data: bool,
+    *,
+    common: bool = False,
 ) -> str:
     """Says in one sentence how a run compares with the first.
 
@@ -117,6 +119,7 @@ def sentence(
         losses: Their losses on the same data, if both have a step log.
         family: The task family compared, or None.
         same_data: Whether both were trained and evaluated on the same data.
+        common: Whether `paired` is over the common questions of different sets only.
     """
     parts = []
     if first.training is not None and run.training is not None:
@@ -125,7 +128,7 @@ def sentence(
         has_random_weights(item, item.evaluations.get(str(family))) for item in (first, run)
     )
     if paired is not None:
-        parts.append(_paired_part(paired, str(family), random))
+        parts.append(_paired_part(paired, str(family), random, common))
     elif difference is not None:
         parts.append(_unpaired_part(difference, str(family), random))
     if not parts:
@@ -186,14 +189,15 @@ def _unpaired_part(difference: Difference, family: str, random: bool) -> str:
     return f"{text}: a difference is shown (at least 1.96 standard errors)"
 
 
-def _paired_part(paired: PairedStatistics, family: str, random: bool) -> str:
+def _paired_part(paired: PairedStatistics, family: str, random: bool, common: bool) -> str:
     change = signed(100 * paired.difference.value, decimals(2))
     interval = (
         "too few changed answers for an interval"
         if paired.interval is None
         else f"95% interval {interval_text(paired.interval)}"
     )
-    text = f"differs on {_where(family)} by {change} points ({interval}, paired)"
+    part = f"the {paired.counts.total:,} common questions of " if common else ""
+    text = f"differs on {part}{_where(family)} by {change} points ({interval}, paired)"
     if random:
         return f"{text}: {_RANDOM}"
     margin = f"±{100 * paired.margin:g} points"
