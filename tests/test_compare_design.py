@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_compare import (
     cells,
@@ -22,6 +23,8 @@ from test_compare import (
     write_run,
 )
 
+from qlora_harness.compare import report
+from qlora_harness.compare.design import ArmSeeds, seed_difference
 from qlora_harness.compare.report import Comparison
 from qlora_harness.errors import SettingsError
 
@@ -114,9 +117,67 @@ def test_means_and_ranges_over_seeds(tmp_path: Path) -> None:
     assert headings == ["nf4, 3 seeds", "bf16, 3 seeds", "bf16 less nf4, ± of the seeds"]
 
 
+def test_the_seeds_share_of_a_difference(tmp_path: Path) -> None:
+    runs = seeded(tmp_path, {"nf4": {0: 1.5, 1: 1.6, 2: 1.4}, "bf16": {0: 1.3, 1: 1.5}})
+    comparison = compare(runs)
+    # Squares within arms 0 + 0.01 + 0.01 and 0.01 + 0.01, on 2 + 1 degrees of freedom.
+    sd = math.sqrt(0.04 / 3)
+    stderr = sd * math.sqrt(1 / 3 + 1 / 2)
+    assert texts(comparison, "seeds.eval_loss", "seeds.eval_loss.sd") == [
+        "0.1000",
+        "0.1414",
+        f"{sd:.4f} (pooled)",
+    ]
+    assert seeds_of(comparison)[2] == f"−0.1000 ± {stderr:.4f}"
+    shares = cells(comparison, "seeds.eval_loss", "seeds.eval_loss.relative_stderr")
+    assert [cell.text for cell in shares] == ["–", "–", f"{100 * stderr / 0.1:.2f}"]
+    assert shares[2].value == pytest.approx(100 * stderr / 0.1)
+    row = report.to_json(comparison)["tables"][-1]["rows"][2]
+    assert (row["key"], row["unit"]) == ("seeds.eval_loss.relative_stderr", "%")
+    assert row["cells"][2]["value"] == shares[2].value
+
+
+def test_a_difference_over_seeds_is_that_of_a_one_way_layout() -> None:
+    from statsmodels.regression.linear_model import OLS
+
+    generator = np.random.default_rng(5)
+    arms = [
+        ArmSeeds(name, tuple(range(size)), tuple(generator.normal(mean, 0.1, size).tolist()))
+        for name, size, mean in (("nf4", 5, 1.5), ("bf16", 3, 1.4), ("fp4", 4, 1.6))
+    ]
+    values = np.concatenate([arm.values for arm in arms])
+    groups = np.repeat([0, 1, 2], [5, 3, 4])
+    design = np.column_stack([np.ones(12), groups == 1, groups == 2]).astype(float)
+    fitted = OLS(values, design).fit()
+    for place in (1, 2):
+        found = seed_difference(arms[0], arms[place], arms)
+        assert found.value == pytest.approx(fitted.params[place], rel=1e-9)
+        assert found.pooled_sd == pytest.approx(math.sqrt(fitted.mse_resid), rel=1e-9)
+        assert found.stderr == pytest.approx(fitted.bse[place], rel=1e-9)
+        assert found.relative_stderr == pytest.approx(1 / abs(fitted.tvalues[place]), rel=1e-9)
+
+
+def test_no_difference_has_no_relative_error() -> None:
+    # The means of the same numbers in another order may differ in their last digit.
+    arms = [ArmSeeds("nf4", (0, 1), (1.0, 2.0)), ArmSeeds("bf16", (0, 1), (1.0, 2.0 + 4e-16))]
+    assert arms[1].mean != arms[0].mean
+    found = seed_difference(*arms, arms)
+    assert (found.value, found.relative_stderr) == (0.0, None)
+    assert found.stderr == pytest.approx(math.sqrt(0.5))
+
+
+def test_seeds_are_needed_for_a_spread() -> None:
+    arms = [ArmSeeds(name, (0,), (1.0,)) for name in ("nf4", "bf16")]
+    with pytest.raises(ValueError, match="no arm has two seeds"):
+        seed_difference(*arms, arms)
+
+
 def test_one_seed_has_no_error(tmp_path: Path) -> None:
     comparison = compare(seeded(tmp_path, {"nf4": {0: 1.5, 1: 1.7}, "bf16": {0: 1.3}}))
     assert seeds_of(comparison)[2] == "−0.3000"
+    rows = table(comparison, "seeds.eval_loss").rows
+    assert [cell.text for cell in rows[1].cells] == ["0.1414", "–", "0.1414 (pooled)"]
+    assert [cell.text for cell in rows[2].cells] == ["–", "–", "–"]
 
 
 def test_one_seed_an_arm_has_no_table(tmp_path: Path) -> None:

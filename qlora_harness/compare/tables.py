@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora_harness.compare.conditions import Conditions
-from qlora_harness.compare.design import ArmSeeds, Effect
+from qlora_harness.compare.design import ArmSeeds, Effect, seed_difference
 from qlora_harness.compare.evaluation import CATEGORIES, DEMO_FAMILY, Evaluation
 from qlora_harness.compare.intersection import Intersection, Tally
 from qlora_harness.compare.losses import LossDifference
@@ -737,7 +737,7 @@ def design_table(found: Sequence[Effect], common: int | None = None) -> Table:
 def seeds_table(
     key: str, name: str, unit: str, write: Callable[[float], str], arms: Sequence[ArmSeeds]
 ) -> Table:
-    """Builds the table of a measure's means and ranges over seeds.
+    """Builds the table of a measure over seeds: means, spread, and the seeds' share of differences.
 
     Args:
         key: Its name for programs.
@@ -745,6 +745,10 @@ def seeds_table(
         unit: Of its values.
         write: Writes a value.
         arms: From `design.seeds`.
+
+    Returns:
+        Three rows: means with ranges and differences; the standard deviation between seeds, pooled
+        where it is that of a difference; the relative standard error of each difference.
     """
     first = arms[0]
     columns = [
@@ -759,15 +763,23 @@ def seeds_table(
         )
         for arm in arms
     ]
+    spreads = [Cell() if arm.sd is None else Cell(write(arm.sd), arm.sd) for arm in arms]
+    shares = [Cell() for _ in arms]
     for arm in arms[1:]:
         columns.append(Column(f"{arm.name} less {first.name}, ± of the seeds", 0, "difference"))
-        change, stderr = arm.mean - first.mean, None
-        if arm.stderr is not None and first.stderr is not None:
-            stderr = math.hypot(arm.stderr, first.stderr)
-        text = signed(change, write) + ("" if stderr is None else f" ± {write(stderr)}")
-        cells.append(Cell(text, change, stderr))
-    title = f"{name} over seeds: mean (range)"
-    return Table(key, title, tuple(columns), (Row(key, name, unit, tuple(cells)),))
+        change = seed_difference(first, arm, arms)
+        text = signed(change.value, write)
+        text += "" if change.stderr is None else f" ± {write(change.stderr)}"
+        cells.append(Cell(text, change.value, change.stderr))
+        spreads.append(Cell(f"{write(change.pooled_sd)} (pooled)", change.pooled_sd))
+        share = change.relative_stderr
+        shares.append(Cell() if share is None else _percent(share))
+    rows = (
+        Row(key, name, unit, tuple(cells)),
+        Row(f"{key}.sd", "  standard deviation between seeds", unit, tuple(spreads)),
+        Row(f"{key}.relative_stderr", "  relative standard error (seeds, %)", "%", tuple(shares)),
+    )
+    return Table(key, f"{name} over seeds: mean (range)", tuple(columns), rows)
 
 
 def settings_table(labels: Sequence[str], conditions: Conditions) -> Table:
