@@ -483,6 +483,32 @@ def test_three_runs_are_compared_with_the_first(pair: tuple[Path, Path], tmp_pat
     assert any("No logged samples of fp4" in note for note in comparison.notes)
 
 
+def test_tests_of_several_runs_are_labelled_as_corrected(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    rows = [row.key for row in table(compare(pair), "paired").rows]
+    assert "mcnemar_p" in rows
+    assert "mcnemar_p_holm" not in rows  # one test needs no correction
+    # Of the 12 right answers of the first run it lost six: p = 2/2⁶ alone, twice that among two.
+    worse = {"anatomy": "1111000000", "law": "1100000000"}
+    third = write_run(tmp_path / "results" / "fp4", summary(), evaluation(worse))
+    write_harness(third, worse)
+    comparison = compare([*pair, third])
+    found = {row.key: row for row in table(comparison, "paired").rows}
+    assert found["mcnemar_p_holm"].name == "  after Holm's correction over 2 runs"
+    assert [cell.value for cell in found["mcnemar_p"].cells] == pytest.approx([0.7265625, 2 / 2**6])
+    assert [cell.value for cell in found["mcnemar_p_holm"].cells] == pytest.approx(
+        [0.7265625, 4 / 2**6]
+    )
+    assert (
+        "no difference is shown (McNemar p = 0.0625 after Holm's correction over 2 runs)"
+        in comparison.verdict[1]
+    )
+    rows = next(item for item in report.to_json(comparison)["tables"] if item["key"] == "paired")
+    values = {row["key"]: row["cells"][1]["value"] for row in rows["rows"]}
+    assert (values["mcnemar_p"], values["mcnemar_p_holm"]) == pytest.approx((0.03125, 0.0625))
+
+
 def test_runs_of_which_none_is_scored_are_compared_by_training(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / quant, summary(quant)) for quant in ("nf4", "bf16")]
     comparison = compare(runs)

@@ -35,6 +35,7 @@ from qlora_harness.compare.paired import (
     Interval,
     PairedStatistics,
     analyse,
+    correct,
 )
 from qlora_harness.compare.report import Comparison, RunInfo
 from qlora_harness.compare.runs import Run, load_run
@@ -256,7 +257,7 @@ def _pair(
             draws=draws,
             seed=seed,
         )
-    return found
+    return correct(found)
 
 
 def _dropped(shared: Mapping[int, Intersection]) -> bool:

@@ -469,6 +469,9 @@ def _common_rows(first: str, other: str, paired: Mapping[int, PairedStatistics])
     ]
 
 
+_PairedMeasure = tuple[str, str, str, Callable[[PairedStatistics], Cell]]
+
+
 def paired_table(
     labels: Sequence[str], paired: Mapping[int, PairedStatistics], *, common: bool = False
 ) -> Table:
@@ -502,7 +505,11 @@ def paired_table(
         )
         for key, name in counted
     ]
-    shown: tuple[tuple[str, str, str, Callable[[PairedStatistics], Cell]], ...] = (
+    several: tuple[_PairedMeasure, ...] = ()
+    if len(paired) > 1:
+        name = f"  after Holm's correction over {len(paired)} runs"
+        several = (("mcnemar_p_holm", name, "", lambda i: _p_cell(i.mcnemar_holm)),)
+    shown: tuple[_PairedMeasure, ...] = (
         ("agreement", "Same letter (%)", "%", lambda i: _percent(i.agreement)),
         (
             "difference",
@@ -524,6 +531,7 @@ def paired_table(
             lambda i: _interval_cell(i.macro, i.macro_interval),
         ),
         ("mcnemar_p", "p, test of no difference (McNemar)", "", lambda i: _p_cell(i.mcnemar_p)),
+        *several,
         (
             "equivalence_p",
             f"p, test of ±{margin:g} points or more",

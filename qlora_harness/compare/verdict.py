@@ -201,14 +201,17 @@ def _paired_part(paired: PairedStatistics, family: str, random: bool, common: bo
     if random:
         return f"{text}: {_RANDOM}"
     margin = f"±{100 * paired.margin:g} points"
-    p = p_text(paired.mcnemar_p)
+    p = p_text(paired.mcnemar_holm)
+    p = f"McNemar p {p if p.startswith('<') else '= ' + p}"
+    if paired.tests > 1:
+        p += f" after Holm's correction over {paired.tests} runs"
     shown = "a difference is shown" if paired.different else "no difference is shown"
     within = "is shown to be" if paired.equivalent else "is not shown to be"
     joint = "and" if paired.different == paired.equivalent else "but"
     if not paired.different:
         joint = "and" if paired.equivalent else "but"
     return (
-        f"{text}: {shown} (McNemar p {p if p.startswith('<') else '= ' + p}), {joint} it {within} "
+        f"{text}: {shown} ({p}), {joint} it {within} "
         f"within {margin} (two one-sided tests at 5%, p "
         f"{'' if paired.equivalence_p < 0.0001 else '= '}{p_text(paired.equivalence_p)})"
     )
