@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import statistics
 from pathlib import Path
@@ -25,6 +27,7 @@ from test_compare import (
 
 from qlora_harness.compare import report
 from qlora_harness.compare.design import ArmSeeds, seed_difference
+from qlora_harness.compare.exports import to_csv
 from qlora_harness.compare.report import Comparison
 from qlora_harness.errors import SettingsError
 
@@ -73,6 +76,36 @@ def test_effects_of_quantisation_and_fine_tuning(tmp_path: Path) -> None:
         100 * statistics.pstdev(changes) / math.sqrt(20)
     )
     assert "paired" in table(comparison, "design").columns[0].heading
+
+
+def labels(comparison: Comparison, key: str) -> dict[str, list[str]]:
+    """Whose value each cell of a table is, by row, in JSON; CSV must say the same."""
+    (shown,) = (item for item in report.to_json(comparison)["tables"] if item["key"] == key)
+    found = {row["key"]: [cell["run"] for cell in row["cells"]] for row in shown["rows"]}
+    lines = [row for row in csv.DictReader(io.StringIO(to_csv(comparison))) if row["table"] == key]
+    assert [line["run"] for line in lines] == [run for runs in found.values() for run in runs]
+    return found
+
+
+def test_each_effect_is_that_of_its_run(tmp_path: Path) -> None:
+    assert labels(compare(four(tmp_path)), "design") == {
+        "quantisation_base": ["nf4"],
+        "quantisation_tuned": ["nf4_tuned"],
+        "tuning_16bit": ["bf16_tuned"],
+        "tuning_4bit": ["nf4_tuned"],
+        "interaction": ["nf4_tuned less nf4"],
+    }
+
+
+def test_cells_over_seeds_are_those_of_their_arm(tmp_path: Path) -> None:
+    runs = seeded(tmp_path, {"nf4": {0: 1.5, 1: 1.6}, "bf16": {0: 1.3, 1: 1.4}, "fp4": {0: 1.7}})
+    wanted = ["nf4", "bf16", "fp4", "bf16", "fp4"]
+    key = "seeds.eval_loss"
+    assert labels(compare(runs), key) == {
+        key: wanted,
+        f"{key}.sd": wanted,
+        f"{key}.relative_stderr": wanted,
+    }
 
 
 def test_without_samples_the_effects_are_unpaired(tmp_path: Path) -> None:

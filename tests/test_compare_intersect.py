@@ -85,6 +85,9 @@ def test_dropped_questions_are_counted_by_task_and_in_all(parts: tuple[Path, Pat
         "dropped of 4bit",
         "dropped of 16bit",
     ]
+    (record,) = (item for item in report.to_json(comparison)["tables"] if item["key"] == "common")
+    for row in record["rows"]:
+        assert [cell["run"] for cell in row["cells"]] == ["16bit", "4bit", "16bit"]
     assert {row.name: [cell.value for cell in row.cells] for row in shown.rows} == {
         "All tasks": [16, 4, 2],
         "anatomy": [6, 4, 0],

@@ -26,6 +26,8 @@ class Effect:
         stderr: Its standard error over questions, paired where all runs have samples; None if
             unknown.
         paired: Whether it is.
+        run: Label of the run that another is subtracted from; of the interaction, both runs of the
+            difference that another is subtracted from.
     """
 
     key: str
@@ -33,6 +35,7 @@ class Effect:
     value: float
     stderr: float | None
     paired: bool
+    run: str
 
 
 @dataclass(frozen=True)
@@ -178,14 +181,15 @@ def effects(
         found[key] for key in ((False, False), (True, False), (False, True), (True, True))
     )
 
-    def effect(key: str, name: str, weights: Mapping[str, int]) -> Effect:
+    def effect(key: str, name: str, weights: Mapping[str, int], run: str | None = None) -> Effect:
+        run = run or next(iter(weights))
         value = sum(w * evaluations[label].acc for label, w in weights.items())
         if paired:
-            return Effect(key, name, value, _paired_stderr(samples, weights), True)
+            return Effect(key, name, value, _paired_stderr(samples, weights), True, run)
         errors = [evaluations[label].acc_stderr for label in weights]
         known = [error for error in errors if error is not None]
         stderr = math.hypot(*known) if len(known) == len(errors) else None
-        return Effect(key, name, value, stderr, False)
+        return Effect(key, name, value, stderr, False, run)
 
     return (
         effect("quantisation_base", "4 bits, on the base", {base4: 1, base: -1}),
@@ -196,6 +200,7 @@ def effects(
             "interaction",
             "Fine-tuning in 4 bits less in 16",
             {tuned4: 1, base4: -1, tuned: -1, base: 1},
+            f"{tuned4} less {base4}",
         ),
     )
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from qlora_harness.compare.evidence import Evidence
 from qlora_harness.compare.intersection import Intersection, Tally
-from qlora_harness.compare.tables import Cell, Column, Row, Table
+from qlora_harness.compare.tables import Cell, Column, Row, Table, cell_label
 from qlora_harness.record import SCHEMA_VERSION
 
 KIND = "comparison"
@@ -122,6 +122,7 @@ def _intersection_to_json(item: Intersection) -> dict[str, Any]:
 
 
 def _table_to_json(table: Table, runs: Sequence[RunInfo]) -> dict[str, Any]:
+    labels = [run.label for run in runs]
     return {
         "key": table.key,
         "title": table.title,
@@ -132,7 +133,7 @@ def _table_to_json(table: Table, runs: Sequence[RunInfo]) -> dict[str, Any]:
                 "unit": row.unit,
                 "cells": [
                     {
-                        "run": runs[column.run].label,
+                        "run": cell_label(column, cell, labels),
                         "kind": column.kind,
                         "value": cell.value,
                         "stderr": cell.stderr,

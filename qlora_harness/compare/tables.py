@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora_harness.compare.conditions import Conditions
@@ -34,12 +34,15 @@ class Cell:
         value: The number or text behind it, in the unit of the row; None where there is none.
         stderr: Its standard error in the same unit, where there is one.
         interval: Its 95% interval in the same unit, where there is one.
+        label: Whose value it is, where that is not the run of its column: a label of a run, the
+            name of an arm, or the minuend of a difference of differences.
     """
 
     text: str = NOTHING
     value: float | int | str | None = None
     stderr: float | None = None
     interval: tuple[float, float] | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,17 @@ class _Measure:
     read: Callable[[TrainingSummary], float | None]
     write: Callable[[float], str]
     ratio_digits: int = 2
+
+
+def cell_label(column: Column, cell: Cell, labels: Sequence[str]) -> str:
+    """Returns whose value a cell holds; of a difference, the later of the two.
+
+    Args:
+        column: Its column.
+        cell: The cell.
+        labels: The names of the runs.
+    """
+    return labels[column.run] if cell.label is None else cell.label
 
 
 def decimals(digits: int) -> Callable[[float], str]:
@@ -411,12 +425,14 @@ def common_table(shared: Mapping[int, Intersection]) -> Table:
         ]
 
     def row(key: str, name: str, tallies: Sequence[Tally]) -> Row:
-        counts = [
-            count
-            for tally in tallies
-            for count in (tally.common, tally.dropped_baseline, tally.dropped_run)
-        ]
-        return Row(key, name, "questions", tuple(Cell(f"{n:,}", n) for n in counts))
+        cells = []
+        for tally, item in zip(tallies, shared.values(), strict=True):
+            cells += [
+                Cell(f"{tally.common:,}", tally.common),
+                Cell(f"{tally.dropped_baseline:,}", tally.dropped_baseline, label=item.baseline),
+                Cell(f"{tally.dropped_run:,}", tally.dropped_run),
+            ]
+        return Row(key, name, "questions", tuple(cells))
 
     none = Tally(0, 0, 0)
     rows = [row("common.all", "All tasks", [item.total for item in shared.values()])]
@@ -733,7 +749,12 @@ def design_table(found: Sequence[Effect], common: int | None = None) -> Table:
             effect.key,
             effect.name,
             "points",
-            (_difference_cell(Difference(effect.value, effect.stderr, effect.paired)),),
+            (
+                replace(
+                    _difference_cell(Difference(effect.value, effect.stderr, effect.paired)),
+                    label=effect.run,
+                ),
+            ),
         )
         for effect in found
     )
@@ -768,20 +789,25 @@ def seeds_table(
             f"{write(arm.mean)} ({write(min(arm.values))} to {write(max(arm.values))})",
             arm.mean,
             arm.stderr,
+            label=arm.name,
         )
         for arm in arms
     ]
-    spreads = [Cell() if arm.sd is None else Cell(write(arm.sd), arm.sd) for arm in arms]
-    shares = [Cell() for _ in arms]
+    spreads = [
+        Cell(label=arm.name) if arm.sd is None else Cell(write(arm.sd), arm.sd, label=arm.name)
+        for arm in arms
+    ]
+    shares = [Cell(label=arm.name) for arm in arms]
     for arm in arms[1:]:
         columns.append(Column(f"{arm.name} less {first.name}, ± of the seeds", 0, "difference"))
         change = seed_difference(first, arm, arms)
         text = signed(change.value, write)
         text += "" if change.stderr is None else f" ± {write(change.stderr)}"
-        cells.append(Cell(text, change.value, change.stderr))
-        spreads.append(Cell(f"{write(change.pooled_sd)} (pooled)", change.pooled_sd))
+        cells.append(Cell(text, change.value, change.stderr, label=arm.name))
+        spread = f"{write(change.pooled_sd)} (pooled)"
+        spreads.append(Cell(spread, change.pooled_sd, label=arm.name))
         share = change.relative_stderr
-        shares.append(Cell() if share is None else _percent(share))
+        shares.append(replace(Cell() if share is None else _percent(share), label=arm.name))
     rows = (
         Row(key, name, unit, tuple(cells)),
         Row(f"{key}.sd", "  standard deviation between seeds", unit, tuple(spreads)),
