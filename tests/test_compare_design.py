@@ -11,48 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_compare import (
-    cells,
-    changed,
-    compare,
-    edit,
-    evaluation,
-    pair,  # noqa: F401  (a fixture)
-    summary,
-    table,
-    texts,
-    write_harness,
-    write_run,
-)
+from compare_runs import cells, four, summary, table, texts, write_run
 
 from qlora_harness.compare import report
+from qlora_harness.compare.comparison import compare
 from qlora_harness.compare.design import ArmSeeds, seed_difference
 from qlora_harness.compare.exports import to_csv
 from qlora_harness.compare.report import Comparison
 from qlora_harness.errors import SettingsError
-
-# Right or wrong, by place in the design: (4-bit, fine-tuned).
-MARKS = {
-    (False, False): {"anatomy": "1110000000", "law": "1110000000"},
-    (True, False): {"anatomy": "1100000000", "law": "1110000000"},
-    (False, True): {"anatomy": "1111100000", "law": "1111000000"},
-    (True, True): {"anatomy": "1111000000", "law": "1110100000"},
-}
-
-
-def four(folder: Path, *, samples: bool = True) -> list[Path]:
-    runs = []
-    for (four_bit, tuned), marks in MARKS.items():
-        quant = "nf4" if four_bit else "bf16"
-        path = folder / f"{quant}{'_tuned' if tuned else ''}"
-        write_run(path, summary(quant) if tuned else None, evaluation(marks))
-        change = edit("model/quant", quant)
-        changed(path / "evaluation_results.json", change)
-        changed(path / "evaluation_results.json", edit("model/peft", "adapter" if tuned else None))
-        if samples:
-            write_harness(path, marks)
-        runs.append(path)
-    return runs
 
 
 def test_effects_of_quantisation_and_fine_tuning(tmp_path: Path) -> None:
@@ -115,7 +81,7 @@ def test_without_samples_the_effects_are_unpaired(tmp_path: Path) -> None:
     assert errors["interaction"] > errors["quantisation_base"] > 0
 
 
-def test_other_sets_of_runs_have_no_design(pair: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_other_sets_of_runs_have_no_design(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert "design" not in [item.key for item in compare(pair).tables]
     runs = four(tmp_path / "four")
     assert "design" not in [item.key for item in compare(runs[:3]).tables]

@@ -8,17 +8,16 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from test_compare import (
+from compare_runs import (
     FAMILY,
     FIRST,
     SECOND,
     cells,
-    compare,
     edit,
     evaluation,
+    four,
     in_sample,
     main,
-    pair,  # noqa: F401  (a fixture)
     scores,
     summary,
     table,
@@ -26,9 +25,9 @@ from test_compare import (
     write_harness,
     write_run,
 )
-from test_compare_design import four
 
 from qlora_harness.compare import report
+from qlora_harness.compare.comparison import compare
 from qlora_harness.compare.evaluation import Evaluation, SubjectScore
 from qlora_harness.compare.figures import figures
 from qlora_harness.compare.harness_json import Answer, Question
@@ -162,7 +161,7 @@ def test_terminal_markdown_and_page_say_it(
         jsonschema.validate(record, schema)
 
 
-def test_equal_questions_lose_none(pair: tuple[Path, Path]) -> None:  # noqa: F811
+def test_equal_questions_lose_none(pair: tuple[Path, Path]) -> None:
     before, after = compare(pair), compare(pair, intersect=True)
     assert [item.key for item in after.tables] == [
         "training",
@@ -247,7 +246,7 @@ def test_the_design_is_over_questions_common_to_all(tmp_path: Path) -> None:
     )
 
 
-def test_refusals_offer_the_flag(pair: tuple[Path, Path], parts: tuple[Path, Path]) -> None:  # noqa: F811
+def test_refusals_offer_the_flag(pair: tuple[Path, Path], parts: tuple[Path, Path]) -> None:
     offer = "pass --intersect to compare on the questions that both answered"
     run(parts[1], PART, n_total=16)
     with pytest.raises(
@@ -286,7 +285,7 @@ def test_other_hashes_of_the_same_question_are_refused(parts: tuple[Path, Path],
     assert "--intersect" not in str(caught.value)
 
 
-def test_other_prompts_and_data_are_refused(pair: tuple[Path, Path]) -> None:  # noqa: F811
+def test_other_prompts_and_data_are_refused(pair: tuple[Path, Path]) -> None:
     path = pair[1] / "evaluation_results.json"
     before = path.read_text()
     path.write_text(json.dumps(evaluation(SECOND, prompts_sha256="d" * 64)))

@@ -5,7 +5,8 @@
     comparison.py ─► runs.py ─► evaluation.py, harness_json.py ─► fields.py  (files → records)
         │  └───────► conditions.py                          (may they be compared? what differs?)
         ├──────────► intersection.py                        (questions that both answered)
-        └──────────► tables.py, verdict.py ─► statistics.py          (records → rows, sentences)
+        ├──────────► paired.py, losses.py, design.py ─► statistics.py (records → numbers)
+        └──────────► tables/, verdict.py                              (numbers → rows, sentences)
                          ▼
     report.py       the same rows for the terminal, Markdown and JSON
 

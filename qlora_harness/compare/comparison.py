@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qlora_harness.compare import conditions, design, tables, verdict
+from qlora_harness.compare import conditions, verdict
 from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.compare.evidence import gather
 from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.compare.intersection import (
     Intersection,
+    any_dropped,
     category_of,
     common_to_all,
     intersections,
@@ -32,7 +33,6 @@ from qlora_harness.compare.paired import (
     DEFAULT_DRAWS,
     DEFAULT_MARGIN,
     DEFAULT_SEED,
-    Interval,
     PairedStatistics,
     analyse,
     correct,
@@ -44,6 +44,9 @@ from qlora_harness.compare.statistics import (
     count_pairs,
     unpaired_difference,
 )
+from qlora_harness.compare.tables.groups import groups_table
+from qlora_harness.compare.tables.selection import design_tables, main_tables
+from qlora_harness.compare.tables.settings import settings_table
 from qlora_harness.errors import ComparisonError, SettingsError
 from qlora_harness.record import now, scrub
 
@@ -139,15 +142,13 @@ def compare(
         ),
         family=family,
         tables=(
-            *_build_tables(runs, evaluations, paired, losses, perplexities, shared),
-            *_design_tables(runs, joint, joint_answers, size),
+            *main_tables(runs, evaluations, paired, losses, perplexities, shared),
+            *design_tables(runs, joint, joint_answers, size),
         ),
         details=(
-            (tables.groups_table(names, paired, "subjects", common=_dropped(shared)),)
-            if paired
-            else ()
+            (groups_table(names, paired, "subjects", common=any_dropped(shared)),) if paired else ()
         ),
-        settings=tables.settings_table(names, found),
+        settings=settings_table(names, found),
         same_settings=found.same,
         notes=tuple(scrub(note) for note in notes),
         verdict=tuple(
@@ -260,10 +261,6 @@ def _pair(
     return correct(found)
 
 
-def _dropped(shared: Mapping[int, Intersection]) -> bool:
-    return any(item.total.dropped for item in shared.values())
-
-
 def _join(
     evaluations: dict[str, Evaluation],
     answers: Mapping[str, _Answers | None],
@@ -273,7 +270,7 @@ def _join(
 
     They are the given ones where no question was dropped, and none where no question is common.
     """
-    if not _dropped(shared):
+    if not any_dropped(shared):
         return evaluations, answers
     questions = common_to_all(answers)
     if not questions:
@@ -318,62 +315,6 @@ def _difference(first: str, name: str, evaluations: Mapping[str, Evaluation]) ->
         return None
     one, other = evaluations[first], evaluations[name]
     return unpaired_difference(one.acc, one.acc_stderr, other.acc, other.acc_stderr)
-
-
-def _build_tables(
-    runs: Sequence[Run],
-    evaluations: Mapping[str, Evaluation],
-    paired: Mapping[int, PairedStatistics],
-    losses: Mapping[int, LossDifference],
-    perplexities: Mapping[int, Interval],
-    shared: Mapping[int, Intersection],
-) -> tuple[tables.Table, ...]:
-    labels = [run.label for run in runs]
-    training = tables.training_table(runs)
-    found = [] if training is None else [training]
-    if losses:
-        found.append(tables.losses_table(labels, losses, perplexities))
-    if evaluations:
-        apart = {index for index, item in shared.items() if item.total.dropped}
-        scores = [evaluations.get(label) for label in labels]
-        found.append(tables.mmlu_table(labels, scores, apart))
-    if shared:
-        found.append(tables.common_table(shared))
-    if paired:
-        common = _dropped(shared)
-        found.append(tables.paired_table(labels, paired, common=common))
-        if any(item.categories for item in paired.values()):
-            found.append(tables.groups_table(labels, paired, "categories", common=common))
-    return tuple(found)
-
-
-def _design_tables(
-    runs: Sequence[Run],
-    evaluations: Mapping[str, Evaluation],
-    answers: Mapping[str, _Answers | None],
-    common: int | None,
-) -> list[tables.Table]:
-    found = []
-    effects = design.effects(runs, evaluations, answers)
-    if effects:
-        found.append(tables.design_table(effects, common))
-
-    def accuracy(run: Run) -> float | None:
-        item = evaluations.get(run.label)
-        return None if item is None else 100 * item.acc
-
-    def loss(run: Run) -> float | None:
-        return None if run.training is None else run.training.eval_loss
-
-    # A table each: not every run need be scored.
-    for key, name, unit, digits, measure in (
-        ("seeds.acc", "Accuracy, micro (%)", "%", 2, accuracy),
-        ("seeds.eval_loss", "Evaluation loss", "nats", 4, loss),
-    ):
-        if arms := design.seeds(runs, measure):
-            shown = f"{name}{tables.common_words(common)}" if measure is accuracy else name
-            found.append(tables.seeds_table(key, shown, unit, tables.decimals(digits), arms))
-    return found
 
 
 def _describe(run: Run, evaluation: Evaluation | None, answers: _Answers | None) -> RunInfo:

@@ -9,7 +9,7 @@ from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.compare.losses import StepLog
 from qlora_harness.compare.runs import Run
-from qlora_harness.compare.tables import GIB, cpu_peak_bytes, gpu_peak_bytes
+from qlora_harness.compare.tables.training import GIB, cpu_peak_bytes, gpu_peak_bytes
 
 LETTERS = "ABCD"
 

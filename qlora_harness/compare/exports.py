@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qlora_harness.compare.figures import HEADINGS, figures
 from qlora_harness.compare.report import Comparison
-from qlora_harness.compare.tables import Table, cell_label
+from qlora_harness.compare.tables.table import Table, cell_label
 from qlora_harness.errors import ResultsError, SettingsError
 from qlora_harness.record import new_folder
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from qlora_harness.compare.evaluation import CATEGORIES
 from qlora_harness.compare.evidence import Cost, Evidence
+from qlora_harness.compare.intersection import common_words
 from qlora_harness.compare.losses import StepLog
 from qlora_harness.compare.statistics import Z95
-from qlora_harness.compare.tables import common_words
 
 # Okabe and Ito's colours, which the colour-blind can tell apart and which show on light and dark.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")

@@ -148,6 +148,24 @@ def notes(found: Mapping[int, Intersection]) -> list[str]:
     ]
 
 
+def any_dropped(found: Mapping[int, Intersection]) -> bool:
+    """Returns whether a question of any run was dropped.
+
+    Args:
+        found: By index of the run; empty without --intersect.
+    """
+    return any(item.total.dropped for item in found.values())
+
+
+def common_words(size: int | None) -> str:
+    """Says over how many questions a number is that all runs have in common.
+
+    Args:
+        size: The number of questions, or None where each run answered the same ones.
+    """
+    return "" if size is None else f", {size:,} questions common to all runs"
+
+
 def common_to_all(answers: Mapping[str, Answers | None]) -> set[Question]:
     """Returns the questions that every run with samples answered.
 

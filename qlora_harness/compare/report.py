@@ -13,7 +13,7 @@ from rich.text import Text
 
 from qlora_harness.compare.evidence import Evidence
 from qlora_harness.compare.intersection import Intersection, Tally
-from qlora_harness.compare.tables import Cell, Column, Row, Table, cell_label
+from qlora_harness.compare.tables.table import Cell, Column, Row, Table, cell_label
 from qlora_harness.record import SCHEMA_VERSION
 
 KIND = "comparison"

@@ -9,16 +9,8 @@ from qlora_harness.compare.losses import LossDifference
 from qlora_harness.compare.paired import PairedStatistics
 from qlora_harness.compare.runs import Run, TrainingSummary
 from qlora_harness.compare.statistics import Difference
-from qlora_harness.compare.tables import (
-    GIB,
-    cpu_peak_bytes,
-    decimals,
-    gpu_peak_bytes,
-    interval_text,
-    p_text,
-    points,
-    signed,
-)
+from qlora_harness.compare.tables.number_text import decimals, interval_text, p_text, points, signed
+from qlora_harness.compare.tables.training import GIB, cpu_peak_bytes, gpu_peak_bytes
 
 DEMO_DATASET = "demo"
 _RANDOM = "random weights, so it says nothing"
