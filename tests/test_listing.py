@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_compare import FIRST, changed, edit, evaluation, summary, write_run
+from compare_runs import FIRST, changed, edit, evaluation, summary, write_run
 
 from qlora_harness.cli import main
 

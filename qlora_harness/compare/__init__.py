@@ -4,7 +4,9 @@
         ▼
     comparison.py ─► runs.py ─► evaluation.py, harness_json.py ─► fields.py  (files → records)
         │  └───────► conditions.py                          (may they be compared? what differs?)
-        └──────────► tables.py, verdict.py ─► statistics.py          (records → rows, sentences)
+        ├──────────► intersection.py                        (questions that both answered)
+        ├──────────► paired.py, losses.py, design.py ─► statistics.py (records → numbers)
+        └──────────► tables/, verdict.py                              (numbers → rows, sentences)
                          ▼
     report.py       the same rows for the terminal, Markdown and JSON
 

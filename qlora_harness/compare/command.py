@@ -84,6 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare runs scored with --limit, if all have the same limit and questions",
     )
     parser.add_argument(
+        "--intersect",
+        action="store_true",
+        help="compare runs that answered different sets of questions, also with --limit, on those "
+        "that each has in common with the baseline (needs logged samples); what is dropped is "
+        "counted",
+    )
+    parser.add_argument(
         "--allow-different-data",
         action="store_true",
         help="compare runs trained on different data; a note says so",
@@ -171,6 +178,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         rescore=args.rescore,
         baseline=args.baseline,
+        intersect=args.intersect,
     )
     report.print_comparison(comparison, Console(highlight=False))
     print()

@@ -6,10 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from qlora_harness.compare import conditions, design, tables, verdict
+from qlora_harness.compare import conditions, verdict
 from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.compare.evidence import gather
 from qlora_harness.compare.harness_json import Answer, Question
+from qlora_harness.compare.intersection import (
+    Intersection,
+    any_dropped,
+    category_of,
+    common_to_all,
+    intersections,
+    restrict,
+)
+from qlora_harness.compare.intersection import (
+    notes as intersection_notes,
+)
 from qlora_harness.compare.losses import (
     FEWEST,
     LossDifference,
@@ -22,9 +33,9 @@ from qlora_harness.compare.paired import (
     DEFAULT_DRAWS,
     DEFAULT_MARGIN,
     DEFAULT_SEED,
-    Interval,
     PairedStatistics,
     analyse,
+    correct,
 )
 from qlora_harness.compare.report import Comparison, RunInfo
 from qlora_harness.compare.runs import Run, load_run
@@ -33,8 +44,10 @@ from qlora_harness.compare.statistics import (
     count_pairs,
     unpaired_difference,
 )
+from qlora_harness.compare.tables.groups import groups_table
+from qlora_harness.compare.tables.selection import design_tables, main_tables
+from qlora_harness.compare.tables.settings import settings_table
 from qlora_harness.errors import ComparisonError, SettingsError
-from qlora_harness.families import families
 from qlora_harness.record import now, scrub
 
 _Answers = Mapping[Question, Answer]
@@ -52,6 +65,7 @@ def compare(
     seed: int = DEFAULT_SEED,
     rescore: bool = False,
     baseline: str | None = None,
+    intersect: bool = False,
 ) -> Comparison:
     """Compares runs from their files.
 
@@ -66,6 +80,8 @@ def compare(
         seed: Of the bootstrap.
         rescore: Whether each answer is checked against its log-probabilities.
         baseline: Label of the run that differences are against, in place of the first.
+        intersect: Whether runs that answered different sets of questions are compared on those
+            that each has in common with the baseline.
 
     Raises:
         SettingsError: The labels don't fit the runs, or the baseline is none of them.
@@ -88,15 +104,25 @@ def compare(
     same_data = not notes
     family = conditions.choose_family(runs, task)
     evaluations = _pick(runs, family)
-    notes += conditions.check_limit(evaluations, allow_limit)
+    notes += conditions.check_limit(evaluations, allow_limit, intersect)
     answers = {
         name: run.answers(str(family), rescore=rescore)
         for run in runs
         if (name := run.label) in evaluations
     }
-    notes += conditions.check_questions(evaluations, answers)
+    shared = intersections(names, evaluations, answers, family) if intersect else {}
+    notes += conditions.check_questions(evaluations, answers, intersect)
+    notes += intersection_notes(shared)
     evaluations = {name: _count_ties(item, answers[name]) for name, item in evaluations.items()}
     paired = _pair(names, answers, family, margin, draws, seed)
+    # What puts all runs together needs questions that all of them answered.
+    joint, joint_answers = _join(evaluations, answers, shared)
+    size = next(iter(joint.values())).n if joint and joint is not evaluations else None
+    if evaluations and not joint:
+        notes.append(
+            "No question was answered by all runs: nothing that puts more than two together is "
+            "shown."
+        )
     logs = {run.label: read_log(run) for run in runs}
     losses = _compare_losses(runs, logs, draws, seed)
     perplexities = {
@@ -116,11 +142,13 @@ def compare(
         ),
         family=family,
         tables=(
-            *_build_tables(runs, evaluations, paired, losses, perplexities),
-            *_design_tables(runs, evaluations, answers),
+            *main_tables(runs, evaluations, paired, losses, perplexities, shared),
+            *design_tables(runs, joint, joint_answers, size),
         ),
-        details=(tables.groups_table(names, paired, "subjects"),) if paired else (),
-        settings=tables.settings_table(names, found),
+        details=(
+            (groups_table(names, paired, "subjects", common=any_dropped(shared)),) if paired else ()
+        ),
+        settings=settings_table(names, found),
         same_settings=found.same,
         notes=tuple(scrub(note) for note in notes),
         verdict=tuple(
@@ -132,11 +160,13 @@ def compare(
                 losses.get(index),
                 family,
                 same_data,
+                common=index in shared and shared[index].total.dropped > 0,
             )
             for index, item in enumerate(runs)
             if index > 0
         ),
-        evidence=gather(runs, evaluations, answers, logs),
+        evidence=gather(runs, joint, answers, logs, size),
+        intersection=tuple(shared.values()) if intersect else None,
     )
 
 
@@ -210,26 +240,49 @@ def _pair(
     first = answers.get(names[0])
     if first is None:
         return {}
-    listed = families().get(str(family), {}).get("categories", {})
-    category_of = {subject: name for name, subjects in listed.items() for subject in subjects}
     found = {}
     for index, name in enumerate(names[1:], start=1):
         other = answers.get(name)
         if other is None:
             continue
+        # All questions, unless --intersect allowed other sets.
+        both = [(q, answer, other[q]) for q, answer in first.items() if q in other]
         by_subject: dict[str, list[tuple[bool, bool]]] = {}
-        for question, answer in first.items():
-            marks = answer.right, other[question].right
-            by_subject.setdefault(question.subject, []).append(marks)
+        for question, one, two in both:
+            by_subject.setdefault(question.subject, []).append((one.right, two.right))
         found[index] = analyse(
             {subject: count_pairs(marks) for subject, marks in by_subject.items()},
-            category_of,
-            same_letter=sum(a.choice == other[question].choice for question, a in first.items()),
+            category_of(family),
+            same_letter=sum(one.choice == two.choice for _, one, two in both),
             margin=margin,
             draws=draws,
             seed=seed,
         )
-    return found
+    return correct(found)
+
+
+def _join(
+    evaluations: dict[str, Evaluation],
+    answers: Mapping[str, _Answers | None],
+    shared: Mapping[int, Intersection],
+) -> tuple[dict[str, Evaluation], Mapping[str, _Answers | None]]:
+    """Returns evaluations and answers over the questions common to all runs.
+
+    They are the given ones where no question was dropped, and none where no question is common.
+    """
+    if not any_dropped(shared):
+        return evaluations, answers
+    questions = common_to_all(answers)
+    if not questions:
+        return {}, {}
+    restricted = {
+        name: {question: item[question] for question in sorted(questions)}
+        for name, item in answers.items()
+        if item is not None
+    }
+    return {
+        name: restrict(evaluations[name], item, questions) for name, item in restricted.items()
+    }, restricted
 
 
 def _compare_losses(
@@ -262,54 +315,6 @@ def _difference(first: str, name: str, evaluations: Mapping[str, Evaluation]) ->
         return None
     one, other = evaluations[first], evaluations[name]
     return unpaired_difference(one.acc, one.acc_stderr, other.acc, other.acc_stderr)
-
-
-def _build_tables(
-    runs: Sequence[Run],
-    evaluations: Mapping[str, Evaluation],
-    paired: Mapping[int, PairedStatistics],
-    losses: Mapping[int, LossDifference],
-    perplexities: Mapping[int, Interval],
-) -> tuple[tables.Table, ...]:
-    labels = [run.label for run in runs]
-    training = tables.training_table(runs)
-    found = [] if training is None else [training]
-    if losses:
-        found.append(tables.losses_table(labels, losses, perplexities))
-    if evaluations:
-        found.append(tables.mmlu_table(labels, [evaluations.get(label) for label in labels]))
-    if paired:
-        found.append(tables.paired_table(labels, paired))
-        if any(item.categories for item in paired.values()):
-            found.append(tables.groups_table(labels, paired, "categories"))
-    return tuple(found)
-
-
-def _design_tables(
-    runs: Sequence[Run],
-    evaluations: Mapping[str, Evaluation],
-    answers: Mapping[str, _Answers | None],
-) -> list[tables.Table]:
-    found = []
-    effects = design.effects(runs, evaluations, answers)
-    if effects:
-        found.append(tables.design_table(effects))
-
-    def accuracy(run: Run) -> float | None:
-        item = evaluations.get(run.label)
-        return None if item is None else 100 * item.acc
-
-    def loss(run: Run) -> float | None:
-        return None if run.training is None else run.training.eval_loss
-
-    # A table each: not every run need be scored.
-    for key, name, unit, digits, measure in (
-        ("seeds.acc", "Accuracy, micro (%)", "%", 2, accuracy),
-        ("seeds.eval_loss", "Evaluation loss", "nats", 4, loss),
-    ):
-        if arms := design.seeds(runs, measure):
-            found.append(tables.seeds_table(key, name, unit, tables.decimals(digits), arms))
-    return found
 
 
 def _describe(run: Run, evaluation: Evaluation | None, answers: _Answers | None) -> RunInfo:

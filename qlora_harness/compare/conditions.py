@@ -16,6 +16,7 @@ _FOLLOWS = re.compile(
     r"\.(arm|output_dir|results_dir|peft|peft_sha|model_num_parameters|parameter_dtypes\..+)$"
 )
 _SAME_QUESTIONS = "Score all runs with the same task, data folder and template"
+_INTERSECT = "--intersect to compare on the questions that both answered"
 
 
 @dataclass(frozen=True)
@@ -146,12 +147,15 @@ def check_data(runs: Sequence[Run], allow_different: bool) -> list[str]:
     return notes
 
 
-def check_limit(evaluations: Mapping[str, Evaluation], allow: bool) -> list[str]:
+def check_limit(
+    evaluations: Mapping[str, Evaluation], allow: bool, intersect: bool = False
+) -> list[str]:
     """Checks that no run answered only a part of the questions.
 
     Args:
         evaluations: The evaluations of one family, by label of the run.
         allow: The value of --allow-limit.
+        intersect: The value of --intersect, with which limits may differ.
 
     Returns:
         Notes for the reader.
@@ -162,32 +166,46 @@ def check_limit(evaluations: Mapping[str, Evaluation], allow: bool) -> list[str]
     limited = {label: item for label, item in evaluations.items() if item.limited}
     if not limited:
         return []
+    if intersect:
+        return [
+            f"{label}: only {_part(item)} were asked: this is not a result on {item.family}."
+            for label, item in limited.items()
+        ]
     label, evaluation = next(iter(limited.items()))
-    part = f"{evaluation.n:,} of {evaluation.n_total:,} questions of {evaluation.family}"
+    part = _part(evaluation)
     if not allow:
         raise ComparisonError(
             f"{label} answered only {part} (--limit or single subjects; {evaluation.path})",
-            "Score all questions, or pass --allow-limit where all runs have the same limit",
+            "Score all questions, or pass --allow-limit where all runs have the same limit, or "
+            f"{_INTERSECT}",
         )
     if len({(item.n, item.n_total) for item in evaluations.values()}) > 1:
         counts = ", ".join(
             f"{label} {item.n:,} of {item.n_total:,}" for label, item in evaluations.items()
         )
         raise ComparisonError(
-            f"the runs have different limits: {counts}", "Score all runs with the same --limit"
+            f"the runs have different limits: {counts}",
+            f"Score all runs with the same --limit, or pass {_INTERSECT}",
         )
     return [f"Only {part} were asked: this is not a result on {evaluation.family}."]
+
+
+def _part(evaluation: Evaluation) -> str:
+    return f"{evaluation.n:,} of {evaluation.n_total:,} questions of {evaluation.family}"
 
 
 def check_questions(
     evaluations: Mapping[str, Evaluation],
     answers: Mapping[str, Mapping[Question, Answer] | None],
+    intersect: bool = False,
 ) -> list[str]:
     """Checks that every run answered the same questions, as far as the files can tell.
 
     Args:
         evaluations: The evaluations of one family, by label of the run.
         answers: Their logged samples, where there are any.
+        intersect: The value of --intersect: only the questions that both answered must be the
+            same. All runs have samples then.
 
     Returns:
         Notes for the reader.
@@ -201,12 +219,18 @@ def check_questions(
         return []
     first, unproven = labels[0], []
     for label in labels[1:]:
-        _check_sizes(first, evaluations[first], label, evaluations[label])
-        proven = _check_prompts(first, evaluations[first], label, evaluations[label])
         one, other = answers.get(first), answers.get(label)
+        logged = one is not None and other is not None
+        if not intersect:
+            _check_sizes(first, evaluations[first], label, evaluations[label], logged)
         if one is not None and other is not None:
+            if not intersect:
+                _check_places(first, one, label, other)
             _check_hashes(first, one, label, other)
-        elif not proven:
+            if one.keys() != other.keys():
+                continue  # a hash over all prompts says nothing about a part of them
+        proven = _check_prompts(first, evaluations[first], label, evaluations[label])
+        if not proven and not logged:
             unproven.append(label)
     return [
         f"{first} and {label}: that the questions are the same could be checked only by their "
@@ -215,16 +239,23 @@ def check_questions(
     ]
 
 
-def _check_sizes(first: str, one: Evaluation, label: str, other: Evaluation) -> None:
+def _check_sizes(first: str, one: Evaluation, label: str, other: Evaluation, logged: bool) -> None:
+    offer = f"pass {_INTERSECT}"
+    if not logged:
+        offer = f"log the samples of both (lm_eval --log_samples) and {offer}"
+
+    def refuse(problem: str) -> NoReturn:
+        _refuse_questions(first, label, problem, f"{_SAME_QUESTIONS}, or {offer}")
+
     if one.subjects.keys() != other.subjects.keys():
         odd = sorted(one.subjects.keys() ^ other.subjects.keys())
-        _refuse_questions(first, label, f"subjects in only one of them: {', '.join(odd[:3])}")
+        refuse(f"subjects in only one of them: {', '.join(odd[:3])}")
     for subject, score in one.subjects.items():
         size = other.subjects[subject].n
         if score.n != size:
-            _refuse_questions(first, label, f"{subject} has {score.n} and {size} questions")
+            refuse(f"{subject} has {score.n} and {size} questions")
     if one.n_total != other.n_total:
-        _refuse_questions(first, label, f"there are {one.n_total} and {other.n_total} in all")
+        refuse(f"there are {one.n_total} and {other.n_total} in all")
 
 
 def _check_prompts(first: str, one: Evaluation, label: str, other: Evaluation) -> bool:
@@ -237,7 +268,7 @@ def _check_prompts(first: str, one: Evaluation, label: str, other: Evaluation) -
     return True
 
 
-def _check_hashes(
+def _check_places(
     first: str,
     one: Mapping[Question, Answer],
     label: str,
@@ -246,9 +277,23 @@ def _check_hashes(
     odd = sorted(one.keys() ^ other.keys())
     if odd:
         _refuse_questions(
-            first, label, f"{odd[0].subject}, doc_id {odd[0].doc_id} is in only one of them"
+            first,
+            label,
+            f"{odd[0].subject}, doc_id {odd[0].doc_id} is in only one of them",
+            f"{_SAME_QUESTIONS}, or pass {_INTERSECT}",
         )
+
+
+def _check_hashes(
+    first: str,
+    one: Mapping[Question, Answer],
+    label: str,
+    other: Mapping[Question, Answer],
+) -> None:
+    """Checks the questions that stand in both."""
     for question, answer in one.items():
+        if question not in other:
+            continue
         for part in ("document", "prompt", "target"):
             if getattr(answer, part) != getattr(other[question], part):
                 _refuse_questions(
@@ -258,10 +303,10 @@ def _check_hashes(
                 )
 
 
-def _refuse_questions(first: str, label: str, problem: str) -> NoReturn:
-    raise ComparisonError(
-        f"{first} and {label} answered different questions: {problem}", _SAME_QUESTIONS
-    )
+def _refuse_questions(
+    first: str, label: str, problem: str, remedy: str = _SAME_QUESTIONS
+) -> NoReturn:
+    raise ComparisonError(f"{first} and {label} answered different questions: {problem}", remedy)
 
 
 def compare_conditions(runs: Sequence[Run], family: str | None) -> Conditions:

@@ -26,6 +26,8 @@ class Effect:
         stderr: Its standard error over questions, paired where all runs have samples; None if
             unknown.
         paired: Whether it is.
+        run: Label of the run that another is subtracted from; of the interaction, both runs of the
+            difference that another is subtracted from.
     """
 
     key: str
@@ -33,6 +35,7 @@ class Effect:
     value: float
     stderr: float | None
     paired: bool
+    run: str
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,70 @@ class ArmSeeds:
         return statistics.fmean(self.values)
 
     @property
+    def sd(self) -> float | None:
+        """Standard deviation between seeds (n - 1); None for one seed."""
+        return None if len(self.values) < 2 else statistics.stdev(self.values)
+
+    @property
     def stderr(self) -> float | None:
         """Standard error of the mean over seeds; None for one seed."""
-        if len(self.values) < 2:
+        return None if self.sd is None else self.sd / math.sqrt(len(self.values))
+
+
+@dataclass(frozen=True)
+class SeedDifference:
+    """Mean of one arm less that of another, and what the seeds alone do to it.
+
+    Attributes:
+        value: The difference, in the unit of the measure.
+        pooled_sd: Standard deviation between seeds within an arm, in the same unit, pooled over
+            the arms.
+        stderr: Standard error of the difference that the seeds cause; None where one of the two
+            arms has one seed, as nothing tells its spread.
+    """
+
+    value: float
+    pooled_sd: float
+    stderr: float | None
+
+    @property
+    def relative_stderr(self) -> float | None:
+        """The seeds' share of the difference: standard error / size; None if that is undefined.
+
+        Its inverse is the size of Student's t for the two arms: 0.5 is a t of 2. The name is that
+        of survey statistics (Parker et al., National Center for Health Statistics, Vital and
+        Health Statistics 2(175), 2017).
+        """
+        if self.stderr is None or self.value == 0:
             return None
-        return statistics.stdev(self.values) / math.sqrt(len(self.values))
+        return self.stderr / abs(self.value)
+
+
+def seed_difference(first: ArmSeeds, other: ArmSeeds, arms: Sequence[ArmSeeds]) -> SeedDifference:
+    """Compares two arms of a one-way layout, in which the seeds are the replicates.
+
+    With s² the mean square within arms, sum (x - mean of its arm)² / (N - k) over the N runs of
+    all k arms, the standard error is s sqrt(1/n₁ + 1/n₂) (Scheffé, The Analysis of Variance, 1959,
+    chapter 3). It takes the spread between seeds to be the same in every arm.
+
+    Args:
+        first: The arm that is subtracted.
+        other: The other arm.
+        arms: All arms, these two among them.
+
+    Raises:
+        ValueError: No arm has two seeds.
+    """
+    freedom = sum(len(arm.values) - 1 for arm in arms)
+    if freedom == 0:
+        raise ValueError("no arm has two seeds")
+    within = math.fsum((value - arm.mean) ** 2 for arm in arms for value in arm.values)
+    pooled = math.sqrt(within / freedom)
+    sizes = len(first.values), len(other.values)
+    stderr = pooled * math.sqrt(1 / sizes[0] + 1 / sizes[1]) if min(sizes) > 1 else None
+    # Means that differ by rounding alone are equal: no share of such a difference.
+    equal = math.isclose(other.mean, first.mean, rel_tol=1e-12)
+    return SeedDifference(0.0 if equal else other.mean - first.mean, pooled, stderr)
 
 
 def place(run: Run, evaluation: Evaluation | None) -> tuple[bool, bool] | None:
@@ -119,14 +181,15 @@ def effects(
         found[key] for key in ((False, False), (True, False), (False, True), (True, True))
     )
 
-    def effect(key: str, name: str, weights: Mapping[str, int]) -> Effect:
+    def effect(key: str, name: str, weights: Mapping[str, int], run: str | None = None) -> Effect:
+        run = run or next(iter(weights))
         value = sum(w * evaluations[label].acc for label, w in weights.items())
         if paired:
-            return Effect(key, name, value, _paired_stderr(samples, weights), True)
+            return Effect(key, name, value, _paired_stderr(samples, weights), True, run)
         errors = [evaluations[label].acc_stderr for label in weights]
         known = [error for error in errors if error is not None]
         stderr = math.hypot(*known) if len(known) == len(errors) else None
-        return Effect(key, name, value, stderr, False)
+        return Effect(key, name, value, stderr, False, run)
 
     return (
         effect("quantisation_base", "4 bits, on the base", {base4: 1, base: -1}),
@@ -137,6 +200,7 @@ def effects(
             "interaction",
             "Fine-tuning in 4 bits less in 16",
             {tuned4: 1, base4: -1, tuned: -1, base: 1},
+            f"{tuned4} less {base4}",
         ),
     )
 

@@ -9,7 +9,7 @@ from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.compare.losses import StepLog
 from qlora_harness.compare.runs import Run
-from qlora_harness.compare.tables import GIB, cpu_peak_bytes, gpu_peak_bytes
+from qlora_harness.compare.tables.training import GIB, cpu_peak_bytes, gpu_peak_bytes
 
 LETTERS = "ABCD"
 
@@ -63,14 +63,16 @@ class Evidence:
     Attributes:
         costs: Of each trained run.
         logs: Step logs that have a step, by label.
-        evaluations: Of the family compared, by label.
+        evaluations: Of the family compared, by label, all over the same questions.
         flips: Of each later run with samples, in the order of subjects and questions.
+        common: The number of questions common to all runs, where --intersect dropped others.
     """
 
     costs: tuple[Cost, ...]
     logs: Mapping[str, StepLog]
     evaluations: Mapping[str, Evaluation]
     flips: tuple[Flip, ...]
+    common: int | None = None
 
 
 def gather(
@@ -78,14 +80,16 @@ def gather(
     evaluations: Mapping[str, Evaluation],
     answers: Mapping[str, Mapping[Question, Answer] | None],
     logs: Mapping[str, StepLog | None],
+    common: int | None = None,
 ) -> Evidence:
     """Gathers the evidence of a comparison.
 
     Args:
         runs: The runs.
-        evaluations: Of the family compared, by label.
+        evaluations: Of the family compared, by label, all over the same questions.
         answers: Their samples, where there are any.
         logs: Step logs by label.
+        common: The number of these questions, where --intersect dropped others.
     """
     return Evidence(
         tuple(cost for run in runs if (cost := _cost(run)) is not None),
@@ -96,6 +100,7 @@ def gather(
             for run in runs[1:]
             for flip in _flips(run.label, answers.get(runs[0].label), answers.get(run.label))
         ),
+        common,
     )
 
 
@@ -121,8 +126,8 @@ def _flips(
         return []
     found = []
     for question, one in sorted(first.items()):
-        two = other[question]
-        if one.right == two.right:
+        two = other.get(question)
+        if two is None or one.right == two.right:
             continue
         found.append(
             Flip(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qlora_harness.compare.figures import HEADINGS, figures
 from qlora_harness.compare.report import Comparison
-from qlora_harness.compare.tables import Table
+from qlora_harness.compare.tables.table import Table, cell_label
 from qlora_harness.errors import ResultsError, SettingsError
 from qlora_harness.record import new_folder
 
@@ -27,11 +27,12 @@ def to_csv(comparison: Comparison) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(FIELDS)
+    labels = [run.label for run in comparison.runs]
     for table in (*comparison.tables, *comparison.details, comparison.settings):
         for row in table.rows:
             for column, cell in zip(table.columns, row.cells, strict=True):
                 low, high = cell.interval or (None, None)
-                run = comparison.runs[column.run].label
+                run = cell_label(column, cell, labels)
                 values = (cell.value, cell.stderr, low, high, cell.text)
                 writer.writerow([table.key, row.key, row.name, row.unit, run, column.kind, *values])
     return out.getvalue()

@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_harness.compare.evaluation import CATEGORIES
 from qlora_harness.compare.evidence import Cost, Evidence
+from qlora_harness.compare.intersection import common_words
 from qlora_harness.compare.losses import StepLog
 from qlora_harness.compare.statistics import Z95
 
@@ -151,7 +152,7 @@ def _categories(evidence: Evidence) -> Any:
             error_x={"array": [100 * Z95 * stderr if stderr else None for _, _, stderr in rows]},
             hovertemplate=f"{label}, %{{customdata}}: %{{x:.2f}}%<extra></extra>",
         )
-    figure.update_xaxes(title="accuracy, %")
+    figure.update_xaxes(title=_accuracy_title(evidence))
     figure.update_yaxes(
         range=[len(names) - 0.5, -0.5], tickvals=list(range(len(names))), ticktext=names
     )
@@ -187,11 +188,15 @@ def _subjects(evidence: Evidence) -> Any:
             marker={"color": _colour(index), "size": 9},
             hovertemplate=f"{label}, %{{y}}: %{{x:.1f}}%<extra></extra>",
         )
-    figure.update_xaxes(title="accuracy, %", side="top")
+    figure.update_xaxes(title=_accuracy_title(evidence), side="top")
     figure.update_yaxes(range=[len(names) - 0.5, -0.5], dtick=1, tickfont={"size": 11})
     figure = _layout(figure, 110 + 20 * len(names))
     figure.update_layout(legend={"y": 0, "yanchor": "top"}, margin={"t": 60})
     return figure
+
+
+def _accuracy_title(evidence: Evidence) -> str:
+    return f"accuracy, %{common_words(evidence.common)}"
 
 
 def _short(subject: str) -> str:

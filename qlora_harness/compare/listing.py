@@ -11,7 +11,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from qlora_harness.compare.evaluation import CATEGORIES, DEFAULT_FAMILY
-from qlora_harness.compare.tables import GIB, NOTHING, duration
+from qlora_harness.compare.tables.number_text import duration
+from qlora_harness.compare.tables.table import NOTHING
+from qlora_harness.compare.tables.training import GIB
 from qlora_harness.errors import ResultsError
 from qlora_harness.record import EVALUATION_FILE, SUMMARY_FILE, nested, read_json
 

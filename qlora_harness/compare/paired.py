@@ -10,14 +10,15 @@ here is a function of these counts, by subject:
   Tango's score test (Statistics in Medicine 17, 1998), which holds where hardly any answer changed.
 - detectable difference: what a two-sided 5% test of this many questions, with this share of
   changed answers, finds in 80% of samples (Connor, Biometrics 43, 1987, with p_b + p_c as seen).
-- Holm's correction over subjects, and over categories (Scandinavian Journal of Statistics 6, 1979).
+- Holm's correction over subjects, over categories, and of McNemar's tests over the runs that are
+  compared with the same baseline (Scandinavian Journal of Statistics 6, 1979).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qlora_harness.compare.statistics import Difference, PairedCounts, paired_difference
@@ -76,7 +77,9 @@ class PairedStatistics:
         interval: Its bootstrap interval; None where fewer than ten answers changed.
         macro: Difference of the macro accuracies.
         macro_interval: Its bootstrap interval, or None.
-        mcnemar_p: Of the exact McNemar test.
+        mcnemar_p: Of the exact McNemar test, as it is.
+        mcnemar_holm: The same after Holm's correction over the runs compared with the baseline.
+        tests: The number of these runs; with one the two p are equal.
         agreement: Share of questions with the same predicted letter.
         detectable: Smallest difference that would have been found in 80% of samples.
         margin: Of the equivalence test.
@@ -101,6 +104,8 @@ class PairedStatistics:
     categories: tuple[GroupTest, ...]
     draws: int
     seed: int
+    mcnemar_holm: float
+    tests: int = 1
 
     @property
     def equivalent(self) -> bool:
@@ -109,8 +114,8 @@ class PairedStatistics:
 
     @property
     def different(self) -> bool:
-        """Whether a difference is shown, at 5%."""
-        return self.mcnemar_p < 1 - LEVEL
+        """Whether a difference is shown, at 5% over all runs together."""
+        return self.mcnemar_holm < 1 - LEVEL
 
 
 def mcnemar(counts: PairedCounts) -> float:
@@ -276,13 +281,15 @@ def analyse(
         if subject in category_of:
             categories.setdefault(category_of[subject], []).append(found)
     macro = [paired_difference(found).value for found in by_subject.values()]
+    p = mcnemar(counts)
     return PairedStatistics(
         counts=counts,
         difference=difference,
         interval=interval,
         macro=sum(macro) / len(macro),
         macro_interval=macro_interval,
-        mcnemar_p=mcnemar(counts),
+        mcnemar_p=p,
+        mcnemar_holm=p,
         agreement=same_letter / counts.total,
         detectable=detectable(counts),
         margin=margin,
@@ -292,6 +299,22 @@ def analyse(
         draws=draws,
         seed=seed,
     )
+
+
+def correct(found: Mapping[int, PairedStatistics]) -> dict[int, PairedStatistics]:
+    """Corrects McNemar's tests of several runs against one baseline among each other, by Holm.
+
+    Args:
+        found: By index of the run.
+
+    Returns:
+        The same with `mcnemar_holm` and `tests` of all of them together.
+    """
+    adjusted = holm([item.mcnemar_p for item in found.values()])
+    return {
+        index: replace(item, mcnemar_holm=p, tests=len(found))
+        for (index, item), p in zip(found.items(), adjusted, strict=True)
+    }
 
 
 def _tests(groups: Mapping[str, PairedCounts]) -> tuple[GroupTest, ...]:

@@ -12,7 +12,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from qlora_harness.compare.evidence import Evidence
-from qlora_harness.compare.tables import Cell, Column, Row, Table
+from qlora_harness.compare.intersection import Intersection, Tally
+from qlora_harness.compare.tables.table import Cell, Column, Row, Table, cell_label
 from qlora_harness.record import SCHEMA_VERSION
 
 KIND = "comparison"
@@ -61,6 +62,7 @@ class Comparison:
         notes: What has to be known before quoting a number.
         verdict: One sentence for each run but the first.
         evidence: What lies behind the numbers, for figures; JSON and Markdown don't hold it.
+        intersection: What each later run has in common with the first; None without --intersect.
     """
 
     created: str
@@ -73,6 +75,7 @@ class Comparison:
     notes: tuple[str, ...]
     verdict: tuple[str, ...]
     evidence: Evidence
+    intersection: tuple[Intersection, ...] | None = None
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -87,6 +90,11 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "created": comparison.created,
         "runs": [vars(run) for run in comparison.runs],
         "task": comparison.family,
+        "intersection": (
+            None
+            if comparison.intersection is None
+            else [_intersection_to_json(item) for item in comparison.intersection]
+        ),
         "tables": [
             _table_to_json(table, comparison.runs)
             for table in (*comparison.tables, *comparison.details)
@@ -98,7 +106,23 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
+def _intersection_to_json(item: Intersection) -> dict[str, Any]:
+    def counts(tally: Tally) -> dict[str, int]:
+        return vars(tally)
+
+    return {
+        "baseline": item.baseline,
+        "run": item.run,
+        **counts(item.total),
+        "tasks": [
+            {"task": f"{item.family}_{subject}", **counts(tally)}
+            for subject, tally in item.by_subject.items()
+        ],
+    }
+
+
 def _table_to_json(table: Table, runs: Sequence[RunInfo]) -> dict[str, Any]:
+    labels = [run.label for run in runs]
     return {
         "key": table.key,
         "title": table.title,
@@ -109,7 +133,7 @@ def _table_to_json(table: Table, runs: Sequence[RunInfo]) -> dict[str, Any]:
                 "unit": row.unit,
                 "cells": [
                     {
-                        "run": runs[column.run].label,
+                        "run": cell_label(column, cell, labels),
                         "kind": column.kind,
                         "value": cell.value,
                         "stderr": cell.stderr,

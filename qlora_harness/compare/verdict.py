@@ -9,16 +9,8 @@ from qlora_harness.compare.losses import LossDifference
 from qlora_harness.compare.paired import PairedStatistics
 from qlora_harness.compare.runs import Run, TrainingSummary
 from qlora_harness.compare.statistics import Difference
-from qlora_harness.compare.tables import (
-    GIB,
-    cpu_peak_bytes,
-    decimals,
-    gpu_peak_bytes,
-    interval_text,
-    p_text,
-    points,
-    signed,
-)
+from qlora_harness.compare.tables.number_text import decimals, interval_text, p_text, points, signed
+from qlora_harness.compare.tables.training import GIB, cpu_peak_bytes, gpu_peak_bytes
 
 DEMO_DATASET = "demo"
 _RANDOM = "random weights, so it says nothing"
@@ -106,6 +98,8 @@ def sentence(
     losses: LossDifference | None,
     family: str | None,
     same_data: bool,
+    *,
+    common: bool = False,
 ) -> str:
     """Says in one sentence how a run compares with the first.
 
@@ -117,6 +111,7 @@ def sentence(
         losses: Their losses on the same data, if both have a step log.
         family: The task family compared, or None.
         same_data: Whether both were trained and evaluated on the same data.
+        common: Whether `paired` is over the common questions of different sets only.
     """
     parts = []
     if first.training is not None and run.training is not None:
@@ -125,7 +120,7 @@ def sentence(
         has_random_weights(item, item.evaluations.get(str(family))) for item in (first, run)
     )
     if paired is not None:
-        parts.append(_paired_part(paired, str(family), random))
+        parts.append(_paired_part(paired, str(family), random, common))
     elif difference is not None:
         parts.append(_unpaired_part(difference, str(family), random))
     if not parts:
@@ -186,25 +181,29 @@ def _unpaired_part(difference: Difference, family: str, random: bool) -> str:
     return f"{text}: a difference is shown (at least 1.96 standard errors)"
 
 
-def _paired_part(paired: PairedStatistics, family: str, random: bool) -> str:
+def _paired_part(paired: PairedStatistics, family: str, random: bool, common: bool) -> str:
     change = signed(100 * paired.difference.value, decimals(2))
     interval = (
         "too few changed answers for an interval"
         if paired.interval is None
         else f"95% interval {interval_text(paired.interval)}"
     )
-    text = f"differs on {_where(family)} by {change} points ({interval}, paired)"
+    part = f"the {paired.counts.total:,} common questions of " if common else ""
+    text = f"differs on {part}{_where(family)} by {change} points ({interval}, paired)"
     if random:
         return f"{text}: {_RANDOM}"
     margin = f"±{100 * paired.margin:g} points"
-    p = p_text(paired.mcnemar_p)
+    p = p_text(paired.mcnemar_holm)
+    p = f"McNemar p {p if p.startswith('<') else '= ' + p}"
+    if paired.tests > 1:
+        p += f" after Holm's correction over {paired.tests} runs"
     shown = "a difference is shown" if paired.different else "no difference is shown"
     within = "is shown to be" if paired.equivalent else "is not shown to be"
     joint = "and" if paired.different == paired.equivalent else "but"
     if not paired.different:
         joint = "and" if paired.equivalent else "but"
     return (
-        f"{text}: {shown} (McNemar p {p if p.startswith('<') else '= ' + p}), {joint} it {within} "
+        f"{text}: {shown} ({p}), {joint} it {within} "
         f"within {margin} (two one-sided tests at 5%, p "
         f"{'' if paired.equivalence_p < 0.0001 else '= '}{p_text(paired.equivalence_p)})"
     )

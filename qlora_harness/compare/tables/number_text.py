@@ -1,0 +1,70 @@
+"""Numbers as a person reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from qlora_harness.compare.paired import Interval
+from qlora_harness.compare.statistics import Difference
+
+
+def decimals(digits: int) -> Callable[[float], str]:
+    """Returns a function that writes a number with a fixed number of decimals.
+
+    Args:
+        digits: Decimals.
+    """
+    return lambda value: f"{value:,.{digits}f}".replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """Writes a time as h:mm:ss.
+
+    Args:
+        seconds: A time of at least 0, seconds.
+    """
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}"
+
+
+def signed(value: float, write: Callable[[float], str]) -> str:
+    """Writes a difference with its sign; exactly 0 has none.
+
+    Args:
+        value: The difference.
+        write: Writes its size.
+    """
+    sign = "" if value == 0 else "+" if value > 0 else "−"
+    return f"{sign}{write(abs(value))}"
+
+
+def points(difference: Difference) -> str:
+    """Writes a difference of accuracies in percentage points with its standard error.
+
+    Args:
+        difference: The difference, as a share.
+    """
+    text = signed(100 * difference.value, decimals(2))
+    if difference.stderr is None:
+        return text
+    return f"{text} ± {100 * difference.stderr:.2f}"
+
+
+def interval_text(interval: Interval) -> str:
+    """Writes an interval of a difference in percentage points.
+
+    Args:
+        interval: As shares.
+    """
+    low, high = (signed(100 * end, decimals(2)) for end in (interval.low, interval.high))
+    return f"{low} to {high}"
+
+
+def p_text(p: float) -> str:
+    """Writes a p-value.
+
+    Args:
+        p: 0 to 1.
+    """
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"

@@ -1,0 +1,64 @@
+"""The table of a measure over several seeds an arm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from qlora_harness.compare.design import ArmSeeds, seed_difference
+from qlora_harness.compare.tables.cells import percent_cell
+from qlora_harness.compare.tables.number_text import signed
+from qlora_harness.compare.tables.table import Cell, Column, Row, Table
+
+
+def seeds_table(
+    key: str, name: str, unit: str, write: Callable[[float], str], arms: Sequence[ArmSeeds]
+) -> Table:
+    """Builds the table of a measure over seeds: means, spread, and the seeds' share of differences.
+
+    Args:
+        key: Its name for programs.
+        name: Its name for people.
+        unit: Of its values.
+        write: Writes a value.
+        arms: From `design.seeds`.
+
+    Returns:
+        Three rows: means with ranges and differences; the standard deviation between seeds, pooled
+        where it is that of a difference; the relative standard error of each difference.
+    """
+    first = arms[0]
+    columns = [
+        Column(f"{arm.name}, {len(arm.values)} seed{'s' * (len(arm.values) > 1)}", 0, "value")
+        for arm in arms
+    ]
+    cells = [
+        Cell(
+            f"{write(arm.mean)} ({write(min(arm.values))} to {write(max(arm.values))})",
+            arm.mean,
+            arm.stderr,
+            label=arm.name,
+        )
+        for arm in arms
+    ]
+    spreads = [
+        Cell(label=arm.name) if arm.sd is None else Cell(write(arm.sd), arm.sd, label=arm.name)
+        for arm in arms
+    ]
+    shares = [Cell(label=arm.name) for arm in arms]
+    for arm in arms[1:]:
+        columns.append(Column(f"{arm.name} less {first.name}, ± of the seeds", 0, "difference"))
+        change = seed_difference(first, arm, arms)
+        text = signed(change.value, write)
+        text += "" if change.stderr is None else f" ± {write(change.stderr)}"
+        cells.append(Cell(text, change.value, change.stderr, label=arm.name))
+        spread = f"{write(change.pooled_sd)} (pooled)"
+        spreads.append(Cell(spread, change.pooled_sd, label=arm.name))
+        share = change.relative_stderr
+        shares.append(replace(Cell() if share is None else percent_cell(share), label=arm.name))
+    rows = (
+        Row(key, name, unit, tuple(cells)),
+        Row(f"{key}.sd", "  standard deviation between seeds", unit, tuple(spreads)),
+        Row(f"{key}.relative_stderr", "  relative standard error (seeds, %)", "%", tuple(shares)),
+    )
+    return Table(key, f"{name} over seeds: mean (range)", tuple(columns), rows)

@@ -1,0 +1,368 @@
+"""Made-up runs to compare: their files, their readers, and ways to spoil them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_harness.compare import command
+from qlora_harness.compare.report import Comparison
+from qlora_harness.compare.tables.table import Cell, Table
+
+FAMILY = "mmlu_qlora_5shot"
+DATE = "2026-11-24T08-14-04.277787"
+GIB = 2**30
+CATEGORY_OF = {"anatomy": "stem", "law": "humanities", "virology": "other"}
+# Ten questions each: right in both 4 + 3, only first 3 + 2, only second 1 + 2, neither 2 + 3.
+FIRST = {"anatomy": "1111111000", "law": "1111100000"}
+SECOND = {"anatomy": "1111000100", "law": "1110011000"}
+Edit = Callable[[dict[str, Any]], None]
+
+
+def put(value: dict[str, Any], dotted: str, new: object) -> None:
+    """Sets value["a"]["b"] for "a.b"; a missing value is removed."""
+    *keys, last = dotted.split("/")
+    for key in keys:
+        value = value[key]
+    if new is ...:
+        del value[last]
+    else:
+        value[last] = new
+
+
+def edit(dotted: str, new: object) -> Edit:
+    return lambda record: put(record, dotted, new)
+
+
+def summary(quant: str = "nf4", **changes: Any) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "schema_version": 1,
+        "kind": "training_summary",
+        "status": "completed",
+        "arm": "4bit" if quant == "nf4" else "16bit",
+        "quant": quant,
+        "started": "2026-11-24T08:00:00+00:00",
+        "finished": "2026-11-24T09:00:00+00:00",
+        "model": {"name": "llama", "revision": None, "commit": "a" * 40, "random_weights": False},
+        "quantization": {"quant": quant, "double_quant": quant == "nf4"},
+        "settings": {"dataset": "oasst1", "learning_rate": 2e-4, "max_steps": 20},
+        "data": {
+            "dataset": "oasst1",
+            "train": {"conversations": 90, "tokens": 9000, "fingerprint": "sha256:" + "1" * 64},
+            "eval": {"conversations": 10, "tokens": 1000, "fingerprint": "sha256:" + "2" * 64},
+            "dropped": {"deleted": 3},
+            "truncated": 0,
+        },
+        "memory": {
+            "device_type": "cuda",
+            "peak_allocated_bytes": 6.5 * GIB if quant == "nf4" else 14.5 * GIB,
+            "peak_reserved_bytes": 7.0 * GIB if quant == "nf4" else 15.0 * GIB,
+            "peak_device_used_bytes": None,
+            "cpu_peak_rss_bytes": 3 * GIB,
+        },
+        "runtime": {"train_seconds": 5000.0 if quant == "nf4" else 4000.0, "resumed": False},
+        "throughput": {"tokens_per_second": 400.0 if quant == "nf4" else 500.0},
+        "results": {
+            "steps": 20,
+            "final_train_loss": 1.25 if quant == "nf4" else 1.0,
+            "eval_loss": 1.5,
+            "perplexity": math.exp(1.5),
+        },
+        "environment": {
+            "versions": {"torch": "2.13.0"},
+            "git": {"revision": "b" * 40, "dirty": False},
+            "device": {"name": "NVIDIA H100", "total_memory_bytes": 80 * GIB, "count": 1},
+            "world_size": 1,
+            "command": f"train.py --quant {quant}",
+        },
+        "failure": None,
+    }
+    for dotted, value in changes.items():
+        put(record, dotted.replace("__", "/"), value)
+    return record
+
+
+def accuracy(marks: str) -> float:
+    return marks.count("1") / len(marks)
+
+
+def stderr(marks: str) -> float | None:
+    n, p = len(marks), accuracy(marks)
+    return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
+
+
+def scores(marks: Mapping[str, str], **changes: Any) -> dict[str, Any]:
+    """Returns one family of evaluation_results.json."""
+    every = "".join(marks.values())
+    subject_accuracies = [accuracy(item) for item in marks.values()]
+    record: dict[str, Any] = {
+        "acc": accuracy(every),
+        "acc_stderr": stderr(every),
+        "acc_macro": sum(subject_accuracies) / len(subject_accuracies),
+        "acc_macro_stderr": 0.125,
+        "n": len(every),
+        "n_total": len(every),
+        "ties": 1,
+        "truncated": 0,
+        "prompts_sha256": "c" * 64,
+        "subjects": {
+            name: {
+                "acc": accuracy(item),
+                "acc_stderr": stderr(item),
+                "n": len(item),
+                "correct": item.count("1"),
+            }
+            for name, item in marks.items()
+        },
+        "categories": {
+            CATEGORY_OF[name]: {
+                "acc": accuracy(item),
+                "acc_stderr": stderr(item),
+                "acc_macro": accuracy(item),
+                "n": len(item),
+            }
+            for name, item in marks.items()
+        },
+    }
+    record.update(changes)
+    return record
+
+
+def evaluation(
+    marks: Mapping[str, str], families: Sequence[str] = (FAMILY,), **changes: Any
+) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "kind": "evaluation_results",
+        "arm": "4bit",
+        "model": {"base": "llama", "revision": None, "quant": "nf4", "peft": "adapter"},
+        "tasks": {family: scores(marks, **changes) for family in families},
+        "settings": {"batch_size": 8, "dtype": "bfloat16", "max_length": 2048},
+        "environment": {"versions": {"lm_eval": "0.4.13"}, "device": "NVIDIA H100"},
+    }
+
+
+def metrics(name: str, marks: str, macro: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "alias": name,
+        "sample_len": len(marks),
+        "acc,none": accuracy(marks),
+        "acc_stderr,none": stderr(marks) or "N/A",
+        "acc_macro,none": macro,
+        "acc_macro_stderr,none": "N/A",
+    }
+
+
+def harness(
+    marks: Mapping[str, str],
+    family: str = FAMILY,
+    total: int | None = None,
+    nested_groups: bool = False,
+) -> dict[str, Any]:
+    """Returns lm_eval's results JSON; inline groups are named "parent::child" there."""
+    prefix = f"{family}::" if nested_groups else ""
+    macro = sum(map(accuracy, marks.values())) / len(marks)
+    results = {
+        f"{family}_{name}": metrics(f"{family}_{name}", item, accuracy(item))
+        for name, item in marks.items()
+    }
+    groups = {
+        f"{prefix}{family}_{CATEGORY_OF[name]}": metrics("category", item, accuracy(item))
+        for name, item in marks.items()
+    }
+    groups[family] = metrics(family, "".join(marks.values()), macro)
+    return {
+        "results": {**results, **groups},
+        "groups": groups,
+        "group_subtasks": {},
+        "configs": {},
+        "versions": {family: "1.0"},
+        "n-samples": {
+            f"{family}_{name}": {"original": total or len(item), "effective": len(item)}
+            for name, item in marks.items()
+        },
+        "config": {
+            "model": "hf",
+            "model_args": {"pretrained": "gpt2", "dtype": "bfloat16"},
+            "model_dtype": "torch.bfloat16",
+            "batch_size": "8",
+            "limit": None,
+            "use_cache": None,
+        },
+        "pretty_env_info": "PyTorch version: 2.13.0\nGPU models and configuration: GPU 0: H100\n",
+        "transformers_version": "5.23.0",
+        "lm_eval_version": "0.4.13",
+        "max_length": 2048,
+        "chat_template_sha": None,
+    }
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def sample(subject: str, doc_id: int, right: bool) -> dict[str, Any]:
+    """Returns a logged sample as lm_eval writes it: log-probabilities as text, the first best."""
+    return {
+        "doc_id": doc_id,
+        "doc": {},
+        "target": "0" if right else "1",
+        "filtered_resps": [[str(-0.5 - choice), "False"] for choice in range(4)],
+        "filter": "none",
+        "metrics": ["acc", "acc_macro"],
+        "doc_hash": digest("doc", subject, doc_id),
+        "prompt_hash": digest("prompt", subject, doc_id),
+        "target_hash": digest("target", subject, doc_id),
+        "acc": float(right),
+        "acc_macro": float(right),
+    }
+
+
+def write(path: Path, value: object, seconds: float | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    if seconds is not None:
+        os.utime(path, (seconds, seconds))
+    return path
+
+
+def write_harness(
+    folder: Path,
+    marks: Mapping[str, str],
+    *,
+    date: str = DATE,
+    seconds: float = 2000.0,
+    samples: bool = True,
+    **options: Any,
+) -> Path:
+    family = options.get("family", FAMILY)
+    if samples:
+        for subject, item in marks.items():
+            lines = [
+                json.dumps(sample(subject, index, mark == "1")) for index, mark in enumerate(item)
+            ]
+            name = f"samples_{family}_{subject}_{date}.jsonl"
+            write(folder / "gpt2" / name, "\n".join(lines) + "\n")
+    path = folder / "gpt2" / f"results_{date}.json"
+    return write(path, harness(marks, **options), seconds)
+
+
+def write_run(
+    folder: Path,
+    training: dict[str, Any] | None = None,
+    scored: dict[str, Any] | None = None,
+) -> Path:
+    if training is not None:
+        write(folder / "training_summary.json", training)
+    if scored is not None:
+        write(folder / "evaluation_results.json", scored, 1000.0)
+    return folder
+
+
+def table(comparison: Comparison, key: str) -> Table:
+    return next(item for item in comparison.tables if item.key == key)
+
+
+def cells(comparison: Comparison, key: str, row: str) -> list[Cell]:
+    return list(next(item for item in table(comparison, key).rows if item.key == row).cells)
+
+
+def texts(comparison: Comparison, key: str, row: str) -> list[str]:
+    return [cell.text for cell in cells(comparison, key, row)]
+
+
+def changed(path: Path, change: Edit) -> None:
+    record = json.loads(path.read_text())
+    before = path.stat()
+    change(record)
+    path.write_text(json.dumps(record))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def main(*words: object) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(word) for word in words]))
+
+
+def in_summary(dotted: str, new: object) -> Callable[[Path], object]:
+    return lambda folder: changed(folder / "training_summary.json", edit(dotted, new))
+
+
+def in_evaluation(dotted: str, new: object) -> Callable[[Path], object]:
+    return lambda folder: changed(folder / "evaluation_results.json", edit(dotted, new))
+
+
+def in_harness(dotted: str, new: object) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        (folder / "evaluation_results.json").unlink()
+        changed(next(folder.rglob("results_*.json")), edit(dotted, new))
+
+    return spoil
+
+
+def in_sample(dotted: str, new: object) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        path = next(folder.rglob("samples_*_anatomy_*.jsonl"))
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        put(lines[2], dotted, new)
+        path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+    return spoil
+
+
+def in_text(pattern: str, change: Callable[[str], str]) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        path = next(folder.rglob(pattern))
+        path.write_text(change(path.read_text()))
+
+    return spoil
+
+
+def half(text: str) -> str:
+    return text[: len(text) // 2]
+
+
+def rescored(marks: Mapping[str, str], **changes: Any) -> Callable[[Path], object]:
+    """Replaces every evaluation of a run, without samples."""
+
+    def spoil(folder: Path) -> None:
+        for path in folder.rglob("*"):
+            if path.name.startswith(("results_", "samples_")):
+                path.unlink()
+        write_run(folder, None, evaluation(marks, **changes))
+
+    return spoil
+
+
+LESS = {"anatomy": "1111111000", "law": "1111"}
+ANATOMY = f"results/{FAMILY}_anatomy"
+# Right or wrong, by place in the design: (4-bit, fine-tuned).
+MARKS = {
+    (False, False): {"anatomy": "1110000000", "law": "1110000000"},
+    (True, False): {"anatomy": "1100000000", "law": "1110000000"},
+    (False, True): {"anatomy": "1111100000", "law": "1111000000"},
+    (True, True): {"anatomy": "1111000000", "law": "1110100000"},
+}
+
+
+def four(folder: Path, *, samples: bool = True) -> list[Path]:
+    runs = []
+    for (four_bit, tuned), marks in MARKS.items():
+        quant = "nf4" if four_bit else "bf16"
+        path = folder / f"{quant}{'_tuned' if tuned else ''}"
+        write_run(path, summary(quant) if tuned else None, evaluation(marks))
+        change = edit("model/quant", quant)
+        changed(path / "evaluation_results.json", change)
+        changed(path / "evaluation_results.json", edit("model/peft", "adapter" if tuned else None))
+        if samples:
+            write_harness(path, marks)
+        runs.append(path)
+    return runs
