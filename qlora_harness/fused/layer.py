@@ -187,7 +187,7 @@ class _Layer(torch.autograd.Function):
             del kept
             if mlp is None:
                 _, mlp = _gates(layer, h, None, seed)
-            dh, mlp_grads = _second_half_backward(layer, dy.contiguous(), h, mlp, seed)
+            dh, mlp_grads = _second_half_backward(layer, dy, h, mlp, seed)
             del mlp, h
             dx, attention_grads = _first_half_backward(layer, dh, x, attention, row, seed)
         return dx, None, None, None, *attention_grads, *mlp_grads
@@ -198,8 +198,9 @@ def _second_half_backward(
 ) -> tuple[torch.Tensor, Gradients]:
     """Returns the gradient of h, in memory with room for what follows, and those of adapters."""
     tokens, hidden = dy.shape
-    wide = layer.down.output_gradient(tokens, dy)
-    wide[:, :hidden] = dy
+    if dy.stride(1) != 1:
+        dy = dy.contiguous()
+    wide = layer.down.with_room(dy)
     product, d_inner = layer.down.backward(wide, _next(seed, 6))
     del wide
     ops.swiglu_backward(mlp.gates, product)
@@ -237,7 +238,8 @@ def _first_half_backward(
     del dq, dk, dv
     _normalise_heads_backward(layer, d_projected, kept.raw)
     normed, d_inner = layer.qkv.backward(d_projected, seed)
-    dx = torch.empty_like(x)
+    # With the room that the layer below needs.
+    dx = layer.down.output_gradient(len(x), x)[:, : x.shape[1]]
     residual = dh[:, : x.shape[1]]
     ops.rms_norm_backward(normed, x, layer.attention_norm, layer.eps, dx, add=residual)
     grads = layer.qkv.gradients(d_projected, d_inner, normed, kept.inner_qkv, seed)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 
 from qlora_harness.fused.bordered import Bordered, Projection, Scratch, aligned
-from qlora_harness.fused.ops import drop
+from qlora_harness.fused.ops import copy, drop
 
 Gradients = list[torch.Tensor | None]
 Inner = torch.Tensor | None
@@ -76,6 +76,25 @@ class LoraGroup:
         """
         return _room(tokens, self._weights.height + self._weights.border, like)
 
+    def with_room(self, dy: torch.Tensor) -> torch.Tensor:
+        """Returns dy in memory as from `output_gradient`: where it lies, if it has the room.
+
+        Args:
+            dy: [T, N].
+        """
+        columns = self._weights.height + self._weights.border
+        stride = aligned(columns)
+        bytes_needed = len(dy) * stride * dy.element_size()
+        if (
+            dy.stride() == (stride, 1)
+            and dy.storage_offset() == 0
+            and dy.untyped_storage().nbytes() >= bytes_needed
+        ):
+            return dy.as_strided((len(dy), columns), (stride, 1))
+        wide = self.output_gradient(len(dy), dy)
+        wide[:, : dy.shape[1]] = dy
+        return wide
+
     def forward(self, wide: torch.Tensor, seed: int | None) -> tuple[torch.Tensor, Inner]:
         """Returns the outputs side by side, [T, N], and h, [T, R].
 
@@ -87,7 +106,7 @@ class LoraGroup:
         views = m.load(wide)
         inner = self._inner(wide[:, : m.width], views.down, seed)
         if inner is not None:
-            wide[:, m.width :] = inner
+            copy(inner, wide[:, m.width :])
         if self._bias is None:
             return wide @ views.weights.t(), inner
         return torch.addmm(self._bias.to(wide.dtype), wide, views.weights.t()), inner
@@ -111,7 +130,7 @@ class LoraGroup:
             own, room = dy[:, : m.height], dy[:, m.height :]
             inner = own @ views.up
             if not dropped:
-                room.copy_(inner)
+                copy(inner, room)
                 return dy @ views.left, inner
             dx = own @ views.frozen
         else:

@@ -77,6 +77,19 @@ def rms_norm_backward(
     gradient.copy_(weight * normed.to(x.dtype))
 
 
+def copy(source: torch.Tensor, out: torch.Tensor) -> None:
+    """Copies rows into longer ones; torch's own copy takes three times as long there.
+
+    Args:
+        source: [T, N], contiguous.
+        out: [T, N], written.
+    """
+    if triton_ops.usable(source):
+        triton_ops.copy(source, out)
+    else:
+        out.copy_(source)
+
+
 def swiglu(gates: torch.Tensor, out: torch.Tensor) -> None:
     """Writes silu(gate) * up.
 

@@ -212,6 +212,16 @@ def swiglu_backward_kernel(gates, gradient, gradient_stride, columns, BLOCK: tl.
 
 
 @triton.jit
+def copy_kernel(source, out, out_stride, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Copies contiguous rows into longer ones."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < columns)
+    value = tl.load(source + row * columns + column, mask=inside)
+    tl.store(out + row * out_stride + column, value, mask=inside)
+
+
+@triton.jit
 def rotate_kernel(
     projected, stride, cos, sin, heads, SIZE: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr
 ):

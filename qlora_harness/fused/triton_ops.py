@@ -33,6 +33,46 @@ def usable(x: torch.Tensor) -> bool:
     return x.is_cuda and _has_triton()
 
 
+_compiled: dict[Any, Any] = {}
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: Sequence[Any],
+    *constants: Any,
+    **options: Any,
+) -> None:
+    """Launches a kernel, looking only once at how it must be compiled.
+
+    Triton compiles for dtypes, for numbers, and for addresses that are multiples of 16 or not, and
+    looks at all of that at every launch; here one look-up finds what it compiled before.
+
+    Args:
+        kernel: From `triton_kernels`.
+        grid: Programs.
+        arguments: Tensors and numbers, in the kernel's order.
+        constants: What is fixed when compiling, in the kernel's order behind the arguments.
+        options: Of the compiler.
+    """
+    kinds = [a.dtype if isinstance(a, torch.Tensor) else a for a in arguments]
+    values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+    device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+    key = (kernel, device, *kinds, *constants)
+    compiled = _compiled.get(key)
+    aligned = all(
+        value % 16 == 0
+        for value, a in zip(values, arguments, strict=True)
+        if isinstance(a, torch.Tensor)
+    )
+    if compiled is not None and aligned:
+        compiled[grid](*values, *constants)
+        return
+    compiled = kernel[grid](*arguments, *constants, **options)
+    if compiled is not None and aligned:  # None in the interpreter
+        _compiled[key] = compiled
+
+
 class Loader:
     """Fills a bordered matrix: expands 4-bit weights, copies adapters.
 
@@ -69,7 +109,7 @@ class Loader:
         pairs += pairs[:1] * missing
         self._adapters = [part for pair in pairs if pair is not None for part in pair]
         rows = group.height + group.border
-        self._grid = (rows, -(-group.width // _CHUNK) if expand else 1)
+        self._grid = (rows, -(-group.width // _CHUNK) if expand else 1, 1)
         self._numbers = (
             group.stride,
             group.width,
@@ -78,15 +118,10 @@ class Loader:
             sum(group.heights[:2]),
             group.height,
             float(group.scale),
-            *(-1 if place is None else place for place in group.places),
-            *[-1] * missing,
         )
-        self._constants: dict[str, Any] = {
-            "RANK": group.rank,
-            "BORDER": _power(max(group.border, 1)),
-            "EXPAND": expand,
-            "NESTED": nested,
-        }
+        places = [-1 if place is None else place for place in group.places] + [-1] * missing
+        border = _power(max(group.border, 1))
+        self._constants = (*places, group.rank, border, expand, nested)
 
     def __call__(self, matrix: torch.Tensor) -> None:
         """Fills a matrix.
@@ -96,15 +131,10 @@ class Loader:
         """
         from qlora_harness.fused.triton_kernels import load_kernel
 
-        load_kernel[self._grid](
-            *(self._weights or [matrix] * 14),
-            *(self._adapters or [matrix] * 6),
-            matrix,
-            *self._numbers,
-            **self._constants,
-            # Scale times scale plus offset in two roundings, as bitsandbytes computes it.
-            enable_fp_fusion=False,
-        )
+        weights, adapters = self._weights or [matrix] * 14, self._adapters or [matrix] * 6
+        arguments = [*weights, *adapters, matrix, *self._numbers]
+        # Scale times scale plus offset in two roundings, as bitsandbytes computes it.
+        _launch(load_kernel, self._grid, arguments, *self._constants, enable_fp_fusion=False)
 
 
 def _expandable(states: Sequence[Any]) -> bool:
@@ -130,12 +160,13 @@ def rms_norm(
     """Namesake of `ops.rms_norm`."""
     from qlora_harness.fused.triton_kernels import rms_norm_kernel
 
+    rows, columns = x.shape
     total = x if add is None else torch.empty_like(x)
-    block = _power(x.shape[1])
-    rms_norm_kernel[(len(x),)](
-        *(x, x if add is None else add, weight, total, out, out.stride(0), x.shape[1], eps),
-        ADD=add is not None,
-        BLOCK=block,
+    block = _power(columns)
+    added = x if add is None else add
+    arguments = (x, added, weight, total, out, out.stride(0), columns, eps)
+    _launch(
+        *(rms_norm_kernel, (rows, 1, 1), arguments, add is not None, block),
         num_warps=_warps(block),
     )
     return total
@@ -152,35 +183,47 @@ def rms_norm_backward(
     """Namesake of `ops.rms_norm_backward`."""
     from qlora_harness.fused.triton_kernels import rms_norm_backward_kernel
 
-    block = _power(x.shape[1])
+    rows, columns = x.shape
+    block = _power(columns)
     added = x if add is None else add
-    rms_norm_backward_kernel[(len(x),)](
+    arguments = (
         *(gradient, gradient.stride(0), x, weight, added, added.stride(0)),
-        *(out, out.stride(0), x.shape[1], eps),
-        ADD=add is not None,
-        BLOCK=block,
+        *(out, out.stride(0), columns, eps),
+    )
+    _launch(
+        *(rms_norm_backward_kernel, (rows, 1, 1), arguments, add is not None, block),
         num_warps=_warps(block),
     )
+
+
+def copy(source: torch.Tensor, out: torch.Tensor) -> None:
+    """Namesake of `ops.copy`."""
+    from qlora_harness.fused.triton_kernels import copy_kernel
+
+    rows, columns = source.shape
+    block = _power(columns)
+    at_once = max(1, 4096 // block)
+    arguments = source, out, out.stride(0), rows, columns
+    _launch(copy_kernel, (-(-rows // at_once), 1, 1), arguments, at_once, block)
 
 
 def swiglu(gates: torch.Tensor, out: torch.Tensor) -> None:
     """Namesake of `ops.swiglu`."""
     from qlora_harness.fused.triton_kernels import swiglu_kernel
 
-    columns = out.shape[1]
-    swiglu_kernel[(len(out), -(-columns // _SWIGLU_BLOCK))](
-        gates, out, out.stride(0), columns, BLOCK=_SWIGLU_BLOCK
-    )
+    rows, columns = out.shape
+    grid = rows, -(-columns // _SWIGLU_BLOCK), 1
+    _launch(swiglu_kernel, grid, (gates, out, out.stride(0), columns), _SWIGLU_BLOCK)
 
 
 def swiglu_backward(gates: torch.Tensor, gradient: torch.Tensor) -> None:
     """Namesake of `ops.swiglu_backward`."""
     from qlora_harness.fused.triton_kernels import swiglu_backward_kernel
 
-    columns = gradient.shape[1]
-    swiglu_backward_kernel[(len(gradient), -(-columns // _SWIGLU_BLOCK))](
-        gates, gradient, gradient.stride(0), columns, BLOCK=_SWIGLU_BLOCK
-    )
+    rows, columns = gradient.shape
+    grid = rows, -(-columns // _SWIGLU_BLOCK), 1
+    arguments = gates, gradient, gradient.stride(0), columns
+    _launch(swiglu_backward_kernel, grid, arguments, _SWIGLU_BLOCK)
 
 
 def rotate(projected: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -188,12 +231,9 @@ def rotate(projected: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Te
     from qlora_harness.fused.triton_kernels import rotate_kernel
 
     size = cos.shape[1]
-    rotate_kernel[(len(projected),)](
-        *(projected, projected.stride(0), cos, sin, heads),
-        SIZE=size,
-        HALF=_power(size // 2),
-        HEADS=_power(heads),
-    )
+    arguments = projected, projected.stride(0), cos, sin, heads
+    constants = size, _power(size // 2), _power(heads)
+    _launch(rotate_kernel, (len(projected), 1, 1), arguments, *constants)
 
 
 def rotate_back(
@@ -205,14 +245,10 @@ def rotate_back(
     tokens, heads, size = dq.shape
     keys = dk.shape[1]
     out = dq.new_empty(tokens, (heads + 2 * keys) * size)
-    rotate_back_kernel[(tokens,)](
-        *(dq.contiguous(), dk.contiguous(), dv.contiguous(), out, cos, sin, heads, keys),
-        SIZE=size,
-        HALF=_power(size // 2),
-        HEADS=_power(heads),
-        KEY_HEADS=_power(keys),
-        VALUES=_power(keys * size),
-    )
+    gradients = dq.contiguous(), dk.contiguous(), dv.contiguous()
+    arguments = *gradients, out, cos, sin, heads, keys
+    constants = size, _power(size // 2), _power(heads), _power(keys), _power(keys * size)
+    _launch(rotate_back_kernel, (tokens, 1, 1), arguments, *constants)
     return out
 
 

@@ -187,8 +187,16 @@ def predict(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
     state = 2 * (1 + 4 / 256) if "8bit" in optimization.optimizer else 2.0 * width
     if optimization.optimizer == "paged_adamw_32bit":
         state = 8.0
-    kept, work = (_fused if _uses_fused(shape, settings) else _plain)(shape, settings, tokens, size)
-    if quant.is_4bit or not half:
+    fused = _uses_fused(shape, settings)
+    kept, work = (_fused if fused else _plain)(shape, settings, tokens, size)
+    if fused:
+        matrices = _bordered(shape, lora.lora_r)
+        if quant.is_4bit:
+            work += max(matrices) * size  # the group that was just expanded
+        else:
+            linear = _bordered(shape, 0)
+            weights += (sum(matrices) - sum(linear)) * size * shape.layers
+    elif quant.is_4bit:
         work += shape.largest * size  # the weight that was just expanded
     return MemoryPlan(
         optimization.checkpointing,
@@ -215,12 +223,24 @@ def _fused(shape: Shape, settings: Settings, tokens: int, size: int) -> tuple[in
         "full": hidden,
         "offload": 0,
     }[settings.optimization.checkpointing]
-    # The product of the MLP and its gradient; the gradients of the stream and of the norms.
-    work = 2.0 * inner + 3 * hidden
+    # The product of the MLP, which its gradient replaces; what the norms and the stream take.
+    work = float(inner + 4 * hidden)
     work += {"none": 0, "selective": second, "full": first + second, "offload": first + second}[
         settings.optimization.checkpointing
     ]
     return int(kept * size * tokens * shape.layers), int(work * size * tokens)
+
+
+def _bordered(shape: Shape, rank: int) -> list[int]:
+    """Elements of a layer's matrices with their adapters around them (`fused.bordered`)."""
+    groups = [
+        (shape.queries + 2 * shape.keys, shape.hidden, 3),
+        (shape.hidden, shape.queries, 1),
+        (2 * shape.inner, shape.hidden, 2),
+        (shape.hidden, shape.inner, 1),
+    ]
+    share = rank * shape.adapted / 7
+    return [int((n + share * count) * (k + share * count)) for n, k, count in groups]
 
 
 def _plain(shape: Shape, settings: Settings, tokens: int, size: int) -> tuple[int, int]:
