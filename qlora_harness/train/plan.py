@@ -86,7 +86,8 @@ class MemoryPlan:
         states: Of the optimizer.
         gradients: Of the adapter.
         kept: Activations that wait for the backward pass.
-        work: Of the layer at work, and of the loss.
+        work: Of the layer at work, of the loss, and what full-precision weights grow by when
+            adapters stand beside them.
     """
 
     checkpointing: str
@@ -195,7 +196,7 @@ def predict(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
             work += max(matrices) * size  # the group that was just expanded
         else:
             linear = _bordered(shape, 0)
-            weights += (sum(matrices) - sum(linear)) * size * shape.layers
+            work += (sum(matrices) - sum(linear)) * size * shape.layers
     elif quant.is_4bit:
         work += shape.largest * size  # the weight that was just expanded
     return MemoryPlan(
