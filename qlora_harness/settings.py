@@ -177,7 +177,7 @@ class OptimizationSettings:
         "modules and padded batches",
         choices=["auto", "none"],
     )
-    seed: int = _setting(0, "seed of weights, dropout, data order and split")
+    seed: int = _setting(0, "seed of adapter weights, dropout and data order")
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,6 @@ def load(tiny_tokenizer: Path, tmp_path: Path) -> Loader:
             "languages": "en",
             "paths": "best-path",
             "eval_fraction": 0.0,
-            "seed": 0,
         }
         encoder = ChatEncoder(tokenizer, "guanaco", max_length, "prompt")
         return load_training_data(encoder, rows, **(chosen | options))
@@ -149,7 +148,7 @@ def test_report_counts_everything_by_hand(load: Loader, tmp_path: Path) -> None:
         "source": str(tmp_path / "rows.jsonl"),
         "languages": "en",
         "conversations": "best-path",
-        "evaluation_source": "0 of the trees, seed 0",
+        "evaluation_source": "0 of the trees",
         "template": "guanaco",
         "mask": "prompt",
         "leading_bos": [BOS],
@@ -182,10 +181,10 @@ def test_same_data_has_the_same_fingerprint_and_other_data_another(load: Loader)
 
 def test_share_of_the_trees_is_held_out(load: Loader) -> None:
     rows = [row for i in range(20) for row in pair(f"t{i}", "q", f"answer {i}")]
-    data = load(rows, eval_fraction=0.1, seed=3)
+    data = load(rows, eval_fraction=0.1)
     assert (len(data.train), len(data.evaluation)) == (18, 2)
-    assert data.report["evaluation_source"] == "0.1 of the trees, seed 3"
-    again = load(rows, eval_fraction=0.1, seed=3)
+    assert data.report["evaluation_source"] == "0.1 of the trees"
+    again = load(rows, eval_fraction=0.1)
     assert again.report == data.report
     every = {tuple(e.input_ids) for e in data.train + data.evaluation}
     assert every == {tuple(example_ids("q", f"answer {i}")) for i in range(20)}

@@ -115,7 +115,6 @@ def data_of(model: Path, rows: Path) -> TrainingData:
         languages="en",
         paths="best-path",
         eval_fraction=0.25,
-        seed=0,
     )
 
 

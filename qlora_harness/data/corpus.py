@@ -13,6 +13,8 @@ from qlora_harness.data.oasst1 import build_conversations
 from qlora_harness.data.sources import Rows, load_splits
 from qlora_harness.errors import DataError
 
+_SPLIT_SEED = 0
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -37,12 +39,12 @@ def load_training_data(
     languages: str,
     paths: str,
     eval_fraction: float,
-    seed: int,
 ) -> TrainingData:
     """Loads, splits and encodes a data set.
 
-    The data set's own validation split is the evaluation set; without one, a seeded share of the
-    trees is held out, so that no tree stands on both sides.
+    The data set's own validation split is the evaluation set; without one, a share of the trees is
+    held out, so that no tree stands on both sides. It is the same share whatever the seed of a run,
+    so that runs of several seeds learn from the same conversations and are evaluated on the same.
 
     Args:
         encoder: Tokenizer, template and length.
@@ -51,7 +53,6 @@ def load_training_data(
         languages: Comma-separated codes, or "all".
         paths: "best-path" or "all-paths".
         eval_fraction: Share of trees to hold out, 0 to 0.5.
-        seed: Seed of the split.
 
     Raises:
         DataError: The data can't be read, or nothing is left to train on.
@@ -60,8 +61,8 @@ def load_training_data(
     splits = load_splits(dataset, revision)
     corpus = _build(splits.train, wanted, paths, splits.source)
     if splits.validation is None:
-        train, held_out = split_by_tree(corpus.conversations, eval_fraction, seed)
-        evaluation_source = f"{eval_fraction:g} of the trees, seed {seed}"
+        train, held_out = split_by_tree(corpus.conversations, eval_fraction, _SPLIT_SEED)
+        evaluation_source = f"{eval_fraction:g} of the trees"
         validation = None
     else:
         validation = _build(splits.validation, wanted, paths, splits.source)

@@ -140,7 +140,6 @@ def run(
         languages="all",
         paths=first.data.conversations,
         eval_fraction=first.data.eval_fraction,
-        seed=first.optimization.seed,
     )
     found = []
     for quant in quants:

@@ -187,7 +187,6 @@ class _Run:
                 languages=chosen.languages,
                 paths=chosen.conversations,
                 eval_fraction=chosen.eval_fraction,
-                seed=self.settings.optimization.seed,
             )
 
     def _check_same_data(self, data: TrainingData) -> None:
