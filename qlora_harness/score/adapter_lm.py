@@ -30,7 +30,8 @@ from qlora_harness.model.lora import adapter_digest, fuse_lora, load_adapter
 from qlora_harness.record import environment, scrub_all
 from qlora_harness.score.encoding import encode_pairs
 from qlora_harness.score.evaluation_record import model_slug
-from qlora_harness.score.journal import Journal, question_key
+from qlora_harness.score.garbage_collection import paused_collection, set_aside_for_good
+from qlora_harness.score.journal import Journal, question_keys
 from qlora_harness.score.mmlu_files import LETTERS
 from qlora_harness.score.mmlu_recorder import MmluRecorder
 from qlora_harness.score.model_arguments import check_arguments, resolve_dtype
@@ -113,7 +114,10 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         choice = self._choice
         if pretrained is None and peft is None:
             logger.warning("scoring the newest completed run: %s", choice.results_dir)
-        self._source = find_base(choice.base, choice.revision, argument="--model_args pretrained=")
+        with paused_collection():  # it imports much
+            self._source = find_base(
+                choice.base, choice.revision, argument="--model_args pretrained="
+            )
         self._compute_dtype = resolve_dtype(dtype, choice.compute_dtype)
         self._scoring, self._dequantize, self._verify = scoring, dequantize, verify
         self._kernels = kernels
@@ -147,6 +151,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             choice.adapter or "none",
             self._compute_dtype,
         )
+        set_aside_for_good()
 
     def _load_tokenizer(self) -> Any:
         folder = self._choice.adapter
@@ -307,7 +312,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         self, pairs: Sequence[Pair], journal: Journal | None, disable_tqdm: bool
     ) -> dict[Pair, Score]:
         """Scores distinct pairs; several processes do it together."""
-        keys = {pair: question_key(*pair) for pair in dict.fromkeys(pairs)} if journal else {}
+        keys = question_keys(dict.fromkeys(pairs)) if journal else {}
         known = (
             {p: journal.known[k] for p, k in keys.items() if k in journal.known} if journal else {}
         )
@@ -318,14 +323,17 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             shared: list[list[Pair]] = [[] for _ in range(self.world_size)]
             torch.distributed.all_gather_object(shared, wanted)
             wanted = list(dict.fromkeys(pair for part in shared for pair in part))
+        if journal is not None:  # other processes ask for texts that this one was not asked for
+            keys |= question_keys(pair for pair in wanted if pair not in keys)
 
         def note(scored: Sequence[tuple[Pair, Score]]) -> None:
             if journal is not None:
-                journal.append((question_key(*pair), *score) for pair, score in scored)
+                journal.append((keys[pair], *score) for pair, score in scored)
 
-        encoded = [
-            (pair, *ids) for pair, ids in zip(wanted, encode_pairs(self, wanted), strict=True)
-        ]
+        with paused_collection():
+            encoded = [
+                (pair, *ids) for pair, ids in zip(wanted, encode_pairs(self, wanted), strict=True)
+            ]
         fresh = dict(
             zip(
                 wanted,
