@@ -49,6 +49,9 @@ logger = logging.getLogger("qlora_harness")
 Pair = tuple[str, str]
 Encoded = tuple[Pair, list[int], list[int]]
 
+# What a text adds to those that share its beginning; a low guess, as most add a question.
+_FEW_TOKENS = 16
+
 
 class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
     """A base model and an adapter, scored as HFLM scores, each distinct token once.
@@ -124,6 +127,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         self._asked_pack_tokens = pack_tokens
         self._chat_template_asked = False
         self._truncated: set[str] = set()
+        self._ahead: tuple[PackedModel, int] | None = None
         super().__init__(
             pretrained=self._source.path,
             revision=choice.revision or "main",
@@ -330,18 +334,30 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             if journal is not None:
                 journal.append((keys[pair], *score) for pair, score in scored)
 
-        with paused_collection():
-            encoded = [
-                (pair, *ids) for pair, ids in zip(wanted, encode_pairs(self, wanted), strict=True)
-            ]
-        fresh = dict(
-            zip(
-                wanted,
-                self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm, on_scored=note),
-                strict=True,
-            )
-        )
-        return known | fresh
+        self._build_kernels_ahead(wanted)
+        try:
+            with paused_collection():
+                encoded = [
+                    (pair, *ids)
+                    for pair, ids in zip(wanted, encode_pairs(self, wanted), strict=True)
+                ]
+            scores = self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm, on_scored=note)
+        finally:
+            if self._ahead is not None:
+                self._ahead[0].wait()
+                self._ahead = None
+        return known | dict(zip(wanted, scores, strict=True))
+
+    def _build_kernels_ahead(self, wanted: Sequence[Pair]) -> None:
+        """On a GPU, builds the kernels of whole packs while many texts are encoded and planned."""
+        if self.device.type != "cuda" or self.world_size > 1 or not wanted or not self._can_pack():
+            return
+        pack_tokens = self._asked_pack_tokens or default_pack_tokens(self.model, self.device)
+        contexts = len({context for context, _ in wanted})
+        # Fewer may fit into one short pack, for which other kernels are built.
+        if contexts * _FEW_TOKENS >= pack_tokens:
+            self._ahead = PackedModel(self.model, self.softmax_dtype), pack_tokens
+            self._ahead[0].build_ahead(pack_tokens)
 
     def _loglikelihood_tokens(
         self,
@@ -376,17 +392,17 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         disable_tqdm: bool,
         on_scored: Callable[[Sequence[tuple[Pair, Score]]], None] | None,
     ) -> list[Score]:
-        pack_tokens = self._asked_pack_tokens or default_pack_tokens(self.model, self.device)
+        if self._ahead is not None:
+            model, pack_tokens = self._ahead
+        else:
+            model = PackedModel(self.model, self.softmax_dtype)
+            pack_tokens = self._asked_pack_tokens or default_pack_tokens(self.model, self.device)
         if self.world_size > 1:
             # The shares make the whole only if all processes plan alike.
             sizes = [0] * self.world_size
             torch.distributed.all_gather_object(sizes, pack_tokens)
             pack_tokens = min(sizes)
-        scorer = PackedScorer(
-            PackedModel(self.model, self.softmax_dtype),
-            window=self.max_length,
-            pack_tokens=pack_tokens,
-        )
+        scorer = PackedScorer(model, window=self.max_length, pack_tokens=pack_tokens)
 
         def note(scored: Sequence[tuple[int, Score]]) -> None:
             if on_scored is not None:
