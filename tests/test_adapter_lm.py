@@ -35,6 +35,7 @@ from qlora_harness.model.lora import adapter_digest, attach_lora, save_adapter
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.evaluation_record import prompt_hash
 from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
+from qlora_harness.score.packed_forward import PackedModel
 from qlora_harness.score.packed_scorer import PackedScorer
 from qlora_harness.score.task_index import extend_index
 from qlora_harness.settings import Quant
@@ -1203,3 +1204,83 @@ def test_architecture_that_cannot_be_packed_goes_the_plain_way(
     monkeypatch.setattr(adapter_lm, "why_unsupported", lambda config: "it is odd")
     assert score(make_lm(), prompts) == pytest.approx(expected, abs=1e-5)
     assert "scored through HFLM's own path: it is odd" in caplog.messages
+
+
+# Kernels that are built while texts are encoded
+
+
+@pytest.mark.parametrize(
+    ("device", "contexts", "processes", "expected"),
+    [
+        ("cuda", 32, 1, [512]),
+        ("cuda", 31, 1, []),  # may be one short pack
+        ("cuda", 0, 1, []),
+        ("cuda", 32, 2, []),  # the length is agreed on later
+        ("cpu", 32, 1, []),  # nothing is built
+    ],
+)
+def test_kernels_are_built_ahead_for_many_texts_on_a_gpu(
+    make_lm: Callable[..., QloraAdapterLM],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    contexts: int,
+    processes: int,
+    expected: list[int],
+) -> None:
+    lm = make_lm(pack_tokens=512)
+    built: list[int] = []
+    monkeypatch.setattr(PackedModel, "build_ahead", lambda self, size: built.append(size))
+    monkeypatch.setattr(lm, "_device", torch.device(device))
+    monkeypatch.setattr(lm, "_world_size", processes)
+    lm._build_kernels_ahead([(f"text {n}", k) for n in range(contexts) for k in (" A", " B")])
+    assert built == expected
+    assert (lm._ahead is not None) is bool(expected)
+
+
+def test_scoring_waits_for_kernels_also_after_an_error(
+    make_lm: Callable[..., QloraAdapterLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = make_lm()
+    ahead = PackedModel(lm.model, torch.float32)
+    waited: list[bool] = []
+    monkeypatch.setattr(ahead, "wait", lambda: waited.append(True))
+    monkeypatch.setattr(
+        lm, "_build_kernels_ahead", lambda wanted: setattr(lm, "_ahead", (ahead, 8))
+    )
+
+    def fail(lm: Any, pairs: Any) -> None:
+        raise KeyError("encoding")
+
+    monkeypatch.setattr("qlora_harness.score.adapter_lm.encode_pairs", fail)
+    with pytest.raises(KeyError, match="encoding"):
+        lm._score_pairs([("a", " b")], None, True)
+    assert waited == [True]
+    assert lm._ahead is None
+
+
+def test_model_that_was_begun_ahead_is_the_one_that_scores(
+    make_lm: Callable[..., QloraAdapterLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = make_lm()
+    pairs = [("The sky is", " blue"), ("The sky is", " green"), ("Grass", " grows")]
+    expected = lm._score_pairs(pairs, None, True)
+    sizes: list[int] = []
+    ahead = PackedModel(lm.model, torch.float32)
+
+    def begin(wanted: Any) -> None:
+        lm._ahead = ahead, 300
+        ahead.build_ahead(300)
+
+    start = PackedModel._start
+
+    def noted(self: PackedModel, pack: Any, pad_to: int | None) -> Any:
+        assert self is ahead
+        sizes.append(max(len(pack.tokens), pad_to or 0))
+        return start(self, pack, pad_to)
+
+    monkeypatch.setattr(lm, "_build_kernels_ahead", begin)
+    monkeypatch.setattr(PackedModel, "_start", noted)
+    assert lm._score_pairs(pairs, None, True) == expected
+    assert sizes[0] == 300
+    assert len(sizes) == 2
+    assert lm._ahead is None

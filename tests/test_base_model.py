@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,16 @@ def test_bf16_arm_has_the_values_of_the_checkpoint(tiny_llama: Path, compute_dty
         assert value.dtype == getattr(torch, compute_dtype)
         assert torch.equal(value.to(torch.bfloat16), saved[name])
     assert parameter_dtypes(model) == {compute_dtype: NOT_QUANTISED + QUANTISED}
+
+
+def test_base_without_4_bit_layers_needs_no_bitsandbytes(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Importing it takes seconds."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    model = load(tiny_llama, "bf16", "float32")
+    assert parameter_dtypes(model) == {"float32": QUANTISED + NOT_QUANTISED}
 
 
 def test_float32_checkpoint_is_rounded_to_bf16_first(copy: Callable[[str], Path]) -> None:

@@ -123,6 +123,27 @@ def test_scoring_on_the_gpu_agrees_with_the_cpu(tiny_llama: Path, quant: str) ->
     assert found["cuda"] == pytest.approx(found["cpu"], abs=1e-3)
 
 
+def test_kernels_built_ahead_serve_the_packs() -> None:
+    """Built in another thread; the first pack of that length builds nothing more."""
+    import torch
+    from test_packed_forward import tiny
+    from torch._dynamo.utils import counters
+
+    from qlora_harness.score.packed_forward import PackedModel
+    from qlora_harness.score.prefix_tree import Query, plan
+
+    torch.compiler.reset()
+    counters.clear()
+    model = PackedModel(tiny("llama").to(torch.bfloat16).cuda(), torch.float32)
+    (pack,) = plan([Query([1, 2, 3], [4])], pack_tokens=1024, window=48).packs
+    model.build_ahead(1024)
+    model.wait()
+    built = counters["stats"]["unique_graphs"]
+    assert built > 0
+    model.start(pack, 1024).reads()
+    assert counters["stats"]["unique_graphs"] == built
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

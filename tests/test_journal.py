@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
 from qlora_harness.errors import ResultsError
-from qlora_harness.score.journal import Journal, question_key
+from qlora_harness.score.journal import Journal, question_keys
 
 IDENTITY = {"base": "llama", "quant": "nf4", "adapter_sha256": "a" * 64}
 
@@ -71,5 +72,19 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_the_key_depends_on_context_and_continuation() -> None:
-    keys = {question_key(*p) for p in [("a", "b"), ("ab", ""), ("", "ab"), ("a", "c")]}
-    assert len(keys) == 4
+    pairs = [("a", "b"), ("ab", ""), ("", "ab"), ("a", "c")]
+    keys = question_keys(pairs)
+    assert list(keys) == pairs
+    assert len(set(keys.values())) == 4
+
+
+def test_the_key_is_the_hash_of_the_whole_text() -> None:
+    """What an interrupted run of an older version wrote is still found."""
+    pairs = [("Frage: Größe?\nAnswer:", " A"), ("Frage: Größe?\nAnswer:", " B"), ("", " A")]
+    assert question_keys(pairs) == {
+        (context, continuation): hashlib.sha256(f"{context}\0{continuation}".encode()).hexdigest()[
+            :32
+        ]
+        for context, continuation in pairs
+    }
+    assert question_keys([("a", "b")]) == {("a", "b"): "59b271ae1bbcb1d31d41929817f4b16f"}

@@ -26,8 +26,8 @@ def demo_rows(subject: str) -> list[dict[str, object]]:
 def test_subject_is_a_data_set_with_the_lines_of_the_file() -> None:
     loaded = load_subject(mmlu_file=DEMO, mmlu_subject="nutrition")
     assert list(loaded) == ["test"]
-    assert loaded["test"].column_names == ["index", "subject", "input", "output"]
-    assert loaded["test"].to_list() == demo_rows("nutrition")
+    assert list(loaded["test"].features) == ["index", "subject", "input", "output"]
+    assert list(loaded["test"]) == demo_rows("nutrition")
     assert len(loaded["test"]) == 12
 
 
@@ -51,8 +51,8 @@ def test_folder_is_passed_on(shared_data: Path) -> None:
         mmlu_dir=str(shared_data / "mmlu"),
     )
     assert len(loaded["test"]) == 14
-    assert set(loaded["test"]["subject"]) == {"anatomy"}
-    assert loaded["test"]["index"] == list(range(11, 25))
+    assert {doc["subject"] for doc in loaded["test"]} == {"anatomy"}
+    assert [doc["index"] for doc in loaded["test"]] == list(range(11, 25))
 
 
 def test_subject_that_the_file_lacks_is_an_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from qlora_harness.score.packed_forward import PackedModel, why_unsupported
 from qlora_harness.score.packed_scorer import PackedScorer
-from qlora_harness.score.prefix_tree import Query
+from qlora_harness.score.prefix_tree import Query, plan
 
 VOCABULARY = 40
 WINDOW = 48
@@ -106,7 +107,6 @@ def test_blocks_of_the_mask_are_those_that_torch_finds(queries: list[Query], fil
     from torch.nn.attention.flex_attention import create_block_mask
 
     from qlora_harness.score.packed_forward import BLOCK, block_mask
-    from qlora_harness.score.prefix_tree import plan
 
     # Long tails, so that whole blocks are seen, skipped, and seen in part.
     longer = [
@@ -183,6 +183,77 @@ def test_out_of_memory_halves_the_packs_and_goes_on(model: Any) -> None:
     assert {n: s[0] for n, s in found.items()} == pytest.approx(
         {n: s[0] for n, s in expected.items()}, abs=1e-5
     )
+
+
+def test_what_was_built_ahead_serves_the_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted with a compiler that builds nothing; what is reused is decided before it is asked."""
+    from torch._dynamo.testing import CompileCounter
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(flex_attention, backend=counter, dynamic=False)
+    monkeypatch.setattr("qlora_harness.score.packed_forward._flex", lambda on_gpu: compiled)
+    model = tiny("llama")
+    query = Query([1, 2, 3], [4])
+    (pack,) = plan([query], pack_tokens=256, window=WINDOW).packs
+    packed = PackedModel(model, torch.float32, flex=True)
+    packed.build_ahead(256)
+    packed.wait()
+    assert counter.frame_count == 1
+    found = packed.start(pack, 256).reads()
+    assert counter.frame_count == 1
+    assert found.logprobs[0] == pytest.approx(plain(model, query)[0], abs=1e-4)
+    packed.start(pack, 128).reads()
+    assert counter.frame_count == 2  # another length is another kernel: the counter does count
+
+
+def test_first_pack_waits_for_what_is_built_ahead() -> None:
+    model = tiny("llama")
+    packed = PackedModel(model, torch.float32)
+    (pack,) = plan([Query([1, 2, 3], [4])], pack_tokens=256, window=WINDOW).packs
+    goes_on = threading.Event()
+    seen: list[tuple[str, int]] = []
+
+    def forward(module: Any, args: Any, options: Any) -> None:
+        thread = threading.current_thread().name
+        if thread != "MainThread":
+            goes_on.wait(10)
+        seen.append((thread, options["input_ids"].shape[1]))
+
+    hook = model.model.register_forward_pre_hook(forward, with_kwargs=True)
+    packed.build_ahead(256)
+    threading.Timer(0.2, goes_on.set).start()
+    packed.start(pack).reads()
+    hook.remove()
+    assert seen == [("qlora_harness kernels", 256), ("MainThread", len(pack.tokens))]
+
+
+def test_what_can_not_be_built_ahead_is_left_to_the_first_pack(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = tiny("llama")
+    packed = PackedModel(model, torch.float32)
+    query = Query([1, 2, 3], [4])
+    (pack,) = plan([query], pack_tokens=256, window=WINDOW).packs
+    failures = iter([torch.OutOfMemoryError("CUDA out of memory"), ValueError("broken")])
+
+    def forward(module: Any, args: Any) -> None:
+        if (failure := next(failures, None)) is not None:
+            raise failure
+
+    hook = model.model.register_forward_pre_hook(forward)
+    before = model.config._attn_implementation
+    with caplog.at_level("INFO", logger="qlora_harness"):
+        packed.build_ahead(256)
+        packed.wait()
+    assert caplog.messages == ["kernels could not be built ahead (OutOfMemoryError)"]
+    assert model.config._attn_implementation == before
+    with pytest.raises(ValueError, match="broken"):
+        packed.start(pack)
+    found = packed.start(pack).reads()
+    hook.remove()
+    assert found.logprobs[0] == pytest.approx(plain(model, query)[0], abs=1e-4)
 
 
 @pytest.mark.parametrize(

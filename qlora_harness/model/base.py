@@ -317,11 +317,14 @@ def fits_dequantised(model: PreTrainedModel, compute_dtype: str) -> bool:
 def _compute_in_float32(model: PreTrainedModel) -> None:
     """Casts what is not 4-bit (that is stored as integers), and keeps products in float32."""
     import torch
-    from bitsandbytes.nn import Linear4bit
 
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32)
+    if not getattr(model, "is_loaded_in_4bit", False):
+        return  # importing bitsandbytes takes seconds
+    from bitsandbytes.nn import Linear4bit
+
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             # On CPUs with AVX512-BF16 bitsandbytes would round activations to bfloat16.

@@ -30,7 +30,8 @@ from qlora_harness.model.lora import adapter_digest, fuse_lora, load_adapter
 from qlora_harness.record import environment, scrub_all
 from qlora_harness.score.encoding import encode_pairs
 from qlora_harness.score.evaluation_record import model_slug
-from qlora_harness.score.journal import Journal, question_key
+from qlora_harness.score.garbage_collection import paused_collection, set_aside_for_good
+from qlora_harness.score.journal import Journal, question_keys
 from qlora_harness.score.mmlu_files import LETTERS
 from qlora_harness.score.mmlu_recorder import MmluRecorder
 from qlora_harness.score.model_arguments import check_arguments, resolve_dtype
@@ -47,6 +48,9 @@ logger = logging.getLogger("qlora_harness")
 
 Pair = tuple[str, str]
 Encoded = tuple[Pair, list[int], list[int]]
+
+# What a text adds to those that share its beginning; a low guess, as most add a question.
+_FEW_TOKENS = 16
 
 
 class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
@@ -113,13 +117,17 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         choice = self._choice
         if pretrained is None and peft is None:
             logger.warning("scoring the newest completed run: %s", choice.results_dir)
-        self._source = find_base(choice.base, choice.revision, argument="--model_args pretrained=")
+        with paused_collection():  # it imports much
+            self._source = find_base(
+                choice.base, choice.revision, argument="--model_args pretrained="
+            )
         self._compute_dtype = resolve_dtype(dtype, choice.compute_dtype)
         self._scoring, self._dequantize, self._verify = scoring, dequantize, verify
         self._kernels = kernels
         self._asked_pack_tokens = pack_tokens
         self._chat_template_asked = False
         self._truncated: set[str] = set()
+        self._ahead: tuple[PackedModel, int] | None = None
         super().__init__(
             pretrained=self._source.path,
             revision=choice.revision or "main",
@@ -147,6 +155,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             choice.adapter or "none",
             self._compute_dtype,
         )
+        set_aside_for_good()
 
     def _load_tokenizer(self) -> Any:
         folder = self._choice.adapter
@@ -307,7 +316,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         self, pairs: Sequence[Pair], journal: Journal | None, disable_tqdm: bool
     ) -> dict[Pair, Score]:
         """Scores distinct pairs; several processes do it together."""
-        keys = {pair: question_key(*pair) for pair in dict.fromkeys(pairs)} if journal else {}
+        keys = question_keys(dict.fromkeys(pairs)) if journal else {}
         known = (
             {p: journal.known[k] for p, k in keys.items() if k in journal.known} if journal else {}
         )
@@ -318,22 +327,37 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             shared: list[list[Pair]] = [[] for _ in range(self.world_size)]
             torch.distributed.all_gather_object(shared, wanted)
             wanted = list(dict.fromkeys(pair for part in shared for pair in part))
+        if journal is not None:  # other processes ask for texts that this one was not asked for
+            keys |= question_keys(pair for pair in wanted if pair not in keys)
 
         def note(scored: Sequence[tuple[Pair, Score]]) -> None:
             if journal is not None:
-                journal.append((question_key(*pair), *score) for pair, score in scored)
+                journal.append((keys[pair], *score) for pair, score in scored)
 
-        encoded = [
-            (pair, *ids) for pair, ids in zip(wanted, encode_pairs(self, wanted), strict=True)
-        ]
-        fresh = dict(
-            zip(
-                wanted,
-                self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm, on_scored=note),
-                strict=True,
-            )
-        )
-        return known | fresh
+        self._build_kernels_ahead(wanted)
+        try:
+            with paused_collection():
+                encoded = [
+                    (pair, *ids)
+                    for pair, ids in zip(wanted, encode_pairs(self, wanted), strict=True)
+                ]
+            scores = self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm, on_scored=note)
+        finally:
+            if self._ahead is not None:
+                self._ahead[0].wait()
+                self._ahead = None
+        return known | dict(zip(wanted, scores, strict=True))
+
+    def _build_kernels_ahead(self, wanted: Sequence[Pair]) -> None:
+        """On a GPU, builds the kernels of whole packs while many texts are encoded and planned."""
+        if self.device.type != "cuda" or self.world_size > 1 or not wanted or not self._can_pack():
+            return
+        pack_tokens = self._asked_pack_tokens or default_pack_tokens(self.model, self.device)
+        contexts = len({context for context, _ in wanted})
+        # Fewer may fit into one short pack, for which other kernels are built.
+        if contexts * _FEW_TOKENS >= pack_tokens:
+            self._ahead = PackedModel(self.model, self.softmax_dtype), pack_tokens
+            self._ahead[0].build_ahead(pack_tokens)
 
     def _loglikelihood_tokens(
         self,
@@ -368,17 +392,17 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         disable_tqdm: bool,
         on_scored: Callable[[Sequence[tuple[Pair, Score]]], None] | None,
     ) -> list[Score]:
-        pack_tokens = self._asked_pack_tokens or default_pack_tokens(self.model, self.device)
+        if self._ahead is not None:
+            model, pack_tokens = self._ahead
+        else:
+            model = PackedModel(self.model, self.softmax_dtype)
+            pack_tokens = self._asked_pack_tokens or default_pack_tokens(self.model, self.device)
         if self.world_size > 1:
             # The shares make the whole only if all processes plan alike.
             sizes = [0] * self.world_size
             torch.distributed.all_gather_object(sizes, pack_tokens)
             pack_tokens = min(sizes)
-        scorer = PackedScorer(
-            PackedModel(self.model, self.softmax_dtype),
-            window=self.max_length,
-            pack_tokens=pack_tokens,
-        )
+        scorer = PackedScorer(model, window=self.max_length, pack_tokens=pack_tokens)
 
         def note(scored: Sequence[tuple[int, Score]]) -> None:
             if on_scored is not None:

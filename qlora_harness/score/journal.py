@@ -13,14 +13,22 @@ from typing import IO, Any
 from qlora_harness.errors import ResultsError
 
 
-def question_key(context: str, continuation: str) -> str:
-    """Returns the key of a scored text: a hash, so that equal prompts are equal questions.
+def question_keys(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Returns the keys of scored texts: hashes, so that equal prompts are equal questions.
 
     Args:
-        context: Text before the continuation.
-        continuation: Text whose log-probability was asked.
+        pairs: Text before a continuation, and the continuation whose log-probability was asked.
     """
-    return hashlib.sha256(f"{context}\0{continuation}".encode()).hexdigest()[:32]
+    begun: dict[str, Any] = {}
+    keys = {}
+    for context, continuation in pairs:
+        # Choices of one question have the long part in common.
+        if context not in begun:
+            begun[context] = hashlib.sha256(f"{context}\0".encode())
+        digest = begun[context].copy()
+        digest.update(continuation.encode())
+        keys[context, continuation] = digest.hexdigest()[:32]
+    return keys
 
 
 class Journal:

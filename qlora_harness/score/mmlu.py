@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_harness.errors import DataError, install_excepthook
+from qlora_harness.score.documents import Documents
 from qlora_harness.score.mmlu_files import LETTERS, load_questions
-
-if TYPE_CHECKING:
-    import datasets
 
 
 def load_subject(
     *, mmlu_file: str, mmlu_subject: str, mmlu_dir: str | None = None, **ignored: Any
-) -> dict[str, datasets.Dataset]:
+) -> dict[str, Documents]:
     """Returns the questions of one subject as lm-eval wants a data set.
 
     Args:
@@ -24,24 +22,20 @@ def load_subject(
         **ignored: The harness passes everything in `--metadata` and `--model_args`.
 
     Returns:
-        {"test": data set} with columns index (line of the file, from 0), subject, input, output.
+        {"test": documents} with columns index (line of the file, from 0), subject, input, output.
 
     Raises:
         DataError: See `load_questions`; or the file has no such subject.
     """
-    import datasets
-
     install_excepthook()
     rows = [q for q in load_questions(mmlu_file, mmlu_dir) if q.subject == mmlu_subject]
     if not rows:
         raise DataError(f"{mmlu_file} has no subject {mmlu_subject!r}", "Fetch the file anew")
-    columns = {
-        "index": [q.index for q in rows],
-        "subject": [q.subject for q in rows],
-        "input": [q.prompt for q in rows],
-        "output": [q.answer for q in rows],
-    }
-    return {"test": datasets.Dataset.from_dict(columns)}
+    documents = [
+        {"index": q.index, "subject": q.subject, "input": q.prompt, "output": q.answer}
+        for q in rows
+    ]
+    return {"test": Documents(documents)}
 
 
 def answer_index(doc: Mapping[str, Any]) -> int:

@@ -7,6 +7,8 @@ is asked.
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ from qlora_harness.score.prefix_tree import Pack, Segment
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+logger = logging.getLogger("qlora_harness")
 
 ATTENTION = "qlora_harness_tree"
 BLOCK = 128
@@ -139,13 +143,42 @@ class PackedModel:
         self._softmax_dtype = softmax_dtype
         self._device = next(model.parameters()).device
         self._flex = self._device.type == "cuda" if flex is None else flex
+        self._building: threading.Thread | None = None
 
     @property
     def overlaps(self) -> bool:
         """Whether the device works on while the next pack is made ready."""
         return self._device.type == "cuda"
 
-    @torch.inference_mode()
+    def build_ahead(self, size: int) -> None:
+        """Begins to build the kernels for packs of one length, in a thread of its own.
+
+        It computes a pack of one token, filled up. Whatever goes wrong is left to the first pack,
+        which waits for the thread. Until then nothing else may use the model.
+
+        Args:
+            size: Length that packs will be filled up to, tokens.
+        """
+        device = torch.cuda.current_device() if self._device.type == "cuda" else None
+
+        def build() -> None:
+            try:
+                if device is not None:
+                    torch.cuda.set_device(device)  # each thread has its own
+                self._start(_one_token(), size).reads()
+            except Exception as error:  # the first pack meets it again, where it is dealt with
+                logger.info("kernels could not be built ahead (%s)", type(error).__name__)
+
+        self.wait()
+        self._building = threading.Thread(target=build, name="qlora_harness kernels", daemon=True)
+        self._building.start()
+
+    def wait(self) -> None:
+        """Waits until nothing is being built ahead."""
+        if self._building is not None:
+            self._building.join()
+            self._building = None
+
     def start(self, pack: Pack, pad_to: int | None = None) -> Running:
         """Starts one pack, on a GPU without waiting for it.
 
@@ -153,6 +186,11 @@ class PackedModel:
             pack: From `prefix_tree.plan`.
             pad_to: Length to fill the pack up to, so that GPU kernels are built once.
         """
+        self.wait()
+        return self._start(pack, pad_to)
+
+    @torch.inference_mode()
+    def _start(self, pack: Pack, pad_to: int | None) -> Running:
         size = max(len(pack.tokens), pad_to or 0)
         mask = None
         if self._flex:
@@ -180,6 +218,11 @@ class PackedModel:
     def _moved(self, values: Any) -> torch.Tensor:
         """Integers on the device, as int64; without waiting for the device."""
         return _to_device(torch.from_numpy(values.astype(np.int64)), self._device)
+
+
+def _one_token() -> Pack:
+    zero, one = np.zeros(1, dtype=np.int32), np.ones(1, dtype=np.int32)
+    return Pack(zero, zero, one, (Segment(0, 1, ()),), zero, zero, zero)
 
 
 def _to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:

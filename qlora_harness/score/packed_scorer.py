@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from qlora_harness.model.base import is_out_of_memory
+from qlora_harness.score.garbage_collection import paused_collection
 from qlora_harness.score.packed_forward import PackedModel, Running
 from qlora_harness.score.prefix_tree import Pack, Plan, Query, plan
 
@@ -65,9 +66,10 @@ class PackedScorer:
         scored: dict[int, Score] = {}
         progress = _Progress(queries, show_progress)
         while wanted:
-            planned = plan(
-                [queries[i] for i in wanted], pack_tokens=self.pack_tokens, window=self._window
-            )
+            with paused_collection():
+                planned = plan(
+                    [queries[i] for i in wanted], pack_tokens=self.pack_tokens, window=self._window
+                )
             if not scored:
                 self.last_plan = planned
             packs = _share(planned.packs, *share)
