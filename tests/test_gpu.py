@@ -126,7 +126,7 @@ def test_scoring_on_the_gpu_agrees_with_the_cpu(tiny_llama: Path, quant: str) ->
 def test_kernels_built_ahead_serve_the_packs() -> None:
     """Built in another thread; the first pack of that length builds nothing more."""
     import torch
-    from test_packed_forward import tiny
+    from test_fused import tiny  # heads of 16: FlexAttention takes no smaller ones
     from torch._dynamo.utils import counters
 
     from qlora_harness.score.packed_forward import PackedModel

@@ -28,6 +28,7 @@ logger = logging.getLogger("qlora_harness")
 
 ATTENTION = "qlora_harness_tree"
 BLOCK = 128
+_SMALLEST_HEAD = 16  # that FlexAttention takes
 # Tile sizes of FlexAttention on CUDA, or None for its own choice.
 FLEX_OPTIONS: dict[str, int] | None = None
 
@@ -142,7 +143,8 @@ class PackedModel:
         self._logits_scaling = float(getattr(self._model.config, "logits_scaling", 1.0) or 1.0)
         self._softmax_dtype = softmax_dtype
         self._device = next(model.parameters()).device
-        self._flex = self._device.type == "cuda" if flex is None else flex
+        fits = self._device.type == "cuda" and _head_size(model) >= _SMALLEST_HEAD
+        self._flex = fits if flex is None else flex
         self._building: threading.Thread | None = None
 
     @property
@@ -218,6 +220,12 @@ class PackedModel:
     def _moved(self, values: Any) -> torch.Tensor:
         """Integers on the device, as int64; without waiting for the device."""
         return _to_device(torch.from_numpy(values.astype(np.int64)), self._device)
+
+
+def _head_size(model: Any) -> int:
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(size)
 
 
 def _one_token() -> Pack:
