@@ -27,10 +27,10 @@ from compare_runs import (
 )
 
 from qlora_harness.compare import report
+from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.comparison import compare
 from qlora_harness.compare.evaluation import Evaluation, SubjectScore
 from qlora_harness.compare.figures import figures
-from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.compare.intersection import common_to_all, restrict
 from qlora_harness.errors import ComparisonError
 

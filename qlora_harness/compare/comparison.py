@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_harness.compare import conditions, verdict
+from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.compare.evidence import gather
-from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.compare.intersection import (
     Intersection,
     any_dropped,

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.evaluation import DEFAULT_FAMILY, Evaluation
-from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.compare.runs import Run
 from qlora_harness.errors import ComparisonError
 

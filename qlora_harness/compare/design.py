@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.evaluation import Evaluation
-from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.compare.runs import Run
 
 Answers = Mapping[Question, Answer]

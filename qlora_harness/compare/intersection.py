@@ -11,8 +11,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.evaluation import CategoryScore, Evaluation, SubjectScore
-from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.errors import ComparisonError
 from qlora_harness.families import families
 

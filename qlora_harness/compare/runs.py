@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.compare import fields
+from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.evaluation import Evaluation, read_evaluations
-from qlora_harness.compare.harness_json import (
-    Answer,
+from qlora_harness.compare.harness_results import (
     HarnessFile,
-    Question,
     find_files,
     newest,
-    read_answers,
     read_evaluation,
     read_file,
 )
+from qlora_harness.compare.harness_samples import read_answers
 from qlora_harness.errors import ComparisonError, ResultsError
 from qlora_harness.record import EVALUATION_FILE, SUMMARY_FILE, nested
 
