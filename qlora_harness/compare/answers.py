@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+from qlora_harness.question_hashes import PROMPT_DIGITS
+
+Source = Literal["samples", "mmlu_progress"]
 
 
 class Question(NamedTuple):
@@ -15,11 +20,11 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Answer:
-    """One logged sample.
+    """One answered question, from a logged sample or from a row of an mmlu_progress file.
 
     Attributes:
-        document: Hash of the row of the data file.
-        prompt: Hash of the text that the model saw.
+        document: Hash of the row of the data file; an mmlu_progress file has none.
+        prompt: Hash of the text that the model saw: 64 digits, or the first 16 of them.
         target: Hash of the right answer.
         right: Whether the model's answer was right.
         tied: Whether the best log-probability is shared by several choices.
@@ -28,7 +33,7 @@ class Answer:
         question: The end of the prompt: the question without its shots, shortened; if logged.
     """
 
-    document: str
+    document: str | None
     prompt: str
     target: str
     right: bool
@@ -36,3 +41,37 @@ class Answer:
     choice: int
     answer: int | None = None
     question: str | None = None
+
+    def difference(self, other: Answer) -> str | None:
+        """Returns what tells that another answer is to another question; None if nothing does.
+
+        The hashes that both have are compared, and of prompts as many digits as both have; those
+        of prompt and right answer are always there.
+
+        Args:
+            other: The answer of another run at the same place.
+
+        Returns:
+            "document", "prompt", "target" or None.
+        """
+        if None not in (self.document, other.document) and self.document != other.document:
+            return "document"
+        one, two = self.prompt, other.prompt
+        if PROMPT_DIGITS in (len(one), len(two)):
+            one, two = one[:PROMPT_DIGITS], two[:PROMPT_DIGITS]
+        if one != two:
+            return "prompt"
+        return None if self.target == other.target else "target"
+
+
+@dataclass(frozen=True)
+class RecordedAnswers:
+    """All answers of a run to one task family.
+
+    Attributes:
+        source: Where they were read from.
+        by_question: The answers.
+    """
+
+    source: Source
+    by_question: Mapping[Question, Answer]
