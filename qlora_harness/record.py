@@ -135,6 +135,11 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}, line {error.lineno}: not valid JSON ({error.msg})",
             "The file is damaged or half written; make it anew or remove it",
         ) from None
+    except (ValueError, RecursionError) as error:
+        reason = "brackets too deep" if isinstance(error, RecursionError) else "a number too long"
+        raise ResultsError(
+            f"{path}: not valid JSON ({reason})", "The file is damaged; make it anew or remove it"
+        ) from None
     if not isinstance(value, dict):
         raise ResultsError(
             f"{path}: expected a JSON object, found {type(value).__name__}", "Name another file"

@@ -18,7 +18,12 @@ from qlora_harness.compare.tables.table import Cell, Table
 FAMILY = "mmlu_qlora_5shot"
 DATE = "2026-11-24T08-14-04.277787"
 GIB = 2**30
-CATEGORY_OF = {"anatomy": "stem", "law": "humanities", "virology": "other"}
+CATEGORY_OF = {
+    "anatomy": "stem",
+    "law": "humanities",
+    "philosophy": "humanities",
+    "virology": "other",
+}
 # Ten questions each: right in both 4 + 3, only first 3 + 2, only second 1 + 2, neither 2 + 3.
 FIRST = {"anatomy": "1111111000", "law": "1111100000"}
 SECOND = {"anatomy": "1111000100", "law": "1110011000"}

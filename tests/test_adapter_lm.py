@@ -32,8 +32,8 @@ from qlora_harness.errors import (
 from qlora_harness.families import families
 from qlora_harness.model.base import find_base, load_base, load_tokenizer, weights_fingerprint
 from qlora_harness.model.lora import adapter_digest, attach_lora, save_adapter
+from qlora_harness.question_hashes import prompt_hash
 from qlora_harness.score.adapter_lm import QloraAdapterLM
-from qlora_harness.score.evaluation_record import prompt_hash
 from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
 from qlora_harness.score.packed_forward import PackedModel
 from qlora_harness.score.packed_scorer import PackedScorer

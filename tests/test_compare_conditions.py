@@ -152,3 +152,19 @@ def test_unproven_questions_are_noted(pair: tuple[Path, Path], tmp_path: Path) -
     write_harness(tmp_path / "foreign", SECOND, samples=False)
     notes = compare([pair[0], tmp_path / "foreign"]).notes
     assert any("could be checked only by their number per subject" in note for note in notes)
+
+
+def test_settings_that_are_lists_may_differ(pair: tuple[Path, Path]) -> None:
+    languages = (["en"], ["de", "en"])
+    for folder, value in zip(pair, languages, strict=True):
+        in_summary("settings/languages", value)(folder)
+        in_summary("data/languages", value)(folder)  # said again: listed once
+        in_summary("settings/stages", [{"steps": len(value)}, value])(folder)
+    comparison = compare(pair)
+    shown = {row.key: [cell.text for cell in row.cells] for row in comparison.settings.rows}
+    assert shown == {
+        "training.quant": ["nf4", "bf16"],
+        "training.quantization.double_quant": ["true", "false"],
+        "training.settings.languages": ['["en"]', '["de", "en"]'],
+        "training.settings.stages": ['[{"steps": 1}, ["en"]]', '[{"steps": 2}, ["de", "en"]]'],
+    }

@@ -27,10 +27,10 @@ from compare_runs import (
 )
 
 from qlora_harness.compare import report
+from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.comparison import compare
 from qlora_harness.compare.evaluation import Evaluation, SubjectScore
 from qlora_harness.compare.figures import figures
-from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.compare.intersection import common_to_all, restrict
 from qlora_harness.errors import ComparisonError
 
@@ -313,7 +313,10 @@ def test_nothing_in_common_is_refused(parts: tuple[Path, Path]) -> None:
 def test_samples_and_scores_are_needed(parts: tuple[Path, Path]) -> None:
     for path in parts[1].rglob("samples_*"):
         path.unlink()
-    with pytest.raises(ComparisonError, match="--intersect: no logged samples of .* in 16bit, so"):
+    with pytest.raises(
+        ComparisonError,
+        match="--intersect: no logged samples and no mmlu_progress file of .* in 16bit, so",
+    ):
         compare(parts, intersect=True)
     unscored = write_run(parts[0].parent / "u", summary())
     with pytest.raises(ComparisonError, match="--intersect: u not scored on mmlu_qlora_5shot, so"):
@@ -327,8 +330,9 @@ def test_restricted_evaluation_is_that_of_its_questions(parts: tuple[Path, Path]
     from qlora_harness.compare.runs import load_run
 
     loaded = load_run(parts[0], "4bit")
-    answers = loaded.answers(FAMILY) or {}
-    other = load_run(parts[1], "16bit").answers(FAMILY)
+    recorded, others = loaded.answers(FAMILY), load_run(parts[1], "16bit").answers(FAMILY)
+    assert recorded is not None and others is not None
+    answers, other = recorded.by_question, others.by_question
     questions = common_to_all({"4bit": answers, "16bit": other, "none": None})
     assert len(questions) == 16
     found: Evaluation = restrict(loaded.evaluations[FAMILY], answers, questions)

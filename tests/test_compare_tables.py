@@ -127,7 +127,9 @@ def test_three_runs_are_compared_with_the_first(pair: tuple[Path, Path], tmp_pat
     assert [column.run for column in table(comparison, "paired").columns] == [1]
     assert len(comparison.verdict) == 2
     assert "(unpaired): no difference shown" in comparison.verdict[1]
-    assert any("No logged samples of fp4" in note for note in comparison.notes)
+    assert any(
+        "mmlu_progress file of fp4: the difference is unpaired" in note for note in comparison.notes
+    )
 
 
 def test_tests_of_several_runs_are_labelled_as_corrected(

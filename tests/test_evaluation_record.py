@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from qlora_harness.errors import ResultsError
+from qlora_harness.question_hashes import prompt_hash
 from qlora_harness.score.evaluation_record import (
     Family,
     ScoredQuestion,
     accuracy,
     model_slug,
     progress_rows,
-    prompt_hash,
     summarise,
     write_records,
 )

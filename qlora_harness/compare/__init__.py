@@ -2,7 +2,8 @@
 
     command.py      flags, output files
         ▼
-    comparison.py ─► runs.py ─► evaluation.py, harness_json.py ─► fields.py  (files → records)
+    comparison.py ─► runs.py ─► evaluation.py, harness_results.py ─► fields.py (files → records)
+        │               └─────► harness_samples.py, mmlu_progress.py ─► answers.py (files → answers)
         │  └───────► conditions.py                          (may they be compared? what differs?)
         ├──────────► intersection.py                        (questions that both answered)
         ├──────────► paired.py, losses.py, design.py ─► statistics.py (records → numbers)

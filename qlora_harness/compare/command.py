@@ -87,8 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--intersect",
         action="store_true",
         help="compare runs that answered different sets of questions, also with --limit, on those "
-        "that each has in common with the baseline (needs logged samples); what is dropped is "
-        "counted",
+        "that each has in common with the baseline (needs logged samples or mmlu_progress files); "
+        "what is dropped is counted",
     )
     parser.add_argument(
         "--allow-different-data",

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_harness.compare import conditions, verdict
+from qlora_harness.compare.answers import Answer, Question, RecordedAnswers
 from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.compare.evidence import gather
-from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.compare.intersection import (
     Intersection,
     any_dropped,
@@ -105,11 +105,12 @@ def compare(
     family = conditions.choose_family(runs, task)
     evaluations = _pick(runs, family)
     notes += conditions.check_limit(evaluations, allow_limit, intersect)
-    answers = {
+    recorded = {
         name: run.answers(str(family), rescore=rescore)
         for run in runs
         if (name := run.label) in evaluations
     }
+    answers = {name: None if item is None else item.by_question for name, item in recorded.items()}
     shared = intersections(names, evaluations, answers, family) if intersect else {}
     notes += conditions.check_questions(evaluations, answers, intersect)
     notes += intersection_notes(shared)
@@ -130,7 +131,7 @@ def compare(
         for index, log in enumerate(logs.values())
         if log is not None and len(log.nll) >= FEWEST
     }
-    notes += _sample_notes(names, evaluations, answers)
+    notes += _answer_notes(recorded)
     for item in runs:
         notes += verdict.run_notes(item, evaluations.get(item.label))
     notes += verdict.shared_notes(runs, family)
@@ -138,7 +139,7 @@ def compare(
     return Comparison(
         created=now(),
         runs=tuple(
-            _describe(item, evaluations.get(item.label), answers.get(item.label)) for item in runs
+            _describe(item, evaluations.get(item.label), recorded.get(item.label)) for item in runs
         ),
         family=family,
         tables=(
@@ -296,18 +297,27 @@ def _compare_losses(
     return {index: item for index, item in differences.items() if item is not None}
 
 
-def _sample_notes(
-    names: Sequence[str],
-    evaluations: Mapping[str, Evaluation],
-    answers: Mapping[str, _Answers | None],
-) -> list[str]:
-    missing = [name for name in names if name in evaluations and answers[name] is None]
-    if not missing or len(evaluations) < 2:
+def _answer_notes(recorded: Mapping[str, RecordedAnswers | None]) -> list[str]:
+    """Says which runs have no answers question by question, and which have them without samples."""
+    if len(recorded) < 2:
         return []
-    return [
-        f"No logged samples of {', '.join(missing)} (lm_eval --log_samples): the difference is "
-        "unpaired, which is usually too cautious for runs that answered the same questions."
-    ]
+    notes = []
+    missing = [name for name, item in recorded.items() if item is None]
+    if missing:
+        notes.append(
+            "No logged samples (lm_eval --log_samples) and no mmlu_progress file of "
+            f"{', '.join(missing)}: the difference is unpaired, which is usually too cautious for "
+            "runs that answered the same questions."
+        )
+    ours = [name for name, item in recorded.items() if item and item.source == "mmlu_progress"]
+    first = next(iter(recorded.values()))
+    if ours and first is not None and len(recorded) - len(missing) > 1:
+        notes.append(
+            f"Answers of {', '.join(ours)} from the mmlu_progress file, as no samples of lm_eval "
+            "are there: their prompts (by 16 digits of the hash) and right answers were checked "
+            "to be those of the other runs, the hashes of documents were not."
+        )
+    return notes
 
 
 def _difference(first: str, name: str, evaluations: Mapping[str, Evaluation]) -> Difference | None:
@@ -317,7 +327,7 @@ def _difference(first: str, name: str, evaluations: Mapping[str, Evaluation]) ->
     return unpaired_difference(one.acc, one.acc_stderr, other.acc, other.acc_stderr)
 
 
-def _describe(run: Run, evaluation: Evaluation | None, answers: _Answers | None) -> RunInfo:
+def _describe(run: Run, evaluation: Evaluation | None, answers: RecordedAnswers | None) -> RunInfo:
     training = run.training
     model = training.model if training else evaluation.model if evaluation else None
     quant = evaluation.conditions.get("evaluation.model.quant") if evaluation else None
@@ -329,5 +339,5 @@ def _describe(run: Run, evaluation: Evaluation | None, answers: _Answers | None)
         device=training.device_name if training else None,
         status=training.status if training else None,
         evaluation=scrub(str(evaluation.path)) if evaluation else None,
-        samples=answers is not None,
+        answers=None if answers is None else answers.source,
     )

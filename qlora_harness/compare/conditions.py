@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.evaluation import DEFAULT_FAMILY, Evaluation
-from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.compare.runs import Run
 from qlora_harness.errors import ComparisonError
 
@@ -203,9 +203,9 @@ def check_questions(
 
     Args:
         evaluations: The evaluations of one family, by label of the run.
-        answers: Their logged samples, where there are any.
+        answers: Their answers, where samples or an mmlu_progress file hold them.
         intersect: The value of --intersect: only the questions that both answered must be the
-            same. All runs have samples then.
+            same. All runs have answers then.
 
     Returns:
         Notes for the reader.
@@ -234,7 +234,7 @@ def check_questions(
             unproven.append(label)
     return [
         f"{first} and {label}: that the questions are the same could be checked only by their "
-        "number per subject (no samples and no prompt hash in both)."
+        "number per subject (no samples or mmlu_progress file, and no prompt hash, in both)."
         for label in unproven
     ]
 
@@ -294,13 +294,13 @@ def _check_hashes(
     for question, answer in one.items():
         if question not in other:
             continue
-        for part in ("document", "prompt", "target"):
-            if getattr(answer, part) != getattr(other[question], part):
-                _refuse_questions(
-                    first,
-                    label,
-                    f"{question.subject}, doc_id {question.doc_id}: the {part} hash differs",
-                )
+        part = answer.difference(other[question])
+        if part is not None:
+            _refuse_questions(
+                first,
+                label,
+                f"{question.subject}, doc_id {question.doc_id}: the {part} hash differs",
+            )
 
 
 def _refuse_questions(
@@ -339,14 +339,21 @@ def _without_echoes(settings: Sequence[Setting]) -> Iterator[Setting]:
     The records hold `quant` in several places, and the arm's name, its folder, the dtypes of its
     weights and the number of them follow from it.
     """
-    seen: set[tuple[str, tuple[object, ...]]] = set()
+    seen: set[tuple[str, object]] = set()
     for setting in settings:
         leaf = setting.name.rsplit(".", 1)[-1]
-        values = tuple(value for value in setting.values if value is not None)
-        echo = any((leaf, known) in seen for known in (setting.values, values))
-        if not echo and not _FOLLOWS.search(setting.name):
+        recorded = [value for value in setting.values if value is not None]
+        known = {(leaf, _hashable(list(setting.values))), (leaf, _hashable(recorded))}
+        if not known & seen and not _FOLLOWS.search(setting.name):
             yield setting
-        seen |= {(leaf, setting.values), (leaf, values)}
+        seen |= known
+
+
+def _hashable(value: object) -> object:
+    """Returns lists, also within lists, as tuples; objects within lists as their text."""
+    if isinstance(value, list):
+        return tuple(map(_hashable, value))
+    return str(value) if isinstance(value, Mapping) else value
 
 
 def _compare_part(name: str, records: Sequence[Mapping[str, object] | None]) -> Conditions:

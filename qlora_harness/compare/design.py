@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.evaluation import Evaluation
-from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.compare.runs import Run
 
 Answers = Mapping[Question, Answer]
@@ -153,7 +153,7 @@ def effects(
     Args:
         runs: The runs.
         evaluations: Of one family, by label.
-        answers: Their samples, where there are any.
+        answers: Their answers question by question, where they are known.
 
     Returns:
         The effects, or nothing unless each of the four places is taken by exactly one run.
@@ -209,10 +209,7 @@ def _same_questions(answers: Sequence[Answers]) -> bool:
     first = answers[0]
     return all(
         other.keys() == first.keys()
-        and all(
-            (one.document, one.prompt, one.target) == (two.document, two.prompt, two.target)
-            for one, two in ((answer, other[question]) for question, answer in first.items())
-        )
+        and all(answer.difference(other[question]) is None for question, answer in first.items())
         for other in answers[1:]
     )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.evaluation import Evaluation
-from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.compare.losses import StepLog
 from qlora_harness.compare.runs import Run
 from qlora_harness.compare.tables.training import GIB, cpu_peak_bytes, gpu_peak_bytes
@@ -43,7 +43,7 @@ class Flip:
         first: Letter of the first run.
         second: Letter of the later run.
         answer: The right letter, if known.
-        question: Its text, if logged.
+        question: Its text, if one of the runs logged it.
     """
 
     label: str
@@ -64,7 +64,7 @@ class Evidence:
         costs: Of each trained run.
         logs: Step logs that have a step, by label.
         evaluations: Of the family compared, by label, all over the same questions.
-        flips: Of each later run with samples, in the order of subjects and questions.
+        flips: Of each later run whose answers are known, in the order of subjects and questions.
         common: The number of questions common to all runs, where --intersect dropped others.
     """
 
@@ -87,7 +87,7 @@ def gather(
     Args:
         runs: The runs.
         evaluations: Of the family compared, by label, all over the same questions.
-        answers: Their samples, where there are any.
+        answers: Their answers question by question, where they are known.
         logs: Step logs by label.
         common: The number of these questions, where --intersect dropped others.
     """
@@ -138,7 +138,7 @@ def _flips(
                 LETTERS[one.choice],
                 LETTERS[two.choice],
                 None if one.answer is None else LETTERS[one.answer],
-                one.question,
+                one.question or two.question,
             )
         )
     return found

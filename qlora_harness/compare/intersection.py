@@ -11,8 +11,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.evaluation import CategoryScore, Evaluation, SubjectScore
-from qlora_harness.compare.harness_json import Answer, Question
 from qlora_harness.errors import ComparisonError
 from qlora_harness.families import families
 
@@ -77,15 +77,15 @@ def intersections(
     Args:
         names: Labels of the runs, the baseline first.
         evaluations: Of the family, by label.
-        answers: Their samples, by label.
+        answers: Their answers question by question, by label.
         family: The task family compared, or None.
 
     Returns:
         The intersections by index of the run.
 
     Raises:
-        ComparisonError: The baseline or no other run is scored, a scored run has no samples, or
-            one has no question in common with the baseline.
+        ComparisonError: The baseline or no other run is scored, a scored run has no
+            answers question by question, or one has no question in common with the baseline.
     """
     first = names[0]
     if family is None or first not in evaluations or len(evaluations) < 2:
@@ -98,8 +98,8 @@ def intersections(
     unlogged = [name for name in evaluations if answers.get(name) is None]
     if unlogged:
         raise ComparisonError(
-            f"--intersect: no logged samples of {family} in {', '.join(unlogged)}, so which "
-            "questions were answered is unknown",
+            f"--intersect: no logged samples and no mmlu_progress file of {family} in "
+            f"{', '.join(unlogged)}, so which questions were answered is unknown",
             "Score again with lm_eval --log_samples",
         )
     found = {}
@@ -167,10 +167,10 @@ def common_words(size: int | None) -> str:
 
 
 def common_to_all(answers: Mapping[str, Answers | None]) -> set[Question]:
-    """Returns the questions that every run with samples answered.
+    """Returns the questions that every run whose answers are known answered.
 
     Args:
-        answers: Samples by label.
+        answers: Answers question by question, by label.
     """
     sets = [item.keys() for item in answers.values() if item is not None]
     return set(sets[0]).intersection(*sets[1:]) if sets else set()
@@ -186,7 +186,7 @@ def restrict(
 
     Args:
         evaluation: The evaluation.
-        answers: Its samples.
+        answers: Its answers question by question.
         questions: At least one of them.
 
     Returns:

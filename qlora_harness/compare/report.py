@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from qlora_harness.compare.answers import Source
 from qlora_harness.compare.evidence import Evidence
 from qlora_harness.compare.intersection import Intersection, Tally
 from qlora_harness.compare.tables.table import Cell, Column, Row, Table, cell_label
@@ -34,7 +35,8 @@ class RunInfo:
         device: The device it was trained on, if recorded.
         status: Status of its training, None if it was not trained here.
         evaluation: The file its evaluation was read from, if any.
-        samples: Whether its logged samples were used.
+        answers: Where its answers question by question came from: "samples" or "mmlu_progress";
+            None if there are none.
     """
 
     label: str
@@ -44,7 +46,7 @@ class RunInfo:
     device: str | None
     status: str | None
     evaluation: str | None
-    samples: bool
+    answers: Source | None
 
 
 @dataclass(frozen=True)

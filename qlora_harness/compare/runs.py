@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.compare import fields
+from qlora_harness.compare.answers import RecordedAnswers
 from qlora_harness.compare.evaluation import Evaluation, read_evaluations
-from qlora_harness.compare.harness_json import (
-    Answer,
+from qlora_harness.compare.harness_results import (
     HarnessFile,
-    Question,
     find_files,
     newest,
-    read_answers,
     read_evaluation,
     read_file,
 )
+from qlora_harness.compare.harness_samples import read_answers
+from qlora_harness.compare.mmlu_progress import read_progress
 from qlora_harness.errors import ComparisonError, ResultsError
 from qlora_harness.record import EVALUATION_FILE, SUMMARY_FILE, nested
 
@@ -97,20 +97,29 @@ class Run:
     evaluations: Mapping[str, Evaluation]
     harness: Mapping[str, HarnessFile]
 
-    def answers(self, family: str, *, rescore: bool = False) -> dict[Question, Answer] | None:
-        """Reads the logged samples of one family; None where there are none.
+    def answers(self, family: str, *, rescore: bool = False) -> RecordedAnswers | None:
+        """Reads the answers to the questions of one family; None where they are not recorded.
+
+        They are those of lm_eval's logged samples, or else, for what evaluation_results.json
+        holds, those of the mmlu_progress file beside it.
 
         Args:
             family: For example mmlu_qlora_5shot.
-            rescore: Whether each answer is checked against its log-probabilities.
+            rescore: Whether each sample is checked against its log-probabilities; rows of an
+                mmlu_progress file always are.
 
         Raises:
-            ResultsError: The samples are broken or not those of the evaluation.
+            ResultsError: The samples or the mmlu_progress file are broken or not those of the
+                evaluation.
         """
-        file = self.harness.get(family)
-        if file is None:
+        file, evaluation = self.harness.get(family), self.evaluations[family]
+        samples = None if file is None else read_answers(file, evaluation, rescore=rescore)
+        if samples is not None:
+            return RecordedAnswers("samples", samples)
+        if evaluation.path.name != EVALUATION_FILE:
             return None
-        return read_answers(file, self.evaluations[family], rescore=rescore)
+        rows = read_progress(evaluation)
+        return None if rows is None else RecordedAnswers("mmlu_progress", rows)
 
 
 def load_run(path: Path, label: str) -> Run:

@@ -107,7 +107,7 @@ def sentence(
         first: The first run.
         run: The other run.
         difference: The unpaired difference of their micro accuracies, if both have one.
-        paired: Their answers question by question, if both have samples.
+        paired: Their answers question by question, if those of both are known.
         losses: Their losses on the same data, if both have a step log.
         family: The task family compared, or None.
         same_data: Whether both were trained and evaluated on the same data.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_harness.errors import ResultsError
+from qlora_harness.question_hashes import prompts_hash
 from qlora_harness.record import EVALUATION_FILE, SCHEMA_VERSION, now, read_json, write_json
 from qlora_harness.score.mmlu import is_tie, predict
 from qlora_harness.score.mmlu_files import LETTERS
@@ -47,15 +47,6 @@ class ScoredQuestion:
     def correct(self) -> bool:
         """Whether the prediction is the answer."""
         return self.prediction == self.answer
-
-
-def prompt_hash(prompt: str) -> str:
-    """Returns the hash by which a prompt is known in records, 16 hexadecimal digits.
-
-    Args:
-        prompt: The text that was scored.
-    """
-    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
 def accuracy(correct: Sequence[bool]) -> tuple[float, float | None]:
@@ -105,7 +96,9 @@ def summarise(
         "n_total": n_total,
         "ties": sum(is_tie(q.logprobs) for q in questions),
         "truncated": sum(q.truncated for q in questions),
-        "prompts_sha256": _prompts_hash(questions),
+        "prompts_sha256": prompts_hash(
+            (q.index, q.subject, q.prompt_sha256, q.answer) for q in questions
+        ),
         "subjects": subjects,
         "categories": {
             category: _micro_macro([subjects[s] for s in members if s in subjects])
@@ -135,13 +128,6 @@ def _micro_macro(subjects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "acc_macro_stderr": macro_error,
         "n": n,
     }
-
-
-def _prompts_hash(questions: Iterable[ScoredQuestion]) -> str:
-    digest = hashlib.sha256()
-    for q in sorted(questions, key=lambda q: q.index):
-        digest.update(f"{q.index}\0{q.subject}\0{q.prompt_sha256}\0{q.answer}\0".encode())
-    return digest.hexdigest()
 
 
 def progress_rows(questions: Sequence[ScoredQuestion]) -> list[dict[str, Any]]:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import ResultsError, SettingsError
 from qlora_harness.families import families
+from qlora_harness.question_hashes import prompt_hash
 from qlora_harness.score.evaluation_record import (
     Family,
     ScoredQuestion,
     check_folder,
-    prompt_hash,
     write_records,
 )
 from qlora_harness.score.mmlu_files import LETTERS, rows_in

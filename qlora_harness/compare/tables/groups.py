@@ -22,7 +22,8 @@ def groups_table(
 
     Args:
         labels: The names of the runs.
-        paired: For each later run with samples, by index, its statistics against the first run.
+        paired: For each later run whose answers are known, by index, its statistics against
+            the first run.
         kind: Which groups.
         common: Whether they are over the common questions only.
     """

@@ -26,7 +26,8 @@ def paired_table(
 
     Args:
         labels: The names of the runs.
-        paired: For each later run with samples, by index, its statistics against the first run.
+        paired: For each later run whose answers are known, by index, its statistics against
+            the first run.
         common: Whether they are over the common questions only, so that the accuracies of the
             runs' own evaluations are not those behind the differences.
     """

@@ -35,7 +35,8 @@ def main_tables(
     Args:
         runs: The runs, the baseline first.
         evaluations: Of the family compared, by label.
-        paired: For each later run with samples, by index, its statistics against the first run.
+        paired: For each later run whose answers are known, by index, its statistics against
+            the first run.
         losses: For each later run, by index, its losses against the first run.
         perplexities: Interval of the perplexity of each run, by index, where it is known.
         shared: With --intersect, what each later run has in common with the first, by index.
@@ -70,7 +71,7 @@ def design_tables(
     Args:
         runs: The runs.
         evaluations: Of the family compared, by label, all over the same questions.
-        answers: Their samples, where there are any.
+        answers: Their answers question by question, where they are known.
         common: The number of these questions, where --intersect dropped others.
     """
     found = []
