@@ -368,6 +368,52 @@ def test_same_seed_same_losses_other_seed_others(train: Train) -> None:
     assert losses("a") != losses("c")
 
 
+def test_steps_read_one_step_later_leave_the_same_records(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where a step's numbers are read when the next one is under way."""
+    run = {"quant": "bf16", "max_steps": 5, "save_steps": 2, "grad_accum": 2, "batch_size": 2}
+    assert train(output_dir="at_once", **run) == 0
+    log, logged = trainer.StepLog.on_log, []
+
+    def on_log(
+        self: Any, args: Any, state: Any, control: Any, logs: Any = None, **more: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            logged.append((state.global_step, self.trainer.state.global_step))
+            assert len(self.trainer._held) <= 1
+        log(self, args, state, control, logs, **more)
+
+    held: list[int] = []
+    hold = trainer.CountingTrainer._hold
+
+    def counted(self: Any, *args: Any) -> None:
+        hold(self, *args)
+        held.append(len(self._held))
+
+    monkeypatch.setattr(trainer.StepLog, "on_log", on_log)
+    monkeypatch.setattr(trainer.CountingTrainer, "_hold", counted)
+    monkeypatch.setattr(trainer.CountingTrainer, "_runs_ahead", True)
+    assert train(output_dir="later", **run) == 0
+    # Steps 1 and 3 wait for the next; 2, 4 and 5 are saved or the last, so that all is read.
+    assert held == [1, 2, 1, 2, 1]
+    assert [step for step, _ in logged] == [1, 2, 3, 4, 5]
+    timed = {"seconds", "tokens_per_second", "cpu_peak_rss_bytes"}
+    rows = [
+        [{k: v for k, v in row.items() if k not in timed} for row in steps(folder)]
+        for folder in ("at_once", "later")
+    ]
+    assert rows[0] == rows[1]
+    states = [read(f"{folder}/trainer_state.json") for folder in ("at_once", "later")]
+    for state in states:
+        history = state["log_history"]
+        assert [row["step"] for row in history] == [1, 2, 3, 4, 5, 5]
+        for name in ("train_runtime", "train_samples_per_second", "train_steps_per_second"):
+            del history[-1][name]
+    assert states[0]["log_history"] == states[1]["log_history"]
+    assert states[0]["total_flos"] == states[1]["total_flos"] > 0
+
+
 def test_published_optimizer_and_dtype_run_on_the_cpu(train: Train) -> None:
     assert (
         train(

@@ -104,14 +104,18 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
         if control.should_log and self.state.global_step > self._globalstep_last_logged:
             self._hold(tr_loss, grad_norm, learning_rate)
         stops = control.should_save or control.should_evaluate or control.should_training_stop
-        wait = stops or self.args.device.type != "cuda"
-        while len(self._held) > (0 if wait else 1):
+        while len(self._held) > (0 if stops or not self._runs_ahead else 1):
             self._log_step(self._held.popleft())
         if stops:
             self._begun = None
         super()._maybe_log_save_evaluate(
             tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs
         )
+
+    @property
+    def _runs_ahead(self) -> bool:
+        """Whether the device computes while the host goes on."""
+        return bool(self.args.device.type == "cuda")
 
     def _hold(
         self,
