@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import sys
-import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +19,6 @@ from qlora_harness.data.chat import ChatEncoder, show
 from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.errors import (
     AdapterError,
-    HarnessError,
     RunError,
     SettingsError,
     TrainingError,
@@ -33,7 +30,6 @@ from qlora_harness.model.base import (
     is_out_of_memory,
     load_base,
     load_tokenizer,
-    parameter_dtypes,
     weights_fingerprint,
 )
 from qlora_harness.model.kernels import has_liger
@@ -43,27 +39,21 @@ from qlora_harness.record import (
     CHECKPOINT_DIR,
     LOGS_FILE,
     SCHEMA_VERSION,
-    SUMMARY_FILE,
     TRAINER_STATE_FILE,
-    environment,
     nested,
-    now,
     read_json,
     scrub_all,
-    write_json,
 )
 from qlora_harness.settings import Settings
 from qlora_harness.train.adapter import attach_adapter
 from qlora_harness.train.arguments import planned_steps, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
-from qlora_harness.train.evaluation import EvaluationLoss, evaluate_loss
-from qlora_harness.train.memory import MemoryMeter, summarise
+from qlora_harness.train.evaluation import evaluate_loss
+from qlora_harness.train.memory import MemoryMeter
 from qlora_harness.train.plan import choose, describe, measure_shape
 from qlora_harness.train.run_folder import StartingPoint, checkpoint_step, clear, inspect
+from qlora_harness.train.run_record import RunRecord
 from qlora_harness.train.trainer import CountingTrainer, StepLog, StopOnSignal
-
-# Steps left out of the steady throughput: kernels are chosen and memory is mapped in them.
-WARM_UP_STEPS = 3
 
 
 def run_training(settings: Settings, *, resume_given: bool = False) -> dict[str, Any]:
@@ -139,31 +129,22 @@ class _Run:
         cuda = state.device.type == "cuda"
         self.device = torch.device("cuda", state.local_process_index) if cuda else state.device
         self.memory = MemoryMeter(self.device, state.process_index)
-        self.seconds: dict[str, float] = {}
         self.stop = StopOnSignal()
         self.log: StepLog | None = None
         self.earlier_rows: list[dict[str, Any]] = []
-        self.began = time.perf_counter()
-        self.summary: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "training_summary",
-            "status": "running",
-            "arm": settings.quant.arm,
-            "quant": settings.quant.value,
-            "started": now(),
-            "finished": None,
-        }
+        resumed = None if start.checkpoint is None else start.previous or {}
+        self.record = RunRecord(settings, state, self.device, self.memory, resumed)
 
     def execute(self) -> dict[str, Any]:
         settings = self.settings
         source = find_base(settings.model.model, settings.model.revision)
         tokenizer = load_tokenizer(source)
-        with self._timed("data"):
+        with self.record.timed("data"):
             data = self._load_data(tokenizer)
         self._check_same_data(data)
         self._describe(source, data)
         self._plan_memory(source, data)
-        with self._timed("load"), self.memory.phase("load"):
+        with self.record.timed("load"), self.memory.phase("load"):
             model = self._load_model(source)
         self._begin(source, data, model)
         try:
@@ -260,8 +241,7 @@ class _Run:
 
     def _begin(self, source: BaseSource, data: TrainingData, model: Any) -> None:
         """From here on the run folder is ours."""
-        settings, main = self.settings, self.state.is_main_process
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        main = self.state.is_main_process
         computation = self._computation()
         before = nested(self.start.previous or {}, "computation")
         if self.start.checkpoint is not None and before not in (None, computation):
@@ -274,25 +254,7 @@ class _Run:
         if self.start.replace and main:
             clear(self.run_dir)
         self.state.wait_for_everyone()
-        quant = settings.quant
-        self.summary |= {
-            "model": source.record() | {"trainable_parameters": trainable},
-            "quantization": {
-                "quant": quant.value,
-                "double_quant": settings.model.double_quant if quant.is_4bit else None,
-                "compute_dtype": settings.model.compute_dtype,
-                "parameter_dtypes": parameter_dtypes(model),
-            },
-            "computation": computation,
-            "plan": self.plan,
-            "settings": settings.flat() | {"output_dir": str(self.run_dir)},
-            "data": data.report,
-            "process": {"id": os.getpid(), "host": socket.gethostname()},
-            "environment": environment()
-            | {"device": _device(self.device), "world_size": self.state.num_processes},
-            "failure": None,
-        }
-        self._write_summary()
+        self.record.begin(source, model, data, computation=computation, plan=self.plan)
 
     def _computation(self) -> dict[str, Any]:
         """How the steps are computed: what --memory and the model's kind decide."""
@@ -345,14 +307,14 @@ class _Run:
             trainer._load_from_checkpoint(str(checkpoint))
         else:
             resume_from = str(checkpoint) if checkpoint else None
-            with self._timed("train"), self.memory.phase("train"), self.stop.installed():
+            with self.record.timed("train"), self.memory.phase("train"), self.stop.installed():
                 trainer.train(resume_from_checkpoint=resume_from)
         log.write()
         if self.state.is_main_process:
             _save_state(trainer.state, self.run_dir / TRAINER_STATE_FILE)
-        self.summary["results"] = _results(log.rows, trainer.state.global_step)
+        self.record.trained(log.rows, trainer.state.global_step)
         if self.stop.received and trainer.state.global_step < steps:
-            self._finish("interrupted", log.rows)
+            self.record.finish("interrupted", log.rows, self.earlier_rows)
             raise TrainingError(
                 f"{self.stop.received} stopped the run at step {trainer.state.global_step} of "
                 f"{steps}; a checkpoint was saved",
@@ -376,7 +338,7 @@ class _Run:
             except AdapterError as error:  # here it is the run that failed
                 raise TrainingError(error.problem, error.remedy) from None
         if data.evaluation:
-            with self._timed("eval"), self.memory.phase("evaluate"):
+            with self.record.timed("eval"), self.memory.phase("evaluate"):
                 evaluation = evaluate_loss(
                     trainer.model,
                     data.evaluation,
@@ -391,14 +353,14 @@ class _Run:
                     f"the evaluation loss is {evaluation.loss:g}, of which no perplexity follows",
                     "Lower --learning-rate or look at the step log",
                 )
-            self.summary["results"] |= _evaluation_results(evaluation)
+            self.record.evaluated(evaluation)
             log.evaluation = {
                 "nll": [nll for nll, _ in evaluation.conversations],
                 "tokens": [tokens for _, tokens in evaluation.conversations],
             }
             log.write()
-        self._finish("completed", log.rows)
-        return self.summary
+        self.record.finish("completed", log.rows, self.earlier_rows)
+        return self.record.content
 
     def _earlier_rows(self) -> list[dict[str, Any]]:
         """The step rows before the checkpoint that this run goes on from."""
@@ -408,44 +370,11 @@ class _Run:
         rows = read_json(self.run_dir / LOGS_FILE).get("steps", [])
         return [row for row in rows if row["step"] <= last]
 
-    def _finish(self, status: str, rows: list[dict[str, Any]]) -> None:
-        phases = [vars(p) for p in self.memory.phases]
-        if self.state.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            phases = gather_object(phases)
-        previous = self.start.previous or {}
-        # A killed run has no runtime, but its step log has the seconds of each step.
-        recorded = nested(previous, "runtime", "train_seconds") or 0.0
-        before = max(recorded, sum(row["seconds"] for row in self.earlier_rows))
-        self.summary["status"] = status
-        self.summary["finished"] = now()
-        self.summary["memory"] = summarise(phases, self.device.type)
-        self.summary["runtime"] = {
-            "train_seconds": self.seconds.get("train", 0.0) + before,
-            "load_seconds": self.seconds.get("load"),
-            "data_seconds": self.seconds.get("data"),
-            "eval_seconds": self.seconds.get("eval"),
-            "total_seconds": time.perf_counter() - self.began,
-            "resumed": self.start.checkpoint is not None,
-        }
-        self.summary["throughput"] = _throughput(rows)
-        self._write_summary()
-
     def _fail(self, error: BaseException) -> None:
-        """Notes the failure; an interruption has been noted already."""
         print(file=sys.stderr, flush=True)  # ends the line of the progress bar
         if self.log is not None:
             self.log.write()
-        if self.summary["status"] != "running":
-            return
-        interrupted = isinstance(error, KeyboardInterrupt)
-        self.summary["status"] = "interrupted" if interrupted else "failed"
-        self.summary["finished"] = now()
-        self.summary["memory"] = summarise([vars(p) for p in self.memory.phases], self.device.type)
-        text = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
-        self.summary["failure"] = {"problem": text.splitlines()[0] if text else "stopped"}
-        self._write_summary()
+        self.record.fail(error)
 
     def _memory_advice(self) -> TrainingError:
         optimization = self.chosen.optimization
@@ -455,79 +384,6 @@ class _Run:
             "Use --memory balanced or lean, halve --batch-size and double --grad-accum, lower "
             "--max-length, or use --quant nf4",
         )
-
-    def _write_summary(self) -> None:
-        if self.state.is_main_process:
-            write_json(self.run_dir / SUMMARY_FILE, scrub_all(self.summary))
-
-    def _timed(self, name: str) -> _Timer:
-        return _Timer(self.seconds, name, self.device)
-
-
-class _Timer:
-    """Measures the seconds of a `with` block, device work included."""
-
-    def __init__(self, seconds: dict[str, float], name: str, device: torch.device) -> None:
-        self._seconds, self._name, self._device = seconds, name, device
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        if self._device.type == "cuda" and error[0] is None:
-            torch.cuda.synchronize(self._device)
-        self._seconds[self._name] = time.perf_counter() - self._start
-
-
-def _device(device: torch.device) -> dict[str, Any]:
-    if device.type != "cuda":
-        return {"name": device.type, "type": device.type, "total_memory_bytes": None, "count": 0}
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "name": properties.name,
-        "type": "cuda",
-        "total_memory_bytes": properties.total_memory,
-        "count": torch.cuda.device_count(),
-        "cuda": torch.version.cuda,
-        "compute_capability": f"{properties.major}.{properties.minor}",
-    }
-
-
-def _results(rows: list[dict[str, Any]], steps: int) -> dict[str, Any]:
-    """The loss of the last step and means; Trainer's own mean covers this segment only."""
-    losses = [row["loss"] for row in rows]
-    last = losses[-10:]
-    return {
-        "steps": steps,
-        "final_train_loss": losses[-1] if losses else None,
-        "last_10_steps_train_loss": sum(last) / len(last) if last else None,
-        "mean_train_loss": sum(losses) / len(losses) if losses else None,
-        "eval_loss": None,
-        "perplexity": None,
-        "eval_tokens": None,
-    }
-
-
-def _evaluation_results(evaluation: EvaluationLoss) -> dict[str, Any]:
-    return {
-        "eval_loss": evaluation.loss,
-        "perplexity": evaluation.perplexity,
-        "eval_tokens": evaluation.tokens,
-    }
-
-
-def _throughput(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tokens a second over the steps, with the first ones left out where there are enough."""
-    steady = rows[WARM_UP_STEPS:] if len(rows) > 2 * WARM_UP_STEPS else rows
-    seconds = sum(row["seconds"] for row in steady)
-    if not seconds:
-        return {"tokens_per_second": None, "supervised_tokens_per_second": None}
-    return {
-        "tokens_per_second": sum(row["tokens"] for row in steady) / seconds,
-        "supervised_tokens_per_second": sum(row["supervised_tokens"] for row in steady) / seconds,
-        "steps_per_second": len(steady) / seconds,
-        "steps_measured": len(steady),
-    }
 
 
 def _save_state(state: TrainerState, path: Path) -> None:

@@ -1,0 +1,250 @@
+"""training_summary.json: what is stored of a run, from its beginning to whatever ends it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from qlora_harness.data.corpus import TrainingData
+from qlora_harness.errors import HarnessError
+from qlora_harness.model.base import BaseSource, parameter_dtypes
+from qlora_harness.record import (
+    SCHEMA_VERSION,
+    SUMMARY_FILE,
+    environment,
+    nested,
+    now,
+    scrub_all,
+    write_json,
+)
+from qlora_harness.settings import Settings
+from qlora_harness.train.evaluation import EvaluationLoss
+from qlora_harness.train.memory import MemoryMeter, summarise
+
+# Steps left out of the steady throughput: kernels are chosen and memory is mapped in them.
+WARM_UP_STEPS = 3
+
+
+class RunRecord:
+    """The summary of a run, kept in its folder by the main process.
+
+    Args:
+        settings: Of the run, as the user gave them.
+        state: This process among the others.
+        device: Of this process.
+        memory: Measures the phases of the run.
+        previous: The summary of the run that this one goes on from; None for a run from the start.
+
+    Attributes:
+        content: The summary (JSON).
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        state: PartialState,
+        device: torch.device,
+        memory: MemoryMeter,
+        previous: Mapping[str, Any] | None,
+    ) -> None:
+        self._settings, self._state, self._device = settings, state, device
+        self._memory, self._previous = memory, previous
+        self._seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+        self.content: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": "training_summary",
+            "status": "running",
+            "arm": settings.quant.arm,
+            "quant": settings.quant.value,
+            "started": now(),
+            "finished": None,
+        }
+
+    def begin(
+        self,
+        source: BaseSource,
+        model: Any,
+        data: TrainingData,
+        *,
+        computation: Mapping[str, Any],
+        plan: Mapping[str, Any] | None,
+    ) -> None:
+        """Describes the run and writes the summary for the first time.
+
+        Args:
+            source: The base.
+            model: It, with its adapter.
+            data: What it is trained on.
+            computation: How the steps are computed.
+            plan: Of the memory, if one was made.
+        """
+        settings, quant = self._settings, self._settings.quant
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.content |= {
+            "model": source.record() | {"trainable_parameters": trainable},
+            "quantization": {
+                "quant": quant.value,
+                "double_quant": settings.model.double_quant if quant.is_4bit else None,
+                "compute_dtype": settings.model.compute_dtype,
+                "parameter_dtypes": parameter_dtypes(model),
+            },
+            "computation": dict(computation),
+            "plan": plan,
+            "settings": settings.flat() | {"output_dir": str(settings.run_dir)},
+            "data": data.report,
+            "process": {"id": os.getpid(), "host": socket.gethostname()},
+            "environment": environment()
+            | {"device": _device(self._device), "world_size": self._state.num_processes},
+            "failure": None,
+        }
+        self.write()
+
+    def trained(self, rows: Sequence[Mapping[str, Any]], steps: int) -> None:
+        """Notes the losses of training; Trainer's own mean covers one segment only.
+
+        Args:
+            rows: Of the step log.
+            steps: Optimizer steps of the whole run.
+        """
+        losses = [row["loss"] for row in rows]
+        last = losses[-10:]
+        self.content["results"] = {
+            "steps": steps,
+            "final_train_loss": losses[-1] if losses else None,
+            "last_10_steps_train_loss": sum(last) / len(last) if last else None,
+            "mean_train_loss": sum(losses) / len(losses) if losses else None,
+            "eval_loss": None,
+            "perplexity": None,
+            "eval_tokens": None,
+        }
+
+    def evaluated(self, evaluation: EvaluationLoss) -> None:
+        """Notes the evaluation; follows `trained`.
+
+        Args:
+            evaluation: Loss over the held-out conversations.
+        """
+        self.content["results"] |= {
+            "eval_loss": evaluation.loss,
+            "perplexity": evaluation.perplexity,
+            "eval_tokens": evaluation.tokens,
+        }
+
+    def finish(
+        self,
+        status: str,
+        rows: Sequence[Mapping[str, Any]],
+        earlier: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Notes the end of a run; every process takes part.
+
+        Args:
+            status: "completed" or "interrupted".
+            rows: Of the step log.
+            earlier: Those of them from before the checkpoint that the run went on from.
+        """
+        phases = [vars(p) for p in self._memory.phases]
+        if self._state.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            phases = gather_object(phases)
+        # A killed run has no runtime, but its step log has the seconds of each step.
+        recorded = nested(self._previous or {}, "runtime", "train_seconds") or 0.0
+        before = max(recorded, sum(row["seconds"] for row in earlier))
+        seconds = self._seconds
+        self.content |= {
+            "status": status,
+            "finished": now(),
+            "memory": summarise(phases, self._device.type),
+            "runtime": {
+                "train_seconds": seconds.get("train", 0.0) + before,
+                "load_seconds": seconds.get("load"),
+                "data_seconds": seconds.get("data"),
+                "eval_seconds": seconds.get("eval"),
+                "total_seconds": time.perf_counter() - self._began,
+                "resumed": self._previous is not None,
+            },
+            "throughput": _throughput(rows),
+        }
+        self.write()
+
+    def fail(self, error: BaseException) -> None:
+        """Notes a failure; an interruption has been noted already.
+
+        Args:
+            error: What ended the run.
+        """
+        if self.content["status"] != "running":
+            return
+        text = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
+        self.content |= {
+            "status": "interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
+            "finished": now(),
+            "memory": summarise([vars(p) for p in self._memory.phases], self._device.type),
+            "failure": {"problem": text.splitlines()[0] if text else "stopped"},
+        }
+        self.write()
+
+    def write(self) -> None:
+        """Writes the summary (main process only)."""
+        if self._state.is_main_process:
+            write_json(Path(self._settings.run_dir) / SUMMARY_FILE, scrub_all(self.content))
+
+    def timed(self, name: str) -> _Timer:
+        """Returns a `with` block that measures its seconds.
+
+        Args:
+            name: "data", "load", "train" or "eval".
+        """
+        return _Timer(self._seconds, name, self._device)
+
+
+class _Timer:
+    """Measures the seconds of a `with` block, device work included."""
+
+    def __init__(self, seconds: dict[str, float], name: str, device: torch.device) -> None:
+        self._seconds, self._name, self._device = seconds, name, device
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        if self._device.type == "cuda" and error[0] is None:
+            torch.cuda.synchronize(self._device)
+        self._seconds[self._name] = time.perf_counter() - self._start
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"name": device.type, "type": device.type, "total_memory_bytes": None, "count": 0}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "type": "cuda",
+        "total_memory_bytes": properties.total_memory,
+        "count": torch.cuda.device_count(),
+        "cuda": torch.version.cuda,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+    }
+
+
+def _throughput(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Tokens a second over the steps, with the first ones left out where there are enough."""
+    steady = rows[WARM_UP_STEPS:] if len(rows) > 2 * WARM_UP_STEPS else rows
+    seconds = sum(row["seconds"] for row in steady)
+    if not seconds:
+        return {"tokens_per_second": None, "supervised_tokens_per_second": None}
+    return {
+        "tokens_per_second": sum(row["tokens"] for row in steady) / seconds,
+        "supervised_tokens_per_second": sum(row["supervised_tokens"] for row in steady) / seconds,
+        "steps_per_second": len(steady) / seconds,
+        "steps_measured": len(steady),
+    }
