@@ -92,7 +92,8 @@ def _add_training_benchmark(commands: Any) -> None:
         "--ways",
         default="published,peft-full,fused-none,fused-selective,fused-full",
         metavar="A,B",
-        help="which (default %(default)s)",
+        help="which (default %(default)s); others are published-fused, peft-none, fused-offload, "
+        "fused-lean and fused-lean-1; NAME@N takes N conversations at a time",
     )
     parser.add_argument("--dataset", default="oasst1", metavar="NAME", help="default oasst1")
     parser.add_argument("--max-length", type=int, default=512, metavar="N", help="default 512")
