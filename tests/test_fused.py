@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_harness.data.chat import IGNORE
-from qlora_harness.fused.model import install, why_not_fused
+from qlora_harness.fused import layer as fused_layer
+from qlora_harness.fused.model import install, uninstall, why_not_fused
 from qlora_harness.fused.ops import drop
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.settings import CHECKPOINTING
@@ -22,14 +23,14 @@ from qlora_harness.train.batches import pack_batch, pad_batch
 VOCABULARY = 61
 
 
-def tiny(kind: str, *, quantised: bool = False) -> Any:
+def tiny(kind: str, *, quantised: bool = False, num_key_value_heads: int = 2) -> Any:
     shape = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": num_key_value_heads,
         "max_position_embeddings": 64,
         "attn_implementation": "sdpa",
     }
@@ -222,6 +223,54 @@ def test_small_adapters_count_in_bfloat16() -> None:
         install(models[1], "none")
         fused = fused_step(models[1], rows)[0]
     assert abs(fused - wanted) < 2 * abs(plain - wanted) + 1e-4
+
+
+def test_replaced_adapter_parameters_are_noticed() -> None:
+    model = adapted(tiny("llama").to(torch.bfloat16)).to(torch.bfloat16)
+    install(model, "none")
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.lora_A["default"].weight = torch.nn.Parameter(layer.lora_A["default"].weight.float())
+    with pytest.raises(RuntimeError, match="were replaced after `install`"):
+        fused_step(model, texts([9, 20]))
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["full", "nf4"])
+def test_uninstall_gives_the_weights_their_own_memory_back(quantised: bool) -> None:
+    model = adapted(tiny("llama", quantised=quantised))
+    weight = model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+    before = weight.data.clone()
+    wanted = plain_step(model, texts([9, 20]))
+    install(model, "none")
+    assert weight.is_contiguous() is quantised
+    fused_step(model, texts([9, 20]))
+    uninstall(model)
+    assert weight.is_contiguous()
+    assert torch.equal(weight.data, before)
+    assert_alike(plain_step(model, texts([9, 20])), wanted)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_evaluation_keeps_nothing_for_a_backward_pass(
+    checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(tiny("llama"))
+    install(model, checkpointing)
+    copied: list[torch.Tensor] = []
+    monkeypatch.setattr(fused_layer, "_to_host", copied.append)
+    batch = pack_batch(texts([9, 20]))
+    with torch.no_grad():
+        assert model(**batch).loss.grad_fn is None
+    assert not copied
+    model(**batch)
+    assert len(copied) == (2 if checkpointing == "offload" else 0)
+
+
+def test_one_key_head_with_head_norms() -> None:
+    model = adapted(tiny("qwen3", num_key_value_heads=1))
+    rows = texts([9, 3, 20])
+    wanted = plain_step(model, rows)
+    install(model, "selective")
+    assert_alike(fused_step(model, rows), wanted)
 
 
 def test_other_input_goes_the_models_own_way() -> None:

@@ -45,8 +45,10 @@ for kind, nested in (("nf4", True), ("nf4", False), ("fp4", True), (None, False)
             states = [getattr(p.layer.weight, "quant_state", None) for p in group.projections]
             wanted = group.load(torch.empty(0)).whole.clone()
             matrix = group.loaded(torch.empty(0)).whole
+            matrix[: group.height, width:] = float("nan")
+            matrix[group.height :] = float("nan")
             if kind is not None:
-                matrix.fill_(float("nan"))
+                matrix[: group.height, :width] = float("nan")
             loader = triton_ops.Loader(group, states)
             assert loader.fits
             loader(matrix)

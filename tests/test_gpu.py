@@ -184,12 +184,23 @@ def test_kernel_expands_to_the_values_of_bitsandbytes(kind: str, nested: bool, d
         assert torch.equal(found[group.height :, :width], downs.to(found.dtype))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("kind", "quantised", "keys"),
+    [
+        ("llama", False, 2),
+        ("llama", True, 2),
+        ("qwen2", False, 2),
+        ("qwen3", False, 2),
+        ("qwen3", False, 1),
+    ],
+)
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "offload"])
-def test_fused_step_in_float32_equals_peft(kind: str, checkpointing: str) -> None:
+def test_fused_step_in_float32_equals_peft(
+    kind: str, quantised: bool, keys: int, checkpointing: str
+) -> None:
     from test_fused import adapted, install, texts, tiny
 
-    model = adapted(tiny(kind)).cuda()
+    model = adapted(tiny(kind, quantised=quantised, num_key_value_heads=keys)).cuda()
     rows = texts([9, 3, 20, 1, 14])
     wanted = gpu_step(model, rows, packed=False)
     install(model, checkpointing)

@@ -652,6 +652,27 @@ def test_half_written_checkpoint_is_passed_over(train: Train) -> None:
     assert losses("run") == whole
 
 
+@pytest.mark.parametrize("kernels", ["auto", "none"])
+def test_resumed_adapter_in_bfloat16_stays_so_and_learns_on(train: Train, kernels: str) -> None:
+    """PEFT's own loading would replace its parameters by others in float32."""
+    from safetensors.torch import load_file
+
+    options = {"adapter_dtype": "bfloat16", "kernels": kernels, "save_steps": 2}
+    assert train(quant="nf4", output_dir="whole", **options) == 0
+    shutil.copytree("whole", "resumed")
+    as_if_killed("resumed")
+    shutil.rmtree("resumed/checkpoints/checkpoint-4")
+    assert train(quant="nf4", output_dir="resumed", **options) == 0
+    assert losses("resumed") == losses("whole")
+    adapters = [
+        load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("whole", "resumed")
+    ]
+    assert {str(tensor.dtype) for tensor in adapters[1].values()} == {"torch.bfloat16"}
+    for name, tensor in adapters[0].items():
+        assert torch.equal(adapters[1][name], tensor), name
+    assert all(row["grad_norm"] > 0 for row in steps("resumed"))
+
+
 def test_resume_of_changed_data_is_refused(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -757,6 +778,23 @@ def test_unexpected_error_is_noted_and_raised(
         "failed",
         {"problem": "ZeroDivisionError: boom"},
     )
+
+
+def test_step_that_is_done_is_logged_when_the_next_one_fails(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the row of a step waits for the next one."""
+    train_step = trainer.CountingTrainer.training_step
+
+    def full(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return train_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.CountingTrainer, "training_step", full)
+    monkeypatch.setattr(trainer.CountingTrainer, "_runs_ahead", True)
+    assert train(quant="bf16", output_dir="run", save_steps=100) == 3
+    assert [row["step"] for row in steps("run")] == [1, 2]
 
 
 def test_out_of_memory_gives_advice(

@@ -1,7 +1,7 @@
 """The weights of linear layers that read one input, bordered by their adapters.
 
     M = [ W  B ]    W: the frozen weights one below the other, [N, K]
-        [ A  0 ]    B: the adapters' second matrices, each beside its own rows, [N, R]
+        [ A    ]    B: the adapters' second matrices, each beside its own rows, [N, R]
                     A: the adapters' first matrices times alpha / r, [R, K]
 
 One product then gives a layer with its adapter, in one rounding: [x, h] [W, B]^T with h = x A^T;
@@ -45,27 +45,29 @@ class Projection:
 
 
 class Scratch:
-    """Memory that groups share, as they run one after the other.
-
-    Attributes:
-        flat: The memory, once something was asked for.
-    """
+    """Memory that groups share, as they run one after the other."""
 
     def __init__(self) -> None:
-        self.flat: torch.Tensor | None = None
+        self._flat: torch.Tensor | None = None
+        self._count = 0
 
-    def reserve(self, count: int, like: torch.Tensor) -> torch.Tensor:
-        """Returns the memory, with room for so many elements; what it holds was written last.
+    def announce(self, count: int) -> None:
+        """Says that a group will need room, so that all is asked for at once.
 
         Args:
             count: Elements.
+        """
+        self._count = max(self._count, count)
+
+    def get(self, like: torch.Tensor) -> torch.Tensor:
+        """Returns the memory, [elements]; what it holds was written last.
+
+        Args:
             like: Gives dtype and device.
         """
-        flat = self.flat
-        fits = flat is not None and flat.numel() >= count
-        if flat is None or not fits or flat.dtype != like.dtype or flat.device != like.device:
-            self.flat = None  # given back before more is asked for
-            self.flat = flat = torch.empty(count, dtype=like.dtype, device=like.device)
+        flat = self._flat
+        if flat is None or flat.dtype != like.dtype or flat.device != like.device:
+            self._flat = flat = torch.empty(self._count, dtype=like.dtype, device=like.device)
         return flat
 
 
@@ -125,6 +127,8 @@ class Bordered:
         self._owns = all(state is None for state in self._states)
         if self._owns:
             self._move_in()
+        else:
+            scratch.announce((self.height + self.border) * self.stride)
 
     def _move_in(self) -> None:
         weight = self.projections[0].layer.weight
@@ -136,6 +140,13 @@ class Bordered:
             view.copy_(projection.layer.weight.data)
             projection.layer.weight.data = view
             start += height
+
+    def move_out(self) -> None:
+        """Gives full-precision weights memory of their own again."""
+        if self._owns:
+            for projection in self.projections:
+                projection.layer.weight.data = projection.layer.weight.data.contiguous()
+            self._views = None
 
     def load(self, like: torch.Tensor, *, again: bool = False) -> Views:
         """Fills M; it is valid until another group of a 4-bit base is loaded.
@@ -163,7 +174,7 @@ class Bordered:
         if self._owns:
             assert views is not None
             return views
-        memory = self._scratch.reserve((self.height + self.border) * self.stride, like)
+        memory = self._scratch.get(like)
         if views is None or memory is not self._memory:
             self._memory = memory
             self._views = views = self._parts(memory)

@@ -63,6 +63,15 @@ class FusedLayer:
         """The groups in the order of their parameters."""
         return self.qkv, self.out, self.gate_up, self.down
 
+    def has_adapters_of(self, layer: Any) -> bool:
+        """Whether the adapters are still those of a decoder layer.
+
+        Args:
+            layer: Of the model, with PEFT's modules.
+        """
+        own = {id(p) for group in self.groups() for p in group.parameters() if p is not None}
+        return own <= {id(p) for p in layer.parameters()}
+
     def __call__(self, x: torch.Tensor, row: Row, *, training: bool) -> torch.Tensor:
         """Runs the layer.
 
@@ -75,7 +84,8 @@ class FusedLayer:
         dropped = training and any(group.dropout for group in self.groups())
         # From torch's own generator, so that seeding, checkpoints and resuming cover it.
         seed = int(torch.randint(0, 2**62, ())) if dropped else None
-        y: torch.Tensor = _Layer.apply(x, self, row, seed, *parameters)  # type: ignore[no-untyped-call]
+        keep = torch.is_grad_enabled()  # inside `forward` it never is
+        y: torch.Tensor = _Layer.apply(x, self, row, seed, keep, *parameters)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -150,14 +160,20 @@ def _split(
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, layer: FusedLayer, row: Row, seed: int | None, *parameters: Any
+        ctx: Any,
+        x: torch.Tensor,
+        layer: FusedLayer,
+        row: Row,
+        seed: int | None,
+        keep: bool,
+        *parameters: Any,
     ) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             added, attention = _first_half(layer, x, row, seed)
             y, h, mlp = _second_half(layer, x, added, seed)
         ctx.layer, ctx.row, ctx.seed = layer, row, seed
         ctx.kept = None
-        if not any(ctx.needs_input_grad):
+        if not keep:
             return y
         if layer.checkpointing == "offload":
             ctx.kept = _to_host(x)
@@ -190,7 +206,7 @@ class _Layer(torch.autograd.Function):
             dh, mlp_grads = _second_half_backward(layer, dy, h, mlp, seed)
             del mlp, h
             dx, attention_grads = _first_half_backward(layer, dh, x, attention, row, seed)
-        return dx, None, None, None, *attention_grads, *mlp_grads
+        return dx, None, None, None, None, *attention_grads, *mlp_grads
 
 
 def _second_half_backward(
@@ -252,7 +268,7 @@ def _normalise_heads(layer: FusedLayer, projected: torch.Tensor) -> torch.Tensor
         return None
     raw = projected[:, : (layer.heads + layer.key_heads) * layer.head_size].clone()
     for weight, place in zip(layer.head_norms, _head_columns(layer), strict=True):
-        heads = raw[:, place].reshape(-1, layer.head_size)
+        heads = raw[:, place].reshape(-1, layer.head_size).contiguous()
         normed = torch.empty_like(heads)
         ops.rms_norm(heads, weight, layer.eps, normed)
         projected[:, place] = normed.view(len(raw), -1)
@@ -266,7 +282,7 @@ def _normalise_heads_backward(
     if layer.head_norms is None or raw is None:
         return
     for weight, place in zip(layer.head_norms, _head_columns(layer), strict=True):
-        heads = raw[:, place].reshape(-1, layer.head_size)
+        heads = raw[:, place].reshape(-1, layer.head_size).contiguous()
         gradient = d_projected[:, place].reshape(-1, layer.head_size)
         found = torch.empty_like(heads)
         ops.rms_norm_backward(gradient, heads, weight, layer.eps, found)

@@ -58,6 +58,10 @@ class LoraGroup:
         """A and B of each projection."""
         return [p for projection in self.projections for p in (projection.down, projection.up)]
 
+    def release(self) -> None:
+        """Gives full-precision weights memory of their own again; the group is of no use then."""
+        self._weights.move_out()
+
     def input(self, tokens: int, like: torch.Tensor) -> torch.Tensor:
         """Returns memory for an input with room for h behind it, [T, K + R].
 

@@ -65,6 +65,10 @@ def why_not_fused(model: Any) -> str | None:
 def install(model: Any, checkpointing: str) -> None:
     """Gives a model fused layers.
 
+    They hold on to the weights, scales and adapters that the model has now: it must stay on its
+    device and in its dtypes. Full-precision weights become views of larger matrices until
+    `uninstall`.
+
     Args:
         model: For which `why_not_fused` is None; from `attach_lora`.
         checkpointing: One of `settings.CHECKPOINTING`.
@@ -83,6 +87,7 @@ def uninstall(model: Any) -> None:
         model: On which `install` was called.
     """
     base = model.get_base_model()
+    base.forward.release()
     base.forward = base.forward.own
 
 
@@ -91,6 +96,12 @@ class _Forward:
 
     def __init__(self, base: Any, layers: list[FusedLayer], own: Callable[..., Any]) -> None:
         self._base, self._layers, self.own = base, layers, own
+
+    def release(self) -> None:
+        """Gives full-precision weights memory of their own again."""
+        for layer in self._layers:
+            for group in layer.groups():
+                group.release()
 
     def __call__(
         self,
@@ -101,6 +112,8 @@ class _Forward:
         if borders is None:
             return self.own(input_ids=input_ids, **options)
         assert input_ids is not None
+        if not self._layers[0].has_adapters_of(self._base.model.layers[0]):
+            raise RuntimeError("the adapter's parameters were replaced after `install`")
         return self._row(input_ids, borders, **options)
 
     def _row(

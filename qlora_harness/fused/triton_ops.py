@@ -55,7 +55,7 @@ def _launch(
         constants: What is fixed when compiling, in the kernel's order behind the arguments.
         options: Of the compiler.
     """
-    kinds = [a.dtype if isinstance(a, torch.Tensor) else a for a in arguments]
+    kinds = [_kind(a) for a in arguments]
     values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
     device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
     key = (kernel, device, *kinds, *constants)
@@ -73,6 +73,15 @@ def _launch(
         _compiled[key] = compiled
 
 
+def _kind(argument: Any) -> Any:
+    """What Triton compiles an argument for."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, argument < 2**31
+    return type(argument)
+
+
 class Loader:
     """Fills a bordered matrix: expands 4-bit weights, copies adapters.
 
@@ -85,7 +94,8 @@ class Loader:
     """
 
     def __init__(self, group: Any, states: Sequence[Any]) -> None:
-        self.fits = _expandable(states)
+        stored = [p.layer.weight.dtype for p in group.projections]
+        self.fits = _expandable(states) and (states[0] is None or set(stored) == {torch.uint8})
         if not self.fits:
             return
         first = states[0]
@@ -160,6 +170,7 @@ def rms_norm(
     """Namesake of `ops.rms_norm`."""
     from qlora_harness.fused.triton_kernels import rms_norm_kernel
 
+    assert x.is_contiguous() and (add is None or add.is_contiguous())
     rows, columns = x.shape
     total = x if add is None else torch.empty_like(x)
     block = _power(columns)
@@ -183,6 +194,7 @@ def rms_norm_backward(
     """Namesake of `ops.rms_norm_backward`."""
     from qlora_harness.fused.triton_kernels import rms_norm_backward_kernel
 
+    assert x.is_contiguous()
     rows, columns = x.shape
     block = _power(columns)
     added = x if add is None else add

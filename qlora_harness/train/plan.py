@@ -195,8 +195,7 @@ def predict(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
         if quant.is_4bit:
             work += max(matrices) * size  # the group that was just expanded
         else:
-            linear = _bordered(shape, 0)
-            work += (sum(matrices) - sum(linear)) * size * shape.layers
+            work += (sum(matrices) - shape.linear // shape.layers) * size * shape.layers
     elif quant.is_4bit:
         work += shape.largest * size  # the weight that was just expanded
     return MemoryPlan(
@@ -240,8 +239,10 @@ def _bordered(shape: Shape, rank: int) -> list[int]:
         (2 * shape.inner, shape.hidden, 2),
         (shape.hidden, shape.inner, 1),
     ]
+    from qlora_harness.fused.bordered import aligned
+
     share = rank * shape.adapted / 7
-    return [int((n + share * count) * (k + share * count)) for n, k, count in groups]
+    return [int(n + share * count) * aligned(int(k + share * count)) for n, k, count in groups]
 
 
 def _plain(shape: Shape, settings: Settings, tokens: int, size: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -373,6 +374,10 @@ class _Run:
     def _fail(self, error: BaseException) -> None:
         print(file=sys.stderr, flush=True)  # ends the line of the progress bar
         if self.log is not None:
+            if self.log.trainer is not None:
+                # The step before may be done, and not logged yet.
+                with contextlib.suppress(Exception):
+                    self.log.trainer.log_held()
             self.log.write()
         self.record.fail(error)
 

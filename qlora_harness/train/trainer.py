@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -92,6 +93,16 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
             self._operations = float(super().floating_point_ops(one))
         return self._operations * float(inputs["input_ids"].numel())
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # PEFT would replace bfloat16 adapters by new parameters in float32, of which neither the
+        # fused layers nor the settings know.
+        chosen = self.model if model is None else model
+        chosen.load_adapter = partial(chosen.load_adapter, autocast_adapter_dtype=False)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        finally:
+            del chosen.load_adapter
+
     def _maybe_log_save_evaluate(
         self,
         tr_loss: torch.Tensor,
@@ -104,8 +115,7 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
         if control.should_log and self.state.global_step > self._globalstep_last_logged:
             self._hold(tr_loss, grad_norm, learning_rate)
         stops = control.should_save or control.should_evaluate or control.should_training_stop
-        while len(self._held) > (0 if stops or not self._runs_ahead else 1):
-            self._log_step(self._held.popleft())
+        self.log_held(leave=0 if stops or not self._runs_ahead else 1)
         if stops:
             self._begun = None
         super()._maybe_log_save_evaluate(
@@ -125,9 +135,8 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
     ) -> None:
         """Sends the numbers of the step that was just launched to the host."""
         device = self.args.device
-        steps = self.state.global_step - self._globalstep_last_logged
         norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm, device=device)
-        means = torch.stack([tr_loss.detach().double() / steps, norm.detach().double()])
+        means = torch.stack([tr_loss.detach().double(), norm.detach().double()])
         counts = self._step_tokens.double()
         if self.accelerator.num_processes > 1:
             means = self.accelerator.reduce(means, reduction="mean")
@@ -149,6 +158,15 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
         self._begun = ended
         tr_loss.zero_()
         self._globalstep_last_logged = self.state.global_step
+
+    def log_held(self, *, leave: int = 0) -> None:
+        """Logs steps whose numbers are on their way, oldest first.
+
+        Args:
+            leave: How many of the newest to leave.
+        """
+        while len(self._held) > leave:
+            self._log_step(self._held.popleft())
 
     def _log_step(self, measured: MeasuredStep) -> None:
         measured.ended.wait()
