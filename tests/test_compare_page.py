@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare_runs import changed, edit, main, write
+from compare_runs import changed, edit, main, step_log, write
 
 from qlora_harness.compare.figures import smooth
 from qlora_harness.errors import SettingsError
@@ -54,11 +54,8 @@ class Cells(HTMLParser):
 @pytest.fixture
 def page(pair: tuple[Path, Path], tmp_path: Path) -> Path:
     for folder, start in zip(pair, (2.0, 1.9), strict=True):
-        steps = [{"step": i, "loss": start - 0.01 * i} for i in range(1, 41)]
-        write(
-            folder / "training_logs.json",
-            {"schema_version": 1, "kind": "training_logs", "steps": steps},
-        )
+        losses = [start - 0.01 * i for i in range(1, 21)]
+        write(folder / "training_logs.json", step_log(losses))
     for folder in pair:
         for path in folder.glob("gpt2/samples_*.jsonl"):
             rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -22,7 +22,6 @@ from qlora_harness.compare.intersection import (
     notes as intersection_notes,
 )
 from qlora_harness.compare.losses import (
-    FEWEST,
     LossDifference,
     StepLog,
     compare_losses,
@@ -48,7 +47,7 @@ from qlora_harness.compare.tables.groups import groups_table
 from qlora_harness.compare.tables.selection import design_tables, main_tables
 from qlora_harness.compare.tables.settings import settings_table
 from qlora_harness.errors import ComparisonError, SettingsError
-from qlora_harness.record import now, scrub
+from qlora_harness.record import LOGS_FILE, now, scrub
 
 _Answers = Mapping[Question, Answer]
 
@@ -127,10 +126,12 @@ def compare(
     logs = {run.label: read_log(run) for run in runs}
     losses = _compare_losses(runs, logs, draws, seed)
     perplexities = {
-        index: perplexity_interval(log, draws=draws, seed=seed)
+        index: interval
         for index, log in enumerate(logs.values())
-        if log is not None and len(log.nll) >= FEWEST
+        if log is not None
+        and (interval := perplexity_interval(log, draws=draws, seed=seed)) is not None
     }
+    notes += _log_notes(runs, logs)
     notes += _answer_notes(recorded)
     for item in runs:
         notes += verdict.run_notes(item, evaluations.get(item.label))
@@ -295,6 +296,17 @@ def _compare_losses(
         if index > 0
     }
     return {index: item for index, item in differences.items() if item is not None}
+
+
+def _log_notes(runs: Sequence[Run], logs: Mapping[str, StepLog | None]) -> list[str]:
+    """Says which trained runs have no step log."""
+    missing = [run.label for run in runs if run.training and logs[run.label] is None]
+    if not missing:
+        return []
+    return [
+        f"No {LOGS_FILE} of {', '.join(missing)}: losses without intervals, and not compared step "
+        "by step."
+    ]
 
 
 def _answer_notes(recorded: Mapping[str, RecordedAnswers | None]) -> list[str]:
