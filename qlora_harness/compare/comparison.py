@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qlora_harness.compare import conditions, verdict
 from qlora_harness.compare.answers import Answer, Question, RecordedAnswers
+from qlora_harness.compare.design import only_seed_differs
 from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.compare.evidence import gather
 from qlora_harness.compare.intersection import (
@@ -100,7 +101,7 @@ def compare(
     runs = [load_run(path, name) for path, name in zip(paths, names, strict=True)]
     conditions.check_substance(runs)
     notes = conditions.check_data(runs, allow_different_data)
-    same_data = not notes
+    notes += conditions.settings_notes(runs)
     family = conditions.choose_family(runs, task)
     evaluations = _pick(runs, family)
     notes += conditions.check_limit(evaluations, allow_limit, intersect)
@@ -114,7 +115,11 @@ def compare(
     notes += conditions.check_questions(evaluations, answers, intersect)
     notes += intersection_notes(shared)
     evaluations = {name: _count_ties(item, answers[name]) for name, item in evaluations.items()}
-    paired = _pair(names, answers, family, margin, draws, seed)
+    seeds_apart = [
+        index for index, run in enumerate(runs) if index > 0 and only_seed_differs(runs[0], run)
+    ]
+    paired = correct(_pair(names, answers, family, margin, draws, seed), seeds_apart)
+    notes += _seed_notes(names, [index for index in seeds_apart if index in paired])
     # What puts all runs together needs questions that all of them answered.
     joint, joint_answers = _join(evaluations, answers, shared)
     size = next(iter(joint.values())).n if joint and joint is not evaluations else None
@@ -136,6 +141,8 @@ def compare(
     for item in runs:
         notes += verdict.run_notes(item, evaluations.get(item.label))
     notes += verdict.shared_notes(runs, family)
+    together, missing = design_tables(runs, joint, joint_answers, size)
+    notes += missing
     found = conditions.compare_conditions(runs, family)
     return Comparison(
         created=now(),
@@ -145,7 +152,7 @@ def compare(
         family=family,
         tables=(
             *main_tables(runs, evaluations, paired, losses, perplexities, shared),
-            *design_tables(runs, joint, joint_answers, size),
+            *together,
         ),
         details=(
             (groups_table(names, paired, "subjects", common=any_dropped(shared)),) if paired else ()
@@ -161,7 +168,7 @@ def compare(
                 paired.get(index),
                 losses.get(index),
                 family,
-                same_data,
+                conditions.share_data(runs[0], item),
                 common=index in shared and shared[index].total.dropped > 0,
             )
             for index, item in enumerate(runs)
@@ -260,7 +267,18 @@ def _pair(
             draws=draws,
             seed=seed,
         )
-    return correct(found)
+    return found
+
+
+def _seed_notes(names: Sequence[str], apart: Sequence[int]) -> list[str]:
+    """Says which runs are left out of Holm's correction."""
+    if not apart:
+        return []
+    listed = ", ".join(names[index] for index in apart)
+    return [
+        f"Only the seed differs between {names[0]} and {listed}: no comparison of interest, so the "
+        "p of McNemar's test is uncorrected there, and Holm's correction is over the other runs."
+    ]
 
 
 def _join(
