@@ -47,6 +47,13 @@ def test_training_table(pair: tuple[Path, Path]) -> None:
     assert cells(comparison, "training", "train_seconds")[3].value == 0.8
 
 
+def test_memory_of_the_device_is_that_of_all_processes(pair: tuple[Path, Path]) -> None:
+    write_run(pair[0], summary(memory__peak_device_used_bytes=20 * GIB))
+    rows = {row.key: row for row in table(compare(pair), "training").rows}
+    assert rows["peak_gpu_device_gib"].name == "Peak GPU memory, device, all processes (GiB)"
+    assert rows["peak_gpu_device_gib"].cells[0].text == "20.00"
+
+
 def test_mmlu_table(pair: tuple[Path, Path]) -> None:
     comparison = compare(pair)
     assert table(comparison, "mmlu").title == f"MMLU: {FAMILY}, 20 questions"

@@ -45,7 +45,8 @@ class TrainingSummary:
         eval_fingerprint: Hash of the token ids of the evaluation split, if there is one.
         peak_allocated_bytes: Peak GPU memory held by tensors, bytes.
         peak_reserved_bytes: Peak GPU memory held by the allocator, bytes.
-        peak_device_used_bytes: Peak GPU memory in use as the driver sees it, bytes.
+        peak_device_used_bytes: Peak GPU memory in use as the driver sees it, bytes: that of all
+            processes on the device.
         cpu_peak_rss_bytes: Peak resident memory of the process, bytes.
         train_seconds: Training time without loading and evaluation, seconds.
         tokens_per_second: Tokens trained on per second.
