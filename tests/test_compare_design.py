@@ -23,6 +23,13 @@ from qlora_harness.errors import SettingsError
 
 def test_effects_of_quantisation_and_fine_tuning(tmp_path: Path) -> None:
     comparison = compare(four(tmp_path))
+    assert [row.name for row in table(comparison, "design").rows] == [
+        "Change by 4 bits, base model",
+        "Change by 4 bits, fine-tuned model",
+        "Gain by fine-tuning in 16 bits",
+        "Gain by fine-tuning in 4 bits",
+        "How much more fine-tuning gains in 4 bits",
+    ]
     values = {
         row.key: (row.cells[0].value, row.cells[0].stderr)
         for row in table(comparison, "design").rows
@@ -69,8 +76,10 @@ def test_cells_over_seeds_are_those_of_their_arm(tmp_path: Path) -> None:
     key = "seeds.eval_loss"
     assert labels(compare(runs), key) == {
         key: wanted,
+        f"{key}.range": wanted,
         f"{key}.sd": wanted,
         f"{key}.relative_stderr": wanted,
+        f"{key}.freedom": wanted,
     }
 
 
@@ -126,10 +135,12 @@ def test_means_and_ranges_over_seeds(tmp_path: Path) -> None:
     comparison = compare(runs)
     stderr = math.hypot(0.1 / math.sqrt(3), 0.1 / math.sqrt(3))
     assert seeds_of(comparison) == [
-        "1.5000 (1.4000 to 1.6000)",
-        "1.4000 (1.3000 to 1.5000)",
+        "1.5000",
+        "1.4000",
         f"−0.1000 ± {stderr:.4f}",
     ]
+    ranges = texts(comparison, "seeds.eval_loss", "seeds.eval_loss.range")
+    assert ranges == ["1.4000 to 1.6000", "1.3000 to 1.5000", "–"]
     assert cells(comparison, "seeds.eval_loss", "seeds.eval_loss")[2].stderr == pytest.approx(
         stderr
     )
@@ -137,7 +148,7 @@ def test_means_and_ranges_over_seeds(tmp_path: Path) -> None:
     assert headings == ["nf4, 3 seeds", "bf16, 3 seeds", "bf16 less nf4, ± of the seeds"]
 
 
-def test_the_seeds_share_of_a_difference(tmp_path: Path) -> None:
+def test_the_relative_standard_error_of_a_difference(tmp_path: Path) -> None:
     runs = seeded(tmp_path, {"nf4": {0: 1.5, 1: 1.6, 2: 1.4}, "bf16": {0: 1.3, 1: 1.5}})
     comparison = compare(runs)
     # Squares within arms 0 + 0.01 + 0.01 and 0.01 + 0.01, on 2 + 1 degrees of freedom.
@@ -152,7 +163,9 @@ def test_the_seeds_share_of_a_difference(tmp_path: Path) -> None:
     shares = cells(comparison, "seeds.eval_loss", "seeds.eval_loss.relative_stderr")
     assert [cell.text for cell in shares] == ["–", "–", f"{100 * stderr / 0.1:.2f}"]
     assert shares[2].value == pytest.approx(100 * stderr / 0.1)
-    row = report.to_json(comparison)["tables"][-1]["rows"][2]
+    freedom = texts(comparison, "seeds.eval_loss", "seeds.eval_loss.freedom")
+    assert freedom == ["–", "–", "3"]
+    row = report.to_json(comparison)["tables"][-1]["rows"][3]
     assert (row["key"], row["unit"]) == ("seeds.eval_loss.relative_stderr", "%")
     assert row["cells"][2]["value"] == shares[2].value
 
@@ -174,6 +187,7 @@ def test_a_difference_over_seeds_is_that_of_a_one_way_layout() -> None:
         assert found.value == pytest.approx(fitted.params[place], rel=1e-9)
         assert found.pooled_sd == pytest.approx(math.sqrt(fitted.mse_resid), rel=1e-9)
         assert found.stderr == pytest.approx(fitted.bse[place], rel=1e-9)
+        assert found.freedom == fitted.df_resid
         assert found.relative_stderr == pytest.approx(1 / abs(fitted.tvalues[place]), rel=1e-9)
 
 
@@ -194,10 +208,11 @@ def test_seeds_are_needed_for_a_spread() -> None:
 
 def test_one_seed_has_no_error(tmp_path: Path) -> None:
     comparison = compare(seeded(tmp_path, {"nf4": {0: 1.5, 1: 1.7}, "bf16": {0: 1.3}}))
-    assert seeds_of(comparison)[2] == "−0.3000"
+    assert seeds_of(comparison) == ["1.6000", "1.3000", "−0.3000"]
     rows = table(comparison, "seeds.eval_loss").rows
-    assert [cell.text for cell in rows[1].cells] == ["0.1414", "–", "0.1414 (pooled)"]
-    assert [cell.text for cell in rows[2].cells] == ["–", "–", "–"]
+    assert [cell.text for cell in rows[1].cells] == ["1.5000 to 1.7000", "–", "–"]
+    assert [cell.text for cell in rows[2].cells] == ["0.1414", "–", "0.1414 (pooled)"]
+    assert [cell.text for cell in rows[3].cells] == ["–", "–", "–"]
 
 
 def test_one_seed_an_arm_has_no_table(tmp_path: Path) -> None:

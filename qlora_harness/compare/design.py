@@ -110,19 +110,21 @@ class SeedDifference:
             the arms.
         stderr: Standard error of the difference that the seeds cause; None where one of the two
             arms has one seed, as nothing tells its spread.
+        freedom: Degrees of freedom of the two: runs less arms.
     """
 
     value: float
     pooled_sd: float
     stderr: float | None
+    freedom: int
 
     @property
     def relative_stderr(self) -> float | None:
-        """The seeds' share of the difference: standard error / size; None if that is undefined.
+        """Standard error / size of the difference; None if that is undefined.
 
-        Its inverse is the size of Student's t for the two arms: 0.5 is a t of 2. The name is that
-        of survey statistics (Parker et al., National Center for Health Statistics, Vital and
-        Health Statistics 2(175), 2017).
+        Its inverse is the size of Student's t for the two arms, to be judged by the degrees of
+        freedom. The name is that of survey statistics (Parker et al., National Center for Health
+        Statistics, Vital and Health Statistics 2(175), 2017).
         """
         if self.stderr is None or self.value == 0:
             return None
@@ -151,9 +153,9 @@ def seed_difference(first: ArmSeeds, other: ArmSeeds, arms: Sequence[ArmSeeds]) 
     pooled = math.sqrt(within / freedom)
     sizes = len(first.values), len(other.values)
     stderr = pooled * math.sqrt(1 / sizes[0] + 1 / sizes[1]) if min(sizes) > 1 else None
-    # Means that differ by rounding alone are equal: no share of such a difference.
+    # Means that differ by rounding alone are equal: such a difference has no relative error.
     equal = math.isclose(other.mean, first.mean, rel_tol=1e-12)
-    return SeedDifference(0.0 if equal else other.mean - first.mean, pooled, stderr)
+    return SeedDifference(0.0 if equal else other.mean - first.mean, pooled, stderr, freedom)
 
 
 def place(run: Run, evaluation: Evaluation | None) -> tuple[bool, bool] | None:
