@@ -199,6 +199,29 @@ def _plan(words: Sequence[str]) -> int:
     return 0
 
 
+def _read_runs(args: argparse.Namespace) -> int:
+    """Runs `compare`, `runs` or `show`; a reader that has seen enough may close the pipe."""
+    from qlora_harness.compare.output import PipedConsole, close_quietly
+
+    try:
+        if args.command == "compare":
+            from qlora_harness.compare.command import run
+
+            run(args)
+        else:
+            from qlora_harness.compare.listing import print_run, print_runs
+
+            console = PipedConsole(highlight=False)
+            if args.command == "runs":
+                print_runs(args.folder, console)
+            else:
+                print_run(args.run, console)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        close_quietly()
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
@@ -213,21 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words[:1] == ["plan"]:
             return _plan(words[1:])
         args = build_parser().parse_args(words)
-        if args.command == "compare":
-            from qlora_harness.compare.command import run
-
-            return run(args)
-        if args.command in ("runs", "show"):
-            from rich.console import Console
-
-            from qlora_harness.compare.listing import print_run, print_runs
-
-            console = Console(highlight=False)
-            if args.command == "runs":
-                print_runs(args.folder, console)
-            else:
-                print_run(args.run, console)
-            return 0
+        if args.command in ("compare", "runs", "show"):
+            return _read_runs(args)
         if args.command == "benchmark-scoring":
             _benchmark(args)
             return 0

@@ -82,6 +82,33 @@ def test_command_overwrites_nothing_foreign(pair: tuple[Path, Path], tmp_path: P
         main(*pair, "--markdown", tmp_path / "a", "--json", tmp_path / "a")
 
 
+@pytest.mark.parametrize("words", [["compare"], ["runs"], ["show"]])
+def test_a_reader_may_close_the_pipe(pair: tuple[Path, Path], words: list[str]) -> None:
+    results = pair[0].parent
+    paths = {"compare": list(pair), "runs": [results], "show": [pair[0]]}[words[0]]
+    code = "import sys; from qlora_harness.cli import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words, *map(str, paths)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.close()  # before the first line: whatever is printed meets a closed pipe
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (0, "")
+    if words == ["compare"]:
+        assert sorted(path.name for path in results.glob("comparison.*")) == [
+            "comparison.json",
+            "comparison.md",
+        ]
+
+
+def test_comparisons_of_the_results_folder_are_not_in_git() -> None:
+    ignored = Path(__file__).parent.parent.joinpath(".gitignore").read_text().splitlines()
+    assert {"results/comparison.md", "results/comparison.json"} <= set(ignored)
+
+
 def test_command_says_that_it_cannot_write(pair: tuple[Path, Path], tmp_path: Path) -> None:
     write(tmp_path / "file", "")
     with pytest.raises(ResultsError, match="file/a.md can't be written: "):
@@ -91,7 +118,8 @@ def test_command_says_that_it_cannot_write(pair: tuple[Path, Path], tmp_path: Pa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--margin", "0"], "--margin 0. Give percentage points, above 0."),
+        (["--margin", "0"], "--margin 0. Give percentage points, above 0 and below 100."),
+        (["--margin", "150"], "--margin 150. Give percentage points, above 0 and below 100."),
         (["--draws", "10"], "--draws 10 --seed 0. Draw 100 samples or more, from a seed >= 0."),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare_runs import cells, four, summary, table, texts, write_run
+from compare_runs import cells, changed, edit, four, in_summary, summary, table, texts, write_run
 
 from qlora_harness.compare import report
 from qlora_harness.compare.comparison import compare
@@ -23,6 +23,13 @@ from qlora_harness.errors import SettingsError
 
 def test_effects_of_quantisation_and_fine_tuning(tmp_path: Path) -> None:
     comparison = compare(four(tmp_path))
+    assert [row.name for row in table(comparison, "design").rows] == [
+        "Change by 4 bits, base model",
+        "Change by 4 bits, fine-tuned model",
+        "Gain by fine-tuning in 16 bits",
+        "Gain by fine-tuning in 4 bits",
+        "How much more fine-tuning gains in 4 bits",
+    ]
     values = {
         row.key: (row.cells[0].value, row.cells[0].stderr)
         for row in table(comparison, "design").rows
@@ -69,8 +76,10 @@ def test_cells_over_seeds_are_those_of_their_arm(tmp_path: Path) -> None:
     key = "seeds.eval_loss"
     assert labels(compare(runs), key) == {
         key: wanted,
+        f"{key}.range": wanted,
         f"{key}.sd": wanted,
         f"{key}.relative_stderr": wanted,
+        f"{key}.freedom": wanted,
     }
 
 
@@ -85,6 +94,27 @@ def test_other_sets_of_runs_have_no_design(pair: tuple[Path, Path], tmp_path: Pa
     assert "design" not in [item.key for item in compare(pair).tables]
     runs = four(tmp_path / "four")
     assert "design" not in [item.key for item in compare(runs[:3]).tables]
+
+
+def test_a_place_that_is_taken_twice_is_noted(tmp_path: Path) -> None:
+    runs = four(tmp_path)
+    more = four(tmp_path / "more")
+    comparison = compare([*runs, more[3]], labels=["base", "base4", "tuned", "tuned4", "again"])
+    assert "design" not in [item.key for item in comparison.tables]
+    assert (
+        "No table of what the 4 bits cost and what fine-tuning gains, which takes one run for each "
+        "of its four places: tuned4 and again are both fine-tuned in 4 bits."
+    ) in comparison.notes
+    assert not any("No table" in note for note in compare(runs).notes)
+    assert not any("No table" in note for note in compare(runs[:3]).notes)
+
+
+def test_a_design_over_two_base_models_is_noted(tmp_path: Path) -> None:
+    runs = four(tmp_path)
+    changed(runs[0] / "evaluation_results.json", edit("model/base", "other"))
+    comparison = compare(runs)
+    assert "design" not in [item.key for item in comparison.tables]
+    assert any(note.endswith("the base models differ (llama, other).") for note in comparison.notes)
 
 
 def seeded(folder: Path, values: dict[str, dict[int, float]]) -> list[Path]:
@@ -105,10 +135,12 @@ def test_means_and_ranges_over_seeds(tmp_path: Path) -> None:
     comparison = compare(runs)
     stderr = math.hypot(0.1 / math.sqrt(3), 0.1 / math.sqrt(3))
     assert seeds_of(comparison) == [
-        "1.5000 (1.4000 to 1.6000)",
-        "1.4000 (1.3000 to 1.5000)",
+        "1.5000",
+        "1.4000",
         f"−0.1000 ± {stderr:.4f}",
     ]
+    ranges = texts(comparison, "seeds.eval_loss", "seeds.eval_loss.range")
+    assert ranges == ["1.4000 to 1.6000", "1.3000 to 1.5000", "–"]
     assert cells(comparison, "seeds.eval_loss", "seeds.eval_loss")[2].stderr == pytest.approx(
         stderr
     )
@@ -116,7 +148,7 @@ def test_means_and_ranges_over_seeds(tmp_path: Path) -> None:
     assert headings == ["nf4, 3 seeds", "bf16, 3 seeds", "bf16 less nf4, ± of the seeds"]
 
 
-def test_the_seeds_share_of_a_difference(tmp_path: Path) -> None:
+def test_the_relative_standard_error_of_a_difference(tmp_path: Path) -> None:
     runs = seeded(tmp_path, {"nf4": {0: 1.5, 1: 1.6, 2: 1.4}, "bf16": {0: 1.3, 1: 1.5}})
     comparison = compare(runs)
     # Squares within arms 0 + 0.01 + 0.01 and 0.01 + 0.01, on 2 + 1 degrees of freedom.
@@ -131,7 +163,9 @@ def test_the_seeds_share_of_a_difference(tmp_path: Path) -> None:
     shares = cells(comparison, "seeds.eval_loss", "seeds.eval_loss.relative_stderr")
     assert [cell.text for cell in shares] == ["–", "–", f"{100 * stderr / 0.1:.2f}"]
     assert shares[2].value == pytest.approx(100 * stderr / 0.1)
-    row = report.to_json(comparison)["tables"][-1]["rows"][2]
+    freedom = texts(comparison, "seeds.eval_loss", "seeds.eval_loss.freedom")
+    assert freedom == ["–", "–", "3"]
+    row = report.to_json(comparison)["tables"][-1]["rows"][3]
     assert (row["key"], row["unit"]) == ("seeds.eval_loss.relative_stderr", "%")
     assert row["cells"][2]["value"] == shares[2].value
 
@@ -153,6 +187,7 @@ def test_a_difference_over_seeds_is_that_of_a_one_way_layout() -> None:
         assert found.value == pytest.approx(fitted.params[place], rel=1e-9)
         assert found.pooled_sd == pytest.approx(math.sqrt(fitted.mse_resid), rel=1e-9)
         assert found.stderr == pytest.approx(fitted.bse[place], rel=1e-9)
+        assert found.freedom == fitted.df_resid
         assert found.relative_stderr == pytest.approx(1 / abs(fitted.tvalues[place]), rel=1e-9)
 
 
@@ -173,15 +208,75 @@ def test_seeds_are_needed_for_a_spread() -> None:
 
 def test_one_seed_has_no_error(tmp_path: Path) -> None:
     comparison = compare(seeded(tmp_path, {"nf4": {0: 1.5, 1: 1.7}, "bf16": {0: 1.3}}))
-    assert seeds_of(comparison)[2] == "−0.3000"
+    assert seeds_of(comparison) == ["1.6000", "1.3000", "−0.3000"]
     rows = table(comparison, "seeds.eval_loss").rows
-    assert [cell.text for cell in rows[1].cells] == ["0.1414", "–", "0.1414 (pooled)"]
-    assert [cell.text for cell in rows[2].cells] == ["–", "–", "–"]
+    assert [cell.text for cell in rows[1].cells] == ["1.5000 to 1.7000", "–", "–"]
+    assert [cell.text for cell in rows[2].cells] == ["0.1414", "–", "0.1414 (pooled)"]
+    assert [cell.text for cell in rows[3].cells] == ["–", "–", "–"]
 
 
 def test_one_seed_an_arm_has_no_table(tmp_path: Path) -> None:
     runs = seeded(tmp_path, {"nf4": {0: 1.5}, "bf16": {0: 1.3}})
     assert "seeds.eval_loss" not in [item.key for item in compare(runs).tables]
+
+
+TWO_SEEDS = {"nf4": {0: 1.5, 1: 1.6}, "bf16": {0: 1.3, 1: 1.4}}
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value", "problem"),
+    [
+        ("settings/learning_rate", 1.0, "nf4-0 and nf4-1 differ in learning_rate, not only in the"),
+        ("model/commit", "x", "nf4-0 and nf4-1 differ in model.commit, not only in the seed"),
+        ("data/train/fingerprint", "x", "nf4-0 and nf4-1 were trained on different data"),
+        ("data/eval/fingerprint", "x", "nf4-0 and nf4-1 were evaluated on different data"),
+    ],
+)
+def test_why_there_is_no_table_over_seeds_is_noted(
+    tmp_path: Path, dotted: str, value: object, problem: str
+) -> None:
+    runs = seeded(tmp_path, TWO_SEEDS | {"bf16": {0: 1.3, 1: 1.4, 2: 1.5}})
+    in_summary(dotted, value)(runs[1])
+    comparison = compare(runs, allow_different_data=True)
+    assert "seeds.eval_loss" not in [item.key for item in comparison.tables]
+    assert any(
+        note.startswith(f"No table over seeds (Evaluation loss): {problem}")
+        for note in comparison.notes
+    )
+
+
+def test_a_seed_that_is_there_twice_is_noted(tmp_path: Path) -> None:
+    runs = seeded(tmp_path / "a", TWO_SEEDS)
+    again = seeded(tmp_path / "b", {"nf4": {1: 1.6}})
+    comparison = compare([*runs, *again], labels=["n0", "n1", "b0", "b1", "n1b"])
+    assert "seeds.eval_loss" not in [item.key for item in comparison.tables]
+    wanted = "No table over seeds (Evaluation loss): n1 and n1b have the same seed, 1."
+    assert wanted in comparison.notes
+
+
+def test_arms_may_be_trained_on_different_data(tmp_path: Path) -> None:
+    runs = seeded(tmp_path, TWO_SEEDS)
+    for run in runs[2:]:
+        in_summary("data/train/fingerprint", "sha256:" + "9" * 64)(run)
+    comparison = compare(runs, allow_different_data=True)
+    assert "seeds.eval_loss" in [item.key for item in comparison.tables]
+
+
+def test_data_are_the_same_or_not_for_each_pair(tmp_path: Path) -> None:
+    runs = seeded(tmp_path, TWO_SEEDS)
+    in_summary("data/eval/fingerprint", "sha256:" + "9" * 64)(runs[2])
+    verdict = compare(runs, allow_different_data=True).verdict
+    assert [("changes the evaluation loss" in text) for text in verdict] == [True, False, True]
+
+
+def test_runs_without_several_seeds_have_no_note(tmp_path: Path) -> None:
+    runs = seeded(tmp_path, {"nf4": {0: 1.5}, "bf16": {0: 1.3}})
+    copy = write_run(tmp_path / "rate", summary(settings__seed=0, settings__learning_rate=1.0))
+    comparison = compare([*runs, copy])
+    assert comparison.notes == (
+        "The runs differ in training settings other than quantisation and seed: learning_rate.",
+        "No run has an MMLU evaluation.",
+    )
 
 
 def test_baseline_comes_first(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def test_pictures_are_drawn(pair: tuple[Path, Path], tmp_path: Path) -> None:
         "accuracy-by-category-95-intervals.png",
         "accuracy-by-subject.png",
         "peak-memory-and-training-time.png",
+        "training-loss.png",
     ]
     data = (tmp_path / "pictures" / names[0]).read_bytes()
     assert struct.unpack(">I", data[16:20])[0] == 1800

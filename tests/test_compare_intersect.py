@@ -201,7 +201,7 @@ def test_each_run_has_its_own_part_of_the_baseline(parts: tuple[Path, Path]) -> 
         "16bit": 0.6,
         "fp4": 0.4,
     }
-    assert len(figures(comparison.evidence)) == 3
+    assert len(figures(comparison.evidence)) == 4
 
 
 def test_runs_without_a_question_common_to_all_have_no_joint_figures(

@@ -117,13 +117,74 @@ def test_logs_of_before_have_no_evaluation(logged: tuple[Path, Path]) -> None:
     "change",
     [
         {"steps": [{"step": 1}]},
-        {"steps": 5},
+        {"steps": [{"step": float("inf"), "loss": 1.0}]},
+        {"steps": [{"step": 1, "loss": 10**400}]},
+        {"steps": [{"step": 1, "loss": float("nan")}]},
+        {"steps": [{"step": 1.5, "loss": 1.0}]},
         {"evaluation": {"nll": [1.0], "tokens": []}},
         {"evaluation": {"nll": ["nan"], "tokens": [3]}},
+        {"evaluation": {"nll": [10**400], "tokens": [3]}},
         {"evaluation": {"nll": [1.0], "tokens": [0]}},
+        {"evaluation": {"nll": [1.0], "tokens": [float("inf")]}},
+        {"evaluation": {"nll": 5, "tokens": 5}},
     ],
 )
 def test_broken_logs_are_named(logged: tuple[Path, Path], change: dict[str, Any]) -> None:
     write(logged[1] / "training_logs.json", log(LOSSES, [2.0] * 20) | change)
     with pytest.raises(ResultsError, match=r"16bit/training_logs.json, key '"):
+        compare(logged)
+
+
+@pytest.mark.parametrize("steps", [5, {}, None, "rows", [3]])
+def test_logs_without_rows_are_named(logged: tuple[Path, Path], steps: object) -> None:
+    write(logged[1] / "training_logs.json", log(LOSSES, [2.0] * 20) | {"steps": steps})
+    with pytest.raises(ResultsError, match=r"16bit/training_logs.json: steps is not a list of obj"):
+        compare(logged)
+
+
+@pytest.mark.parametrize("rows", [0, 19, 21])
+def test_logs_have_all_steps_of_a_completed_run(logged: tuple[Path, Path], rows: int) -> None:
+    write(logged[1] / "training_logs.json", log(LOSSES, [2.0] * rows))
+    message = f"16bit/training_logs.json, key 'steps': {rows} rows, but the summary says 20 steps"
+    with pytest.raises(ResultsError, match=message):
+        compare(logged)
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value"), [("status", "interrupted"), ("runtime/resumed", True)]
+)
+def test_logs_of_other_runs_may_lack_steps(
+    logged: tuple[Path, Path], dotted: str, value: object
+) -> None:
+    write(logged[1] / "training_logs.json", log(LOSSES, [2.0] * 19))
+    changed(logged[1] / "training_summary.json", edit(dotted, value))
+    changed(logged[1] / "training_summary.json", edit("results/eval_loss", MEAN))
+    assert "losses" in [item.key for item in compare(logged).tables]
+
+
+def test_a_missing_log_is_noted(logged: tuple[Path, Path]) -> None:
+    (logged[1] / "training_logs.json").unlink()
+    comparison = compare(logged)
+    assert comparison.notes == (
+        "No training_logs.json of 16bit: losses without intervals, and not compared step by step.",
+    )
+
+
+def test_a_loss_without_a_perplexity_has_no_interval_of_one(logged: tuple[Path, Path]) -> None:
+    write(logged[1] / "training_logs.json", log([1000.0] * 20, [2.0] * 20))
+    changed(logged[1] / "training_summary.json", edit("results/eval_loss", 1000.0))
+    shown = texts(compare(logged), "losses", "perplexity_interval")
+    assert (shown[0] != "–", shown[1]) == (True, "–")
+
+
+@pytest.mark.parametrize(
+    "dotted",
+    ["memory/peak_allocated_bytes", "runtime/train_seconds", "throughput/tokens_per_second"],
+)
+def test_negative_measures_are_named(logged: tuple[Path, Path], dotted: str) -> None:
+    changed(logged[0] / "training_summary.json", edit(dotted, -1))
+    message = (
+        f"training_summary.json: {dotted.replace('/', '.')} is -1.0, not a number of at least 0"
+    )
+    with pytest.raises(ResultsError, match=message):
         compare(logged)

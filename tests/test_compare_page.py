@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare_runs import changed, edit, main, write
+from compare_runs import changed, edit, four, main, step_log, summary, write, write_run
 
-from qlora_harness.compare.figures import smooth
+from qlora_harness.compare.comparison import compare
+from qlora_harness.compare.figures import COLOURS, figures, smooth
 from qlora_harness.errors import SettingsError
 
 CHROMIUM = next(
@@ -54,11 +55,8 @@ class Cells(HTMLParser):
 @pytest.fixture
 def page(pair: tuple[Path, Path], tmp_path: Path) -> Path:
     for folder, start in zip(pair, (2.0, 1.9), strict=True):
-        steps = [{"step": i, "loss": start - 0.01 * i} for i in range(1, 41)]
-        write(
-            folder / "training_logs.json",
-            {"schema_version": 1, "kind": "training_logs", "steps": steps},
-        )
+        losses = [start - 0.01 * i for i in range(1, 21)]
+        write(folder / "training_logs.json", step_log(losses))
     for folder in pair:
         for path in folder.glob("gpt2/samples_*.jsonl"):
             rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -102,6 +100,48 @@ def test_figures_hold_the_values(page: Path) -> None:
         assert text.count(f'id="figure-{number}"') == 1
     assert "Training loss" in text
     assert "Accuracy by subject" in text
+
+
+def test_a_run_has_one_colour_in_every_figure(tmp_path: Path) -> None:
+    runs = four(tmp_path)  # of which the last two are trained
+    drawn = dict(figures(compare(runs).evidence))
+    wanted = {path.name: COLOURS[place] for place, path in enumerate(runs)}
+    (bars, *_) = drawn["Peak memory and training time"].data
+    assert dict(zip(bars.y, bars.marker.color, strict=True)) == {
+        name: wanted[name] for name in ("bf16_tuned", "nf4_tuned")
+    }
+    curves = [trace for trace in drawn["Training loss"].data if trace.name]
+    assert {trace.name: trace.line.color for trace in curves} == {
+        name: wanted[name] for name in ("bf16_tuned", "nf4_tuned")
+    }
+    for heading in ("Accuracy by category, 95% intervals", "Accuracy by subject"):
+        named = [trace for trace in drawn[heading].data if trace.name]
+        assert {trace.name: trace.marker.color for trace in named} == wanted
+
+
+@pytest.mark.parametrize(
+    ("seconds", "title", "shown"),
+    [(3599.0, "Training time, minutes", "59.98"), (7200.0, "Training time, hours", "2.00")],
+)
+def test_short_times_are_shown_in_minutes(
+    tmp_path: Path, seconds: float, title: str, shown: str
+) -> None:
+    runs = [
+        write_run(tmp_path / name, summary(runtime__train_seconds=each))
+        for name, each in (("a", seconds), ("b", 1800.0))
+    ]
+    figure = dict(figures(compare(runs).evidence))["Peak memory and training time"]
+    assert figure.layout.annotations[1].text == title
+    assert figure.data[1].text[0] == shown
+
+
+def test_titles_and_names_of_rows(tmp_path: Path) -> None:
+    runs = four(tmp_path)
+    assert main(*runs, "--html", tmp_path / "page.html") == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "<title>bf16, nf4, bf16_tuned and nf4_tuned: comparison</title>" in text
+    # A wide table is moved sideways under the names of its rows.
+    assert ".wide td:first-child, .wide thead th:first-child { position: sticky; left: 0;" in text
 
 
 def test_smoothing_has_no_bias_at_its_start() -> None:

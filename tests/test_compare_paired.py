@@ -84,6 +84,14 @@ def test_tests_of_several_runs_are_corrected_among_each_other() -> None:
     assert [item.different for item in alone.values()] == [True, True, False]
     assert [item.different for item in found.values()] == [True, False, False]
     assert correct({}) == {}
+    # Without the first, which is no comparison of interest, two tests are corrected.
+    apart = correct(alone, apart=[1])
+    wanted = multipletests(raw[1:], method="holm")[1].tolist()
+    holm_p = [item.mcnemar_holm for item in apart.values()]
+    assert holm_p == [None, pytest.approx(wanted[0]), pytest.approx(wanted[1])]
+    assert [item.tests for item in apart.values()] == [0, 2, 2]
+    assert [item.mcnemar_p for item in apart.values()] == pytest.approx(raw, rel=1e-9)
+    assert apart[1].different
 
 
 def test_bootstrap_of_counts_is_that_of_questions() -> None:

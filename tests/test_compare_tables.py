@@ -10,6 +10,7 @@ from compare_runs import (
     FAMILY,
     FIRST,
     GIB,
+    SECOND,
     cells,
     evaluation,
     summary,
@@ -44,6 +45,13 @@ def test_training_table(pair: tuple[Path, Path]) -> None:
     }
     assert cells(comparison, "training", "peak_gpu_gib")[2].value == 8.0
     assert cells(comparison, "training", "train_seconds")[3].value == 0.8
+
+
+def test_memory_of_the_device_is_that_of_all_processes(pair: tuple[Path, Path]) -> None:
+    write_run(pair[0], summary(memory__peak_device_used_bytes=20 * GIB))
+    rows = {row.key: row for row in table(compare(pair), "training").rows}
+    assert rows["peak_gpu_device_gib"].name == "Peak GPU memory, device, all processes (GiB)"
+    assert rows["peak_gpu_device_gib"].cells[0].text == "20.00"
 
 
 def test_mmlu_table(pair: tuple[Path, Path]) -> None:
@@ -156,6 +164,38 @@ def test_tests_of_several_runs_are_labelled_as_corrected(
     rows = next(item for item in report.to_json(comparison)["tables"] if item["key"] == "paired")
     values = {row["key"]: row["cells"][1]["value"] for row in rows["rows"]}
     assert (values["mcnemar_p"], values["mcnemar_p_holm"]) == pytest.approx((0.03125, 0.0625))
+
+
+def scored(folder: Path, quant: str, seed: int, marks: dict[str, str]) -> Path:
+    write_run(folder, summary(quant, settings__seed=seed), evaluation(marks))
+    write_harness(folder, marks)
+    return folder
+
+
+def test_other_seeds_of_the_baseline_are_not_among_the_corrected(tmp_path: Path) -> None:
+    worse = {"anatomy": "1111000000", "law": "1100000000"}
+    runs = [
+        scored(tmp_path / "n0", "nf4", 0, FIRST),
+        scored(tmp_path / "n1", "nf4", 1, worse),
+        scored(tmp_path / "b0", "bf16", 0, worse),
+        scored(tmp_path / "b1", "bf16", 1, SECOND),
+    ]
+    comparison = compare(runs)
+    found = {row.key: row for row in table(comparison, "paired").rows}
+    assert found["mcnemar_p_holm"].name == "  after Holm's correction over 2 runs"
+    raw = [2 / 2**6, 2 / 2**6, 0.7265625]
+    assert [cell.value for cell in found["mcnemar_p"].cells] == pytest.approx(raw)
+    holm = [cell.value for cell in found["mcnemar_p_holm"].cells]
+    assert holm == [None, pytest.approx(4 / 2**6), pytest.approx(0.7265625)]
+    assert "(McNemar p = 0.0312, uncorrected: only the seed differs)" in comparison.verdict[0]
+    assert "p = 0.0625 after Holm's correction over 2 runs)" in comparison.verdict[1]
+    assert (
+        "Only the seed differs between n0 and n1: no comparison of interest, so the p of McNemar's "
+        "test is uncorrected there, and Holm's correction is over the other runs."
+    ) in comparison.notes
+    # With one run left there is nothing to correct.
+    rows = [row.key for row in table(compare(runs[:3]), "paired").rows]
+    assert "mcnemar_p_holm" not in rows
 
 
 def test_runs_of_which_none_is_scored_are_compared_by_training(tmp_path: Path) -> None:

@@ -7,11 +7,10 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from qlora_harness.compare import exports, page, report
 from qlora_harness.compare.comparison import compare
 from qlora_harness.compare.evaluation import DEFAULT_FAMILY, FAMILIES
+from qlora_harness.compare.output import PipedConsole
 from qlora_harness.compare.paired import DEFAULT_DRAWS, DEFAULT_MARGIN, DEFAULT_SEED
 from qlora_harness.errors import ResultsError, SettingsError
 from qlora_harness.record import read_json, write_json, write_text
@@ -121,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compares the runs, prints the comparison and writes it as Markdown and JSON.
+    """Compares the runs, writes the comparison as Markdown and JSON, and prints it.
 
     Args:
         args: What add_arguments defines.
@@ -162,7 +161,9 @@ def run(args: argparse.Namespace) -> int:
             )
         exports.check_pictures(args.png)
     if not 0 < args.margin < 100:
-        raise SettingsError(f"--margin {args.margin:g}", "Give percentage points, above 0")
+        raise SettingsError(
+            f"--margin {args.margin:g}", "Give percentage points, above 0 and below 100"
+        )
     if args.draws < 100 or args.seed < 0:
         raise SettingsError(
             f"--draws {args.draws} --seed {args.seed}", "Draw 100 samples or more, from a seed >= 0"
@@ -180,19 +181,25 @@ def run(args: argparse.Namespace) -> int:
         baseline=args.baseline,
         intersect=args.intersect,
     )
-    report.print_comparison(comparison, Console(highlight=False))
-    print()
+    # Written before anything is printed: a reader that closes the pipe early loses no file.
     _write(markdown_file, lambda path: write_text(path, report.to_markdown(comparison)))
     _write(json_file, lambda path: write_json(path, report.to_json(comparison)))
+    written = [markdown_file, json_file]
     if args.html is not None:
         _write(args.html, lambda path: write_text(path, page.to_html(comparison)))
+        written.append(args.html)
     if args.csv is not None:
         _write(args.csv, lambda path: write_text(path, exports.to_csv(comparison)))
+        written.append(args.csv)
     if args.latex is not None:
         _write(args.latex, lambda path: write_text(path, exports.to_latex(comparison)))
+        written.append(args.latex)
     if args.png is not None:
-        for path in exports.write_pictures(comparison, args.png):
-            print(f"Wrote {path}")
+        written += exports.write_pictures(comparison, args.png)
+    report.print_comparison(comparison, PipedConsole(highlight=False))
+    print()
+    for path in written:
+        print(f"Wrote {path}")
     return 0
 
 
@@ -254,4 +261,3 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
             f"{path} can't be written: {error.strerror}",
             "Name another file",
         ) from None
-    print(f"Wrote {path}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qlora_harness.compare import conditions, verdict
 from qlora_harness.compare.answers import Answer, Question, RecordedAnswers
+from qlora_harness.compare.design import only_seed_differs
 from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.compare.evidence import gather
 from qlora_harness.compare.intersection import (
@@ -22,7 +23,6 @@ from qlora_harness.compare.intersection import (
     notes as intersection_notes,
 )
 from qlora_harness.compare.losses import (
-    FEWEST,
     LossDifference,
     StepLog,
     compare_losses,
@@ -48,7 +48,7 @@ from qlora_harness.compare.tables.groups import groups_table
 from qlora_harness.compare.tables.selection import design_tables, main_tables
 from qlora_harness.compare.tables.settings import settings_table
 from qlora_harness.errors import ComparisonError, SettingsError
-from qlora_harness.record import now, scrub
+from qlora_harness.record import LOGS_FILE, now, scrub
 
 _Answers = Mapping[Question, Answer]
 
@@ -101,7 +101,7 @@ def compare(
     runs = [load_run(path, name) for path, name in zip(paths, names, strict=True)]
     conditions.check_substance(runs)
     notes = conditions.check_data(runs, allow_different_data)
-    same_data = not notes
+    notes += conditions.settings_notes(runs)
     family = conditions.choose_family(runs, task)
     evaluations = _pick(runs, family)
     notes += conditions.check_limit(evaluations, allow_limit, intersect)
@@ -115,7 +115,11 @@ def compare(
     notes += conditions.check_questions(evaluations, answers, intersect)
     notes += intersection_notes(shared)
     evaluations = {name: _count_ties(item, answers[name]) for name, item in evaluations.items()}
-    paired = _pair(names, answers, family, margin, draws, seed)
+    seeds_apart = [
+        index for index, run in enumerate(runs) if index > 0 and only_seed_differs(runs[0], run)
+    ]
+    paired = correct(_pair(names, answers, family, margin, draws, seed), seeds_apart)
+    notes += _seed_notes(names, [index for index in seeds_apart if index in paired])
     # What puts all runs together needs questions that all of them answered.
     joint, joint_answers = _join(evaluations, answers, shared)
     size = next(iter(joint.values())).n if joint and joint is not evaluations else None
@@ -127,14 +131,18 @@ def compare(
     logs = {run.label: read_log(run) for run in runs}
     losses = _compare_losses(runs, logs, draws, seed)
     perplexities = {
-        index: perplexity_interval(log, draws=draws, seed=seed)
+        index: interval
         for index, log in enumerate(logs.values())
-        if log is not None and len(log.nll) >= FEWEST
+        if log is not None
+        and (interval := perplexity_interval(log, draws=draws, seed=seed)) is not None
     }
+    notes += _log_notes(runs, logs)
     notes += _answer_notes(recorded)
     for item in runs:
         notes += verdict.run_notes(item, evaluations.get(item.label))
     notes += verdict.shared_notes(runs, family)
+    together, missing = design_tables(runs, joint, joint_answers, size)
+    notes += missing
     found = conditions.compare_conditions(runs, family)
     return Comparison(
         created=now(),
@@ -144,7 +152,7 @@ def compare(
         family=family,
         tables=(
             *main_tables(runs, evaluations, paired, losses, perplexities, shared),
-            *design_tables(runs, joint, joint_answers, size),
+            *together,
         ),
         details=(
             (groups_table(names, paired, "subjects", common=any_dropped(shared)),) if paired else ()
@@ -160,7 +168,7 @@ def compare(
                 paired.get(index),
                 losses.get(index),
                 family,
-                same_data,
+                conditions.share_data(runs[0], item),
                 common=index in shared and shared[index].total.dropped > 0,
             )
             for index, item in enumerate(runs)
@@ -259,7 +267,18 @@ def _pair(
             draws=draws,
             seed=seed,
         )
-    return correct(found)
+    return found
+
+
+def _seed_notes(names: Sequence[str], apart: Sequence[int]) -> list[str]:
+    """Says which runs are left out of Holm's correction."""
+    if not apart:
+        return []
+    listed = ", ".join(names[index] for index in apart)
+    return [
+        f"Only the seed differs between {names[0]} and {listed}: no comparison of interest, so the "
+        "p of McNemar's test is uncorrected there, and Holm's correction is over the other runs."
+    ]
 
 
 def _join(
@@ -295,6 +314,17 @@ def _compare_losses(
         if index > 0
     }
     return {index: item for index, item in differences.items() if item is not None}
+
+
+def _log_notes(runs: Sequence[Run], logs: Mapping[str, StepLog | None]) -> list[str]:
+    """Says which trained runs have no step log."""
+    missing = [run.label for run in runs if run.training and logs[run.label] is None]
+    if not missing:
+        return []
+    return [
+        f"No {LOGS_FILE} of {', '.join(missing)}: losses without intervals, and not compared step "
+        "by step."
+    ]
 
 
 def _answer_notes(recorded: Mapping[str, RecordedAnswers | None]) -> list[str]:

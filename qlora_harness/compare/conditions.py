@@ -9,12 +9,17 @@ from typing import NoReturn
 
 from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.evaluation import DEFAULT_FAMILY, Evaluation
-from qlora_harness.compare.runs import Run
+from qlora_harness.compare.runs import Run, TrainingSummary
 from qlora_harness.errors import ComparisonError
 
 _FOLLOWS = re.compile(
     r"\.(arm|output_dir|results_dir|peft|peft_sha|model_num_parameters|parameter_dtypes\..+)$"
 )
+_SETTINGS = "training.settings."
+# Settings that say where and how a run is kept, not what is computed.
+_BOOKKEEPING = ("output_dir", "resume", "overwrite", "report_to", "save_steps")
+# What two arms and their seeds are meant to differ in.
+_INTENDED = ("quant", "double_quant", "seed")
 _SAME_QUESTIONS = "Score all runs with the same task, data folder and template"
 _INTERSECT = "--intersect to compare on the questions that both answered"
 
@@ -145,6 +150,60 @@ def check_data(runs: Sequence[Run], allow_different: bool) -> list[str]:
             f"{'training' if part == 'train' else 'evaluation'} losses are not comparable."
         )
     return notes
+
+
+def share_data(first: Run, other: Run) -> bool:
+    """Returns whether two runs were trained and evaluated on the same data, as far as is recorded.
+
+    Args:
+        first: A run.
+        other: Another.
+    """
+    one, two = first.training, other.training
+    if one is None or two is None:
+        return True
+    pairs = (
+        (one.train_fingerprint, two.train_fingerprint),
+        (one.eval_fingerprint, two.eval_fingerprint),
+    )
+    return all(None in pair or pair[0] == pair[1] for pair in pairs)
+
+
+def training_settings(training: TrainingSummary) -> dict[str, object]:
+    """Returns the settings that decide what a run computes, by their short names.
+
+    Args:
+        training: Its summary.
+    """
+    settings = {
+        name.removeprefix(_SETTINGS): value
+        for name, value in training.conditions.items()
+        if name.startswith(_SETTINGS)
+    }
+    return {name: value for name, value in settings.items() if name not in _BOOKKEEPING}
+
+
+def settings_notes(runs: Sequence[Run]) -> list[str]:
+    """Says in which training settings the runs differ beside quantisation and seed.
+
+    Args:
+        runs: The runs; those that were not trained here don't take part.
+
+    Returns:
+        One note, or none.
+    """
+    found = [training_settings(run.training) for run in runs if run.training is not None]
+    names = [
+        name
+        for name in dict.fromkeys(name for settings in found for name in settings)
+        if name not in _INTENDED and any(s.get(name) != found[0].get(name) for s in found)
+    ]
+    if not names:
+        return []
+    return [
+        "The runs differ in training settings other than quantisation and seed: "
+        f"{', '.join(names)}."
+    ]
 
 
 def check_limit(

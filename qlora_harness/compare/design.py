@@ -8,11 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_harness.compare.answers import Answer, Question
+from qlora_harness.compare.conditions import training_settings
 from qlora_harness.compare.evaluation import Evaluation
-from qlora_harness.compare.runs import Run
+from qlora_harness.compare.runs import Run, TrainingSummary
 
 Answers = Mapping[Question, Answer]
-_SEED = "training.settings.seed"
+_PLACES = {
+    (False, False): "the base model in 16 bits",
+    (True, False): "the base model in 4 bits",
+    (False, True): "fine-tuned in 16 bits",
+    (True, True): "fine-tuned in 4 bits",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,19 @@ class Effect:
     stderr: float | None
     paired: bool
     run: str
+
+
+@dataclass(frozen=True)
+class Design:
+    """The four runs of base and fine-tuned model in 4 and 16 bits.
+
+    Attributes:
+        effects: What differs within the design; empty where the runs are not such a design.
+        problem: Why not, where each of the four places is taken; else None.
+    """
+
+    effects: tuple[Effect, ...] = ()
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +88,19 @@ class ArmSeeds:
 
 
 @dataclass(frozen=True)
+class Seeds:
+    """Arms of which at least one has several seeds.
+
+    Attributes:
+        arms: The arms; empty where the runs are no such arms.
+        problem: Why not, where some arm has several seeds; else None.
+    """
+
+    arms: tuple[ArmSeeds, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
 class SeedDifference:
     """Mean of one arm less that of another, and what the seeds alone do to it.
 
@@ -78,19 +110,21 @@ class SeedDifference:
             the arms.
         stderr: Standard error of the difference that the seeds cause; None where one of the two
             arms has one seed, as nothing tells its spread.
+        freedom: Degrees of freedom of the two: runs less arms.
     """
 
     value: float
     pooled_sd: float
     stderr: float | None
+    freedom: int
 
     @property
     def relative_stderr(self) -> float | None:
-        """The seeds' share of the difference: standard error / size; None if that is undefined.
+        """Standard error / size of the difference; None if that is undefined.
 
-        Its inverse is the size of Student's t for the two arms: 0.5 is a t of 2. The name is that
-        of survey statistics (Parker et al., National Center for Health Statistics, Vital and
-        Health Statistics 2(175), 2017).
+        Its inverse is the size of Student's t for the two arms, to be judged by the degrees of
+        freedom. The name is that of survey statistics (Parker et al., National Center for Health
+        Statistics, Vital and Health Statistics 2(175), 2017).
         """
         if self.stderr is None or self.value == 0:
             return None
@@ -119,9 +153,9 @@ def seed_difference(first: ArmSeeds, other: ArmSeeds, arms: Sequence[ArmSeeds]) 
     pooled = math.sqrt(within / freedom)
     sizes = len(first.values), len(other.values)
     stderr = pooled * math.sqrt(1 / sizes[0] + 1 / sizes[1]) if min(sizes) > 1 else None
-    # Means that differ by rounding alone are equal: no share of such a difference.
+    # Means that differ by rounding alone are equal: such a difference has no relative error.
     equal = math.isclose(other.mean, first.mean, rel_tol=1e-12)
-    return SeedDifference(0.0 if equal else other.mean - first.mean, pooled, stderr)
+    return SeedDifference(0.0 if equal else other.mean - first.mean, pooled, stderr, freedom)
 
 
 def place(run: Run, evaluation: Evaluation | None) -> tuple[bool, bool] | None:
@@ -147,7 +181,7 @@ def effects(
     runs: Sequence[Run],
     evaluations: Mapping[str, Evaluation],
     answers: Mapping[str, Answers | None],
-) -> tuple[Effect, ...]:
+) -> Design:
     """Separates what quantisation costs from what fine-tuning gains.
 
     Args:
@@ -156,23 +190,25 @@ def effects(
         answers: Their answers question by question, where they are known.
 
     Returns:
-        The effects, or nothing unless each of the four places is taken by exactly one run.
+        The effects, if each of the four places is taken by exactly one run.
     """
-    found: dict[tuple[bool, bool], str] = {}
+    taken: dict[tuple[bool, bool], list[str]] = {}
     for run in runs:
         where = place(run, evaluations.get(run.label))
-        if where is None:
-            continue
-        if where in found:
-            return ()
-        found[where] = run.label
-    if len(found) < 4:
-        return ()
+        if where is not None:
+            taken.setdefault(where, []).append(run.label)
+    if len(taken) < 4:
+        return Design()
+    for where, labels in taken.items():
+        if len(labels) > 1:
+            together = "both" if len(labels) == 2 else "all"
+            return Design(problem=f"{' and '.join(labels)} are {together} {_PLACES[where]}")
+    found = {where: labels[0] for where, labels in taken.items()}
     models = {
-        evaluations[label].conditions.get("evaluation.model.base") for label in found.values()
+        str(evaluations[label].conditions.get("evaluation.model.base")) for label in found.values()
     }
     if len(models) > 1:
-        return ()
+        return Design(problem=f"the base models differ ({', '.join(sorted(models))})")
     logged = {label: answers.get(label) for label in found.values()}
     samples = {label: one for label, one in logged.items() if one is not None}
     # In all effects or in none, so that their errors can be compared.
@@ -191,17 +227,21 @@ def effects(
         stderr = math.hypot(*known) if len(known) == len(errors) else None
         return Effect(key, name, value, stderr, False, run)
 
-    return (
-        effect("quantisation_base", "4 bits, on the base", {base4: 1, base: -1}),
-        effect("quantisation_tuned", "4 bits, after fine-tuning", {tuned4: 1, tuned: -1}),
-        effect("tuning_16bit", "Fine-tuning, in 16 bits", {tuned: 1, base: -1}),
-        effect("tuning_4bit", "Fine-tuning, in 4 bits", {tuned4: 1, base4: -1}),
-        effect(
-            "interaction",
-            "Fine-tuning in 4 bits less in 16",
-            {tuned4: 1, base4: -1, tuned: -1, base: 1},
-            f"{tuned4} less {base4}",
-        ),
+    return Design(
+        (
+            effect("quantisation_base", "Change by 4 bits, base model", {base4: 1, base: -1}),
+            effect(
+                "quantisation_tuned", "Change by 4 bits, fine-tuned model", {tuned4: 1, tuned: -1}
+            ),
+            effect("tuning_16bit", "Gain by fine-tuning in 16 bits", {tuned: 1, base: -1}),
+            effect("tuning_4bit", "Gain by fine-tuning in 4 bits", {tuned4: 1, base4: -1}),
+            effect(
+                "interaction",
+                "How much more fine-tuning gains in 4 bits",
+                {tuned4: 1, base4: -1, tuned: -1, base: 1},
+                f"{tuned4} less {base4}",
+            ),
+        )
     )
 
 
@@ -224,38 +264,97 @@ def _paired_stderr(answers: Mapping[str, Answers], weights: Mapping[str, int]) -
     return statistics.pstdev(values) / math.sqrt(len(values))
 
 
-def seeds(runs: Sequence[Run], measure: Callable[[Run], float | None]) -> tuple[ArmSeeds, ...]:
+def seeds(
+    runs: Sequence[Run],
+    measure: Callable[[Run], float | None],
+    *,
+    same_evaluation: bool,
+) -> Seeds:
     """Groups runs that differ in their seed alone (and in what follows from it) by arm.
 
     Args:
         runs: The runs.
         measure: What is summarised; None leaves a run out.
+        same_evaluation: Whether the measure is one of the evaluation data, which must be the same
+            then.
 
     Returns:
-        The arms in the order of their first runs, or nothing unless some arm has several seeds.
+        The arms in the order of their first runs, if some arm has several seeds.
     """
-    groups: dict[str, dict[int, float]] = {}
-    same: dict[str, dict[str, object]] = {}
+    groups: dict[str, list[tuple[Run, TrainingSummary, int, float]]] = {}
     for run in runs:
         training = run.training
         if training is None or training.quant is None or training.status != "completed":
             continue
-        seed, value = training.conditions.get(_SEED), measure(run)
-        if not isinstance(seed, int) or value is None:
-            continue
-        settings = {
-            name: setting
-            for name, setting in training.conditions.items()
-            if name.startswith(("training.settings.", "training.model."))
-            and name not in (_SEED, "training.settings.output_dir")
-        }
-        if same.setdefault(training.quant, settings) != settings:
-            return ()  # more than the seed differs
-        if seed in groups.setdefault(training.quant, {}):
-            return ()  # a copy of a run is no further seed
-        groups[training.quant][seed] = value
-    if not any(len(group) > 1 for group in groups.values()):
-        return ()
-    return tuple(
-        ArmSeeds(name, tuple(group), tuple(group.values())) for name, group in groups.items()
+        seed, value = _seed(training), measure(run)
+        if seed is not None and value is not None:
+            groups.setdefault(training.quant, []).append((run, training, seed, value))
+    if not any(len({seed for _, _, seed, _ in group}) > 1 for group in groups.values()):
+        return Seeds()
+    for group in groups.values():
+        first, one, _, _ = group[0]
+        seen: dict[int, str] = {}
+        for run, training, seed, _ in group:
+            both = f"{first.label} and {run.label}"
+            if names := _different(one, training):
+                return Seeds(problem=f"{both} differ in {', '.join(names)}, not only in the seed")
+            if one.train_fingerprint != training.train_fingerprint:
+                return Seeds(problem=f"{both} were trained on different data")
+            if seed in seen:  # a copy of a run is no further seed
+                return Seeds(problem=f"{seen[seed]} and {run.label} have the same seed, {seed}")
+            seen[seed] = run.label
+    trained = [member for group in groups.values() for member in group]
+    for run, training, _, _ in trained:
+        if same_evaluation and training.eval_fingerprint != trained[0][1].eval_fingerprint:
+            both = f"{trained[0][0].label} and {run.label}"
+            return Seeds(problem=f"{both} were evaluated on different data")
+    return Seeds(
+        tuple(
+            ArmSeeds(
+                name,
+                tuple(seed for _, _, seed, _ in group),
+                tuple(value for _, _, _, value in group),
+            )
+            for name, group in groups.items()
+        )
     )
+
+
+def only_seed_differs(first: Run, other: Run) -> bool:
+    """Returns whether two completed runs are of one arm and differ in their seed alone.
+
+    Args:
+        first: A run.
+        other: Another.
+    """
+    one, two = first.training, other.training
+    if one is None or two is None or None in (one.quant, _seed(one), _seed(two)):
+        return False
+    return (
+        one.status == two.status == "completed"
+        and one.quant == two.quant
+        and _seed(one) != _seed(two)
+        and one.train_fingerprint == two.train_fingerprint
+        and not _different(one, two)
+    )
+
+
+def _seed(training: TrainingSummary) -> int | None:
+    seed = training_settings(training).get("seed")
+    return seed if isinstance(seed, int) and not isinstance(seed, bool) else None
+
+
+def _different(one: TrainingSummary, two: TrainingSummary) -> list[str]:
+    """Names the settings, and what is recorded of the model, in which two runs differ."""
+    first, second = ({**training_settings(t), **_model(t)} for t in (one, two))
+    names = dict.fromkeys([*first, *second])
+    return [name for name in names if name != "seed" and first.get(name) != second.get(name)]
+
+
+def _model(training: TrainingSummary) -> dict[str, object]:
+    prefix = "training.model."
+    return {
+        f"model.{name.removeprefix(prefix)}": value
+        for name, value in training.conditions.items()
+        if name.startswith(prefix)
+    }

@@ -61,6 +61,7 @@ class Evidence:
     """Everything a page shows beside the tables.
 
     Attributes:
+        labels: Of all runs, in their order; figures give each its colour by its place here.
         costs: Of each trained run.
         logs: Step logs that have a step, by label.
         evaluations: Of the family compared, by label, all over the same questions.
@@ -68,6 +69,7 @@ class Evidence:
         common: The number of questions common to all runs, where --intersect dropped others.
     """
 
+    labels: tuple[str, ...]
     costs: tuple[Cost, ...]
     logs: Mapping[str, StepLog]
     evaluations: Mapping[str, Evaluation]
@@ -92,6 +94,7 @@ def gather(
         common: The number of these questions, where --intersect dropped others.
     """
     return Evidence(
+        tuple(run.label for run in runs),
         tuple(cost for run in runs if (cost := _cost(run)) is not None),
         {label: log for label, log in logs.items() if log is not None and log.losses},
         evaluations,

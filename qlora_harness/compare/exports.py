@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qlora_harness.compare.figures import HEADINGS, figures
 from qlora_harness.compare.report import Comparison
-from qlora_harness.compare.tables.table import Table, cell_label
+from qlora_harness.compare.tables.table import Row, Table, cell_label
 from qlora_harness.errors import ResultsError, SettingsError
 from qlora_harness.record import new_folder
 
@@ -51,8 +51,12 @@ def to_latex(comparison: Comparison) -> str:
 
 
 def _latex_table(table: Table) -> list[str]:
-    def line(texts: list[str]) -> str:
-        return " & ".join(map(_latex, texts)) + r" \\"
+    def line(texts: list[str], start: str = "") -> str:
+        return start + " & ".join(map(_latex, texts)) + r" \\"
+
+    def row_line(row: Row) -> str:
+        texts = [row.name.strip(), *(cell.text for cell in row.cells)]
+        return line(texts, r"\quad " if row.under else "")
 
     return [
         rf"% {table.title}",
@@ -60,7 +64,7 @@ def _latex_table(table: Table) -> list[str]:
         r"\toprule",
         line(["", *(column.heading for column in table.columns)]),
         r"\midrule",
-        *(line([row.name.strip(), *(cell.text for cell in row.cells)]) for row in table.rows),
+        *map(row_line, table.rows),
         r"\bottomrule",
         r"\end{tabular}",
     ]

@@ -98,6 +98,40 @@ def number(record: Mapping[str, Any], path: Path | str, *keys: str) -> float:
     return value
 
 
+def optional_amount(record: Mapping[str, Any], path: Path | str, *keys: str) -> float | None:
+    """Returns a finite number of at least 0, or None where it is missing, null or "N/A".
+
+    Args:
+        record: The record.
+        path: The file it came from, for the message.
+        *keys: The path of keys into it.
+
+    Raises:
+        ResultsError: The value is negative, NaN, infinite or not a number.
+    """
+    value = optional_number(record, path, *keys)
+    if value is not None and value < 0:
+        raise field_error(path, keys, f"is {value}, not a number of at least 0")
+    return value
+
+
+def amount(record: Mapping[str, Any], path: Path | str, *keys: str) -> float:
+    """Returns a finite number of at least 0 that must be there.
+
+    Args:
+        record: The record.
+        path: The file it came from, for the message.
+        *keys: The path of keys into it.
+
+    Raises:
+        ResultsError: The value is missing, negative, NaN, infinite or not a number.
+    """
+    value = optional_amount(record, path, *keys)
+    if value is None:
+        raise field_error(path, keys, "is missing")
+    return value
+
+
 def share(record: Mapping[str, Any], path: Path | str, *keys: str) -> float:
     """Returns a number from 0 to 1 that must be there, for example an accuracy.
 

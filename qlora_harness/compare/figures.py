@@ -28,11 +28,13 @@ def figures(evidence: Evidence) -> list[tuple[str, Any]]:
     Args:
         evidence: Of the comparison.
     """
+    # One colour a run in every figure, also where a figure has not all runs.
+    colours = {label: COLOURS[place % len(COLOURS)] for place, label in enumerate(evidence.labels)}
     made = (
-        _costs(evidence.costs),
-        _curves(evidence.logs),
-        _categories(evidence),
-        _subjects(evidence),
+        _costs(evidence.costs, colours),
+        _curves(evidence.logs, colours),
+        _categories(evidence, colours),
+        _subjects(evidence, colours),
     )
     named = zip(HEADINGS, made, strict=True)
     return [(heading, figure) for heading, figure in named if figure is not None]
@@ -54,25 +56,25 @@ def _layout(figure: Any, height: int, **options: Any) -> Any:
     return figure
 
 
-def _colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)]
-
-
-def _costs(costs: Sequence[Cost]) -> Any:
+def _costs(costs: Sequence[Cost], colours: Mapping[str, str]) -> Any:
     from plotly.subplots import make_subplots
 
     if not costs:
         return None
     kind = "GPU memory, GiB" if all(c.on_gpu for c in costs) else "memory, GiB"
-    figure = make_subplots(rows=2, cols=1, subplot_titles=(f"Peak {kind}", "Training time, hours"))
-    for row, values in ((1, [c.memory_gib for c in costs]), (2, [c.hours for c in costs])):
+    short = max((c.hours for c in costs if c.hours is not None), default=1.0) < 1
+    unit, scale = ("minutes", 60) if short else ("hours", 1)
+    times = [None if c.hours is None else scale * c.hours for c in costs]
+    titles = (f"Peak {kind}", f"Training time, {unit}")
+    figure = make_subplots(rows=2, cols=1, subplot_titles=titles)
+    for row, values in ((1, [c.memory_gib for c in costs]), (2, times)):
         figure.add_bar(
             x=values,
             y=[
                 c.label if c.on_gpu or kind.startswith("GPU") else f"{c.label} (CPU)" for c in costs
             ],
             orientation="h",
-            marker_color=[_colour(i) for i in range(len(costs))],
+            marker_color=[colours[c.label] for c in costs],
             text=["" if value is None else f"{value:.2f}" for value in values],
             hovertemplate="%{y}: %{x:.3f}<extra></extra>",
             row=row,
@@ -82,18 +84,18 @@ def _costs(costs: Sequence[Cost]) -> Any:
     return _layout(figure, 160 + 80 * len(costs), showlegend=False)
 
 
-def _curves(logs: Mapping[str, StepLog]) -> Any:
+def _curves(logs: Mapping[str, StepLog], colours: Mapping[str, str]) -> Any:
     import plotly.graph_objects as go
 
     if not logs:
         return None
     figure = go.Figure()
-    for index, (label, log) in enumerate(logs.items()):
+    for label, log in logs.items():
         figure.add_scatter(
             x=log.steps,
             y=log.losses,
             mode="lines",
-            line={"color": _colour(index), "width": 1},
+            line={"color": colours[label], "width": 1},
             opacity=0.35,
             showlegend=False,
             hovertemplate=f"{label}, step %{{x}}: %{{y:.4f}}<extra></extra>",
@@ -103,7 +105,7 @@ def _curves(logs: Mapping[str, StepLog]) -> Any:
             y=smooth(log.losses),
             mode="lines",
             name=label,
-            line={"color": _colour(index), "width": 2.5},
+            line={"color": colours[label], "width": 2.5},
             hovertemplate=f"{label}, smoothed, step %{{x}}: %{{y:.4f}}<extra></extra>",
         )
     figure.update_xaxes(title="step")
@@ -125,7 +127,7 @@ def smooth(values: Sequence[float]) -> list[float]:
     return found
 
 
-def _categories(evidence: Evidence) -> Any:
+def _categories(evidence: Evidence, colours: Mapping[str, str]) -> Any:
     import plotly.graph_objects as go
 
     if not evidence.evaluations:
@@ -148,7 +150,7 @@ def _categories(evidence: Evidence) -> Any:
             customdata=[names[place] for place, _, _ in rows],
             mode="markers",
             name=label,
-            marker={"color": _colour(index), "size": 9},
+            marker={"color": colours[label], "size": 9},
             error_x={"array": [100 * Z95 * stderr if stderr else None for _, _, stderr in rows]},
             hovertemplate=f"{label}, %{{customdata}}: %{{x:.2f}}%<extra></extra>",
         )
@@ -159,7 +161,7 @@ def _categories(evidence: Evidence) -> Any:
     return _layout(figure, 220 + 40 * count)
 
 
-def _subjects(evidence: Evidence) -> Any:
+def _subjects(evidence: Evidence, colours: Mapping[str, str]) -> Any:
     import plotly.graph_objects as go
 
     if len(evidence.evaluations) < 2:
@@ -179,13 +181,13 @@ def _subjects(evidence: Evidence) -> Any:
             showlegend=False,
             hoverinfo="skip",
         )
-    for index, (label, evaluation) in enumerate(evaluations):
+    for label, evaluation in evaluations:
         figure.add_scatter(
             x=[100 * evaluation.subjects[name].acc for name in names],
             y=shown,
             mode="markers",
             name=label,
-            marker={"color": _colour(index), "size": 9},
+            marker={"color": colours[label], "size": 9},
             hovertemplate=f"{label}, %{{y}}: %{{x:.1f}}%<extra></extra>",
         )
     figure.update_xaxes(title=_accuracy_title(evidence), side="top")

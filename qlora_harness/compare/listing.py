@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,58 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from qlora_harness.compare import fields
+from qlora_harness.compare.column_widths import break_words, fit_columns, longest_word
 from qlora_harness.compare.evaluation import CATEGORIES, DEFAULT_FAMILY
 from qlora_harness.compare.tables.number_text import duration
 from qlora_harness.compare.tables.table import NOTHING
 from qlora_harness.compare.tables.training import GIB
 from qlora_harness.errors import ResultsError
-from qlora_harness.record import EVALUATION_FILE, SUMMARY_FILE, nested, read_json
+from qlora_harness.record import EVALUATION_FILE, SUMMARY_FILE
 
 _RECORDS = (SUMMARY_FILE, EVALUATION_FILE)
+_COLUMNS = ("run", "model", "data", "base", "status", "GiB", "loss", "MMLU %")
+_NUMBERS = ("GiB", "loss", "MMLU %")
+# What has to be an object in a record, where it is there.
+_OBJECTS = (
+    "model",
+    "settings",
+    "computation",
+    "memory",
+    "runtime",
+    "throughput",
+    "results",
+    "environment",
+    "tasks",
+)
+# What the columns get at least, characters, however narrow the terminal is.
+_FEWEST = 6
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One record of a run: the file and what it holds; nothing where there is no file."""
+
+    path: Path
+    content: Mapping[str, Any]
+
+    def text(self, *keys: str) -> str | None:
+        return fields.optional_text(self.content, self.path, *keys)
+
+    def amount(self, *keys: str) -> float | None:
+        return fields.optional_amount(self.content, self.path, *keys)
+
+    def number(self, *keys: str) -> float | None:
+        return fields.optional_number(self.content, self.path, *keys)
+
+    def count(self, *keys: str) -> int | None:
+        return fields.optional_count(self.content, self.path, *keys)
+
+    def mapping(self, *keys: str) -> Mapping[str, Any]:
+        return fields.optional_mapping(self.content, self.path, *keys)
+
+    def random_weights(self) -> bool:
+        return self.mapping("model").get("random_weights") is True
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -50,77 +95,104 @@ def print_runs(folder: Path, console: Console) -> None:
     Raises:
         ResultsError: There is no run.
     """
-    shown = RichTable(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    shown.add_column("run", no_wrap=True)
-    for name in ("model", "data"):
-        shown.add_column(name, overflow="fold")
-    for name in ("base", "status"):
-        shown.add_column(name, no_wrap=True)
-    for name in ("GiB", "loss", "MMLU %"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    broken = []
+    rows, broken = [], []
     for path in find_runs(folder):
         try:
-            shown.add_row(*map(Text, _line(path, folder)))
+            rows.append(_line(path, folder))
         except ResultsError as error:
             broken.append(str(error))
-    console.print(shown)
+    if rows:
+        console.print(_runs_table(rows, console.width))
     for problem in broken:
         console.print(Text(f"Not listed: {problem}"))
+
+
+def _runs_table(rows: list[list[str]], width: int) -> RichTable:
+    """Builds the table: columns are narrowed at spaces first, and within words only at last."""
+    columns = [[name, *(row[i] for row in rows)] for i, name in enumerate(_COLUMNS)]
+    natural = [max(map(len, texts)) for texts in columns]
+    words = [longest_word(texts) for texts in columns]
+    # A narrow gap, before a word is broken for a wide one.
+    gap = 2 if sum(words) + 2 * (len(columns) - 1) <= width else 1
+    fewest = [min(_FEWEST, size) for size in words]
+    widths = fit_columns(natural, (words, fewest), width - gap * (len(columns) - 1))
+    shown = RichTable(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold")
+    for name, size in zip(_COLUMNS, widths, strict=True):
+        shown.add_column(
+            name, width=size, justify="right" if name in _NUMBERS else "left", overflow="fold"
+        )
+    for row in rows:
+        shown.add_row(
+            *(Text(break_words(text, size)) for text, size in zip(row, widths, strict=True))
+        )
+    return shown
 
 
 def _line(path: Path, folder: Path) -> list[str]:
     summary, evaluation = _read(path)
     name = str(path.relative_to(folder)) if path != folder else path.name
-    model = nested(summary, "model", "name") or nested(evaluation, "model", "base")
-    random = nested(summary, "model", "random_weights") or nested(
-        evaluation, "model", "random_weights"
-    )
-    quant = nested(summary, "quant") or nested(evaluation, "model", "quant")
+    model = summary.text("model", "name") or evaluation.text("model", "base")
+    random = summary.random_weights() or evaluation.random_weights()
+    quant = summary.text("quant") or evaluation.text("model", "quant")
     return [
         name,
         f"{model or NOTHING}{' (random weights)' if random else ''}",
-        str(nested(summary, "settings", "dataset") or NOTHING),
-        str(quant or NOTHING),
-        str(nested(summary, "status") or "scored"),
+        summary.text("settings", "dataset") or NOTHING,
+        quant or NOTHING,
+        summary.text("status") or "scored",
         _peak(summary),
-        _number(nested(summary, "results", "eval_loss"), "{:.3f}"),
+        _number(summary.number("results", "eval_loss"), "{:.3f}"),
         _accuracy(evaluation),
     ]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    found = [read_json(path / name) if (path / name).is_file() else {} for name in _RECORDS]
-    return found[0], found[1]
+def _read(path: Path) -> tuple[_Record, _Record]:
+    """Reads the records that are there, of this kind and schema."""
+    found = []
+    for name in _RECORDS:
+        file = path / name
+        kind = name.removesuffix(".json")
+        record = _Record(file, fields.read_record(file, kind) if file.is_file() else {})
+        for key in _OBJECTS:
+            record.mapping(key)
+        found.append(record)
+    summary, evaluation = found
+    for family in evaluation.mapping("tasks"):
+        evaluation.mapping("tasks", family)
+    return summary, evaluation
 
 
-def _number(value: object, form: str) -> str:
-    return form.format(value) if isinstance(value, (int, float)) else NOTHING
+def _number(value: float | None, form: str) -> str:
+    return NOTHING if value is None else form.format(value)
 
 
-def _time(value: object) -> str:
-    return duration(value) if isinstance(value, (int, float)) else NOTHING
-
-
-def _peak(summary: dict[str, Any]) -> str:
-    gpu = nested(summary, "memory", "peak_allocated_bytes")
-    cpu = nested(summary, "memory", "cpu_peak_rss_bytes")
-    if isinstance(gpu, (int, float)):
+def _peak(summary: _Record) -> str:
+    gpu = summary.amount("memory", "peak_allocated_bytes")
+    cpu = summary.amount("memory", "cpu_peak_rss_bytes")
+    if gpu is not None:
         return f"{gpu / GIB:.2f}"
-    return f"{cpu / GIB:.2f} CPU" if isinstance(cpu, (int, float)) else NOTHING
+    return NOTHING if cpu is None else f"{cpu / GIB:.2f} CPU"
 
 
-def _accuracy(evaluation: dict[str, Any]) -> str:
-    tasks = nested(evaluation, "tasks")
-    if not isinstance(tasks, dict) or not tasks:
+def _accuracy(evaluation: _Record) -> str:
+    tasks = evaluation.mapping("tasks")
+    if not tasks:
         return NOTHING
     family = DEFAULT_FAMILY if DEFAULT_FAMILY in tasks else next(iter(tasks))
-    acc = nested(tasks, family, "acc")
-    text = _number(100 * acc if isinstance(acc, (int, float)) else None, "{:.2f}")
-    n, n_total = nested(tasks, family, "n"), nested(tasks, family, "n_total")
+    acc = fields.share(evaluation.content, evaluation.path, "tasks", family, "acc")
+    text = f"{100 * acc:.2f}"
+    n, n_total = _questions(evaluation, family)
     part = "" if n == n_total else f", {n} of {n_total}"
     short = family.removeprefix("mmlu_qlora_")
     return text if family == DEFAULT_FAMILY and not part else f"{text} ({short}{part})"
+
+
+def _questions(evaluation: _Record, family: str) -> tuple[int, int]:
+    n, n_total = (
+        fields.count(evaluation.content, evaluation.path, "tasks", family, name)
+        for name in ("n", "n_total")
+    )
+    return n, n_total
 
 
 def print_run(path: Path, console: Console) -> None:
@@ -131,7 +203,7 @@ def print_run(path: Path, console: Console) -> None:
         console: Where to.
 
     Raises:
-        ResultsError: It holds no record, or a broken one.
+        ResultsError: It holds no record, or a broken one; nothing is printed then.
     """
     if not any((path / name).is_file() for name in _RECORDS):
         raise ResultsError(
@@ -139,7 +211,7 @@ def print_run(path: Path, console: Console) -> None:
             "Name a run folder; `qlora-harness runs` lists them",
         )
     summary, evaluation = _read(path)
-    for title, rows in _sections(summary, evaluation):
+    for title, rows in [*_training_sections(summary), *_evaluation_sections(evaluation)]:
         listed = [(name, value) for name, value in rows if value not in (None, NOTHING)]
         if not listed:
             continue
@@ -150,50 +222,59 @@ def print_run(path: Path, console: Console) -> None:
             console.print(Text(f"{name:<{width}}  {value}"), soft_wrap=True)
 
 
-def _sections(
-    summary: dict[str, Any], evaluation: dict[str, Any]
-) -> Iterator[tuple[str, list[tuple[str, object]]]]:
-    if summary:
-        results = nested(summary, "results") or {}
-        yield (
-            "Training",
-            [
-                ("status", summary.get("status")),
-                ("base", summary.get("quant")),
-                ("model", nested(summary, "model", "name")),
-                ("random weights", nested(summary, "model", "random_weights") or None),
-                ("device", nested(summary, "environment", "device", "name")),
-                ("peak memory, GiB", _peak(summary)),
-                ("time", _time(nested(summary, "runtime", "train_seconds"))),
-                (
-                    "tokens/s",
-                    _number(nested(summary, "throughput", "tokens_per_second"), "{:,.0f}"),
-                ),
-                *((name.replace("_", " "), _shown(value)) for name, value in results.items()),
-                ("failure", nested(summary, "failure", "problem")),
-            ],
-        )
-        yield "How it was computed", list((summary.get("computation") or {}).items())
-        yield "Settings", list((summary.get("settings") or {}).items())
-    for family, task in (nested(evaluation, "tasks") or {}).items():
+_Section = tuple[str, list[tuple[str, object]]]
+
+
+def _training_sections(summary: _Record) -> Iterator[_Section]:
+    if not summary.content:
+        return
+    seconds = summary.amount("runtime", "train_seconds")
+    yield (
+        "Training",
+        [
+            ("status", summary.text("status")),
+            ("base", summary.text("quant")),
+            ("model", summary.text("model", "name")),
+            ("random weights", summary.random_weights() or None),
+            ("device", summary.text("environment", "device", "name")),
+            ("peak memory, GiB", _peak(summary)),
+            ("time", None if seconds is None else duration(seconds)),
+            ("tokens/s", _number(summary.amount("throughput", "tokens_per_second"), "{:,.0f}")),
+            *(
+                (name.replace("_", " "), _result(summary, name))
+                for name in summary.mapping("results")
+            ),
+            ("failure", summary.text("failure", "problem")),
+        ],
+    )
+    yield "How it was computed", list(summary.mapping("computation").items())
+    yield "Settings", list(summary.mapping("settings").items())
+
+
+def _result(summary: _Record, name: str) -> str:
+    value = summary.number("results", name)
+    whole = isinstance(summary.mapping("results")[name], int)
+    return _number(value, "{:.0f}" if whole else "{:.4f}")
+
+
+def _evaluation_sections(evaluation: _Record) -> Iterator[_Section]:
+    for family in evaluation.mapping("tasks"):
+        keys = ("tasks", family)
+        n, n_total = _questions(evaluation, family)
         rows: list[tuple[str, object]] = [
-            ("questions", f"{task.get('n'):,} of {task.get('n_total'):,}"),
-            ("accuracy, micro", _share(task)),
-            ("accuracy, macro", _number(task.get("acc_macro"), "{:.4f}")),
-            ("ties", task.get("ties")),
-            ("truncated prompts", task.get("truncated")),
+            ("questions", f"{n:,} of {n_total:,}"),
+            ("accuracy, micro", _share(evaluation, *keys)),
+            ("accuracy, macro", _number(evaluation.number(*keys, "acc_macro"), "{:.4f}")),
+            ("ties", evaluation.count(*keys, "ties")),
+            ("truncated prompts", evaluation.count(*keys, "truncated")),
         ]
-        for name, score in (task.get("categories") or {}).items():
+        for name in evaluation.mapping(*keys, "categories"):
             key = name.removeprefix(f"{family}_")
-            rows.append((CATEGORIES.get(key, key), _share(score)))
+            rows.append((CATEGORIES.get(key, key), _share(evaluation, *keys, "categories", name)))
         yield family, rows
 
 
-def _shown(value: object) -> object:
-    return f"{value:.4f}" if isinstance(value, float) else value
-
-
-def _share(score: dict[str, Any]) -> str:
-    text = _number(score.get("acc"), "{:.4f}")
-    error = score.get("acc_stderr")
-    return f"{text} ± {error:.4f}" if isinstance(error, (int, float)) else text
+def _share(evaluation: _Record, *keys: str) -> str:
+    text = f"{fields.share(evaluation.content, evaluation.path, *keys, 'acc'):.4f}"
+    error = evaluation.amount(*keys, "acc_stderr")
+    return text if error is None else f"{text} ± {error:.4f}"

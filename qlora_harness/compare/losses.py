@@ -10,15 +10,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from qlora_harness.compare import fields
 from qlora_harness.compare.paired import Interval, percentile_interval
 from qlora_harness.compare.runs import Run, TrainingSummary
 from qlora_harness.errors import ResultsError
-from qlora_harness.record import LOGS_FILE, nested, read_json
+from qlora_harness.record import LOGS_FILE
 
 FEWEST = 20  # conversations, below which a bootstrap says little
 _CHUNK = 1000  # draws at a time, to bound memory
+_LARGEST = 1e100  # beyond any loss, and sums of so many stay finite
+_LARGEST_EXPONENT = 700.0  # whose power of e is still a double
 
 
 @dataclass(frozen=True)
@@ -67,37 +69,72 @@ def read_log(run: Run) -> StepLog | None:
         run: The run.
 
     Raises:
-        ResultsError: The file is broken.
+        ResultsError: The file is broken, or has not all steps of a completed run.
     """
     path = run.path / LOGS_FILE
     if run.training is None or not path.is_file():
         return None
-    record = read_json(path)
+    record = fields.read_record(path, "training_logs")
+    rows = record.get("steps")
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise fields.field_error(path, ("steps",), "is not a list of objects with step and loss")
+    evaluation = fields.optional_mapping(record, path, "evaluation")
     try:
-        rows: Sequence[Mapping[str, Any]] = record["steps"]
-        nll = [float(value) for value in nested(record, "evaluation", "nll") or ()]
-        learned = [int(value) for value in nested(record, "evaluation", "tokens") or ()]
         log = StepLog(
-            tuple(int(row["step"]) for row in rows),
-            tuple(float(row["loss"]) for row in rows),
-            tuple(int(row.get("supervised_tokens", 0)) for row in rows),
-            tuple(nll),
-            tuple(learned),
+            tuple(_whole(row["step"]) for row in rows),
+            tuple(_number(row["loss"]) for row in rows),
+            tuple(_whole(row.get("supervised_tokens", 0)) for row in rows),
+            tuple(map(_number, evaluation.get("nll") or ())),
+            tuple(map(_whole, evaluation.get("tokens") or ())),
         )
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ResultsError(
-            f"{path}, key 'steps' or 'evaluation': not rows with step and loss", "Restore the file"
+            f"{path}, key 'steps' or 'evaluation': a step, a loss or a number of tokens is missing "
+            "or not a finite number",
+            "Restore the file",
         ) from None
-    if not all(map(math.isfinite, log.losses)):
-        raise ResultsError(f"{path}: a loss is not a number", "Restore the file")
-    if len(nll) != len(learned) or not all(map(math.isfinite, nll)) or 0 in learned:
+    nll, learned = log.nll, log.learned
+    if len(nll) != len(learned) or min(learned, default=1) < 1:
         raise ResultsError(
             f"{path}, key 'evaluation': {len(nll)} losses and {len(learned)} numbers of tokens, or "
-            "one that is not a number",
+            "one that is not above 0",
             "Restore the file",
         )
+    _check_steps(run.training, log, path)
     _check_summary(run.training, log, path)
     return log
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError
+    found = float(value)
+    if not abs(found) < _LARGEST:
+        raise ValueError
+    return found
+
+
+def _whole(value: object) -> int:
+    found = _number(value)
+    if found != int(found):
+        raise ValueError
+    return int(found)
+
+
+def _check_steps(training: TrainingSummary, log: StepLog, path: Path) -> None:
+    """Checks that the log of a completed run has a row for each step.
+
+    An interrupted run may lack the rows after the last that was written. A resumed run lacks those
+    before its checkpoint where the earlier log was not there.
+    """
+    if training.status != "completed" or training.steps is None:
+        return
+    found = len(log.steps)
+    if found > training.steps or (found < training.steps and not training.resumed):
+        raise ResultsError(
+            f"{path}, key 'steps': {found} rows, but the summary says {training.steps} steps",
+            "Restore the file, or train again",
+        )
 
 
 def _check_summary(training: TrainingSummary, log: StepLog, path: Path) -> None:
@@ -152,15 +189,23 @@ def compare_losses(
     return LossDifference(evaluation, interval, len(one.nll), steps, last)
 
 
-def perplexity_interval(log: StepLog, *, draws: int, seed: int) -> Interval:
+def perplexity_interval(log: StepLog, *, draws: int, seed: int) -> Interval | None:
     """Returns the bootstrap interval of a run's evaluation perplexity.
 
     Args:
-        log: With evaluation conversations.
+        log: The run's log.
         draws: Samples.
         seed: Of the random numbers.
+
+    Returns:
+        The interval; None where there are too few conversations, or where the loss is so high that
+        its exponential is no number.
     """
+    if len(log.nll) < FEWEST:
+        return None
     found = bootstrap(log.nll, log.learned, draws=draws, seed=seed)
+    if found.high > _LARGEST_EXPONENT:
+        return None
     return Interval(math.exp(found.low), math.exp(found.high))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
 from importlib.util import find_spec
 
@@ -57,7 +58,7 @@ def to_html(comparison: Comparison) -> str:
         .from_string(template)
         .render(
             comparison=comparison,
-            title=" and ".join(run.label for run in comparison.runs),
+            title=_listed([run.label for run in comparison.runs]),
             run_lines=list(run_lines(comparison)),
             same_line=same_line(comparison),
             figures=drawn,
@@ -67,3 +68,9 @@ def to_html(comparison: Comparison) -> str:
         )
     )
     return page
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Joins names as in a sentence: "A and B", "A, B and C"."""
+    *before, last = names
+    return f"{', '.join(before)} and {last}" if before else last

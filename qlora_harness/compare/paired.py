@@ -17,7 +17,7 @@ here is a function of these counts, by subject:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -78,8 +78,9 @@ class PairedStatistics:
         macro: Difference of the macro accuracies.
         macro_interval: Its bootstrap interval, or None.
         mcnemar_p: Of the exact McNemar test, as it is.
-        mcnemar_holm: The same after Holm's correction over the runs compared with the baseline.
-        tests: The number of these runs; with one the two p are equal.
+        mcnemar_holm: The same after Holm's correction over the runs compared with the baseline;
+            None for a run that is no comparison of interest (see `correct`).
+        tests: The number of these runs; with one the two p are equal. 0 for a run left out.
         agreement: Share of questions with the same predicted letter.
         detectable: Smallest difference that would have been found in 80% of samples.
         margin: Of the equivalence test.
@@ -104,7 +105,7 @@ class PairedStatistics:
     categories: tuple[GroupTest, ...]
     draws: int
     seed: int
-    mcnemar_holm: float
+    mcnemar_holm: float | None
     tests: int = 1
 
     @property
@@ -114,8 +115,9 @@ class PairedStatistics:
 
     @property
     def different(self) -> bool:
-        """Whether a difference is shown, at 5% over all runs together."""
-        return self.mcnemar_holm < 1 - LEVEL
+        """Whether a difference is shown, at 5% over all runs of the correction together."""
+        p = self.mcnemar_p if self.mcnemar_holm is None else self.mcnemar_holm
+        return p < 1 - LEVEL
 
 
 def mcnemar(counts: PairedCounts) -> float:
@@ -301,19 +303,28 @@ def analyse(
     )
 
 
-def correct(found: Mapping[int, PairedStatistics]) -> dict[int, PairedStatistics]:
+def correct(
+    found: Mapping[int, PairedStatistics], apart: Collection[int] = ()
+) -> dict[int, PairedStatistics]:
     """Corrects McNemar's tests of several runs against one baseline among each other, by Holm.
 
     Args:
         found: By index of the run.
+        apart: Indices of runs that are no comparison of interest, such as other seeds of the
+            baseline: they stay as they are and don't count.
 
     Returns:
-        The same with `mcnemar_holm` and `tests` of all of them together.
+        The same with `mcnemar_holm` and `tests` of the others together.
     """
-    adjusted = holm([item.mcnemar_p for item in found.values()])
+    family = [index for index in found if index not in apart]
+    adjusted = dict(zip(family, holm([found[index].mcnemar_p for index in family]), strict=True))
     return {
-        index: replace(item, mcnemar_holm=p, tests=len(found))
-        for (index, item), p in zip(found.items(), adjusted, strict=True)
+        index: replace(
+            item,
+            mcnemar_holm=adjusted.get(index),
+            tests=len(family) if index in adjusted else 0,
+        )
+        for index, item in found.items()
     }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from textwrap import fill
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,15 +13,19 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from qlora_harness.compare.answers import Source
+from qlora_harness.compare.column_widths import break_words, fit_columns, longest_word
 from qlora_harness.compare.evidence import Evidence
 from qlora_harness.compare.intersection import Intersection, Tally
-from qlora_harness.compare.tables.table import Cell, Column, Row, Table, cell_label
+from qlora_harness.compare.tables.table import NOTHING, Cell, Column, Row, Table, cell_label
 from qlora_harness.record import SCHEMA_VERSION
 
 KIND = "comparison"
 MARKDOWN_TITLE = "# Comparison of "
 # What rich puts between two columns of a SIMPLE_HEAD table, characters.
 _COLUMN_GAP = 3
+# What the names of rows, and then every column, may be narrowed to, characters.
+_NAMES_AT_LEAST = 32
+_AT_LEAST = 6
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,8 @@ def _markdown_table(table: Table) -> Iterator[str]:
     yield _markdown_row(["", *(column.heading for column in table.columns)])
     yield f"|{'|'.join([':---', *(align for _ in table.columns)])}|"
     for row in table.rows:
-        yield _markdown_row([row.name, *(cell.text for cell in row.cells)])
+        line = _markdown_row([row.name, *(cell.text for cell in row.cells)])
+        yield line.replace("| ", "| &emsp;", 1) if row.under else line
 
 
 def _markdown_row(texts: Sequence[str]) -> str:
@@ -217,22 +223,69 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 
 def _print_table(table: Table, console: Console) -> None:
+    hidden = 0
+    if table.terminal_rows is not None:
+        hidden = len(table.rows) - table.terminal_rows
+        table = replace(table, rows=table.rows[: table.terminal_rows])
     for part in split_table(table, console.width):
         shown = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        names, *widths = _widths(part, console.width)
         # Long dotted names and paths are folded, never cut: a cut value can't be told from another.
-        shown.add_column("", overflow="fold", no_wrap=part.numeric)
-        for column in part.columns:
+        shown.add_column("", width=names, overflow="fold")
+        for column, width in zip(part.columns, widths, strict=True):
             shown.add_column(
-                Text(column.heading),
+                Text(break_words(column.heading, width)),
+                width=width,
                 justify="right" if part.numeric else "left",
                 overflow="fold",
-                no_wrap=False,
             )
         for row in part.rows:
-            shown.add_row(Text(row.name), *(Text(cell.text) for cell in row.cells))
+            cells = zip(row.cells, widths, strict=True)
+            shown.add_row(
+                Text(_name_text(row, names)),
+                *(Text(break_words(cell.text, width)) for cell, width in cells),
+            )
         console.print()
         console.print(Text(part.title, style="bold"))
         console.print(shown)
+    if hidden > 0:
+        console.print(Text(f"({hidden} more rows, by task, in the files)"))
+
+
+def _widths(table: Table, width: int) -> list[int]:
+    """Returns the width of the names and of each column, so that words and cells stay whole."""
+    names = [row.name for row in table.rows]
+    columns = [
+        (column.heading, [row.cells[i].text for row in table.rows])
+        for i, column in enumerate(table.columns)
+    ]
+    longest = max(map(len, names), default=0)
+    natural = [longest, *(max(map(len, (heading, *cells))) for heading, cells in columns)]
+    whole_cells = [_column_width(table, i) - _COLUMN_GAP for i in range(len(columns))]
+    words = [longest_word([heading, *cells]) for heading, cells in columns]
+    short_names = _names_width(table)
+    name_words = longest_word(names)
+    stages = (
+        [longest, *whole_cells],
+        [short_names, *whole_cells],
+        [name_words, *whole_cells],
+        [name_words, *words],
+        [min(size, _AT_LEAST) for size in (name_words, *words)],
+    )
+    return fit_columns(natural, stages, width - _COLUMN_GAP * len(columns))
+
+
+def _name_text(row: Row, width: int) -> str:
+    """Returns the name of a row; of one under another, also its further lines are indented."""
+    if not row.under or len(row.name) <= width or width < 12:
+        return break_words(row.name, width)
+    return fill(row.name.strip(), width, initial_indent="  ", subsequent_indent="    ")
+
+
+def _names_width(table: Table) -> int:
+    names = [row.name for row in table.rows]
+    longest = max(map(len, names), default=0)
+    return max(longest_word(names), min(longest, _NAMES_AT_LEAST))
 
 
 def split_table(table: Table, width: int) -> Iterator[Table]:
@@ -244,14 +297,16 @@ def split_table(table: Table, width: int) -> Iterator[Table]:
 
     Yields:
         Tables with the rows of the given one and a part of its runs, at least one beside the first.
+        Runs without a number in the table are left out.
     """
     fixed = [index for index, column in enumerate(table.columns) if column.run == 0]
     groups: dict[int, list[int]] = {}
     for index, column in enumerate(table.columns):
         if column.run != 0:
             groups.setdefault(column.run, []).append(index)
-    names = max((len(row.name) for row in table.rows), default=0)
-    taken = names + sum(_column_width(table, index) for index in fixed)
+    if table.numeric:
+        groups = {run: group for run, group in groups.items() if not _is_empty(table, group)}
+    taken = _names_width(table) + sum(_column_width(table, index) for index in fixed)
     part, used = list(fixed), taken
     for group in groups.values():
         needed = sum(_column_width(table, index) for index in group)
@@ -261,6 +316,10 @@ def split_table(table: Table, width: int) -> Iterator[Table]:
         part += group
         used += needed
     yield _select(table, part)
+
+
+def _is_empty(table: Table, columns: Sequence[int]) -> bool:
+    return all(row.cells[index].text == NOTHING for row in table.rows for index in columns)
 
 
 def _column_width(table: Table, index: int) -> int:

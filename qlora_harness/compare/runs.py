@@ -45,10 +45,12 @@ class TrainingSummary:
         eval_fingerprint: Hash of the token ids of the evaluation split, if there is one.
         peak_allocated_bytes: Peak GPU memory held by tensors, bytes.
         peak_reserved_bytes: Peak GPU memory held by the allocator, bytes.
-        peak_device_used_bytes: Peak GPU memory in use as the driver sees it, bytes.
+        peak_device_used_bytes: Peak GPU memory in use as the driver sees it, bytes: that of all
+            processes on the device.
         cpu_peak_rss_bytes: Peak resident memory of the process, bytes.
         train_seconds: Training time without loading and evaluation, seconds.
         tokens_per_second: Tokens trained on per second.
+        steps: Optimizer steps of the whole run, if recorded.
         final_train_loss: Loss of the last logged step, nats per supervised token.
         eval_loss: Loss on the evaluation split, nats per supervised token.
         perplexity: exp of the evaluation loss.
@@ -73,6 +75,7 @@ class TrainingSummary:
     cpu_peak_rss_bytes: float | None
     train_seconds: float | None
     tokens_per_second: float | None
+    steps: int | None
     final_train_loss: float | None
     eval_loss: float | None
     perplexity: float | None
@@ -164,12 +167,14 @@ def read_training(path: Path) -> TrainingSummary:
     record = fields.read_record(path, "training_summary")
     status = _read_status(record, path)
     # An interrupted run may have stopped before the first step; a completed one has its numbers.
-    metric = fields.number if status == "completed" else fields.optional_number
+    completed = status == "completed"
+    number = fields.number if completed else fields.optional_number
+    amount = fields.amount if completed else fields.optional_amount
     train_fingerprint = fields.optional_text(record, path, "data", "train", "fingerprint")
-    if status == "completed" and train_fingerprint is None:
+    if completed and train_fingerprint is None:
         raise fields.field_error(path, ("data", "train", "fingerprint"), "is missing")
     memory = {
-        name: fields.optional_number(record, path, "memory", name)
+        name: fields.optional_amount(record, path, "memory", name)
         for name in (
             "peak_allocated_bytes",
             "peak_reserved_bytes",
@@ -191,9 +196,10 @@ def read_training(path: Path) -> TrainingSummary:
         train_fingerprint=train_fingerprint,
         eval_fingerprint=fields.optional_text(record, path, "data", "eval", "fingerprint"),
         **memory,
-        train_seconds=metric(record, path, "runtime", "train_seconds"),
-        tokens_per_second=metric(record, path, "throughput", "tokens_per_second"),
-        final_train_loss=metric(record, path, "results", "final_train_loss"),
+        train_seconds=amount(record, path, "runtime", "train_seconds"),
+        tokens_per_second=amount(record, path, "throughput", "tokens_per_second"),
+        steps=fields.optional_count(record, path, "results", "steps"),
+        final_train_loss=number(record, path, "results", "final_train_loss"),
         eval_loss=fields.optional_number(record, path, "results", "eval_loss"),
         perplexity=fields.optional_number(record, path, "results", "perplexity"),
         conditions=_training_conditions(record, path),

@@ -193,8 +193,10 @@ def _paired_part(paired: PairedStatistics, family: str, random: bool, common: bo
     if random:
         return f"{text}: {_RANDOM}"
     margin = f"±{100 * paired.margin:g} points"
-    p = p_text(paired.mcnemar_holm)
+    p = p_text(paired.mcnemar_p if paired.mcnemar_holm is None else paired.mcnemar_holm)
     p = f"McNemar p {p if p.startswith('<') else '= ' + p}"
+    if paired.mcnemar_holm is None:
+        p += ", uncorrected: only the seed differs"
     if paired.tests > 1:
         p += f" after Holm's correction over {paired.tests} runs"
     shown = "a difference is shown" if paired.different else "no difference is shown"

@@ -15,7 +15,8 @@ def common_table(shared: Mapping[int, Intersection]) -> Table:
         shared: What each later run has in common with the first, by its index.
 
     Returns:
-        A line for all questions, then one for each task that lost some.
+        A line for all questions, which the terminal shows alone, then one for each task that lost
+        some.
     """
     columns = []
     for index, item in shared.items():
@@ -42,4 +43,4 @@ def common_table(shared: Mapping[int, Intersection]) -> Table:
         if any(tally.dropped for tally in tallies):
             rows.append(row(f"common.{subject}", subject, tallies))
     title = "Questions that both runs answered (--intersect)"
-    return Table("common", title, tuple(columns), tuple(rows))
+    return Table("common", title, tuple(columns), tuple(rows), terminal_rows=1)

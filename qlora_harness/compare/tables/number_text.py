@@ -14,7 +14,17 @@ def decimals(digits: int) -> Callable[[float], str]:
     Args:
         digits: Decimals.
     """
-    return lambda value: f"{value:,.{digits}f}".replace("-", "−")
+
+    def write(value: float) -> str:
+        text = f"{value:,.{digits}f}"
+        return text.replace("-", "−") if _is_above_zero(text) else text.lstrip("-")
+
+    return write
+
+
+def _is_above_zero(text: str) -> bool:
+    """Whether a written size has a digit other than 0."""
+    return any(digit in text for digit in "123456789")
 
 
 def duration(seconds: float) -> str:
@@ -29,14 +39,16 @@ def duration(seconds: float) -> str:
 
 
 def signed(value: float, write: Callable[[float], str]) -> str:
-    """Writes a difference with its sign; exactly 0 has none.
+    """Writes a difference with its sign; what is written as 0 has none.
 
     Args:
         value: The difference.
         write: Writes its size.
     """
-    sign = "" if value == 0 else "+" if value > 0 else "−"
-    return f"{sign}{write(abs(value))}"
+    text = write(abs(value))
+    if not _is_above_zero(text):
+        return text
+    return f"{'+' if value > 0 else '−'}{text}"
 
 
 def points(difference: Difference) -> str:

@@ -54,9 +54,10 @@ def paired_table(
         for key, name in counted
     ]
     several: tuple[_PairedMeasure, ...] = ()
-    if len(paired) > 1:
-        name = f"  after Holm's correction over {len(paired)} runs"
-        several = (("mcnemar_p_holm", name, "", lambda i: p_cell(i.mcnemar_holm)),)
+    tests = max(item.tests for item in paired.values())
+    if tests > 1:
+        name = f"  after Holm's correction over {tests} runs"
+        several = (("mcnemar_p_holm", name, "", _holm_cell),)
     shown: tuple[_PairedMeasure, ...] = (
         ("agreement", "Same letter (%)", "%", lambda i: percent_cell(i.agreement)),
         (
@@ -107,6 +108,10 @@ def paired_table(
     )
     title = "MMLU, question by question" + (", common questions only" if common else "")
     return Table("paired", title, columns, tuple(rows))
+
+
+def _holm_cell(item: PairedStatistics) -> Cell:
+    return Cell() if item.mcnemar_holm is None else p_cell(item.mcnemar_holm)
 
 
 def _common_rows(first: str, other: str, paired: Mapping[int, PairedStatistics]) -> list[Row]:

@@ -14,7 +14,7 @@ from qlora_harness.compare.tables.table import Cell, Column, Row, Table
 def seeds_table(
     key: str, name: str, unit: str, write: Callable[[float], str], arms: Sequence[ArmSeeds]
 ) -> Table:
-    """Builds the table of a measure over seeds: means, spread, and the seeds' share of differences.
+    """Builds the table of a measure over seeds: means, spread, and what it does to differences.
 
     Args:
         key: Its name for programs.
@@ -24,41 +24,48 @@ def seeds_table(
         arms: From `design.seeds`.
 
     Returns:
-        Three rows: means with ranges and differences; the standard deviation between seeds, pooled
-        where it is that of a difference; the relative standard error of each difference.
+        Rows of means and differences; ranges; the standard deviation between seeds, pooled where it
+        is that of a difference; the relative standard error of each difference; and the degrees of
+        freedom of its standard error.
     """
     first = arms[0]
     columns = [
         Column(f"{arm.name}, {len(arm.values)} seed{'s' * (len(arm.values) > 1)}", 0, "value")
         for arm in arms
     ]
-    cells = [
-        Cell(
-            f"{write(arm.mean)} ({write(min(arm.values))} to {write(max(arm.values))})",
-            arm.mean,
-            arm.stderr,
-            label=arm.name,
-        )
+    means = [Cell(write(arm.mean), arm.mean, arm.stderr, label=arm.name) for arm in arms]
+    ranges = [
+        replace(_range_cell(arm, write) if len(arm.values) > 1 else Cell(), label=arm.name)
         for arm in arms
     ]
     spreads = [
         Cell(label=arm.name) if arm.sd is None else Cell(write(arm.sd), arm.sd, label=arm.name)
         for arm in arms
     ]
-    shares = [Cell(label=arm.name) for arm in arms]
+    relative = [Cell(label=arm.name) for arm in arms]
+    freedom = [Cell(label=arm.name) for arm in arms]
     for arm in arms[1:]:
         columns.append(Column(f"{arm.name} less {first.name}, ± of the seeds", 0, "difference"))
         change = seed_difference(first, arm, arms)
         text = signed(change.value, write)
         text += "" if change.stderr is None else f" ± {write(change.stderr)}"
-        cells.append(Cell(text, change.value, change.stderr, label=arm.name))
+        means.append(Cell(text, change.value, change.stderr, label=arm.name))
+        ranges.append(Cell(label=arm.name))
         spread = f"{write(change.pooled_sd)} (pooled)"
         spreads.append(Cell(spread, change.pooled_sd, label=arm.name))
         share = change.relative_stderr
-        shares.append(replace(Cell() if share is None else percent_cell(share), label=arm.name))
+        relative.append(replace(Cell() if share is None else percent_cell(share), label=arm.name))
+        freedom.append(Cell(str(change.freedom), change.freedom, label=arm.name))
     rows = (
-        Row(key, name, unit, tuple(cells)),
+        Row(key, f"{name}, mean", unit, tuple(means)),
+        Row(f"{key}.range", "  range", unit, tuple(ranges)),
         Row(f"{key}.sd", "  standard deviation between seeds", unit, tuple(spreads)),
-        Row(f"{key}.relative_stderr", "  relative standard error (seeds, %)", "%", tuple(shares)),
+        Row(f"{key}.relative_stderr", "  relative standard error (seeds, %)", "%", tuple(relative)),
+        Row(f"{key}.freedom", "  degrees of freedom", "", tuple(freedom)),
     )
-    return Table(key, f"{name} over seeds: mean (range)", tuple(columns), rows)
+    return Table(key, f"{name} over seeds", tuple(columns), rows)
+
+
+def _range_cell(arm: ArmSeeds, write: Callable[[float], str]) -> Cell:
+    text = f"{write(min(arm.values))} to {write(max(arm.values))}"
+    return Cell(text, text)

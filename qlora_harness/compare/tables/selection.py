@@ -65,7 +65,7 @@ def design_tables(
     evaluations: Mapping[str, Evaluation],
     answers: Mapping[str, Answers | None],
     common: int | None,
-) -> tuple[Table, ...]:
+) -> tuple[tuple[Table, ...], list[str]]:
     """Builds the tables that put all runs together: four places of a design, seeds of an arm.
 
     Args:
@@ -73,11 +73,19 @@ def design_tables(
         evaluations: Of the family compared, by label, all over the same questions.
         answers: Their answers question by question, where they are known.
         common: The number of these questions, where --intersect dropped others.
+
+    Returns:
+        The tables, and notes that say why one that the runs seem to be made for is missing.
     """
-    found = []
-    found_effects = effects(runs, evaluations, answers)
-    if found_effects:
-        found.append(design_table(found_effects, common))
+    found, notes = [], []
+    design = effects(runs, evaluations, answers)
+    if design.effects:
+        found.append(design_table(design.effects, common))
+    if design.problem is not None:
+        notes.append(
+            "No table of what the 4 bits cost and what fine-tuning gains, which takes one run for "
+            f"each of its four places: {design.problem}."
+        )
 
     def accuracy(run: Run) -> float | None:
         item = evaluations.get(run.label)
@@ -87,11 +95,17 @@ def design_tables(
         return None if run.training is None else run.training.eval_loss
 
     # A table each: not every run need be scored.
-    for key, name, unit, digits, measure in (
-        ("seeds.acc", "Accuracy, micro (%)", "%", 2, accuracy),
-        ("seeds.eval_loss", "Evaluation loss", "nats", 4, loss),
+    problems: dict[str, list[str]] = {}
+    for key, name, unit, digits, measure, same_evaluation in (
+        ("seeds.acc", "Accuracy, micro (%)", "%", 2, accuracy, False),
+        ("seeds.eval_loss", "Evaluation loss", "nats", 4, loss, True),
     ):
-        if arms := seeds(runs, measure):
+        seeded = seeds(runs, measure, same_evaluation=same_evaluation)
+        if seeded.problem is not None:
+            problems.setdefault(seeded.problem, []).append(name)
+        if seeded.arms:
             shown = f"{name}{common_words(common)}" if measure is accuracy else name
-            found.append(seeds_table(key, shown, unit, decimals(digits), arms))
-    return tuple(found)
+            found.append(seeds_table(key, shown, unit, decimals(digits), seeded.arms))
+    for problem, names in problems.items():
+        notes.append(f"No table over seeds ({'; '.join(names)}): {problem}.")
+    return tuple(found), notes

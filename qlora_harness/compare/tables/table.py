@@ -46,6 +46,11 @@ class Row:
     unit: str
     cells: tuple[Cell, ...]
 
+    @property
+    def under(self) -> bool:
+        """Whether it belongs to the row above, which the name shows by two spaces at its start."""
+        return self.name.startswith("  ")
+
 
 @dataclass(frozen=True)
 class Column:
@@ -72,6 +77,7 @@ class Table:
         columns: The columns after the names of the rows.
         rows: The rows.
         numeric: Whether its cells are numbers, to be aligned on the right.
+        terminal_rows: How many of its rows the terminal shows; None for all.
     """
 
     key: str
@@ -79,6 +85,7 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     numeric: bool = True
+    terminal_rows: int | None = None
 
 
 def cell_label(column: Column, cell: Cell, labels: Sequence[str]) -> str:

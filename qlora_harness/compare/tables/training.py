@@ -86,7 +86,7 @@ _MEASURES = (
     ),
     _Measure(
         "peak_gpu_device_gib",
-        "Peak GPU memory, device (GiB)",
+        "Peak GPU memory, device, all processes (GiB)",
         "GiB",
         lambda summary: _on_gpu(summary, summary.peak_device_used_bytes),
         decimals(2),
