@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qlora_harness.errors import ResultsError
 from qlora_harness.record import SCHEMA_VERSION, nested, read_json
 
+_T = TypeVar("_T")
 # What lm_eval writes where a standard error is not defined.
 _NOT_AVAILABLE = "N/A"
 
@@ -92,10 +93,7 @@ def number(record: Mapping[str, Any], path: Path | str, *keys: str) -> float:
     Raises:
         ResultsError: The value is missing, NaN, infinite or not a number.
     """
-    value = optional_number(record, path, *keys)
-    if value is None:
-        raise field_error(path, keys, "is missing")
-    return value
+    return _present(optional_number(record, path, *keys), path, keys)
 
 
 def optional_amount(record: Mapping[str, Any], path: Path | str, *keys: str) -> float | None:
@@ -126,10 +124,7 @@ def amount(record: Mapping[str, Any], path: Path | str, *keys: str) -> float:
     Raises:
         ResultsError: The value is missing, negative, NaN, infinite or not a number.
     """
-    value = optional_amount(record, path, *keys)
-    if value is None:
-        raise field_error(path, keys, "is missing")
-    return value
+    return _present(optional_amount(record, path, *keys), path, keys)
 
 
 def share(record: Mapping[str, Any], path: Path | str, *keys: str) -> float:
@@ -179,10 +174,7 @@ def count(record: Mapping[str, Any], path: Path | str, *keys: str) -> int:
     Raises:
         ResultsError: The value is missing, negative or not a whole number.
     """
-    value = optional_count(record, path, *keys)
-    if value is None:
-        raise field_error(path, keys, "is missing")
-    return value
+    return _present(optional_count(record, path, *keys), path, keys)
 
 
 def optional_text(record: Mapping[str, Any], path: Path | str, *keys: str) -> str | None:
@@ -202,6 +194,20 @@ def optional_text(record: Mapping[str, Any], path: Path | str, *keys: str) -> st
     return value
 
 
+def text(record: Mapping[str, Any], path: Path | str, *keys: str) -> str:
+    """Returns a string that must be there.
+
+    Args:
+        record: The record.
+        path: The file it came from, for the message.
+        *keys: The path of keys into it.
+
+    Raises:
+        ResultsError: The value is missing or not a string.
+    """
+    return _present(optional_text(record, path, *keys), path, keys)
+
+
 def mapping(record: Mapping[str, Any], path: Path | str, *keys: str) -> Mapping[str, Any]:
     """Returns an object (a mapping) that must be there.
 
@@ -213,9 +219,7 @@ def mapping(record: Mapping[str, Any], path: Path | str, *keys: str) -> Mapping[
     Raises:
         ResultsError: The value is missing or not an object.
     """
-    value = nested(record, *keys)
-    if value is None:
-        raise field_error(path, keys, "is missing")
+    value = _present(nested(record, *keys), path, keys)
     if not isinstance(value, Mapping):
         raise field_error(path, keys, f"is a {type(value).__name__}, not an object")
     return value
@@ -247,3 +251,9 @@ def flatten(value: object, prefix: str) -> Iterator[tuple[str, object]]:
         return
     for key, inner in value.items():
         yield from flatten(inner, f"{prefix}.{key}")
+
+
+def _present(value: _T | None, path: Path | str, keys: tuple[str, ...]) -> _T:
+    if value is None:
+        raise field_error(path, keys, "is missing")
+    return value

@@ -103,9 +103,9 @@ def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _read_answer(sample: Mapping[str, Any], where: str) -> Answer:
     scores = _log_probabilities(sample, where)
     return Answer(
-        document=_read_hash(sample, where, "doc_hash"),
-        prompt=_read_hash(sample, where, "prompt_hash"),
-        target=_read_hash(sample, where, "target_hash"),
+        document=fields.text(sample, where, "doc_hash"),
+        prompt=fields.text(sample, where, "prompt_hash"),
+        target=fields.text(sample, where, "target_hash"),
         right=fields.share(sample, where, "acc") == 1.0,
         tied=scores.count(max(scores)) > 1,
         choice=scores.index(max(scores)),
@@ -139,13 +139,6 @@ def _check_score(sample: Mapping[str, Any], answer: Answer, where: str) -> None:
             f"choice {answer.choice} and the target is {target}",
             "The file was changed or is damaged; score again",
         )
-
-
-def _read_hash(sample: Mapping[str, Any], where: str, key: str) -> str:
-    value = fields.optional_text(sample, where, key)
-    if value is None:
-        raise fields.field_error(where, (key,), "is missing")
-    return value
 
 
 def _log_probabilities(sample: Mapping[str, Any], where: str) -> list[float]:

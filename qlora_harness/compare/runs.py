@@ -170,9 +170,7 @@ def read_training(path: Path) -> TrainingSummary:
     completed = status == "completed"
     number = fields.number if completed else fields.optional_number
     amount = fields.amount if completed else fields.optional_amount
-    train_fingerprint = fields.optional_text(record, path, "data", "train", "fingerprint")
-    if completed and train_fingerprint is None:
-        raise fields.field_error(path, ("data", "train", "fingerprint"), "is missing")
+    text = fields.text if completed else fields.optional_text
     memory = {
         name: fields.optional_amount(record, path, "memory", name)
         for name in (
@@ -193,7 +191,7 @@ def read_training(path: Path) -> TrainingSummary:
         dataset=_read_dataset(record, path),
         device_type=fields.optional_text(record, path, "memory", "device_type"),
         device_name=fields.optional_text(record, path, "environment", "device", "name"),
-        train_fingerprint=train_fingerprint,
+        train_fingerprint=text(record, path, "data", "train", "fingerprint"),
         eval_fingerprint=fields.optional_text(record, path, "data", "eval", "fingerprint"),
         **memory,
         train_seconds=amount(record, path, "runtime", "train_seconds"),

@@ -113,11 +113,11 @@ class Bordered:
         self.projections, self._scratch = list(projections), scratch
         self.heights = [int(p.layer.out_features) for p in projections]
         self.height, self.width = sum(self.heights), int(projections[0].layer.in_features)
-        adapted = [p for p in projections if p.down is not None]
-        self.rank = int(adapted[0].down.shape[0]) if adapted and adapted[0].down is not None else 0
-        self.border = self.rank * len(adapted)
-        self.scale = adapted[0].scale if adapted else 1.0
-        numbers = iter(range(len(adapted)))
+        downs = [p.down for p in projections if p.down is not None]
+        self.rank = len(downs[0]) if downs else 0
+        self.border = self.rank * len(downs)
+        self.scale = next((p.scale for p in projections if p.down is not None), 1.0)
+        numbers = iter(range(len(downs)))
         self.places = [None if p.down is None else next(numbers) for p in projections]
         self.stride = aligned(self.width + self.border)
         self._states = [getattr(p.layer.weight, "quant_state", None) for p in projections]
@@ -134,12 +134,10 @@ class Bordered:
         weight = self.projections[0].layer.weight
         own = weight.new_zeros((self.height + self.border) * self.stride)
         self._views = self._parts(own)
-        start = 0
-        for projection, height in zip(self.projections, self.heights, strict=True):
-            view = self._views.frozen[start : start + height]
+        views = torch.split(self._views.frozen, self.heights)
+        for projection, view in zip(self.projections, views, strict=True):
             view.copy_(projection.layer.weight.data)
             projection.layer.weight.data = view
-            start += height
 
     def move_out(self) -> None:
         """Gives full-precision weights memory of their own again."""
@@ -194,12 +192,10 @@ class Bordered:
         )
 
     def _load(self, matrix: torch.Tensor) -> None:
-        start = 0
-        for projection, state, height, place in zip(
-            self.projections, self._states, self.heights, self.places, strict=True
+        parts = torch.split(matrix[: self.height], self.heights)
+        for projection, state, rows, place in zip(
+            self.projections, self._states, parts, self.places, strict=True
         ):
-            rows = matrix[start : start + height]
-            start += height
             if not self._owns:
                 weight = projection.layer.weight.data
                 rows[:, : self.width] = (

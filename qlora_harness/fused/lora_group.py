@@ -31,8 +31,8 @@ class LoraGroup:
     """Projections of one input.
 
     Args:
-        projections: In the order of the outputs; those with an adapter have one scale, rank and
-            dropout.
+        projections: In the order of the outputs; those with an adapter have one scale, rank,
+            dropout and dtype.
         scratch: Shared by all layers.
     """
 
@@ -42,6 +42,7 @@ class LoraGroup:
         self._weights = Bordered(projections, scratch)
         # Each projection with an adapter, and its place among them.
         self._adapted = [(i, n) for i, n in enumerate(self._weights.places) if n is not None]
+        self._dtype = next((p.down.dtype for p in projections if p.down is not None), torch.float32)
         biases = [p.layer.bias for p in projections]
         self._bias: torch.Tensor | None = None
         if any(bias is not None for bias in biases):
@@ -173,21 +174,16 @@ class LoraGroup:
         if inner is None:
             inner = self._inner(x, m.loaded(x).down, seed)
             assert inner is not None
-        starts = [sum(m.heights[:i]) for i in range(len(m.heights))]
+        parts = torch.split(dy[:, : m.height], m.heights, dim=1)
         for i, place in self._adapted:
-            up = self.projections[i].up
-            assert up is not None
-            mine = dy[:, starts[i] : starts[i] + m.heights[i]]
-            found[2 * i + 1] = _product(mine.t(), self._columns(inner, place), up.dtype)
+            found[2 * i + 1] = _product(parts[i].t(), self._columns(inner, place), self._dtype)
         scaled = d_inner * m.scale
-        first = self.parameters()[2 * self._adapted[0][0]]
-        assert first is not None
         if self.dropout and seed is not None:
             for i, place in self._adapted:
                 dropped = drop(x, self.dropout, seed + i)
-                found[2 * i] = _product(self._columns(scaled, place).t(), dropped, first.dtype)
+                found[2 * i] = _product(self._columns(scaled, place).t(), dropped, self._dtype)
             return found
-        downs = _product(scaled.t(), x, first.dtype)
+        downs = _product(scaled.t(), x, self._dtype)
         for i, place in self._adapted:
             found[2 * i] = self._rows(downs, place)
         return found

@@ -94,8 +94,7 @@ class Loader:
     """
 
     def __init__(self, group: Any, states: Sequence[Any]) -> None:
-        stored = [p.layer.weight.dtype for p in group.projections]
-        self.fits = _expandable(states) and (states[0] is None or set(stored) == {torch.uint8})
+        self.fits = _expandable([p.layer.weight for p in group.projections], states)
         if not self.fits:
             return
         first = states[0]
@@ -147,7 +146,7 @@ class Loader:
         _launch(load_kernel, self._grid, arguments, *self._constants, enable_fp_fusion=False)
 
 
-def _expandable(states: Sequence[Any]) -> bool:
+def _expandable(weights: Sequence[torch.Tensor], states: Sequence[Any]) -> bool:
     if len(states) > 3:
         return False
     if all(state is None for state in states):
@@ -155,12 +154,13 @@ def _expandable(states: Sequence[Any]) -> bool:
     first = states[0]
     return all(
         state is not None
+        and weight.dtype == torch.uint8
         and state.blocksize == _BLOCK
         and state.shape[1] % _BLOCK == 0
         and state.quant_type == first.quant_type
         and state.nested == first.nested
         and (not state.nested or state.state2.blocksize == _NESTED_BLOCK)
-        for state in states
+        for weight, state in zip(weights, states, strict=True)
     )
 
 

@@ -233,6 +233,16 @@ def load_base(
     return model.eval()
 
 
+def head_size(config: Any) -> int:
+    """Returns the size of an attention head.
+
+    Args:
+        config: A transformers model configuration.
+    """
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(size)
+
+
 def dequantise(model: PreTrainedModel, compute_dtype: str) -> int:
     """Expands 4-bit linear layers once, in place, to the values they are expanded to at every call.
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from qlora_harness.model.base import head_size
 from qlora_harness.model.kernels import fused_rotary
 from qlora_harness.score.prefix_tree import Pack, Segment
 
@@ -143,7 +144,7 @@ class PackedModel:
         self._logits_scaling = float(getattr(self._model.config, "logits_scaling", 1.0) or 1.0)
         self._softmax_dtype = softmax_dtype
         self._device = next(model.parameters()).device
-        fits = self._device.type == "cuda" and _head_size(model) >= _SMALLEST_HEAD
+        fits = self._device.type == "cuda" and head_size(model.config) >= _SMALLEST_HEAD
         self._flex = fits if flex is None else flex
         self._building: threading.Thread | None = None
 
@@ -220,12 +221,6 @@ class PackedModel:
     def _moved(self, values: Any) -> torch.Tensor:
         """Integers on the device, as int64; without waiting for the device."""
         return _to_device(torch.from_numpy(values.astype(np.int64)), self._device)
-
-
-def _head_size(model: Any) -> int:
-    config = model.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(size)
 
 
 def _one_token() -> Pack:

@@ -124,6 +124,7 @@ def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from qlora_harness.fused.model import why_config_not_fused
+    from qlora_harness.model.base import head_size
 
     config = AutoConfig.from_pretrained(path, revision=revision or "main")
     with torch.device("meta"):
@@ -143,7 +144,7 @@ def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
     }
     sizes = [module.weight.numel() for module in linear.values()]
     heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    size = head_size(config)
     keys = getattr(config, "num_key_value_heads", None) or heads
     layers = config.num_hidden_layers
     return Shape(
