@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -158,14 +159,21 @@ def test_adapters_on_some_layers_only(targets: str) -> None:
 
 
 class Drop(torch.nn.Module):
-    """Dropout with the seed that the fused layer gives to the same projection."""
+    """Dropout with the seed that the fused layer gives to the same projection.
 
-    def __init__(self, probability: float, seed: int) -> None:
+    In the last layer only what attention gives to the places that are read goes on.
+    """
+
+    def __init__(self, probability: float, seed: int, places: torch.Tensor | None) -> None:
         super().__init__()
-        self.p, self.seed = probability, seed
+        self.p, self.seed, self.places = probability, seed, places
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return drop(x, self.p, self.seed) if self.training else x
+        if not self.training:
+            return x
+        if self.places is None:
+            return drop(x, self.p, self.seed)
+        return x.index_copy(1, self.places, drop(x[:, self.places], self.p, self.seed))
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
@@ -174,12 +182,15 @@ def test_dropout_is_the_same_in_both_passes(checkpointing: str) -> None:
     fused = copy.deepcopy(plain)
     torch.manual_seed(7)
     order = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    for layer in plain.get_base_model().model.layers:
+    rows = texts([20])
+    layers = plain.get_base_model().model.layers
+    for layer in layers:
         seed = int(torch.randint(0, 2**62, ()))
         for number, name in enumerate(order):
             parent = layer.self_attn if number < 4 else layer.mlp
-            getattr(parent, name).lora_dropout["default"] = Drop(0.3, seed + number)
-    rows = texts([20])
+            late = layer is layers[-1] and number >= 3
+            places = pack_batch(rows)["read_at"] if late else None
+            getattr(parent, name).lora_dropout["default"] = Drop(0.3, seed + number, places)
     wanted = plain_step(plain, rows)
     install(fused, checkpointing)
     torch.manual_seed(7)
@@ -270,14 +281,35 @@ def test_evaluation_keeps_nothing_for_a_backward_pass(
 ) -> None:
     model = adapted(tiny("llama"))
     install(model, checkpointing)
-    copied: list[torch.Tensor] = []
-    monkeypatch.setattr(fused_layer, "_to_host", copied.append)
+    inputs: list[weakref.ref[torch.Tensor]] = []
+    normalise = fused_layer.ops.rms_norm
+
+    def noted(x: torch.Tensor, *arguments: Any, add: torch.Tensor | None = None) -> torch.Tensor:
+        total = normalise(x, *arguments, add=add)
+        inputs.append(weakref.ref(total))
+        return total
+
+    monkeypatch.setattr(fused_layer.ops, "rms_norm", noted)
     batch = pack_batch(texts([9, 20]))
     with torch.no_grad():
-        assert model(**batch).loss.grad_fn is None
-    assert not copied
-    model(**batch)
-    assert len(copied) == (2 if checkpointing == "offload" else 0)
+        found = model(**batch).loss
+    assert found.grad_fn is None
+    assert len(inputs) == 4
+    assert not any(x() is not None for x in inputs)
+    found = model(**batch).loss
+    kept = sum(x() is not None for x in inputs)
+    assert kept == (2 if checkpointing in ("full", "offload") else 4)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_row_without_a_learned_token_gives_no_gradient(checkpointing: str) -> None:
+    model = adapted(tiny("llama"))
+    install(model, checkpointing)
+    rows = [{"input_ids": [1, 2, 3], "labels": [IGNORE] * 3}]
+    loss = model(**pack_batch(rows), num_items_in_batch=torch.tensor(5)).loss
+    loss.backward()
+    assert loss == 0
+    assert not any(gradient.any() for gradient in gradients(model).values())
 
 
 def test_one_key_head_with_head_norms() -> None:

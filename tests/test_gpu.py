@@ -210,6 +210,47 @@ def test_fused_step_in_float32_equals_peft(
         assert (found[1][name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
 
 
+def test_inputs_come_back_from_the_host() -> None:
+    """In any order; while one is at work the next is on its way."""
+    import torch
+
+    from qlora_harness.fused.host_memory import HostMemory
+
+    for order in ([4, 3, 2, 1, 0], [0, 3, 4, 1, 2]):
+        host = HostMemory()
+        tensors = [torch.randn(3000, 1024, device="cuda") for _ in range(5)]
+        wanted = [x.clone() for x in tensors]
+        stored = []
+        while tensors:
+            stored.append(host.put(tensors.pop(0)))
+            torch.cuda.FloatTensor(3000, 1024).fill_(7.0)  # takes memory that was given up
+        assert [s.there is not None for s in stored] == [False, False, False, False, True]
+        for number in order:
+            assert torch.equal(host.get(stored[number]), wanted[number])
+            if order[0] == 4 and number:
+                assert stored[number - 1].there is not None
+
+
+def test_offload_keeps_nothing_without_gradients() -> None:
+    import torch
+    from accelerate.utils import send_to_device
+    from test_fused import adapted, install, texts, tiny
+
+    from qlora_harness.train.batches import pack_batch
+
+    model = adapted(tiny("llama")).cuda()
+    install(model, "offload")
+    batch = send_to_device(pack_batch(texts([9, 20])), "cuda")
+    host = model.get_base_model().forward._layers[0].host
+    with torch.no_grad():
+        model(**batch)
+    assert host._last is None
+    loss = model(**batch).loss
+    assert host._last() is not None
+    loss.backward()
+    assert host._last() is None
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "offload"])
 def test_fused_step_in_bfloat16_is_near_peft(checkpointing: str, dropout: float) -> None:

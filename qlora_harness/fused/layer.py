@@ -11,6 +11,8 @@ What is kept between forward and backward:
 - full: the input of the layer alone; the products with o and down are not needed again, or only
   for what follows them
 - offload: the input of the layer, in pinned memory of the host
+
+A layer takes and gives h and what the MLP adds to it apart: the next norm adds them on its way.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 
 from qlora_harness.fused import ops
+from qlora_harness.fused.host_memory import HostMemory, Stored
 from qlora_harness.fused.lora_group import Gradients, Inner, LoraGroup
 from qlora_harness.fused.row import Row
 
@@ -43,6 +46,7 @@ class FusedLayer:
         down: Down.
         checkpointing: What is kept; one of `settings.CHECKPOINTING`.
         head_norms: [D] weights of the norms of query and key heads, or None for a model without.
+        host: Where inputs go with offload; all layers have the same.
     """
 
     attention_norm: torch.Tensor
@@ -58,6 +62,7 @@ class FusedLayer:
     down: LoraGroup
     checkpointing: str = "none"
     head_norms: tuple[torch.Tensor, torch.Tensor] | None = None
+    host: HostMemory | None = None
 
     def groups(self) -> tuple[LoraGroup, ...]:
         """The groups in the order of their parameters."""
@@ -72,21 +77,37 @@ class FusedLayer:
         own = {id(p) for group in self.groups() for p in group.parameters() if p is not None}
         return own <= {id(p) for p in layer.parameters()}
 
-    def __call__(self, x: torch.Tensor, row: Row, *, training: bool) -> torch.Tensor:
-        """Runs the layer.
+    def __call__(
+        self,
+        x: torch.Tensor,
+        added: torch.Tensor | None,
+        row: Row,
+        *,
+        training: bool,
+        places: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the layer on x + added.
 
         Args:
             x: [T, H].
+            added: [T, H], or None for nothing.
             row: Where the texts lie.
             training: Whether the adapters' dropout acts.
+            places: The tokens that are wanted, [R] int64, each once, or None for all: in the last
+                layer only those that are read.
+
+        Returns:
+            Two tensors, [T, H] or [R, H], whose sum is the layer's output.
         """
         parameters = [p for group in self.groups() for p in group.parameters()]
         dropped = training and any(group.dropout for group in self.groups())
         # From torch's own generator, so that seeding, checkpoints and resuming cover it.
         seed = int(torch.randint(0, 2**62, ())) if dropped else None
         keep = torch.is_grad_enabled()  # inside `forward` it never is
-        y: torch.Tensor = _Layer.apply(x, self, row, seed, keep, *parameters)  # type: ignore[no-untyped-call]
-        return y
+        found: tuple[torch.Tensor, torch.Tensor] = _Layer.apply(  # type: ignore[no-untyped-call]
+            x, added, self, row, places, seed, keep, *parameters
+        )
+        return found
 
 
 @dataclass
@@ -111,21 +132,27 @@ class _Mlp:
 
 
 def _first_half(
-    layer: FusedLayer, x: torch.Tensor, row: Row, seed: int | None
-) -> tuple[torch.Tensor, _Attention]:
-    """Returns what attention adds to x, and what backward needs."""
+    layer: FusedLayer,
+    x: torch.Tensor,
+    added: torch.Tensor | None,
+    row: Row,
+    places: torch.Tensor | None,
+    seed: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, _Attention]:
+    """Returns x + added, what attention adds to its places, and what backward needs."""
     tokens = len(x)
     wide = layer.qkv.input(tokens, x)
-    ops.rms_norm(x, layer.attention_norm, layer.eps, wide[:, : x.shape[1]])
+    x = ops.rms_norm(x, layer.attention_norm, layer.eps, wide[:, : x.shape[1]], add=added)
     projected, inner_qkv = layer.qkv.forward(wide, seed)
     del wide
     raw = _normalise_heads(layer, projected)
     ops.rotate(projected, layer.heads + layer.key_heads, row)
     attended, state = ops.attention(*_split(layer, projected), row=row, scale=layer.scale)
-    wide = layer.out.input(tokens, x)
-    wide[:, : layer.heads * layer.head_size] = attended.flatten(1)
-    added, inner_out = layer.out.forward(wide, _next(seed, 3))
-    return added, _Attention(projected, attended, state, inner_qkv, inner_out, raw)
+    wanted = _at(attended.flatten(1), places)
+    wide = layer.out.input(len(wanted), x)
+    ops.copy(wanted, wide[:, : wanted.shape[1]])
+    y, inner_out = layer.out.forward(wide, _next(seed, 3))
+    return x, y, _Attention(projected, attended, state, inner_qkv, inner_out, raw)
 
 
 def _gates(
@@ -141,11 +168,24 @@ def _gates(
 def _second_half(
     layer: FusedLayer, x: torch.Tensor, added: torch.Tensor, seed: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, _Mlp]:
+    """Returns x + added, what the MLP adds, and what backward needs."""
     h, kept = _gates(layer, x, added, seed)
     wide = layer.down.input(len(x), x)
     ops.swiglu(kept.gates, wide[:, : kept.gates.shape[1] // 2])
     y, kept.inner_down = layer.down.forward(wide, _next(seed, 6))
-    return y.add_(h), h, kept
+    return h, y, kept
+
+
+def _at(rows: torch.Tensor, places: torch.Tensor | None) -> torch.Tensor:
+    """The rows at some places; all of them without."""
+    return rows if places is None else rows[places]
+
+
+def _spread(rows: torch.Tensor, places: torch.Tensor | None, tokens: int) -> torch.Tensor:
+    """The opposite of `_at`: rows at their places among zeros."""
+    if places is None:
+        return rows
+    return rows.new_zeros(tokens, rows.shape[1]).index_copy_(0, places, rows)
 
 
 def _split(
@@ -162,32 +202,37 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
+        added: torch.Tensor | None,
         layer: FusedLayer,
         row: Row,
+        places: torch.Tensor | None,
         seed: int | None,
         keep: bool,
         *parameters: Any,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            added, attention = _first_half(layer, x, row, seed)
-            y, h, mlp = _second_half(layer, x, added, seed)
-        ctx.layer, ctx.row, ctx.seed = layer, row, seed
+            x, added, attention = _first_half(layer, x, added, row, places, seed)
+            h, y, mlp = _second_half(layer, _at(x, places), added, seed)
+        ctx.layer, ctx.row, ctx.places, ctx.seed = layer, row, places, seed
         ctx.kept = None
         if not keep:
-            return y
-        if layer.checkpointing == "offload":
-            ctx.kept = _to_host(x)
-        elif layer.checkpointing == "full":
+            return h, y
+        if layer.checkpointing == "offload" and layer.host is not None and x.is_cuda:
+            ctx.kept = layer.host.put(x)
+        elif layer.checkpointing in ("full", "offload"):
             ctx.kept = x
         elif layer.checkpointing == "selective":
             ctx.kept = x, h, attention, None
         else:
             ctx.kept = x, h, attention, mlp
-        return y
+        return h, y
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        layer, row, seed, kept = ctx.layer, ctx.row, ctx.seed, ctx.kept
+    def backward(ctx: Any, dh: torch.Tensor, dy: torch.Tensor) -> Any:
+        """Both gradients are the same: only the sum of the outputs is used."""
+        del dh
+        layer, row, places, seed = ctx.layer, ctx.row, ctx.places, ctx.seed
+        kept = ctx.kept
         if kept is None:
             raise RuntimeError("the backward pass of a fused layer runs once")
         ctx.kept = None
@@ -196,17 +241,21 @@ class _Layer(torch.autograd.Function):
             if layer.checkpointing in ("none", "selective"):
                 x, h, attention, mlp = kept
             else:
-                x = kept if layer.checkpointing == "full" else kept.to(dy.device, non_blocking=True)
-                added, attention = _first_half(layer, x, row, seed)
-                h, mlp = _gates(layer, x, added, seed)
+                x = layer.host.get(kept) if isinstance(kept, Stored) else kept
+                _, added, attention = _first_half(layer, x, None, row, places, seed)
+                h, mlp = _gates(layer, _at(x, places), added, seed)
                 del added
             del kept
             if mlp is None:
                 _, mlp = _gates(layer, h, None, seed)
             dh, mlp_grads = _second_half_backward(layer, dy, h, mlp, seed)
             del mlp, h
-            dx, attention_grads = _first_half_backward(layer, dh, x, attention, row, seed)
-        return dx, None, None, None, None, *attention_grads, *mlp_grads
+            # The input of the first layer learns nothing.
+            wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+            dx, attention_grads = _first_half_backward(
+                layer, dh, x, attention, row, places, seed, wanted
+            )
+        return dx, dx, None, None, None, None, None, *attention_grads, *mlp_grads
 
 
 def _second_half_backward(
@@ -235,14 +284,18 @@ def _first_half_backward(
     x: torch.Tensor,
     kept: _Attention,
     row: Row,
+    places: torch.Tensor | None,
     seed: int | None,
-) -> tuple[torch.Tensor, Gradients]:
+    wanted: bool,
+) -> tuple[torch.Tensor | None, Gradients]:
+    """Returns the gradient of x if it is wanted, and those of adapters."""
+    tokens = len(x)
     d_attended, d_inner = layer.out.backward(dh, _next(seed, 3))
     out_grads = layer.out.gradients(
-        dh, d_inner, kept.attended.flatten(1), kept.inner_out, _next(seed, 3)
+        *(dh, d_inner, _at(kept.attended.flatten(1), places), kept.inner_out, _next(seed, 3))
     )
     dq, dk, dv = ops.attention_backward(
-        d_attended.view_as(kept.attended),
+        _spread(d_attended, places, tokens).view_as(kept.attended),
         *_split(layer, kept.projected),
         out=kept.attended,
         state=kept.state,
@@ -253,11 +306,17 @@ def _first_half_backward(
     d_projected = ops.rotate_back(dq, dk, dv, row)
     del dq, dk, dv
     _normalise_heads_backward(layer, d_projected, kept.raw)
-    normed, d_inner = layer.qkv.backward(d_projected, seed)
-    # With the room that the layer below needs.
-    dx = layer.down.output_gradient(len(x), x)[:, : x.shape[1]]
-    residual = dh[:, : x.shape[1]]
-    ops.rms_norm_backward(normed, x, layer.attention_norm, layer.eps, dx, add=residual)
+    dx: torch.Tensor | None = None
+    if wanted:
+        normed, d_inner = layer.qkv.backward(d_projected, seed)
+        # With the room that the layer below needs.
+        dx = layer.down.output_gradient(tokens, x)[:, : x.shape[1]]
+        residual = _spread(dh[:, : x.shape[1]], places, tokens)
+        ops.rms_norm_backward(normed, x, layer.attention_norm, layer.eps, dx, add=residual)
+    else:
+        d_inner = layer.qkv.backward_inner(d_projected)
+        normed = torch.empty_like(x)
+        ops.rms_norm(x, layer.attention_norm, layer.eps, normed)
     grads = layer.qkv.gradients(d_projected, d_inner, normed, kept.inner_qkv, seed)
     return dx, [*grads, *out_grads]
 
@@ -298,12 +357,3 @@ def _head_columns(layer: FusedLayer) -> tuple[slice, slice]:
 def _next(seed: int | None, number: int) -> int | None:
     """Each projection of a layer drops by a seed of its own."""
     return None if seed is None else seed + number
-
-
-def _to_host(x: torch.Tensor) -> torch.Tensor:
-    """A copy in pinned memory, made while the device goes on."""
-    if not x.is_cuda:
-        return x
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    host.copy_(x, non_blocking=True)
-    return host

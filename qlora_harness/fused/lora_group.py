@@ -150,6 +150,16 @@ class LoraGroup:
             dx += drop(part, self.dropout, seed + i)
         return dx, inner
 
+    def backward_inner(self, dy: torch.Tensor) -> torch.Tensor | None:
+        """Returns the gradient of h alone, [T, R], where that of x is of no use.
+
+        Args:
+            dy: Of the outputs side by side, [T, N].
+        """
+        if not self._weights.border:
+            return None
+        return dy @ self._weights.load(dy, again=True).up
+
     def gradients(
         self,
         dy: torch.Tensor,

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from qlora_harness.fused import ops
 from qlora_harness.fused.bordered import Projection, Scratch
+from qlora_harness.fused.host_memory import HostMemory
 from qlora_harness.fused.layer import FusedLayer
 from qlora_harness.fused.lora_group import LoraGroup
 from qlora_harness.fused.row import Row
@@ -75,8 +76,8 @@ def install(model: Any, checkpointing: str) -> None:
     """
     assert checkpointing in CHECKPOINTING
     base = model.get_base_model()
-    scratch = Scratch()
-    layers = [_fused_layer(layer, checkpointing, scratch) for layer in base.model.layers]
+    scratch, host = Scratch(), HostMemory()
+    layers = [_fused_layer(layer, checkpointing, scratch, host) for layer in base.model.layers]
     base.forward = _Forward(base, layers, base.forward)
 
 
@@ -135,11 +136,15 @@ class _Forward:
         cos, sin = decoder.rotary_emb(hidden, position_ids)
         hidden = hidden[0]
         row = Row(borders, starts, longest, cos[0].to(hidden.dtype), sin[0].to(hidden.dtype))
-        for layer in self._layers:
-            hidden = layer(hidden, row, training=base.training)
-        # The norm and the head run only where a token is learned.
+        added: torch.Tensor | None = None
+        for layer in self._layers[:-1]:
+            hidden, added = layer(hidden, added, row, training=base.training)
+        # The rest of the last layer, the norm and the head run only where a token is learned.
+        hidden, added = self._layers[-1](
+            hidden, added, row, training=base.training, places=read_at if len(read_at) else None
+        )
         with torch.autocast(hidden.device.type, enabled=False):
-            read = decoder.norm(hidden[read_at])
+            read = decoder.norm((hidden + added)[: len(read_at)])
             if per_token:
                 losses = ops.cross_entropies(read, base.lm_head.weight, read_token)
                 return CausalLMOutput(loss=losses)
@@ -148,7 +153,7 @@ class _Forward:
         return CausalLMOutput(loss=total / count)
 
 
-def _fused_layer(layer: Any, checkpointing: str, scratch: Scratch) -> FusedLayer:
+def _fused_layer(layer: Any, checkpointing: str, scratch: Scratch, host: HostMemory) -> FusedLayer:
     attention, mlp = layer.self_attn, layer.mlp
     size = attention.head_dim
 
@@ -171,6 +176,7 @@ def _fused_layer(layer: Any, checkpointing: str, scratch: Scratch) -> FusedLayer
         (attention.q_norm.weight, attention.k_norm.weight)
         if hasattr(attention, "q_norm")
         else None,
+        host,
     )
 
 

@@ -226,9 +226,12 @@ def _fused(shape: Shape, settings: Settings, tokens: int, size: int) -> tuple[in
     }[settings.optimization.checkpointing]
     # The product of the MLP, which its gradient replaces; what the norms and the stream take.
     work = float(inner + 4 * hidden)
-    work += {"none": 0, "selective": second, "full": first + second, "offload": first + second}[
-        settings.optimization.checkpointing
-    ]
+    work += {
+        "none": 0,
+        "selective": second,
+        "full": first + second,
+        "offload": first + second + hidden,  # the input of the layer below comes back
+    }[settings.optimization.checkpointing]
     return int(kept * size * tokens * shape.layers), int(work * size * tokens)
 
 
