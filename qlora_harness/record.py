@@ -99,18 +99,38 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object, *, rows_at: int | None = None) -> None:
     """Writes JSON, whole or not at all; see `write_text`.
 
     Args:
         path: The file; its folder is made if missing.
         value: What to write. NaN and infinity are refused, as JSON has neither.
+        rows_at: Depth from which on a value stands on one line, so that thousands of alike objects
+            are a table; None for no depth.
 
     Raises:
         ValueError: The value holds NaN or infinity.
         OSError: The folder can't be written.
     """
-    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    write_text(path, _json_text(value, rows_at) + "\n")
+
+
+def _json_text(value: object, rows_at: int | None, depth: int = 0) -> str:
+    if rows_at is None:
+        return json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+    if depth == rows_at or not isinstance(value, dict | list) or not value:
+        return json.dumps(value, allow_nan=False, ensure_ascii=False)
+    if isinstance(value, dict):
+        marks = "{}"
+        parts = [
+            f"{json.dumps(str(key), ensure_ascii=False)}: {_json_text(part, rows_at, depth + 1)}"
+            for key, part in value.items()
+        ]
+    else:
+        marks = "[]"
+        parts = [_json_text(part, rows_at, depth + 1) for part in value]
+    inside = ",\n".join(f"{' ' * (depth + 1)}{part}" for part in parts)
+    return f"{marks[0]}\n{inside}\n{' ' * depth}{marks[1]}"
 
 
 def read_json(path: Path) -> dict[str, Any]:

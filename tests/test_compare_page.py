@@ -83,6 +83,19 @@ def test_numbers_are_those_of_the_json(page: Path, pair: tuple[Path, Path]) -> N
     assert record["verdict"][0] in page.read_text()
 
 
+def test_settings_and_environment_that_agree_are_there(page: Path, pair: tuple[Path, Path]) -> None:
+    rows = parsed(page).rows
+    agreed = compare(pair).shared.rows
+    assert {row.key: row.cells[0].text for row in agreed} == {
+        key: shown[-1]
+        for (name, key), shown in rows.items()
+        if name in ("table-shared", "table-environment") and shown
+    }
+    assert rows["table-shared", "training.settings.max_steps"][-1] == "20"
+    assert rows["table-environment", "evaluation.environment.versions.lm_eval"][-1] == "0.4.13"
+    assert ("table-environment", "training.settings.max_steps") not in rows
+
+
 def test_nothing_is_loaded(page: Path) -> None:
     assert [address for address in parsed(page).loaded if address != "data:,"] == []
 

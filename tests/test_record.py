@@ -24,6 +24,25 @@ def test_write_json_makes_the_folder_and_reads_back(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["a.json"]
 
 
+def test_rows_stand_on_one_line_from_a_depth_on(tmp_path: Path) -> None:
+    value = {"a": 1, "empty": [], "rows": [{"x": [1, 2]}, {"x": None, "ü": "\n"}]}
+    path = tmp_path / "file.json"
+    write_json(path, value, rows_at=2)
+    assert path.read_text(encoding="utf-8").splitlines() == [
+        "{",
+        ' "a": 1,',
+        ' "empty": [],',
+        ' "rows": [',
+        '  {"x": [1, 2]},',
+        '  {"x": null, "ü": "\\n"}',
+        " ]",
+        "}",
+    ]
+    assert read_json(path) == value
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"a": [[float("nan")]]}, rows_at=2)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_json_does_not_know_leave_the_old_file(tmp_path: Path, value: float) -> None:
     path = tmp_path / "a.json"

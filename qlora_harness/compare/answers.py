@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from qlora_harness.question_hashes import PROMPT_DIGITS
 
 Source = Literal["samples", "mmlu_progress"]
+LETTERS = ("A", "B", "C", "D")
 
 
 class Question(NamedTuple):
@@ -62,6 +64,16 @@ class Answer:
         if one != two:
             return "prompt"
         return None if self.target == other.target else "target"
+
+
+def count_letters(answers: Iterable[Answer]) -> tuple[int, ...]:
+    """Returns how often each letter was the answer.
+
+    Args:
+        answers: Of any questions.
+    """
+    found = Counter(answer.choice for answer in answers)
+    return tuple(found[place] for place in range(len(LETTERS)))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora_harness.compare import conditions, verdict
-from qlora_harness.compare.answers import Answer, Question, RecordedAnswers
+from qlora_harness.compare.answers import Answer, Question, RecordedAnswers, count_letters
+from qlora_harness.compare.constant_answer import against_constant
 from qlora_harness.compare.design import only_seed_differs
 from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.compare.evidence import gather
@@ -46,7 +47,7 @@ from qlora_harness.compare.statistics import (
 )
 from qlora_harness.compare.tables.groups import groups_table
 from qlora_harness.compare.tables.selection import design_tables, main_tables
-from qlora_harness.compare.tables.settings import settings_table
+from qlora_harness.compare.tables.settings import settings_table, shared_table
 from qlora_harness.errors import ComparisonError, SettingsError
 from qlora_harness.record import LOGS_FILE, now, scrub
 
@@ -114,7 +115,10 @@ def compare(
     shared = intersections(names, evaluations, answers, family) if intersect else {}
     notes += conditions.check_questions(evaluations, answers, intersect)
     notes += intersection_notes(shared)
-    evaluations = {name: _count_ties(item, answers[name]) for name, item in evaluations.items()}
+    evaluations = {name: _count(item, answers[name]) for name, item in evaluations.items()}
+    constants = {
+        name: against_constant(item.values()) for name, item in answers.items() if item is not None
+    }
     seeds_apart = [
         index for index, run in enumerate(runs) if index > 0 and only_seed_differs(runs[0], run)
     ]
@@ -139,7 +143,7 @@ def compare(
     notes += _log_notes(runs, logs)
     notes += _answer_notes(recorded)
     for item in runs:
-        notes += verdict.run_notes(item, evaluations.get(item.label))
+        notes += verdict.run_notes(item, evaluations.get(item.label), constants.get(item.label))
     notes += verdict.shared_notes(runs, family)
     together, missing = design_tables(runs, joint, joint_answers, size)
     notes += missing
@@ -158,7 +162,7 @@ def compare(
             (groups_table(names, paired, "subjects", common=any_dropped(shared)),) if paired else ()
         ),
         settings=settings_table(names, found),
-        same_settings=found.same,
+        shared=shared_table(found),
         notes=tuple(scrub(note) for note in notes),
         verdict=tuple(
             verdict.sentence(
@@ -169,6 +173,10 @@ def compare(
                 losses.get(index),
                 family,
                 conditions.share_data(runs[0], item),
+                guessing=all(
+                    (constant := constants.get(name)) is not None and not constant.beaten
+                    for name in (names[0], item.label)
+                ),
                 common=index in shared and shared[index].total.dropped > 0,
             )
             for index, item in enumerate(runs)
@@ -232,10 +240,14 @@ def _pick(runs: Sequence[Run], family: str | None) -> dict[str, Evaluation]:
     return {run.label: run.evaluations[family] for run in runs if family in run.evaluations}
 
 
-def _count_ties(evaluation: Evaluation, answers: _Answers | None) -> Evaluation:
-    if evaluation.ties is not None or answers is None:
+def _count(evaluation: Evaluation, answers: _Answers | None) -> Evaluation:
+    """Adds what only the answers one by one tell."""
+    if answers is None:
         return evaluation
-    return replace(evaluation, ties=sum(answer.tied for answer in answers.values()))
+    ties = evaluation.ties
+    if ties is None:
+        ties = sum(answer.tied for answer in answers.values())
+    return replace(evaluation, ties=ties, letters=count_letters(answers.values()))
 
 
 def _pair(

@@ -26,11 +26,12 @@ _INTERSECT = "--intersect to compare on the questions that both answered"
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting in which runs differ.
+    """One setting.
 
     Attributes:
         name: Its dotted name in the records, for example training.settings.learning_rate.
-        values: Its value in each run, None where the run doesn't record it.
+        values: Its value in each run, None where the run doesn't record it; where all agree, the
+            one value.
     """
 
     name: str
@@ -43,11 +44,11 @@ class Conditions:
 
     Attributes:
         different: Every setting in which they differ.
-        same: The number of recorded settings in which they don't.
+        same: Every recorded setting in which they don't, with the one value.
     """
 
     different: tuple[Setting, ...]
-    same: int
+    same: tuple[Setting, ...]
 
 
 def choose_family(runs: Sequence[Run], asked: str | None) -> str | None:
@@ -389,7 +390,8 @@ def compare_conditions(runs: Sequence[Run], family: str | None) -> Conditions:
             )
         )
     different = [setting for part in parts for setting in part.different]
-    return Conditions(tuple(_without_echoes(different)), sum(part.same for part in parts))
+    same = tuple(setting for part in parts for setting in part.same)
+    return Conditions(tuple(_without_echoes(different)), same)
 
 
 def _without_echoes(settings: Sequence[Setting]) -> Iterator[Setting]:
@@ -422,16 +424,17 @@ def _compare_part(name: str, records: Sequence[Mapping[str, object] | None]) -> 
         # One line instead of every setting of the others against nothing.
         values = tuple(None if record is None else "recorded" for record in records)
         different.append(Setting(f"{name} (as a whole)", values))
-    same = 0
+    same: list[Setting] = []
     for key in dict.fromkeys(key for record in present for key in record):
-        found = [record.get(key) for record in present]
+        found = tuple(record.get(key) for record in present)
         if all(value == found[0] for value in found[1:]):
-            same += found[0] is not None and len(present) > 1
+            if found[0] is not None and len(present) > 1:
+                same.append(Setting(key, found[:1]))
         else:
             different.append(
                 Setting(key, tuple(None if item is None else item.get(key) for item in records))
             )
-    return Conditions(tuple(different), same)
+    return Conditions(tuple(different), tuple(same))
 
 
 def _short(digest: str) -> str:

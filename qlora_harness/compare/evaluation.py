@@ -82,6 +82,7 @@ class Evaluation:
         categories: Scores by category key (see CATEGORIES).
         conditions: Every recorded setting, by dotted name.
         notes: What the reader has to know about this evaluation.
+        letters: How often each letter was the answer, if the answers are known one by one.
     """
 
     family: str
@@ -102,6 +103,7 @@ class Evaluation:
     categories: Mapping[str, CategoryScore]
     conditions: Mapping[str, object]
     notes: tuple[str, ...] = ()
+    letters: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Checks that the totals are those of the subjects.

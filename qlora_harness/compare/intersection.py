@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qlora_harness.compare.answers import Answer, Question
+from qlora_harness.compare.answers import Answer, Question, count_letters
 from qlora_harness.compare.evaluation import CategoryScore, Evaluation, SubjectScore
 from qlora_harness.errors import ComparisonError
 from qlora_harness.families import families
@@ -213,6 +213,7 @@ def restrict(
         acc_macro_stderr=None,
         n=len(every),
         ties=sum(answers[question].tied for question in questions),
+        letters=count_letters(answers[question] for question in questions),
         prompts_sha256=None,
         subjects=subjects,
         categories={

@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.compare import fields
-from qlora_harness.compare.answers import Answer, Question
+from qlora_harness.compare.answers import LETTERS, Answer, Question
 from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.errors import ResultsError
 from qlora_harness.question_hashes import PROMPT_DIGITS, prompts_hash
 from qlora_harness.record import EVALUATION_FILE
 
 _PATTERN = "mmlu_progress_*.json"
-_LETTERS = ("A", "B", "C", "D")
 _HASH = re.compile(rf"[0-9a-f]{{{PROMPT_DIGITS}}}")
 _OTHER_RUN = "The file is half written or belongs to another run; score again or remove it"
 
@@ -129,16 +128,16 @@ def _read_rows(values: object, path: Path, evaluation: Evaluation) -> list[_Row]
 
 
 def _read_row(value: Mapping[str, Any], where: str) -> _Row:
-    scores = [fields.number(value, where, "logprobs", letter) for letter in _LETTERS]
-    if len(value["logprobs"]) != len(_LETTERS):
+    scores = [fields.number(value, where, "logprobs", letter) for letter in LETTERS]
+    if len(value["logprobs"]) != len(LETTERS):
         raise fields.field_error(where, ("logprobs",), "holds more than A, B, C and D")
     choice = scores.index(max(scores))
     answer = value.get("answer")
-    if answer not in _LETTERS:
+    if answer not in LETTERS:
         raise fields.field_error(where, ("answer",), f"is {answer!r}, not A, B, C or D")
-    target = _LETTERS.index(answer)
+    target = LETTERS.index(answer)
     # What follows from the log-probabilities and the answer must stand there.
-    for key, expected in (("prediction", _LETTERS[choice]), ("correct", choice == target)):
+    for key, expected in (("prediction", LETTERS[choice]), ("correct", choice == target)):
         if value.get(key) != expected:
             problem = f"is {value.get(key)!r}, but logprobs and answer give {expected!r}"
             raise fields.field_error(where, (key,), problem)
@@ -182,8 +181,7 @@ def _check_totals(rows: Sequence[_Row], where: str, evaluation: Evaluation) -> N
                 _OTHER_RUN,
             )
     digest = prompts_hash(
-        (row.index, row.subject, row.answer.prompt, _LETTERS[row.answer.answer or 0])
-        for row in rows
+        (row.index, row.subject, row.answer.prompt, LETTERS[row.answer.answer or 0]) for row in rows
     )
     if evaluation.prompts_sha256 not in (None, digest):
         raise ResultsError(

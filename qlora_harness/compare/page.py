@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from importlib.util import find_spec
 
 from qlora_harness.compare.figures import figures
 from qlora_harness.compare.report import Comparison, run_lines, same_line
+from qlora_harness.compare.tables.table import Table
 from qlora_harness.errors import SettingsError
 
 _FLIPS_SHOWN = 200
@@ -61,6 +63,7 @@ def to_html(comparison: Comparison) -> str:
             title=_listed([run.label for run in comparison.runs]),
             run_lines=list(run_lines(comparison)),
             same_line=same_line(comparison),
+            shared=list(_shared(comparison.shared)),
             figures=drawn,
             flips=comparison.evidence.flips[:_FLIPS_SHOWN],
             flips_in_all=len(comparison.evidence.flips),
@@ -68,6 +71,18 @@ def to_html(comparison: Comparison) -> str:
         )
     )
     return page
+
+
+def _shared(table: Table) -> Iterator[tuple[str, Table]]:
+    """Settings in which all runs agree, and apart from them what they ran on."""
+    where = [row for row in table.rows if ".environment." in row.key]
+    rest = [row for row in table.rows if row not in where]
+    yield table.title, replace(table, rows=tuple(rest))
+    # What differs of it stands among the settings that differ.
+    yield (
+        "Environment, as far as it agrees",
+        replace(table, key="environment", rows=tuple(where)),
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

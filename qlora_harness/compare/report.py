@@ -65,7 +65,7 @@ class Comparison:
         tables: The tables of numbers.
         details: Long tables, which the terminal does not show.
         settings: The table of settings that differ.
-        same_settings: The number of recorded settings that don't differ.
+        shared: The table of settings in which all agree; only the page shows it.
         notes: What has to be known before quoting a number.
         verdict: One sentence for each run but the first.
         evidence: What lies behind the numbers, for figures; JSON and Markdown don't hold it.
@@ -78,7 +78,7 @@ class Comparison:
     tables: tuple[Table, ...]
     details: tuple[Table, ...]
     settings: Table
-    same_settings: int
+    shared: Table
     notes: tuple[str, ...]
     verdict: tuple[str, ...]
     evidence: Evidence
@@ -107,7 +107,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             for table in (*comparison.tables, *comparison.details)
         ],
         "settings_that_differ": _table_to_json(comparison.settings, comparison.runs),
-        "settings_that_agree": comparison.same_settings,
+        "settings_that_agree": len(comparison.shared.rows),
         "notes": list(comparison.notes),
         "verdict": list(comparison.verdict),
     }
@@ -366,7 +366,7 @@ def same_line(comparison: Comparison) -> str:
     Args:
         comparison: The comparison.
     """
-    count = f"{comparison.same_settings:,} recorded settings"
+    count = f"{len(comparison.shared.rows):,} recorded settings"
     if comparison.settings.rows:
         return f"The same otherwise ({count})."
     return f"No recorded setting differs ({count})."

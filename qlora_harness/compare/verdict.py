@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qlora_harness.compare.answers import LETTERS
+from qlora_harness.compare.constant_answer import ConstantAnswer
 from qlora_harness.compare.evaluation import DEMO_FAMILY, Evaluation
 from qlora_harness.compare.losses import LossDifference
 from qlora_harness.compare.paired import PairedStatistics
@@ -16,21 +18,39 @@ DEMO_DATASET = "demo"
 _RANDOM = "random weights, so it says nothing"
 
 
-def run_notes(run: Run, evaluation: Evaluation | None) -> list[str]:
+def run_notes(
+    run: Run, evaluation: Evaluation | None, constant: ConstantAnswer | None = None
+) -> list[str]:
     """Returns what a reader has to know about one run before quoting its numbers.
 
     Args:
         run: The run.
         evaluation: Its evaluation that is compared, if any.
+        constant: How that does against one letter for all questions, if it is known.
     """
     notes = [] if run.training is None else _training_notes(run.training)
     if has_random_weights(run, evaluation):
         notes.append("random weights: accuracy and loss say nothing")
+    elif evaluation is not None and constant is not None and not constant.beaten:
+        notes.append(_guessing_note(evaluation, constant))
     if evaluation is not None:
         notes += evaluation.notes
         if evaluation.truncated:
             notes.append(f"{evaluation.truncated:,} prompts were truncated to fit the model")
     return [f"{run.label}: {note}." for note in notes]
+
+
+def _guessing_note(evaluation: Evaluation, constant: ConstantAnswer) -> str:
+    note = (
+        f"{100 * evaluation.acc:.2f}% right is not shown to be more than always answering "
+        f"{LETTERS[constant.letter]} gives ({100 * constant.accuracy:.2f}%; one-sided exact test, "
+        f"p {'' if constant.p < 0.0001 else '= '}{p_text(constant.p)})"
+    )
+    if evaluation.letters is not None:
+        most = max(range(len(LETTERS)), key=evaluation.letters.__getitem__)
+        share = 100 * evaluation.letters[most] / evaluation.n
+        note += f"; it answers {LETTERS[most]} to {share:.1f}% of the questions"
+    return note
 
 
 def has_random_weights(run: Run, evaluation: Evaluation | None) -> bool:
@@ -99,6 +119,7 @@ def sentence(
     family: str | None,
     same_data: bool,
     *,
+    guessing: bool = False,
     common: bool = False,
 ) -> str:
     """Says in one sentence how a run compares with the first.
@@ -111,6 +132,7 @@ def sentence(
         losses: Their losses on the same data, if both have a step log.
         family: The task family compared, or None.
         same_data: Whether both were trained and evaluated on the same data.
+        guessing: Whether neither is shown to do better than one letter for all questions.
         common: Whether `paired` is over the common questions of different sets only.
     """
     parts = []
@@ -121,6 +143,11 @@ def sentence(
     )
     if paired is not None:
         parts.append(_paired_part(paired, str(family), random, common))
+        if guessing and not random:
+            parts[-1] += (
+                "; neither is shown to do better than one letter for all questions, so this says "
+                "nothing about what they know"
+            )
     elif difference is not None:
         parts.append(_unpaired_part(difference, str(family), random))
     if not parts:

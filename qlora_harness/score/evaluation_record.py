@@ -225,7 +225,7 @@ def write_records(
         common = {"schema_version": SCHEMA_VERSION, "created": now()}
         progress = common | {"kind": "mmlu_progress", **same_model, "tasks": rows}
         evaluation = common | {"kind": "evaluation_results", **header, "tasks": tasks}
-        write_json(folder / progress_name, progress)
+        write_json(folder / progress_name, progress, rows_at=3)  # a question a line
         write_json(folder / EVALUATION_FILE, evaluation)
     return written
 

@@ -278,7 +278,7 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
             }
             if self.evaluation is not None:
                 record["evaluation"] = self.evaluation
-            write_json(self._path, record)
+            write_json(self._path, record, rows_at=2)  # a step a line
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to mypy

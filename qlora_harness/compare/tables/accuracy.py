@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from qlora_harness.compare.answers import LETTERS
 from qlora_harness.compare.evaluation import CATEGORIES, DEMO_FAMILY, Evaluation
 from qlora_harness.compare.statistics import unpaired_difference
 from qlora_harness.compare.tables.cells import difference_cell
@@ -43,6 +44,7 @@ def mmlu_table(
         ),
         *_category_rows(evaluations, known, apart),
         _tie_row(evaluations, apart),
+        *_letter_rows(evaluations),
     ]
     columns = columns_of(labels, ("value", "difference"), " (unpaired, points)")
     title = _mmlu_title(known[0])
@@ -126,3 +128,22 @@ def _tie_row(evaluations: Sequence[Evaluation | None], apart: Collection[int]) -
         else:
             cells.append(Cell(signed(count - ties[0], decimals(0)), count - ties[0]))
     return Row("ties", "Tied best choices", "questions", tuple(cells))
+
+
+def _letter_rows(evaluations: Sequence[Evaluation | None]) -> list[Row]:
+    """How often each letter was the answer, where the answers are known one by one."""
+    shares = [
+        None if item is None or item.letters is None else [100 * n / item.n for n in item.letters]
+        for item in evaluations
+    ]
+    if not any(shares):
+        return []
+    rows = []
+    for place, letter in enumerate(LETTERS):
+        cells: list[Cell] = []
+        for index, share in enumerate(shares):
+            cells.append(Cell() if share is None else Cell(f"{share[place]:.1f}", share[place]))
+            if index > 0:
+                cells.append(Cell())
+        rows.append(Row(f"letter.{letter}", f"Answers {letter} (%)", "%", tuple(cells)))
+    return rows

@@ -1,4 +1,4 @@
-"""The table of the settings in which runs differ."""
+"""The tables of the settings in which runs differ, and of those in which they don't."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 
-from qlora_harness.compare.conditions import Conditions
+from qlora_harness.compare.conditions import Conditions, Setting
 from qlora_harness.compare.tables.table import Cell, Column, Row, Table
 from qlora_harness.record import scrub
 
@@ -20,17 +20,32 @@ def settings_table(labels: Sequence[str], conditions: Conditions) -> Table:
         labels: The names of the runs.
         conditions: Their conditions.
     """
-    rows = tuple(
+    columns = tuple(Column(label, index, "value") for index, label in enumerate(labels))
+    return Table(
+        *("settings", "Settings that differ", columns, _rows(conditions.different)), numeric=False
+    )
+
+
+def shared_table(conditions: Conditions) -> Table:
+    """Builds the table of every recorded setting in which the runs agree.
+
+    Args:
+        conditions: Their conditions.
+    """
+    columns = (Column("all runs", 0, "value"),)
+    return Table(*("shared", "Settings that agree", columns, _rows(conditions.same)), numeric=False)
+
+
+def _rows(settings: Sequence[Setting]) -> tuple[Row, ...]:
+    return tuple(
         Row(
             setting.name,
             setting.name,
             "",
             tuple(_setting_cell(value) for value in setting.values),
         )
-        for setting in conditions.different
+        for setting in settings
     )
-    columns = tuple(Column(label, index, "value") for index, label in enumerate(labels))
-    return Table("settings", "Settings that differ", columns, rows, numeric=False)
 
 
 def _setting_cell(value: object) -> Cell:
