@@ -81,9 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_training_benchmark(commands: Any) -> None:
     parser = commands.add_parser(
         "benchmark-training",
-        help="time training steps of the published recipe, of PEFT and of fused layers",
-        description="Runs optimizer steps of several ways in one process on the same base and "
-        "data, and prints tokens a second, ratios and memory. Ratios are to the first way.",
+        help="time training steps of the published recipe, of PEFT, of fused layers and of peers",
+        description="Runs optimizer steps of several ways on the same base and data, and prints "
+        "tokens a second, ratios and memory. Ratios are to the first way. TRL and Unsloth, where "
+        "they are installed, run in processes of their own.",
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, metavar="NAME", help="base model")
@@ -93,7 +94,24 @@ def _add_training_benchmark(commands: Any) -> None:
         default="published,peft-full,fused-none,fused-selective,fused-full",
         metavar="A,B",
         help="which (default %(default)s); others are published-fused, peft-none, fused-offload, "
-        "fused-lean and fused-lean-1; NAME@N takes N conversations at a time",
+        "fused-lean and fused-lean-1, and of the peers trl and unsloth PEER-pad, PEER-free (the "
+        "same batches without padding) and PEER-pack (conversations packed into rows), each also "
+        "PEER-...-full (with its own checkpointing); NAME@N takes N conversations at a time",
+    )
+    parser.add_argument(
+        "--peer-path",
+        action="append",
+        default=[],
+        metavar="PEER=DIR",
+        help="folder that the process of trl or unsloth imports from first (`pip install --target "
+        "DIR PEER`); once for each peer",
+    )
+    parser.add_argument(
+        "--peer-timeout",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds that one way of a peer may take, with loading and compiling (default 600)",
     )
     parser.add_argument("--dataset", default="oasst1", metavar="NAME", help="default oasst1")
     parser.add_argument("--max-length", type=int, default=512, metavar="N", help="default 512")
@@ -107,6 +125,7 @@ def _add_training_benchmark(commands: Any) -> None:
 
 def _benchmark_training(args: argparse.Namespace) -> None:
     from qlora_harness.train.benchmark import run
+    from qlora_harness.train.peers import PeerOptions, parse_paths
 
     changes = {"batch_size": args.batch_size, "lora_r": args.lora_r}
     print(
@@ -120,6 +139,7 @@ def _benchmark_training(args: argparse.Namespace) -> None:
             steps=args.steps,
             warm_up=args.warm_up,
             changes={name: value for name, value in changes.items() if value is not None},
+            peers=PeerOptions(parse_paths(args.peer_path), args.peer_timeout),
             output=args.json,
         )
     )

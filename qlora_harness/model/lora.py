@@ -14,7 +14,7 @@ from qlora_harness.errors import AdapterError, SettingsError
 from qlora_harness.record import new_folder, read_json, write_json
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -49,18 +49,11 @@ def attach_lora(
         SettingsError: No layer has such a name.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    names = targets if targets == "all-linear" else [t.strip() for t in targets.split(",")]
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,  # PEFT's hint says int, its arithmetic is float
-        lora_dropout=dropout,
-        target_modules=names,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    if names != "all-linear":
+    config = lora_config(r=r, alpha=alpha, dropout=dropout, targets=targets)
+    if targets != "all-linear":
+        names = target_names(targets)
         known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
         if unknown := [name for name in names if name.rsplit(".", 1)[-1] not in known]:
             raise SettingsError(
@@ -81,6 +74,36 @@ def attach_lora(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, dtype))
     return adapted
+
+
+def lora_config(*, r: int, alpha: float, dropout: float, targets: str) -> LoraConfig:
+    """Returns PEFT's description of an adapter.
+
+    Args:
+        r: Rank.
+        alpha: Scale; the update is multiplied by alpha / r.
+        dropout: Probability, on the adapter's input.
+        targets: "all-linear" or a comma list of layer names.
+    """
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,  # PEFT's hint says int, its arithmetic is float
+        lora_dropout=dropout,
+        target_modules=targets if targets == "all-linear" else target_names(targets),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def target_names(targets: str) -> list[str]:
+    """Returns the layer names of a comma list.
+
+    Args:
+        targets: Such as "q_proj, v_proj".
+    """
+    return [name.strip() for name in targets.split(",")]
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def training_arguments(
     use_cpu: bool,
     fused: bool,
 ) -> TrainingArguments:
-    """Builds the TrainingArguments of a run; every value that matters is stated, none inherited.
+    """Builds the TrainingArguments of a run from `argument_values`.
 
     Args:
         optimization: Steps, batches, optimizer.
@@ -67,7 +67,41 @@ def training_arguments(
     """
     from transformers import TrainingArguments
 
-    values: dict[str, Any] = {
+    values = argument_values(
+        optimization,
+        checkpoint_dir=checkpoint_dir,
+        steps=steps,
+        save_steps=save_steps,
+        report_to=report_to,
+        compute_dtype=compute_dtype,
+        use_cpu=use_cpu,
+    )
+    full = optimization.checkpointing == "full" and not fused
+    return TrainingArguments(**values, **checkpointing_values(TrainingArguments, full))
+
+
+def argument_values(
+    optimization: OptimizationSettings,
+    *,
+    checkpoint_dir: Path,
+    steps: int,
+    save_steps: int,
+    report_to: str,
+    compute_dtype: str,
+    use_cpu: bool,
+) -> dict[str, Any]:
+    """Returns the arguments but checkpointing's; every one that matters is stated, none inherited.
+
+    Args:
+        optimization: Steps, batches, optimizer.
+        checkpoint_dir: Where Trainer keeps its checkpoints.
+        steps: From `planned_steps`.
+        save_steps: Steps between checkpoints.
+        report_to: "none", "tensorboard" or "wandb".
+        compute_dtype: "bfloat16" (autocast) or "float32".
+        use_cpu: Whether to stay on the CPU.
+    """
+    return {
         "output_dir": str(checkpoint_dir),
         "max_steps": steps,
         "per_device_train_batch_size": optimization.batch_size,
@@ -105,12 +139,22 @@ def training_arguments(
         # Trainer's own tracker would reset the peak counters that we read.
         "skip_memory_metrics": True,
         "disable_tqdm": False,
+        "train_sampling_strategy": "group_by_length" if optimization.group_by_length else "random",
     }
-    names = {f.name for f in dataclasses.fields(TrainingArguments)}
+
+
+def checkpointing_values(kind: type[TrainingArguments], full: bool) -> dict[str, Any]:
+    """Returns the arguments of checkpointing.
+
+    Args:
+        kind: What they are for: TrainingArguments or a class made from it.
+        full: Whether all but each layer's input is computed again.
+    """
+    names = {f.name for f in dataclasses.fields(kind)}
     # transformers 5.2x renames gradient_checkpointing to activation_checkpointing.
-    kind = "activation" if "activation_checkpointing" in names else "gradient"
-    values[f"{kind}_checkpointing"] = optimization.checkpointing == "full" and not fused
-    values[f"{kind}_checkpointing_kwargs"] = {"use_reentrant": False}
-    by_length = optimization.group_by_length
-    values["train_sampling_strategy"] = "group_by_length" if by_length else "random"
-    return TrainingArguments(**values)
+    name = "activation" if "activation_checkpointing" in names else "gradient"
+    values: dict[str, Any] = {
+        f"{name}_checkpointing": full,
+        f"{name}_checkpointing_kwargs": {"use_reentrant": False},
+    }
+    return values

@@ -1,4 +1,7 @@
-"""Measures training steps of several ways in one process: same base, same data, same Trainer."""
+"""Measures training steps of several ways: same base, same data, same Trainer.
+
+Peers (`train.peers`) run in processes of their own, one after the other, with nothing beside them.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ from qlora_harness.train.adapter import attach_adapter
 from qlora_harness.train.arguments import training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.memory import MemoryMeter
+from qlora_harness.train.peers import PEER_WAYS, PeerOptions, run_peer
 from qlora_harness.train.trainer import CountingTrainer, StepLog
 
 _SHARED: dict[str, Any] = {
@@ -53,6 +57,9 @@ WAYS: dict[str, dict[str, Any]] = {
         "optimizer": "paged_adamw_8bit",
         "adapter_dtype": "bfloat16",
     },
+} | {
+    name: _SHARED | {"kernels": "none", "checkpointing": way.checkpointing}
+    for name, way in PEER_WAYS.items()
 }
 
 
@@ -74,6 +81,7 @@ class StepMeasurement:
         losses: Of every step, those before the timed ones as well, nats.
         ratio: tokens_per_second over that of the first way with the same quant.
         failure: Why there are no numbers, or None.
+        versions: Packages of a peer's process; those of our own ways stand beside all measurements.
     """
 
     way: str
@@ -89,6 +97,7 @@ class StepMeasurement:
     losses: list[float] = field(default_factory=list)
     ratio: float | None = None
     failure: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 def run(
@@ -102,6 +111,7 @@ def run(
     steps: int,
     warm_up: int,
     changes: dict[str, Any],
+    peers: PeerOptions,
     output: Path | None,
 ) -> str:
     """Measures and returns the table.
@@ -116,7 +126,8 @@ def run(
         steps: Timed optimizer steps of each way.
         warm_up: Optimizer steps before them.
         changes: Settings that every way gets.
-        output: JSON file to write, or None.
+        peers: How processes of peers are run.
+        output: JSON file to write, or None; it holds what is known after each way.
 
     Raises:
         HarnessError: A name is not known, or the model or the data can't be read.
@@ -141,15 +152,14 @@ def run(
         paths=first.data.conversations,
         eval_fraction=first.data.eval_fraction,
     )
-    found = []
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    random_weights = ", random weights" if source.random_weights else ""
+    title = (
+        f"{model}{random_weights}, {compute_dtype}, {dataset}, at most {max_length} tokens, {name}"
+    )
+    found: list[StepMeasurement] = []
     for quant in quants:
-        base = load_base(
-            source,
-            quant=build_settings({"quant": quant}).quant,
-            double_quant=first.model.double_quant,
-            compute_dtype=compute_dtype,
-            device=device,
-        )
+        base: Any = None
         baseline: float | None = None
         for way in ways:
             settings = build_settings(shared | {"quant": quant} | chosen[way] | changes)
@@ -157,29 +167,43 @@ def run(
             # A step of many passes is long enough to be timed twice.
             accumulates = settings.optimization.grad_accum > 1
             timed, before = (min(2, steps), 1) if accumulates else (steps, warm_up)
-            try:
-                _measure(measured, base, settings, data.train, padding_id(tokenizer), timed, before)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                measured.failure = "out of memory"
-            # Only now is the trainer of this way out of reach.
-            _release(device)
+            peer = PEER_WAYS.get(way.partition("@")[0])
+            if peer is not None:
+                # A peer has the device to itself.
+                base = None
+                _release(device)
+                answer = run_peer(
+                    peer, settings, source, data.train, steps=timed + before, options=peers
+                )
+                _fill_from_peer(measured, answer, before)
+            else:
+                if base is None:
+                    base = load_base(
+                        source,
+                        quant=settings.quant,
+                        double_quant=first.model.double_quant,
+                        compute_dtype=compute_dtype,
+                        device=device,
+                    )
+                pad_id = padding_id(tokenizer)
+                try:
+                    _measure(measured, base, settings, data.train, pad_id, timed, before)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    measured.failure = "out of memory"
+                # Only now is the trainer of this way out of reach.
+                _release(device)
             if baseline is None and measured.failure is None:
                 baseline = measured.tokens_per_second
             if baseline and measured.failure is None:
                 measured.ratio = measured.tokens_per_second / baseline
             found.append(measured)
             print(row(measured), flush=True)
-        del base
+            if output is not None:
+                write_measurements(output, "training_benchmark", 1, title, map(asdict, found), name)
+        base = None
         _release(device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    random_weights = ", random weights" if source.random_weights else ""
-    title = (
-        f"{model}{random_weights}, {compute_dtype}, {dataset}, at most {max_length} tokens, {name}"
-    )
-    if output is not None:
-        write_measurements(output, "training_benchmark", 1, title, map(asdict, found), name)
     return report(found, title)
 
 
@@ -237,7 +261,9 @@ def _measure(
             with meter.phase("train"):
                 trainer.train()
         measured.losses = [row["loss"] for row in log.rows]
-        _fill(measured, log.rows[warm_up:], meter)
+        _fill(measured, log.rows[warm_up:])
+        measured.peak_allocated_bytes = meter.phases[-1].peak_allocated_bytes
+        measured.peak_reserved_bytes = meter.phases[-1].peak_reserved_bytes
     finally:
         if fused:
             uninstall(model)
@@ -252,14 +278,24 @@ def _measure(
         _release(device)
 
 
-def _fill(measured: StepMeasurement, rows: list[dict[str, Any]], meter: MemoryMeter) -> None:
+def _fill(measured: StepMeasurement, rows: list[dict[str, Any]]) -> None:
     measured.steps = len(rows)
     measured.tokens = sum(row["tokens"] for row in rows)
     measured.seconds = sum(row["seconds"] for row in rows)
     measured.tokens_per_second = measured.tokens / measured.seconds
-    measured.median_tokens_per_second = statistics.median(row["tokens_per_second"] for row in rows)
-    measured.peak_allocated_bytes = meter.phases[-1].peak_allocated_bytes
-    measured.peak_reserved_bytes = meter.phases[-1].peak_reserved_bytes
+    measured.median_tokens_per_second = statistics.median(
+        row["tokens"] / row["seconds"] for row in rows
+    )
+
+
+def _fill_from_peer(measured: StepMeasurement, answer: dict[str, Any], warm_up: int) -> None:
+    measured.failure = answer.get("failure")
+    if measured.failure is None:
+        measured.losses = [row["loss"] for row in answer["steps"]]
+        _fill(measured, answer["steps"][warm_up:])
+        measured.peak_allocated_bytes = answer["peak_allocated_bytes"]
+        measured.peak_reserved_bytes = answer["peak_reserved_bytes"]
+        measured.versions = answer["versions"]
 
 
 def _release(device: torch.device) -> None:
@@ -279,7 +315,12 @@ def report(measurements: Sequence[StepMeasurement], title: str) -> str:
         "| way | base | tokens/step | tokens/s | median | ratio | peak allocated, GiB | "
         "peak reserved, GiB | last loss |"
     )
-    return "\n".join([title, "", head, "|---|---|" + "---:|" * 7, *map(row, measurements)])
+    lines = [title, "", head, "|---|---|" + "---:|" * 7, *map(row, measurements)]
+    # Each peer once, as all its ways had the same packages.
+    versions = {m.way.partition("-")[0]: m.versions for m in measurements if m.versions}
+    for peer, packages in versions.items():
+        lines += ["", f"{peer}: {', '.join(map(' '.join, packages.items()))}"]
+    return "\n".join(lines)
 
 
 def row(m: StepMeasurement) -> str:

@@ -1,0 +1,154 @@
+"""Peers in the training benchmark: the same batches, one clear line where there are no numbers.
+
+A stand-in takes TRL's place where TRL itself is not needed; it trains with transformers' Trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from qlora_harness.cli import main
+from qlora_harness.data.chat import Example
+from qlora_harness.model.base import find_base
+from qlora_harness.settings import build_settings
+from qlora_harness.train import peer_process
+from qlora_harness.train.benchmark import WAYS
+from qlora_harness.train.peers import PEER_WAYS, PeerOptions, run_peer
+
+STAND_IN = """
+from dataclasses import dataclass
+from functools import partial
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
+from qlora_harness.train.batches import pad_batch
+
+@dataclass
+class SFTConfig(TrainingArguments):
+    completion_only_loss: bool = False
+    packing: bool = False
+    padding_free: bool = False
+    max_length: int = 1024
+
+class SFTTrainer(Trainer):
+    def __init__(self, model, args, train_dataset, processing_class, peft_config):
+        print("stand-in for", args.max_length, "tokens")
+        rows = [
+            {"input_ids": ids, "labels": [i if m else -100 for i, m in zip(ids, mask)]}
+            for ids, mask in zip(train_dataset["input_ids"], train_dataset["completion_mask"])
+        ]
+        from transformers import set_seed
+        set_seed(args.seed)
+        super().__init__(
+            model=get_peft_model(model, peft_config),
+            args=args,
+            train_dataset=rows,
+            data_collator=partial(pad_batch, pad_id=0),
+        )
+"""
+
+
+def stand_in(folder: Path, name: str, text: str, version: str = "0.0") -> Path:
+    """Writes a package of one module, as pip would install it into a folder."""
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(text)
+    (folder / f"{name}-{version}.dist-info").mkdir()
+    (folder / f"{name}-{version}.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    )
+    return folder
+
+
+def command(model: Path, output: Path, *words: str) -> list[str]:
+    return [
+        *["benchmark-training", "--model", str(model), "--compute-dtype", "float32"],
+        *["--quant", "bf16", "--dataset", "demo", "--max-length", "64", "--batch-size", "3"],
+        *["--lora-r", "4", "--steps", "2", "--warm-up", "1", "--json", str(output), *words],
+    ]
+
+
+def test_a_peer_trains_on_the_same_batches_in_its_own_process(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trl = stand_in(tmp_path / "trl_site", "trl", STAND_IN, "9.9")
+    unsloth = stand_in(tmp_path / "unsloth_site", "unsloth", "raise ImportError('no | GPU')")
+    output = tmp_path / "benchmark.json"
+    words = ["--ways", "peft-none,trl-pad,unsloth-pad,peft-none"]
+    words += ["--peer-path", f"trl={trl}", "--peer-path", f"unsloth={unsloth}"]
+    assert main(command(tiny_llama, output, *words)) == 0
+    first, padded, broken, last = json.loads(output.read_text())["measurements"]
+    assert padded["losses"] == pytest.approx(first["losses"], abs=1e-4)
+    assert padded["tokens"] == first["tokens"] == last["tokens"]
+    assert padded["steps"] == 2
+    assert padded["ratio"] == pytest.approx(
+        padded["tokens_per_second"] / first["tokens_per_second"]
+    )
+    assert padded["versions"]["trl"] == "9.9"
+    assert broken["failure"] == "failed: ImportError: no / GPU"
+    printed = capsys.readouterr()
+    assert "\ntrl: trl 9.9, transformers " in printed.out
+    assert "| unsloth-pad | bf16 | failed: ImportError: no / GPU |" in printed.out
+    assert "Traceback" in printed.err  # what the peer printed, to find out why
+    assert "stand-in for" not in printed.err
+
+
+def test_a_peer_that_takes_too_long_is_stopped(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = stand_in(tmp_path, "trl", "import time; print('waiting', flush=True); time.sleep(60)")
+    failed = run_peer(
+        PEER_WAYS["trl-pad"],
+        build_settings(WAYS["trl-pad"]),
+        find_base(str(tiny_llama)),
+        [Example([1, 5, 6], [-100, 5, 6])],
+        steps=1,
+        options=PeerOptions({"trl": folder}, 4),
+    )
+    assert failed == {"failure": "timed out after 4 s"}
+
+
+def test_a_missing_peer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_process, "find_spec", lambda name: None)
+    for peer in ("trl", "unsloth"):
+        found = peer_process.measure({"peer": peer})
+        assert found == {"failure": f"{peer} is not installed: pip install {peer}"}
+
+
+def test_a_layout_that_a_peer_did_not_keep_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = SimpleNamespace(args=SimpleNamespace(packing=False, padding_free=False))
+    monkeypatch.setattr(peer_process, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "trl", ModuleType("trl"))
+    monkeypatch.setattr(peer_process, "_trl_trainer", lambda *_: left)
+    order = {"peer": "trl", "layout": "pack", "settings": build_settings({}).flat()}
+    assert peer_process.measure(order) == {"failure": "trl would run as trl-pad here"}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("axolotl=.", "--peer-path: 'axolotl=.' is not PEER=FOLDER. Peers are trl, unsloth."),
+        ("trl", "--peer-path: 'trl' is not PEER=FOLDER"),
+        ("trl=/not/there", "--peer-path: folder /not/there does not exist. `pip install --target"),
+    ],
+)
+def test_wrong_peer_path_is_named(
+    word: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["benchmark-training", "--model", "m", "--peer-path", word]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
+def test_trl_learns_as_peft_does(tiny_llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "benchmark.json"
+    words = ["--ways", "peft-none,trl-pad,trl-free,trl-pack,trl-pad-full"]
+    assert main(command(tiny_llama, output, *words)) == 0
+    first, *others = json.loads(output.read_text())["measurements"]
+    for measured in others:
+        # Two conversations cut at 64 tokens don't fit into one row, so packing changes nothing.
+        assert measured["failure"] is None
+        assert measured["losses"] == pytest.approx(first["losses"], abs=1e-4)
+        assert measured["tokens"] == first["tokens"]
