@@ -11,11 +11,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from compare_runs import cells, changed, edit, four, in_summary, summary, table, texts, write_run
+from compare_runs import (
+    cells,
+    changed,
+    edit,
+    four,
+    in_summary,
+    summary,
+    table,
+    texts,
+    write_harness,
+    write_run,
+)
 
 from qlora_harness.compare import report
+from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.comparison import compare
-from qlora_harness.compare.design import ArmSeeds, seed_difference
+from qlora_harness.compare.design import ArmSeeds, question_stderr, seed_difference
 from qlora_harness.compare.exports import to_csv
 from qlora_harness.compare.report import Comparison
 from qlora_harness.errors import SettingsError
@@ -284,3 +296,74 @@ def test_baseline_comes_first(tmp_path: Path) -> None:
     assert [run.label for run in compare(runs, baseline="bf16-0").runs] == ["bf16-0", "nf4-0"]
     with pytest.raises(SettingsError, match="--baseline x is none of the runs"):
         compare(runs, baseline="x")
+
+
+def answered(marks: Any) -> dict[Question, Answer]:
+    return {
+        Question("anatomy", place): Answer(None, str(place), "t", bool(mark), False, 0, 0)
+        for place, mark in enumerate(marks)
+    }
+
+
+def test_questions_and_seeds_both_make_the_error_of_two_arms() -> None:
+    """Against the spread of the difference over 300 draws of questions and of seeds."""
+    generator = np.random.default_rng(0)
+    first = ArmSeeds("nf4", (0, 1, 2), (), ("a0", "a1", "a2"))
+    other = ArmSeeds("bf16", (0, 1), (), ("b0", "b1"))
+    found, predicted = [], []
+    for _ in range(300):
+        # Questions differ in how hard they are, and the arms in which they find hard.
+        level = generator.normal(0, 1, (2, 400))
+        means, answers = {}, {}
+        for arm, hard in zip((first, other), level, strict=True):
+            for run in arm.runs:
+                shift = generator.normal(0, 0.1)
+                marks = hard + shift + generator.normal(0, 1, 400) > 0
+                answers[run], means[run] = answered(marks), marks.mean()
+        arms = [
+            ArmSeeds(arm.name, arm.seeds, tuple(means[run] for run in arm.runs), arm.runs)
+            for arm in (first, other)
+        ]
+        over_seeds = seed_difference(arms[0], arms[1], arms)
+        over_questions = question_stderr(arms[0], arms[1], answers)
+        assert over_questions is not None
+        assert over_seeds.stderr is not None
+        found.append(over_seeds.value)
+        predicted.append(over_questions**2 + over_seeds.stderr**2)
+    # A little too wide, as the noise of a run at a question counts in both.
+    assert np.var(found) == pytest.approx(np.mean(predicted), rel=0.35)
+    assert np.var(found) < 1.1 * np.mean(predicted)
+
+
+def test_the_error_over_questions_is_that_of_the_mean_difference() -> None:
+    arms = ArmSeeds("nf4", (0, 1), (), ("a", "b")), ArmSeeds("bf16", (0,), (), ("c",))
+    marks = {"a": [1, 1, 0, 0], "b": [1, 0, 0, 0], "c": [1, 1, 1, 0]}
+    answers: dict[str, Any] = {name: answered(item) for name, item in marks.items()}
+    wanted = np.std([0, 0.5, 1, 0]) / 2
+    assert question_stderr(*arms, answers) == pytest.approx(wanted)
+    assert question_stderr(*arms, answers | {"c": None}) is None
+    assert question_stderr(*arms, answers | {"c": answered([1, 1, 1])}) is None
+
+
+def test_seeds_with_answers_show_the_error_of_both(tmp_path: Path) -> None:
+    marks = {"nf4": ["1100110", "1000110"], "bf16": ["1110011", "1111011"]}
+    runs = []
+    for quant, items in marks.items():
+        for seed, item in enumerate(items):
+            folder = tmp_path / f"{quant}-{seed}"
+            write_run(folder, summary(quant, settings__seed=seed))
+            write_harness(folder, {"anatomy": item})
+            runs.append(folder)
+    comparison = compare(runs)
+    key = "seeds.acc"
+    differences = [
+        (int(c) + int(d) - int(a) - int(b)) / 2
+        for a, b, c, d in zip(*marks["nf4"], *marks["bf16"], strict=True)
+    ]
+    questions = 100 * np.std(differences) / math.sqrt(7)
+    shown = cells(comparison, key, f"{key}.questions")
+    assert [cell.text for cell in shown] == ["–", "–", f"{questions:.2f}"]
+    seeds_only = cells(comparison, key, key)[2].stderr
+    assert seeds_only is not None
+    both = cells(comparison, key, f"{key}.both")[2]
+    assert both.value == pytest.approx(math.hypot(questions, seeds_only))

@@ -65,11 +65,13 @@ class ArmSeeds:
         name: For example "nf4".
         seeds: Their seeds.
         values: What was measured, one a run.
+        runs: Labels of the runs.
     """
 
     name: str
     seeds: tuple[int, ...]
     values: tuple[float, ...]
+    runs: tuple[str, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -156,6 +158,31 @@ def seed_difference(first: ArmSeeds, other: ArmSeeds, arms: Sequence[ArmSeeds]) 
     # Means that differ by rounding alone are equal: such a difference has no relative error.
     equal = math.isclose(other.mean, first.mean, rel_tol=1e-12)
     return SeedDifference(0.0 if equal else other.mean - first.mean, pooled, stderr, freedom)
+
+
+def question_stderr(
+    first: ArmSeeds, other: ArmSeeds, answers: Mapping[str, Answers | None]
+) -> float | None:
+    """Returns what other questions would do to the difference of two arms' mean accuracies.
+
+    The standard error of the mean over questions of how many more of an arm's seeds are right, as
+    a share. Seeds and questions are crossed: their standard errors add as squares, where the
+    interaction of both is small.
+
+    Args:
+        first: The arm that is subtracted.
+        other: The other arm.
+        answers: Of each run, by label, where they are known.
+
+    Returns:
+        None where the answers of a run are not known, or are to other questions.
+    """
+    weights = {label: -1 / len(first.runs) for label in first.runs}
+    weights |= {label: 1 / len(other.runs) for label in other.runs}
+    known = {label: one for label in weights if (one := answers.get(label)) is not None}
+    if len(known) < len(weights) or not known or not _same_questions(list(known.values())):
+        return None
+    return _paired_stderr(known, weights)
 
 
 def place(run: Run, evaluation: Evaluation | None) -> tuple[bool, bool] | None:
@@ -254,7 +281,7 @@ def _same_questions(answers: Sequence[Answers]) -> bool:
     )
 
 
-def _paired_stderr(answers: Mapping[str, Answers], weights: Mapping[str, int]) -> float:
+def _paired_stderr(answers: Mapping[str, Answers], weights: Mapping[str, float]) -> float:
     """Of the mean over questions of a weighted sum of right answers."""
     questions = next(iter(answers.values()))
     values = [
@@ -314,6 +341,7 @@ def seeds(
                 name,
                 tuple(seed for _, _, seed, _ in group),
                 tuple(value for _, _, _, value in group),
+                tuple(run.label for run, _, _, _ in group),
             )
             for name, group in groups.items()
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -12,7 +13,12 @@ from qlora_harness.compare.tables.table import Cell, Column, Row, Table
 
 
 def seeds_table(
-    key: str, name: str, unit: str, write: Callable[[float], str], arms: Sequence[ArmSeeds]
+    key: str,
+    name: str,
+    unit: str,
+    write: Callable[[float], str],
+    arms: Sequence[ArmSeeds],
+    over_questions: Callable[[ArmSeeds, ArmSeeds], float | None] | None = None,
 ) -> Table:
     """Builds the table of a measure over seeds: means, spread, and what it does to differences.
 
@@ -22,11 +28,15 @@ def seeds_table(
         unit: Of its values.
         write: Writes a value.
         arms: From `design.seeds`.
+        over_questions: Gives the standard error that the questions cause in the difference of two
+            arms, the first subtracted, in the unit of the values; None for a measure that is none
+            of questions.
 
     Returns:
         Rows of means and differences; ranges; the standard deviation between seeds, pooled where it
-        is that of a difference; the relative standard error of each difference; and the degrees of
-        freedom of its standard error.
+        is that of a difference; the relative standard error of each difference; the degrees of
+        freedom of its standard error; and, where they are known, the standard error that the
+        questions cause, and that of both.
     """
     first = arms[0]
     columns = [
@@ -44,6 +54,8 @@ def seeds_table(
     ]
     relative = [Cell(label=arm.name) for arm in arms]
     freedom = [Cell(label=arm.name) for arm in arms]
+    questions = [Cell(label=arm.name) for arm in arms]
+    both = [Cell(label=arm.name) for arm in arms]
     for arm in arms[1:]:
         columns.append(Column(f"{arm.name} less {first.name}, ± of the seeds", 0, "difference"))
         change = seed_difference(first, arm, arms)
@@ -56,14 +68,29 @@ def seeds_table(
         share = change.relative_stderr
         relative.append(replace(Cell() if share is None else percent_cell(share), label=arm.name))
         freedom.append(Cell(str(change.freedom), change.freedom, label=arm.name))
-    rows = (
+        error = None if over_questions is None else over_questions(first, arm)
+        questions.append(_error_cell(error, write, arm))
+        known = error is not None and change.stderr is not None
+        both.append(
+            _error_cell(math.hypot(error or 0, change.stderr or 0) if known else None, write, arm)
+        )
+    rows = [
         Row(key, f"{name}, mean", unit, tuple(means)),
         Row(f"{key}.range", "  range", unit, tuple(ranges)),
         Row(f"{key}.sd", "  standard deviation between seeds", unit, tuple(spreads)),
         Row(f"{key}.relative_stderr", "  relative standard error (seeds, %)", "%", tuple(relative)),
         Row(f"{key}.freedom", "  degrees of freedom", "", tuple(freedom)),
-    )
-    return Table(key, f"{name} over seeds", tuple(columns), rows)
+    ]
+    if any(cell.value is not None for cell in questions):
+        rows += [
+            Row(f"{key}.questions", "  standard error, questions (paired)", unit, tuple(questions)),
+            Row(f"{key}.both", "  standard error, seeds and questions", unit, tuple(both)),
+        ]
+    return Table(key, f"{name} over seeds", tuple(columns), tuple(rows))
+
+
+def _error_cell(error: float | None, write: Callable[[float], str], arm: ArmSeeds) -> Cell:
+    return Cell(label=arm.name) if error is None else Cell(write(error), error, label=arm.name)
 
 
 def _range_cell(arm: ArmSeeds, write: Callable[[float], str]) -> Cell:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qlora_harness.compare.design import effects, seeds
+from qlora_harness.compare.design import ArmSeeds, effects, question_stderr, seeds
 from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.compare.intersection import Answers, Intersection, any_dropped, common_words
 from qlora_harness.compare.losses import LossDifference
@@ -91,6 +91,10 @@ def design_tables(
         item = evaluations.get(run.label)
         return None if item is None else 100 * item.acc
 
+    def over_questions(first: ArmSeeds, other: ArmSeeds) -> float | None:
+        error = question_stderr(first, other, answers)
+        return None if error is None else 100 * error
+
     def loss(run: Run) -> float | None:
         return None if run.training is None else run.training.eval_loss
 
@@ -105,7 +109,8 @@ def design_tables(
             problems.setdefault(seeded.problem, []).append(name)
         if seeded.arms:
             shown = f"{name}{common_words(common)}" if measure is accuracy else name
-            found.append(seeds_table(key, shown, unit, decimals(digits), seeded.arms))
+            errors = over_questions if measure is accuracy else None
+            found.append(seeds_table(key, shown, unit, decimals(digits), seeded.arms, errors))
     for problem, names in problems.items():
         notes.append(f"No table over seeds ({'; '.join(names)}): {problem}.")
     return tuple(found), notes
