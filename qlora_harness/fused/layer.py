@@ -15,6 +15,7 @@ What is kept between forward and backward:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,11 @@ import torch
 
 from qlora_harness.fused import ops
 from qlora_harness.fused.lora_group import Gradients, Inner, LoraGroup
-from qlora_harness.fused.row import Row
+from qlora_harness.fused.row import Rotation, Row
+
+# Attention of queries [T, heads, D] to keys and values [T, key heads, D], with the factor of the
+# scores: [T, heads, D].
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 @dataclass
@@ -88,6 +93,34 @@ class FusedLayer:
         y: torch.Tensor = _Layer.apply(x, self, row, seed, keep, *parameters)  # type: ignore[no-untyped-call]
         return y
 
+    def infer(
+        self,
+        x: torch.Tensor,
+        rotation: Rotation,
+        attend: Attend,
+        read_at: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Runs the layer without dropout and gradients, with any attention.
+
+        Args:
+            x: [T, H].
+            rotation: Of the tokens.
+            attend: Computes attention.
+            read_at: Places whose output is wanted, [R] int64, or None for all.
+
+        Returns:
+            [R, H].
+        """
+        projected, _, _ = _project(self, x, rotation, None)
+        attended = attend(*_split(self, projected), self.scale)
+        del projected
+        if read_at is not None:
+            x, attended = x[read_at], attended[read_at]
+        added, _ = _leave(self, attended, None)
+        del attended
+        y, _, _ = _second_half(self, x, added, None)
+        return y
+
 
 @dataclass
 class _Attention:
@@ -114,18 +147,30 @@ def _first_half(
     layer: FusedLayer, x: torch.Tensor, row: Row, seed: int | None
 ) -> tuple[torch.Tensor, _Attention]:
     """Returns what attention adds to x, and what backward needs."""
-    tokens = len(x)
-    wide = layer.qkv.input(tokens, x)
+    projected, inner_qkv, raw = _project(layer, x, row, seed)
+    attended, state = ops.attention(*_split(layer, projected), row=row, scale=layer.scale)
+    added, inner_out = _leave(layer, attended, seed)
+    return added, _Attention(projected, attended, state, inner_qkv, inner_out, raw)
+
+
+def _project(
+    layer: FusedLayer, x: torch.Tensor, rotation: Rotation, seed: int | None
+) -> tuple[torch.Tensor, Inner, torch.Tensor | None]:
+    """Queries, keys and values side by side, rotated; what backward needs of them."""
+    wide = layer.qkv.input(len(x), x)
     ops.rms_norm(x, layer.attention_norm, layer.eps, wide[:, : x.shape[1]])
-    projected, inner_qkv = layer.qkv.forward(wide, seed)
+    projected, inner = layer.qkv.forward(wide, seed)
     del wide
     raw = _normalise_heads(layer, projected)
-    ops.rotate(projected, layer.heads + layer.key_heads, row)
-    attended, state = ops.attention(*_split(layer, projected), row=row, scale=layer.scale)
-    wide = layer.out.input(tokens, x)
-    wide[:, : layer.heads * layer.head_size] = attended.flatten(1)
-    added, inner_out = layer.out.forward(wide, _next(seed, 3))
-    return added, _Attention(projected, attended, state, inner_qkv, inner_out, raw)
+    ops.rotate(projected, layer.heads + layer.key_heads, rotation)
+    return projected, inner, raw
+
+
+def _leave(
+    layer: FusedLayer, attended: torch.Tensor, seed: int | None
+) -> tuple[torch.Tensor, Inner]:
+    """The product with o of what attention found, [T, heads, D]."""
+    return layer.out.forward(layer.out.as_input(attended.flatten(1)), _next(seed, 3))
 
 
 def _gates(
