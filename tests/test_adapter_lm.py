@@ -504,7 +504,7 @@ def test_evaluation_results_say_what_was_scored_and_how(
         "leading_bos": [BOS],
         "scoring": "packed",
         "expanded_once": False,
-        "fused_kernels": False,
+        "fused_kernels": True,
         "processes": 1,
     }
     record.pop("created")
@@ -1284,3 +1284,55 @@ def test_model_that_was_begun_ahead_is_the_one_that_scores(
     assert sizes[0] == 300
     assert len(sizes) == 2
     assert lm._ahead is None
+
+
+# Through fused layers, and through transformers' own modules
+
+
+@pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
+@pytest.mark.parametrize(
+    ("quant", "dequantize"), [("bf16", "auto"), ("nf4", "auto"), ("nf4", "never")]
+)
+def test_fused_layers_give_the_numbers_of_the_models_own_modules(
+    make_lm: Callable[..., QloraAdapterLM],
+    adapter: Path,
+    quant: str,
+    dequantize: str,
+    with_adapter: bool,
+) -> None:
+    prompts = demo_prompts(3)
+    options = {"quant": quant, "dequantize": dequantize}
+    options |= {"peft": str(adapter)} if with_adapter else {}
+    own, fused = make_lm(**options, kernels="none"), make_lm(**options)
+    assert [lm._settings_record()["fused_kernels"] for lm in (own, fused)] == [False, True]
+    expected = score(own, prompts)
+    info, identity = fused.get_model_info(), fused._identity()
+    assert score(fused, prompts) == pytest.approx(expected, abs=1e-5)
+    assert fused.get_model_info() == info
+    assert fused._identity() == identity
+    # HFLM's own path over the same weights.
+    fused._scoring = "hf"
+    assert score(fused, prompts) == pytest.approx(expected, abs=1e-5)
+
+
+def test_weights_are_moved_once(make_lm: Callable[..., QloraAdapterLM], adapter: Path) -> None:
+    lm = make_lm(peft=str(adapter))
+    prompts = demo_prompts(2)
+    weight = lm.model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
+    before = weight.data_ptr()
+    first = score(lm, prompts)
+    moved = weight.data_ptr()
+    assert moved != before
+    assert score(lm, prompts) == first
+    assert weight.data_ptr() == moved
+
+
+@pytest.mark.parametrize("options", [{"kernels": "none"}, {"scoring": "hf"}])
+def test_weights_stay_where_nothing_is_fused(
+    make_lm: Callable[..., QloraAdapterLM], options: dict[str, str]
+) -> None:
+    lm = make_lm(**options)
+    before = [p.data_ptr() for p in lm.model.parameters()]
+    score(lm, demo_prompts(1))
+    assert [p.data_ptr() for p in lm.model.parameters()] == before
+    assert lm._settings_record()["fused_kernels"] is False

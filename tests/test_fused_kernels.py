@@ -62,7 +62,7 @@ print("equal")
 ELEMENTWISE = """
 import torch
 from qlora_harness.fused import ops, triton_ops
-from qlora_harness.fused.row import Row
+from qlora_harness.fused.row import Rotation
 
 torch.manual_seed(0)
 def room(rows, columns):
@@ -106,7 +106,7 @@ for columns in (8, 1500):
 
 for heads, keys, size in ((4, 4, 8), (6, 2, 12), (3, 1, 2)):
     angles = torch.randn(5, size // 2).repeat(1, 2)
-    row = Row(torch.tensor([0, 5]), (0, 5), 5, angles.cos(), angles.sin())
+    row = Rotation(angles.cos(), angles.sin())
     first = torch.randn(5, (heads + 2 * keys) * size)
     second = first.clone()
     triton_ops.rotate(first, heads + keys, row.cos, row.sin)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.gpu
@@ -268,6 +269,78 @@ def test_fused_step_in_bfloat16_is_near_peft(checkpointing: str, dropout: float)
             found[1][name].flatten(), gradient.flatten(), dim=0
         )
         assert likeness > (0.99 if not dropout else 0.0), name
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", "q_proj,v_proj"])
+@pytest.mark.parametrize(
+    ("kind", "quantised", "keys"),
+    [
+        ("llama", False, 4),
+        ("llama", False, 2),
+        ("llama", True, 2),
+        ("qwen2", False, 1),
+        ("qwen3", False, 2),
+    ],
+)
+def test_fused_packs_in_float32_equal_the_models_own_modules(
+    kind: str, quantised: bool, keys: int, targets: str | None
+) -> None:
+    from test_fused_scoring import logprobs, model_of, one_pack, queries
+
+    pack = one_pack(queries(40))
+    model = model_of(kind, quantised, keys, targets)
+    by_cpu = logprobs(model, pack)
+    model = model_of(kind, quantised, keys, targets).cuda()
+    wanted = logprobs(model, pack, fused=False)
+    assert wanted == pytest.approx(by_cpu, abs=1e-3)
+    for flex in (True, False):
+        assert logprobs(model, pack, flex=flex) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_fused_packs_with_heads_too_small_for_flex_attention() -> None:
+    from test_fused_scoring import logprobs, one_pack, queries
+    from test_packed_forward import VOCABULARY, tiny
+
+    pack = one_pack(queries(20, VOCABULARY))
+    for kind in ("llama", "qwen3"):
+        model = tiny(kind).cuda()
+        wanted = logprobs(model, pack, fused=False)
+        assert logprobs(model, pack) == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_fused_packs_in_bfloat16_are_near_float32(targets: str | None) -> None:
+    import torch
+    from test_fused_scoring import logprobs, model_of, one_pack, queries
+
+    pack = one_pack(queries(40))
+    wanted = logprobs(model_of("llama", False, 2, targets), pack)
+    model = model_of("llama", False, 2, targets).to(torch.bfloat16).cuda()
+    assert logprobs(model, pack) == pytest.approx(wanted, abs=0.04)
+
+
+def test_attention_of_fused_packs_copies_nothing() -> None:
+    """Queries, keys and values are views of one row; what comes back lies token by token."""
+    import torch
+
+    from qlora_harness.score.tree_attention import TreeAttention, block_mask
+
+    projected = torch.randn(256, (4 + 2 * 2) * 64, device="cuda", dtype=torch.bfloat16)
+    q, k, v = projected.view(256, 8, 64).split([4, 2, 2], dim=1)
+    mask = block_mask(np.full(256, 256, dtype=np.int32), projected.device)
+    with torch.inference_mode():
+        TreeAttention((), mask)(q, k, v, 0.125)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = TreeAttention((), mask)(q, k, v, 0.125)
+        peak = torch.cuda.max_memory_allocated() - before
+    assert out.is_contiguous()
+    # The output and two numbers a head and token, not copies of the row.
+    assert peak < out.nbytes + projected.nbytes // 2
+    causal = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, scale=0.125, enable_gqa=True
+    )
+    assert torch.allclose(out, causal[0].transpose(0, 1), atol=2e-2)
 
 
 def gpu_step(model: Any, rows: Any, *, packed: bool) -> Any:

@@ -106,7 +106,7 @@ def test_packed_equals_plain(
 def test_blocks_of_the_mask_are_those_that_torch_finds(queries: list[Query], filling: int) -> None:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    from qlora_harness.score.packed_forward import BLOCK, block_mask
+    from qlora_harness.score.tree_attention import BLOCK, block_mask
 
     # Long tails, so that whole blocks are seen, skipped, and seen in part.
     longer = [
@@ -193,7 +193,7 @@ def test_what_was_built_ahead_serves_the_packs(monkeypatch: pytest.MonkeyPatch) 
     torch.compiler.reset()
     counter = CompileCounter()
     compiled = torch.compile(flex_attention, backend=counter, dynamic=False)
-    monkeypatch.setattr("qlora_harness.score.packed_forward._flex", lambda on_gpu: compiled)
+    monkeypatch.setattr("qlora_harness.score.tree_attention._flex", lambda on_gpu: compiled)
     model = tiny("llama")
     query = Query([1, 2, 3], [4])
     (pack,) = plan([query], pack_tokens=256, window=WINDOW).packs
@@ -215,13 +215,13 @@ def test_first_pack_waits_for_what_is_built_ahead() -> None:
     goes_on = threading.Event()
     seen: list[tuple[str, int]] = []
 
-    def forward(module: Any, args: Any, options: Any) -> None:
+    def forward(module: Any, args: Any) -> None:
         thread = threading.current_thread().name
         if thread != "MainThread":
             goes_on.wait(10)
-        seen.append((thread, options["input_ids"].shape[1]))
+        seen.append((thread, args[0].shape[1]))
 
-    hook = model.model.register_forward_pre_hook(forward, with_kwargs=True)
+    hook = model.model.embed_tokens.register_forward_pre_hook(forward)
     packed.build_ahead(256)
     threading.Timer(0.2, goes_on.set).start()
     packed.start(pack).reads()
@@ -242,7 +242,7 @@ def test_what_can_not_be_built_ahead_is_left_to_the_first_pack(
         if (failure := next(failures, None)) is not None:
             raise failure
 
-    hook = model.model.register_forward_pre_hook(forward)
+    hook = model.model.embed_tokens.register_forward_pre_hook(forward)
     before = model.config._attn_implementation
     with caplog.at_level("INFO", logger="qlora_harness"):
         packed.build_ahead(256)

@@ -154,7 +154,7 @@ class Bordered:
             again: Whether adapters have not changed since the last time, as in a backward pass.
         """
         views = self.loaded(like)
-        if self._owns and again:
+        if self._owns and (again or not self.border):
             return views
         if triton_ops.usable(views.whole) and self._loader.fits:
             self._loader(views.whole)

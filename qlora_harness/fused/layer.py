@@ -17,6 +17,7 @@ A layer takes and gives h and what the MLP adds to it apart: the next norm adds 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,11 @@ import torch
 from qlora_harness.fused import ops
 from qlora_harness.fused.host_memory import HostMemory, Stored
 from qlora_harness.fused.lora_group import Gradients, Inner, LoraGroup
-from qlora_harness.fused.row import Row
+from qlora_harness.fused.row import Rotation, Row
+
+# Attention of queries [T, heads, D] to keys and values [T, key heads, D], with the factor of the
+# scores: [T, heads, D].
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 @dataclass
@@ -109,6 +114,34 @@ class FusedLayer:
         )
         return found
 
+    def infer(
+        self,
+        x: torch.Tensor,
+        added: torch.Tensor | None,
+        rotation: Rotation,
+        attend: Attend,
+        places: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the layer without dropout and gradients, with any attention.
+
+        Args:
+            x: [T, H].
+            added: [T, H], or None for nothing.
+            rotation: Of the tokens.
+            attend: Computes attention.
+            places: The tokens that are wanted, [R] int64, or None for all.
+
+        Returns:
+            Two tensors, [R, H], whose sum is the layer's output.
+        """
+        x, projected, _, _ = _project(self, x, added, rotation, None)
+        attended = attend(*_split(self, projected), self.scale)
+        del projected, added
+        y, _ = _leave(self, attended, places, None)
+        del attended
+        h, y, _ = _second_half(self, _at(x, places), y, None)
+        return h, y
+
 
 @dataclass
 class _Attention:
@@ -140,19 +173,35 @@ def _first_half(
     seed: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, _Attention]:
     """Returns x + added, what attention adds to its places, and what backward needs."""
-    tokens = len(x)
-    wide = layer.qkv.input(tokens, x)
+    x, projected, inner_qkv, raw = _project(layer, x, added, row, seed)
+    attended, state = ops.attention(*_split(layer, projected), row=row, scale=layer.scale)
+    y, inner_out = _leave(layer, attended, places, seed)
+    return x, y, _Attention(projected, attended, state, inner_qkv, inner_out, raw)
+
+
+def _project(
+    layer: FusedLayer,
+    x: torch.Tensor,
+    added: torch.Tensor | None,
+    rotation: Rotation,
+    seed: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, Inner, torch.Tensor | None]:
+    """Returns x + added; queries, keys and values, rotated; what backward needs of them."""
+    wide = layer.qkv.input(len(x), x)
     x = ops.rms_norm(x, layer.attention_norm, layer.eps, wide[:, : x.shape[1]], add=added)
-    projected, inner_qkv = layer.qkv.forward(wide, seed)
+    projected, inner = layer.qkv.forward(wide, seed)
     del wide
     raw = _normalise_heads(layer, projected)
-    ops.rotate(projected, layer.heads + layer.key_heads, row)
-    attended, state = ops.attention(*_split(layer, projected), row=row, scale=layer.scale)
+    ops.rotate(projected, layer.heads + layer.key_heads, rotation)
+    return x, projected, inner, raw
+
+
+def _leave(
+    layer: FusedLayer, attended: torch.Tensor, places: torch.Tensor | None, seed: int | None
+) -> tuple[torch.Tensor, Inner]:
+    """The product with o of what attention found, [T, heads, D], at some places."""
     wanted = _at(attended.flatten(1), places)
-    wide = layer.out.input(len(wanted), x)
-    ops.copy(wanted, wide[:, : wanted.shape[1]])
-    y, inner_out = layer.out.forward(wide, _next(seed, 3))
-    return x, y, _Attention(projected, attended, state, inner_qkv, inner_out, raw)
+    return layer.out.forward(layer.out.as_input(wanted), _next(seed, 3))
 
 
 def _gates(

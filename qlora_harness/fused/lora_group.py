@@ -72,6 +72,18 @@ class LoraGroup:
         """
         return _room(tokens, self._weights.width + self._weights.border, like)
 
+    def as_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns an input in memory as from `input`: where it lies, if no room is needed.
+
+        Args:
+            x: [T, K].
+        """
+        if not self._weights.border:
+            return x
+        wide = self.input(len(x), x)
+        copy(x.contiguous(), wide[:, : self._weights.width])
+        return wide
+
     def output_gradient(self, tokens: int, like: torch.Tensor) -> torch.Tensor:
         """Returns memory for dy with room for dh behind it, [T, N + R]; for a group of one.
 

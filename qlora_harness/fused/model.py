@@ -1,7 +1,8 @@
-"""Lets a PEFT model of LLaMA's kind run its training pass through fused layers, in place.
+"""Lets a model of LLaMA's kind compute rows through fused layers, beside its own modules.
 
-The adapter stays PEFT's: the same parameters, saved and loaded by PEFT. Only what `forward` does
-with a row (see `train.batches.pack_batch`) changes; any other input goes the model's own way.
+The adapter stays PEFT's: the same parameters, saved and loaded by PEFT. In training only what
+`forward` does with a row (see `train.batches.pack_batch`) changes; any other input goes the model's
+own way.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from qlora_harness.fused import ops
 from qlora_harness.fused.bordered import Projection, Scratch
 from qlora_harness.fused.host_memory import HostMemory
-from qlora_harness.fused.layer import FusedLayer
+from qlora_harness.fused.layer import Attend, FusedLayer
 from qlora_harness.fused.lora_group import LoraGroup
-from qlora_harness.fused.row import Row
+from qlora_harness.fused.row import Rotation, Row
+from qlora_harness.model.base import base_of
 from qlora_harness.settings import CHECKPOINTING
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -44,41 +46,71 @@ def why_not_fused(model: Any) -> str | None:
     """Returns why a model can't have fused layers, or None if it can.
 
     Args:
-        model: A PEFT model with LoRA on a causal language model.
+        model: A causal language model, with or without a PEFT adapter.
     """
-    from peft.tuners.lora import LoraLayer
-
-    reason = why_config_not_fused(model.get_base_model().config)
+    base = base_of(model)
+    reason = why_config_not_fused(base.config)
+    if reason is None and base is not model:
+        reason = _why_adapter_not_fused(model, base.model.layers)
     if reason is not None:
         return reason
-    decoder = model.get_base_model().model
-    known = {id(m) for layer in decoder.layers for m in layer.modules()}
+    dtype = base.model.embed_tokens.weight.dtype
+    for group in (group for layer in base.model.layers for group in _groups(layer)):
+        projections = [_projection(module) for module in group]
+        if not all(_is_linear(p.layer, dtype) for p in projections):
+            return "its weights are neither 4-bit nor of its own dtype"
+        kinds = {
+            (len(p.down), p.scale, p.dropout, p.down.dtype)
+            for p in projections
+            if p.down is not None
+        }
+        if len(kinds) > 1:
+            return "the ranks or scales of its adapter differ within a layer"
+    return None
+
+
+def _why_adapter_not_fused(model: Any, layers: Any) -> str | None:
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    known = {id(m) for layer in layers for m in layer.modules()}
     for name, module in model.named_modules():
+        last = name.rsplit(".", 1)[-1]
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return f"its adapter replaces a module ({last})"
         if not isinstance(module, LoraLayer):
             continue
         if id(module) not in known:
-            return f"it has an adapter outside its layers ({name.rsplit('.', 1)[-1]})"
-        if list(module.lora_A) != ["default"] or any(module.use_dora.values()):
+            return f"it has an adapter outside its layers ({last})"
+        plain = list(module.lora_A) == ["default"] and not module.merged_adapters
+        special = module.lora_variant or any(module.lora_bias.values())
+        # PEFT wraps a parameter, not a layer, where `target_parameters` names it.
+        if not plain or special or hasattr(module, "parameter_name"):
             return "its adapter is not one plain LoRA"
     return None
+
+
+def _is_linear(layer: Any, dtype: torch.dtype) -> bool:
+    """Whether a layer's weight is 4-bit, as bitsandbytes lays it out first, or of a dtype."""
+    if not isinstance(layer, torch.nn.Linear):
+        return False
+    state: Any = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return layer.weight.dtype == dtype
+    return not getattr(state, "packing_format_for_cpu", False)
 
 
 def install(model: Any, checkpointing: str) -> None:
     """Gives a model fused layers.
 
-    They hold on to the weights, scales and adapters that the model has now: it must stay on its
-    device and in its dtypes. Full-precision weights become views of larger matrices until
-    `uninstall`.
+    See `FusedDecoder` for what the model must keep until `uninstall`.
 
     Args:
         model: For which `why_not_fused` is None; from `attach_lora`.
         checkpointing: One of `settings.CHECKPOINTING`.
     """
-    assert checkpointing in CHECKPOINTING
-    base = model.get_base_model()
-    scratch, host = Scratch(), HostMemory()
-    layers = [_fused_layer(layer, checkpointing, scratch, host) for layer in base.model.layers]
-    base.forward = _Forward(base, layers, base.forward)
+    base = base_of(model)
+    base.forward = _Forward(base, FusedDecoder(model, checkpointing), base.forward)
 
 
 def uninstall(model: Any) -> None:
@@ -87,22 +119,84 @@ def uninstall(model: Any) -> None:
     Args:
         model: On which `install` was called.
     """
-    base = model.get_base_model()
-    base.forward.release()
+    base = base_of(model)
+    base.forward.fused.release()
     base.forward = base.forward.own
+
+
+class FusedDecoder:
+    """Fused layers beside those of a model.
+
+    They hold on to the weights, scales and adapters that the model has now: it must stay on its
+    device and in its dtypes. Full-precision weights become views of larger matrices until
+    `release`.
+
+    Args:
+        model: For which `why_not_fused` is None.
+        checkpointing: One of `settings.CHECKPOINTING`.
+
+    Attributes:
+        layers: In their order.
+    """
+
+    def __init__(self, model: Any, checkpointing: str = "none") -> None:
+        assert checkpointing in CHECKPOINTING
+        self._decoder = base_of(model).model
+        scratch, host = Scratch(), HostMemory()
+        self.layers = [
+            _fused_layer(layer, checkpointing, scratch, host) for layer in self._decoder.layers
+        ]
+
+    def release(self) -> None:
+        """Gives full-precision weights memory of their own again; the layers are of no use then."""
+        for layer in self.layers:
+            for group in layer.groups():
+                group.release()
+
+    def embed(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, Rotation]:
+        """Returns what the first layer reads, [T, H], and how tokens are rotated.
+
+        Args:
+            input_ids: [1, T].
+            position_ids: [1, T].
+        """
+        hidden = self._decoder.embed_tokens(input_ids)
+        cos, sin = self._decoder.rotary_emb(hidden, position_ids)
+        hidden = hidden[0]
+        return hidden, Rotation(cos[0].to(hidden.dtype), sin[0].to(hidden.dtype))
+
+    def infer(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attend: Attend,
+        read_at: torch.Tensor,
+    ) -> torch.Tensor:
+        """Returns the normalised hidden states of some tokens, [R, H], without gradients.
+
+        Args:
+            input_ids: [1, T].
+            position_ids: [1, T].
+            attend: Computes attention.
+            read_at: Places of the tokens, [R] int64.
+        """
+        hidden, rotation = self.embed(input_ids, position_ids)
+        added: torch.Tensor | None = None
+        *below, last = self.layers
+        for layer in below:
+            hidden, added = layer.infer(hidden, added, rotation, attend)
+        hidden, added = last.infer(hidden, added, rotation, attend, read_at)
+        normed: torch.Tensor = self._decoder.norm(hidden + added)
+        return normed
 
 
 class _Forward:
     """The model's forward; a row of texts goes through the fused layers."""
 
-    def __init__(self, base: Any, layers: list[FusedLayer], own: Callable[..., Any]) -> None:
-        self._base, self._layers, self.own = base, layers, own
-
-    def release(self) -> None:
-        """Gives full-precision weights memory of their own again."""
-        for layer in self._layers:
-            for group in layer.groups():
-                group.release()
+    def __init__(self, base: Any, fused: FusedDecoder, own: Callable[..., Any]) -> None:
+        self._base, self.fused, self.own = base, fused, own
 
     def __call__(
         self,
@@ -113,7 +207,7 @@ class _Forward:
         if borders is None:
             return self.own(input_ids=input_ids, **options)
         assert input_ids is not None
-        if not self._layers[0].has_adapters_of(self._base.model.layers[0]):
+        if not self.fused.layers[0].has_adapters_of(self._base.model.layers[0]):
             raise RuntimeError("the adapter's parameters were replaced after `install`")
         return self._row(input_ids, borders, **options)
 
@@ -132,17 +226,15 @@ class _Forward:
         **ignored: Any,
     ) -> CausalLMOutput:
         base, decoder = self._base, self._base.model
-        hidden = decoder.embed_tokens(input_ids)
-        cos, sin = decoder.rotary_emb(hidden, position_ids)
-        hidden = hidden[0]
-        row = Row(borders, starts, longest, cos[0].to(hidden.dtype), sin[0].to(hidden.dtype))
+        hidden, rotation = self.fused.embed(input_ids, position_ids)
+        row = Row(rotation.cos, rotation.sin, borders, starts, longest)
         added: torch.Tensor | None = None
-        for layer in self._layers[:-1]:
+        *below, last = self.fused.layers
+        for layer in below:
             hidden, added = layer(hidden, added, row, training=base.training)
         # The rest of the last layer, the norm and the head run only where a token is learned.
-        hidden, added = self._layers[-1](
-            hidden, added, row, training=base.training, places=read_at if len(read_at) else None
-        )
+        places = read_at if len(read_at) else None
+        hidden, added = last(hidden, added, row, training=base.training, places=places)
         with torch.autocast(hidden.device.type, enabled=False):
             read = decoder.norm((hidden + added)[: len(read_at)])
             if per_token:
@@ -154,12 +246,9 @@ class _Forward:
 
 
 def _fused_layer(layer: Any, checkpointing: str, scratch: Scratch, host: HostMemory) -> FusedLayer:
-    attention, mlp = layer.self_attn, layer.mlp
+    attention = layer.self_attn
     size = attention.head_dim
-
-    def group(*modules: Any) -> LoraGroup:
-        return LoraGroup([_projection(m) for m in modules], scratch)
-
+    qkv, out, gate_up, down = (_lora_group(modules, scratch) for modules in _groups(layer))
     return FusedLayer(
         layer.input_layernorm.weight,
         layer.post_attention_layernorm.weight,
@@ -168,10 +257,10 @@ def _fused_layer(layer: Any, checkpointing: str, scratch: Scratch, host: HostMem
         attention.k_proj.out_features // size,
         size,
         attention.scaling,
-        group(attention.q_proj, attention.k_proj, attention.v_proj),
-        group(attention.o_proj),
-        group(mlp.gate_proj, mlp.up_proj),
-        group(mlp.down_proj),
+        qkv,
+        out,
+        gate_up,
+        down,
         checkpointing,
         (attention.q_norm.weight, attention.k_norm.weight)
         if hasattr(attention, "q_norm")
@@ -180,10 +269,28 @@ def _fused_layer(layer: Any, checkpointing: str, scratch: Scratch, host: HostMem
     )
 
 
-def _projection(module: Any) -> Projection:
-    from peft.tuners.lora import LoraLayer
+def _groups(layer: Any) -> list[list[Any]]:
+    """The linear layers of a decoder layer, those that read one input together."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        [attention.o_proj],
+        [mlp.gate_proj, mlp.up_proj],
+        [mlp.down_proj],
+    ]
 
-    if not isinstance(module, LoraLayer):
+
+def _lora_group(modules: list[Any], scratch: Scratch) -> LoraGroup:
+    projections = [_projection(module) for module in modules]
+    for projection in projections:
+        if hasattr(projection.layer, "support_avx512bf16_for_cpu"):
+            # Else bitsandbytes lays 4-bit weights out anew when the module itself runs on a CPU.
+            projection.layer.support_avx512bf16_for_cpu = False
+    return LoraGroup(projections, scratch)
+
+
+def _projection(module: Any) -> Projection:
+    if not hasattr(module, "lora_A"):
         return Projection(module, None, None, 0.0, 0.0)
     return Projection(
         module.base_layer,

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from qlora_harness.fused import triton_ops
-from qlora_harness.fused.row import Row
+from qlora_harness.fused.row import Rotation, Row
 from qlora_harness.model.kernels import has_liger
 
 _ROWS = 1024  # of logits at a time
@@ -124,7 +124,7 @@ def swiglu_backward(gates: torch.Tensor, gradient: torch.Tensor) -> None:
     up.copy_(d_up)
 
 
-def rotate(projected: torch.Tensor, heads: int, row: Row) -> None:
+def rotate(projected: torch.Tensor, heads: int, row: Rotation) -> None:
     """Rotates heads by their positions, in place.
 
     Args:
@@ -140,7 +140,9 @@ def rotate(projected: torch.Tensor, heads: int, row: Row) -> None:
     turned.copy_(_rotate_half(turned, row, back=False))
 
 
-def rotate_back(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, row: Row) -> torch.Tensor:
+def rotate_back(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, row: Rotation
+) -> torch.Tensor:
     """Returns the gradients of what `rotate` got, side by side, [T, N].
 
     Args:
@@ -155,7 +157,7 @@ def rotate_back(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, row: Row) 
     return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
-def _rotate_half(x: torch.Tensor, row: Row, back: bool) -> torch.Tensor:
+def _rotate_half(x: torch.Tensor, row: Rotation, back: bool) -> torch.Tensor:
     cos, sin = row.cos[:, None], row.sin[:, None]
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((second, -first) if back else (-second, first), dim=-1)

@@ -8,19 +8,28 @@ import torch
 
 
 @dataclass
-class Row:
-    """Where the texts of a row lie, and how the positions are rotated.
+class Rotation:
+    """How the tokens of a row are rotated by their positions.
+
+    Attributes:
+        cos: Rotary cosines of each token, [T, D].
+        sin: Rotary sines, [T, D].
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass
+class Row(Rotation):
+    """Where the texts of a row lie.
 
     Attributes:
         borders: First token of each text and the end of the last, [N + 1] int32, on the device.
         starts: The same on the host.
         longest: Tokens of the longest text.
-        cos: Rotary cosines of each token, [T, D].
-        sin: Rotary sines, [T, D].
     """
 
     borders: torch.Tensor
     starts: tuple[int, ...]
     longest: int
-    cos: torch.Tensor
-    sin: torch.Tensor

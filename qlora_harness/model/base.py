@@ -233,6 +233,15 @@ def load_base(
     return model.eval()
 
 
+def base_of(model: Any) -> Any:
+    """Returns the model below a PEFT adapter, or the model itself.
+
+    Args:
+        model: A transformers model, with or without an adapter.
+    """
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def head_size(config: Any) -> int:
     """Returns the size of an attention head.
 

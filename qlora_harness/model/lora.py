@@ -257,7 +257,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def fuse_lora(model: PeftModel, compute_dtype: str) -> int:
-    """Makes an unmerged adapter fast for scoring: its two products are added in place.
+    """Makes an unmerged adapter fast in PEFT's own modules: its two products are added in place.
 
     PEFT computes x·A·B in the adapter's float32 and adds it in three passes over the output. Here
     the adapter is held in the compute dtype (as autocast does in training) and the second product

@@ -16,7 +16,9 @@ from qlora_harness.errors import (
     SettingsError,
     install_excepthook,
 )
+from qlora_harness.fused.model import why_not_fused
 from qlora_harness.model.base import (
+    base_of,
     count_parameters,
     dequantise,
     find_base,
@@ -25,7 +27,6 @@ from qlora_harness.model.base import (
     load_tokenizer,
     weights_fingerprint,
 )
-from qlora_harness.model.kernels import use_fused_kernels
 from qlora_harness.model.lora import adapter_digest, fuse_lora, load_adapter
 from qlora_harness.record import environment, scrub_all
 from qlora_harness.score.encoding import encode_pairs
@@ -76,7 +77,8 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         scoring: "packed", or "hf" for HFLM's own path.
         dequantize: "auto" expands a 4-bit base once (the same values) if memory allows; "never".
         pack_tokens: Most tokens in a forward pass. Default: what fits the device.
-        kernels: "auto" uses Liger's fused kernels on a GPU where they are installed; "none".
+        kernels: "auto" computes packs through fused layers where they take the model; "none"
+            through transformers' own modules.
         verify: How many texts to score again through HFLM's path, to log the largest difference.
         **options: Further arguments of HFLM: max_length, batch_size, device, …
 
@@ -128,6 +130,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         self._chat_template_asked = False
         self._truncated: set[str] = set()
         self._ahead: tuple[PackedModel, int] | None = None
+        self._packed: PackedModel | None = None
         super().__init__(
             pretrained=self._source.path,
             revision=choice.revision or "main",
@@ -187,15 +190,24 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         if self._dequantised:
             dequantise(base, self._compute_dtype)
         self._adapter_sha256 = None
-        self._model = base
+        model: Any = base
         if choice.adapter is not None:
-            self._model = load_adapter(base, choice.adapter)
-            if self._scoring == "packed":
-                fuse_lora(self._model, self._compute_dtype)
+            model = load_adapter(base, choice.adapter)
             self._adapter_sha256 = adapter_digest(choice.adapter)
-        self._fused_kernels = (
-            self._kernels == "auto" and self._scoring == "packed" and use_fused_kernels(self._model)
-        )
+        self.take(model, self._kernels)
+
+    def take(self, model: Any, kernels: str) -> None:
+        """Scores with a model from now on.
+
+        Args:
+            model: With or without an adapter; it may be changed, to the same numbers.
+            kernels: "auto" or "none".
+        """
+        self._model, self._packed = model, None
+        packed = self._scoring == "packed"
+        self._fused_kernels = packed and kernels == "auto" and why_not_fused(model) is None
+        if packed and not self._fused_kernels and base_of(model) is not model:
+            fuse_lora(model, self._compute_dtype)
 
     def _check_vocabulary(self, rows: int) -> None:
         tokens = len(self.tokenizer)
@@ -352,12 +364,13 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         """On a GPU, builds the kernels of whole packs while many texts are encoded and planned."""
         if self.device.type != "cuda" or self.world_size > 1 or not wanted or not self._can_pack():
             return
+        model = self._packed_model()
         pack_tokens = self._asked_pack_tokens or default_pack_tokens(self.model, self.device)
         contexts = len({context for context, _ in wanted})
         # Fewer may fit into one short pack, for which other kernels are built.
         if contexts * _FEW_TOKENS >= pack_tokens:
-            self._ahead = PackedModel(self.model, self.softmax_dtype), pack_tokens
-            self._ahead[0].build_ahead(pack_tokens)
+            self._ahead = model, pack_tokens
+            model.build_ahead(pack_tokens)
 
     def _loglikelihood_tokens(
         self,
@@ -386,6 +399,12 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             self._scoring = "hf"
         return reason is None
 
+    def _packed_model(self) -> PackedModel:
+        """Made once, as it moves weights."""
+        if self._packed is None:
+            self._packed = PackedModel(self.model, self.softmax_dtype, fused=self._fused_kernels)
+        return self._packed
+
     def _score_packed(
         self,
         requests: Sequence[Encoded],
@@ -395,7 +414,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         if self._ahead is not None:
             model, pack_tokens = self._ahead
         else:
-            model = PackedModel(self.model, self.softmax_dtype)
+            model = self._packed_model()
             pack_tokens = self._asked_pack_tokens or default_pack_tokens(self.model, self.device)
         if self.world_size > 1:
             # The shares make the whole only if all processes plan alike.
@@ -460,7 +479,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             "double_quant": choice.double_quant if choice.quant.is_4bit else None,
             "peft": choice.adapter.name if choice.adapter else None,
             "adapter_sha256": self._adapter_sha256,
-            "weights_fingerprint": weights_fingerprint(self._unwrapped()),
+            "weights_fingerprint": weights_fingerprint(base_of(self.model)),
         }
 
     def _settings_record(self) -> dict[str, Any]:
@@ -478,11 +497,6 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
     def _identity(self) -> dict[str, Any]:
         """What a stored score depends on; another model can never be given it."""
         return {**self._model_record(), **self._settings_record()}
-
-    def _unwrapped(self) -> torch.nn.Module:
-        model: Any = self.model
-        whole: torch.nn.Module = model.get_base_model() if self._choice.adapter else model
-        return whole
 
     def _header(self) -> dict[str, Any]:
         header: dict[str, Any] = scrub_all(

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from qlora_harness.model.kernels import use_fused_kernels
-from qlora_harness.model.lora import attach_lora, fuse_lora
+from qlora_harness.model.lora import attach_lora
 from qlora_harness.record import write_measurements
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.encoding import encode_pairs
@@ -104,14 +104,14 @@ def benchmark(
     """Measures lm-eval's `hf`, the packed path, and the packed path with an unmerged adapter.
 
     Args:
-        lm: A base without adapter and without fused kernels; it is changed.
+        lm: A base without adapter that has scored nothing yet; it is changed.
         questions: What is scored.
         batch_size: Of `hf`.
         margin_batch_size: Another batch size of `hf`, to see how far that alone moves the numbers;
             or None.
         baseline_questions: A random sample of so many for `hf`, or None for all.
         adapter_rank: Rank of a random adapter on all linear layers to measure as well, or None.
-        kernels: "auto" gives the packed path fused kernels where it has them; "none".
+        kernels: "auto" computes packs through fused layers where they take the model; "none".
     """
     sample = list(questions)
     if baseline_questions is not None and baseline_questions < len(sample):
@@ -136,13 +136,13 @@ def benchmark(
         way = _plain(lm, margin_batch_size)
         margin, found, _ = _measure(lm, way, sample, (encoded, baseline.encoding_seconds))
         relate(margin, found)
-    lm._fused_kernels = kernels == "auto" and use_fused_kernels(lm.model)
+    lm.take(lm.model, kernels)
     _run(_packed(lm, "packed"), warm)
     measured, found, _ = _measure(lm, _packed(lm, "packed"), questions)
     by_prompt = {q.prompt: values for q, values in zip(questions, found, strict=True)}
     relate(measured, [by_prompt[q.prompt] for q in sample])
     if adapter_rank is not None:
-        _attach_random_adapter(lm, adapter_rank)
+        lm.take(_with_random_adapter(lm.model, adapter_rank), kernels)
         way = _packed(lm, f"packed, unmerged adapter of rank {adapter_rank}")
         _run(way, warm)
         relate(_measure(lm, way, questions)[0], None)
@@ -177,13 +177,13 @@ def _packed(lm: QloraAdapterLM, name: str) -> _Way:
     )
 
 
-def _attach_random_adapter(lm: QloraAdapterLM, rank: int) -> None:
-    lm._model = attach_lora(lm.model, r=rank, alpha=16, dropout=0.0, targets="all-linear").eval()
+def _with_random_adapter(model: Any, rank: int) -> Any:
+    adapted = attach_lora(model, r=rank, alpha=16, dropout=0.0, targets="all-linear").eval()
     with torch.no_grad():
-        for name, parameter in lm.model.named_parameters():
+        for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=1e-3)
-    fuse_lora(lm._model, lm._compute_dtype)
+    return adapted
 
 
 def _pairs(questions: Sequence[Question]) -> list[Pair]:

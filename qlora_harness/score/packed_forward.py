@@ -2,36 +2,33 @@
 
 Each token sees its ancestors and itself, and its position is its distance from the root, so its
 hidden state is the one it has in the text alone. The output head runs only where a log-probability
-is asked.
+is asked; in fused layers so does all that follows the last attention.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from qlora_harness.model.base import head_size
-from qlora_harness.model.kernels import fused_rotary
+from qlora_harness.fused.model import FusedDecoder, why_not_fused
+from qlora_harness.model.base import base_of, head_size
 from qlora_harness.score.prefix_tree import Pack, Segment
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+from qlora_harness.score.tree_attention import (
+    BLOCK,
+    TreeAttention,
+    attending,
+    block_mask,
+    to_device,
+)
 
 logger = logging.getLogger("qlora_harness")
 
-ATTENTION = "qlora_harness_tree"
-BLOCK = 128
 _SMALLEST_HEAD = 16  # that FlexAttention takes
-# Tile sizes of FlexAttention on CUDA, or None for its own choice.
-FLEX_OPTIONS: dict[str, int] | None = None
 
 # Decoders whose whole attention goes through transformers' attention interface, causal, with
 # positions given by position_ids. Others fall back to HFLM's own path.
@@ -49,17 +46,6 @@ MODEL_TYPES = frozenset(
         "phi3",
     }
 )
-
-
-@dataclass
-class _Tree:
-    """The pack that the attention function works on."""
-
-    segments: tuple[Segment, ...]
-    block_mask: BlockMask | None
-
-
-_active: _Tree | None = None
 
 
 @dataclass(frozen=True)
@@ -121,11 +107,16 @@ class Running:
 class PackedModel:
     """Computes packs with a causal language model.
 
+    With fused layers the model must keep its device, dtypes and adapter, and its full-precision
+    weights become views of larger matrices; its own modules go on giving the same numbers.
+
     Args:
         model: A transformers causal language model, with or without a PEFT adapter.
         softmax_dtype: dtype of the log-softmax, or None for that of the logits.
         flex: Whether attention is FlexAttention with a block mask, or one call of scaled dot
             product attention a segment; None is FlexAttention on CUDA.
+        fused: Whether it runs through fused layers, or through its own modules; None is fused
+            layers where they take the model.
     """
 
     def __init__(
@@ -134,10 +125,9 @@ class PackedModel:
         softmax_dtype: torch.dtype | None,
         *,
         flex: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
-        _register()
-        whole: Any = model
-        self._model = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+        self._model = base_of(model)
         self._decoder = getattr(self._model, self._model.base_model_prefix)
         self._head = self._model.get_output_embeddings()
         # Granite divides its logits, a rule that stands in forward() behind the head.
@@ -146,6 +136,8 @@ class PackedModel:
         self._device = next(model.parameters()).device
         fits = self._device.type == "cuda" and head_size(model.config) >= _SMALLEST_HEAD
         self._flex = fits if flex is None else flex
+        fused = why_not_fused(model) is None if fused is None else fused
+        self._fused = FusedDecoder(model) if fused else None
         self._building: threading.Thread | None = None
 
     @property
@@ -209,18 +201,31 @@ class PackedModel:
         # Choices of one question read the same place: the head runs once for them.
         places, which = np.unique(pack.read_at, return_inverse=True)
         at, back, asked = map(self._moved, (places, which, pack.read_token))
-        with _attending(self._model, _Tree(segments, mask)):
-            hidden = self._decoder(
-                input_ids=tokens[None], position_ids=positions[None], use_cache=False
-            )[0][0]
-        logits = self._head(hidden[at]) / self._logits_scaling
+        read = self._hidden(tokens[None], positions[None], TreeAttention(segments, mask), at)
+        logits = self._head(read) / self._logits_scaling
         logprobs = torch.log_softmax(logits, dim=-1, dtype=self._softmax_dtype)
         greedy = logprobs.argmax(dim=-1)[back] == asked
         return Running(logprobs[back, asked], greedy)
 
+    def _hidden(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        tree: TreeAttention,
+        at: torch.Tensor,
+    ) -> torch.Tensor:
+        """The last hidden states at some places, [R, H]."""
+        if self._fused is not None:
+            return self._fused.infer(tokens, positions, tree, at)
+        with attending(self._model, tree):
+            hidden: torch.Tensor = self._decoder(
+                input_ids=tokens, position_ids=positions, use_cache=False
+            )[0]
+        return hidden[0, at]
+
     def _moved(self, values: Any) -> torch.Tensor:
         """Integers on the device, as int64; without waiting for the device."""
-        return _to_device(torch.from_numpy(values.astype(np.int64)), self._device)
+        return to_device(torch.from_numpy(values.astype(np.int64)), self._device)
 
 
 def _one_token() -> Pack:
@@ -228,166 +233,7 @@ def _one_token() -> Pack:
     return Pack(zero, zero, one, (Segment(0, 1, ()),), zero, zero, zero)
 
 
-def _to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
-
-
 def _filled(values: Any, size: int, filler: int) -> Any:
     out = np.full(size, filler, dtype=np.int32)
     out[: len(values)] = values
     return out
-
-
-@contextmanager
-def _attending(model: Any, tree: _Tree) -> Iterator[None]:
-    """Lets the model's layers attend along a tree inside the `with` block."""
-    global _active
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
-    _active = tree
-    try:
-        with fused_rotary(model):
-            yield
-    finally:
-        _active = None
-        model.set_attn_implementation(before)
-
-
-@lru_cache(maxsize=1)
-def _register() -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, _tree_attention)
-
-
-def _tree_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of the active pack, as transformers' attention interface wants it.
-
-    Args:
-        module: The attention layer.
-        query: [1, H, T, D].
-        key: [1, K, T, D]; H is a multiple of K.
-        value: [1, K, T, D].
-        attention_mask: Not used: the tree is the mask.
-        scaling: Factor of the scores, or None for 1 / sqrt(D).
-        **options: What else the layers pass along.
-
-    Returns:
-        [1, T, H, D], and no weights.
-    """
-    assert _active is not None
-    if _active.block_mask is not None:
-        on_gpu = query.device.type == "cuda"
-        out = _flex(on_gpu)(
-            query,
-            key,
-            value,
-            block_mask=_active.block_mask,
-            scale=scaling,
-            enable_gqa=True,
-            kernel_options=FLEX_OPTIONS if on_gpu else None,
-        )
-        return out.transpose(1, 2), None
-    if key.shape[1] != query.shape[1]:
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-    out = torch.empty_like(query)
-    for segment in _active.segments:
-        out[:, :, segment.start : segment.stop] = _segment_attention(
-            query, key, value, segment, scaling
-        )
-    return out.transpose(1, 2), None
-
-
-def _segment_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segment: Segment,
-    scaling: float | None,
-) -> torch.Tensor:
-    """Attention of a run of tokens to its ancestors, and causally to itself."""
-    ranges = [*segment.ancestors, (segment.start, segment.stop)]
-    keys = torch.cat([key[:, :, a:b] for a, b in ranges], dim=2)
-    values = torch.cat([value[:, :, a:b] for a, b in ranges], dim=2)
-    queries = query[:, :, segment.start : segment.stop]
-    rows, columns = queries.shape[2], keys.shape[2]
-    mask = None
-    if rows > 1 and segment.ancestors:
-        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
-    return torch.nn.functional.scaled_dot_product_attention(
-        queries,
-        keys,
-        values,
-        attn_mask=mask,
-        is_causal=rows > 1 and not segment.ancestors,
-        scale=scaling,
-    )
-
-
-@lru_cache(maxsize=2)
-def _flex(compiled: bool) -> Callable[..., torch.Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    function: Callable[..., torch.Tensor] = flex_attention
-    return torch.compile(function, dynamic=False) if compiled else function
-
-
-def block_mask(end: Any, device: torch.device) -> BlockMask:
-    """Returns FlexAttention's mask of a pack: q sees k when k <= q < end[k].
-
-    What create_block_mask would find by trying all pairs follows from the largest and the smallest
-    end in each block of keys.
-
-    Args:
-        end: Place after the subtree of each token, [T] int32.
-        device: Where the mask is used.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    size = len(end)
-    blocks = -(-size // BLOCK)
-    filled = np.full(blocks * BLOCK, 0, dtype=np.int32)
-    filled[:size] = end
-    by_block = filled.reshape(blocks, BLOCK)
-    number = np.arange(blocks)
-    first = number[:, None] * BLOCK
-    earlier = number[None, :] < number[:, None]
-    some = (earlier & (by_block.max(axis=1)[None, :] > first)) | (number[:, None] == number)
-    every = earlier & (by_block.min(axis=1)[None, :] >= first + BLOCK)
-    ends = _to_device(torch.from_numpy(filled), device)
-
-    def sees(batch: Any, head: Any, q: Any, k: Any) -> Any:
-        return (k <= q) & (q < ends[k])
-
-    partial, whole = (
-        [_to_device(torch.from_numpy(values)[None, None], device) for values in _ordered(blocks)]
-        for blocks in (some & ~every, every)
-    )
-    return BlockMask.from_kv_blocks(
-        partial[0],
-        partial[1],
-        whole[0],
-        whole[1],
-        BLOCK_SIZE=BLOCK,
-        mask_mod=sees,
-        seq_lengths=(size, size),
-    )
-
-
-def _ordered(blocks: Any) -> tuple[Any, Any]:
-    """Number of blocks of keys of each block of queries, and their places, those first."""
-    return (
-        blocks.sum(axis=1).astype(np.int32),
-        np.argsort(~blocks, axis=1, kind="stable").astype(np.int32),
-    )

@@ -1,0 +1,232 @@
+"""Attention along the paths of a prefix tree: FlexAttention with a block mask, or run by run.
+
+For fused layers as a function, for transformers' own layers through its attention interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from qlora_harness.score.prefix_tree import Segment
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK = 128
+_NAME = "qlora_harness_tree"  # in transformers' attention interface
+# Tile sizes of FlexAttention on CUDA, or None for its own choice.
+FLEX_OPTIONS: dict[str, int] | None = None
+
+
+@dataclass
+class TreeAttention:
+    """Attention of one pack.
+
+    Attributes:
+        segments: The runs of tokens, in order; they cover the pack.
+        block_mask: Of FlexAttention, or None to attend segment by segment.
+    """
+
+    segments: tuple[Segment, ...]
+    block_mask: BlockMask | None
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        """Returns what each token finds among its ancestors and itself, [T, H, D].
+
+        Args:
+            q: [T, H, D], in any layout whose last dimension is dense.
+            k: [T, K, D]; H is a multiple of K.
+            v: [T, K, D].
+            scale: Factor of the scores, or None for 1 / sqrt(D).
+        """
+        query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+        if self.block_mask is None:
+            return self._by_segment(query, key, value, scale)[0].transpose(0, 1)
+        on_gpu = q.device.type == "cuda"
+        out = _flex(on_gpu)(
+            query,
+            key,
+            value,
+            block_mask=self.block_mask,
+            scale=scale,
+            enable_gqa=True,
+            kernel_options=FLEX_OPTIONS if on_gpu else None,
+        )
+        return out[0].transpose(0, 1)
+
+    def _by_segment(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    ) -> torch.Tensor:
+        _, heads, tokens, size = query.shape
+        if key.shape[1] != heads:
+            key = key.repeat_interleave(heads // key.shape[1], dim=1)
+            value = value.repeat_interleave(heads // value.shape[1], dim=1)
+        out = query.new_empty(1, tokens, heads, size).transpose(1, 2)
+        for segment in self.segments:
+            out[:, :, segment.start : segment.stop] = _segment_attention(
+                query, key, value, segment, scale
+            )
+        return out
+
+
+_active: TreeAttention | None = None
+
+
+@contextmanager
+def attending(model: Any, tree: TreeAttention) -> Iterator[None]:
+    """Lets a model's own layers attend along a tree inside the `with` block.
+
+    Args:
+        model: A transformers causal language model.
+        tree: Of the pack that it computes.
+    """
+    global _active
+    _register()
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_NAME)
+    _active = tree
+    try:
+        yield
+    finally:
+        _active = None
+        model.set_attn_implementation(before)
+
+
+@lru_cache(maxsize=1)
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, _active_attention)
+
+
+def _active_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of the active pack, as transformers' attention interface wants it.
+
+    Args:
+        module: The attention layer.
+        query: [1, H, T, D].
+        key: [1, K, T, D]; H is a multiple of K.
+        value: [1, K, T, D].
+        attention_mask: Not used: the tree is the mask.
+        scaling: Factor of the scores, or None for 1 / sqrt(D).
+        **options: What else the layers pass along.
+
+    Returns:
+        [1, T, H, D], and no weights.
+    """
+    assert _active is not None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return _active(q, k, v, scaling)[None], None
+
+
+def _segment_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segment: Segment,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention of a run of tokens to its ancestors, and causally to itself."""
+    ranges = [*segment.ancestors, (segment.start, segment.stop)]
+    keys = torch.cat([key[:, :, a:b] for a, b in ranges], dim=2)
+    values = torch.cat([value[:, :, a:b] for a, b in ranges], dim=2)
+    queries = query[:, :, segment.start : segment.stop]
+    rows, columns = queries.shape[2], keys.shape[2]
+    mask = None
+    if rows > 1 and segment.ancestors:
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+    return torch.nn.functional.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=rows > 1 and not segment.ancestors,
+        scale=scaling,
+    )
+
+
+@lru_cache(maxsize=2)
+def _flex(compiled: bool) -> Callable[..., torch.Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    function: Callable[..., torch.Tensor] = flex_attention
+    return torch.compile(function, dynamic=False) if compiled else function
+
+
+def block_mask(end: Any, device: torch.device) -> BlockMask:
+    """Returns FlexAttention's mask of a pack: q sees k when k <= q < end[k].
+
+    What create_block_mask would find by trying all pairs follows from the largest and the smallest
+    end in each block of keys.
+
+    Args:
+        end: Place after the subtree of each token, [T] int32.
+        device: Where the mask is used.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    size = len(end)
+    blocks = -(-size // BLOCK)
+    filled = np.full(blocks * BLOCK, 0, dtype=np.int32)
+    filled[:size] = end
+    by_block = filled.reshape(blocks, BLOCK)
+    number = np.arange(blocks)
+    first = number[:, None] * BLOCK
+    earlier = number[None, :] < number[:, None]
+    some = (earlier & (by_block.max(axis=1)[None, :] > first)) | (number[:, None] == number)
+    every = earlier & (by_block.min(axis=1)[None, :] >= first + BLOCK)
+    ends = to_device(torch.from_numpy(filled), device)
+
+    def sees(batch: Any, head: Any, q: Any, k: Any) -> Any:
+        return (k <= q) & (q < ends[k])
+
+    partial, whole = (
+        [to_device(torch.from_numpy(values)[None, None], device) for values in _ordered(blocks)]
+        for blocks in (some & ~every, every)
+    )
+    return BlockMask.from_kv_blocks(
+        partial[0],
+        partial[1],
+        whole[0],
+        whole[1],
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(size, size),
+    )
+
+
+def _ordered(blocks: Any) -> tuple[Any, Any]:
+    """Number of blocks of keys of each block of queries, and their places, those first."""
+    return (
+        blocks.sum(axis=1).astype(np.int32),
+        np.argsort(~blocks, axis=1, kind="stable").astype(np.int32),
+    )
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor of the host to a device, without waiting for it.
+
+    Args:
+        values: On the host.
+        device: Where to.
+    """
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
