@@ -117,8 +117,48 @@ for heads, keys, size in ((4, 4, 8), (6, 2, 12), (3, 1, 2)):
 print("equal")
 """
 
+ATTENTION = """
+from itertools import accumulate
+import torch
+from qlora_harness.fused import ops, triton_attention
+from qlora_harness.fused.row import Row
+from qlora_harness.fused.triton_attention import Tiling
 
-@pytest.mark.parametrize("script", [LOAD, ELEMENTWISE], ids=["load", "elementwise"])
+torch.manual_seed(0)
+for lengths, heads, keys, size, tiling in (
+    ((1, 5, 64, 65, 130), 2, 1, 16, None),
+    ((130, 3), 1, 1, 64, None),
+    ((70, 1), 3, 1, 16, Tiling(64, 32, 4, 1)),
+    ((33, 70), 2, 2, 16, Tiling(32, 64, 4, 1)),
+):
+    if tiling is not None:
+        triton_attention.FORWARD = tiling
+        triton_attention.QUERY_GRADIENT = tiling
+        triton_attention.KEY_GRADIENT = tiling
+    starts = tuple(accumulate(lengths, initial=0))
+    tokens = starts[-1]
+    angles = torch.randn(tokens, size // 2).repeat(1, 2)
+    row = Row(angles.cos(), angles.sin(), torch.tensor(starts), starts, max(lengths))
+    plain = torch.randn(tokens, (heads + 2 * keys) * size, requires_grad=True)
+    turned = plain.clone()
+    split = turned.view(tokens, -1, size)
+    ops.rotate(turned, heads + keys, row)
+    parts = split[:, :heads], split[:, heads : heads + keys], split[:, heads + keys :]
+    wanted, _ = ops.attention(*parts, row, 0.3)
+    gradient = torch.randn(tokens, heads * size + 3)[:, :-3].unflatten(1, (heads, size))
+    (wanted_back,) = torch.autograd.grad(wanted, plain, gradient)
+    for rotated, given in ((False, plain.detach()), (True, turned.detach())):
+        found, lse = triton_attention.forward(given, heads, keys, row, 0.3, rotated=rotated)
+        assert torch.allclose(found, wanted, atol=1e-4), (lengths, rotated)
+        back = triton_attention.backward(gradient, given, found, lse, row, 0.3, rotated=rotated)
+        assert torch.allclose(back, wanted_back, atol=1e-4), (lengths, rotated)
+print("equal")
+"""
+
+
+@pytest.mark.parametrize(
+    "script", [LOAD, ELEMENTWISE, ATTENTION], ids=["load", "elementwise", "attention"]
+)
 def test_kernels_agree_with_plain_torch(script: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,8 +12,8 @@ class Rotation:
     """How the tokens of a row are rotated by their positions.
 
     Attributes:
-        cos: Rotary cosines of each token, [T, D].
-        sin: Rotary sines, [T, D].
+        cos: Rotary cosines of each token, [T, D]; both halves are equal.
+        sin: Rotary sines, [T, D]; likewise.
     """
 
     cos: torch.Tensor
@@ -33,3 +33,30 @@ class Row(Rotation):
     borders: torch.Tensor
     starts: tuple[int, ...]
     longest: int
+    _tiles: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def tiles(self, size: int) -> torch.Tensor:
+        """The texts cut into tiles, made once.
+
+        The longest texts come first, and of each the last tile, which sees most: what takes long
+        starts early, and the tiles of a text meet in the cache.
+
+        Args:
+            size: Tokens of a tile; the last of a text may have fewer.
+
+        Returns:
+            [tiles, 3] int32 on the device: first token of the text in the row, tokens of the
+            text, and first token of the tile in the text.
+        """
+        if size not in self._tiles:
+            texts = [(b - a, a) for a, b in zip(self.starts[:-1], self.starts[1:], strict=True)]
+            found = [
+                (start, length, first)
+                for length, start in sorted(texts, reverse=True)
+                for first in reversed(range(0, length, size))
+            ]
+            tiles = torch.tensor(found, dtype=torch.int32).view(-1, 3)
+            if self.cos.is_cuda:
+                tiles = tiles.pin_memory().to(self.cos.device, non_blocking=True)
+            self._tiles[size] = tiles
+        return self._tiles[size]
