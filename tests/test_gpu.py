@@ -211,6 +211,55 @@ def test_fused_step_in_float32_equals_peft(
         assert (found[1][name] - gradient).norm() <= 1e-3 * gradient.norm() + 1e-6, name
 
 
+@pytest.mark.parametrize(
+    ("heads", "keys", "size"), [(4, 4, 128), (8, 2, 128), (6, 2, 64), (3, 1, 64)]
+)
+@pytest.mark.parametrize("rotated", [False, True])
+def test_attention_of_short_texts_errs_no_more_than_flash_attention(
+    heads: int, keys: int, size: int, rotated: bool
+) -> None:
+    from itertools import accumulate
+
+    import torch
+
+    from qlora_harness.fused import ops, triton_attention
+    from qlora_harness.fused.row import Row
+
+    torch.manual_seed(0)
+    starts = tuple(accumulate((1, 5, 64, 65, 130, 300, 512, 1000), initial=0))
+    tokens = starts[-1]
+    angles = (torch.randn(tokens, size // 2, device="cuda") * 3).repeat(1, 2)
+    borders = torch.tensor(starts, dtype=torch.int32, device="cuda")
+
+    def split(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x.view(tokens, -1, size).split((heads, keys, keys), dim=1)
+
+    def separate(x: torch.Tensor, dout: torch.Tensor, row: Row) -> list[torch.Tensor]:
+        x = x.clone()
+        ops.rotate(x, heads + keys, row)
+        out, state = ops.attention(*split(x), row, size**-0.5)
+        gradients = ops.attention_backward(dout, *split(x), out, state, row, size**-0.5)
+        return [out, ops.rotate_back(*gradients, row)]
+
+    row = Row(borders, starts, 1000, angles.cos().bfloat16(), angles.sin().bfloat16())
+    exact = Row(borders, starts, 1000, row.cos.float(), row.sin.float())
+    x = torch.randn(tokens, (heads + 2 * keys) * size, device="cuda").bfloat16()
+    dout = torch.randn(tokens, heads, size, device="cuda").bfloat16()
+    wanted = separate(x.float(), dout.float(), exact)
+    flash = separate(x, dout, row)
+    assert triton_attention.usable(x, size)
+    if rotated:
+        ops.rotate(x, heads + keys, row)
+    out, lse = triton_attention.forward(x, heads, keys, row, size**-0.5, rotated=rotated)
+    found = [
+        out,
+        triton_attention.backward(dout, x, out, lse, row, size**-0.5, rotated=rotated),
+    ]
+    for a, b, c in zip(found, flash, wanted, strict=True):
+        assert not a.isnan().any()
+        assert (a - c).norm() <= 1.5 * (b - c).norm()
+
+
 def test_inputs_come_back_from_the_host() -> None:
     """In any order; while one is at work the next is on its way."""
     import torch
