@@ -112,8 +112,6 @@ for heads, keys, size in ((4, 4, 8), (6, 2, 12), (3, 1, 2)):
     triton_ops.rotate(first, heads + keys, row.cos, row.sin)
     ops.rotate(second, heads + keys, row)
     near(first, second)
-    dq, dk, dv = torch.randn(5, heads, size), *torch.randn(2, 5, keys, size)
-    near(triton_ops.rotate_back(dq, dk, dv, row.cos, row.sin), ops.rotate_back(dq, dk, dv, row))
 print("equal")
 """
 
@@ -141,17 +139,17 @@ for lengths, heads, keys, size, tiling in (
     row = Row(angles.cos(), angles.sin(), torch.tensor(starts), starts, max(lengths))
     plain = torch.randn(tokens, (heads + 2 * keys) * size, requires_grad=True)
     turned = plain.clone()
-    split = turned.view(tokens, -1, size)
     ops.rotate(turned, heads + keys, row)
-    parts = split[:, :heads], split[:, heads : heads + keys], split[:, heads + keys :]
-    wanted, _ = ops.attention(*parts, row, 0.3)
+    wanted, _ = ops.attention(turned, heads, keys, row, 0.3)
     gradient = torch.randn(tokens, heads * size + 3)[:, :-3].unflatten(1, (heads, size))
     (wanted_back,) = torch.autograd.grad(wanted, plain, gradient)
-    for rotated, given in ((False, plain.detach()), (True, turned.detach())):
-        found, lse = triton_attention.forward(given, heads, keys, row, 0.3, rotated=rotated)
-        assert torch.allclose(found, wanted, atol=1e-4), (lengths, rotated)
-        back = triton_attention.backward(gradient, given, found, lse, row, 0.3, rotated=rotated)
-        assert torch.allclose(back, wanted_back, atol=1e-4), (lengths, rotated)
+    found, lse = triton_attention.forward(turned.detach(), heads, keys, row, 0.3)
+    assert torch.allclose(found, wanted, atol=1e-4), lengths
+    for back in (
+        triton_attention.backward(gradient, turned.detach(), found, lse, row, 0.3),
+        ops.attention_backward(gradient, turned.detach(), wanted.detach(), None, row, 0.3),
+    ):
+        assert torch.allclose(back, wanted_back, atol=1e-4), lengths
 print("equal")
 """
 

@@ -214,9 +214,8 @@ def test_fused_step_in_float32_equals_peft(
 @pytest.mark.parametrize(
     ("heads", "keys", "size"), [(4, 4, 128), (8, 2, 128), (6, 2, 64), (3, 1, 64)]
 )
-@pytest.mark.parametrize("rotated", [False, True])
 def test_attention_of_short_texts_errs_no_more_than_flash_attention(
-    heads: int, keys: int, size: int, rotated: bool
+    heads: int, keys: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from itertools import accumulate
 
@@ -230,33 +229,26 @@ def test_attention_of_short_texts_errs_no_more_than_flash_attention(
     tokens = starts[-1]
     angles = (torch.randn(tokens, size // 2, device="cuda") * 3).repeat(1, 2)
     borders = torch.tensor(starts, dtype=torch.int32, device="cuda")
-
-    def split(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return x.view(tokens, -1, size).split((heads, keys, keys), dim=1)
-
-    def separate(x: torch.Tensor, dout: torch.Tensor, row: Row) -> list[torch.Tensor]:
-        x = x.clone()
-        ops.rotate(x, heads + keys, row)
-        out, state = ops.attention(*split(x), row, size**-0.5)
-        gradients = ops.attention_backward(dout, *split(x), out, state, row, size**-0.5)
-        return [out, ops.rotate_back(*gradients, row)]
-
-    row = Row(borders, starts, 1000, angles.cos().bfloat16(), angles.sin().bfloat16())
-    exact = Row(borders, starts, 1000, row.cos.float(), row.sin.float())
     x = torch.randn(tokens, (heads + 2 * keys) * size, device="cuda").bfloat16()
     dout = torch.randn(tokens, heads, size, device="cuda").bfloat16()
-    wanted = separate(x.float(), dout.float(), exact)
-    flash = separate(x, dout, row)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+
+    def both(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        row = Row(cos.to(dtype), sin.to(dtype), borders, starts, 1000)
+        turned = x.to(dtype, copy=True)
+        ops.rotate(turned, heads + keys, row)
+        out, state = ops.attention(turned, heads, keys, row, size**-0.5)
+        back = ops.attention_backward(dout.to(dtype), turned, out, state, row, size**-0.5)
+        return out, back
+
+    wanted = both(torch.float32)
     assert triton_attention.usable(x, size)
-    if rotated:
-        ops.rotate(x, heads + keys, row)
-    out, lse = triton_attention.forward(x, heads, keys, row, size**-0.5, rotated=rotated)
-    found = [
-        out,
-        triton_attention.backward(dout, x, out, lse, row, size**-0.5, rotated=rotated),
-    ]
+    found = both(torch.bfloat16)
+    monkeypatch.setattr(triton_attention, "usable", lambda *_: False)
+    flash = both(torch.bfloat16)
     for a, b, c in zip(found, flash, wanted, strict=True):
         assert not a.isnan().any()
+        assert not torch.equal(a, b)  # they are two ways
         assert (a - c).norm() <= 1.5 * (b - c).norm()
 
 
@@ -291,7 +283,7 @@ def test_offload_keeps_nothing_without_gradients() -> None:
     model = adapted(tiny("llama")).cuda()
     install(model, "offload")
     batch = send_to_device(pack_batch(texts([9, 20])), "cuda")
-    host = model.get_base_model().forward._layers[0].host
+    host = model.get_base_model().forward.fused.layers[0].host
     with torch.no_grad():
         model(**batch)
     assert host._last is None
@@ -374,9 +366,9 @@ def test_attention_of_fused_packs_copies_nothing() -> None:
 
     from qlora_harness.score.tree_attention import TreeAttention, block_mask
 
-    projected = torch.randn(256, (4 + 2 * 2) * 64, device="cuda", dtype=torch.bfloat16)
-    q, k, v = projected.view(256, 8, 64).split([4, 2, 2], dim=1)
-    mask = block_mask(np.full(256, 256, dtype=np.int32), projected.device)
+    projected = torch.randn(16384, (4 + 2 * 2) * 64, device="cuda", dtype=torch.bfloat16)
+    q, k, v = projected.view(16384, 8, 64).split([4, 2, 2], dim=1)
+    mask = block_mask(np.full(16384, 16384, dtype=np.int32), projected.device)
     with torch.inference_mode():
         TreeAttention((), mask)(q, k, v, 0.125)
         before = torch.cuda.memory_allocated()

@@ -11,11 +11,9 @@ Each program has one tile of one text and one head, [first, first + M) of its qu
 [first, first + N) of its keys, and meets only what that tile sees or is seen by. A line of `tiles`
 holds the text's first token in the row, its length, and the tile's first token in the text.
 
-The rotary embedding pairs the elements of both halves of a head: with the angles of each token, the
-same for both halves, q1' = q1 cos - q2 sin and q2' = q2 cos + q1 sin. Where the kernels rotate
-(ROTATE), queries and keys are held as halves [., D / 2], and Q K^T = Q1 K1^T + Q2 K2^T; of a row
-that is rotated already the first "half" is the whole head, and the second is not used. Products
-are of the row's dtype and summed in float32.
+Queries and keys of the row are rotated already; their gradients are rotated back where they are
+written: of a head [x, y] in halves, with the angles of the token, the same for both halves,
+[x cos + y sin, y cos - x sin]. Products are of the row's dtype and summed in float32.
 
 Triton compiles the annotations as well, so there are none.
 """
@@ -24,53 +22,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def _halves(
-    line,
-    cos,
-    sin,
-    token,
-    length,
-    WIDTH: tl.constexpr,
-    SIZE: tl.constexpr,
-    ROTATE: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """Loads a head and rotates it by halves, [tokens, D / 2] each, or twice the same [tokens, D].
-
-    WHOLE: all tokens are inside the text; otherwise those behind its end are zeros.
-    """
-    if ROTATE:
-        x = _load(line, token, length, WIDTH, SIZE // 2, WHOLE).to(tl.float32)
-        y = _load(line + SIZE // 2, token, length, WIDTH, SIZE // 2, WHOLE).to(tl.float32)
-        c = _load(cos, token, length, SIZE, SIZE // 2, WHOLE).to(tl.float32)
-        s = _load(sin, token, length, SIZE, SIZE // 2, WHOLE).to(tl.float32)
-        first = (x * c - y * s).to(line.dtype.element_ty)
-        second = (y * c + x * s).to(line.dtype.element_ty)
-    else:
-        first = _load(line, token, length, WIDTH, SIZE, WHOLE)
-        second = first
-    return first, second
-
-
-@triton.jit
-def _products(a1, a2, b1, b2, ROTATE: tl.constexpr):
-    """Products of heads with heads, of two halves or of the whole."""
-    found = tl.dot(a1, tl.trans(b1))
-    if ROTATE:
-        found = tl.dot(a2, tl.trans(b2), found)
-    return found
-
-
-@triton.jit
-def _add_products(first, second, ds, x1, x2, ROTATE: tl.constexpr):
-    """Adds dS times queries or keys to their gradients."""
-    first = tl.dot(ds, x1, first)
-    if ROTATE:
-        second = tl.dot(ds, x2, second)
-    return first, second
 
 
 @triton.jit
@@ -86,21 +37,11 @@ def _load(line, token, length, stride, COLUMNS: tl.constexpr, WHOLE: tl.constexp
 
 @triton.jit
 def _store_turned_back(
-    line,
-    cos,
-    sin,
-    first,
-    second,
-    token,
-    length,
-    WIDTH: tl.constexpr,
-    SIZE: tl.constexpr,
-    ROTATE: tl.constexpr,
+    line, cos, sin, gradient, token, length, WIDTH: tl.constexpr, SIZE: tl.constexpr
 ):
-    """Writes the gradient of a head before it was rotated, given that of its rotated halves."""
-    if not ROTATE:
-        both = tl.reshape(first, [first.shape[0], 2, SIZE // 2])
-        first, second = tl.split(tl.permute(both, 0, 2, 1))
+    """Writes the gradient of a head before it was rotated, given that of the rotated one."""
+    halves = tl.reshape(gradient, [gradient.shape[0], 2, SIZE // 2])
+    first, second = tl.split(tl.permute(halves, 0, 2, 1))
     half = tl.arange(0, SIZE // 2)[None, :]
     inside = token[:, None] < length
     turn = token[:, None] * SIZE + half
@@ -117,12 +58,9 @@ def _attend(
     total,
     weight,
     highest,
-    q1,
-    q2,
+    q,
     keys,
     values,
-    cos,
-    sin,
     query,
     at,
     length,
@@ -130,13 +68,12 @@ def _attend(
     WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     N: tl.constexpr,
-    ROTATE: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Adds a tile of keys to the running softmax; EDGE: some keys are behind some queries."""
     key = at + tl.arange(0, N)
-    k1, k2 = _halves(keys, cos, sin, key, length, WIDTH, SIZE, ROTATE, not EDGE)
-    scores = _products(q1, q2, k1, k2, ROTATE)
+    k = _load(keys, key, length, WIDTH, SIZE, not EDGE)
+    scores = tl.dot(q, tl.trans(k))
     if EDGE:
         scores = tl.where(key[None, :] <= query[:, None], scores, float("-inf"))
     now = tl.maximum(highest, tl.max(scores, axis=1) * factor)
@@ -152,8 +89,6 @@ def _attend(
 @triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(
     projected,
-    cos,
-    sin,
     tiles,
     attended,
     lse,
@@ -162,7 +97,6 @@ def forward_kernel(
     HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     SIZE: tl.constexpr,
-    ROTATE: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
 ):
@@ -174,12 +108,10 @@ def forward_kernel(
     length = tl.load(tile + 1)
     first = tl.load(tile + 2)
     line = projected + start * WIDTH
-    cos += start * SIZE
-    sin += start * SIZE
     keys = line + (HEADS + head // (HEADS // KEY_HEADS)) * SIZE
     values = keys + KEY_HEADS * SIZE
     query = first + tl.arange(0, M)
-    q1, q2 = _halves(line + head * SIZE, cos, sin, query, length, WIDTH, SIZE, ROTATE, False)
+    q = _load(line + head * SIZE, query, length, WIDTH, SIZE, False)
     total = tl.zeros([M, SIZE], tl.float32)
     weight = tl.zeros([M], tl.float32)
     highest = tl.full([M], float("-inf"), tl.float32)
@@ -189,12 +121,9 @@ def forward_kernel(
             total,
             weight,
             highest,
-            q1,
-            q2,
+            q,
             keys,
             values,
-            cos,
-            sin,
             query,
             at,
             length,
@@ -202,7 +131,6 @@ def forward_kernel(
             WIDTH,
             SIZE,
             N,
-            ROTATE,
             False,
         )
     for at in range(edge, tl.minimum(first + M, length), N):
@@ -210,12 +138,9 @@ def forward_kernel(
             total,
             weight,
             highest,
-            q1,
-            q2,
+            q,
             keys,
             values,
-            cos,
-            sin,
             query,
             at,
             length,
@@ -223,7 +148,6 @@ def forward_kernel(
             WIDTH,
             SIZE,
             N,
-            ROTATE,
             True,
         )
     inside = query < length
@@ -236,17 +160,13 @@ def forward_kernel(
 
 @triton.jit
 def _query_step(
-    dq1,
-    dq2,
-    q1,
-    q2,
+    dq,
+    q,
     dout,
     level,
     inner,
     keys,
     values,
-    cos,
-    sin,
     query,
     at,
     length,
@@ -254,20 +174,19 @@ def _query_step(
     WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     N: tl.constexpr,
-    ROTATE: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Adds what a tile of keys gives to dQ, without the scale."""
     key = at + tl.arange(0, N)
-    k1, k2 = _halves(keys, cos, sin, key, length, WIDTH, SIZE, ROTATE, not EDGE)
+    k = _load(keys, key, length, WIDTH, SIZE, not EDGE)
     v = _load(values, key, length, WIDTH, SIZE, not EDGE)
-    scores = _products(q1, q2, k1, k2, ROTATE)
+    scores = tl.dot(q, tl.trans(k))
     dp = tl.dot(dout, tl.trans(v))
     part = tl.exp2(scores * factor - level[:, None])
     if EDGE:
         part = tl.where(key[None, :] <= query[:, None], part, 0.0)
-    ds = (part * (dp - inner[:, None])).to(k1.dtype)
-    return _add_products(dq1, dq2, ds, k1, k2, ROTATE)
+    ds = (part * (dp - inner[:, None])).to(k.dtype)
+    return tl.dot(ds, k, dq)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -288,13 +207,11 @@ def query_gradient_kernel(
     HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     SIZE: tl.constexpr,
-    ROTATE: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
 ):
     """Writes D of a tile of queries to `delta`, and dQ, rotated back, to `out`."""
     WIDTH: tl.constexpr = (HEADS + 2 * KEY_HEADS) * SIZE
-    PART: tl.constexpr = SIZE // 2 if ROTATE else SIZE
     head = tl.program_id(0) % HEADS
     tile = tiles + tl.program_id(0) // HEADS * 3
     start = tl.load(tile).to(tl.int64)
@@ -307,7 +224,7 @@ def query_gradient_kernel(
     values = keys + KEY_HEADS * SIZE
     query = first + tl.arange(0, M)
     inside = query < length
-    q1, q2 = _halves(line + head * SIZE, cos, sin, query, length, WIDTH, SIZE, ROTATE, False)
+    q = _load(line + head * SIZE, query, length, WIDTH, SIZE, False)
     d_rows = dout + start * dout_stride + head * SIZE
     d_tile = _load(d_rows, query, length, dout_stride, SIZE, False)
     rows = attended + start * (HEADS * SIZE) + head * SIZE
@@ -316,22 +233,17 @@ def query_gradient_kernel(
     kept = head * tokens + start + query
     tl.store(delta + kept, inner, mask=inside)
     level = tl.load(lse + kept, mask=inside, other=0.0)
-    dq1 = tl.zeros([M, PART], tl.float32)
-    dq2 = tl.zeros([M, PART], tl.float32)
+    dq = tl.zeros([M, SIZE], tl.float32)
     edge = first // N * N
     for at in range(0, edge, N):
-        dq1, dq2 = _query_step(
-            dq1,
-            dq2,
-            q1,
-            q2,
+        dq = _query_step(
+            dq,
+            q,
             d_tile,
             level,
             inner,
             keys,
             values,
-            cos,
-            sin,
             query,
             at,
             length,
@@ -339,22 +251,17 @@ def query_gradient_kernel(
             WIDTH,
             SIZE,
             N,
-            ROTATE,
             False,
         )
     for at in range(edge, tl.minimum(first + M, length), N):
-        dq1, dq2 = _query_step(
-            dq1,
-            dq2,
-            q1,
-            q2,
+        dq = _query_step(
+            dq,
+            q,
             d_tile,
             level,
             inner,
             keys,
             values,
-            cos,
-            sin,
             query,
             at,
             length,
@@ -362,30 +269,23 @@ def query_gradient_kernel(
             WIDTH,
             SIZE,
             N,
-            ROTATE,
             True,
         )
     place = out + start * WIDTH + head * SIZE
-    _store_turned_back(
-        place, cos, sin, dq1 * scale, dq2 * scale, query, length, WIDTH, SIZE, ROTATE
-    )
+    _store_turned_back(place, cos, sin, dq * scale, query, length, WIDTH, SIZE)
 
 
 @triton.jit
 def _key_step(
-    dk1,
-    dk2,
+    dk,
     dv,
-    k1,
-    k2,
+    k,
     v,
     queries,
     dout,
     dout_stride,
     lse,
     delta,
-    cos,
-    sin,
     key,
     at,
     length,
@@ -393,25 +293,23 @@ def _key_step(
     WIDTH: tl.constexpr,
     SIZE: tl.constexpr,
     M: tl.constexpr,
-    ROTATE: tl.constexpr,
     EDGE: tl.constexpr,
 ):
     """Adds what a tile of queries gives to dK, without the scale, and to dV; S is transposed."""
     query = at + tl.arange(0, M)
     inside = query < length
-    q1, q2 = _halves(queries, cos, sin, query, length, WIDTH, SIZE, ROTATE, False)
+    q = _load(queries, query, length, WIDTH, SIZE, False)
     d_tile = _load(dout, query, length, dout_stride, SIZE, False)
     level = tl.load(lse + query, mask=inside, other=0.0)
     inner = tl.load(delta + query, mask=inside, other=0.0)
-    scores = _products(k1, k2, q1, q2, ROTATE)
+    scores = tl.dot(k, tl.trans(q))
     dp = tl.dot(v, tl.trans(d_tile))
     part = tl.exp2(scores * factor - level[None, :])
     if EDGE:
         part = tl.where(key[:, None] <= query[None, :], part, 0.0)
     dv = tl.dot(part.to(v.dtype), d_tile, dv)
     ds = (part * (dp - inner[None, :])).to(v.dtype)
-    dk1, dk2 = _add_products(dk1, dk2, ds, q1, q2, ROTATE)
-    return dk1, dk2, dv
+    return tl.dot(ds, q, dk), dv
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -431,13 +329,11 @@ def key_gradient_kernel(
     HEADS: tl.constexpr,
     KEY_HEADS: tl.constexpr,
     SIZE: tl.constexpr,
-    ROTATE: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
 ):
     """Writes dK, rotated back, and dV of a tile of keys, summed over the query heads they serve."""
     WIDTH: tl.constexpr = (HEADS + 2 * KEY_HEADS) * SIZE
-    PART: tl.constexpr = SIZE // 2 if ROTATE else SIZE
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     key_head = tl.program_id(0) % KEY_HEADS
     tile = tiles + tl.program_id(0) // KEY_HEADS * 3
@@ -449,10 +345,9 @@ def key_gradient_kernel(
     sin += start * SIZE
     keys = line + (HEADS + key_head) * SIZE
     key = first + tl.arange(0, N)
-    k1, k2 = _halves(keys, cos, sin, key, length, WIDTH, SIZE, ROTATE, False)
+    k = _load(keys, key, length, WIDTH, SIZE, False)
     v = _load(keys + KEY_HEADS * SIZE, key, length, WIDTH, SIZE, False)
-    dk1 = tl.zeros([N, PART], tl.float32)
-    dk2 = tl.zeros([N, PART], tl.float32)
+    dk = tl.zeros([N, SIZE], tl.float32)
     dv = tl.zeros([N, SIZE], tl.float32)
     edge = tl.minimum(first + N, length)
     for head in range(key_head * GROUP, (key_head + 1) * GROUP):
@@ -461,20 +356,16 @@ def key_gradient_kernel(
         levels = lse + head * tokens + start
         inners = delta + head * tokens + start
         for at in range(first, edge, M):
-            dk1, dk2, dv = _key_step(
-                dk1,
-                dk2,
+            dk, dv = _key_step(
+                dk,
                 dv,
-                k1,
-                k2,
+                k,
                 v,
                 queries,
                 d_rows,
                 dout_stride,
                 levels,
                 inners,
-                cos,
-                sin,
                 key,
                 at,
                 length,
@@ -482,24 +373,19 @@ def key_gradient_kernel(
                 WIDTH,
                 SIZE,
                 M,
-                ROTATE,
                 True,
             )
         for at in range(first + tl.cdiv(N, M) * M, length, M):
-            dk1, dk2, dv = _key_step(
-                dk1,
-                dk2,
+            dk, dv = _key_step(
+                dk,
                 dv,
-                k1,
-                k2,
+                k,
                 v,
                 queries,
                 d_rows,
                 dout_stride,
                 levels,
                 inners,
-                cos,
-                sin,
                 key,
                 at,
                 length,
@@ -507,10 +393,9 @@ def key_gradient_kernel(
                 WIDTH,
                 SIZE,
                 M,
-                ROTATE,
                 False,
             )
     place = out + start * WIDTH + (HEADS + key_head) * SIZE
-    _store_turned_back(place, cos, sin, dk1 * scale, dk2 * scale, key, length, WIDTH, SIZE, ROTATE)
+    _store_turned_back(place, cos, sin, dk * scale, key, length, WIDTH, SIZE)
     place += KEY_HEADS * SIZE + key[:, None] * WIDTH + tl.arange(0, SIZE)[None, :]
     tl.store(place, dv.to(out.dtype.element_ty), mask=key[:, None] < length)

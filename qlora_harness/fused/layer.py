@@ -135,7 +135,7 @@ class FusedLayer:
             Two tensors, [R, H], whose sum is the layer's output.
         """
         x, projected, _, _ = _project(self, x, added, rotation, None)
-        attended = attend(*_split(self, projected), self.scale)
+        attended = attend(*ops.split_heads(projected, self.heads, self.key_heads), self.scale)
         del projected, added
         y, _ = _leave(self, attended, places, None)
         del attended
@@ -174,7 +174,7 @@ def _first_half(
 ) -> tuple[torch.Tensor, torch.Tensor, _Attention]:
     """Returns x + added, what attention adds to its places, and what backward needs."""
     x, projected, inner_qkv, raw = _project(layer, x, added, row, seed)
-    attended, state = ops.attention(*_split(layer, projected), row=row, scale=layer.scale)
+    attended, state = ops.attention(projected, layer.heads, layer.key_heads, row, layer.scale)
     y, inner_out = _leave(layer, attended, places, seed)
     return x, y, _Attention(projected, attended, state, inner_qkv, inner_out, raw)
 
@@ -235,15 +235,6 @@ def _spread(rows: torch.Tensor, places: torch.Tensor | None, tokens: int) -> tor
     if places is None:
         return rows
     return rows.new_zeros(tokens, rows.shape[1]).index_copy_(0, places, rows)
-
-
-def _split(
-    layer: FusedLayer, projected: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views of queries, keys and values, [T, heads, D]."""
-    heads = projected.view(len(projected), -1, layer.head_size)
-    keys = layer.heads + layer.key_heads
-    return heads[:, : layer.heads], heads[:, layer.heads : keys], heads[:, keys:]
 
 
 class _Layer(torch.autograd.Function):
@@ -343,17 +334,11 @@ def _first_half_backward(
     out_grads = layer.out.gradients(
         *(dh, d_inner, _at(kept.attended.flatten(1), places), kept.inner_out, _next(seed, 3))
     )
-    dq, dk, dv = ops.attention_backward(
+    d_projected = ops.attention_backward(
         _spread(d_attended, places, tokens).view_as(kept.attended),
-        *_split(layer, kept.projected),
-        out=kept.attended,
-        state=kept.state,
-        row=row,
-        scale=layer.scale,
+        *(kept.projected, kept.attended, kept.state, row, layer.scale),
     )
     del d_attended
-    d_projected = ops.rotate_back(dq, dk, dv, row)
-    del dq, dk, dv
     _normalise_heads_backward(layer, d_projected, kept.raw)
     dx: torch.Tensor | None = None
     if wanted:

@@ -1,8 +1,9 @@
 """The operations of a layer and their backward, outside autograd: fused on CUDA, plain elsewhere.
 
-All work on rows of tokens: [T, H], or [T, heads, D] inside attention. On CUDA norms, gated products
-and rotations are Triton kernels, and attention in bfloat16 is FlashAttention over variable lengths;
-everywhere else they are a few lines of torch, which the tests compare with autograd.
+All work on rows of tokens: [T, H], or [T, heads, D] inside attention. On CUDA norms, gated
+products, rotations and, with heads of 64 or 128, attention are Triton kernels, and other attention
+in 16 bits is FlashAttention over variable lengths; everywhere else they are a few lines of torch,
+which the tests compare with autograd.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from qlora_harness.fused import triton_ops
+from qlora_harness.fused import triton_attention, triton_ops
 from qlora_harness.fused.row import Rotation, Row
 from qlora_harness.model.kernels import has_liger
 
@@ -140,19 +141,8 @@ def rotate(projected: torch.Tensor, heads: int, row: Rotation) -> None:
     turned.copy_(_rotate_half(turned, row, back=False))
 
 
-def rotate_back(
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, row: Rotation
-) -> torch.Tensor:
-    """Returns the gradients of what `rotate` got, side by side, [T, N].
-
-    Args:
-        dq: Of the rotated queries, [T, heads, D].
-        dk: Of the rotated keys, [T, key heads, D].
-        dv: Of the values, [T, key heads, D].
-        row: Holds cosines and sines.
-    """
-    if triton_ops.usable(dq):
-        return triton_ops.rotate_back(dq, dk, dv, row.cos, row.sin)
+def _turned_back(dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, row: Row) -> torch.Tensor:
+    """Rotates the gradients of queries and keys back, and puts all side by side, [T, N]."""
     parts = _rotate_half(dq, row, back=True), _rotate_half(dk, row, back=True), dv
     return torch.cat([part.flatten(1) for part in parts], dim=1)
 
@@ -169,20 +159,23 @@ def _flash(q: torch.Tensor) -> bool:
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: Row, scale: float
+    projected: torch.Tensor, heads: int, key_heads: int, row: Row, scale: float
 ) -> tuple[torch.Tensor, Any]:
     """Causal attention inside each text of a row.
 
     Args:
-        q: [T, heads, D], rotated.
-        k: [T, key heads, D], rotated.
-        v: [T, key heads, D].
+        projected: Rotated queries and keys, and values, side by side, [T, (heads + 2 key heads) D].
+        heads: Of queries.
+        key_heads: Of keys and of values; divides `heads`.
         row: Where the texts lie.
         scale: Factor of the scores.
 
     Returns:
         [T, heads, D], and what `attention_backward` needs besides.
     """
+    if triton_attention.usable(projected, row.cos.shape[1]):
+        return triton_attention.forward(projected, heads, key_heads, row, scale)
+    q, k, v = split_heads(projected, heads, key_heads)
     if _flash(q):
         out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
             *(q, k, v, row.borders, row.borders, row.longest, row.longest, 0.0, True, False),
@@ -194,26 +187,26 @@ def attention(
 
 def attention_backward(
     dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    projected: torch.Tensor,
     out: torch.Tensor,
     state: Any,
     row: Row,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns the gradients of q, k and v.
+) -> torch.Tensor:
+    """Returns the gradient of the row before it was rotated, side by side, [T, N].
 
     Args:
-        dout: [T, heads, D].
-        q: As in `attention`.
-        k: As in `attention`.
-        v: As in `attention`.
+        dout: Of what was attended, [T, heads, D].
+        projected: As in `attention`.
         out: From `attention`.
         state: From `attention`.
-        row: Where the texts lie.
+        row: Where the texts lie, and the angles of its tokens.
         scale: Factor of the scores.
     """
+    heads, size = out.shape[1:]
+    if triton_attention.usable(projected, size):
+        return triton_attention.backward(dout, projected, out, state, row, scale)
+    q, k, v = split_heads(projected, heads, (projected.shape[1] // size - heads) // 2)
     if _flash(q):
         lse, rng, unused = state
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
@@ -221,7 +214,7 @@ def attention_backward(
             *(0.0, True, rng, unused),
             scale=scale,
         )
-        return dq, dk, dv
+        return _turned_back(dq, dk, dv, row)
     found = []
     with torch.enable_grad():
         for a, b, c, d in _parts((q, k, v, dout), row):
@@ -229,7 +222,21 @@ def attention_backward(
             out = _plain(leaves[0], leaves[1], leaves[2], scale)
             found.append(torch.autograd.grad(out, leaves, d))
     dq, dk, dv = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return dq, dk, dv
+    return _turned_back(dq, dk, dv, row)
+
+
+def split_heads(
+    projected: torch.Tensor, heads: int, key_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns views of queries, keys and values, [T, heads, D].
+
+    Args:
+        projected: Side by side, [T, (heads + 2 key heads) D].
+        heads: Of queries.
+        key_heads: Of keys and of values.
+    """
+    x = projected.view(len(projected), heads + 2 * key_heads, -1)
+    return x[:, :heads], x[:, heads : heads + key_heads], x[:, heads + key_heads :]
 
 
 def _parts(tensors: tuple[torch.Tensor, ...], row: Row) -> list[tuple[torch.Tensor, ...]]:

@@ -248,22 +248,6 @@ def rotate(projected: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Te
     _launch(rotate_kernel, (len(projected), 1, 1), arguments, *constants)
 
 
-def rotate_back(
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> torch.Tensor:
-    """Namesake of `ops.rotate_back`."""
-    from qlora_harness.fused.triton_kernels import rotate_back_kernel
-
-    tokens, heads, size = dq.shape
-    keys = dk.shape[1]
-    out = dq.new_empty(tokens, (heads + 2 * keys) * size)
-    gradients = dq.contiguous(), dk.contiguous(), dv.contiguous()
-    arguments = *gradients, out, cos, sin, heads, keys
-    constants = size, _power(size // 2), _power(heads), _power(keys), _power(keys * size)
-    _launch(rotate_back_kernel, (tokens, 1, 1), arguments, *constants)
-    return out
-
-
 def _power(number: int) -> int:
     """The next power of two."""
     return 1 << (number - 1).bit_length()
