@@ -265,7 +265,7 @@ def test_inputs_come_back_from_the_host() -> None:
         stored = []
         while tensors:
             stored.append(host.put(tensors.pop(0)))
-            torch.cuda.FloatTensor(3000, 1024).fill_(7.0)  # takes memory that was given up
+            torch.full((3000, 1024), 7.0, device="cuda")  # takes memory that was given up
         assert [s.there is not None for s in stored] == [False, False, False, False, True]
         for number in order:
             assert torch.equal(host.get(stored[number]), wanted[number])
