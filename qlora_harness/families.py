@@ -9,6 +9,7 @@ import yaml
 from qlora_harness.locations import tasks_dir
 
 FOLDER = "mmlu_qlora"
+LETTERS = ("A", "B", "C", "D")
 
 
 def families() -> dict[str, dict[str, Any]]:

@@ -169,8 +169,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def package_versions() -> dict[str, str]:
     """Returns the installed versions of the packages that decide the numbers."""
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    return {"python": platform.python_version()} | installed_versions(_PACKAGES)
+
+
+def installed_versions(names: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of those packages that are installed.
+
+    Args:
+        names: Of distributions.
+    """
+    versions = {}
+    for name in names:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from qlora_harness.families import LETTERS
 from qlora_harness.question_hashes import PROMPT_DIGITS
 
 Source = Literal["samples", "mmlu_progress"]
-LETTERS = ("A", "B", "C", "D")
 
 
 class Question(NamedTuple):

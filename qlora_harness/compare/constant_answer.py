@@ -11,8 +11,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from qlora_harness.compare.answers import Answer
+from qlora_harness.compare.paired import LEVEL
 
-LEVEL = 0.05
 _FEWEST = 100  # questions
 
 
@@ -34,7 +34,7 @@ class ConstantAnswer:
     @property
     def beaten(self) -> bool:
         """Whether the run is shown to do better."""
-        return self.p < LEVEL
+        return self.p < 1 - LEVEL
 
 
 def against_constant(answers: Collection[Answer]) -> ConstantAnswer | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qlora_harness.compare.answers import LETTERS, Answer, Question
+from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.compare.losses import StepLog
 from qlora_harness.compare.runs import Run
 from qlora_harness.compare.tables.training import GIB, cpu_peak_bytes, gpu_peak_bytes
+from qlora_harness.families import LETTERS
 
 
 @dataclass(frozen=True)

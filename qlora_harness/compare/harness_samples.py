@@ -14,9 +14,9 @@ from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.evaluation import Evaluation, SubjectScore
 from qlora_harness.compare.harness_results import HarnessFile, subject_tasks
 from qlora_harness.errors import ResultsError
+from qlora_harness.families import LETTERS
 from qlora_harness.record import nested
 
-_CHOICES = 4
 _SHOWN = 600  # characters of a question
 # <stem>_2026-11-24T08-14-04.277787.json; isoformat() leaves the fraction out when it is zero.
 _DATE_ID = re.compile(r"_(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?)\.json$")
@@ -116,7 +116,7 @@ def _read_answer(sample: Mapping[str, Any], where: str) -> Answer:
 
 def _target(sample: Mapping[str, Any]) -> int | None:
     target = str(sample.get("target"))
-    return int(target) if target in map(str, range(_CHOICES)) else None
+    return int(target) if target in map(str, range(len(LETTERS))) else None
 
 
 def _question(sample: Mapping[str, Any]) -> str | None:
@@ -147,7 +147,7 @@ def _log_probabilities(sample: Mapping[str, Any], where: str) -> list[float]:
         values = [float(response[0]) for response in sample["filtered_resps"]]
     except (KeyError, IndexError, TypeError, ValueError, OverflowError):
         values = []
-    if len(values) != _CHOICES:
+    if len(values) != len(LETTERS):
         raise fields.field_error(
             where, ("filtered_resps",), "does not hold four [log-probability, greedy] pairs"
         )

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.compare import fields
-from qlora_harness.compare.answers import LETTERS, Answer, Question
+from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.evaluation import Evaluation
 from qlora_harness.errors import ResultsError
+from qlora_harness.families import LETTERS
 from qlora_harness.question_hashes import PROMPT_DIGITS, prompts_hash
 from qlora_harness.record import EVALUATION_FILE
 

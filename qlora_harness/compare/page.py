@@ -75,14 +75,11 @@ def to_html(comparison: Comparison) -> str:
 
 def _shared(table: Table) -> Iterator[tuple[str, Table]]:
     """Settings in which all runs agree, and apart from them what they ran on."""
-    where = [row for row in table.rows if ".environment." in row.key]
-    rest = [row for row in table.rows if row not in where]
-    yield table.title, replace(table, rows=tuple(rest))
+    where = tuple(row for row in table.rows if ".environment." in row.key)
+    rest = tuple(row for row in table.rows if ".environment." not in row.key)
+    yield table.title, replace(table, rows=rest)
     # What differs of it stands among the settings that differ.
-    yield (
-        "Environment, as far as it agrees",
-        replace(table, key="environment", rows=tuple(where)),
-    )
+    yield "Environment, as far as it agrees", replace(table, key="environment", rows=where)
 
 
 def _listed(names: Sequence[str]) -> str:

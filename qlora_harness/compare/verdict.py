@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_harness.compare.answers import LETTERS
 from qlora_harness.compare.constant_answer import ConstantAnswer
 from qlora_harness.compare.evaluation import DEMO_FAMILY, Evaluation
 from qlora_harness.compare.losses import LossDifference
@@ -13,6 +12,7 @@ from qlora_harness.compare.runs import Run, TrainingSummary
 from qlora_harness.compare.statistics import Difference
 from qlora_harness.compare.tables.number_text import decimals, interval_text, p_text, points, signed
 from qlora_harness.compare.tables.training import GIB, cpu_peak_bytes, gpu_peak_bytes
+from qlora_harness.families import LETTERS
 
 DEMO_DATASET = "demo"
 _RANDOM = "random weights, so it says nothing"
@@ -44,7 +44,7 @@ def _guessing_note(evaluation: Evaluation, constant: ConstantAnswer) -> str:
     note = (
         f"{100 * evaluation.acc:.2f}% right is not shown to be more than always answering "
         f"{LETTERS[constant.letter]} gives ({100 * constant.accuracy:.2f}%; one-sided exact test, "
-        f"p {'' if constant.p < 0.0001 else '= '}{p_text(constant.p)})"
+        f"{_p_part(constant.p)})"
     )
     if evaluation.letters is not None:
         most = max(range(len(LETTERS)), key=evaluation.letters.__getitem__)
@@ -220,22 +220,28 @@ def _paired_part(paired: PairedStatistics, family: str, random: bool, common: bo
     if random:
         return f"{text}: {_RANDOM}"
     margin = f"±{100 * paired.margin:g} points"
-    p = p_text(paired.mcnemar_p if paired.mcnemar_holm is None else paired.mcnemar_holm)
-    p = f"McNemar p {p if p.startswith('<') else '= ' + p}"
+    p = paired.mcnemar_p if paired.mcnemar_holm is None else paired.mcnemar_holm
+    test = f"McNemar {_p_part(p)}"
     if paired.mcnemar_holm is None:
-        p += ", uncorrected: only the seed differs"
+        test += ", uncorrected: only the seed differs"
     if paired.tests > 1:
-        p += f" after Holm's correction over {paired.tests} runs"
+        test += f" after Holm's correction over {paired.tests} runs"
     shown = "a difference is shown" if paired.different else "no difference is shown"
     within = "is shown to be" if paired.equivalent else "is not shown to be"
     joint = "and" if paired.different == paired.equivalent else "but"
     if not paired.different:
         joint = "and" if paired.equivalent else "but"
     return (
-        f"{text}: {shown} ({p}), {joint} it {within} "
-        f"within {margin} (two one-sided tests at 5%, p "
-        f"{'' if paired.equivalence_p < 0.0001 else '= '}{p_text(paired.equivalence_p)})"
+        f"{text}: {shown} ({test}), {joint} it {within} "
+        f"within {margin} (two one-sided tests at 5%, "
+        f"{_p_part(paired.equivalence_p)})"
     )
+
+
+def _p_part(p: float) -> str:
+    """As "p = 0.02", or "p < 0.0001"."""
+    text = p_text(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 def _join(parts: Sequence[str]) -> str:

@@ -25,6 +25,16 @@ import triton.language as tl
 
 
 @triton.jit
+def _tile(tiles, number):
+    """Reads a line of `tiles`."""
+    place = tiles + number * 3
+    start = tl.load(place).to(tl.int64)
+    length = tl.load(place + 1)
+    first = tl.load(place + 2)
+    return start, length, first
+
+
+@triton.jit
 def _load(line, token, length, stride, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
     """Loads [tokens, columns]; zeros behind the end of the text."""
     place = line + token[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
@@ -103,10 +113,7 @@ def forward_kernel(
     """Writes O and L of a tile of queries."""
     WIDTH: tl.constexpr = (HEADS + 2 * KEY_HEADS) * SIZE
     head = tl.program_id(0) % HEADS
-    tile = tiles + tl.program_id(0) // HEADS * 3
-    start = tl.load(tile).to(tl.int64)
-    length = tl.load(tile + 1)
-    first = tl.load(tile + 2)
+    start, length, first = _tile(tiles, tl.program_id(0) // HEADS)
     line = projected + start * WIDTH
     keys = line + (HEADS + head // (HEADS // KEY_HEADS)) * SIZE
     values = keys + KEY_HEADS * SIZE
@@ -135,20 +142,7 @@ def forward_kernel(
         )
     for at in range(edge, tl.minimum(first + M, length), N):
         total, weight, highest = _attend(
-            total,
-            weight,
-            highest,
-            q,
-            keys,
-            values,
-            query,
-            at,
-            length,
-            factor,
-            WIDTH,
-            SIZE,
-            N,
-            True,
+            total, weight, highest, q, keys, values, query, at, length, factor, WIDTH, SIZE, N, True
         )
     inside = query < length
     total = total / weight[:, None]
@@ -213,10 +207,7 @@ def query_gradient_kernel(
     """Writes D of a tile of queries to `delta`, and dQ, rotated back, to `out`."""
     WIDTH: tl.constexpr = (HEADS + 2 * KEY_HEADS) * SIZE
     head = tl.program_id(0) % HEADS
-    tile = tiles + tl.program_id(0) // HEADS * 3
-    start = tl.load(tile).to(tl.int64)
-    length = tl.load(tile + 1)
-    first = tl.load(tile + 2)
+    start, length, first = _tile(tiles, tl.program_id(0) // HEADS)
     line = projected + start * WIDTH
     cos += start * SIZE
     sin += start * SIZE
@@ -336,10 +327,7 @@ def key_gradient_kernel(
     WIDTH: tl.constexpr = (HEADS + 2 * KEY_HEADS) * SIZE
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     key_head = tl.program_id(0) % KEY_HEADS
-    tile = tiles + tl.program_id(0) // KEY_HEADS * 3
-    start = tl.load(tile).to(tl.int64)
-    length = tl.load(tile + 1)
-    first = tl.load(tile + 2)
+    start, length, first = _tile(tiles, tl.program_id(0) // KEY_HEADS)
     line = projected + start * WIDTH
     cos += start * SIZE
     sin += start * SIZE

@@ -1,7 +1,8 @@
-"""Inputs of layers in pinned memory of the host, moved beside the computation.
+"""Copies between host and device that nothing waits for, through pinned memory.
 
-A copy out runs on a stream of its own while the layers above are computed. Backward asks for the
-inputs in the opposite order, so while a layer is at work the input of the one below comes back.
+Inputs of layers go to the host and come back beside the computation: a copy out runs on a stream of
+its own while the layers above are computed. Backward asks for the inputs in the opposite order, so
+while a layer is at work the input of the one below comes back.
 """
 
 from __future__ import annotations
@@ -83,3 +84,15 @@ class HostMemory:
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
         stored.copied = self._stream.record_event()
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor of the host to a device, without waiting for it.
+
+    Args:
+        values: On the host.
+        device: Where to.
+    """
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

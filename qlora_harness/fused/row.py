@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qlora_harness.fused.host_memory import to_device
+
 
 @dataclass
 class Rotation:
@@ -56,7 +58,5 @@ class Row(Rotation):
                 for first in reversed(range(0, length, size))
             ]
             tiles = torch.tensor(found, dtype=torch.int32).view(-1, 3)
-            if self.cos.is_cuda:
-                tiles = tiles.pin_memory().to(self.cos.device, non_blocking=True)
-            self._tiles[size] = tiles
+            self._tiles[size] = to_device(tiles, self.cos.device)
         return self._tiles[size]

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from qlora_harness.fused import triton_ops
 from qlora_harness.fused.row import Row
+from qlora_harness.fused.triton_ops import launch
+from qlora_harness.fused.triton_ops import usable as usable_by_triton
 
 _SIZES = 64, 128  # of heads
 
@@ -48,7 +49,7 @@ def usable(projected: torch.Tensor, size: int) -> bool:
         size: D.
     """
     return (
-        triton_ops.usable(projected)
+        usable_by_triton(projected)
         and projected.dtype in (torch.bfloat16, torch.float16)
         and projected.is_contiguous()
         and size in _SIZES
@@ -81,7 +82,7 @@ def forward(
     m, n, warps, stages = FORWARD
     tiles = row.tiles(m)
     arguments = projected, tiles, attended, lse, tokens, _factor(scale)
-    triton_ops._launch(
+    launch(
         *(forward_kernel, (len(tiles) * heads, 1, 1), arguments),
         *(heads, key_heads, size, m, n),
         num_warps=warps,
@@ -121,7 +122,7 @@ def backward(
     shape = heads, key_heads, size
     m, n, warps, stages = QUERY_GRADIENT
     tiles = row.tiles(m)
-    triton_ops._launch(
+    launch(
         *(query_gradient_kernel, (len(tiles) * heads, 1, 1)),
         (projected, row.cos, row.sin, tiles, attended, lse, *d_rows, *ends),
         *(*shape, m, n),
@@ -130,7 +131,7 @@ def backward(
     )
     m, n, warps, stages = KEY_GRADIENT
     tiles = row.tiles(n)
-    triton_ops._launch(
+    launch(
         *(key_gradient_kernel, (len(tiles) * key_heads, 1, 1)),
         (projected, row.cos, row.sin, tiles, lse, *d_rows, *ends),
         *(*shape, m, n),

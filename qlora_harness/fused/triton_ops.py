@@ -36,7 +36,7 @@ def usable(x: torch.Tensor) -> bool:
 _compiled: dict[Any, Any] = {}
 
 
-def _launch(
+def launch(
     kernel: Any,
     grid: tuple[int, int, int],
     arguments: Sequence[Any],
@@ -143,7 +143,7 @@ class Loader:
         weights, adapters = self._weights or [matrix] * 14, self._adapters or [matrix] * 6
         arguments = [*weights, *adapters, matrix, *self._numbers]
         # Scale times scale plus offset in two roundings, as bitsandbytes computes it.
-        _launch(load_kernel, self._grid, arguments, *self._constants, enable_fp_fusion=False)
+        launch(load_kernel, self._grid, arguments, *self._constants, enable_fp_fusion=False)
 
 
 def _expandable(weights: Sequence[torch.Tensor], states: Sequence[Any]) -> bool:
@@ -176,7 +176,7 @@ def rms_norm(
     block = _power(columns)
     added = x if add is None else add
     arguments = (x, added, weight, total, out, out.stride(0), columns, eps)
-    _launch(
+    launch(
         *(rms_norm_kernel, (rows, 1, 1), arguments, add is not None, block),
         num_warps=_warps(block),
     )
@@ -202,7 +202,7 @@ def rms_norm_backward(
         *(gradient, gradient.stride(0), x, weight, added, added.stride(0)),
         *(out, out.stride(0), columns, eps),
     )
-    _launch(
+    launch(
         *(rms_norm_backward_kernel, (rows, 1, 1), arguments, add is not None, block),
         num_warps=_warps(block),
     )
@@ -216,7 +216,7 @@ def copy(source: torch.Tensor, out: torch.Tensor) -> None:
     block = _power(columns)
     at_once = max(1, 4096 // block)
     arguments = source, out, out.stride(0), rows, columns
-    _launch(copy_kernel, (-(-rows // at_once), 1, 1), arguments, at_once, block)
+    launch(copy_kernel, (-(-rows // at_once), 1, 1), arguments, at_once, block)
 
 
 def swiglu(gates: torch.Tensor, out: torch.Tensor) -> None:
@@ -225,7 +225,7 @@ def swiglu(gates: torch.Tensor, out: torch.Tensor) -> None:
 
     rows, columns = out.shape
     grid = rows, -(-columns // _SWIGLU_BLOCK), 1
-    _launch(swiglu_kernel, grid, (gates, out, out.stride(0), columns), _SWIGLU_BLOCK)
+    launch(swiglu_kernel, grid, (gates, out, out.stride(0), columns), _SWIGLU_BLOCK)
 
 
 def swiglu_backward(gates: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -235,7 +235,7 @@ def swiglu_backward(gates: torch.Tensor, gradient: torch.Tensor) -> None:
     rows, columns = gradient.shape
     grid = rows, -(-columns // _SWIGLU_BLOCK), 1
     arguments = gates, gradient, gradient.stride(0), columns
-    _launch(swiglu_backward_kernel, grid, arguments, _SWIGLU_BLOCK)
+    launch(swiglu_backward_kernel, grid, arguments, _SWIGLU_BLOCK)
 
 
 def rotate(projected: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -245,7 +245,7 @@ def rotate(projected: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Te
     size = cos.shape[1]
     arguments = projected, projected.stride(0), cos, sin, heads
     constants = size, _power(size // 2), _power(heads)
-    _launch(rotate_kernel, (len(projected), 1, 1), arguments, *constants)
+    launch(rotate_kernel, (len(projected), 1, 1), arguments, *constants)
 
 
 def _power(number: int) -> int:

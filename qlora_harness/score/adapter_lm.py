@@ -16,6 +16,7 @@ from qlora_harness.errors import (
     SettingsError,
     install_excepthook,
 )
+from qlora_harness.families import LETTERS
 from qlora_harness.fused.model import why_not_fused
 from qlora_harness.model.base import (
     base_of,
@@ -33,7 +34,6 @@ from qlora_harness.score.encoding import encode_pairs
 from qlora_harness.score.evaluation_record import model_slug
 from qlora_harness.score.garbage_collection import paused_collection, set_aside_for_good
 from qlora_harness.score.journal import Journal, question_keys
-from qlora_harness.score.mmlu_files import LETTERS
 from qlora_harness.score.mmlu_recorder import MmluRecorder
 from qlora_harness.score.model_arguments import check_arguments, resolve_dtype
 from qlora_harness.score.packed_forward import PackedModel, why_unsupported

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from qlora_harness.families import LETTERS
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.record import write_measurements
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.encoding import encode_pairs
 from qlora_harness.score.mmlu import is_tie, predict
-from qlora_harness.score.mmlu_files import LETTERS, Question, load_questions
+from qlora_harness.score.mmlu_files import Question, load_questions
 
 Pair = tuple[str, str]
 Encoded = tuple[Pair, list[int], list[int]]

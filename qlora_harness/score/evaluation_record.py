@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.errors import ResultsError
+from qlora_harness.families import LETTERS
 from qlora_harness.question_hashes import prompts_hash
 from qlora_harness.record import EVALUATION_FILE, SCHEMA_VERSION, now, read_json, write_json
 from qlora_harness.score.mmlu import is_tie, predict
-from qlora_harness.score.mmlu_files import LETTERS
 
 
 @dataclass(frozen=True)

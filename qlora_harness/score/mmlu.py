@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_harness.errors import DataError, install_excepthook
+from qlora_harness.families import LETTERS
 from qlora_harness.score.documents import Documents
-from qlora_harness.score.mmlu_files import LETTERS, load_questions
+from qlora_harness.score.mmlu_files import load_questions
 
 
 def load_subject(

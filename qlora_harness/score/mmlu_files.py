@@ -16,13 +16,13 @@ from pathlib import Path
 
 from qlora_harness.data.sources import parse_line
 from qlora_harness.errors import DataError
+from qlora_harness.families import LETTERS
 from qlora_harness.locations import cache_dir, demo_dir
 
 COMMIT = "7f4e95a68dc076bea9b3a413d2b512eca6d004e5"
 BASE_URL = f"https://raw.githubusercontent.com/artidoro/qlora/{COMMIT}/data/mmlu/"
 DIR_VARIABLE = "QLORA_MMLU_DIR"
 DEMO_FILE = "five_shot_mmlu_demo.json"
-LETTERS = ("A", "B", "C", "D")
 
 
 @dataclass(frozen=True)

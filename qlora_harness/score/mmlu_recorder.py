@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import ResultsError, SettingsError
-from qlora_harness.families import families
+from qlora_harness.families import LETTERS, families
 from qlora_harness.question_hashes import prompt_hash
 from qlora_harness.score.evaluation_record import (
     Family,
@@ -18,7 +18,7 @@ from qlora_harness.score.evaluation_record import (
     check_folder,
     write_records,
 )
-from qlora_harness.score.mmlu_files import LETTERS, rows_in
+from qlora_harness.score.mmlu_files import rows_in
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

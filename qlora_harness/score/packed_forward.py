@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qlora_harness.fused.host_memory import to_device
 from qlora_harness.fused.model import FusedDecoder, why_not_fused
 from qlora_harness.model.base import base_of, head_size
 from qlora_harness.score.prefix_tree import Pack, Segment
@@ -23,7 +24,6 @@ from qlora_harness.score.tree_attention import (
     TreeAttention,
     attending,
     block_mask,
-    to_device,
 )
 
 logger = logging.getLogger("qlora_harness")

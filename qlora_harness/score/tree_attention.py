@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from qlora_harness.fused.host_memory import to_device
 from qlora_harness.score.prefix_tree import Segment
 
 if TYPE_CHECKING:
@@ -218,15 +219,3 @@ def _ordered(blocks: Any) -> tuple[Any, Any]:
         blocks.sum(axis=1).astype(np.int32),
         np.argsort(~blocks, axis=1, kind="stable").astype(np.int32),
     )
-
-
-def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies a tensor of the host to a device, without waiting for it.
-
-    Args:
-        values: On the host.
-        device: Where to.
-    """
-    if device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,10 @@ def training_arguments(
     compute_dtype: str,
     use_cpu: bool,
     fused: bool,
+    kind: type[TrainingArguments] | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> TrainingArguments:
-    """Builds the TrainingArguments of a run from `argument_values`.
+    """Builds the TrainingArguments of a run; every value that matters is stated, none inherited.
 
     Args:
         optimization: Steps, batches, optimizer.
@@ -64,44 +67,12 @@ def training_arguments(
         compute_dtype: "bfloat16" (autocast) or "float32".
         use_cpu: Whether to stay on the CPU.
         fused: Whether fused layers do the checkpointing themselves.
+        kind: A class made from TrainingArguments to build in its place.
+        changes: Arguments besides, or in place of those here.
     """
     from transformers import TrainingArguments
 
-    values = argument_values(
-        optimization,
-        checkpoint_dir=checkpoint_dir,
-        steps=steps,
-        save_steps=save_steps,
-        report_to=report_to,
-        compute_dtype=compute_dtype,
-        use_cpu=use_cpu,
-    )
-    full = optimization.checkpointing == "full" and not fused
-    return TrainingArguments(**values, **checkpointing_values(TrainingArguments, full))
-
-
-def argument_values(
-    optimization: OptimizationSettings,
-    *,
-    checkpoint_dir: Path,
-    steps: int,
-    save_steps: int,
-    report_to: str,
-    compute_dtype: str,
-    use_cpu: bool,
-) -> dict[str, Any]:
-    """Returns the arguments but checkpointing's; every one that matters is stated, none inherited.
-
-    Args:
-        optimization: Steps, batches, optimizer.
-        checkpoint_dir: Where Trainer keeps its checkpoints.
-        steps: From `planned_steps`.
-        save_steps: Steps between checkpoints.
-        report_to: "none", "tensorboard" or "wandb".
-        compute_dtype: "bfloat16" (autocast) or "float32".
-        use_cpu: Whether to stay on the CPU.
-    """
-    return {
+    values: dict[str, Any] = {
         "output_dir": str(checkpoint_dir),
         "max_steps": steps,
         "per_device_train_batch_size": optimization.batch_size,
@@ -141,20 +112,10 @@ def argument_values(
         "disable_tqdm": False,
         "train_sampling_strategy": "group_by_length" if optimization.group_by_length else "random",
     }
-
-
-def checkpointing_values(kind: type[TrainingArguments], full: bool) -> dict[str, Any]:
-    """Returns the arguments of checkpointing.
-
-    Args:
-        kind: What they are for: TrainingArguments or a class made from it.
-        full: Whether all but each layer's input is computed again.
-    """
+    kind = TrainingArguments if kind is None else kind
     names = {f.name for f in dataclasses.fields(kind)}
     # transformers 5.2x renames gradient_checkpointing to activation_checkpointing.
     name = "activation" if "activation_checkpointing" in names else "gradient"
-    values: dict[str, Any] = {
-        f"{name}_checkpointing": full,
-        f"{name}_checkpointing_kwargs": {"use_reentrant": False},
-    }
-    return values
+    values[f"{name}_checkpointing"] = optimization.checkpointing == "full" and not fused
+    values[f"{name}_checkpointing_kwargs"] = {"use_reentrant": False}
+    return kind(**values | dict(changes or {}))

@@ -244,9 +244,8 @@ def _measure(
                 compute_dtype=settings.model.compute_dtype,
                 use_cpu=device.type == "cpu",
                 fused=fused,
+                changes={"save_strategy": "no", "disable_tqdm": True},
             )
-            arguments.save_strategy = "no"
-            arguments.disable_tqdm = True
             meter = MemoryMeter(device, 0)
             log = StepLog(Path(folder), meter, [])
             trainer = CountingTrainer(
@@ -260,10 +259,8 @@ def _measure(
             trainer.remove_callback(PrinterCallback)
             with meter.phase("train"):
                 trainer.train()
-        measured.losses = [row["loss"] for row in log.rows]
-        _fill(measured, log.rows[warm_up:])
-        measured.peak_allocated_bytes = meter.phases[-1].peak_allocated_bytes
-        measured.peak_reserved_bytes = meter.phases[-1].peak_reserved_bytes
+        peaks = meter.phases[-1]
+        _fill(measured, log.rows, warm_up, peaks.peak_allocated_bytes, peaks.peak_reserved_bytes)
     finally:
         if fused:
             uninstall(model)
@@ -278,7 +275,17 @@ def _measure(
         _release(device)
 
 
-def _fill(measured: StepMeasurement, rows: list[dict[str, Any]]) -> None:
+def _fill(
+    measured: StepMeasurement,
+    steps: list[dict[str, Any]],
+    warm_up: int,
+    peak_allocated_bytes: int | None,
+    peak_reserved_bytes: int | None,
+) -> None:
+    measured.losses = [row["loss"] for row in steps]
+    measured.peak_allocated_bytes = peak_allocated_bytes
+    measured.peak_reserved_bytes = peak_reserved_bytes
+    rows = steps[warm_up:]
     measured.steps = len(rows)
     measured.tokens = sum(row["tokens"] for row in rows)
     measured.seconds = sum(row["seconds"] for row in rows)
@@ -291,10 +298,8 @@ def _fill(measured: StepMeasurement, rows: list[dict[str, Any]]) -> None:
 def _fill_from_peer(measured: StepMeasurement, answer: dict[str, Any], warm_up: int) -> None:
     measured.failure = answer.get("failure")
     if measured.failure is None:
-        measured.losses = [row["loss"] for row in answer["steps"]]
-        _fill(measured, answer["steps"][warm_up:])
-        measured.peak_allocated_bytes = answer["peak_allocated_bytes"]
-        measured.peak_reserved_bytes = answer["peak_reserved_bytes"]
+        peaks = answer["peak_allocated_bytes"], answer["peak_reserved_bytes"]
+        _fill(measured, answer["steps"], warm_up, *peaks)
         measured.versions = answer["versions"]
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 import importlib
 import sys
 import tempfile
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from qlora_harness.errors import HarnessError, print_error
-from qlora_harness.record import read_json, write_json
+from qlora_harness.record import installed_versions, read_json, write_json
 from qlora_harness.settings import Settings, build_settings
 
 _SHOWN_PACKAGES = ("trl", "transformers", "peft", "torch", "datasets", "bitsandbytes")
@@ -55,7 +54,8 @@ def measure(order: dict[str, Any]) -> dict[str, Any]:
         if not is_out_of_memory(error):
             raise
         return {"failure": "out of memory"}
-    return found | {"versions": _versions(peer)}
+    own = ("unsloth", "unsloth_zoo") if peer == "unsloth" else (peer,)
+    return found | {"versions": installed_versions([*own, *_SHOWN_PACKAGES])}
 
 
 def _trl_trainer(order: dict[str, Any], settings: Settings, folder: Path, device: Any) -> Any:
@@ -131,9 +131,9 @@ def _config(
     """The arguments of the other ways, and the peer's own ones for layout and checkpointing."""
     from trl import SFTConfig
 
-    from qlora_harness.train.arguments import argument_values, checkpointing_values
+    from qlora_harness.train.arguments import training_arguments
 
-    values = argument_values(
+    return training_arguments(
         settings.optimization,
         checkpoint_dir=folder,
         steps=order["steps"],
@@ -141,21 +141,21 @@ def _config(
         report_to="none",
         compute_dtype=settings.model.compute_dtype,
         use_cpu=device.type == "cpu",
+        fused=False,
+        kind=SFTConfig,
+        changes={
+            "save_strategy": "no",
+            # Nothing waits for a loss; each step's is read at the end.
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "use_liger_kernel": liger,
+            "completion_only_loss": True,
+            "packing": order["layout"] == "pack",
+            "padding_free": order["layout"] == "free",
+            # Examples are no longer than this; TRL refuses a length beside padding_free.
+            "max_length": None if order["layout"] == "free" else settings.data.max_length,
+        },
     )
-    values |= checkpointing_values(SFTConfig, order["checkpointing"] == "full")
-    values |= {
-        "save_strategy": "no",
-        # Nothing waits for a loss; each step's is read at the end.
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-        "use_liger_kernel": liger,
-        "completion_only_loss": True,
-        "packing": order["layout"] == "pack",
-        "padding_free": order["layout"] == "free",
-        # Examples are no longer than this; TRL refuses a length beside padding_free.
-        "max_length": None if order["layout"] == "free" else settings.data.max_length,
-    }
-    return SFTConfig(**values)
 
 
 def _dataset(order: dict[str, Any]) -> Any:
@@ -173,16 +173,6 @@ def _layout(arguments: Any) -> str:
     if arguments.packing:
         return "pack"
     return "free" if arguments.padding_free else "pad"
-
-
-def _versions(peer: str) -> dict[str, str]:
-    found = {}
-    for name in (peer, *(("unsloth_zoo",) if peer == "unsloth" else ()), *_SHOWN_PACKAGES):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def main(order: Path, result: Path) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from qlora_harness.compare.answers import LETTERS
 from qlora_harness.compare.evaluation import CATEGORIES, DEMO_FAMILY, Evaluation
 from qlora_harness.compare.statistics import unpaired_difference
 from qlora_harness.compare.tables.cells import difference_cell
 from qlora_harness.compare.tables.number_text import decimals, signed
 from qlora_harness.compare.tables.table import Cell, Row, Table, columns_of
+from qlora_harness.families import LETTERS
 
 
 def mmlu_table(

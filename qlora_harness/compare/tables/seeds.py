@@ -48,10 +48,7 @@ def seeds_table(
         replace(_range_cell(arm, write) if len(arm.values) > 1 else Cell(), label=arm.name)
         for arm in arms
     ]
-    spreads = [
-        Cell(label=arm.name) if arm.sd is None else Cell(write(arm.sd), arm.sd, label=arm.name)
-        for arm in arms
-    ]
+    spreads = [_error_cell(arm.sd, write, arm) for arm in arms]
     relative = [Cell(label=arm.name) for arm in arms]
     freedom = [Cell(label=arm.name) for arm in arms]
     questions = [Cell(label=arm.name) for arm in arms]
@@ -70,10 +67,9 @@ def seeds_table(
         freedom.append(Cell(str(change.freedom), change.freedom, label=arm.name))
         error = None if over_questions is None else over_questions(first, arm)
         questions.append(_error_cell(error, write, arm))
-        known = error is not None and change.stderr is not None
-        both.append(
-            _error_cell(math.hypot(error or 0, change.stderr or 0) if known else None, write, arm)
-        )
+        if error is not None:
+            error = None if change.stderr is None else math.hypot(error, change.stderr)
+        both.append(_error_cell(error, write, arm))
     rows = [
         Row(key, f"{name}, mean", unit, tuple(means)),
         Row(f"{key}.range", "  range", unit, tuple(ranges)),
