@@ -239,6 +239,25 @@ def test_first_steps_count_in_bfloat16() -> None:
     assert abs(plain - wanted) > 5 * abs(fused - wanted)
 
 
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_memory_that_was_never_written_is_never_read(checkpointing: str) -> None:
+    """It holds NaN here, which a product with zero would show."""
+    model = adapted(tiny("llama").to(torch.bfloat16)).to(torch.bfloat16)
+    rows = texts([60, 33, 90, 20])
+    install(model, checkpointing)
+    wanted = fused_step(model, rows)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        found = fused_step(model, rows)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        uninstall(model)
+    assert found[0] == wanted[0] and found[1].keys() == wanted[1].keys()
+    for name, gradient in found[1].items():
+        assert torch.equal(gradient, wanted[1][name]), name
+
+
 def _three_losses(models: list[Any], rows: list[dict[str, list[int]]]) -> list[float]:
     """In float32, by PEFT in bfloat16, by fused layers in bfloat16."""
     exact, half = models

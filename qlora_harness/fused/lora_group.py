@@ -232,7 +232,10 @@ class LoraGroup:
 
 
 def _room(tokens: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    return like.new_empty(tokens, aligned(columns))[:, :columns]
+    # oneDNN multiplies what lies behind the columns by zero, on CPUs with AMX in bfloat16: a NaN
+    # there would show (https://github.com/uxlfoundation/oneDNN/issues/5717).
+    new = like.new_zeros if like.device.type == "cpu" else like.new_empty
+    return new(tokens, aligned(columns))[:, :columns]
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import CausalLMOutput
 
-from qlora_harness.fused import ops
+from qlora_harness.fused import cross_entropy
 from qlora_harness.fused.bordered import Projection, Scratch
 from qlora_harness.fused.host_memory import HostMemory
 from qlora_harness.fused.layer import Attend, FusedLayer
@@ -238,9 +238,9 @@ class _Forward:
         with torch.autocast(hidden.device.type, enabled=False):
             read = decoder.norm((hidden + added)[: len(read_at)])
             if per_token:
-                losses = ops.cross_entropies(read, base.lm_head.weight, read_token)
+                losses = cross_entropy.cross_entropies(read, base.lm_head.weight, read_token)
                 return CausalLMOutput(loss=losses)
-            total = ops.summed_cross_entropy(read, base.lm_head.weight, read_token)
+            total = cross_entropy.summed_cross_entropy(read, base.lm_head.weight, read_token)
         count = len(read_token) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=total / count)
 

@@ -15,9 +15,6 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from qlora_harness.fused import triton_attention, triton_ops
 from qlora_harness.fused.row import Rotation, Row
-from qlora_harness.model.kernels import has_liger
-
-_ROWS = 1024  # of logits at a time
 
 
 def rms_norm(
@@ -252,49 +249,6 @@ def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return out[0].transpose(0, 1)
-
-
-def summed_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """Returns the summed negative log-likelihood, nats, float32; on CUDA without whole logits.
-
-    Args:
-        hidden: [R, H]; differentiable.
-        weight: Of the output head, [V, H]; frozen.
-        targets: [R] int64.
-    """
-    if hidden.is_cuda and has_liger():
-        from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
-
-        loss = LigerFusedLinearCrossEntropyFunction.apply(
-            hidden, weight, targets, None, None, -100, 0.0, 0.0, "sum"
-        )
-        total: torch.Tensor = loss[0] if isinstance(loss, tuple) else loss
-        return total.float()
-    logits = torch.nn.functional.linear(hidden, weight).float()
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-
-
-def cross_entropies(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """Returns the negative log-likelihood of each token, nats, [R] float32; not for training.
-
-    Args:
-        hidden: [R, H].
-        weight: Of the output head, [V, H].
-        targets: [R] int64.
-    """
-    parts = [
-        torch.nn.functional.cross_entropy(
-            torch.nn.functional.linear(rows, weight).float(), wanted, reduction="none"
-        )
-        for rows, wanted in zip(
-            torch.split(hidden, _ROWS), torch.split(targets, _ROWS), strict=True
-        )
-    ]
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
 
 def drop(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:

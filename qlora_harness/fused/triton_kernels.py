@@ -241,3 +241,28 @@ def rotate_kernel(
     kind = projected.dtype.element_ty
     tl.store(place, (first * c1 - second * s1).to(kind), mask=inside)
     tl.store(place + SIZE // 2, (second * c2 + first * s2).to(kind), mask=inside)
+
+
+@triton.jit
+def cross_entropy_kernel(logits, targets, losses, columns, BLOCK: tl.constexpr):
+    """Program r reads row r twice: for the sum of exponentials, and to write the gradient."""
+    row = tl.program_id(0)
+    line = logits + row.to(tl.int64) * columns
+    target = tl.load(targets + row)
+    at_target = tl.load(line + target).to(tl.float32)
+    top = -float("inf")
+    total = 0.0
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(line + column, mask=column < columns, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(top, tl.max(x, axis=0))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher), axis=0)
+        top = higher
+    level = top + tl.log(total)
+    tl.store(losses + row, level - at_target)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < columns
+        x = tl.load(line + column, mask=inside, other=-float("inf")).to(tl.float32)
+        gradient = tl.exp(x - level) - tl.where(column == target, 1.0, 0.0)
+        tl.store(line + column, gradient.to(logits.dtype.element_ty), mask=inside)

@@ -17,6 +17,7 @@ _BLOCK = 64  # weights that share a scale, as base models are quantised here
 _NESTED_BLOCK = 256  # scales that share a scale
 _CHUNK = 2048  # weights of a row that one program of `load_kernel` expands
 _SWIGLU_BLOCK = 1024
+_LOGITS_BLOCK = 8192  # of a row, read at once
 
 
 @lru_cache(maxsize=1)
@@ -246,6 +247,22 @@ def rotate(projected: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Te
     arguments = projected, projected.stride(0), cos, sin, heads
     constants = size, _power(size // 2), _power(heads)
     launch(rotate_kernel, (len(projected), 1, 1), arguments, *constants)
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
+    """Turns logits into the gradients of their cross-entropies, softmax less one-hot.
+
+    Args:
+        logits: [R, V], contiguous; overwritten.
+        targets: [R] int64, each from 0 to V - 1.
+        losses: [R] float32, written: the cross-entropies, nats.
+    """
+    from qlora_harness.fused.triton_kernels import cross_entropy_kernel
+
+    rows, columns = logits.shape
+    block = min(_LOGITS_BLOCK, _power(columns))
+    arguments = logits, targets, losses, columns
+    launch(cross_entropy_kernel, (rows, 1, 1), arguments, block, num_warps=_warps(block))
 
 
 def _power(number: int) -> int:

@@ -63,11 +63,11 @@ def _trl_trainer(order: dict[str, Any], settings: Settings, folder: Path, device
     from trl import SFTTrainer
 
     from qlora_harness.model.base import BaseSource, load_base, load_tokenizer
-    from qlora_harness.model.kernels import has_liger
     from qlora_harness.model.lora import lora_config
 
     source = BaseSource(**order["source"])
     lora = settings.lora
+    liger = device.type == "cuda" and find_spec("liger_kernel") is not None
     return SFTTrainer(
         model=load_base(
             source,
@@ -76,7 +76,7 @@ def _trl_trainer(order: dict[str, Any], settings: Settings, folder: Path, device
             compute_dtype=settings.model.compute_dtype,
             device=device,
         ),
-        args=_config(order, settings, folder, device, liger=device.type == "cuda" and has_liger()),
+        args=_config(order, settings, folder, device, liger=liger),
         train_dataset=_dataset(order),
         processing_class=load_tokenizer(source),
         peft_config=lora_config(

@@ -33,7 +33,6 @@ from qlora_harness.model.base import (
     load_tokenizer,
     weights_fingerprint,
 )
-from qlora_harness.model.kernels import has_liger
 from qlora_harness.model.lora import save_adapter
 from qlora_harness.record import (
     ADAPTER_DIR,
@@ -246,10 +245,11 @@ class _Run:
         computation = self._computation()
         before = nested(self.start.previous or {}, "computation")
         if self.start.checkpoint is not None and before not in (None, computation):
-            changed = [name for name in computation if before.get(name) != computation[name]]
+            names = [*computation, *before]
+            changed = next(n for n in names if before.get(n) != computation.get(n))
             raise RunError(
-                f"{self.run_dir} was begun in another way: {changed[0]} was "
-                f"{before.get(changed[0])}, and is now {computation[changed[0]]}",
+                f"{self.run_dir} was begun in another way: {changed} was "
+                f"{before.get(changed)}, and is now {computation.get(changed)}",
                 "Give the flags that lead to the same, use --overwrite, or another --output-dir",
             )
         if self.start.replace and main:
@@ -262,7 +262,6 @@ class _Run:
         return {
             "fused_layers": self.fused,
             "padding": "none" if self.fused else "right",
-            "liger_kernels": self.fused and self.device.type == "cuda" and has_liger(),
             "checkpointing": self.chosen.optimization.checkpointing,
             "optimizer": self.chosen.optimization.optimizer,
             "adapter_dtype": self.chosen.lora.adapter_dtype,

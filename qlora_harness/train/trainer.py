@@ -93,6 +93,11 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
             self._operations = float(super().floating_point_ops(one))
         return self._operations * float(inputs["input_ids"].numel())
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        replaced = self.is_fsdp_enabled or self.is_deepspeed_enabled  # parameters, by shards
+        with contextlib.nullcontext() if replaced else _listed(self.model):
+            return super()._inner_training_loop(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # PEFT would replace bfloat16 adapters by new parameters in float32, of which neither the
         # fused layers nor the settings know.
@@ -183,6 +188,29 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
         finally:
             self.state.global_step, self.state.epoch = now
             self.measured = None
+
+
+@contextlib.contextmanager
+def _listed(model: Any) -> Iterator[None]:
+    """Inside the `with` block, what Trainer asks of all modules at each pass comes from a list.
+
+    A model of 32 layers with PEFT's modules around each projection has 2,665 modules. To go
+    through them for `train()`, clipping and `zero_grad()` takes 10 ms and more a step, which a GPU
+    does not wait for only if it is behind.
+    """
+    parameters, train = list(model.parameters()), model.train
+
+    def train_if_not_yet(mode: bool = True) -> Any:
+        return model if model.training == mode else train(mode)
+
+    def listed(recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+        return iter(parameters) if recurse else type(model).parameters(model, recurse=False)
+
+    model.train, model.parameters = train_if_not_yet, listed
+    try:
+        yield
+    finally:
+        del model.train, model.parameters
 
 
 class _ByLength(Sampler[int]):

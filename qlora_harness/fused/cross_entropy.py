@@ -1,0 +1,78 @@
+"""The loss of tokens from their hidden states, a few rows of logits at a time.
+
+No number is read back from the device: the host would have to wait for all it has launched, and
+leave the device idle while it launches what follows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, linear
+
+from qlora_harness.fused import triton_ops
+
+_LOGITS = 2**25  # at a time
+_ROWS = 64  # and multiples of it
+
+
+def summed_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Returns the summed negative log-likelihood, nats, a float32 scalar.
+
+    On CUDA, logits are rounded to the dtype of `hidden`, everything after them is computed in
+    float32, and the gradient is computed in the forward pass, so that no logits are kept.
+
+    Args:
+        hidden: [R, H]; differentiable.
+        weight: Of the output head, [V, H]; frozen.
+        targets: [R] int64.
+    """
+    if triton_ops.usable(hidden):
+        total: torch.Tensor = _Summed.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+        return total
+    return cross_entropy(linear(hidden, weight).float(), targets, reduction="sum")
+
+
+def cross_entropies(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Returns the negative log-likelihood of each token, nats, [R] float32; not for training.
+
+    Args:
+        hidden: [R, H].
+        weight: Of the output head, [V, H].
+        targets: [R] int64.
+    """
+    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+    for part in _parts(hidden, weight):
+        logits = linear(hidden[part], weight).float()
+        losses[part] = cross_entropy(logits, targets[part], reduction="none")
+    return losses
+
+
+def _parts(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
+    rows = _ROWS * max(1, _LOGITS // (_ROWS * len(weight)))
+    return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        ctx.gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for part in _parts(hidden, weight):
+            logits = hidden[part] @ weight.t()
+            triton_ops.cross_entropy(logits, targets[part], losses[part])
+            if ctx.gradient is not None:
+                torch.mm(logits, weight, out=ctx.gradient[part])
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, factor: torch.Tensor) -> Any:
+        # A scalar on the device would be rounded to the gradient's dtype before it multiplies.
+        return (ctx.gradient.float() * factor).to(ctx.gradient.dtype), None, None
