@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_harness.data.chat import IGNORE
+from qlora_harness.fused import host_memory
 from qlora_harness.fused import layer as fused_layer
+from qlora_harness.fused.host_memory import HostMemory, available_memory
 from qlora_harness.fused.model import install, uninstall, why_not_fused
 from qlora_harness.fused.ops import drop
 from qlora_harness.model.lora import attach_lora
@@ -24,12 +27,14 @@ from qlora_harness.train.batches import pack_batch, pad_batch
 VOCABULARY = 61
 
 
-def tiny(kind: str, *, quantised: bool = False, num_key_value_heads: int = 2) -> Any:
+def tiny(
+    kind: str, *, quantised: bool = False, num_key_value_heads: int = 2, layers: int = 2
+) -> Any:
     shape = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
         "intermediate_size": 128,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": num_key_value_heads,
         "max_position_embeddings": 64,
@@ -256,6 +261,26 @@ def test_memory_that_was_never_written_is_never_read(checkpointing: str) -> None
     assert found[0] == wanted[0] and found[1].keys() == wanted[1].keys()
     for name, gradient in found[1].items():
         assert torch.equal(gradient, wanted[1][name]), name
+
+
+def test_host_gives_a_quarter_of_what_is_available(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert available_memory(tmp_path) > 2**20  # no control group: the machine's
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("100\n")
+    assert available_memory(tmp_path) > 2**20
+    (tmp_path / "memory.max").write_text("900\n")
+    assert available_memory(tmp_path) == 800
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert available_memory(tmp_path) == 0
+
+    monkeypatch.setattr(host_memory, "available_memory", lambda: 80_000)
+    assert HostMemory().has_room(torch.empty(10_000, dtype=torch.uint8))
+    assert not HostMemory().has_room(torch.empty(10_001, dtype=torch.uint8))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert HostMemory().has_room(torch.empty(5_000, dtype=torch.uint8))
+    assert not HostMemory().has_room(torch.empty(5_001, dtype=torch.uint8))
 
 
 def _three_losses(models: list[Any], rows: list[dict[str, list[int]]]) -> list[float]:

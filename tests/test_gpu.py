@@ -293,6 +293,62 @@ def test_offload_keeps_nothing_without_gradients() -> None:
     assert host._last() is None
 
 
+def test_gates_of_every_second_layer_wait_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from test_fused import adapted, install, texts, tiny
+
+    from qlora_harness.fused import host_memory
+    from qlora_harness.fused.host_memory import HostMemory
+
+    widths: list[int] = []
+    own = HostMemory.put
+
+    def put(host: HostMemory, x: torch.Tensor) -> Any:
+        widths.append(x.shape[1])
+        return own(host, x)
+
+    monkeypatch.setattr(HostMemory, "put", put)
+    found = {}
+    for name, checkpointing, memory in (
+        ("none", "none", 10**9),
+        ("away", "selective", 10**9),
+        ("full", "selective", 0),
+    ):
+        monkeypatch.setattr(host_memory, "available_memory", lambda memory=memory: memory)
+        model = adapted(tiny("llama", layers=6).to(torch.bfloat16)).cuda()
+        install(model, checkpointing)
+        found[name] = [
+            gpu_step(model, texts([9, 20, 33, 14], seed), packed=True) for seed in range(3)
+        ]
+        assert widths == [256] * (9 if name == "away" else 0)  # 3 layers, 3 steps
+        widths.clear()
+    for name in ("away", "full"):
+        for (loss, gradients), (wanted, others) in zip(found[name], found["none"], strict=True):
+            assert loss == wanted
+            assert all(torch.equal(gradients[n], others[n]) for n in others)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "offload"])
+def test_host_never_waits_for_a_pass(checkpointing: str) -> None:
+    """It must be free to launch what follows; CUDA says when it is not."""
+    import torch
+    from accelerate.utils import send_to_device
+    from test_fused import adapted, install, texts, tiny
+
+    from qlora_harness.train.batches import pack_batch
+
+    model = adapted(tiny("llama", layers=4).to(torch.bfloat16)).cuda()
+    install(model, checkpointing)
+    batch = send_to_device(pack_batch(texts([9, 20, 33, 14])), "cuda")
+    count = (batch["shift_labels"] != -100).sum()
+    model(**batch, num_items_in_batch=count).loss.backward()  # compiles kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**batch, num_items_in_batch=count).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "offload"])
 def test_fused_step_in_bfloat16_is_near_peft(checkpointing: str, dropout: float) -> None:

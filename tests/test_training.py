@@ -414,6 +414,22 @@ def test_steps_read_one_step_later_leave_the_same_records(
     assert states[0]["total_flos"] == states[1]["total_flos"] > 0
 
 
+def test_listed_modules_answer_as_before() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Dropout(0.5))
+    model.eval()
+    wanted = list(model.parameters())
+    with trainer._listed(model):
+        assert model.train() is model and model[1].training
+        assert model.train() is model
+        assert model.eval() is model and not model[1].training
+        assert [a is b for a, b in zip(model.parameters(), wanted, strict=True)] == [True] * 2
+        assert list(model.parameters(recurse=False)) == []
+        wanted[0].grad = torch.ones(3, 2)
+        model.zero_grad()
+        assert wanted[0].grad is None
+    assert "train" not in vars(model) and "parameters" not in vars(model)
+
+
 def test_published_optimizer_and_dtype_run_on_the_cpu(train: Train) -> None:
     assert (
         train(

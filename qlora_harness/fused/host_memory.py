@@ -1,14 +1,17 @@
 """Copies between host and device that nothing waits for, through pinned memory.
 
-Inputs of layers go to the host and come back beside the computation: a copy out runs on a stream of
-its own while the layers above are computed. Backward asks for the inputs in the opposite order, so
-while a layer is at work the input of the one below comes back.
+Activations of layers go to the host and come back beside the computation: a copy out runs on a
+stream of its own while the layers above are computed. Backward asks for them in the opposite order,
+so while a layer is at work what was stored before it comes back.
 """
 
 from __future__ import annotations
 
+import os
 import weakref
+from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -35,6 +38,19 @@ class HostMemory:
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
         self._last: weakref.ref[Stored] | None = None
+        self._stored: weakref.WeakSet[Stored] = weakref.WeakSet()
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._limit = available_memory() // (4 * processes)
+
+    def has_room(self, x: torch.Tensor) -> bool:
+        """Whether all that is stored would take no more than a quarter of what was available.
+
+        Args:
+            x: A tensor to be stored.
+        """
+        held = sum(s.host.nbytes for s in self._stored if s.host is not None)
+        # torch takes pinned memory in powers of two.
+        return 2 * (held + x.nbytes) <= self._limit
 
     def put(self, x: torch.Tensor) -> Stored:
         """Begins to copy a tensor to the host.
@@ -51,6 +67,7 @@ class HostMemory:
             torch.cuda.current_stream(x.device).wait_event(before.copied)
             before.there = None
         self._last = weakref.ref(stored)
+        self._stored.add(stored)
         return stored
 
     def get(self, stored: Stored) -> torch.Tensor:
@@ -96,3 +113,18 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Returns the bytes of the host's memory that this process may still take.
+
+    Args:
+        group: Folder of the process's Linux control group (version 2): a container's limit counts.
+    """
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = int((group / "memory.max").read_text())  # "max" without a limit
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return max(0, min(free, limit - used))

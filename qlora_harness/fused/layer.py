@@ -7,7 +7,8 @@
 What is kept between forward and backward:
 
 - none (no checkpointing): everything but norms and the gated product, which are cheap to repeat
-- selective: all but the two large activations of the MLP, which are computed again
+- selective: all but the two large activations of the MLP; every second layer's go to pinned
+  memory of the host and come back, the others' are computed again
 - full: the input of the layer alone; the products with o and down are not needed again, or only
   for what follows them
 - offload: the input of the layer, in pinned memory of the host
@@ -51,7 +52,8 @@ class FusedLayer:
         down: Down.
         checkpointing: What is kept; one of `settings.CHECKPOINTING`.
         head_norms: [D] weights of the norms of query and key heads, or None for a model without.
-        host: Where inputs go with offload; all layers have the same.
+        host: Where inputs go with offload, and gates; all layers have the same.
+        gates_on_host: Whether gate and up go there with selective, while there is room.
     """
 
     attention_norm: torch.Tensor
@@ -68,6 +70,7 @@ class FusedLayer:
     checkpointing: str = "none"
     head_norms: tuple[torch.Tensor, torch.Tensor] | None = None
     host: HostMemory | None = None
+    gates_on_host: bool = False
 
     def groups(self) -> tuple[LoraGroup, ...]:
         """The groups in the order of their parameters."""
@@ -164,6 +167,15 @@ class _Mlp:
     inner_down: Inner
 
 
+@dataclass
+class _MlpAway:
+    """The same with its gates in the host's memory."""
+
+    gates: Stored
+    inner_gate_up: Inner
+    inner_down: Inner
+
+
 def _first_half(
     layer: FusedLayer,
     x: torch.Tensor,
@@ -237,6 +249,14 @@ def _spread(rows: torch.Tensor, places: torch.Tensor | None, tokens: int) -> tor
     return rows.new_zeros(tokens, rows.shape[1]).index_copy_(0, places, rows)
 
 
+def _put_away(layer: FusedLayer, mlp: _Mlp) -> _MlpAway | None:
+    """Begins to copy gates to the host, if they belong there and there is room."""
+    host, gates = layer.host, mlp.gates
+    if host is None or not layer.gates_on_host or not gates.is_cuda or not host.has_room(gates):
+        return None
+    return _MlpAway(host.put(gates), mlp.inner_gate_up, mlp.inner_down)
+
+
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -262,7 +282,7 @@ class _Layer(torch.autograd.Function):
         elif layer.checkpointing in ("full", "offload"):
             ctx.kept = x
         elif layer.checkpointing == "selective":
-            ctx.kept = x, h, attention, None
+            ctx.kept = x, h, attention, _put_away(layer, mlp)
         else:
             ctx.kept = x, h, attention, mlp
         return h, y
@@ -276,7 +296,7 @@ class _Layer(torch.autograd.Function):
         if kept is None:
             raise RuntimeError("the backward pass of a fused layer runs once")
         ctx.kept = None
-        mlp: _Mlp | None
+        mlp: _Mlp | _MlpAway | None
         with torch.autocast(dy.device.type, enabled=False), torch.no_grad():
             if layer.checkpointing in ("none", "selective"):
                 x, h, attention, mlp = kept
@@ -288,6 +308,9 @@ class _Layer(torch.autograd.Function):
             del kept
             if mlp is None:
                 _, mlp = _gates(layer, h, None, seed)
+            elif isinstance(mlp, _MlpAway):
+                assert layer.host is not None
+                mlp = _Mlp(layer.host.get(mlp.gates), mlp.inner_gate_up, mlp.inner_down)
             dh, mlp_grads = _second_half_backward(layer, dy, h, mlp, seed)
             del mlp, h
             # The input of the first layer learns nothing.

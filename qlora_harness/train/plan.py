@@ -228,7 +228,7 @@ def _fused(shape: Shape, settings: Settings, tokens: int, size: int) -> tuple[in
     work = float(inner + 4 * hidden)
     work += {
         "none": 0,
-        "selective": second,
+        "selective": second + 2 * inner,  # gates of another layer come back from the host
         "full": first + second,
         "offload": first + second + hidden,  # the input of the layer below comes back
     }[settings.optimization.checkpointing]
