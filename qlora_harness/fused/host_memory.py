@@ -9,23 +9,76 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections import deque
 from pathlib import Path
 
 import psutil
 import torch
+
+_BLOCK = 2**24  # bytes; torch would take a power of two for each tensor
+_LEAVING = 2  # tensors that are on their way out at once
+
+
+class Blocks:
+    """Pinned memory of the host, in blocks of one size that are used again and again.
+
+    To pin memory takes longer than to fill it, and rows differ in length from step to step.
+
+    Attributes:
+        taken: All blocks so far.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[torch.Tensor] = []
+        self.taken = 0
+
+    def new_bytes(self, wanted: int) -> int:
+        """Returns how much more memory would be pinned for so many bytes.
+
+        Args:
+            wanted: Bytes.
+        """
+        return max(0, -(-wanted // _BLOCK) - len(self._free)) * _BLOCK
+
+    def take(self, wanted: int) -> list[torch.Tensor]:
+        """Returns blocks that hold so many bytes.
+
+        Args:
+            wanted: Bytes.
+        """
+        blocks = []
+        for _ in range(-(-wanted // _BLOCK)):
+            if self._free:
+                blocks.append(self._free.pop())
+            else:
+                blocks.append(torch.empty(_BLOCK, dtype=torch.uint8, pin_memory=True))
+                self.taken += 1
+        return blocks
+
+    def give(self, blocks: list[torch.Tensor]) -> None:
+        """Takes blocks back.
+
+        Args:
+            blocks: From `take`; of no use afterwards.
+        """
+        self._free += blocks
 
 
 class Stored:
     """One tensor in the host's memory.
 
     Args:
-        x: The tensor.
+        x: The tensor, contiguous.
+        blocks: Where its memory comes from.
         below: The one that was stored before it, if its graph is still there.
     """
 
-    def __init__(self, x: torch.Tensor, below: Stored | None) -> None:
-        self.device = x.device
-        self.host: torch.Tensor | None = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    def __init__(self, x: torch.Tensor, blocks: Blocks, below: Stored | None) -> None:
+        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
+        self.host = blocks.take(x.nbytes)
+        # Also where its graph goes without a backward pass. All copies are on one stream, so the
+        # next that is written there waits for them.
+        self.done = weakref.finalize(self, blocks.give, self.host)
         # On the device: until its memory is given up, and again when it comes back.
         self.there: torch.Tensor | None = x
         self.copied: torch.cuda.Event | None = None
@@ -37,37 +90,35 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
-        self._last: weakref.ref[Stored] | None = None
-        self._stored: weakref.WeakSet[Stored] = weakref.WeakSet()
+        self._leaving: deque[weakref.ref[Stored]] = deque()
+        self._blocks = Blocks()
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._limit = available_memory() // (4 * processes)
 
     def has_room(self, x: torch.Tensor) -> bool:
-        """Whether all that is stored would take no more than a quarter of what was available.
+        """Whether all that is pinned would be no more than a quarter of what was available.
 
         Args:
             x: A tensor to be stored.
         """
-        held = sum(s.host.nbytes for s in self._stored if s.host is not None)
-        # torch takes pinned memory in powers of two.
-        return 2 * (held + x.nbytes) <= self._limit
+        return self._blocks.taken * _BLOCK + self._blocks.new_bytes(x.nbytes) <= self._limit
 
     def put(self, x: torch.Tensor) -> Stored:
         """Begins to copy a tensor to the host.
 
         Args:
-            x: On a CUDA device; not to be written to.
+            x: On a CUDA device, contiguous; not to be written to.
         """
-        before = None if self._last is None else self._last()
-        stored = Stored(x, before)
-        assert stored.host is not None
-        self._copy(stored, x, stored.host)
-        if before is not None and before.copied is not None and before.host is not None:
-            # That copy has had a whole layer's time; now the memory may be used again.
-            torch.cuda.current_stream(x.device).wait_event(before.copied)
-            before.there = None
-        self._last = weakref.ref(stored)
-        self._stored.add(stored)
+        before = self._leaving[-1]() if self._leaving else None
+        stored = Stored(x, self._blocks, before)
+        self._copy(stored, x, back=False)
+        self._leaving.append(weakref.ref(stored))
+        if len(self._leaving) > _LEAVING:
+            oldest = self._leaving.popleft()()
+            if oldest is not None and oldest.copied is not None and oldest.done.alive:
+                # That copy has had the time of a layer or two; now the memory may be used again.
+                torch.cuda.current_stream(x.device).wait_event(oldest.copied)
+                oldest.there = None
         return stored
 
     def get(self, stored: Stored) -> torch.Tensor:
@@ -80,26 +131,31 @@ class HostMemory:
         x = stored.there
         assert x is not None and stored.copied is not None
         torch.cuda.current_stream(x.device).wait_event(stored.copied)
-        stored.there = stored.host = None
+        stored.there = None
+        stored.done()
         below = None if stored.below is None else stored.below()
         if below is not None:
             self._fetch(below)
         return x
 
     def _fetch(self, stored: Stored) -> None:
-        if stored.there is not None or stored.host is None:
+        if stored.there is not None or not stored.done.alive:
             return
         # Taken on the stream that computes, as its allocator knows when it is free again.
-        host = stored.host
-        stored.there = torch.empty(host.shape, dtype=host.dtype, device=stored.device)
-        self._copy(stored, host, stored.there)
+        stored.there = torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
+        self._copy(stored, stored.there, back=True)
 
-    def _copy(self, stored: Stored, source: torch.Tensor, target: torch.Tensor) -> None:
+    def _copy(self, stored: Stored, x: torch.Tensor, *, back: bool) -> None:
         if self._stream is None or self._stream.device != stored.device:
             self._stream = torch.cuda.Stream(stored.device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(stored.device))
         with torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+            parts = torch.split(x.view(-1).view(torch.uint8), _BLOCK)
+            for part, block in zip(parts, stored.host, strict=True):
+                if back:
+                    part.copy_(block[: len(part)], non_blocking=True)
+                else:
+                    block[: len(part)].copy_(part, non_blocking=True)
         stored.copied = self._stream.record_event()
 
 

@@ -7,8 +7,8 @@
 What is kept between forward and backward:
 
 - none (no checkpointing): everything but norms and the gated product, which are cheap to repeat
-- selective: all but the two large activations of the MLP; every second layer's go to pinned
-  memory of the host and come back, the others' are computed again
+- selective: all but the two large activations of the MLP; those of two layers in three go to
+  pinned memory of the host and come back, those of the third are computed again
 - full: the input of the layer alone; the products with o and down are not needed again, or only
   for what follows them
 - offload: the input of the layer, in pinned memory of the host

@@ -146,9 +146,9 @@ class FusedDecoder:
         self.layers = [
             _fused_layer(layer, checkpointing, scratch, host) for layer in self._decoder.layers
         ]
-        # As many as a copy to the host can take while the GPU computes a forward pass.
-        for layer in self.layers[1::2]:
-            layer.gates_on_host = True
+        # Two of three: as many as can be copied while an H100 computes a forward pass.
+        for number, layer in enumerate(self.layers):
+            layer.gates_on_host = number % 3 != 0
 
     def release(self) -> None:
         """Gives full-precision weights memory of their own again; the layers are of no use then."""

@@ -24,6 +24,7 @@ BLOCK = 128
 _NAME = "qlora_harness_tree"  # in transformers' attention interface
 # Tile sizes of FlexAttention on CUDA, or None for its own choice.
 FLEX_OPTIONS: dict[str, int] | None = None
+_MOST_COMPILED = 1000
 
 
 @dataclass
@@ -168,7 +169,14 @@ def _flex(compiled: bool) -> Callable[..., torch.Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     function: Callable[..., torch.Tensor] = flex_attention
-    return torch.compile(function, dynamic=False) if compiled else function
+    if not compiled:
+        return function
+    # Packs of another length or another model are compiled anew. Beyond a limit torch would compute
+    # them without a kernel instead, in memory for the scores of all pairs.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, _MOST_COMPILED)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, _MOST_COMPILED)
+    return torch.compile(function, dynamic=False)
 
 
 def block_mask(end: Any, device: torch.device) -> BlockMask:
