@@ -177,6 +177,11 @@ def _add_benchmark(commands: Any) -> None:
     parser.add_argument(
         "--adapter-rank", type=int, metavar="R", help="also with a random unmerged adapter"
     )
+    parser.add_argument(
+        "--float32-reference",
+        action="store_true",
+        help="also packed with the weights in float32: how far each way is from that",
+    )
     parser.add_argument("--kernels", default="auto", choices=["auto", "none"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
 
@@ -199,6 +204,7 @@ def _benchmark(args: argparse.Namespace) -> None:
             baseline_questions=args.baseline_questions,
             adapter_rank=args.adapter_rank,
             kernels=args.kernels,
+            float32_reference=args.float32_reference,
             output=args.json,
         )
     )

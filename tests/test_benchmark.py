@@ -29,7 +29,8 @@ def test_benchmark_scores_both_ways_alike(
     assert baseline["largest_difference"] is None
     for measured in (other, packed):
         assert measured["largest_difference"] < 1e-4
-        assert measured["same_predictions"] == 1.0
+        assert measured["same_predictions"] == measured["untied_predictions"] == 1.0
+        assert measured["float32_difference"] is None
         assert measured["accuracy_difference"] == 0.0
     assert packed["prompt_tokens"] == baseline["prompt_tokens"]
     assert packed["computed_tokens"] < packed["prompt_tokens"]
@@ -54,3 +55,29 @@ def test_baseline_on_a_sample_is_scaled(tiny_llama: Path, tmp_path: Path) -> Non
     assert packed["scoring_ratio"] == pytest.approx(
         baseline["scoring_seconds"] * scale / packed["scoring_seconds"]
     )
+
+
+def test_each_way_is_compared_with_float32(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "benchmark.json"
+    words = ["benchmark-scoring", "--model", str(tiny_llama), "--dtype", "bfloat16"]
+    words += ["--file", "five_shot_mmlu_demo.json", "--rows", "2", "--batch-size", "4"]
+    assert main([*words, "--float32-reference", "--json", str(output)]) == 0
+    baseline, exact, packed = json.loads(output.read_text())["measurements"]
+    assert exact["name"] == "packed, weights in float32"
+    assert exact["float32_difference"] == 0.0 and exact["float32_predictions"] == 1.0
+    # The weights are the same, so that only the rounding of the computation is left.
+    for measured in (baseline, packed):
+        assert 0.0 < measured["float32_difference"] < 0.01
+        assert 0.5 < measured["float32_predictions"] <= 1.0
+    assert exact["largest_difference"] >= baseline["float32_difference"]
+    assert "letter of float32" in capsys.readouterr().out
+
+
+def test_float32_reference_of_4_bit_weights_is_refused(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["benchmark-scoring", "--model", str(tiny_llama), "--quant", "nf4"]
+    assert main([*words, "--float32-reference"]) == 2
+    assert "--float32-reference with --quant nf4" in capsys.readouterr().err

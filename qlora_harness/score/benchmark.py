@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from qlora_harness.errors import SettingsError
 from qlora_harness.families import LETTERS
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.record import write_measurements
@@ -42,7 +44,11 @@ class Measurement:
         scoring_ratio: The same of scoring alone.
         largest_difference: Of any log-probability from the baseline, nats; None for the baseline.
         same_predictions: Share of the baseline's questions with the same predicted letter.
+        untied_predictions: The share among those of the baseline's questions that neither ties on.
         accuracy_difference: Accuracy on the baseline's questions less the baseline's.
+        float32_difference: Mean distance of log-probabilities from those of the same weights in
+            float32, nats; None where that was not asked for.
+        float32_predictions: Share of the baseline's questions with the letter of float32.
     """
 
     name: str
@@ -57,7 +63,10 @@ class Measurement:
     scoring_ratio: float = 1.0
     largest_difference: float | None = None
     same_predictions: float | None = None
+    untied_predictions: float | None = None
     accuracy_difference: float | None = None
+    float32_difference: float | None = None
+    float32_predictions: float | None = None
 
 
 @dataclass
@@ -101,6 +110,7 @@ def benchmark(
     baseline_questions: int | None,
     adapter_rank: int | None,
     kernels: str,
+    float32_reference: bool = False,
 ) -> list[Measurement]:
     """Measures lm-eval's `hf`, the packed path, and the packed path with an unmerged adapter.
 
@@ -113,6 +123,7 @@ def benchmark(
         baseline_questions: A random sample of so many for `hf`, or None for all.
         adapter_rank: Rank of a random adapter on all linear layers to measure as well, or None.
         kernels: "auto" computes packs through fused layers where they take the model; "none".
+        float32_reference: Also packed with the weights in float32: how far each way is from it.
     """
     sample = list(questions)
     if baseline_questions is not None and baseline_questions < len(sample):
@@ -122,6 +133,7 @@ def benchmark(
     _run(plain, warm[: 2 * batch_size])
     baseline, expected, encoded = _measure(lm, plain, sample)
     results = [baseline]
+    kept = [(baseline, expected)]
 
     def relate(measured: Measurement, logprobs: list[list[float]] | None) -> None:
         scale = baseline.prompt_tokens / measured.prompt_tokens
@@ -131,12 +143,20 @@ def benchmark(
         measured.scoring_ratio = baseline.scoring_seconds / scale / measured.scoring_seconds
         if logprobs is not None:
             _compare(measured, logprobs, expected, sample)
+            kept.append((measured, logprobs))
         results.append(measured)
 
     if margin_batch_size is not None:
         way = _plain(lm, margin_batch_size)
         margin, found, _ = _measure(lm, way, sample, (encoded, baseline.encoding_seconds))
         relate(margin, found)
+    exact: list[list[float]] | None = None
+    if float32_reference:
+        own = lm.model
+        lm.take(copy.deepcopy(own).float(), kernels)
+        measured, exact, _ = _measure(lm, _packed(lm, "packed, weights in float32"), sample)
+        lm.take(own, kernels)
+        relate(measured, exact)
     lm.take(lm.model, kernels)
     _run(_packed(lm, "packed"), warm)
     measured, found, _ = _measure(lm, _packed(lm, "packed"), questions)
@@ -147,6 +167,11 @@ def benchmark(
         way = _packed(lm, f"packed, unmerged adapter of rank {adapter_rank}")
         _run(way, warm)
         relate(_measure(lm, way, questions)[0], None)
+    if exact is not None:
+        for measured, found in kept:
+            distances = [abs(a - b) for a, b in _both(found, exact)]
+            measured.float32_difference = sum(distances) / len(distances)
+            measured.float32_predictions = _agreement(found, exact, lambda a, b: True)
     return results
 
 
@@ -247,19 +272,35 @@ def _compare(
     expected: Sequence[Sequence[float]],
     questions: Sequence[Question],
 ) -> None:
-    measured.largest_difference = max(
-        abs(a - b)
-        for mine, theirs in zip(found, expected, strict=True)
-        for a, b in zip(mine, theirs, strict=True)
+    measured.largest_difference = max(abs(a - b) for a, b in _both(found, expected))
+    measured.same_predictions = _agreement(found, expected, lambda a, b: True)
+    measured.untied_predictions = _agreement(
+        found, expected, lambda a, b: not is_tie(a) and not is_tie(b)
     )
     mine, theirs = list(map(predict, found)), list(map(predict, expected))
-    count = len(questions)
-    measured.same_predictions = sum(a == b for a, b in zip(mine, theirs, strict=True)) / count
     right = [
         sum(letter == q.answer for letter, q in zip(letters, questions, strict=True))
         for letters in (mine, theirs)
     ]
-    measured.accuracy_difference = (right[0] - right[1]) / count
+    measured.accuracy_difference = (right[0] - right[1]) / len(questions)
+
+
+def _both(
+    found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]
+) -> Iterator[tuple[float, float]]:
+    """Each log-probability of two ways."""
+    for mine, theirs in zip(found, expected, strict=True):
+        yield from zip(mine, theirs, strict=True)
+
+
+def _agreement(
+    found: Sequence[Sequence[float]],
+    expected: Sequence[Sequence[float]],
+    counts: Callable[[Sequence[float], Sequence[float]], bool],
+) -> float | None:
+    """The share of the questions that count with the same letter, None where none counts."""
+    same = [predict(a) == predict(b) for a, b in zip(found, expected, strict=True) if counts(a, b)]
+    return sum(same) / len(same) if same else None
 
 
 def report(measurements: Sequence[Measurement], title: str) -> str:
@@ -273,9 +314,9 @@ def report(measurements: Sequence[Measurement], title: str) -> str:
         title,
         "",
         "| | questions | encoding, s | scoring, s | prompt tokens | computed tokens | ratio | "
-        "ratio of scoring | peak GiB | largest difference, nats | same prediction | accuracy | "
-        "ties |",
-        "|---|" + "---:|" * 12,
+        "ratio of scoring | peak GiB | largest difference, nats | same prediction | without ties | "
+        "accuracy | ties | from float32, nats | letter of float32 |",
+        "|---|" + "---:|" * 15,
     ]
     for m in measurements:
         cells = [
@@ -289,8 +330,11 @@ def report(measurements: Sequence[Measurement], title: str) -> str:
             _shown(m.peak_allocated_bytes, lambda v: f"{v / 2**30:.2f}"),
             _shown(m.largest_difference, lambda v: f"{v:.2g}"),
             _shown(m.same_predictions, lambda v: f"{100 * v:.2f}%"),
+            _shown(m.untied_predictions, lambda v: f"{100 * v:.2f}%"),
             _shown(m.accuracy_difference, lambda v: f"{100 * v:+.2f} points"),
             f"{m.ties:,}",
+            _shown(m.float32_difference, lambda v: f"{v:.2g}"),
+            _shown(m.float32_predictions, lambda v: f"{100 * v:.2f}%"),
         ]
         lines.append(f"| {m.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -315,6 +359,7 @@ def run(
     baseline_questions: int | None,
     adapter_rank: int | None,
     kernels: str,
+    float32_reference: bool,
     output: Path | None,
 ) -> str:
     """Loads a base, measures, and returns the table.
@@ -333,8 +378,18 @@ def run(
         baseline_questions: Sample size for `hf`, or None.
         adapter_rank: Rank of a random adapter to measure as well, or None.
         kernels: "auto" or "none".
+        float32_reference: Whether to measure how far each way is from float32.
         output: JSON file to write, or None.
+
+    Raises:
+        HarnessError: The model or the file can't be read, or a float32 reference is asked for 4-bit
+            weights.
     """
+    if float32_reference and quant != "bf16":
+        raise SettingsError(
+            f"--float32-reference with --quant {quant}: 4-bit weights have no float32 form",
+            "Use --quant bf16",
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     questions = choose_questions(file, folder, subjects, rows)
     lm = QloraAdapterLM(
@@ -354,11 +409,12 @@ def run(
         baseline_questions=baseline_questions,
         adapter_rank=adapter_rank,
         kernels=kernels,
+        float32_reference=float32_reference,
     )
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     random_weights = ", random weights" if lm._source.random_weights else ""
     title = f"{model}{random_weights}, {quant}, {lm._compute_dtype}, {file}, {name}"
     title += ", fused kernels" if lm._fused_kernels else ""
     if output is not None:
-        write_measurements(output, "scoring_benchmark", 2, title, map(asdict, measurements), name)
+        write_measurements(output, "scoring_benchmark", 3, title, map(asdict, measurements), name)
     return report(measurements, title)
