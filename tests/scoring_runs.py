@@ -1,0 +1,79 @@
+"""A model and its tasks to score: prompts, ways to ask, what was recorded, and refusals.
+
+The fixtures that go with it (`adapter`, `make_lm`, `manager`, `known_answers`) are in conftest.py.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import LlamaForCausalLM
+
+from qlora_harness.errors import HarnessError
+from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
+
+RANK, ALPHA = 4, 8.0
+WEIGHTS = "adapter_model.safetensors"
+
+# What `known_answers` lets every model find: "C" is likeliest.
+KNOWN = {
+    " A": -1.25,
+    " B": -2.5,
+    " C": -0.75,
+    " D": -4.0,
+}
+
+
+def demo_prompts(count: int) -> list[str]:
+    return [q.prompt for q in load_questions(DEMO_FILE)[:: 96 // count]][:count]
+
+
+def loglikelihood_requests(prompts: list[str]) -> list[Instance]:
+    return [
+        Instance("loglikelihood", {}, (prompt, f" {letter}"), place)
+        for prompt in prompts
+        for place, letter in enumerate("ABCD")
+    ]
+
+
+def score(lm: HFLM, prompts: list[str]) -> list[float]:
+    found = lm.loglikelihood(loglikelihood_requests(prompts), disable_tqdm=True)
+    return [logprob for logprob, _ in found]
+
+
+def evaluate(lm: HFLM, manager: TaskManager, task: str = "mmlu_qlora_demo", **options: Any) -> Any:
+    return simple_evaluate(
+        model=lm, tasks=[task], task_manager=manager, bootstrap_iters=1, **options
+    )
+
+
+def read(folder: Path, name: str = "evaluation_results.json") -> dict[str, Any]:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def refused(make: Callable[[], Any], kind: type[HarnessError]) -> str:
+    with pytest.raises(kind) as error:
+        make()
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def another_base(tiny_llama: Path, folder: Path, change: Callable[[LlamaForCausalLM], None]) -> str:
+    """A model folder that differs from the recorded base in some weights."""
+    shutil.copytree(tiny_llama, folder)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(folder)
+    return str(folder)

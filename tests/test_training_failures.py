@@ -1,0 +1,237 @@
+"""Training runs that fail, and input that is refused in one line before anything is touched."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_runs import Train, everything_in, steps, summary
+
+from qlora_harness.train import trainer
+
+# --- runs that fail -------------------------------------------------------------------------------
+
+
+def test_non_finite_loss_stops_the_run(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(quant="bf16", output_dir="run", learning_rate=1e30) == 3
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("qlora-harness: error: step 2: loss nan, gradient norm nan; ")
+    record = summary("run")
+    assert record["status"] == "failed"
+    assert record["finished"] is not None
+    assert record["failure"]["problem"].startswith("step 2: loss nan")
+    assert record["memory"]["cpu_peak_rss_bytes"] > 0
+    assert not Path("run/adapter").exists()
+
+
+def test_failed_run_keeps_the_steps_before_as_its_message_says(train: Train) -> None:
+    assert train(quant="bf16", output_dir="run", learning_rate=1e30) == 3
+    assert [row["step"] for row in steps("run")] == [1]
+    assert all(math.isfinite(row["loss"]) for row in steps("run"))
+
+
+def test_poisoned_base_weight_stops_the_run_at_once(
+    train: Train, tiny_llama: Path, tmp_path: Path
+) -> None:
+    poisoned = Path(shutil.copytree(tiny_llama, tmp_path / "poisoned"))
+    weights = load_file(poisoned / "model.safetensors")
+    weights["lm_head.weight"][5, 5] = float("nan")
+    save_file(weights, poisoned / "model.safetensors", {"format": "pt"})
+    assert train(quant="nf4", output_dir="run", model=poisoned) == 3
+    assert summary("run")["failure"]["problem"].startswith("step 1: loss nan")
+
+
+@pytest.mark.parametrize("learning_rate", [1e30, 1e39])
+def test_last_step_that_ruins_the_adapter_fails_the_run(
+    train: Train, capsys: pytest.CaptureFixture[str], learning_rate: float
+) -> None:
+    """The only step's own loss is fine. After it the evaluation, or the adapter, is not finite."""
+    assert train(quant="bf16", output_dir="run", learning_rate=learning_rate, max_steps=1) == 3
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("qlora-harness: error: ")
+    assert summary("run")["status"] == "failed"
+
+
+def test_evaluation_loss_without_a_finite_perplexity_is_no_crash(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """exp(loss) leaves the range of a float above 709 nats."""
+    from qlora_harness.train import run
+    from qlora_harness.train.evaluation import EvaluationLoss
+
+    monkeypatch.setattr(run, "evaluate_loss", lambda *_, **__: EvaluationLoss(800.0, 5))
+    assert train(quant="bf16", output_dir="run", max_steps=1) in (0, 3)
+    assert summary("run")["status"] in ("completed", "failed")
+
+
+def test_failed_run_is_started_again(train: Train) -> None:
+    assert train(quant="bf16", output_dir="run", learning_rate=1e30) == 3
+    assert train(quant="bf16", output_dir="run") == 0
+    assert summary("run")["status"] == "completed"
+
+
+def test_unexpected_error_is_noted_and_raised(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("boom")
+
+    monkeypatch.setattr(trainer.StepLog, "on_log", broken)
+    with pytest.raises(ZeroDivisionError):
+        train(quant="bf16", output_dir="run")
+    record = summary("run")
+    assert (record["status"], record["failure"]) == (
+        "failed",
+        {"problem": "ZeroDivisionError: boom"},
+    )
+
+
+def test_step_that_is_done_is_logged_when_the_next_one_fails(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the row of a step waits for the next one."""
+    train_step = trainer.CountingTrainer.training_step
+
+    def full(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return train_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.CountingTrainer, "training_step", full)
+    monkeypatch.setattr(trainer.CountingTrainer, "_runs_ahead", True)
+    assert train(quant="bf16", output_dir="run", save_steps=100) == 3
+    assert [row["step"] for row in steps("run")] == [1, 2]
+
+
+def test_out_of_memory_gives_advice(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(trainer.StepLog, "on_log", full)
+    assert train(quant="bf16", output_dir="run") == 3
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        "qlora-harness: error: cpu ran out of memory with --batch-size 4 and --max-length 96. "
+        "Use --memory balanced or lean, halve --batch-size and double --grad-accum, lower "
+        "--max-length, or use --quant nf4."
+    )
+    assert summary("run")["status"] == "failed"
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def _model_without_weights(folder: Path, tiny_llama: Path) -> Path:
+    shutil.copytree(tiny_llama, folder / "model")
+    (folder / "model" / "model.safetensors").unlink()
+    return folder / "model"
+
+
+def _rows_with(folder: Path, rows: Path, line: str) -> Path:
+    path = folder / "broken.jsonl"
+    path.write_text(rows.read_text() + line + "\n")
+    return path
+
+
+BAD_INPUT: dict[str, tuple[Callable[[Path, Path, Path], dict[str, Any]], str]] = {
+    "missing model": (
+        lambda folder, model, rows: {"model": folder / "nope"},
+        "--model: {folder}/nope does not exist. ",
+    ),
+    "model on an unreachable hub": (
+        lambda folder, model, rows: {"model": "meta-llama/Llama-2-7b-hf"},
+        "--model: 'meta-llama/Llama-2-7b-hf' ",
+    ),
+    "model without weights": (
+        lambda folder, model, rows: {"model": _model_without_weights(folder, model)},
+        "--model: '{folder}/model' can't be loaded (",
+    ),
+    "missing data": (
+        lambda folder, model, rows: {"dataset": folder / "nope.jsonl"},
+        "--dataset: {folder}/nope.jsonl does not exist. ",
+    ),
+    "broken JSON": (
+        lambda folder, model, rows: {"dataset": _rows_with(folder, rows, '{"text": ')},
+        "{folder}/broken.jsonl, line 33: not valid JSON (",
+    ),
+    "missing fields": (
+        lambda folder, model, rows: {"dataset": _rows_with(folder, rows, '{"text": "a"}')},
+        "{folder}/broken.jsonl, line 33: field 'message_id' is missing. ",
+    ),
+    "nothing left": (
+        lambda folder, model, rows: {"languages": "de"},
+        "--dataset {rows}: no conversation is left to train on (of 32 messages; "
+        "dropped: 32 language; ",
+    ),
+    "too short": (
+        lambda folder, model, rows: {"max_length": 8},
+        "--dataset {rows}: no conversation is left to train on ",
+    ),
+    "template": (
+        lambda folder, model, rows: {"template": "chatml"},
+        "--template chatml needs the token '<|im_start|>'",
+    ),
+    "layers": (
+        lambda folder, model, rows: {"lora_targets": "typo"},
+        "--lora-targets: the model has no layers named typo. ",
+    ),
+    "seed": (lambda folder, model, rows: {"seed": 2**33}, "--seed: 8589934592 "),
+    "checkpoint": (
+        lambda folder, model, rows: {"resume": folder / "nope"},
+        "--resume: {folder}/nope is no whole checkpoint (missing: ",
+    ),
+    "output folder is a file": (lambda folder, model, rows: {"output_dir": rows}, "{rows}"),
+    "output folder below a file": (
+        lambda folder, model, rows: {"output_dir": rows / "run"},
+        "{rows}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_touches_nothing(
+    train: Train,
+    tiny_llama: Path,
+    rows: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    case: str,
+) -> None:
+    make, expected = BAD_INPUT[case]
+    flags = make(tmp_path, tiny_llama, rows)
+    before = everything_in(tmp_path)
+    capfd.readouterr()
+    assert train(quant="nf4", **flags) == 2
+    err = capfd.readouterr().err
+    told = [line for line in err.splitlines() if "qlora-harness: error: " in line]
+    assert len(told) == 1
+    assert err.endswith(f"{told[0]}\n")
+    message = told[0].split("qlora-harness: error: ")[1]
+    assert expected.format(folder=tmp_path, rows=rows) in message
+    assert "Traceback" not in err
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_missing_logging_package_is_one_line(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    if find_spec(name) or (name == "tensorboard" and find_spec("tensorboardX")):
+        pytest.skip(f"{name} is installed")
+    assert train(quant="bf16", report_to=name) == 2
+    assert f"pip install {name}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_completed_run_survives_a_later_mistake(train: Train) -> None:
+    assert train(quant="bf16", output_dir="run") == 0
+    before = everything_in(Path("run"))
+    assert train(quant="bf16", output_dir="run", overwrite=True, languages="de") == 2
+    assert everything_in(Path("run")) == before

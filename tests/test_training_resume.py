@@ -1,0 +1,210 @@
+"""Training runs that were interrupted or killed go on; completed ones are left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_rows
+from safetensors.torch import load_file
+from training_runs import Train, everything_in, losses, read, steps, summary
+
+from qlora_harness.train import trainer
+
+
+@pytest.fixture
+def signal_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signals], None]:
+    """Sends this process a signal when the row of a step is logged, once."""
+
+    def install(step: int, number: signal.Signals) -> None:
+        log, sent = trainer.StepLog.on_log, []
+
+        def on_log(
+            self: Any, args: Any, state: Any, control: Any, logs: Any = None, **more: Any
+        ) -> None:
+            log(self, args, state, control, logs, **more)
+            if logs and "loss" in logs and state.global_step == step and not sent:
+                sent.append(step)
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(trainer.StepLog, "on_log", on_log)
+
+    return install
+
+
+@pytest.mark.parametrize(("quant", "number"), [("nf4", signal.SIGTERM), ("bf16", signal.SIGINT)])
+def test_signal_ends_the_run_with_a_checkpoint_and_the_same_command_goes_on(
+    train: Train,
+    signal_after: Callable[[int, signal.Signals], None],
+    capsys: pytest.CaptureFixture[str],
+    quant: str,
+    number: signal.Signals,
+) -> None:
+    assert train(quant=quant, output_dir="whole", lora_dropout=0.1) == 0
+    handlers = [signal.getsignal(item) for item in (signal.SIGTERM, signal.SIGINT)]
+
+    signal_after(2, number)
+    capsys.readouterr()
+    assert train(quant=quant, output_dir="cut", lora_dropout=0.1) != 0
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    stopped = summary("cut")
+    done = stopped["results"]["steps"]
+    assert done in (2, 3)  # the step that was running is finished
+    assert last == (
+        f"qlora-harness: error: {number.name} stopped the run at step {done} of 4; a checkpoint "
+        "was saved. Give the same command again to go on."
+    )
+    assert stopped["status"] == "interrupted"
+    assert losses("cut") == losses("whole")[:done]
+    assert not Path("cut/adapter").exists()
+    assert [signal.getsignal(item) for item in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+    assert train(quant=quant, output_dir="cut", lora_dropout=0.1) == 0
+    finished, whole = summary("cut"), summary("whole")
+    assert losses("cut") == losses("whole")
+    assert finished["status"] == "completed"
+    assert finished["results"] == whole["results"]
+    assert finished["runtime"]["resumed"] is True
+    assert finished["runtime"]["train_seconds"] > stopped["runtime"]["train_seconds"]
+    resumed = load_file("cut/adapter/adapter_model.safetensors")
+    straight = load_file("whole/adapter/adapter_model.safetensors")
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def as_if_killed(run_dir: str) -> None:
+    """Makes a completed run look as kill -9 leaves it: a summary from the start, no adapter."""
+    record = summary(run_dir)
+    for name in ("results", "memory", "runtime", "throughput"):
+        del record[name]
+    record |= {"status": "running", "finished": None}
+    Path(run_dir, "training_summary.json").write_text(json.dumps(record))
+    shutil.rmtree(Path(run_dir, "adapter"))
+
+
+def test_run_killed_in_the_middle_repeats_the_steps_after_its_checkpoint(train: Train) -> None:
+    assert train(quant="bf16", output_dir="run", save_steps=2) == 0
+    whole = losses("run")
+    as_if_killed("run")
+    shutil.rmtree("run/checkpoints/checkpoint-4")
+    assert train(quant="bf16", output_dir="run", save_steps=2) == 0
+    assert losses("run") == whole
+    assert summary("run")["results"]["steps"] == 4
+
+
+def test_run_killed_while_evaluating_does_not_train_further(train: Train) -> None:
+    assert train(quant="bf16", output_dir="run") == 0
+    whole, results = losses("run"), summary("run")["results"]
+    as_if_killed("run")
+    assert train(quant="bf16", output_dir="run") == 0
+    assert losses("run") == whole
+    assert summary("run")["results"] == results
+
+
+def test_training_time_before_a_kill_is_counted(train: Train) -> None:
+    assert train(quant="bf16", output_dir="run", save_steps=2) == 0
+    as_if_killed("run")
+    shutil.rmtree("run/checkpoints/checkpoint-4")
+    log = read("run/training_logs.json")
+    for row in log["steps"]:
+        row["seconds"] = 100.0
+    Path("run/training_logs.json").write_text(json.dumps(log))
+    assert train(quant="bf16", output_dir="run", save_steps=2) == 0
+    # Two steps of 100 seconds and two new ones.
+    assert summary("run")["runtime"]["train_seconds"] > 200
+
+
+def test_steps_are_counted_even_if_the_log_is_behind_the_checkpoint(train: Train) -> None:
+    """A kill between the checkpoint and the step log loses rows, not the count of steps."""
+    assert train(quant="bf16", output_dir="run", save_steps=2) == 0
+    as_if_killed("run")
+    shutil.rmtree("run/checkpoints/checkpoint-4")
+    log = read("run/training_logs.json")
+    Path("run/training_logs.json").write_text(json.dumps(log | {"steps": log["steps"][:1]}))
+    assert train(quant="bf16", output_dir="run", save_steps=2) == 0
+    assert [row["step"] for row in steps("run")][-2:] == [3, 4]
+    assert summary("run")["results"]["steps"] == 4
+
+
+def test_half_written_checkpoint_is_passed_over(train: Train) -> None:
+    assert train(quant="bf16", output_dir="run", save_steps=2) == 0
+    whole = losses("run")
+    as_if_killed("run")
+    Path("run/checkpoints/checkpoint-4/trainer_state.json").unlink()
+    assert train(quant="bf16", output_dir="run", save_steps=2) == 0
+    assert losses("run") == whole
+
+
+@pytest.mark.parametrize("kernels", ["auto", "none"])
+def test_resumed_adapter_in_bfloat16_stays_so_and_learns_on(train: Train, kernels: str) -> None:
+    """PEFT's own loading would replace its parameters by others in float32."""
+    from safetensors.torch import load_file
+
+    options = {"adapter_dtype": "bfloat16", "kernels": kernels, "save_steps": 2}
+    assert train(quant="nf4", output_dir="whole", **options) == 0
+    shutil.copytree("whole", "resumed")
+    as_if_killed("resumed")
+    shutil.rmtree("resumed/checkpoints/checkpoint-4")
+    assert train(quant="nf4", output_dir="resumed", **options) == 0
+    assert losses("resumed") == losses("whole")
+    adapters = [
+        load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("whole", "resumed")
+    ]
+    assert {str(tensor.dtype) for tensor in adapters[1].values()} == {"torch.bfloat16"}
+    for name, tensor in adapters[0].items():
+        assert torch.equal(adapters[1][name], tensor), name
+    assert all(row["grad_norm"] > 0 for row in steps("resumed"))
+
+
+def test_resumed_in_a_later_epoch_goes_on_with_the_same_examples(train: Train) -> None:
+    options = {"quant": "bf16", "max_steps": 10, "batch_size": 2, "save_steps": 8}
+    assert train(output_dir="whole", group_by_length=True, **options) == 0
+    rows = steps("whole")
+    assert rows[7]["epoch"] > 1.0
+    shutil.copytree("whole", "resumed")
+    for path in Path("resumed/checkpoints").glob("checkpoint-10"):
+        shutil.rmtree(path)
+    record = read("resumed/training_summary.json")
+    record["status"] = "interrupted"
+    Path("resumed/training_summary.json").write_text(json.dumps(record))
+    assert train(output_dir="resumed", group_by_length=True, **options) == 0
+    for one, other in zip(rows, steps("resumed"), strict=True):
+        assert one["tokens"] == other["tokens"]
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_resume_of_changed_data_is_refused(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The settings are the same, the rows of the file are not: the losses would be of both."""
+    rows = tiny_rows(tmp_path / "mine.jsonl")
+    assert train(quant="bf16", output_dir="run", save_steps=2, dataset=rows) == 0
+    as_if_killed("run")
+    shutil.rmtree("run/checkpoints/checkpoint-4")
+    rows.write_text(rows.read_text().replace("It is", "That is"))
+    assert train(quant="bf16", output_dir="run", save_steps=2, dataset=rows) == 2
+    assert "fingerprint" in capsys.readouterr().err
+
+
+def test_completed_run_is_left_alone_unless_told(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(quant="bf16", output_dir="run") == 0
+    before = everything_in(Path("run"))
+    assert train(quant="bf16", output_dir="run") == 2
+    assert everything_in(Path("run")) == before
+    capsys.readouterr()
+    assert train(quant="bf16", output_dir="run", resume="auto") == 0
+    assert "completed; nothing is left to do" in capsys.readouterr().out
+    assert everything_in(Path("run")) == before
+    Path("run/evaluation_results.json").write_text("{}")
+    assert train(quant="bf16", output_dir="run", overwrite=True, max_steps=1) == 0
+    assert len(losses("run")) == 1
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["checkpoint-1"]
+    assert not Path("run/evaluation_results.json").exists()

@@ -1,0 +1,229 @@
+"""A training run of each arm: its records, its adapter, and what both arms have in common."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from training_runs import Train, base, data_of, loss_of, losses, read, steps, summary
+
+from qlora_harness.model.lora import load_adapter, read_adapter_record
+
+SUMMARY_KEYS = {
+    "computation", "plan",
+    "schema_version", "kind", "status", "arm", "quant", "started", "finished", "model", "process",
+    "quantization", "settings", "data", "environment", "failure", "results", "memory", "runtime",
+    "throughput",
+}  # fmt: skip
+STEP_KEYS = {
+    "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens",
+    "seconds", "tokens_per_second", "cpu_peak_rss_bytes",
+}  # fmt: skip
+PEAK_KEYS = {
+    "peak_allocated_bytes", "peak_reserved_bytes", "peak_device_used_bytes", "cpu_peak_rss_bytes"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("quant", "folder"), [("nf4", "results/4bit"), ("bf16", "results/16bit")])
+def test_run_and_all_it_leaves(
+    train: Train,
+    tiny_llama: Path,
+    rows: Path,
+    capsys: pytest.CaptureFixture[str],
+    quant: str,
+    folder: str,
+) -> None:
+    assert train(quant=quant) == 0
+    out = capsys.readouterr().out
+    run_dir = Path(folder)
+    assert {path.name for path in run_dir.iterdir()} == {
+        "adapter",
+        "checkpoints",
+        "trainer_state.json",
+        "training_logs.json",
+        "training_summary.json",
+    }
+    data = data_of(tiny_llama, rows)
+    record = summary(run_dir)
+    is_4bit = quant == "nf4"
+
+    assert set(record) == SUMMARY_KEYS
+    assert (record["schema_version"], record["kind"]) == (1, "training_summary")
+    assert (record["status"], record["failure"]) == ("completed", None)
+    assert (record["arm"], record["quant"]) == (run_dir.name, quant)
+    assert record["started"] <= record["finished"]
+    assert record["model"] == {
+        "name": str(tiny_llama),
+        "revision": None,
+        "commit": None,
+        "random_weights": True,
+        "trainable_parameters": 8192,
+    }
+    linear, other, adapter = 73728, 46144, 8192
+    assert record["quantization"] == {
+        "quant": quant,
+        "double_quant": True if is_4bit else None,
+        "compute_dtype": "float32",
+        "parameter_dtypes": (
+            {"float32": other + adapter, "uint8": linear // 2}
+            if is_4bit
+            else {"float32": other + adapter + linear}
+        ),
+    }
+    assert record["settings"]["learning_rate"] == 0.01
+    assert record["settings"]["output_dir"] == folder
+    assert record["data"] == data.report
+    assert record["environment"]["device"]["type"] == "cpu"
+    assert record["environment"]["world_size"] == 1
+    assert {"versions", "git", "platform", "command"} <= set(record["environment"])
+
+    # 4 steps of 4 examples, all counted by hand from the 12 examples that are learned.
+    rows_logged = steps(run_dir)
+    assert [row["step"] for row in rows_logged] == [1, 2, 3, 4]
+    assert all(set(row) == STEP_KEYS for row in rows_logged)
+    assert sum(row["tokens"] for row in rows_logged[:3]) == data.report["train"]["tokens"]
+    learned = data.report["train"]["supervised_tokens"]
+    assert sum(row["supervised_tokens"] for row in rows_logged[:3]) == learned
+    assert all(row["learning_rate"] == 0.01 and row["grad_norm"] > 0 for row in rows_logged)
+    for row in rows_logged:
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+
+    results = record["results"]
+    assert results == {
+        "steps": 4,
+        "final_train_loss": rows_logged[-1]["loss"],
+        "last_10_steps_train_loss": pytest.approx(sum(losses(run_dir)) / 4),
+        "mean_train_loss": pytest.approx(sum(losses(run_dir)) / 4),
+        "eval_loss": results["eval_loss"],
+        "perplexity": pytest.approx(math.exp(results["eval_loss"])),
+        "eval_tokens": data.report["eval"]["supervised_tokens"],
+    }
+    assert losses(run_dir)[-1] < losses(run_dir)[0]
+
+    memory = record["memory"]
+    assert set(memory) == {"device_type", "phases"} | PEAK_KEYS
+    assert memory["device_type"] == "cpu"
+    assert [(p["phase"], p["rank"]) for p in memory["phases"]] == [
+        ("load", 0),
+        ("train", 0),
+        ("evaluate", 0),
+    ]
+    assert memory["cpu_peak_rss_bytes"] == memory["phases"][1]["cpu_peak_rss_bytes"] > 0
+    assert memory["peak_allocated_bytes"] is memory["peak_reserved_bytes"] is None
+
+    runtime = record["runtime"]
+    assert set(runtime) == {
+        "train_seconds", "load_seconds", "data_seconds", "eval_seconds", "total_seconds", "resumed"
+    }  # fmt: skip
+    assert runtime["resumed"] is False
+    parts = ("train_seconds", "load_seconds", "data_seconds", "eval_seconds")
+    assert all(0 < runtime[name] < runtime["total_seconds"] for name in parts)
+    assert sum(row["seconds"] for row in rows_logged) < runtime["train_seconds"]
+    seconds = sum(row["seconds"] for row in rows_logged)
+    assert record["throughput"] == {
+        "tokens_per_second": pytest.approx(sum(r["tokens"] for r in rows_logged) / seconds),
+        "supervised_tokens_per_second": pytest.approx(
+            sum(r["supervised_tokens"] for r in rows_logged) / seconds
+        ),
+        "steps_per_second": pytest.approx(4 / seconds),
+        "steps_measured": 4,
+    }
+
+    state = read(run_dir / "trainer_state.json")
+    assert (state["global_step"], state["max_steps"]) == (4, 4)
+    assert [row["loss"] for row in state["log_history"] if "loss" in row] == losses(run_dir)
+
+    # What a newcomer sees: where from, how much of it, and the first example with its masked part.
+    assert f"data: {rows}: 16 trees, 32 messages; dropped: none" in out
+    assert "(random weights)" in out
+    assert "<s> ### Human: What is 1 plus 1?### Assistant:⟦It is 2. ok</s>⟧" in out
+
+
+@pytest.mark.parametrize("quant", ["nf4", "bf16"])
+def test_adapter_of_a_run_is_trained_and_scores_as_the_record_says(
+    train: Train, tiny_llama: Path, rows: Path, quant: str
+) -> None:
+    assert train(quant=quant, output_dir="run") == 0
+    weights = load_file("run/adapter/adapter_model.safetensors")
+    lora_b = [value for name, value in weights.items() if "lora_B" in name]
+    assert len(lora_b) == 14
+    assert all(value.any() for value in lora_b)
+    # The whole folder is a fraction of the 240 KB that the tiny base has.
+    size = sum(path.stat().st_size for path in Path("run/adapter").iterdir())
+    assert size < 60_000 < (tiny_llama / "model.safetensors").stat().st_size
+
+    model = load_adapter(base(tiny_llama, quant), Path("run/adapter"))
+    data = data_of(tiny_llama, rows)
+    assert loss_of(model, data.evaluation) == pytest.approx(
+        summary("run")["results"]["eval_loss"], abs=1e-5
+    )
+    record = read_adapter_record(Path("run/adapter"))
+    assert record is not None
+    fingerprint = record["base"].pop("weights_fingerprint")
+    assert fingerprint.startswith("sha256:")
+    assert record == {
+        "schema_version": 1,
+        "kind": "adapter",
+        "base": {
+            "name": str(tiny_llama),
+            "revision": None,
+            "commit": None,
+            "random_weights": True,
+        },
+        "quant": quant,
+        "double_quant": True,
+        "compute_dtype": "float32",
+        "data_fingerprint": data.report["train"]["fingerprint"],
+        "run": "run",
+    }
+
+
+def test_both_arms_learn_the_same_tokens_in_the_same_order(train: Train) -> None:
+    assert train(quant="nf4") == train(quant="bf16") == 0
+    nf4, bf16 = summary("results/4bit"), summary("results/16bit")
+    assert nf4["data"] == bf16["data"]
+    differing = {n for n in nf4["settings"] if nf4["settings"][n] != bf16["settings"][n]}
+    assert differing == {"quant", "output_dir"}
+    for first, second in zip(steps("results/4bit"), steps("results/16bit"), strict=True):
+        assert first["tokens"] == second["tokens"]
+        assert first["loss"] == pytest.approx(second["loss"], rel=0.02)
+        assert first["loss"] != second["loss"]
+
+
+def test_published_optimizer_and_dtype_run_on_the_cpu(train: Train) -> None:
+    assert (
+        train(
+            quant="nf4",
+            output_dir="run",
+            compute_dtype="bfloat16",
+            optimizer="paged_adamw_32bit",
+            checkpointing="full",
+            max_steps=2,
+        )
+        == 0
+    )
+    assert summary("run")["quantization"]["parameter_dtypes"] == {
+        "bfloat16": 46144,
+        "float32": 8192,
+        "uint8": 36864,
+    }
+
+
+def test_fp4_arm(train: Train) -> None:
+    assert train(quant="fp4", max_steps=1) == 0
+    assert summary("results/4bit_fp4")["quantization"]["quant"] == "fp4"
+
+
+def test_epochs(train: Train) -> None:
+    assert train(quant="bf16", output_dir="run", max_steps=None, epochs=1.5) == 0
+    # 1.5 x 12 examples in batches of 4: 4.5, so 5 steps.
+    assert len(losses("run")) == 5
+
+
+def test_without_evaluation(train: Train) -> None:
+    assert train(quant="bf16", output_dir="run", eval_fraction=0) == 0
+    results = summary("run")["results"]
+    assert results["eval_loss"] is results["perplexity"] is results["eval_tokens"] is None
+    assert summary("run")["data"]["train"]["conversations"] == 16

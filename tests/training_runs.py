@@ -1,0 +1,85 @@
+"""Training runs of a tiny model on the CPU: what they left, read back, and what it should be.
+
+The fixture `train` in conftest.py runs the command's own main function: real NF4 and real bf16
+bases, in float32 arithmetic so that losses can be compared to 1e-5. What needs processes of its own
+(the launcher, kill -9, two ranks) is in test_launcher.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from qlora_harness.data.chat import ChatEncoder, Example
+from qlora_harness.data.corpus import TrainingData, load_training_data
+from qlora_harness.model.base import find_base, load_base, load_tokenizer
+from qlora_harness.settings import Quant
+from qlora_harness.train.evaluation import evaluate_loss
+
+Train = Callable[..., int]
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    text = Path(path).read_text(encoding="utf-8")
+    value: dict[str, Any] = json.loads(text, parse_constant=lambda word: pytest.fail(word))
+    return value
+
+
+def summary(run_dir: str | Path) -> dict[str, Any]:
+    return read(Path(run_dir) / "training_summary.json")
+
+
+def steps(run_dir: str | Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = read(Path(run_dir) / "training_logs.json")["steps"]
+    return found
+
+
+def losses(run_dir: str | Path) -> list[float]:
+    assert [row["step"] for row in steps(run_dir)] == list(range(1, len(steps(run_dir)) + 1))
+    return [row["loss"] for row in steps(run_dir)]
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else b""
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def data_of(model: Path, rows: Path) -> TrainingData:
+    encoder = ChatEncoder(load_tokenizer(find_base(str(model))), "guanaco", 96, "prompt")
+    return load_training_data(
+        encoder,
+        str(rows),
+        revision=None,
+        languages="en",
+        paths="best-path",
+        eval_fraction=0.25,
+    )
+
+
+def base(model: Path, quant: str) -> Any:
+    return load_base(
+        find_base(str(model)),
+        quant=Quant(quant),
+        double_quant=True,
+        compute_dtype="float32",
+        device=torch.device("cpu"),
+    )
+
+
+def loss_of(model: Any, examples: list[Example]) -> float:
+    return evaluate_loss(
+        model,
+        examples,
+        batch_size=3,
+        pad_id=0,
+        accelerator=Accelerator(cpu=True),
+        autocast_dtype=None,
+    ).loss
