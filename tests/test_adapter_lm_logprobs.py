@@ -145,6 +145,10 @@ def hf_lm(tiny_llama: Path, quant: str, adapter: Path | None) -> HFLM:
     model = LlamaForCausalLM.from_pretrained(
         tiny_llama, dtype=torch.bfloat16, quantization_config=config, device_map={"": "cpu"}
     )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else bitsandbytes multiplies in bfloat16 on CPUs that can.
+            module.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()

@@ -275,10 +275,10 @@ def test_host_gives_a_quarter_of_what_is_available(
     (tmp_path / "memory.current").write_text("1000\n")
     assert available_memory(tmp_path) == 0
 
-    block = 2**24
-    monkeypatch.setattr(host_memory, "available_memory", lambda: 8 * block)
-    assert HostMemory().has_room(torch.empty(2 * block, dtype=torch.uint8))
-    assert not HostMemory().has_room(torch.empty(2 * block + 1, dtype=torch.uint8))
+    block = 2**24  # and a quarter more
+    monkeypatch.setattr(host_memory, "available_memory", lambda: 16 * block)
+    assert HostMemory().has_room(torch.empty(3 * block, dtype=torch.uint8))
+    assert not HostMemory().has_room(torch.empty(3 * block + 1, dtype=torch.uint8))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert HostMemory().has_room(torch.empty(block, dtype=torch.uint8))
     assert not HostMemory().has_room(torch.empty(block + 1, dtype=torch.uint8))

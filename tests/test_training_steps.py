@@ -107,18 +107,39 @@ def test_steps_read_one_step_later_leave_the_same_records(
 
 def test_listed_modules_answer_as_before() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Dropout(0.5))
-    model.eval()
+    model[1].eval()  # as a base model is when an adapter has been put around it
     wanted = list(model.parameters())
     with trainer._listed(model):
         assert model.train() is model and model[1].training
         assert model.train() is model
         assert model.eval() is model and not model[1].training
+        assert model.train() is model and model[1].training
         assert [a is b for a, b in zip(model.parameters(), wanted, strict=True)] == [True] * 2
         assert list(model.parameters(recurse=False)) == []
         wanted[0].grad = torch.ones(3, 2)
         model.zero_grad()
         assert wanted[0].grad is None
     assert "train" not in vars(model) and "parameters" not in vars(model)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "none"])
+def test_dropout_acts_and_checkpointing_is_on_in_training(
+    train: Train, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    calls: list[int] = []
+    own = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda mlp, x: (calls.append(1), own(mlp, x))[1])
+    shared = {"quant": "bf16", "kernels": kernels, "eval_fraction": 0, "checkpointing": "full"}
+    shared |= {"batch_size": 2, "grad_accum": 2, "max_steps": 3}
+    assert train(output_dir="plain", **shared) == 0
+    # Two layers, and each once more in the backward pass.
+    assert len(calls) == (2 * 2 * 2 * 3 if kernels == "none" else 0)
+    assert train(output_dir="dropped", lora_dropout=0.5, **shared) == 0
+    plain, dropped = losses("plain"), losses("dropped")
+    assert dropped[0] == plain[0]  # B is zero
+    assert all(a != b for a, b in zip(dropped[1:], plain[1:], strict=True))
 
 
 # --- the learning rate and the arguments ----------------------------------------------------------

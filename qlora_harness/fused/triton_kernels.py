@@ -46,11 +46,12 @@ def load_kernel(
     BORDER: tl.constexpr,
     EXPAND: tl.constexpr,
     NESTED: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """Fills M of `bordered`: program (m, c) writes chunk c of row m.
 
     Rows before `second` are the first projection's, those before `third` the second's. PLACE_i is
-    the place of a projection's adapter, -1 without one.
+    the place of a projection's adapter, -1 without one; a chunk is so many BLOCKS of 64 weights.
     """
     row = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -81,7 +82,7 @@ def load_kernel(
             local = row - second
         if EXPAND:
             in_row = width // 64
-            block = chunk * 32 + tl.arange(0, 32)
+            block = chunk * BLOCKS + tl.arange(0, BLOCKS)
             inside = block < in_row
             block = local * in_row + block
             if NESTED:
@@ -96,7 +97,7 @@ def load_kernel(
             high = tl.load(code + (both >> 4)) * factor[:, None]
             low = tl.load(code + (both & 15)) * factor[:, None]
             weights = tl.interleave(high, low)
-            at = (chunk * 32 + tl.arange(0, 32))[:, None] * 64 + tl.arange(0, 64)[None, :]
+            at = (chunk * BLOCKS + tl.arange(0, BLOCKS))[:, None] * 64 + tl.arange(0, 64)[None, :]
             tl.store(line + at, weights.to(matrix.dtype.element_ty), mask=inside[:, None])
         if RANK > 0:  # noqa: SIM102 (one is known when compiling)
             if chunk == 0:

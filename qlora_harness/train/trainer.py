@@ -199,9 +199,14 @@ def _listed(model: Any) -> Iterator[None]:
     does not wait for only if it is behind.
     """
     parameters, train = list(model.parameters()), model.train
+    current: bool | None = None  # only what was set here is known of all modules
 
     def train_if_not_yet(mode: bool = True) -> Any:
-        return model if model.training == mode else train(mode)
+        nonlocal current
+        if mode is not current:
+            train(mode)
+            current = mode
+        return model
 
     def listed(recurse: bool = True) -> Iterator[torch.nn.Parameter]:
         return iter(parameters) if recurse else type(model).parameters(model, recurse=False)
