@@ -226,7 +226,11 @@ def load_base(
             "Fetch the model anew",
         )
     if compute_dtype == "float32":
-        _compute_in_float32(model)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():  # 4-bit weights are stored as integers
+                parameter.data = parameter.data.to(torch.float32)
+    if quant.is_4bit:
+        _keep_layout(model)
     model.qlora_harness_fingerprint = checkpoint_fingerprint(source.path, source.revision)
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -333,20 +337,16 @@ def fits_dequantised(model: PreTrainedModel, compute_dtype: str) -> bool:
     return bool(free > needed + 3 * 2**30)
 
 
-def _compute_in_float32(model: PreTrainedModel) -> None:
-    """Casts what is not 4-bit (that is stored as integers), and keeps products in float32."""
-    import torch
+def _keep_layout(model: PreTrainedModel) -> None:
+    """On CPUs with AVX512-BF16, keeps 4-bit layers as they were quantised.
 
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.float32)
-    if not getattr(model, "is_loaded_in_4bit", False):
-        return  # importing bitsandbytes takes seconds
+    There bitsandbytes would lay their weights out anew when they first run outside training, in
+    which form nothing else can expand them, and round float32 activations to bfloat16.
+    """
     from bitsandbytes.nn import Linear4bit
 
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
-            # On CPUs with AVX512-BF16 bitsandbytes would round activations to bfloat16.
             layer.support_avx512bf16_for_cpu = False
 
 
