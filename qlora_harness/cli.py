@@ -214,7 +214,8 @@ def _plan(words: Sequence[str]) -> int:
     """Takes the flags of launch/train.py and prints the plan of every way to save memory."""
     from qlora_harness.model.base import find_base
     from qlora_harness.train.command import parse_settings
-    from qlora_harness.train.plan import measure_shape, table
+    from qlora_harness.train.model_shape import measure_shape
+    from qlora_harness.train.plan_text import table
 
     settings, _ = parse_settings(words, prog="qlora-harness plan")
     source = find_base(settings.model.model, settings.model.revision)

@@ -12,15 +12,9 @@ import transformers
 from qlora_harness.cli import main as cli
 from qlora_harness.errors import SettingsError
 from qlora_harness.settings import Quant, build_settings
-from qlora_harness.train.plan import (
-    GIB,
-    LADDER,
-    Shape,
-    choose,
-    largest_pass,
-    measure_shape,
-    predict,
-)
+from qlora_harness.train.memory_choice import LADDER, choose
+from qlora_harness.train.memory_prediction import GIB, largest_pass, predict
+from qlora_harness.train.model_shape import Shape, measure_shape
 
 
 @pytest.fixture(scope="module")

@@ -10,25 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from qlora_harness.errors import (
-    AdapterError,
-    ModelError,
-    SettingsError,
-    install_excepthook,
-)
+from qlora_harness.errors import SettingsError, install_excepthook
 from qlora_harness.families import LETTERS
 from qlora_harness.fused.model import why_not_fused
-from qlora_harness.model.base import (
-    base_of,
-    count_parameters,
-    dequantise,
-    find_base,
-    fits_dequantised,
-    load_base,
-    load_tokenizer,
-    weights_fingerprint,
-)
-from qlora_harness.model.lora import adapter_digest, fuse_lora, load_adapter
+from qlora_harness.model.base import base_of, count_parameters, find_base, weights_fingerprint
+from qlora_harness.model.lora import fuse_lora
 from qlora_harness.record import environment, scrub_all
 from qlora_harness.score.encoding import encode_pairs
 from qlora_harness.score.evaluation_record import model_slug
@@ -41,6 +27,7 @@ from qlora_harness.score.packed_scorer import PackedScorer, Score, default_pack_
 from qlora_harness.score.prefix_tree import Query
 from qlora_harness.score.run_choice import choose
 from qlora_harness.score.saving import verify_saved_results
+from qlora_harness.score.scored_model import load_scored_model, load_scored_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -84,7 +71,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
 
     Raises:
         HarnessError: The base, the adapter or an argument is wrong; see `run_choice.choose` and
-            `model.lora.load_adapter`.
+            `scored_model.load_scored_model`.
     """
 
     def __init__(
@@ -134,7 +121,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         super().__init__(
             pretrained=self._source.path,
             revision=choice.revision or "main",
-            tokenizer=self._load_tokenizer(),
+            tokenizer=load_scored_tokenizer(choice, self._source),
             dtype=self._compute_dtype,
             softmax_dtype=softmax_dtype,
             **options,
@@ -160,41 +147,21 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         )
         set_aside_for_good()
 
-    def _load_tokenizer(self) -> Any:
-        folder = self._choice.adapter
-        if folder is None or not (folder / "tokenizer_config.json").is_file():
-            folder = None
-        return load_tokenizer(self._source, folder)
-
     def _create_model(self, pretrained: str, **options: Any) -> None:
         """Loads base and adapter; HFLM's own way can't quantise under transformers 5."""
         del pretrained, options
-        choice = self._choice
         accelerator = getattr(self, "accelerator", None)
         device = accelerator.device if accelerator is not None else self.device
-        base = load_base(
+        loaded = load_scored_model(
+            self._choice,
             self._source,
-            quant=choice.quant,
-            double_quant=choice.double_quant,
+            tokens=len(self.tokenizer),
             compute_dtype=self._compute_dtype,
+            dequantize=self._dequantize,
             device=torch.device(device),
         )
-        self._check_vocabulary(base.get_input_embeddings().weight.shape[0])
-        self._dequantised = (
-            choice.quant.is_4bit
-            and self._dequantize == "auto"
-            and fits_dequantised(base, self._compute_dtype)
-        )
-        if choice.adapter is not None:
-            self._check_base(weights_fingerprint(base))
-        if self._dequantised:
-            dequantise(base, self._compute_dtype)
-        self._adapter_sha256 = None
-        model: Any = base
-        if choice.adapter is not None:
-            model = load_adapter(base, choice.adapter)
-            self._adapter_sha256 = adapter_digest(choice.adapter)
-        self.take(model, self._kernels)
+        self._dequantised, self._adapter_sha256 = loaded.dequantised, loaded.adapter_sha256
+        self.take(loaded.model, self._kernels)
 
     def take(self, model: Any, kernels: str) -> None:
         """Scores with a model from now on.
@@ -208,39 +175,6 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         self._fused_kernels = packed and kernels == "auto" and why_not_fused(model) is None
         if packed and not self._fused_kernels and base_of(model) is not model:
             fuse_lora(model, self._compute_dtype)
-
-    def _check_vocabulary(self, rows: int) -> None:
-        tokens = len(self.tokenizer)
-        if tokens <= rows:
-            return
-        if self._choice.adapter is None:
-            raise ModelError(
-                f"pretrained={self._choice.base}: its tokenizer has {tokens} tokens, its embedding "
-                f"{rows} rows",
-                "Put the tokenizer that belongs to the model beside it",
-            )
-        raise AdapterError(
-            f"the tokenizer beside peft={self._choice.adapter} has {tokens} tokens, the base model "
-            f"{rows}",
-            "This adapter was trained with added tokens, which are not supported",
-        )
-
-    def _check_base(self, found: str | None) -> None:
-        recorded = self._choice.recorded or {}
-        expected = recorded.get("weights_fingerprint")
-        if expected is None or found is None:
-            logger.warning(
-                "whether %s is the base that %s was trained on can't be checked",
-                self._choice.base,
-                self._choice.adapter,
-            )
-        elif found != expected:
-            raise AdapterError(
-                f"pretrained={self._choice.base} is not the base model that peft="
-                f"{self._choice.adapter} was trained on ({recorded.get('name')}, revision "
-                f"{recorded.get('revision')}): its weights differ",
-                "Give the recorded base, or leave pretrained= out",
-            )
 
     def get_model_info(self) -> dict[str, Any]:
         """Returns what the results JSON says of the model, without asking the Hub."""

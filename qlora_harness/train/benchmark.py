@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.trainer_callback import PrinterCallback
@@ -21,15 +21,24 @@ from qlora_harness.data.chat import ChatEncoder, Example
 from qlora_harness.data.corpus import load_training_data
 from qlora_harness.errors import SettingsError
 from qlora_harness.fused.model import install, uninstall, why_not_fused
-from qlora_harness.model.base import find_base, is_out_of_memory, load_base, load_tokenizer
+from qlora_harness.model.base import (
+    BaseSource,
+    find_base,
+    is_out_of_memory,
+    load_base,
+    load_tokenizer,
+)
 from qlora_harness.record import write_measurements
 from qlora_harness.settings import Settings, build_settings
 from qlora_harness.train.adapter import attach_adapter
 from qlora_harness.train.arguments import training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.memory import MemoryMeter
-from qlora_harness.train.peers import PEER_WAYS, PeerOptions, run_peer
+from qlora_harness.train.peers import PEER_WAYS, PeerOptions, PeerWay, run_peer
 from qlora_harness.train.trainer import CountingTrainer, StepLog
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SHARED: dict[str, Any] = {
     "batch_size": 16,
@@ -132,10 +141,7 @@ def run(
     Raises:
         HarnessError: A name is not known, or the model or the data can't be read.
     """
-    chosen = {way: _changes(way) for way in ways}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = find_base(model)
-    tokenizer = load_tokenizer(source)
+    changed = {way: _changes(way) | changes for way in ways}
     shared = {
         "model": model,
         "dataset": dataset,
@@ -143,68 +149,26 @@ def run(
         "max_length": max_length,
         "compute_dtype": compute_dtype,
     }
-    first = build_settings(shared | changes)
-    data = load_training_data(
-        ChatEncoder(tokenizer, first.data.template, max_length, first.data.mask),
-        dataset,
-        revision=None,
-        languages="all",
-        paths=first.data.conversations,
-        eval_fraction=first.data.eval_fraction,
-    )
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    random_weights = ", random weights" if source.random_weights else ""
-    title = (
-        f"{model}{random_weights}, {compute_dtype}, {dataset}, at most {max_length} tokens, {name}"
-    )
+    source = find_base(model)
+    setup = _prepare(source, build_settings(shared | changes), steps, warm_up, peers)
+    base = _HeldBase(source, setup.device)
     found: list[StepMeasurement] = []
     for quant in quants:
-        base: Any = None
-        baseline: float | None = None
+        first = len(found)
         for way in ways:
-            settings = build_settings(shared | {"quant": quant} | chosen[way] | changes)
-            measured = StepMeasurement(way, quant, chosen[way] | changes)
-            # A step of many passes is long enough to be timed twice.
-            accumulates = settings.optimization.grad_accum > 1
-            timed, before = (min(2, steps), 1) if accumulates else (steps, warm_up)
+            settings = build_settings(shared | {"quant": quant} | changed[way])
+            measured = StepMeasurement(way, quant, changed[way])
             peer = PEER_WAYS.get(way.partition("@")[0])
-            if peer is not None:
-                # A peer has the device to itself.
-                base = None
-                _release(device)
-                answer = run_peer(
-                    peer, settings, source, data.train, steps=timed + before, options=peers
-                )
-                _fill_from_peer(measured, answer, before)
+            if peer is None:
+                _measure_own(measured, settings, setup, base)
             else:
-                if base is None:
-                    base = load_base(
-                        source,
-                        quant=settings.quant,
-                        double_quant=first.model.double_quant,
-                        compute_dtype=compute_dtype,
-                        device=device,
-                    )
-                pad_id = padding_id(tokenizer)
-                try:
-                    _measure(measured, base, settings, data.train, pad_id, timed, before)
-                except Exception as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    measured.failure = "out of memory"
-                # Only now is the trainer of this way out of reach.
-                _release(device)
-            if baseline is None and measured.failure is None:
-                baseline = measured.tokens_per_second
-            if baseline and measured.failure is None:
-                measured.ratio = measured.tokens_per_second / baseline
+                base.release()  # a peer has the device to itself
+                _measure_peer(measured, settings, setup, peer)
+            _relate(measured, found[first:])
             found.append(measured)
-            print(row(measured), flush=True)
-            if output is not None:
-                write_measurements(output, "training_benchmark", 1, title, map(asdict, found), name)
-        base = None
-        _release(device)
-    return report(found, title)
+            _record(found, setup, output)
+        base.release()
+    return report(found, setup.title)
 
 
 def _changes(way: str) -> dict[str, Any]:
@@ -218,15 +182,133 @@ def _changes(way: str) -> dict[str, Any]:
     return WAYS[name] | ({"batch_size": int(size)} if at else {})
 
 
-def _measure(
-    measured: StepMeasurement,
-    base: Any,
-    settings: Settings,
-    examples: Sequence[Example],
-    pad_id: int,
-    steps: int,
-    warm_up: int,
+@dataclass(frozen=True)
+class _Setup:
+    """What all measurements of a benchmark have in common.
+
+    Attributes:
+        source: The base model.
+        examples: What every way trains on.
+        pad_id: What our own ways pad with.
+        steps: Timed optimizer steps of a way.
+        warm_up: Optimizer steps before them.
+        peers: How processes of peers are run.
+        device: What our own ways run on.
+        device_name: Its name for people.
+        title: What is measured, on which device.
+    """
+
+    source: BaseSource
+    examples: Sequence[Example]
+    pad_id: int
+    steps: int
+    warm_up: int
+    peers: PeerOptions
+    device: torch.device
+    device_name: str
+    title: str
+
+
+def _prepare(
+    source: BaseSource, settings: Settings, steps: int, warm_up: int, peers: PeerOptions
+) -> _Setup:
+    """Loads the data; `settings` are those that all ways share."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    tokenizer = load_tokenizer(source)
+    chosen = settings.data
+    data = load_training_data(
+        ChatEncoder(tokenizer, chosen.template, chosen.max_length, chosen.mask),
+        chosen.dataset,
+        revision=chosen.dataset_revision,
+        languages=chosen.languages,
+        paths=chosen.conversations,
+        eval_fraction=chosen.eval_fraction,
+    )
+    random_weights = ", random weights" if source.random_weights else ""
+    title = (
+        f"{source.name}{random_weights}, {settings.model.compute_dtype}, {chosen.dataset}, "
+        f"at most {chosen.max_length} tokens, {name}"
+    )
+    pad_id = padding_id(tokenizer)
+    return _Setup(source, data.train, pad_id, steps, warm_up, peers, device, name, title)
+
+
+class _HeldBase:
+    """The base that our own ways stand on: loaded for one of them, held for those after it.
+
+    Args:
+        source: The base model.
+        device: Where it goes.
+    """
+
+    def __init__(self, source: BaseSource, device: torch.device) -> None:
+        self._source = source
+        self._device = device
+        self._model: PreTrainedModel | None = None
+
+    def load(self, settings: Settings) -> PreTrainedModel:
+        """Returns the base, which stays the same until it is released.
+
+        Args:
+            settings: Of a way.
+        """
+        if self._model is None:
+            self._model = load_base(
+                self._source,
+                quant=settings.quant,
+                double_quant=settings.model.double_quant,
+                compute_dtype=settings.model.compute_dtype,
+                device=self._device,
+            )
+        return self._model
+
+    def release(self) -> None:
+        """Gives its memory back."""
+        self._model = None
+        _release(self._device)
+
+
+def _step_counts(settings: Settings, setup: _Setup) -> tuple[int, int]:
+    """Optimizer steps that are timed, and those before them."""
+    if settings.optimization.grad_accum > 1:
+        return min(2, setup.steps), 1  # a step of many passes is long enough to be timed twice
+    return setup.steps, setup.warm_up
+
+
+def _measure_own(
+    measured: StepMeasurement, settings: Settings, setup: _Setup, base: _HeldBase
 ) -> None:
+    model = base.load(settings)
+    try:
+        _train(measured, settings, setup, model)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        measured.failure = "out of memory"
+    # Only now is the trainer of this way out of reach.
+    _release(setup.device)
+
+
+def _measure_peer(
+    measured: StepMeasurement, settings: Settings, setup: _Setup, peer: PeerWay
+) -> None:
+    timed, warm_up = _step_counts(settings, setup)
+    steps = timed + warm_up
+    answer = run_peer(
+        peer, settings, setup.source, setup.examples, steps=steps, options=setup.peers
+    )
+    measured.failure = answer.get("failure")
+    if measured.failure is None:
+        peaks = answer["peak_allocated_bytes"], answer["peak_reserved_bytes"]
+        _fill(measured, answer["steps"], warm_up, *peaks)
+        measured.versions = answer["versions"]
+
+
+def _train(
+    measured: StepMeasurement, settings: Settings, setup: _Setup, base: PreTrainedModel
+) -> None:
+    timed, warm_up = _step_counts(settings, setup)
     device = next(base.parameters()).device
     optimization = settings.optimization
     model = attach_adapter(base, settings)
@@ -238,7 +320,7 @@ def _measure(
             arguments = training_arguments(
                 optimization,
                 checkpoint_dir=Path(folder) / "checkpoints",
-                steps=steps + warm_up,
+                steps=timed + warm_up,
                 save_steps=10**9,
                 report_to="none",
                 compute_dtype=settings.model.compute_dtype,
@@ -251,8 +333,8 @@ def _measure(
             trainer = CountingTrainer(
                 model=model,
                 args=arguments,
-                train_dataset=ExampleSet(examples),
-                data_collator=pack_batch if fused else partial(pad_batch, pad_id=pad_id),
+                train_dataset=ExampleSet(setup.examples),
+                data_collator=pack_batch if fused else partial(pad_batch, pad_id=setup.pad_id),
                 callbacks=[log],
             )
             log.trainer = trainer
@@ -295,12 +377,20 @@ def _fill(
     )
 
 
-def _fill_from_peer(measured: StepMeasurement, answer: dict[str, Any], warm_up: int) -> None:
-    measured.failure = answer.get("failure")
+def _relate(measured: StepMeasurement, earlier: Sequence[StepMeasurement]) -> None:
+    """Sets the ratio to the first way with numbers; `earlier` are those with the same quant."""
     if measured.failure is None:
-        peaks = answer["peak_allocated_bytes"], answer["peak_reserved_bytes"]
-        _fill(measured, answer["steps"], warm_up, *peaks)
-        measured.versions = answer["versions"]
+        baseline = next((m for m in earlier if m.failure is None), measured)
+        measured.ratio = measured.tokens_per_second / baseline.tokens_per_second
+
+
+def _record(found: Sequence[StepMeasurement], setup: _Setup, output: Path | None) -> None:
+    """Prints the newest measurement, and writes all that are known."""
+    print(row(found[-1]), flush=True)
+    if output is not None:
+        write_measurements(
+            output, "training_benchmark", 1, setup.title, map(asdict, found), setup.device_name
+        )
 
 
 def _release(device: torch.device) -> None:

@@ -50,7 +50,9 @@ from qlora_harness.train.arguments import planned_steps, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.evaluation import evaluate_loss
 from qlora_harness.train.memory import MemoryMeter
-from qlora_harness.train.plan import choose, describe, measure_shape
+from qlora_harness.train.memory_choice import choose
+from qlora_harness.train.model_shape import measure_shape
+from qlora_harness.train.plan_text import describe
 from qlora_harness.train.run_folder import StartingPoint, checkpoint_step, clear, inspect
 from qlora_harness.train.run_record import RunRecord
 from qlora_harness.train.trainer import CountingTrainer, StepLog, StopOnSignal

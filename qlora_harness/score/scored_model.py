@@ -1,0 +1,135 @@
+"""Loads what was chosen to be scored: a base, checked to be the adapter's, and its adapter."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_harness.errors import AdapterError, ModelError
+from qlora_harness.model.base import (
+    BaseSource,
+    dequantise,
+    fits_dequantised,
+    load_base,
+    load_tokenizer,
+    weights_fingerprint,
+)
+from qlora_harness.model.lora import adapter_digest, load_adapter
+from qlora_harness.score.run_choice import ScoringChoice
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("qlora_harness")
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """A model that is ready to be scored.
+
+    Attributes:
+        model: The base, with its unmerged adapter where there is one.
+        dequantised: Whether a 4-bit base was expanded once.
+        adapter_sha256: Of the adapter's content; None for a base alone.
+    """
+
+    model: Any
+    dequantised: bool
+    adapter_sha256: str | None
+
+
+def load_scored_tokenizer(choice: ScoringChoice, source: BaseSource) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer: the adapter's, or the base's where none lies beside the adapter.
+
+    Args:
+        choice: What is scored.
+        source: Its base.
+
+    Raises:
+        ModelError: The tokenizer is missing or unreadable.
+    """
+    folder = choice.adapter
+    if folder is None or not (folder / "tokenizer_config.json").is_file():
+        folder = None
+    return load_tokenizer(source, folder)
+
+
+def load_scored_model(
+    choice: ScoringChoice,
+    source: BaseSource,
+    *,
+    tokens: int,
+    compute_dtype: str,
+    dequantize: str,
+    device: torch.device,
+) -> ScoredModel:
+    """Loads base and adapter as they were trained.
+
+    Args:
+        choice: What is scored.
+        source: Its base.
+        tokens: Tokens of its tokenizer.
+        compute_dtype: "bfloat16" or "float32".
+        dequantize: "auto" expands a 4-bit base once where memory allows; "never".
+        device: Where it goes.
+
+    Raises:
+        ModelError: The base is missing or unreadable, or has too few rows for its tokenizer.
+        AdapterError: The adapter was trained on another base or with added tokens, or is broken
+            (see `model.lora.load_adapter`).
+    """
+    base = load_base(
+        source,
+        quant=choice.quant,
+        double_quant=choice.double_quant,
+        compute_dtype=compute_dtype,
+        device=device,
+    )
+    _check_vocabulary(choice, tokens, base.get_input_embeddings().weight.shape[0])
+    dequantised = (
+        choice.quant.is_4bit and dequantize == "auto" and fits_dequantised(base, compute_dtype)
+    )
+    if choice.adapter is not None:
+        _check_base(choice, weights_fingerprint(base))
+    if dequantised:
+        dequantise(base, compute_dtype)
+    if choice.adapter is None:
+        return ScoredModel(base, dequantised, None)
+    model = load_adapter(base, choice.adapter)
+    return ScoredModel(model, dequantised, adapter_digest(choice.adapter))
+
+
+def _check_vocabulary(choice: ScoringChoice, tokens: int, rows: int) -> None:
+    if tokens <= rows:
+        return
+    if choice.adapter is None:
+        raise ModelError(
+            f"pretrained={choice.base}: its tokenizer has {tokens} tokens, its embedding "
+            f"{rows} rows",
+            "Put the tokenizer that belongs to the model beside it",
+        )
+    raise AdapterError(
+        f"the tokenizer beside peft={choice.adapter} has {tokens} tokens, the base model {rows}",
+        "This adapter was trained with added tokens, which are not supported",
+    )
+
+
+def _check_base(choice: ScoringChoice, found: str | None) -> None:
+    """Refuses another base than the adapter was trained on, by the fingerprint of its weights."""
+    recorded = choice.recorded or {}
+    expected = recorded.get("weights_fingerprint")
+    if expected is None or found is None:
+        logger.warning(
+            "whether %s is the base that %s was trained on can't be checked",
+            choice.base,
+            choice.adapter,
+        )
+    elif found != expected:
+        raise AdapterError(
+            f"pretrained={choice.base} is not the base model that peft={choice.adapter} was "
+            f"trained on ({recorded.get('name')}, revision {recorded.get('revision')}): its "
+            "weights differ",
+            "Give the recorded base, or leave pretrained= out",
+        )

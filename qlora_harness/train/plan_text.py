@@ -1,0 +1,83 @@
+"""Memory plans as a person reads them: one in a line, those of every way in a table."""
+
+from __future__ import annotations
+
+from qlora_harness.settings import Settings
+from qlora_harness.train.memory_choice import rungs_of, with_rung
+from qlora_harness.train.memory_prediction import GIB, MemoryPlan, predict
+from qlora_harness.train.model_shape import Shape, uses_fused
+
+_CONTEXT = 0.6 * GIB  # CUDA context and libraries, beside what the allocator counts
+_DEVICES_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 141)
+
+
+def describe(plan: MemoryPlan, tokens: int) -> str:
+    """Returns a plan in one line.
+
+    Args:
+        plan: From `predict` or `choose`.
+        tokens: It was made for.
+    """
+    parts = {
+        "weights": plan.weights,
+        "adapter": plan.adapter,
+        "optimizer": plan.states,
+        "gradients": plan.gradients,
+        "activations": plan.kept,
+        "work": plan.work,
+    }
+    listed = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
+    return (
+        f"planned peak {plan.peak / GIB:.1f} GiB on a GPU, at {tokens:,} tokens a pass, "
+        f"checkpointing {plan.checkpointing} ({listed})"
+    )
+
+
+def table(shape: Shape, settings: Settings, tokens: int) -> str:
+    """Returns every rung's plan as a table, and the GPUs that each fits.
+
+    Args:
+        shape: From `measure_shape`.
+        settings: As the user gave them.
+        tokens: As in `predict`.
+    """
+    fused = uses_fused(shape, settings)
+    heads = ("weights", "adapter", "optimizer", "gradients", "activations", "work", "peak")
+    lines = [
+        f"{'checkpointing':<15}{'optimizer':<20}{'adapter':<10}"
+        + "".join(f"{head:>12}" for head in heads)
+        + "  fits GPUs of"
+    ]
+    own = {
+        "checkpointing": settings.optimization.checkpointing,
+        "optimizer": settings.optimization.optimizer,
+        "adapter_dtype": settings.lora.adapter_dtype,
+    }
+    rungs = [own, *rungs_of(fused)]
+    seen = set()
+    for rung in rungs:
+        plan = predict(shape, with_rung(settings, rung), tokens)
+        key = (plan.checkpointing, plan.optimizer, plan.adapter_dtype)
+        if key in seen:
+            continue
+        seen.add(key)
+        values = (
+            plan.weights, plan.adapter, plan.states, plan.gradients, plan.kept, plan.work, plan.peak
+        )  # fmt: skip
+        fits = [d for d in _DEVICES_GIB if plan.peak + _CONTEXT <= d * GIB]
+        mark = " *" if len(seen) == 1 else ""
+        lines.append(
+            f"{plan.checkpointing + mark:<15}{plan.optimizer:<20}{plan.adapter_dtype:<10}"
+            + "".join(f"{value / GIB:>12.2f}" for value in values)
+            + f"  {fits[0]} GiB and more" * bool(fits)
+            + "  none listed" * (not fits)
+        )
+    kind = "fused layers" if fused else "PEFT's own modules: an estimate"
+    return "\n".join(
+        [
+            f"{settings.model.model}, {settings.quant.value}, {settings.model.compute_dtype}, "
+            f"rank {settings.lora.lora_r}, {tokens:,} tokens a pass; {kind}; GiB",
+            *lines,
+            "* as the settings say; the others are the steps of --memory, from the fastest",
+        ]
+    )
