@@ -12,8 +12,9 @@ from qlora_harness.compare.evaluation import DEFAULT_FAMILY, Evaluation
 from qlora_harness.compare.runs import Run, TrainingSummary
 from qlora_harness.errors import ComparisonError
 
+# `verify` scores some texts a second time, which changes nothing.
 _FOLLOWS = re.compile(
-    r"\.(arm|output_dir|results_dir|peft|peft_sha|model_num_parameters|parameter_dtypes\..+)$"
+    r"\.(arm|output_dir|results_dir|peft|peft_sha|model_num_parameters|parameter_dtypes\..+|verify)$"
 )
 _SETTINGS = "training.settings."
 # Settings that say where and how a run is kept, not what is computed.
@@ -395,7 +396,7 @@ def compare_conditions(runs: Sequence[Run], family: str | None) -> Conditions:
 
 
 def _without_echoes(settings: Sequence[Setting]) -> Iterator[Setting]:
-    """Leaves out what only follows from another line: names of files, and repeated settings.
+    """Leaves out what changes nothing, or only follows from another line.
 
     The records hold `quant` in several places, and the arm's name, its folder, the dtypes of its
     weights and the number of them follow from it.
