@@ -161,8 +161,8 @@ class OptimizationSettings:
     checkpointing: str = _setting(
         "full",
         "activations that the backward pass computes again, to save memory: none, selective (the "
-        "large ones of the MLP), full (all but each layer's input), offload (full, and the inputs "
-        "wait in host memory)",
+        "large ones of the MLP; on a GPU those of two layers in three wait in host memory), full "
+        "(all but each layer's input), offload (full, and the inputs wait in host memory)",
         choices=CHECKPOINTING,
     )
     memory: str | None = _setting(

@@ -61,14 +61,15 @@ def test_softmax_is_float32_unless_asked_otherwise(
     assert not torch.equal(fine, fine.bfloat16().float())
 
 
-def test_float32_is_float32_on_every_cpu(
-    make_lm: Callable[..., QloraAdapterLM], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_stay_as_they_were_quantised_on_every_cpu(
+    make_lm: Callable[..., QloraAdapterLM], monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     """With AVX512-BF16, bitsandbytes would repack the weights and round activations to bfloat16."""
     import bitsandbytes
 
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-    lm = make_lm(quant="nf4", dtype="float32", dequantize="never")
+    lm = make_lm(quant="nf4", dtype=dtype, dequantize="never")
     layers = [m for m in lm.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == 14
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)

@@ -170,6 +170,13 @@ for vocabulary in (5, 96, 9000):
     assert torch.allclose(losses, wanted, rtol=1e-5, atol=1e-6), vocabulary
     assert torch.allclose(found, gradient, rtol=1e-4, atol=1e-6), vocabulary
 
+logits = 10 * torch.randn(7, 300)
+half = logits.bfloat16()
+wanted = half.float().softmax(dim=1)
+wanted[torch.arange(7), torch.tensor([0, 299, 1, 2, 3, 2, 0])] -= 1
+triton_ops.cross_entropy(half, torch.tensor([0, 299, 1, 2, 3, 2, 0]), torch.empty(7))
+assert torch.allclose(half.float(), wanted, rtol=2**-7, atol=1e-6)
+
 hidden = torch.randn(200, 16, requires_grad=True)
 weight, targets = torch.randn(64, 16), torch.randint(64, (200,))
 wanted = head.summed_cross_entropy(hidden, weight, targets)

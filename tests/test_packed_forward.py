@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from qlora_harness.score.packed_forward import PackedModel, why_unsupported
 from qlora_harness.score.packed_scorer import PackedScorer
 from qlora_harness.score.prefix_tree import Query, plan
+from qlora_harness.score.tree_attention import keep_compiling
 
 VOCABULARY = 40
 WINDOW = 48
@@ -284,3 +285,19 @@ def test_models_it_cannot_take_are_refused(values: dict[str, Any], reason: str) 
 
 def test_models_it_can_take_are_not_refused(model: Any) -> None:
     assert why_unsupported(model.config) is None
+
+
+def test_packs_of_any_number_of_lengths_stay_compiled() -> None:
+    """In each thread: torch's limits may belong to a thread, and kernels are built in one ahead."""
+    seen = []
+
+    def look() -> None:
+        keep_compiling()
+        limits = torch._dynamo.config
+        seen.append((limits.recompile_limit, limits.accumulated_recompile_limit))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    look()
+    assert min(map(min, seen)) >= 1000 and len(seen) == 2

@@ -1,4 +1,4 @@
-"""The loss of tokens from their hidden states, a few rows of logits at a time.
+"""The loss of tokens from their hidden states; on a GPU a few rows of logits at a time.
 
 No number is read back from the device: the host would have to wait for all it has launched, and
 leave the device idle while it launches what follows.
@@ -22,8 +22,9 @@ def summed_cross_entropy(
 ) -> torch.Tensor:
     """Returns the summed negative log-likelihood, nats, a float32 scalar.
 
-    On CUDA, logits are rounded to the dtype of `hidden`, everything after them is computed in
-    float32, and the gradient is computed in the forward pass, so that no logits are kept.
+    Where there is Triton, the gradient is computed in the forward pass, so that no logits are
+    kept: logits and their gradient are rounded to the dtype of `hidden`, what lies between is
+    computed in float32.
 
     Args:
         hidden: [R, H]; differentiable.
@@ -70,6 +71,7 @@ class _Summed(torch.autograd.Function):
             triton_ops.cross_entropy(logits, targets[part], losses[part])
             if ctx.gradient is not None:
                 torch.mm(logits, weight, out=ctx.gradient[part])
+            del logits  # before the next ones
         return losses.sum()
 
     @staticmethod

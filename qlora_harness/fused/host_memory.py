@@ -7,13 +7,18 @@ so while a layer is at work what was stored before it comes back.
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 import weakref
 from collections import deque
-from pathlib import Path
 
-import psutil
 import torch
+
+from qlora_harness.errors import TrainingError
+from qlora_harness.model.free_memory import available_memory
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = 2**24  # bytes; torch would take a power of two for each tensor
 _LEAVING = 2  # tensors that are on their way out at once
@@ -23,15 +28,15 @@ class Blocks:
     """Pinned memory of the host, in blocks of one size that are used again and again.
 
     To pin memory takes longer than to fill it, and rows differ in length from step to step: where
-    blocks are missing, a quarter more are pinned than are.
+    blocks are missing, a quarter more are pinned than are missing.
 
     Attributes:
-        taken: All blocks so far.
+        pinned: All blocks, in use or not.
     """
 
     def __init__(self) -> None:
         self._free: list[torch.Tensor] = []
-        self.taken = 0
+        self.pinned = 0
 
     def new_bytes(self, wanted: int) -> int:
         """Returns how much more memory would be pinned for so many bytes.
@@ -39,7 +44,7 @@ class Blocks:
         Args:
             wanted: Bytes.
         """
-        missing = max(0, -(-wanted // _BLOCK) - len(self._free))
+        missing = max(0, _blocks(wanted) - len(self._free))
         return -(-missing * 5 // 4) * _BLOCK
 
     def take(self, wanted: int) -> list[torch.Tensor]:
@@ -47,21 +52,28 @@ class Blocks:
 
         Args:
             wanted: Bytes.
+
+        Raises:
+            RuntimeError: From torch, where the system gives no more.
         """
-        for _ in range(self.new_bytes(wanted) // _BLOCK):
+        for _ in range(_blocks(self.new_bytes(wanted))):
             self._free.append(torch.empty(_BLOCK, dtype=torch.uint8, pin_memory=True))
-            self.taken += 1
-        count = -(-wanted // _BLOCK)
-        taken, self._free = self._free[:count], self._free[count:]
+            self.pinned += 1
+        taken = self._free[: _blocks(wanted)]
+        del self._free[: len(taken)]
         return taken
 
     def give(self, blocks: list[torch.Tensor]) -> None:
-        """Takes blocks back.
+        """Takes blocks back. What is still copied to or from them comes before the next copy.
 
         Args:
             blocks: From `take`; of no use afterwards.
         """
         self._free += blocks
+
+
+def _blocks(size: int) -> int:
+    return -(-size // _BLOCK)
 
 
 class Stored:
@@ -71,18 +83,34 @@ class Stored:
         x: The tensor, contiguous.
         blocks: Where its memory comes from.
         below: The one that was stored before it, if its graph is still there.
+
+    Raises:
+        RuntimeError: From torch, where the system gives no memory.
     """
 
     def __init__(self, x: torch.Tensor, blocks: Blocks, below: Stored | None) -> None:
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
-        self.host = blocks.take(x.nbytes)
-        # Also where its graph goes without a backward pass. All copies are on one stream, so the
-        # next that is written there waits for them.
-        self.done = weakref.finalize(self, blocks.give, self.host)
+        self.host: list[torch.Tensor] = []
         # On the device: until its memory is given up, and again when it comes back.
         self.there: torch.Tensor | None = x
         self.copied: torch.cuda.Event | None = None
         self.below = None if below is None else weakref.ref(below)
+        self._blocks = blocks
+        self.host = blocks.take(x.nbytes)
+
+    def release(self) -> None:
+        """Gives its memory back, on both sides."""
+        if self.there is not None and self.copied is not None:
+            # It may still be read or written.
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+        self.there = None
+        self._blocks.give(self.host)
+        self.host = []
+
+    def __del__(self) -> None:
+        # Where a graph goes without a backward pass.
+        if not sys.is_finalizing():
+            self.release()
 
 
 class HostMemory:
@@ -94,28 +122,63 @@ class HostMemory:
         self._blocks = Blocks()
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._limit = available_memory() // (4 * processes)
+        self._told = False
 
-    def has_room(self, x: torch.Tensor) -> bool:
-        """Whether all that is pinned would be no more than a quarter of what was available.
+    def put_if_room(self, x: torch.Tensor) -> Stored | None:
+        """Begins to copy a tensor to the host, if a quarter of what was available there is enough.
 
         Args:
-            x: A tensor to be stored.
+            x: As for `put`.
+
+        Returns:
+            None if it is not, or the system pins no more.
         """
-        return self._blocks.taken * _BLOCK + self._blocks.new_bytes(x.nbytes) <= self._limit
+        more = self._blocks.new_bytes(x.nbytes)
+        if not more or self._pinned + more <= self._limit:
+            try:
+                return self._put(x)
+            except RuntimeError:
+                self._limit = self._pinned
+        if not self._told:
+            self._told = True
+            logger.info(
+                "%.1f GiB of the host's memory are pinned for activations, and no more: what does "
+                "not fit is computed again",
+                self._pinned / 2**30,
+            )
+        return None
+
+    @property
+    def _pinned(self) -> int:
+        """Bytes."""
+        return self._blocks.pinned * _BLOCK
 
     def put(self, x: torch.Tensor) -> Stored:
         """Begins to copy a tensor to the host.
 
         Args:
             x: On a CUDA device, contiguous; not to be written to.
+
+        Raises:
+            TrainingError: The system pins no more memory.
         """
+        try:
+            return self._put(x)
+        except RuntimeError as error:
+            raise TrainingError(
+                f"--checkpointing offload: the system pins no more of the host's memory than "
+                f"{self._pinned / 2**30:.1f} GiB ({str(error).splitlines()[0]})",
+                "Lower --batch-size (and raise --grad-accum), or use --checkpointing full",
+            ) from None
+
+    def _put(self, x: torch.Tensor) -> Stored:
         before = self._leaving[-1]() if self._leaving else None
         stored = Stored(x, self._blocks, before)
         self._copy(stored, x, back=False)
         self._leaving.append(weakref.ref(stored))
         if len(self._leaving) > _LEAVING:
             oldest = self._leaving.popleft()()
-            if oldest is not None and oldest.copied is not None and oldest.done.alive:
+            if oldest is not None and oldest.host and oldest.copied is not None:
                 # That copy has had the time of a layer or two; now the memory may be used again.
                 torch.cuda.current_stream(x.device).wait_event(oldest.copied)
                 oldest.there = None
@@ -132,14 +195,14 @@ class HostMemory:
         assert x is not None and stored.copied is not None
         torch.cuda.current_stream(x.device).wait_event(stored.copied)
         stored.there = None
-        stored.done()
+        stored.release()
         below = None if stored.below is None else stored.below()
         if below is not None:
             self._fetch(below)
         return x
 
     def _fetch(self, stored: Stored) -> None:
-        if stored.there is not None or not stored.done.alive:
+        if stored.there is not None or not stored.host:
             return
         # Taken on the stream that computes, as its allocator knows when it is free again.
         stored.there = torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
@@ -169,18 +232,3 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
-
-
-def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Returns the bytes of the host's memory that this process may still take.
-
-    Args:
-        group: Folder of the process's Linux control group (version 2): a container's limit counts.
-    """
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = int((group / "memory.max").read_text())  # "max" without a limit
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return max(0, min(free, limit - used))

@@ -251,10 +251,10 @@ def _spread(rows: torch.Tensor, places: torch.Tensor | None, tokens: int) -> tor
 
 def _put_away(layer: FusedLayer, mlp: _Mlp) -> _MlpAway | None:
     """Begins to copy gates to the host, if they belong there and there is room."""
-    host, gates = layer.host, mlp.gates
-    if host is None or not layer.gates_on_host or not gates.is_cuda or not host.has_room(gates):
+    if layer.host is None or not layer.gates_on_host or not mlp.gates.is_cuda:
         return None
-    return _MlpAway(host.put(gates), mlp.inner_gate_up, mlp.inner_down)
+    stored = layer.host.put_if_room(mlp.gates)
+    return None if stored is None else _MlpAway(stored, mlp.inner_gate_up, mlp.inner_down)
 
 
 class _Layer(torch.autograd.Function):
@@ -281,10 +281,10 @@ class _Layer(torch.autograd.Function):
             ctx.kept = layer.host.put(x)
         elif layer.checkpointing in ("full", "offload"):
             ctx.kept = x
-        elif layer.checkpointing == "selective":
-            ctx.kept = x, h, attention, _put_away(layer, mlp)
         else:
-            ctx.kept = x, h, attention, mlp
+            # Not h itself: what holds its own output is freed by the garbage collector alone.
+            mlp_kept = _put_away(layer, mlp) if layer.checkpointing == "selective" else mlp
+            ctx.kept = x, h.detach(), attention, mlp_kept
         return h, y
 
     @staticmethod

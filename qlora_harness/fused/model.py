@@ -284,12 +284,7 @@ def _groups(layer: Any) -> list[list[Any]]:
 
 
 def _lora_group(modules: list[Any], scratch: Scratch) -> LoraGroup:
-    projections = [_projection(module) for module in modules]
-    for projection in projections:
-        if hasattr(projection.layer, "support_avx512bf16_for_cpu"):
-            # Else bitsandbytes lays 4-bit weights out anew when the module itself runs on a CPU.
-            projection.layer.support_avx512bf16_for_cpu = False
-    return LoraGroup(projections, scratch)
+    return LoraGroup([_projection(module) for module in modules], scratch)
 
 
 def _projection(module: Any) -> Projection:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import ModelError
 from qlora_harness.model.fingerprint import checkpoint_fingerprint
+from qlora_harness.model.free_memory import available_memory
 from qlora_harness.model.smollm2 import materialise_smollm2
 from qlora_harness.settings import Quant
 
@@ -331,9 +332,7 @@ def fits_dequantised(model: PreTrainedModel, compute_dtype: str) -> bool:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        import psutil
-
-        free = psutil.virtual_memory().available
+        free = available_memory()
     return bool(free > needed + 3 * 2**30)
 
 

@@ -54,6 +54,8 @@ class TreeAttention:
         if self.block_mask is None:
             return self._by_segment(query, key, value, scale)[0].transpose(0, 1)
         on_gpu = q.device.type == "cuda"
+        if on_gpu:
+            keep_compiling()
         out = _flex(on_gpu)(
             query,
             key,
@@ -169,14 +171,19 @@ def _flex(compiled: bool) -> Callable[..., torch.Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     function: Callable[..., torch.Tensor] = flex_attention
-    if not compiled:
-        return function
-    # Packs of another length or another model are compiled anew. Beyond a limit torch would compute
-    # them without a kernel instead, in memory for the scores of all pairs.
+    return torch.compile(function, dynamic=False) if compiled else function
+
+
+def keep_compiling() -> None:
+    """Raises torch's limits on how often a function is compiled, in the thread that calls.
+
+    Packs of another length or another model are compiled anew. Beyond a limit torch would compute
+    them without a kernel instead, in memory for the scores of all pairs.
+    """
     limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, _MOST_COMPILED)
-    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, _MOST_COMPILED)
-    return torch.compile(function, dynamic=False)
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        if getattr(limits, name) < _MOST_COMPILED:
+            setattr(limits, name, _MOST_COMPILED)
 
 
 def block_mask(end: Any, device: torch.device) -> BlockMask:

@@ -246,12 +246,11 @@ class _Run:
         main = self.state.is_main_process
         computation = self._computation()
         before = nested(self.start.previous or {}, "computation")
-        if self.start.checkpoint is not None and before not in (None, computation):
-            names = [*computation, *before]
-            changed = next(n for n in names if before.get(n) != computation.get(n))
+        changed = [name for name in computation if before and before.get(name) != computation[name]]
+        if self.start.checkpoint is not None and changed:
             raise RunError(
-                f"{self.run_dir} was begun in another way: {changed} was "
-                f"{before.get(changed)}, and is now {computation.get(changed)}",
+                f"{self.run_dir} was begun in another way: {changed[0]} was "
+                f"{before.get(changed[0])}, and is now {computation[changed[0]]}",
                 "Give the flags that lead to the same, use --overwrite, or another --output-dir",
             )
         if self.start.replace and main:

@@ -195,8 +195,9 @@ def _listed(model: Any) -> Iterator[None]:
     """Inside the `with` block, what Trainer asks of all modules at each pass comes from a list.
 
     A model of 32 layers with PEFT's modules around each projection has 2,665 modules. To go
-    through them for `train()`, clipping and `zero_grad()` takes 10 ms and more a step, which a GPU
-    does not wait for only if it is behind.
+    through them for `train()`, clipping and `zero_grad()` takes 10 ms and more a step, for which
+    a GPU waits unless it is behind. (Around a model for several processes, only `train()` is
+    shorter.)
     """
     parameters, train = list(model.parameters()), model.train
     current: bool | None = None  # only what was set here is known of all modules

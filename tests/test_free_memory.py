@@ -1,0 +1,59 @@
+"""What is free of the host's memory, with and without a control group's limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from qlora_harness.model import free_memory
+from qlora_harness.model.free_memory import available_memory
+
+ALL = 10**12
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    own = tmp_path / "own"
+    own.write_text("0::/slice/job\n")
+    groups = tmp_path / "groups"
+    groups.mkdir()
+    monkeypatch.setattr(free_memory, "_GROUPS", groups)
+    monkeypatch.setattr(free_memory, "_OWN_GROUP", own)
+
+    class Memory:
+        available = ALL
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory)
+    return groups
+
+
+def limit(group: Path, most: str, used: int, files: int) -> None:
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "memory.max").write_text(f"{most}\n")
+    (group / "memory.current").write_text(f"{used}\n")
+    (group / "memory.stat").write_text(f"anon 5\ninactive_file {files}\nslab 1\n")
+
+
+def test_without_a_limit_it_is_what_the_machine_has(groups: Path) -> None:
+    assert available_memory() == ALL
+    limit(groups, "max", 100, 0)
+    assert available_memory() == ALL
+
+
+def test_limit_counts_and_cached_files_do_not(groups: Path) -> None:
+    limit(groups, "900", 500, 300)
+    assert available_memory() == 900 - (500 - 300)
+    limit(groups, "900", 1000, 0)
+    assert available_memory() == 0
+    limit(groups, str(2 * ALL), 0, 0)
+    assert available_memory() == ALL
+
+
+def test_limit_is_that_of_the_own_group(groups: Path) -> None:
+    limit(groups, "max", 0, 0)
+    limit(groups / "slice" / "job", "700", 200, 0)
+    assert available_memory() == 500
+    free_memory._OWN_GROUP.unlink()
+    assert available_memory() == ALL
