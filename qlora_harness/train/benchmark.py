@@ -149,21 +149,27 @@ def run(
         "max_length": max_length,
         "compute_dtype": compute_dtype,
     }
+    common = build_settings(shared | changes)
+    # All of them before the first is measured: a wrong name among the last is told at once.
+    settings = {
+        (quant, way): build_settings(shared | {"quant": quant} | changed[way])
+        for quant in quants
+        for way in ways
+    }
     source = find_base(model)
-    setup = _prepare(source, build_settings(shared | changes), steps, warm_up, peers)
+    setup = _prepare(source, common, steps, warm_up, peers)
     base = _HeldBase(source, setup.device)
     found: list[StepMeasurement] = []
     for quant in quants:
         first = len(found)
         for way in ways:
-            settings = build_settings(shared | {"quant": quant} | changed[way])
             measured = StepMeasurement(way, quant, changed[way])
             peer = PEER_WAYS.get(way.partition("@")[0])
             if peer is None:
-                _measure_own(measured, settings, setup, base)
+                _measure_own(measured, settings[quant, way], setup, base)
             else:
                 base.release()  # a peer has the device to itself
-                _measure_peer(measured, settings, setup, peer)
+                _measure_peer(measured, settings[quant, way], setup, peer)
             _relate(measured, found[first:])
             found.append(measured)
             _record(found, setup, output)
