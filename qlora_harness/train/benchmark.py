@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.trainer_callback import PrinterCallback
 
-from qlora_harness.data.chat import ChatEncoder, Example
-from qlora_harness.data.corpus import load_training_data
+from qlora_harness.data.chat import Example
+from qlora_harness.data.corpus import load_chosen_data
 from qlora_harness.errors import SettingsError
 from qlora_harness.fused.model import install, uninstall, why_not_fused
 from qlora_harness.model.base import (
@@ -222,19 +222,11 @@ def _prepare(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     tokenizer = load_tokenizer(source)
-    chosen = settings.data
-    data = load_training_data(
-        ChatEncoder(tokenizer, chosen.template, chosen.max_length, chosen.mask),
-        chosen.dataset,
-        revision=chosen.dataset_revision,
-        languages=chosen.languages,
-        paths=chosen.conversations,
-        eval_fraction=chosen.eval_fraction,
-    )
+    data = load_chosen_data(tokenizer, settings.data)
     random_weights = ", random weights" if source.random_weights else ""
     title = (
-        f"{source.name}{random_weights}, {settings.model.compute_dtype}, {chosen.dataset}, "
-        f"at most {chosen.max_length} tokens, {name}"
+        f"{source.name}{random_weights}, {settings.model.compute_dtype}, "
+        f"{settings.data.dataset}, at most {settings.data.max_length} tokens, {name}"
     )
     pad_id = padding_id(tokenizer)
     return _Setup(source, data.train, pad_id, steps, warm_up, peers, device, name, title)
