@@ -9,7 +9,7 @@ import gc
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from qlora_harness.settings import Settings, build_settings
 from qlora_harness.train.adapter import attach_adapter
 from qlora_harness.train.arguments import training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
+from qlora_harness.train.benchmark_table import StepMeasurement, report, row
 from qlora_harness.train.memory import MemoryMeter
 from qlora_harness.train.peers import PEER_WAYS, PeerOptions, PeerWay, run_peer
 from qlora_harness.train.trainer import CountingTrainer, StepLog
@@ -70,43 +71,6 @@ WAYS: dict[str, dict[str, Any]] = {
     name: _SHARED | {"kernels": "none", "checkpointing": way.checkpointing}
     for name, way in PEER_WAYS.items()
 }
-
-
-@dataclass
-class StepMeasurement:
-    """Training steps of one way.
-
-    Attributes:
-        way: Its name in `WAYS`.
-        quant: How the base is held.
-        changes: What it changes from the published recipe.
-        steps: Steps that were timed.
-        tokens: Real tokens of all of them.
-        seconds: Of all of them.
-        tokens_per_second: tokens over seconds.
-        median_tokens_per_second: Median of the steps.
-        peak_allocated_bytes: On CUDA, else None.
-        peak_reserved_bytes: On CUDA, else None.
-        losses: Of every step, those before the timed ones as well, nats.
-        ratio: tokens_per_second over that of the first way with the same quant.
-        failure: Why there are no numbers, or None.
-        versions: Packages of a peer's process; those of our own ways stand beside all measurements.
-    """
-
-    way: str
-    quant: str
-    changes: dict[str, Any]
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    tokens_per_second: float = 0.0
-    median_tokens_per_second: float = 0.0
-    peak_allocated_bytes: int | None = None
-    peak_reserved_bytes: int | None = None
-    losses: list[float] = field(default_factory=list)
-    ratio: float | None = None
-    failure: str | None = None
-    versions: dict[str, str] = field(default_factory=dict)
 
 
 def run(
@@ -395,47 +359,3 @@ def _release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def report(measurements: Sequence[StepMeasurement], title: str) -> str:
-    """Returns the measurements as a Markdown table.
-
-    Args:
-        measurements: From `run`.
-        title: What was measured, on which device.
-    """
-    head = (
-        "| way | base | tokens/step | tokens/s | median | ratio | peak allocated, GiB | "
-        "peak reserved, GiB | last loss |"
-    )
-    lines = [title, "", head, "|---|---|" + "---:|" * 7, *map(row, measurements)]
-    # Each peer once, as all its ways had the same packages.
-    versions = {m.way.partition("-")[0]: m.versions for m in measurements if m.versions}
-    for peer, packages in versions.items():
-        lines += ["", f"{peer}: {', '.join(map(' '.join, packages.items()))}"]
-    return "\n".join(lines)
-
-
-def row(m: StepMeasurement) -> str:
-    """Returns one line of the table.
-
-    Args:
-        m: One way.
-    """
-    if m.failure is not None:
-        return f"| {m.way} | {m.quant} | {m.failure} |" + " |" * 6
-    peaks = [
-        "–" if peak is None else f"{peak / 2**30:.2f}"
-        for peak in (m.peak_allocated_bytes, m.peak_reserved_bytes)
-    ]
-    cells = [
-        m.way,
-        m.quant,
-        f"{m.tokens / m.steps:,.0f}",
-        f"{m.tokens_per_second:,.0f}",
-        f"{m.median_tokens_per_second:,.0f}",
-        f"{m.ratio:.2f}" if m.ratio is not None else "–",
-        *peaks,
-        f"{m.losses[-1]:.4f}",
-    ]
-    return f"| {' | '.join(cells)} |"
