@@ -4,8 +4,9 @@ lm-eval 0.4.13 has no plugin discovery; its main branch reads the entry-point gr
 `lm_eval.models`, which this distribution declares. For releases without discovery it ships a
 start-up hook, `qlora_harness_hook.pth`: at interpreter start that adds one finder to sys.meta_path
 and imports nothing; when `lm_eval` is imported, it calls `install`. That adds the model to
-lm-eval's registry (unless the release discovers plugins itself) and our tasks to its index.
-QLORA_HARNESS_NO_HOOK=1 switches it off.
+lm-eval's registry (unless the release discovers plugins itself) and our tasks to its index, and
+lets the command read our MMLU files before it loads a model. QLORA_HARNESS_NO_HOOK=1 switches it
+off.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -61,7 +63,33 @@ def extend_task_index(index_module: ModuleType) -> None:
     index_class.build = staticmethod(build_with_ours)
 
 
+def read_files_first(config_module: ModuleType) -> None:
+    """Lets the command lm_eval read the MMLU files of asked tasks as soon as it knows the tasks.
+
+    It loads the model in between, and builds the tasks, which need the files, only then. A release
+    whose command goes another way reads them with the tasks, as does `simple_evaluate` from Python.
+
+    Args:
+        config_module: The module lm_eval.config.evaluate_config, already executed.
+    """
+    config_class = getattr(config_module, "EvaluatorConfig", None)
+    process = getattr(config_class, "process_tasks", None)
+    if config_class is None or process is None:
+        return
+
+    @wraps(process)
+    def process_and_read(config: Any, *args: Any, **options: Any) -> Any:
+        from qlora_harness.score.asked_files import read_asked_files
+
+        manager = process(config, *args, **options)
+        read_asked_files(config.tasks, manager.task_index, manager.metadata)
+        return manager
+
+    config_class.process_tasks = process_and_read
+
+
 _AFTER: dict[str, Callable[[ModuleType], None]] = {
+    "lm_eval.config.evaluate_config": read_files_first,
     "lm_eval.models": register_model,
     "lm_eval.tasks._index": extend_task_index,
 }

@@ -14,11 +14,13 @@ from qlora_harness.data.chat import ChatEncoder, fingerprint
 from qlora_harness.data.conversation import Conversation, Turn
 from qlora_harness.data.corpus import (
     TrainingData,
+    load_chosen_data,
     load_training_data,
     parse_languages,
     split_by_tree,
 )
 from qlora_harness.errors import DataError
+from qlora_harness.settings import build_settings
 
 
 def forest(trees: int, per_tree: int = 1) -> list[Conversation]:
@@ -168,6 +170,48 @@ def test_report_counts_everything_by_hand(load: Loader, tmp_path: Path) -> None:
         },
     }
     assert json.loads(json.dumps(data.report)) == data.report
+
+
+def test_every_setting_of_the_data_is_heeded(
+    tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    from transformers import AutoTokenizer
+
+    rows = [row for i in range(4) for row in pair(f"t{i}", "q", f"antwort {i}", lang="de")]
+    asked = []
+
+    def load_dataset(path: str, revision: str | None) -> dict[str, list[dict[str, Any]]]:
+        asked.append((path, revision))
+        return {"train": rows}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny_tokenizer))
+    settings = build_settings(
+        {
+            "dataset": "someone/rows",
+            "dataset_revision": "abc",
+            "languages": "de",
+            "conversations": "all-paths",
+            "template": "alpaca",
+            "mask": "none",
+            "max_length": 40,
+            "eval_fraction": 0.5,
+        }
+    )
+    data = load_chosen_data(tokenizer, settings.data)
+    assert asked == [("someone/rows", "abc")]
+    assert data == load_training_data(
+        ChatEncoder(tokenizer, "alpaca", 40, "none"),
+        "someone/rows",
+        revision="abc",
+        languages="de",
+        paths="all-paths",
+        eval_fraction=0.5,
+    )
+    assert (len(data.train), len(data.evaluation)) == (2, 2)
+    assert data.report["train"]["truncated"] == 2
 
 
 def test_same_data_has_the_same_fingerprint_and_other_data_another(load: Loader) -> None:

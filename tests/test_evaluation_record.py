@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scoring_runs import read
 
 from qlora_harness.errors import ResultsError
 from qlora_harness.question_hashes import prompt_hash
@@ -233,10 +233,6 @@ def write(
 ) -> list[str]:
     scored = Family(questions, CATEGORIES, 9)
     return write_records(folder, name, header(**changes), {family: scored})
-
-
-def read(folder: Path, name: str = "evaluation_results.json") -> dict[str, Any]:
-    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 def test_both_files_say_what_was_scored(tmp_path: Path) -> None:

@@ -85,6 +85,10 @@ def commands(model: Path) -> dict[str, list[str]]:
             *(sys.executable, "-m", "lm_eval", *DEMO),
             *("--model_args", f"pretrained={model},quant=int8"),
         ],
+        "wrong folder": [
+            *(lm_eval, "--tasks", "mmlu_qlora_5shot", "--model", "qlora_adapter"),
+            *("--model_args", "pretrained=no/such/model", "--metadata", "mmlu_dir=nowhere"),
+        ],
         "list": [lm_eval, "ls", "tasks"],
         "killed": [sys.executable, *killed],
     }
@@ -230,6 +234,14 @@ def test_python_m_lm_eval_ends_with_one_line_for_an_unknown_quantisation(
     run = runs["module, unknown quant"].result()
     assert run.error_line() == "--model_args quant=int8. Use one of nf4, fp4, bf16."
     assert sorted(path.name for path in run.folder.iterdir()) == ["blocked"]
+
+
+def test_a_wrong_folder_is_noticed_before_the_model_is_looked_for(
+    runs: dict[str, Future[Run]],
+) -> None:
+    assert runs["wrong folder"].result().error_line() == (
+        "--metadata mmlu_dir: folder nowhere does not exist. Name the folder of the files."
+    )
 
 
 def test_tasks_are_listed(runs: dict[str, Future[Run]]) -> None:

@@ -256,6 +256,101 @@ def test_other_names_are_asked_of_the_hub(
     assert splits.source == asked
 
 
+def shadow(tmp_path: Path, name: str) -> list[dict[str, Any]]:
+    """Puts a folder of this name into the working folder; returns its rows."""
+    import datasets
+
+    rows = [row | {"lang": "de"} for row in ROWS]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / name))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "hub"),
+    [
+        ("oasst1", "oasst1", "OpenAssistant/oasst1"),
+        ("oasst2", "oasst2", "OpenAssistant/oasst2"),
+        ("OpenAssistant/oasst1", "OpenAssistant/oasst1", "OpenAssistant/oasst1"),
+        ("oasst1", "OpenAssistant/oasst1", "OpenAssistant/oasst1"),
+    ],
+)
+def test_local_folder_of_a_known_name_is_taken_and_said(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    folder: str,
+    hub: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = shadow(tmp_path, folder)
+    splits = load_splits(name)
+    assert (list(splits.train), splits.source) == (rows, folder)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"--dataset {name}: the local folder {folder} is taken, not {hub} on the Hub; rename it "
+        f"for that, or give ./{folder} to say that it is meant"
+    ]
+    caplog.clear()
+    assert list(load_splits(f"./{folder}").train) == rows
+    assert caplog.records == []
+
+
+def test_local_file_of_a_known_name_is_taken_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "oasst1", lines())
+    assert list(load_splits("oasst1").train) == ROWS
+    assert [record.getMessage() for record in caplog.records] == [
+        "--dataset oasst1: the local file oasst1 is taken, not OpenAssistant/oasst1 on the Hub; "
+        "rename it for that, or give ./oasst1 to say that it is meant"
+    ]
+
+
+def test_demo_is_the_embedded_set_also_beside_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = shadow(tmp_path, "demo")
+    assert load_splits("demo").source == "embedded oasst_demo.jsonl"
+    assert [record.getMessage() for record in caplog.records] == [
+        "--dataset demo: the embedded set is taken, not the local folder demo; give ./demo for that"
+    ]
+    caplog.clear()
+    assert list(load_splits("./demo").train) == rows
+    assert caplog.records == []
+
+
+def test_names_that_stand_for_one_thing_need_no_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shadow(tmp_path, "mine")
+    write(tmp_path / "rows.jsonl", lines())
+    for name in ("demo", "mine", "rows.jsonl"):
+        load_splits(name)
+    assert caplog.records == []
+
+
+def test_revision_of_what_is_not_on_the_hub_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shadow(tmp_path, "oasst1")
+    write(tmp_path / "rows.jsonl", lines())
+    for name, what in (
+        ("oasst1", "a local folder"),
+        ("rows.jsonl", "a local file"),
+        ("demo", "the embedded set"),
+    ):
+        with pytest.raises(DataError) as caught:
+            load_splits(name, "abc")
+        assert str(caught.value) == (
+            f"--dataset-revision abc: --dataset {name} is {what}, which has no revisions. Leave "
+            "the revision out."
+        )
+
+
 def test_hub_that_cannot_be_reached_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,3 +35,24 @@ def test_ways_learn_alike_from_the_same_batches(
 def test_unknown_way_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmark-training", "--model", "m", "--ways", "fused-none@x"]) == 2
     assert "--ways: 'fused-none@x' is not known" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--quant", "nf4,foo"],
+            "--quant: 'foo' is not one of nf4, fp4, bf16. Choose one of these.",
+        ),
+        (
+            ["--ways", "fused-none,fused-none@0"],
+            "--batch-size: 0 is out of range. It must be at least 1.",
+        ),
+        (["--lora-r", "0"], "--lora-r: 0 is out of range. It must be at least 1."),
+    ],
+)
+def test_what_is_wrong_with_any_way_is_said_before_the_model_is_looked_for(
+    capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert main(["benchmark-training", "--model", "no/such/model", *words]) == 2
+    assert capsys.readouterr().err == f"qlora-harness: error: {said}\n"

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_harness.data.chat import ChatEncoder, EncodedSet, Example, fingerprint
+from qlora_harness.data.chat import ChatEncoder, EncodedSet, Example, Tokenizer, fingerprint
 from qlora_harness.data.conversation import Conversation, Corpus
 from qlora_harness.data.oasst1 import build_conversations
 from qlora_harness.data.sources import Rows, load_splits
 from qlora_harness.errors import DataError
+from qlora_harness.settings import DataSettings
 
 _SPLIT_SEED = 0
 
@@ -29,6 +30,27 @@ class TrainingData:
     train: list[Example]
     evaluation: list[Example]
     report: dict[str, Any]
+
+
+def load_chosen_data(tokenizer: Tokenizer, chosen: DataSettings) -> TrainingData:
+    """Loads, splits and encodes the data that settings name.
+
+    Args:
+        tokenizer: The base model's tokenizer.
+        chosen: Which data, and what of them is trained on.
+
+    Raises:
+        SettingsError: The template does not suit the tokenizer; see `chat.ChatEncoder`.
+        DataError: See `load_training_data`.
+    """
+    return load_training_data(
+        ChatEncoder(tokenizer, chosen.template, chosen.max_length, chosen.mask),
+        chosen.dataset,
+        revision=chosen.dataset_revision,
+        languages=chosen.languages,
+        paths=chosen.conversations,
+        eval_fraction=chosen.eval_fraction,
+    )
 
 
 def load_training_data(

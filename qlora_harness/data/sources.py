@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import logging
 import lzma
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +19,10 @@ from qlora_harness.data.oasst1 import check_row
 from qlora_harness.errors import DataError
 from qlora_harness.locations import demo_dir
 
+logger = logging.getLogger("qlora_harness")
+
 DEMO_FILE = "oasst_demo.jsonl"
+DEMO = "demo"
 HUB_NAMES = {"oasst1": "OpenAssistant/oasst1", "oasst2": "OpenAssistant/oasst2"}
 
 Rows = Iterable[Mapping[str, Any]]
@@ -96,6 +100,9 @@ def _open(path: Path) -> IO[bytes]:
 def load_splits(name: str, revision: str | None = None) -> Splits:
     """Finds the rows of a data set.
 
+    As in `datasets`, what lies in the working folder comes before the Hub; "demo" is always the
+    embedded set. Where a known name stands for both, a log line says which one is taken.
+
     Args:
         name: "demo", "oasst1", "oasst2", another Hub id, a .jsonl file, or a folder (saved by
             `datasets`, or holding .jsonl files or parquet files).
@@ -104,14 +111,16 @@ def load_splits(name: str, revision: str | None = None) -> Splits:
     Raises:
         DataError: It can't be found or read.
     """
-    local = name == "demo" or Path(name).expanduser().exists()
-    if local and revision is not None:
+    path = _local_path(name)
+    if revision is not None and (name == DEMO or path.exists()):
+        what = "the embedded set" if name == DEMO else f"a local {_kind(path)}"
         raise DataError(
-            f"--dataset-revision {revision}: {name} is not on the Hub", "Leave the revision out"
+            f"--dataset-revision {revision}: --dataset {name} is {what}, which has no revisions",
+            "Leave the revision out",
         )
-    if name == "demo":
+    _say_what_is_taken(name, path)
+    if name == DEMO:
         return Splits(read_jsonl(demo_dir() / DEMO_FILE), None, f"embedded {DEMO_FILE}")
-    path = Path(name).expanduser()
     if path.is_file():
         return Splits(read_jsonl(path), None, str(path))
     if path.is_dir():
@@ -121,6 +130,36 @@ def load_splits(name: str, revision: str | None = None) -> Splits:
             f"--dataset: {name} does not exist", "Name a .jsonl file, a folder or a Hub id"
         )
     return _hub(HUB_NAMES.get(name, name), revision)
+
+
+def _local_path(name: str) -> Path:
+    """Where a data set of this name would lie: of a known word, also where its Hub id points."""
+    path = Path(name).expanduser()
+    return path if path.exists() or name not in HUB_NAMES else Path(HUB_NAMES[name])
+
+
+def _say_what_is_taken(name: str, path: Path) -> None:
+    """Where a known name is that of a local file or folder as well; "./NAME" is only the latter."""
+    if not path.exists():
+        return
+    local = f"the local {_kind(path)} {path}"
+    if name == DEMO:
+        logger.warning(
+            "--dataset %s: the embedded set is taken, not %s; give ./%s for that", name, local, path
+        )
+    elif name in HUB_NAMES or name in HUB_NAMES.values():
+        logger.warning(
+            "--dataset %s: %s is taken, not %s on the Hub; rename it for that, or give ./%s to say "
+            "that it is meant",
+            name,
+            local,
+            HUB_NAMES.get(name, name),
+            path,
+        )
+
+
+def _kind(path: Path) -> str:
+    return "folder" if path.is_dir() else "file"
 
 
 def _folder(path: Path) -> Splits:

@@ -9,7 +9,7 @@ import gc
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.trainer_callback import PrinterCallback
 
-from qlora_harness.data.chat import ChatEncoder, Example
-from qlora_harness.data.corpus import load_training_data
+from qlora_harness.data.chat import Example
+from qlora_harness.data.corpus import load_chosen_data
 from qlora_harness.errors import SettingsError
 from qlora_harness.fused.model import install, uninstall, why_not_fused
 from qlora_harness.model.base import (
@@ -33,6 +33,7 @@ from qlora_harness.settings import Settings, build_settings
 from qlora_harness.train.adapter import attach_adapter
 from qlora_harness.train.arguments import training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
+from qlora_harness.train.benchmark_table import StepMeasurement, report, row
 from qlora_harness.train.memory import MemoryMeter
 from qlora_harness.train.peers import PEER_WAYS, PeerOptions, PeerWay, run_peer
 from qlora_harness.train.trainer import CountingTrainer, StepLog
@@ -70,43 +71,6 @@ WAYS: dict[str, dict[str, Any]] = {
     name: _SHARED | {"kernels": "none", "checkpointing": way.checkpointing}
     for name, way in PEER_WAYS.items()
 }
-
-
-@dataclass
-class StepMeasurement:
-    """Training steps of one way.
-
-    Attributes:
-        way: Its name in `WAYS`.
-        quant: How the base is held.
-        changes: What it changes from the published recipe.
-        steps: Steps that were timed.
-        tokens: Real tokens of all of them.
-        seconds: Of all of them.
-        tokens_per_second: tokens over seconds.
-        median_tokens_per_second: Median of the steps.
-        peak_allocated_bytes: On CUDA, else None.
-        peak_reserved_bytes: On CUDA, else None.
-        losses: Of every step, those before the timed ones as well, nats.
-        ratio: tokens_per_second over that of the first way with the same quant.
-        failure: Why there are no numbers, or None.
-        versions: Packages of a peer's process; those of our own ways stand beside all measurements.
-    """
-
-    way: str
-    quant: str
-    changes: dict[str, Any]
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    tokens_per_second: float = 0.0
-    median_tokens_per_second: float = 0.0
-    peak_allocated_bytes: int | None = None
-    peak_reserved_bytes: int | None = None
-    losses: list[float] = field(default_factory=list)
-    ratio: float | None = None
-    failure: str | None = None
-    versions: dict[str, str] = field(default_factory=dict)
 
 
 def run(
@@ -149,21 +113,27 @@ def run(
         "max_length": max_length,
         "compute_dtype": compute_dtype,
     }
+    common = build_settings(shared | changes)
+    # All of them before the first is measured: a wrong name among the last is told at once.
+    settings = {
+        (quant, way): build_settings(shared | {"quant": quant} | changed[way])
+        for quant in quants
+        for way in ways
+    }
     source = find_base(model)
-    setup = _prepare(source, build_settings(shared | changes), steps, warm_up, peers)
+    setup = _prepare(source, common, steps, warm_up, peers)
     base = _HeldBase(source, setup.device)
     found: list[StepMeasurement] = []
     for quant in quants:
         first = len(found)
         for way in ways:
-            settings = build_settings(shared | {"quant": quant} | changed[way])
             measured = StepMeasurement(way, quant, changed[way])
             peer = PEER_WAYS.get(way.partition("@")[0])
             if peer is None:
-                _measure_own(measured, settings, setup, base)
+                _measure_own(measured, settings[quant, way], setup, base)
             else:
                 base.release()  # a peer has the device to itself
-                _measure_peer(measured, settings, setup, peer)
+                _measure_peer(measured, settings[quant, way], setup, peer)
             _relate(measured, found[first:])
             found.append(measured)
             _record(found, setup, output)
@@ -216,19 +186,11 @@ def _prepare(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     tokenizer = load_tokenizer(source)
-    chosen = settings.data
-    data = load_training_data(
-        ChatEncoder(tokenizer, chosen.template, chosen.max_length, chosen.mask),
-        chosen.dataset,
-        revision=chosen.dataset_revision,
-        languages=chosen.languages,
-        paths=chosen.conversations,
-        eval_fraction=chosen.eval_fraction,
-    )
+    data = load_chosen_data(tokenizer, settings.data)
     random_weights = ", random weights" if source.random_weights else ""
     title = (
-        f"{source.name}{random_weights}, {settings.model.compute_dtype}, {chosen.dataset}, "
-        f"at most {chosen.max_length} tokens, {name}"
+        f"{source.name}{random_weights}, {settings.model.compute_dtype}, "
+        f"{settings.data.dataset}, at most {settings.data.max_length} tokens, {name}"
     )
     pad_id = padding_id(tokenizer)
     return _Setup(source, data.train, pad_id, steps, warm_up, peers, device, name, title)
@@ -397,47 +359,3 @@ def _release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def report(measurements: Sequence[StepMeasurement], title: str) -> str:
-    """Returns the measurements as a Markdown table.
-
-    Args:
-        measurements: From `run`.
-        title: What was measured, on which device.
-    """
-    head = (
-        "| way | base | tokens/step | tokens/s | median | ratio | peak allocated, GiB | "
-        "peak reserved, GiB | last loss |"
-    )
-    lines = [title, "", head, "|---|---|" + "---:|" * 7, *map(row, measurements)]
-    # Each peer once, as all its ways had the same packages.
-    versions = {m.way.partition("-")[0]: m.versions for m in measurements if m.versions}
-    for peer, packages in versions.items():
-        lines += ["", f"{peer}: {', '.join(map(' '.join, packages.items()))}"]
-    return "\n".join(lines)
-
-
-def row(m: StepMeasurement) -> str:
-    """Returns one line of the table.
-
-    Args:
-        m: One way.
-    """
-    if m.failure is not None:
-        return f"| {m.way} | {m.quant} | {m.failure} |" + " |" * 6
-    peaks = [
-        "–" if peak is None else f"{peak / 2**30:.2f}"
-        for peak in (m.peak_allocated_bytes, m.peak_reserved_bytes)
-    ]
-    cells = [
-        m.way,
-        m.quant,
-        f"{m.tokens / m.steps:,.0f}",
-        f"{m.tokens_per_second:,.0f}",
-        f"{m.median_tokens_per_second:,.0f}",
-        f"{m.ratio:.2f}" if m.ratio is not None else "–",
-        *peaks,
-        f"{m.losses[-1]:.4f}",
-    ]
-    return f"| {' | '.join(cells)} |"

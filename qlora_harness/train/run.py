@@ -16,8 +16,8 @@ from accelerate import PartialState
 from transformers import TrainerState
 from transformers.utils import logging as transformers_logging
 
-from qlora_harness.data.chat import ChatEncoder, show
-from qlora_harness.data.corpus import TrainingData, load_training_data
+from qlora_harness.data.chat import show
+from qlora_harness.data.corpus import TrainingData, load_chosen_data
 from qlora_harness.errors import (
     AdapterError,
     RunError,
@@ -141,8 +141,9 @@ class _Run:
         settings = self.settings
         source = find_base(settings.model.model, settings.model.revision)
         tokenizer = load_tokenizer(source)
-        with self.record.timed("data"):
-            data = self._load_data(tokenizer)
+        # The main process goes first: it fills the cache that the others read.
+        with self.record.timed("data"), self.state.main_process_first():
+            data = load_chosen_data(tokenizer, settings.data)
         self._check_same_data(data)
         self._describe(source, data)
         self._plan_memory(source, data)
@@ -157,20 +158,6 @@ class _Run:
                 raise self._memory_advice() from error
             raise
         return outcome
-
-    def _load_data(self, tokenizer: Any) -> TrainingData:
-        chosen = self.settings.data
-        encoder = ChatEncoder(tokenizer, chosen.template, chosen.max_length, chosen.mask)
-        # The main process goes first: it fills the cache that the others read.
-        with self.state.main_process_first():
-            return load_training_data(
-                encoder,
-                chosen.dataset,
-                revision=chosen.dataset_revision,
-                languages=chosen.languages,
-                paths=chosen.conversations,
-                eval_fraction=chosen.eval_fraction,
-            )
 
     def _check_same_data(self, data: TrainingData) -> None:
         """A resumed run must go on with the tokens that it began with."""
