@@ -15,6 +15,7 @@ from qlora_harness.settings import Quant, build_settings
 from qlora_harness.train.memory_choice import LADDER, choose
 from qlora_harness.train.memory_prediction import GIB, largest_pass, predict
 from qlora_harness.train.model_shape import Shape, measure_shape
+from qlora_harness.train.plan_text import describe
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +214,22 @@ def test_run_with_memory_records_what_was_chosen(
     assert summary["plan"]["checkpointing"] == "selective"
     assert summary["plan"]["peak"] > summary["plan"]["weights"] > 0
     assert "planned peak" in capsys.readouterr().out
+
+
+def test_memory_of_the_host_is_told(shape: Shape) -> None:
+    """bfloat16, 1,000 tokens; 21 of 32 layers have gates there; a quarter more is pinned."""
+    found = {}
+    for checkpointing in ("none", "selective", "full", "offload"):
+        plan = predict(shape, build_settings({"checkpointing": checkpointing}), 1000)
+        found[checkpointing] = plan.host
+        told = f"{plan.host / GIB:.1f} GiB of the host's memory"
+        assert (told in describe(plan, 1000)) is (plan.host > 0)
+    gates, inputs = 2 * 11008 * 21, 4096 * 32
+    assert found == {
+        "none": 0,
+        "selective": gates * 2 * 1000 * 5 // 4,
+        "full": 0,
+        "offload": inputs * 2 * 1000 * 5 // 4,
+    }
+    peft = build_settings({"checkpointing": "full", "kernels": "none"})
+    assert predict(shape, peft, 1000).host == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_harness.cli import main
+from qlora_harness.train.benchmark import WAYS, _changes
 
 
 def test_ways_learn_alike_from_the_same_batches(
@@ -46,7 +47,8 @@ def test_unknown_way_is_named(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             ["--ways", "fused-none,fused-none@0"],
-            "--batch-size: 0 is out of range. It must be at least 1.",
+            f"--ways: 'fused-none@0' is not known. Known are {', '.join(WAYS)}, each with @N for a "
+            "batch size of N.",
         ),
         (["--lora-r", "0"], "--lora-r: 0 is out of range. It must be at least 1."),
     ],
@@ -56,3 +58,9 @@ def test_what_is_wrong_with_any_way_is_said_before_the_model_is_looked_for(
 ) -> None:
     assert main(["benchmark-training", "--model", "no/such/model", *words]) == 2
     assert capsys.readouterr().err == f"qlora-harness: error: {said}\n"
+
+
+def test_batch_size_of_a_way_goes_before_that_of_all() -> None:
+    own = _changes("fused-none@8", {"batch_size": 4, "lora_r": 2})
+    assert (own["batch_size"], own["lora_r"], own["checkpointing"]) == (8, 2, "none")
+    assert _changes("fused-none", {"batch_size": 4})["batch_size"] == 4

@@ -109,13 +109,14 @@ def benchmark(
         margin, found, _ = _measure(lm, way, sample, (encoded, baseline.encoding_seconds))
         relate(margin, found)
     exact: list[list[float]] | None = None
+    base = lm.model
     if float32_reference:
-        own = lm.model
-        lm.take(copy.deepcopy(own).float(), kernels)
-        measured, exact, _ = _measure(lm, _packed(lm, "packed, weights in float32"), sample)
-        lm.take(own, kernels)
+        lm.take(copy.deepcopy(base).float(), kernels)
+        way = _packed(lm, "packed, weights in float32")
+        _run(way, warm)
+        measured, exact, _ = _measure(lm, way, sample)
         relate(measured, exact)
-    lm.take(lm.model, kernels)
+    lm.take(base, kernels)
     _run(_packed(lm, "packed"), warm)
     measured, found, _ = _measure(lm, _packed(lm, "packed"), questions)
     by_prompt = {q.prompt: values for q, values in zip(questions, found, strict=True)}

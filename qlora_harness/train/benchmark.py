@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -105,7 +105,7 @@ def run(
     Raises:
         HarnessError: A name is not known, or the model or the data can't be read.
     """
-    changed = {way: _changes(way) | changes for way in ways}
+    changed = {way: _changes(way, changes) for way in ways}
     shared = {
         "model": model,
         "dataset": dataset,
@@ -141,15 +141,15 @@ def run(
     return report(found, setup.title)
 
 
-def _changes(way: str) -> dict[str, Any]:
-    """A name of `WAYS`, with "@N" behind it for another batch size."""
+def _changes(way: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What a name of `WAYS` changes, what all change, and the batch size behind an "@"."""
     name, at, size = way.partition("@")
-    if name not in WAYS or (at and not size.isdecimal()):
+    if name not in WAYS or (at and (not size.isdecimal() or int(size) == 0)):
         raise SettingsError(
             f"--ways: {way!r} is not known",
             f"Known are {', '.join(WAYS)}, each with @N for a batch size of N",
         )
-    return WAYS[name] | ({"batch_size": int(size)} if at else {})
+    return WAYS[name] | dict(changes) | ({"batch_size": int(size)} if at else {})
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class MemoryPlan:
         kept: Activations that wait for the backward pass.
         work: Of the layer at work, of the loss, and what full-precision weights grow by when
             adapters stand beside them.
+        host: Pinned memory of the host for activations, beside the peak.
     """
 
     checkpointing: str
@@ -52,6 +53,7 @@ class MemoryPlan:
     gradients: int
     kept: int
     work: int
+    host: int
 
     @property
     def peak(self) -> int:
@@ -109,6 +111,7 @@ def predict(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
         parameters * width,
         kept,
         work,
+        int(_on_host(shape, settings) * size * tokens) if fused else 0,
     )
 
 
@@ -133,6 +136,16 @@ def _fused(shape: Shape, settings: Settings, tokens: int, size: int) -> tuple[in
         "offload": first + second + hidden,  # the input of the layer below comes back
     }[settings.optimization.checkpointing]
     return int(kept * size * tokens * shape.layers), int(work * size * tokens)
+
+
+def _on_host(shape: Shape, settings: Settings) -> float:
+    """Elements a token that all fused layers keep in pinned memory of the host."""
+    elements = {
+        # Gates of two layers in three.
+        "selective": 2 * shape.inner * (shape.layers - -(-shape.layers // 3)),
+        "offload": shape.hidden * shape.layers,
+    }.get(settings.optimization.checkpointing, 0)
+    return elements * 5 / 4  # a quarter more is pinned, as rows vary in length
 
 
 def _bordered(shape: Shape, rank: int) -> list[int]:

@@ -27,8 +27,9 @@ def describe(plan: MemoryPlan, tokens: int) -> str:
         "work": plan.work,
     }
     listed = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
+    beside = f", and {plan.host / GIB:.1f} GiB of the host's memory" if plan.host else ""
     return (
-        f"planned peak {plan.peak / GIB:.1f} GiB on a GPU, at {tokens:,} tokens a pass, "
+        f"planned peak {plan.peak / GIB:.1f} GiB on a GPU{beside}, at {tokens:,} tokens a pass, "
         f"checkpointing {plan.checkpointing} ({listed})"
     )
 
@@ -42,7 +43,7 @@ def table(shape: Shape, settings: Settings, tokens: int) -> str:
         tokens: As in `predict`.
     """
     fused = uses_fused(shape, settings)
-    heads = ("weights", "adapter", "optimizer", "gradients", "activations", "work", "peak")
+    heads = ("weights", "adapter", "optimizer", "gradients", "activations", "work", "peak", "host")
     lines = [
         f"{'checkpointing':<15}{'optimizer':<20}{'adapter':<10}"
         + "".join(f"{head:>12}" for head in heads)
@@ -62,8 +63,9 @@ def table(shape: Shape, settings: Settings, tokens: int) -> str:
             continue
         seen.add(key)
         values = (
-            plan.weights, plan.adapter, plan.states, plan.gradients, plan.kept, plan.work, plan.peak
-        )  # fmt: skip
+            *(plan.weights, plan.adapter, plan.states, plan.gradients, plan.kept, plan.work),
+            *(plan.peak, plan.host),
+        )
         fits = [d for d in _DEVICES_GIB if plan.peak + _CONTEXT <= d * GIB]
         mark = " *" if len(seen) == 1 else ""
         lines.append(
@@ -78,6 +80,7 @@ def table(shape: Shape, settings: Settings, tokens: int) -> str:
             f"{settings.model.model}, {settings.quant.value}, {settings.model.compute_dtype}, "
             f"rank {settings.lora.lora_r}, {tokens:,} tokens a pass; {kind}; GiB",
             *lines,
-            "* as the settings say; the others are the steps of --memory, from the fastest",
+            "* as the settings say; the others are the steps of --memory, from the fastest; host: "
+            "pinned memory there",
         ]
     )
