@@ -15,10 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_harness.data.chat import IGNORE
-from qlora_harness.errors import TrainingError
-from qlora_harness.fused import host_memory
 from qlora_harness.fused import layer as fused_layer
-from qlora_harness.fused.host_memory import HostMemory
 from qlora_harness.fused.model import install, uninstall, why_not_fused
 from qlora_harness.fused.ops import drop
 from qlora_harness.model.lora import attach_lora
@@ -288,45 +285,6 @@ def test_graph_without_a_backward_pass_is_freed_at_once(checkpointing: str) -> N
         assert [x() for x in kept] == [None] * 6
     finally:
         gc.enable()
-
-
-def test_host_gives_a_quarter_of_what_is_available(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    block = 2**24  # and a quarter more
-    asked: list[int] = []
-
-    def put(host: HostMemory, x: torch.Tensor) -> str:
-        asked.append(x.nbytes)
-        return "stored"
-
-    monkeypatch.setattr(HostMemory, "_put", put)
-    monkeypatch.setattr(host_memory, "available_memory", lambda: 16 * block)
-    caplog.set_level("INFO")
-    host = HostMemory()
-    assert host.put_if_room(torch.empty(3 * block, dtype=torch.uint8)) == "stored"
-    assert not caplog.records
-    for _ in range(2):
-        assert host.put_if_room(torch.empty(3 * block + 1, dtype=torch.uint8)) is None
-    assert len(caplog.records) == 1
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert HostMemory().put_if_room(torch.empty(block, dtype=torch.uint8)) == "stored"
-    assert HostMemory().put_if_room(torch.empty(block + 1, dtype=torch.uint8)) is None
-    assert asked == [3 * block, block]
-
-
-def test_memory_that_the_system_does_not_pin_is_done_without(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def fails(host: HostMemory, x: torch.Tensor) -> None:
-        raise RuntimeError("CUDA error: out of memory\nand more")
-
-    monkeypatch.setattr(HostMemory, "_put", fails)
-    host = HostMemory()
-    assert host.put_if_room(torch.empty(1)) is None
-    message = "pins no more of the host's memory than 0.0 GiB .CUDA error: out of memory."
-    with pytest.raises(TrainingError, match=message):
-        host.put(torch.empty(1))
 
 
 def _three_losses(models: list[Any], rows: list[dict[str, list[int]]]) -> list[float]:

@@ -124,6 +124,14 @@ class HostMemory:
         self._limit = available_memory() // (4 * processes)
         self._told = False
 
+    def serves(self, x: torch.Tensor) -> bool:
+        """Whether a tensor can be stored: one of a CUDA device, on which copies need no waiting.
+
+        Args:
+            x: Any.
+        """
+        return x.is_cuda
+
     def put_if_room(self, x: torch.Tensor) -> Stored | None:
         """Begins to copy a tensor to the host, if a quarter of what was available there is enough.
 
@@ -157,7 +165,7 @@ class HostMemory:
         """Begins to copy a tensor to the host.
 
         Args:
-            x: On a CUDA device, contiguous; not to be written to.
+            x: That it serves, contiguous; not to be written to.
 
         Raises:
             TrainingError: The system pins no more memory.

@@ -251,7 +251,7 @@ def _spread(rows: torch.Tensor, places: torch.Tensor | None, tokens: int) -> tor
 
 def _put_away(layer: FusedLayer, mlp: _Mlp) -> _MlpAway | None:
     """Begins to copy gates to the host, if they belong there and there is room."""
-    if layer.host is None or not layer.gates_on_host or not mlp.gates.is_cuda:
+    if layer.host is None or not layer.gates_on_host or not layer.host.serves(mlp.gates):
         return None
     stored = layer.host.put_if_room(mlp.gates)
     return None if stored is None else _MlpAway(stored, mlp.inner_gate_up, mlp.inner_down)
@@ -277,7 +277,7 @@ class _Layer(torch.autograd.Function):
         ctx.kept = None
         if not keep:
             return h, y
-        if layer.checkpointing == "offload" and layer.host is not None and x.is_cuda:
+        if layer.checkpointing == "offload" and layer.host is not None and layer.host.serves(x):
             ctx.kept = layer.host.put(x)
         elif layer.checkpointing in ("full", "offload"):
             ctx.kept = x
