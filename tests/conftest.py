@@ -15,6 +15,7 @@ Fixtures that other files use:
 - `make_lm`: makes a `qlora_adapter` model of `tiny_llama` or of an adapter.
 - `manager` (module): lm-eval's task manager with our tasks only.
 - `known_answers`: lets every such model find "C" likeliest.
+- `no_mmlu_files`: no MMLU files in a named folder, a cache or memory.
 - `rows` (session): the file of `tiny_rows`.
 - `train`: runs the training command on `tiny_llama` and `rows`, in a working folder of its own.
 """
@@ -321,3 +322,15 @@ def train(tiny_llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.Monk
         return main(words)
 
     return run
+
+
+@pytest.fixture
+def no_mmlu_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No folder of MMLU files in the environment, an empty cache on disk, and none in memory."""
+    from qlora_harness.score import mmlu_files
+
+    monkeypatch.delenv("QLORA_MMLU_DIR", raising=False)
+    monkeypatch.setattr(mmlu_files, "cache_dir", lambda: tmp_path / "cache")
+    mmlu_files._read.cache_clear()
+    yield
+    mmlu_files._read.cache_clear()

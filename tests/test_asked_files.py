@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,19 +15,10 @@ from qlora_harness.locations import demo_dir
 from qlora_harness.score import mmlu_files
 from qlora_harness.score.asked_files import asked_files
 
+pytestmark = pytest.mark.usefixtures("no_mmlu_files")
 TEST, VAL = "five_shot_mmlu_test.json", "five_shot_mmlu_val.json"
 ZERO, DEMO = "zero_shot_mmlu_test.json", "five_shot_mmlu_demo.json"
 NO_FOLDER = "folder /no/such/folder does not exist. Name the folder of the files."
-
-
-@pytest.fixture(autouse=True)
-def clean_slate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No folder named by the environment, an empty cache on disk, and none in memory."""
-    monkeypatch.delenv("QLORA_MMLU_DIR", raising=False)
-    monkeypatch.setattr(mmlu_files, "cache_dir", lambda: tmp_path / "cache")
-    mmlu_files._read.cache_clear()
-    yield
-    mmlu_files._read.cache_clear()
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from qlora_harness.score.mmlu_files import (
     rows_in,
 )
 
+pytestmark = pytest.mark.usefixtures("no_mmlu_files")
 VAL, TEST = "five_shot_mmlu_val.json", "five_shot_mmlu_test.json"
 
 VAL_HEADER = (
@@ -39,16 +40,6 @@ LAST_VAL_QUESTION = (
     "\n\n Which Jewish group demanded a narrow and literal interpretation of the Torah?\n"
     "A. Sadducees\nB. Pharisees\nC. Essenes\nD. Zealots\nAnswer:"
 )
-
-
-@pytest.fixture(autouse=True)
-def clean_slate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No folder named by the environment, an empty cache on disk, and none in memory."""
-    monkeypatch.delenv("QLORA_MMLU_DIR", raising=False)
-    monkeypatch.setattr(mmlu_files, "cache_dir", lambda: tmp_path / "cache")
-    mmlu_files._read.cache_clear()
-    yield
-    mmlu_files._read.cache_clear()
 
 
 @pytest.fixture
