@@ -51,9 +51,13 @@ def test_limit_counts_and_cached_files_do_not(groups: Path) -> None:
     assert available_memory() == ALL
 
 
-def test_limit_is_that_of_the_own_group(groups: Path) -> None:
+def test_limit_is_that_of_the_own_group_and_those_above(groups: Path) -> None:
     limit(groups, "max", 0, 0)
     limit(groups / "slice" / "job", "700", 200, 0)
     assert available_memory() == 500
+    limit(groups / "slice", "600", 200, 0)  # of all jobs together
+    assert available_memory() == 400
+    limit(groups / "slice" / "job", "max", 200, 0)
+    assert available_memory() == 400
     free_memory._OWN_GROUP.unlink()
     assert available_memory() == ALL

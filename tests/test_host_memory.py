@@ -1,8 +1,9 @@
-"""Activations in the host's memory, with streams that do everything at once in place of CUDA's."""
+"""Activations in the host's memory; streams that copy as late as they may stand for CUDA's."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,48 +12,112 @@ from test_fused import adapted, fused_step, texts, tiny
 
 from qlora_harness.errors import TrainingError
 from qlora_harness.fused import host_memory
-from qlora_harness.fused.host_memory import Blocks, HostMemory
+from qlora_harness.fused.host_memory import (
+    Blocks,
+    HostMemory,
+    NoPinnedMemory,
+    Stored,
+    memory_of_a_process,
+    pinned_bytes,
+)
 from qlora_harness.fused.model import install
 
 BLOCK = 2**24
 
 
-class Stream:
+class Side:
+    """A stream on which nothing happens until another waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.asked: list[Callable[[], Any]] = []
+        self.done = 0
+
+    def wait_stream(self, other: Main) -> None:
+        assert isinstance(other, Main)  # which is never behind
+
+    def record_event(self) -> Event:
+        return Event(self, len(self.asked))
+
+
+class Event:
+    def __init__(self, side: Side, number: int) -> None:
+        self.side, self.number = side, number
+
+    @property
+    def reached(self) -> bool:
+        return self.side.done >= self.number
+
+
+class Main:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def wait_stream(self, other: Stream) -> None:
-        assert isinstance(other, Stream)
-
-    def wait_event(self, event: str) -> None:
-        assert event == "event"
-
-    def record_event(self) -> str:
-        return "event"
+    def wait_event(self, event: Event) -> None:
+        side = event.side
+        while not event.reached:
+            side.asked[side.done]()
+            side.done += 1
 
 
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-    monkeypatch.setattr(
-        torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options)
-    )
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    """Tensors of the CPU stand for those of a device, which is poisoned where it is not written."""
+    empty, copy = torch.empty, torch.Tensor.copy_
+
+    def poisoned(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        new = empty(*shape, **options)
+        return new.fill_(float("nan")) if new.is_floating_point() else new
+
+    @contextlib.contextmanager
+    def inside(side: Side) -> Iterator[None]:
+        def later(target: torch.Tensor, source: torch.Tensor, **options: Any) -> None:
+            assert options == {"non_blocking": True}
+            side.asked.append(lambda: copy(target, source))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "copy_", later)
+            yield
+
+    def given_up(stored: Stored, name: str, value: Any) -> None:
+        if name == "there" and value is None and getattr(stored, "there", None) is not None:
+            assert stored.copied is None or stored.copied.reached, "memory that is still in use"
+        object.__setattr__(stored, name, value)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch.cuda, "Stream", Side)
+    monkeypatch.setattr(torch.cuda, "current_stream", Main)
+    monkeypatch.setattr(torch.cuda, "stream", inside)
+    monkeypatch.setattr(Stored, "__setattr__", given_up)
     monkeypatch.setattr(HostMemory, "serves", lambda host, x: True)
 
 
-def test_blocks_are_used_again_and_a_quarter_more_are_pinned(streams: None) -> None:
+def test_blocks_are_used_again(streams: None) -> None:
     blocks = Blocks()
     first = blocks.take(3 * BLOCK + 1)
-    assert (len(first), blocks.pinned) == (4, 5)
-    assert blocks.new_bytes(BLOCK) == 0 and blocks.new_bytes(BLOCK + 1) == 2 * BLOCK
+    assert (len(first), blocks.pinned) == (4, 4)
+    assert blocks.new_bytes(BLOCK) == 2 * BLOCK  # a quarter of the four besides
     second = blocks.take(BLOCK)
-    assert blocks.pinned == 5
+    assert (len(second), blocks.pinned) == (1, 6)
+    assert blocks.new_bytes(BLOCK) == 0
     assert len({block.data_ptr() for block in first + second}) == 5
     blocks.give(first)
-    assert len(blocks.take(4 * BLOCK)) == 4 and blocks.pinned == 5
+    assert blocks.new_bytes(5 * BLOCK) == 0 and len(blocks.take(5 * BLOCK)) == 5
+    assert blocks.pinned == 6
+
+
+@pytest.mark.parametrize("tensors", [1, 5, 21, 32])
+@pytest.mark.parametrize("size", [1, 4 * 2**20, 344 * 2**20])
+def test_no_more_is_pinned_than_planned(
+    monkeypatch: pytest.MonkeyPatch, tensors: int, size: int
+) -> None:
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: torch.tensor(0))
+    blocks = Blocks()
+    for _ in range(tensors):
+        blocks.take(size)
+    most = pinned_bytes(tensors, size) // BLOCK
+    needed = tensors * -(-size // BLOCK)
+    assert needed <= blocks.pinned <= most == needed * 5 // 4
 
 
 @pytest.mark.parametrize("order", [[4, 3, 2, 1, 0], [0, 3, 4, 1, 2], []])
@@ -70,6 +135,7 @@ def test_tensors_come_back_in_any_order(streams: None, order: list[int]) -> None
             assert stored[number - 1].there is not None  # on its way
     free = host._blocks._free
     assert len(free) == host._blocks.pinned - 2 * (5 - len(order))
+    tensors.clear()
     stored.clear()
     assert len(free) == host._blocks.pinned
     assert len({block.data_ptr() for block in free}) == len(free)
@@ -120,7 +186,30 @@ def test_graph_that_goes_without_a_backward_pass_gives_its_blocks_back(streams: 
         assert len(blocks._free) == blocks.pinned
 
 
-def test_host_gives_a_quarter_of_what_is_available(
+def test_failed_copy_and_failed_prefetch_leave_memory_alone_until_it_is_done(
+    streams: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = HostMemory()
+    wanted = [torch.randn(3000, 2048) for _ in range(4)]
+    stored = [host.put(x.clone()) for x in wanted]
+    new = torch.empty
+
+    def full(*shape: Any, **options: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch, "empty", full)
+    assert torch.equal(host.get(stored[2]), wanted[2])  # not fetched meanwhile: the one below
+    assert stored[1].there is None
+    monkeypatch.setattr(torch, "empty", new)
+    assert torch.equal(host.get(stored[1]), wanted[1])
+
+    split = torch.split
+    monkeypatch.setattr(torch, "split", lambda *_: [*split(*_), torch.zeros(1)])
+    with pytest.raises(ValueError, match="zip"):
+        host.put(torch.randn(3000, 2048))  # after its first block; dropped by `given_up`
+
+
+def test_host_gives_a_quarter_of_what_is_free(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked: list[int] = []
@@ -133,27 +222,41 @@ def test_host_gives_a_quarter_of_what_is_available(
     monkeypatch.setattr(host_memory, "available_memory", lambda: 16 * BLOCK)
     caplog.set_level("INFO")
     host = HostMemory()
-    # With the quarter more that is pinned.
-    assert host.put_if_room(torch.empty(3 * BLOCK, dtype=torch.uint8)) == "stored"
+    assert host.put_if_room(torch.zeros(4 * BLOCK, dtype=torch.uint8)) == "stored"
     assert not caplog.records
     for _ in range(2):
-        assert host.put_if_room(torch.empty(3 * BLOCK + 1, dtype=torch.uint8)) is None
+        assert host.put_if_room(torch.zeros(4 * BLOCK + 1, dtype=torch.uint8)) is None
     assert len(caplog.records) == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert HostMemory().put_if_room(torch.empty(BLOCK, dtype=torch.uint8)) == "stored"
-    assert HostMemory().put_if_room(torch.empty(BLOCK + 1, dtype=torch.uint8)) is None
-    assert asked == [3 * BLOCK, BLOCK]
+    assert memory_of_a_process() == 8 * BLOCK
+    assert HostMemory().put_if_room(torch.zeros(2 * BLOCK, dtype=torch.uint8)) == "stored"
+    assert HostMemory().put_if_room(torch.zeros(2 * BLOCK + 1, dtype=torch.uint8)) is None
+    assert asked == [4 * BLOCK, 2 * BLOCK]
 
 
 def test_memory_that_the_system_does_not_pin_is_done_without(
-    monkeypatch: pytest.MonkeyPatch,
+    streams: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(host: HostMemory, x: torch.Tensor) -> None:
+    def fails(*shape: Any, **options: Any) -> None:
         raise RuntimeError("CUDA error: out of memory\nand more")
 
-    monkeypatch.setattr(HostMemory, "_put", fails)
-    host = HostMemory()
-    assert host.put_if_room(torch.empty(1)) is None
+    host, x = HostMemory(), torch.zeros(1)
+    monkeypatch.setattr(torch, "empty", fails)
+    with pytest.raises(NoPinnedMemory, match="^CUDA error: out of memory$"):
+        host._put(x)
+    assert host.put_if_room(x) is None
     message = "pins no more of the host's memory than 0.0 GiB .CUDA error: out of memory."
     with pytest.raises(TrainingError, match=message):
-        host.put(torch.empty(1))
+        host.put(x)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(
+    streams: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(side: Side) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "stream", fails)
+    for put in (HostMemory().put, HostMemory().put_if_room):
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            put(torch.zeros(1))

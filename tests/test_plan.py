@@ -15,7 +15,7 @@ from qlora_harness.settings import Quant, build_settings
 from qlora_harness.train.memory_choice import LADDER, choose
 from qlora_harness.train.memory_prediction import GIB, largest_pass, predict
 from qlora_harness.train.model_shape import Shape, measure_shape
-from qlora_harness.train.plan_text import describe
+from qlora_harness.train.plan_text import describe, host_shortage
 
 
 @pytest.fixture(scope="module")
@@ -217,19 +217,36 @@ def test_run_with_memory_records_what_was_chosen(
 
 
 def test_memory_of_the_host_is_told(shape: Shape) -> None:
-    """bfloat16, 1,000 tokens; 21 of 32 layers have gates there; a quarter more is pinned."""
+    """bfloat16, 1,000 tokens; gates of 21 of 32 layers; blocks of 16 MiB and a quarter more."""
     found = {}
     for checkpointing in ("none", "selective", "full", "offload"):
         plan = predict(shape, build_settings({"checkpointing": checkpointing}), 1000)
         found[checkpointing] = plan.host
         told = f"{plan.host / GIB:.1f} GiB of the host's memory"
         assert (told in describe(plan, 1000)) is (plan.host > 0)
-    gates, inputs = 2 * 11008 * 21, 4096 * 32
+    # Gates of a layer take 42 MiB, an input 8.
+    block = 2**24
     assert found == {
         "none": 0,
-        "selective": gates * 2 * 1000 * 5 // 4,
+        "selective": 21 * 3 * block * 5 // 4,
         "full": 0,
-        "offload": inputs * 2 * 1000 * 5 // 4,
+        "offload": 32 * 1 * block * 5 // 4,
     }
     peft = build_settings({"checkpointing": "full", "kernels": "none"})
     assert predict(shape, peft, 1000).host == 0
+
+
+def test_lack_of_the_hosts_memory_is_told(shape: Shape) -> None:
+    plans = {
+        checkpointing: predict(shape, build_settings({"checkpointing": checkpointing}), 8192)
+        for checkpointing in ("none", "selective", "full", "offload")
+    }
+    for name in ("none", "full"):
+        assert host_shortage(plans[name], 0) is None
+    selective, offload = plans["selective"], plans["offload"]
+    assert host_shortage(selective, 4 * selective.host) is None
+    told = host_shortage(selective, 4 * selective.host - 4)
+    assert told is not None and "computed again" in told
+    assert host_shortage(offload, offload.host) is None
+    told = host_shortage(offload, GIB)
+    assert told is not None and told.startswith("the host has 1.0 GiB free for it, which is not")

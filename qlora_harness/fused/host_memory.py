@@ -7,11 +7,13 @@ so while a layer is at work what was stored before it comes back.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 import torch
 
@@ -24,11 +26,15 @@ _BLOCK = 2**24  # bytes; torch would take a power of two for each tensor
 _LEAVING = 2  # tensors that are on their way out at once
 
 
+class NoPinnedMemory(RuntimeError):
+    """The system pins no more memory."""
+
+
 class Blocks:
     """Pinned memory of the host, in blocks of one size that are used again and again.
 
     To pin memory takes longer than to fill it, and rows differ in length from step to step: where
-    blocks are missing, a quarter more are pinned than are missing.
+    blocks are missing, up to a quarter of what is pinned is pinned besides.
 
     Attributes:
         pinned: All blocks, in use or not.
@@ -44,8 +50,8 @@ class Blocks:
         Args:
             wanted: Bytes.
         """
-        missing = max(0, _blocks(wanted) - len(self._free))
-        return -(-missing * 5 // 4) * _BLOCK
+        missing = _blocks(wanted) - len(self._free)
+        return (missing + self.pinned // 4) * _BLOCK if missing > 0 else 0
 
     def take(self, wanted: int) -> list[torch.Tensor]:
         """Returns blocks that hold so many bytes.
@@ -54,10 +60,14 @@ class Blocks:
             wanted: Bytes.
 
         Raises:
-            RuntimeError: From torch, where the system gives no more.
+            NoPinnedMemory: The system gives no more.
         """
         for _ in range(_blocks(self.new_bytes(wanted))):
-            self._free.append(torch.empty(_BLOCK, dtype=torch.uint8, pin_memory=True))
+            try:
+                block = torch.empty(_BLOCK, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                raise NoPinnedMemory(str(error).splitlines()[0]) from None
+            self._free.append(block)
             self.pinned += 1
         taken = self._free[: _blocks(wanted)]
         del self._free[: len(taken)]
@@ -76,6 +86,16 @@ def _blocks(size: int) -> int:
     return -(-size // _BLOCK)
 
 
+def pinned_bytes(tensors: int, size: int) -> int:
+    """Returns the most memory that is pinned for tensors of one size.
+
+    Args:
+        tensors: How many.
+        size: Bytes of each.
+    """
+    return tensors * _blocks(size) * _BLOCK * 5 // 4
+
+
 class Stored:
     """One tensor in the host's memory.
 
@@ -85,7 +105,7 @@ class Stored:
         below: The one that was stored before it, if its graph is still there.
 
     Raises:
-        RuntimeError: From torch, where the system gives no memory.
+        NoPinnedMemory: The system gives no more.
     """
 
     def __init__(self, x: torch.Tensor, blocks: Blocks, below: Stored | None) -> None:
@@ -107,9 +127,9 @@ class Stored:
         self._blocks.give(self.host)
         self.host = []
 
-    def __del__(self) -> None:
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # Where a graph goes without a backward pass.
-        if not sys.is_finalizing():
+        if not finalizing():
             self.release()
 
 
@@ -120,8 +140,7 @@ class HostMemory:
         self._stream: torch.cuda.Stream | None = None
         self._leaving: deque[weakref.ref[Stored]] = deque()
         self._blocks = Blocks()
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self._limit = available_memory() // (4 * processes)
+        self._limit = memory_of_a_process() // 4
         self._told = False
 
     def serves(self, x: torch.Tensor) -> bool:
@@ -145,7 +164,7 @@ class HostMemory:
         if not more or self._pinned + more <= self._limit:
             try:
                 return self._put(x)
-            except RuntimeError:
+            except NoPinnedMemory:
                 self._limit = self._pinned
         if not self._told:
             self._told = True
@@ -172,10 +191,10 @@ class HostMemory:
         """
         try:
             return self._put(x)
-        except RuntimeError as error:
+        except NoPinnedMemory as error:
             raise TrainingError(
                 f"--checkpointing offload: the system pins no more of the host's memory than "
-                f"{self._pinned / 2**30:.1f} GiB ({str(error).splitlines()[0]})",
+                f"{self._pinned / 2**30:.1f} GiB ({error})",
                 "Lower --batch-size (and raise --grad-accum), or use --checkpointing full",
             ) from None
 
@@ -206,7 +225,9 @@ class HostMemory:
         stored.release()
         below = None if stored.below is None else stored.below()
         if below is not None:
-            self._fetch(below)
+            # Where there is no memory for it now, there is when it is its turn.
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self._fetch(below)
         return x
 
     def _fetch(self, stored: Stored) -> None:
@@ -220,14 +241,21 @@ class HostMemory:
         if self._stream is None or self._stream.device != stored.device:
             self._stream = torch.cuda.Stream(stored.device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(stored.device))
-        with torch.cuda.stream(self._stream):
-            parts = torch.split(x.view(-1).view(torch.uint8), _BLOCK)
-            for part, block in zip(parts, stored.host, strict=True):
-                if back:
-                    part.copy_(block[: len(part)], non_blocking=True)
-                else:
-                    block[: len(part)].copy_(part, non_blocking=True)
-        stored.copied = self._stream.record_event()
+        try:
+            with torch.cuda.stream(self._stream):
+                parts = torch.split(x.view(-1).view(torch.uint8), _BLOCK)
+                for part, block in zip(parts, stored.host, strict=True):
+                    if back:
+                        part.copy_(block[: len(part)], non_blocking=True)
+                    else:
+                        block[: len(part)].copy_(part, non_blocking=True)
+        finally:
+            stored.copied = self._stream.record_event()
+
+
+def memory_of_a_process() -> int:
+    """Returns the bytes of the host's memory that are free for each process of a launcher."""
+    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:

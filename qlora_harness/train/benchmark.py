@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from qlora_harness.data.chat import Example
 from qlora_harness.data.corpus import load_chosen_data
-from qlora_harness.errors import SettingsError
+from qlora_harness.errors import SettingsError, TrainingError
 from qlora_harness.fused.model import install, uninstall, why_not_fused
 from qlora_harness.model.base import (
     BaseSource,
@@ -244,6 +244,8 @@ def _measure_own(
     model = base.load(settings)
     try:
         _train(measured, settings, setup, model)
+    except TrainingError as error:
+        measured.failure = error.problem
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -41,7 +41,7 @@ class MemoryPlan:
         kept: Activations that wait for the backward pass.
         work: Of the layer at work, of the loss, and what full-precision weights grow by when
             adapters stand beside them.
-        host: Pinned memory of the host for activations, beside the peak.
+        host: Pinned memory of the host for activations, at most, beside the peak.
     """
 
     checkpointing: str
@@ -111,7 +111,7 @@ def predict(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
         parameters * width,
         kept,
         work,
-        int(_on_host(shape, settings) * size * tokens) if fused else 0,
+        _on_host(shape, settings, tokens, size) if fused else 0,
     )
 
 
@@ -138,14 +138,16 @@ def _fused(shape: Shape, settings: Settings, tokens: int, size: int) -> tuple[in
     return int(kept * size * tokens * shape.layers), int(work * size * tokens)
 
 
-def _on_host(shape: Shape, settings: Settings) -> float:
-    """Elements a token that all fused layers keep in pinned memory of the host."""
-    elements = {
+def _on_host(shape: Shape, settings: Settings, tokens: int, size: int) -> int:
+    """Bytes that fused layers pin in the host's memory, at most."""
+    from qlora_harness.fused.host_memory import pinned_bytes
+
+    layers, elements = {
         # Gates of two layers in three.
-        "selective": 2 * shape.inner * (shape.layers - -(-shape.layers // 3)),
-        "offload": shape.hidden * shape.layers,
-    }.get(settings.optimization.checkpointing, 0)
-    return elements * 5 / 4  # a quarter more is pinned, as rows vary in length
+        "selective": (shape.layers - -(-shape.layers // 3), 2 * shape.inner),
+        "offload": (shape.layers, shape.hidden),
+    }.get(settings.optimization.checkpointing, (0, 0))
+    return pinned_bytes(layers, elements * size * tokens)
 
 
 def _bordered(shape: Shape, rank: int) -> list[int]:

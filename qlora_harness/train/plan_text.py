@@ -34,6 +34,21 @@ def describe(plan: MemoryPlan, tokens: int) -> str:
     )
 
 
+def host_shortage(plan: MemoryPlan, free: int) -> str | None:
+    """Returns what a plan's demand on the host's memory will lead to, or None if it is met.
+
+    Args:
+        plan: From `predict` or `choose`.
+        free: Bytes of the host's memory that are free for the process.
+    """
+    has = f"the host has {free / GIB:.1f} GiB free for it"
+    if plan.checkpointing == "selective" and plan.host > free // 4:
+        return f"{has}, of which a quarter is used: what does not fit there is computed again"
+    if plan.checkpointing == "offload" and plan.host > free:
+        return f"{has}, which is not enough: use --checkpointing full, or a smaller --batch-size"
+    return None
+
+
 def table(shape: Shape, settings: Settings, tokens: int) -> str:
     """Returns every rung's plan as a table, and the GPUs that each fits.
 

@@ -24,6 +24,7 @@ from qlora_harness.errors import (
     SettingsError,
     TrainingError,
 )
+from qlora_harness.fused.host_memory import memory_of_a_process
 from qlora_harness.fused.model import install, why_not_fused
 from qlora_harness.model.base import (
     BaseSource,
@@ -52,7 +53,7 @@ from qlora_harness.train.evaluation import evaluate_loss
 from qlora_harness.train.memory import MemoryMeter
 from qlora_harness.train.memory_choice import choose
 from qlora_harness.train.model_shape import measure_shape
-from qlora_harness.train.plan_text import describe
+from qlora_harness.train.plan_text import describe, host_shortage
 from qlora_harness.train.run_folder import StartingPoint, checkpoint_step, clear, inspect
 from qlora_harness.train.run_record import RunRecord
 from qlora_harness.train.trainer import CountingTrainer, StepLog, StopOnSignal
@@ -196,6 +197,9 @@ class _Run:
         self.chosen, plan, tokens = choose(shape, self.settings, lengths)
         self.plan = plan.record() | {"tokens_per_pass": tokens}
         _say(self.state, describe(plan, tokens))
+        shortage = host_shortage(plan, memory_of_a_process())
+        if shortage is not None:
+            _say(self.state, shortage)
 
     def _load_model(self, source: BaseSource) -> Any:
         settings = self.chosen
