@@ -82,7 +82,7 @@ def read_files_first(config_module: ModuleType) -> None:
         from qlora_harness.score.asked_files import read_asked_files
 
         manager = process(config, *args, **options)
-        read_asked_files(config.tasks, manager.task_index, manager.metadata)
+        read_asked_files(config, manager)
         return manager
 
     config_class.process_tasks = process_and_read

@@ -13,7 +13,7 @@ from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from qlora_harness.errors import DataError
 from qlora_harness.locations import demo_dir
 from qlora_harness.score import mmlu_files
-from qlora_harness.score.asked_files import asked_files
+from qlora_harness.score.asked_files import asked_files, read_asked_files
 
 pytestmark = pytest.mark.usefixtures("no_mmlu_files")
 TEST, VAL = "five_shot_mmlu_test.json", "five_shot_mmlu_val.json"
@@ -61,6 +61,23 @@ def test_a_users_group_and_tag_are_looked_into(manager: TaskManager) -> None:
         "tagged": Entry("tagged", Kind.TAG, None, None, {"mmlu_qlora_5shot_anatomy"}),
     }
     assert sorted(asked_files(["mine"], index)) == [DEMO, TEST]
+
+
+def test_a_users_task_with_a_file_of_its_own_is_left_alone(manager: TaskManager) -> None:
+    def entry(path: Path | None, file: object) -> Entry:
+        return Entry(
+            "mine", Kind.TASK, path, {"task": "mine", "dataset_kwargs": {"mmlu_file": file}}
+        )
+
+    for path, file in ((Path("mine.yaml"), TEST), (None, "my.json"), (None, [TEST])):
+        assert asked_files(["mine"], manager.task_index | {"mine": entry(path, file)}) == []
+
+
+def test_an_lm_eval_that_holds_its_tasks_otherwise_goes_on(no_own_tasks: None) -> None:
+    """The tasks read their files themselves."""
+    config = ask("mmlu_qlora_demo")
+    read_asked_files(config, object())
+    read_asked_files(object(), object())
 
 
 def test_a_wrong_folder_is_refused_as_soon_as_the_tasks_are_known(

@@ -5,41 +5,48 @@ lm-eval builds tasks after the model: a wrong folder would be noticed after minu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import install_excepthook
-from qlora_harness.score.mmlu_files import load_questions
+from qlora_harness.score.mmlu_files import DEMO_FILE, PINNED, load_questions
 
 if TYPE_CHECKING:
     from lm_eval.tasks._index import Entry
 
+logger = logging.getLogger(__name__)
 
-def read_asked_files(
-    tasks: Iterable[object], index: Mapping[str, Entry], metadata: Mapping[str, Any] | None
-) -> None:
+
+def read_asked_files(config: Any, manager: Any) -> None:
     """Reads the files of our MMLU tasks; they are kept for the tasks, which read them again.
 
+    Of an lm-eval that holds its tasks in another way nothing is read here.
+
     Args:
-        tasks: What lm-eval will load, names and configurations.
-        index: lm-eval's task index.
-        metadata: What lm-eval will give to the tasks; mmlu_dir is the folder of the files.
+        config: lm-eval's EvaluatorConfig, whose tasks are known.
+        manager: Its TaskManager; mmlu_dir in the metadata is the folder of the files.
 
     Raises:
         DataError: A file is missing, can't be fetched, or is another; see `load_questions`.
     """
-    names = asked_files(tasks, index)
+    try:
+        names = asked_files(config.tasks, manager.task_index)
+        folder = (manager.metadata or {}).get("mmlu_dir")
+    except Exception as error:
+        logger.debug("MMLU files are read with their tasks (%r)", error)
+        return
     if names:
         install_excepthook()
     for name in names:
-        load_questions(name, (metadata or {}).get("mmlu_dir"))
+        load_questions(name, folder)
 
 
 def asked_files(tasks: Iterable[object], index: Mapping[str, Entry]) -> list[str]:
     """Returns the names of the MMLU files that tasks need, each once.
 
-    Only what is asked for by name is looked at, also in groups of groups and under tags. The files
-    of a configuration that a user has written are read with its task.
+    Only our own tasks are looked at, where they are asked for by name, also in groups of groups and
+    under tags. What a user's own configuration needs is read with its task.
 
     Args:
         tasks: Names and configurations.
@@ -59,6 +66,8 @@ def asked_files(tasks: Iterable[object], index: Mapping[str, Entry]) -> list[str
         pending += sorted(entry.tags) if entry.kind.name == "TAG" else []
         pending += members if isinstance(members, list) else []
         arguments = config.get("dataset_kwargs")
-        if isinstance(arguments, Mapping) and "mmlu_file" in arguments:
-            files[arguments["mmlu_file"]] = None
+        if entry.yaml_path is None and isinstance(arguments, Mapping):
+            file = arguments.get("mmlu_file")
+            if file in (*PINNED, DEMO_FILE):
+                files[file] = None
     return list(files)
