@@ -105,10 +105,11 @@ def test_mistake_through_the_launcher_is_one_line(checkout: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "status"), [(["--quant", "int8"], 2), (["--recipe", "nope"], 2), (["--help"], 0)]
 )
+@pytest.mark.parametrize("program", [["launch/train.py"], ["-m", "qlora_harness.train"]])
 def test_launcher_runs_without_accelerate_too(
-    checkout: Path, words: list[str], status: int
+    checkout: Path, program: list[str], words: list[str], status: int
 ) -> None:
-    found, out, err = run(checkout, sys.executable, "launch/train.py", *words)
+    found, out, err = run(checkout, sys.executable, *program, *words)
     assert found == status
     assert (err.count("\n"), bool(out)) == ((0, True) if status == 0 else (1, False))
 

@@ -84,6 +84,20 @@ def test_tokens_a_second_are_those_of_the_records(
     assert compared >= 4
 
 
+def test_table_at_the_top_holds_numbers_of_the_others() -> None:
+    measured = records("training_*.json")
+    known = numbers(measured)
+    peaks = {f"{(m['peak_allocated_bytes'] or 0) / 2**30:.1f}" for m in measured}
+    lean = next(m for m in measured if m["way"] == "fused-lean")
+    # Its paged optimizer states, 0.30 GiB, lie beside what torch counts.
+    peaks.add(f"{lean['peak_allocated_bytes'] / 2**30 + 0.30:.1f}")
+    cells = [cell for row in table("| others | here |") for cell in row[1:] if "tokens/s" in cell]
+    assert len(cells) == 7
+    for cell in cells:
+        found = re.fullmatch(r"([\d,]+) tokens/s, ([\d.]+) GiB", cell)
+        assert found is not None and found[1] in known and found[2] in peaks, cell
+
+
 def test_peaks_are_those_of_the_records() -> None:
     for column, pattern in ((3, "training_*nf4_*.json"), (5, "training_*bf16_*.json")):
         measured = [m for m in records(pattern) if m["peak_allocated_bytes"]]
