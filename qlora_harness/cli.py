@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from qlora_harness import __version__
 from qlora_harness.errors import HarnessError, SettingsError, print_error
+from qlora_harness.flag_checks import check_above_zero, check_at_least, check_output_file
 
 
 class _Parser(argparse.ArgumentParser):
@@ -124,6 +125,10 @@ def _add_training_benchmark(commands: Any) -> None:
 
 
 def _benchmark_training(args: argparse.Namespace) -> None:
+    check_at_least({"--steps": args.steps}, 1)
+    check_at_least({"--warm-up": args.warm_up}, 0)
+    check_above_zero("--peer-timeout", args.peer_timeout)
+    check_output_file("--json", args.json)
     from qlora_harness.train.benchmark import run
     from qlora_harness.train.peers import PeerOptions, parse_paths
 
