@@ -192,6 +192,16 @@ def _add_benchmark(commands: Any) -> None:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
+    counts = {
+        "--rows": args.rows,
+        "--batch-size": args.batch_size,
+        "--margin-batch-size": args.margin_batch_size,
+        "--pack-tokens": args.pack_tokens,
+        "--baseline-questions": args.baseline_questions,
+        "--adapter-rank": args.adapter_rank,
+    }
+    check_at_least(counts, 1)
+    check_output_file("--json", args.json)
     from qlora_harness.score.benchmark import run
 
     print(

@@ -71,6 +71,11 @@ class Question:
     answer: str
 
 
+def known_files() -> tuple[str, ...]:
+    """Returns the names that `load_questions` takes."""
+    return (*PINNED, DEMO_FILE)
+
+
 def load_questions(name: str, folder: str | None = None) -> tuple[Question, ...]:
     """Returns the questions of an MMLU file.
 
@@ -80,10 +85,16 @@ def load_questions(name: str, folder: str | None = None) -> tuple[Question, ...]
             user's cache, into which the file is fetched once.
 
     Raises:
-        DataError: The file is missing, can't be fetched, has a wrong hash or a bad row.
+        DataError: The file is not known, missing, can't be fetched, has a wrong hash or a bad row.
     """
     if name == DEMO_FILE:
         return _read(demo_dir() / DEMO_FILE, None)
+    if name not in PINNED:
+        raise DataError(
+            f"no MMLU file {name!r} is known", f"Name one of {', '.join(known_files())}"
+        )
+    # lm-eval parses mmlu_dir=2024 as a number.
+    folder = None if folder is None else str(folder)
     chosen = folder or os.environ.get(DIR_VARIABLE)
     if not chosen:
         return _read(_fetch(name), PINNED[name].sha256)
