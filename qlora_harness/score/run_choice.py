@@ -76,9 +76,10 @@ def choose(
         raise SettingsError(f"--model_args quant={quant}", f"Use one of {', '.join(known)}")
     if not isinstance(double_quant, bool | None):
         raise SettingsError(f"--model_args double_quant={double_quant}", "Use True or False")
-    # lm-eval parses revision=1234567 as a number.
-    revision = None if revision is None else str(revision)
-    peft_revision = None if peft_revision is None else str(peft_revision)
+    # lm-eval parses revision=1234567 and peft=2024 as numbers.
+    pretrained, peft, revision, peft_revision, results_dir = map(
+        _text, (pretrained, peft, revision, peft_revision, results_dir)
+    )
     if peft is None and pretrained is None:
         peft = str(_newest_run(results_root) / ADAPTER_DIR)
     if peft is None:
@@ -121,6 +122,10 @@ def choose(
         if results_dir
         else _results_dir(peft, adapter, results_root, chosen_quant, record.get("quant")),
     )
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
 
 
 def _checked_record(adapter: Path) -> dict[str, Any]:
