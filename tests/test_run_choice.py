@@ -227,7 +227,9 @@ def test_run_folder_in_place_of_its_adapter_is_hinted_at() -> None:
     )
 
 
-@pytest.mark.parametrize("peft", ["./nowhere", "/nowhere/at/all", "a/b/c", "nowhere"])
+@pytest.mark.parametrize(
+    "peft", ["./nowhere", "~nosuchuser/x", "/nowhere/at/all", "a/b/c", "nowhere"]
+)
 def test_missing_folder(peft: str) -> None:
     with pytest.raises(AdapterError) as error:
         pick(peft=peft)

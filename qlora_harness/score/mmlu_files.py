@@ -17,7 +17,7 @@ from pathlib import Path
 from qlora_harness.data.sources import parse_line
 from qlora_harness.errors import DataError
 from qlora_harness.families import LETTERS
-from qlora_harness.locations import cache_dir, demo_dir
+from qlora_harness.locations import cache_dir, demo_dir, expanded
 
 COMMIT = "7f4e95a68dc076bea9b3a413d2b512eca6d004e5"
 BASE_URL = f"https://raw.githubusercontent.com/artidoro/qlora/{COMMIT}/data/mmlu/"
@@ -99,7 +99,7 @@ def load_questions(name: str, folder: str | None = None) -> tuple[Question, ...]
     if not chosen:
         return _read(_fetch(name), PINNED[name].sha256)
     source = "--metadata mmlu_dir" if folder else DIR_VARIABLE
-    path = Path(chosen).expanduser()
+    path = expanded(chosen)
     if not path.is_dir():
         raise DataError(f"{source}: folder {chosen} does not exist", "Name the folder of the files")
     for candidate in (path / name, path / f"{name}.xz"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.errors import AdapterError, SettingsError
+from qlora_harness.locations import expanded
 from qlora_harness.model.lora import (
     CONFIG_FILE,
     RECORD_FILE,
@@ -152,7 +153,7 @@ def _results_dir(
     peft: str, adapter: Path, root: Path, quant: str, recorded_quant: str | None
 ) -> Path:
     """The run folder of an adapter of ours, the adapter's own folder, or one in ./results."""
-    if not Path(peft).expanduser().exists():  # from the Hub: its cache is not ours to write in
+    if not expanded(peft).exists():  # from the Hub: its cache is not ours to write in
         folder = root / peft.replace("/", "__")
     else:
         folder = adapter.parent if adapter.name == ADAPTER_DIR else adapter
@@ -177,7 +178,7 @@ def _newest_run(root: Path) -> Path:
 
 
 def _adapter_folder(peft: str, revision: str | None) -> Path:
-    path = Path(peft).expanduser()
+    path = expanded(peft)
     if path.exists() or peft.startswith((".", "/", "~")) or peft.count("/") != 1:
         return path
     from huggingface_hub import snapshot_download
