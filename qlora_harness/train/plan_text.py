@@ -39,7 +39,7 @@ def table(shape: Shape, settings: Settings, tokens: int) -> str:
 
     Args:
         shape: From `measure_shape`.
-        settings: As the user gave them.
+        settings: With what --memory chose in place of their own; its rung is marked.
         tokens: As in `predict`.
     """
     fused = uses_fused(shape, settings)
@@ -80,7 +80,20 @@ def table(shape: Shape, settings: Settings, tokens: int) -> str:
             f"{settings.model.model}, {settings.quant.value}, {settings.model.compute_dtype}, "
             f"rank {settings.lora.lora_r}, {tokens:,} tokens a pass; {kind}; GiB",
             *lines,
-            "* as the settings say; the others are the steps of --memory, from the fastest; host: "
-            "pinned memory there",
+            f"* {_marked(settings)}; the others are the steps of --memory, from the fastest; host: "
+            "pinned memory of the host, for each process",
         ]
+    )
+
+
+def _marked(settings: Settings) -> str:
+    """Why a rung is marked."""
+    optimization = settings.optimization
+    if optimization.memory is None:
+        return "as the settings say"
+    passes = optimization.grad_accum
+    return (
+        f"what --memory {optimization.memory} chooses where every example has "
+        f"{settings.data.max_length:,} tokens, with {passes} {'pass' if passes == 1 else 'passes'} "
+        f"a step"
     )
