@@ -239,7 +239,7 @@ def _plan(words: Sequence[str]) -> int:
     # Without the data: as many tokens as each pass of a step can have.
     examples = settings.optimization.batch_size * settings.optimization.grad_accum
     chosen, _, tokens = choose(shape, settings, [settings.data.max_length] * examples)
-    print(table(shape, chosen, tokens))
+    print(table(shape, settings, chosen, tokens))
     return 0
 
 

@@ -218,6 +218,9 @@ def test_plan_marks_what_memory_chooses(
     lines = capsys.readouterr().out.splitlines()
     assert f"rank 64, {tokens} tokens a pass;" in lines[0]
     assert [line.split()[:4] for line in lines[1:-1] if " * " in line] == [marked]
+    # The others are the ladder's with the settings' own optimizer, whatever was chosen.
+    assert sum("paged_adamw_8bit" in line for line in lines) == 1
+    assert len(lines) == 8
     assert lines[-1].startswith(
         f"* what --memory {memory} chooses where every example has 512 tokens, with {passes} a "
         "step; the others are "

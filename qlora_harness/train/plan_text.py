@@ -34,12 +34,13 @@ def describe(plan: MemoryPlan, tokens: int) -> str:
     )
 
 
-def table(shape: Shape, settings: Settings, tokens: int) -> str:
+def table(shape: Shape, settings: Settings, chosen: Settings, tokens: int) -> str:
     """Returns every rung's plan as a table, and the GPUs that each fits.
 
     Args:
         shape: From `measure_shape`.
-        settings: With what --memory chose in place of their own; its rung is marked.
+        settings: As the user gave them.
+        chosen: The same with what --memory chose, from `choose`; its rung is marked.
         tokens: As in `predict`.
     """
     fused = uses_fused(shape, settings)
@@ -50,9 +51,9 @@ def table(shape: Shape, settings: Settings, tokens: int) -> str:
         + "  fits GPUs of"
     ]
     own = {
-        "checkpointing": settings.optimization.checkpointing,
-        "optimizer": settings.optimization.optimizer,
-        "adapter_dtype": settings.lora.adapter_dtype,
+        "checkpointing": chosen.optimization.checkpointing,
+        "optimizer": chosen.optimization.optimizer,
+        "adapter_dtype": chosen.lora.adapter_dtype,
     }
     rungs = [own, *rungs_of(fused)]
     seen = set()
@@ -80,7 +81,7 @@ def table(shape: Shape, settings: Settings, tokens: int) -> str:
             f"{settings.model.model}, {settings.quant.value}, {settings.model.compute_dtype}, "
             f"rank {settings.lora.lora_r}, {tokens:,} tokens a pass; {kind}; GiB",
             *lines,
-            f"* {_marked(settings)}; the others are the steps of --memory, from the fastest; host: "
+            f"* {_marked(chosen)}; the others are the steps of --memory, from the fastest; host: "
             "pinned memory of the host, for each process",
         ]
     )
