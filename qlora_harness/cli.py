@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from qlora_harness import __version__
 from qlora_harness.errors import HarnessError, SettingsError, print_error
+from qlora_harness.flag_checks import check_above_zero, check_at_least, check_output_file
 
 
 class _Parser(argparse.ArgumentParser):
@@ -124,6 +125,10 @@ def _add_training_benchmark(commands: Any) -> None:
 
 
 def _benchmark_training(args: argparse.Namespace) -> None:
+    check_at_least({"--steps": args.steps}, 1)
+    check_at_least({"--warm-up": args.warm_up}, 0)
+    check_above_zero("--peer-timeout", args.peer_timeout)
+    check_output_file("--json", args.json)
     from qlora_harness.train.benchmark import run
     from qlora_harness.train.peers import PeerOptions, parse_paths
 
@@ -187,6 +192,16 @@ def _add_benchmark(commands: Any) -> None:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
+    counts = {
+        "--rows": args.rows,
+        "--batch-size": args.batch_size,
+        "--margin-batch-size": args.margin_batch_size,
+        "--pack-tokens": args.pack_tokens,
+        "--baseline-questions": args.baseline_questions,
+        "--adapter-rank": args.adapter_rank,
+    }
+    check_at_least(counts, 1)
+    check_output_file("--json", args.json)
     from qlora_harness.score.benchmark import run
 
     print(
@@ -214,15 +229,17 @@ def _plan(words: Sequence[str]) -> int:
     """Takes the flags of launch/train.py and prints the plan of every way to save memory."""
     from qlora_harness.model.base import find_base
     from qlora_harness.train.command import parse_settings
+    from qlora_harness.train.memory_choice import choose
     from qlora_harness.train.model_shape import measure_shape
     from qlora_harness.train.plan_text import table
 
     settings, _ = parse_settings(words, prog="qlora-harness plan")
     source = find_base(settings.model.model, settings.model.revision)
     shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
-    # Without the data: as many tokens as a pass can have.
-    tokens = settings.optimization.batch_size * settings.data.max_length
-    print(table(shape, settings, tokens))
+    # Without the data: as many tokens as each pass of a step can have.
+    examples = settings.optimization.batch_size * settings.optimization.grad_accum
+    chosen, _, tokens = choose(shape, settings, [settings.data.max_length] * examples)
+    print(table(shape, settings, chosen, tokens))
     return 0
 
 

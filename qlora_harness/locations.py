@@ -13,6 +13,19 @@ def _folder(name: str) -> Path:
     return installed if installed.is_dir() else _PACKAGE.parent / name
 
 
+def expanded(name: str) -> Path:
+    """Returns a path with its home folder put in; as it is where there is no such user.
+
+    Args:
+        name: As the user gave it.
+    """
+    path = Path(name)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def tasks_dir() -> Path:
     """Returns the folder of the task YAML files."""
     return _folder("tasks")

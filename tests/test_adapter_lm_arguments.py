@@ -14,7 +14,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from scoring_runs import evaluate, refused, score
 
-from qlora_harness.errors import ModelError, SettingsError
+from qlora_harness.errors import HarnessError, ModelError, SettingsError
 from qlora_harness.model.lora import adapter_digest
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 
@@ -108,6 +108,36 @@ def test_arguments_that_would_bypass_this_model_are_refused(
     make_lm: Callable[..., QloraAdapterLM], arguments: dict[str, Any], message: str
 ) -> None:
     assert refused(lambda: make_lm(**arguments), SettingsError) == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"verify": -1}, "verify=-1 is out of range. It must be at least 0."),
+        ({"verify": -1.0}, "verify=-1 is out of range. It must be at least 0."),
+        ({"verify": "all"}, "verify=all is not a whole number. Correct the value."),
+        ({"verify": True}, "verify=True is not a whole number. Correct the value."),
+        ({"pack_tokens": 0}, "pack_tokens=0 is out of range. It must be at least 1."),
+        ({"pack_tokens": -8}, "pack_tokens=-8 is out of range. It must be at least 1."),
+        ({"pack_tokens": 1.5}, "pack_tokens=1.5 is not a whole number. Correct the value."),
+    ],
+)
+def test_counts_are_checked_before_the_model_is_looked_for(
+    make_lm: Callable[..., QloraAdapterLM], arguments: dict[str, Any], message: str
+) -> None:
+    text = refused(lambda: make_lm(pretrained="no-such/model", **arguments), SettingsError)
+    assert text == f"--model_args {message}"
+
+
+@pytest.mark.parametrize("name", ["pretrained", "peft"])
+def test_missing_folder_of_digits_is_one_line(
+    make_lm: Callable[..., QloraAdapterLM],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert f"{name}=2024" in refused(lambda: make_lm(**{name: 2024}), HarnessError)
 
 
 @pytest.mark.parametrize(

@@ -81,3 +81,50 @@ def test_float32_reference_of_4_bit_weights_is_refused(
     words = ["benchmark-scoring", "--model", str(tiny_llama), "--quant", "nf4"]
     assert main([*words, "--float32-reference"]) == 2
     assert "--float32-reference with --quant nf4" in capsys.readouterr().err
+
+
+FILES = (
+    "five_shot_mmlu_test.json, five_shot_mmlu_val.json, zero_shot_mmlu_test.json, "
+    "zero_shot_mmlu_val.json, five_shot_mmlu_demo.json"
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rows", "0"], "--rows: 0 is out of range. It must be at least 1."),
+        (["--rows", "-1"], "--rows: -1 is out of range. It must be at least 1."),
+        (["--batch-size", "0"], "--batch-size: 0 is out of range. It must be at least 1."),
+        (
+            ["--margin-batch-size", "0"],
+            "--margin-batch-size: 0 is out of range. It must be at least 1.",
+        ),
+        (["--pack-tokens", "0"], "--pack-tokens: 0 is out of range. It must be at least 1."),
+        (
+            ["--baseline-questions", "0"],
+            "--baseline-questions: 0 is out of range. It must be at least 1.",
+        ),
+        (["--adapter-rank", "0"], "--adapter-rank: 0 is out of range. It must be at least 1."),
+        (["--json", "/"], "--json / is a folder. Name a file."),
+        (["--file", "nosuch"], f"--file: 'nosuch' is not one of {FILES}. Choose one of these."),
+        (
+            ["--subjects", "nutritoin"],
+            "--subjects: five_shot_mmlu_demo.json has no subject 'nutritoin'. The nearest is "
+            "'nutrition'.",
+        ),
+        (
+            ["--subjects", "nutrition,xyz"],
+            "--subjects: five_shot_mmlu_demo.json has no subject 'xyz'. It has SUBJECTS.",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_model_is_looked_for(
+    capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
+
+    subjects = sorted({question.subject for question in load_questions(DEMO_FILE)})
+    said = said.replace("SUBJECTS", ", ".join(subjects))
+    common = ["benchmark-scoring", "--model", "no/such/model", "--file", DEMO_FILE]
+    assert main([*common, *words]) == 2
+    assert capsys.readouterr().err == f"qlora-harness: error: {said}\n"

@@ -233,12 +233,37 @@ def test_error_for_a_missing_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_folder_of_digits_is_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # lm-eval parses mmlu_dir=2024 as a number.
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as error:
+        load_questions(VAL, 2024)  # type: ignore[arg-type]
+    assert message(error) == (
+        "--metadata mmlu_dir: folder 2024 does not exist. Name the folder of the files."
+    )
+    Path("0").mkdir()
+    with pytest.raises(DataError) as error:
+        load_questions(VAL, 0)  # type: ignore[arg-type]
+    assert message(error).startswith(f"--metadata mmlu_dir: 0 holds neither {VAL} nor ")
+
+
 def test_error_for_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         load_questions(VAL, str(tmp_path))
     assert message(error) == (
         f"--metadata mmlu_dir: {tmp_path} holds neither {VAL} nor {VAL}.xz. Put it there, or leave "
         f"the folder out to fetch it from {mmlu_files.BASE_URL}."
+    )
+
+
+@pytest.mark.parametrize("folder", [None, "/"])
+def test_error_for_a_file_that_is_not_known(folder: str | None) -> None:
+    with pytest.raises(DataError) as error:
+        load_questions("nosuch.json", folder)
+    assert message(error) == (
+        "no MMLU file 'nosuch.json' is known. Name one of five_shot_mmlu_test.json, "
+        "five_shot_mmlu_val.json, zero_shot_mmlu_test.json, zero_shot_mmlu_val.json, "
+        "five_shot_mmlu_demo.json."
     )
 
 

@@ -191,6 +191,48 @@ def test_plan_is_printed_without_a_gpu(llama: Path, capsys: pytest.CaptureFixtur
     assert list(rows) == ["full", "none", "selective", "offload"]  # offload twice: the last wins
     assert rows["selective"][3] == "3.60"
     assert lines[2].endswith("12 GiB and more")
+    assert lines[-1] == (
+        "* as the settings say; the others are the steps of --memory, from the fastest; host: "
+        "pinned memory of the host, for each process"
+    )
+
+
+@pytest.mark.parametrize(
+    ("memory", "marked", "tokens", "passes"),
+    [
+        ("fast", ["none", "*", "paged_adamw_32bit", "float32"], "8,192", "1 pass"),
+        ("balanced", ["selective", "*", "paged_adamw_32bit", "float32"], "8,192", "1 pass"),
+        ("lean", ["offload", "*", "paged_adamw_8bit", "bfloat16"], "512", "16 passes"),
+        ("5", ["offload", "*", "paged_adamw_8bit", "bfloat16"], "2,048", "4 passes"),
+    ],
+)
+def test_plan_marks_what_memory_chooses(
+    llama: Path,
+    capsys: pytest.CaptureFixture[str],
+    memory: str,
+    marked: list[str],
+    tokens: str,
+    passes: str,
+) -> None:
+    assert cli(["plan", "--model", str(llama), "--memory", memory]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"rank 64, {tokens} tokens a pass;" in lines[0]
+    assert [line.split()[:4] for line in lines[1:-1] if " * " in line] == [marked]
+    # The others are the ladder's with the settings' own optimizer, whatever was chosen.
+    assert sum("paged_adamw_8bit" in line for line in lines) == 1
+    assert len(lines) == 8
+    assert lines[-1].startswith(
+        f"* what --memory {memory} chooses where every example has 512 tokens, with {passes} a "
+        "step; the others are "
+    )
+
+
+def test_plan_says_that_no_way_fits(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["plan", "--model", str(llama), "--memory", "3"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("qlora-harness: error: --memory 3: the leanest way takes 4.")
+    assert said.err.count("\n") == 1
 
 
 def test_plan_refuses_as_the_launcher_does(capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,6 +171,18 @@ def test_revision_of_digits_is_a_text() -> None:
     assert pick(pretrained="x/y", revision=1234567).revision == "1234567"
 
 
+def test_names_of_digits_are_texts() -> None:
+    found = pick(pretrained=2024, results_dir=0)
+    assert (found.base, found.results_dir) == ("2024", Path("0"))
+    assert pick(pretrained=2024).results_dir == Path("results/2024_base_16bit")
+    adapter = write_adapter(Path("2024"), RECORD)
+    assert pick(peft=2024).adapter == adapter
+    with pytest.raises(
+        AdapterError, match=r"^peft=2025 does not exist\. Name an adapter folder\.$"
+    ):
+        pick(peft=2025)
+
+
 def test_newest_completed_run_is_the_one_that_finished_last() -> None:
     write_run(Path("results/4bit"), finished="2026-11-24T10:00:00+00:00")
     write_run(Path("results/16bit"), finished="2026-11-24T12:00:00+00:00")
@@ -215,7 +227,9 @@ def test_run_folder_in_place_of_its_adapter_is_hinted_at() -> None:
     )
 
 
-@pytest.mark.parametrize("peft", ["./nowhere", "/nowhere/at/all", "a/b/c", "nowhere"])
+@pytest.mark.parametrize(
+    "peft", ["./nowhere", "~nosuchuser/x", "/nowhere/at/all", "a/b/c", "nowhere"]
+)
 def test_missing_folder(peft: str) -> None:
     with pytest.raises(AdapterError) as error:
         pick(peft=peft)

@@ -100,7 +100,29 @@ def test_folder_with_other_things_in_it_is_a_fresh_start(tmp_path: Path) -> None
 def test_output_dir_that_is_a_file(tmp_path: Path) -> None:
     path = tmp_path / "results"
     path.write_text("a file")
-    assert str(path) in refusal(path)
+    for run_dir in (path, path / "4bit"):
+        assert refusal(run_dir) == (
+            f"--output-dir {run_dir}: {path} is a file. Name another folder."
+        )
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
+def test_output_dir_where_nobody_can_write(tmp_path: Path) -> None:
+    with pytest.raises(RunError) as caught:
+        inspect(Path("/proc/x"), experiment={}, resume="auto", resume_given=False, overwrite=True)
+    assert str(caught.value).startswith("--output-dir /proc/x: /proc can't be written (")
+    assert str(caught.value).endswith("). Name another folder.")
+
+
+def test_output_dir_with_a_name_too_long(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"can't be written \(File name too long\)\. Name another"):
+        inspect(
+            tmp_path / ("x" * 300),
+            experiment={},
+            resume="auto",
+            resume_given=False,
+            overwrite=False,
+        )
 
 
 def test_damaged_summary_is_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,29 @@ def test_missing_file_is_not_asked_of_the_hub(
     assert str(caught.value) == (
         f"--dataset: {name} does not exist. Name a .jsonl file, a folder or a Hub id."
     )
+
+
+def refusal(name: str) -> str:
+    with pytest.raises(DataError) as caught:
+        load_splits(name)
+    return str(caught.value)
+
+
+def test_names_that_no_file_can_have_are_one_line() -> None:
+    remedy = "Name a .jsonl file, a folder or a Hub id."
+    assert refusal("~nosuchuser/x") == f"--dataset: ~nosuchuser/x does not exist. {remedy}"
+    name = "x" * 300
+    assert refusal(name) == f"--dataset: {name} can't be read: File name too long. {remedy}"
+
+
+def test_what_is_neither_a_file_nor_a_folder(tmp_path: Path) -> None:
+    pipe = tmp_path / "rows.jsonl"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/null")):
+        assert refusal(str(path)) == (
+            f"--dataset: {path} is neither a file nor a folder. Name a .jsonl file, a folder or a "
+            "Hub id."
+        )
 
 
 def test_home_folder_is_understood_as_it_is_for_models(
@@ -287,8 +311,8 @@ def test_local_folder_of_a_known_name_is_taken_and_said(
     splits = load_splits(name)
     assert (list(splits.train), splits.source) == (rows, folder)
     assert [record.getMessage() for record in caplog.records] == [
-        f"--dataset {name}: the local folder {folder} is taken, not {hub} on the Hub; rename it "
-        f"for that, or give ./{folder} to say that it is meant"
+        f"--dataset {name}: the local folder {folder} is taken, not {hub} on the Hub; to take "
+        f"the Hub's, rename the folder; to silence this, give ./{folder}"
     ]
     caplog.clear()
     assert list(load_splits(f"./{folder}").train) == rows
@@ -303,7 +327,7 @@ def test_local_file_of_a_known_name_is_taken_and_said(
     assert list(load_splits("oasst1").train) == ROWS
     assert [record.getMessage() for record in caplog.records] == [
         "--dataset oasst1: the local file oasst1 is taken, not OpenAssistant/oasst1 on the Hub; "
-        "rename it for that, or give ./oasst1 to say that it is meant"
+        "to take the Hub's, rename the file; to silence this, give ./oasst1"
     ]
 
 

@@ -51,6 +51,13 @@ def test_unknown_way_is_named(capsys: pytest.CaptureFixture[str]) -> None:
             "batch size of N.",
         ),
         (["--lora-r", "0"], "--lora-r: 0 is out of range. It must be at least 1."),
+        (["--steps", "0"], "--steps: 0 is out of range. It must be at least 1."),
+        (["--steps", "-3"], "--steps: -3 is out of range. It must be at least 1."),
+        (["--warm-up", "-1"], "--warm-up: -1 is out of range. It must be at least 0."),
+        (["--peer-timeout", "0"], "--peer-timeout: 0 is out of range. It must be above 0."),
+        (["--peer-timeout", "-1"], "--peer-timeout: -1 is out of range. It must be above 0."),
+        (["--peer-timeout", "nan"], "--peer-timeout: nan is out of range. It must be above 0."),
+        (["--json", "/"], "--json / is a folder. Name a file."),
     ],
 )
 def test_what_is_wrong_with_any_way_is_said_before_the_model_is_looked_for(

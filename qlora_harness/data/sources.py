@@ -6,6 +6,7 @@ import gzip
 import io
 import logging
 import lzma
+import stat
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,13 +18,15 @@ import jsonlines
 
 from qlora_harness.data.oasst1 import check_row
 from qlora_harness.errors import DataError
-from qlora_harness.locations import demo_dir
+from qlora_harness.locations import demo_dir, expanded
 
 logger = logging.getLogger("qlora_harness")
 
 DEMO_FILE = "oasst_demo.jsonl"
 DEMO = "demo"
 HUB_NAMES = {"oasst1": "OpenAssistant/oasst1", "oasst2": "OpenAssistant/oasst2"}
+
+_REMEDY = "Name a .jsonl file, a folder or a Hub id"
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -80,9 +83,7 @@ def read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
                 place = f"{path}, line {number}"
                 yield check_row(parse_line(line, place, "Correct or remove the line"), place)
     except FileNotFoundError:
-        raise DataError(
-            f"--dataset: {path} does not exist", "Name a .jsonl file, a folder or a Hub id"
-        ) from None
+        raise DataError(f"--dataset: {path} does not exist", _REMEDY) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason})", "Convert the file") from None
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
@@ -112,54 +113,64 @@ def load_splits(name: str, revision: str | None = None) -> Splits:
         DataError: It can't be found or read.
     """
     path = _local_path(name)
-    if revision is not None and (name == DEMO or path.exists()):
-        what = "the embedded set" if name == DEMO else f"a local {_kind(path)}"
+    kind = _kind(path)
+    if revision is not None and (name == DEMO or kind is not None):
+        what = "the embedded set" if name == DEMO else f"a local {kind}"
         raise DataError(
             f"--dataset-revision {revision}: --dataset {name} is {what}, which has no revisions",
             "Leave the revision out",
         )
-    _say_what_is_taken(name, path)
+    if kind is not None:
+        _say_what_is_taken(name, path, kind)
     if name == DEMO:
         return Splits(read_jsonl(demo_dir() / DEMO_FILE), None, f"embedded {DEMO_FILE}")
-    if path.is_file():
+    if kind == "file":
         return Splits(read_jsonl(path), None, str(path))
-    if path.is_dir():
+    if kind == "folder":
         return _folder(path)
     if path.suffix in {".jsonl", ".json", ".gz", ".xz"} or name.startswith((".", "/", "~")):
-        raise DataError(
-            f"--dataset: {name} does not exist", "Name a .jsonl file, a folder or a Hub id"
-        )
+        raise DataError(f"--dataset: {name} does not exist", _REMEDY)
     return _hub(HUB_NAMES.get(name, name), revision)
 
 
 def _local_path(name: str) -> Path:
     """Where a data set of this name would lie: of a known word, also where its Hub id points."""
-    path = Path(name).expanduser()
-    return path if path.exists() or name not in HUB_NAMES else Path(HUB_NAMES[name])
+    path = expanded(name)
+    return path if name not in HUB_NAMES or path.exists() else Path(HUB_NAMES[name])
 
 
-def _say_what_is_taken(name: str, path: Path) -> None:
+def _kind(path: Path) -> str | None:
+    """What lies there: "file", "folder" or None."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        raise DataError(f"--dataset: {path} can't be read: {error.strerror}", _REMEDY) from None
+    if stat.S_ISDIR(mode):
+        return "folder"
+    if stat.S_ISREG(mode):
+        return "file"
+    raise DataError(f"--dataset: {path} is neither a file nor a folder", _REMEDY)
+
+
+def _say_what_is_taken(name: str, path: Path, kind: str) -> None:
     """Where a known name is that of a local file or folder as well; "./NAME" is only the latter."""
-    if not path.exists():
-        return
-    local = f"the local {_kind(path)} {path}"
+    local = f"the local {kind} {path}"
     if name == DEMO:
         logger.warning(
             "--dataset %s: the embedded set is taken, not %s; give ./%s for that", name, local, path
         )
     elif name in HUB_NAMES or name in HUB_NAMES.values():
         logger.warning(
-            "--dataset %s: %s is taken, not %s on the Hub; rename it for that, or give ./%s to say "
-            "that it is meant",
+            "--dataset %s: %s is taken, not %s on the Hub; to take the Hub's, rename the %s; to "
+            "silence this, give ./%s",
             name,
             local,
             HUB_NAMES.get(name, name),
+            kind,
             path,
         )
-
-
-def _kind(path: Path) -> str:
-    return "folder" if path.is_dir() else "file"
 
 
 def _folder(path: Path) -> Splits:

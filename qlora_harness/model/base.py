@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import ModelError
+from qlora_harness.locations import expanded
 from qlora_harness.model.fingerprint import checkpoint_fingerprint
 from qlora_harness.model.free_memory import available_memory
 from qlora_harness.model.smollm2 import materialise_smollm2
@@ -63,7 +64,7 @@ def find_base(name: str, revision: str | None = None, *, argument: str = "--mode
     """
     from transformers import AutoConfig
 
-    path = Path(name).expanduser()
+    path = expanded(name)
     if revision is not None and (name == EMBEDDED or path.is_dir()):
         raise ModelError(
             f"{argument}: {name!r} is not on the Hub and has no revision {revision!r}",

@@ -21,7 +21,7 @@ from qlora_harness.score.evaluation_record import model_slug
 from qlora_harness.score.garbage_collection import paused_collection, set_aside_for_good
 from qlora_harness.score.journal import Journal, question_keys
 from qlora_harness.score.mmlu_recorder import MmluRecorder
-from qlora_harness.score.model_arguments import check_arguments, resolve_dtype
+from qlora_harness.score.model_arguments import check_arguments, check_counts, resolve_dtype
 from qlora_harness.score.packed_forward import PackedModel, why_unsupported
 from qlora_harness.score.packed_scorer import PackedScorer, Score, default_pack_tokens
 from qlora_harness.score.prefix_tree import Query
@@ -94,6 +94,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
     ) -> None:
         install_excepthook()
         check_arguments(options, softmax_dtype, scoring, dequantize, kernels)
+        check_counts(pack_tokens, verify)
         self._choice = choose(
             pretrained=pretrained,
             peft=peft,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.benchmark_table import Measurement, report
 from qlora_harness.score.encoding import encode_pairs
 from qlora_harness.score.mmlu import is_tie, predict
-from qlora_harness.score.mmlu_files import Question, load_questions
+from qlora_harness.score.mmlu_files import Question, known_files, load_questions
 
 Pair = tuple[str, str]
 Encoded = tuple[Pair, list[int], list[int]]
@@ -47,16 +48,36 @@ def choose_questions(
         folder: Where it is, or None.
         subjects: Only these, or None for all.
         rows: At most so many of each subject, or None for all.
+
+    Raises:
+        SettingsError: There is no such file, or the file has no such subject.
+        DataError: The file can't be read; see `load_questions`.
     """
+    if file not in known_files():
+        raise SettingsError(
+            f"--file: {file!r} is not one of {', '.join(known_files())}", "Choose one of these"
+        )
+    questions = load_questions(file, folder)
+    _check_subjects(file, subjects or (), {question.subject for question in questions})
     taken: dict[str, int] = {}
     chosen = []
-    for question in load_questions(file, folder):
+    for question in questions:
         if subjects is not None and question.subject not in subjects:
             continue
         taken[question.subject] = taken.get(question.subject, 0) + 1
         if rows is None or taken[question.subject] <= rows:
             chosen.append(question)
     return chosen
+
+
+def _check_subjects(file: str, asked: Sequence[str], known: set[str]) -> None:
+    for subject in asked:
+        if subject not in known:
+            near = difflib.get_close_matches(subject, sorted(known), n=1)
+            raise SettingsError(
+                f"--subjects: {file} has no subject {subject!r}",
+                f"The nearest is {near[0]!r}" if near else f"It has {', '.join(sorted(known))}",
+            )
 
 
 def benchmark(

@@ -17,7 +17,7 @@ from pathlib import Path
 from qlora_harness.data.sources import parse_line
 from qlora_harness.errors import DataError
 from qlora_harness.families import LETTERS
-from qlora_harness.locations import cache_dir, demo_dir
+from qlora_harness.locations import cache_dir, demo_dir, expanded
 
 COMMIT = "7f4e95a68dc076bea9b3a413d2b512eca6d004e5"
 BASE_URL = f"https://raw.githubusercontent.com/artidoro/qlora/{COMMIT}/data/mmlu/"
@@ -71,6 +71,11 @@ class Question:
     answer: str
 
 
+def known_files() -> tuple[str, ...]:
+    """Returns the names that `load_questions` takes."""
+    return (*PINNED, DEMO_FILE)
+
+
 def load_questions(name: str, folder: str | None = None) -> tuple[Question, ...]:
     """Returns the questions of an MMLU file.
 
@@ -80,15 +85,21 @@ def load_questions(name: str, folder: str | None = None) -> tuple[Question, ...]
             user's cache, into which the file is fetched once.
 
     Raises:
-        DataError: The file is missing, can't be fetched, has a wrong hash or a bad row.
+        DataError: The file is not known, missing, can't be fetched, has a wrong hash or a bad row.
     """
     if name == DEMO_FILE:
         return _read(demo_dir() / DEMO_FILE, None)
+    if name not in PINNED:
+        raise DataError(
+            f"no MMLU file {name!r} is known", f"Name one of {', '.join(known_files())}"
+        )
+    # lm-eval parses mmlu_dir=2024 as a number.
+    folder = None if folder is None else str(folder)
     chosen = folder or os.environ.get(DIR_VARIABLE)
     if not chosen:
         return _read(_fetch(name), PINNED[name].sha256)
     source = "--metadata mmlu_dir" if folder else DIR_VARIABLE
-    path = Path(chosen).expanduser()
+    path = expanded(chosen)
     if not path.is_dir():
         raise DataError(f"{source}: folder {chosen} does not exist", "Name the folder of the files")
     for candidate in (path / name, path / f"{name}.xz"):

@@ -79,6 +79,30 @@ def check_arguments(
             )
 
 
+def check_counts(pack_tokens: Any, verify: Any) -> None:
+    """Refuses counts that are none: lm-eval passes whatever it parses.
+
+    Args:
+        pack_tokens: Most tokens in a forward pass; None for what fits the device.
+        verify: How many texts to score again; None for none.
+
+    Raises:
+        SettingsError: One is not a whole number, or too small.
+    """
+    for name, value, low in (("pack_tokens", pack_tokens, 1), ("verify", verify, 0)):
+        if value is None:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and value < low:  # lm-eval parses -1 as -1.0
+            raise SettingsError(
+                f"--model_args {name}={value:g} is out of range", f"It must be at least {low}"
+            )
+        if not number or not isinstance(value, int):
+            raise SettingsError(
+                f"--model_args {name}={value} is not a whole number", "Correct the value"
+            )
+
+
 def resolve_dtype(asked: str, recorded: str | None) -> str:
     """Returns the compute dtype.
 

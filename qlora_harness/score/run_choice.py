@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.errors import AdapterError, SettingsError
+from qlora_harness.locations import expanded
 from qlora_harness.model.lora import (
     CONFIG_FILE,
     RECORD_FILE,
@@ -76,9 +77,10 @@ def choose(
         raise SettingsError(f"--model_args quant={quant}", f"Use one of {', '.join(known)}")
     if not isinstance(double_quant, bool | None):
         raise SettingsError(f"--model_args double_quant={double_quant}", "Use True or False")
-    # lm-eval parses revision=1234567 as a number.
-    revision = None if revision is None else str(revision)
-    peft_revision = None if peft_revision is None else str(peft_revision)
+    # lm-eval parses revision=1234567 and peft=2024 as numbers.
+    pretrained, peft, revision, peft_revision, results_dir = map(
+        _text, (pretrained, peft, revision, peft_revision, results_dir)
+    )
     if peft is None and pretrained is None:
         peft = str(_newest_run(results_root) / ADAPTER_DIR)
     if peft is None:
@@ -123,6 +125,10 @@ def choose(
     )
 
 
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
 def _checked_record(adapter: Path) -> dict[str, Any]:
     """The adapter's record, empty for an adapter made elsewhere."""
     record = read_adapter_record(adapter)
@@ -147,7 +153,7 @@ def _results_dir(
     peft: str, adapter: Path, root: Path, quant: str, recorded_quant: str | None
 ) -> Path:
     """The run folder of an adapter of ours, the adapter's own folder, or one in ./results."""
-    if not Path(peft).expanduser().exists():  # from the Hub: its cache is not ours to write in
+    if not expanded(peft).exists():  # from the Hub: its cache is not ours to write in
         folder = root / peft.replace("/", "__")
     else:
         folder = adapter.parent if adapter.name == ADAPTER_DIR else adapter
@@ -172,7 +178,7 @@ def _newest_run(root: Path) -> Path:
 
 
 def _adapter_folder(peft: str, revision: str | None) -> Path:
-    path = Path(peft).expanduser()
+    path = expanded(peft)
     if path.exists() or peft.startswith((".", "/", "~")) or peft.count("/") != 1:
         return path
     from huggingface_hub import snapshot_download

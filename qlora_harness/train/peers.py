@@ -19,6 +19,7 @@ from typing import Any
 
 from qlora_harness.data.chat import Example
 from qlora_harness.errors import ResultsError, SettingsError
+from qlora_harness.locations import expanded
 from qlora_harness.model.base import BaseSource
 from qlora_harness.record import read_json, write_json
 from qlora_harness.settings import Settings
@@ -83,7 +84,7 @@ def parse_paths(words: Sequence[str]) -> dict[str, Path]:
             raise SettingsError(
                 f"--peer-path: {word!r} is not PEER=FOLDER", f"Peers are {', '.join(PEERS)}"
             )
-        path = Path(folder).expanduser()
+        path = expanded(folder)
         if not path.is_dir():
             raise SettingsError(
                 f"--peer-path: folder {folder} does not exist",

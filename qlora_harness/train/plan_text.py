@@ -49,12 +49,13 @@ def host_shortage(plan: MemoryPlan, free: int) -> str | None:
     return None
 
 
-def table(shape: Shape, settings: Settings, tokens: int) -> str:
+def table(shape: Shape, settings: Settings, chosen: Settings, tokens: int) -> str:
     """Returns every rung's plan as a table, and the GPUs that each fits.
 
     Args:
         shape: From `measure_shape`.
         settings: As the user gave them.
+        chosen: The same with what --memory chose, from `choose`; its rung is marked.
         tokens: As in `predict`.
     """
     fused = uses_fused(shape, settings)
@@ -65,9 +66,9 @@ def table(shape: Shape, settings: Settings, tokens: int) -> str:
         + "  fits GPUs of"
     ]
     own = {
-        "checkpointing": settings.optimization.checkpointing,
-        "optimizer": settings.optimization.optimizer,
-        "adapter_dtype": settings.lora.adapter_dtype,
+        "checkpointing": chosen.optimization.checkpointing,
+        "optimizer": chosen.optimization.optimizer,
+        "adapter_dtype": chosen.lora.adapter_dtype,
     }
     rungs = [own, *rungs_of(fused)]
     seen = set()
@@ -95,7 +96,20 @@ def table(shape: Shape, settings: Settings, tokens: int) -> str:
             f"{settings.model.model}, {settings.quant.value}, {settings.model.compute_dtype}, "
             f"rank {settings.lora.lora_r}, {tokens:,} tokens a pass; {kind}; GiB",
             *lines,
-            "* as the settings say; the others are the steps of --memory, from the fastest; host: "
-            "pinned memory there",
+            f"* {_marked(chosen)}; the others are the steps of --memory, from the fastest; host: "
+            "pinned memory of the host, for each process",
         ]
+    )
+
+
+def _marked(settings: Settings) -> str:
+    """Why a rung is marked."""
+    optimization = settings.optimization
+    if optimization.memory is None:
+        return "as the settings say"
+    passes = optimization.grad_accum
+    return (
+        f"what --memory {optimization.memory} chooses where every example has "
+        f"{settings.data.max_length:,} tokens, with {passes} {'pass' if passes == 1 else 'passes'} "
+        f"a step"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import sys
@@ -74,6 +75,8 @@ def run_training(settings: Settings, *, resume_given: bool = False) -> dict[str,
             training had not begun.
     """
     state = _process_state()
+    if not state.is_main_process:
+        logging.getLogger("qlora_harness").setLevel(logging.ERROR)  # a warning is said once
     _check_launch(state)
     _check_report_to(settings.run.report_to)
     run_dir = settings.run_dir

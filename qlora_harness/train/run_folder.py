@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 from qlora_harness.errors import RunError
+from qlora_harness.flag_checks import why_not_writable
 from qlora_harness.model.lora import CONFIG_FILE, WEIGHTS_FILE
 from qlora_harness.record import (
     ADAPTER_DIR,
@@ -74,10 +75,8 @@ def inspect(
     Raises:
         RunError: The folder holds a run that would be lost, or that can't be gone on with.
     """
-    existing = next((p for p in (run_dir, *run_dir.parents) if p.exists()), None)
-    if existing is not None and not (existing.is_dir() and os.access(existing, os.W_OK)):
-        kind = "can't be written" if existing.is_dir() else "is a file"
-        raise RunError(f"--output-dir {run_dir}: {existing} {kind}", "Name another folder")
+    if reason := why_not_writable(run_dir):
+        raise RunError(f"--output-dir {run_dir}: {reason}", "Name another folder")
     if overwrite and resume not in ("auto", "never"):
         raise RunError(
             f"--overwrite removes what --resume {resume} goes on from", "Give one of the two"
