@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import install_excepthook
-from qlora_harness.score.mmlu_files import DEMO_FILE, PINNED, load_questions
+from qlora_harness.score.mmlu_files import known_files, load_questions
 
 if TYPE_CHECKING:
     from lm_eval.tasks._index import Entry
@@ -68,6 +68,6 @@ def asked_files(tasks: Iterable[object], index: Mapping[str, Entry]) -> list[str
         arguments = config.get("dataset_kwargs")
         if entry.yaml_path is None and isinstance(arguments, Mapping):
             file = arguments.get("mmlu_file")
-            if file in (*PINNED, DEMO_FILE):
+            if file in known_files():
                 files[file] = None
     return list(files)
