@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from training_runs import base
 
 from qlora_harness.data.chat import Example
-from qlora_harness.model.base import find_base, load_base
-from qlora_harness.settings import Quant
 from qlora_harness.train.evaluation import EvaluationLoss, evaluate_loss
 
 PAD = 2
@@ -26,16 +25,6 @@ EXAMPLES = [
     Example([1, *range(280, 320)], [-100] * 39 + [318, 319]),
 ]
 LEARNED = 2 + 5 + 1 + 4 + 2
-
-
-def base(folder: Path, quant: str) -> Any:
-    return load_base(
-        find_base(str(folder)),
-        quant=Quant(quant),
-        double_quant=True,
-        compute_dtype="float32",
-        device=torch.device("cpu"),
-    )
 
 
 @pytest.fixture(scope="module", params=["nf4", "bf16"])

@@ -298,18 +298,11 @@ def test_offload_keeps_nothing_without_gradients() -> None:
 def test_gates_of_two_layers_in_three_wait_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from test_fused import adapted, install, texts, tiny
+    from test_host_memory import noted_widths
 
     from qlora_harness.fused import host_memory
-    from qlora_harness.fused.host_memory import HostMemory
 
-    widths: list[int] = []
-    own = HostMemory.put
-
-    def put(host: HostMemory, x: torch.Tensor) -> Any:
-        widths.append(x.shape[1])
-        return own(host, x)
-
-    monkeypatch.setattr(HostMemory, "put", put)
+    widths = noted_widths(monkeypatch)
     found = {}
     for name, checkpointing, memory in (
         ("none", "none", 10**9),

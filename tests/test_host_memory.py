@@ -92,6 +92,19 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HostMemory, "serves", lambda host, x: True)
 
 
+def noted_widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that will hold the columns of every tensor that goes to the host."""
+    widths: list[int] = []
+    own = HostMemory._put
+
+    def put(host: HostMemory, x: torch.Tensor) -> Stored:
+        widths.append(x.shape[1])
+        return own(host, x)
+
+    monkeypatch.setattr(HostMemory, "_put", put)
+    return widths
+
+
 def test_blocks_are_used_again(streams: None) -> None:
     blocks = Blocks()
     first = blocks.take(3 * BLOCK + 1)
@@ -147,14 +160,7 @@ def test_steps_are_the_same_wherever_activations_wait(
     streams: None, monkeypatch: pytest.MonkeyPatch, checkpointing: str, dtype: torch.dtype
 ) -> None:
     """Gates of two layers in three, or the input of each; three steps, with rows of any length."""
-    widths: list[int] = []
-    own = HostMemory._put
-
-    def put(host: HostMemory, x: torch.Tensor) -> Any:
-        widths.append(x.shape[1])
-        return own(host, x)
-
-    monkeypatch.setattr(HostMemory, "_put", put)
+    widths = noted_widths(monkeypatch)
     found = {}
     for way in ("none", checkpointing):
         model = adapted(tiny("llama", layers=6).to(dtype)).to(dtype)

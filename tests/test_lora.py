@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from training_runs import base
 
 from qlora_harness.errors import AdapterError, SettingsError
-from qlora_harness.model.base import find_base, load_base, load_tokenizer
+from qlora_harness.model.base import find_base, load_tokenizer
 from qlora_harness.model.lora import (
     CONFIG_FILE,
     RECORD_FILE,
@@ -26,22 +27,11 @@ from qlora_harness.model.lora import (
     read_adapter_record,
     save_adapter,
 )
-from qlora_harness.settings import Quant
 
 RANK, ALPHA = 4, 8
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 FIRST_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 IDS = torch.tensor([[1, 300, 301, 302, 303]])
-
-
-def base(folder: Path, quant: str = "bf16") -> Any:
-    return load_base(
-        find_base(str(folder)),
-        quant=Quant(quant),
-        double_quant=True,
-        compute_dtype="float32",
-        device=torch.device("cpu"),
-    )
 
 
 def attach(folder: Path, quant: str = "bf16", targets: str = "all-linear") -> Any:

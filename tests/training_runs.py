@@ -64,7 +64,8 @@ def data_of(model: Path, rows: Path) -> TrainingData:
     )
 
 
-def base(model: Path, quant: str) -> Any:
+def base(model: Path, quant: str = "bf16") -> Any:
+    """A base in float32 arithmetic on the CPU."""
     return load_base(
         find_base(str(model)),
         quant=Quant(quant),

@@ -151,7 +151,7 @@ def benchmark(
         for measured, found in kept:
             distances = [abs(a - b) for a, b in _both(found, exact)]
             measured.float32_difference = sum(distances) / len(distances)
-            measured.float32_predictions = _agreement(found, exact, lambda a, b: True)
+            measured.float32_predictions = _agreement(found, exact)
     return results
 
 
@@ -253,7 +253,7 @@ def _compare(
     questions: Sequence[Question],
 ) -> None:
     measured.largest_difference = max(abs(a - b) for a, b in _both(found, expected))
-    measured.same_predictions = _agreement(found, expected, lambda a, b: True)
+    measured.same_predictions = _agreement(found, expected)
     measured.untied_predictions = _agreement(
         found, expected, lambda a, b: not is_tie(a) and not is_tie(b)
     )
@@ -276,7 +276,7 @@ def _both(
 def _agreement(
     found: Sequence[Sequence[float]],
     expected: Sequence[Sequence[float]],
-    counts: Callable[[Sequence[float], Sequence[float]], bool],
+    counts: Callable[[Sequence[float], Sequence[float]], bool] = lambda mine, theirs: True,
 ) -> float | None:
     """The share of the questions that count with the same letter, None where none counts."""
     same = [predict(a) == predict(b) for a, b in zip(found, expected, strict=True) if counts(a, b)]
