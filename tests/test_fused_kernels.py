@@ -191,10 +191,86 @@ print("equal")
 """
 
 
+DROPOUT = """
+import numpy as np
+import torch
+from qlora_harness.fused import dropout, triton_dropout
+from qlora_harness.fused.dropout import Masks
+from qlora_harness.fused.triton_dropout import Tiling
+
+def philox(seed, c0, c1):
+    # Salmon et al. 2011: 10 rounds of Philox-4x32.
+    c = [np.uint64(c0), np.uint64(c1), np.uint64(0), np.uint64(0)]
+    k = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        low = np.uint64(0xFFFFFFFF)
+        high = np.uint64(32)
+        c = [(b >> high) ^ c[1] ^ np.uint64(k[0]), b & low,
+             (a >> high) ^ c[3] ^ np.uint64(k[1]), a & low]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return [int(word) for word in c]
+
+# The first known answer of the authors' Random123.
+assert philox(0, 0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+def unpack(bits, columns):
+    ones = (bits[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return ones.flatten(2)[..., :columns].bool()
+
+def room(rows, columns):
+    return torch.full((rows, columns + 5), float("nan"))[:, :columns]
+
+torch.manual_seed(0)
+for adapters, rows, columns, probability, seed in (
+    (1, 3, 8, 0.5, 0), (2, 5, 20, 0.1, 2**61 + 12345), (3, 70, 24, 0.3, 7)
+):
+    bits = triton_dropout.draw(adapters, rows, columns, probability, seed, torch.device("cpu"))
+    assert bits.shape == (adapters, rows, -(-columns // 8)) and bits.dtype == torch.uint8
+    flat = bits.flatten(1)
+    for adapter in range(adapters):
+        for place in (0, 1, flat.shape[1] - 1):
+            words = philox(seed, place, adapter)
+            drawn = [part for word in words for part in (word & 0xFFFF, word >> 16)]
+            wanted = sum((n >= round(probability * 2**16)) << j for j, n in enumerate(drawn))
+            assert int(flat[adapter, place]) == wanted
+many = unpack(triton_dropout.draw(2, 64, 1024, 0.1, 3, torch.device("cpu")), 1024)
+assert abs(many.float().mean() - 0.9) < 0.003
+assert abs((many[0] != many[1]).float().mean() - 0.18) < 0.005
+
+for rows, columns, adapters, rank, tiling in (
+    (1, 16, 1, 4, None),
+    (70, 200, 3, 5, None),
+    (130, 72, 2, 16, Tiling(16, 16, 4, 1)),
+):
+    if tiling is not None:
+        triton_dropout.PRODUCT = triton_dropout.ADD = triton_dropout.GRADIENT = tiling
+    bits = triton_dropout.draw(adapters, rows, columns, 0.2, 11, torch.device("cpu"))
+    packed, plain = Masks(bits, 1.25), Masks(unpack(bits, columns), 1.25)
+    x = room(rows, columns).copy_(torch.randn(rows, columns))
+    down = room(adapters * rank, columns).copy_(torch.randn(adapters * rank, columns))
+    d_inner = room(rows, adapters * rank).copy_(torch.randn(rows, adapters * rank))
+    beside = room(rows, adapters * rank)
+    found = dropout.products(x, down, packed, beside)
+    torch.testing.assert_close(found, dropout.products(x, down, plain), rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, beside) and beside._base[:, -5:].isnan().all()
+    assert torch.equal(dropout.products(x, down, packed), found)
+    first, second = (room(rows, columns).copy_(x) for _ in range(2))
+    dropout.add_products(first, d_inner, down, packed)
+    dropout.add_products(second, d_inner, down, plain)
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+    first, second = (
+        dropout.gradients(d_inner, x, masks, 0.3, torch.float32) for masks in (packed, plain)
+    )
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+print("equal")
+"""
+
+
 @pytest.mark.parametrize(
     "script",
-    [LOAD, ELEMENTWISE, ATTENTION, CROSS_ENTROPY],
-    ids=["load", "elementwise", "attention", "cross_entropy"],
+    [LOAD, ELEMENTWISE, ATTENTION, CROSS_ENTROPY, DROPOUT],
+    ids=["load", "elementwise", "attention", "cross_entropy", "dropout"],
 )
 def test_kernels_agree_with_plain_torch(script: str) -> None:
     done = subprocess.run(

@@ -344,6 +344,51 @@ def test_host_never_waits_for_a_pass(checkpointing: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "adapters", "rank"), [(700, 1024, 3, 64), (37, 1376, 1, 16)]
+)
+def test_dropout_kernels_agree_with_plain_torch(
+    rows: int, columns: int, adapters: int, rank: int, dtype: str
+) -> None:
+    import torch
+
+    from qlora_harness.fused import dropout
+    from qlora_harness.fused.dropout import Masks
+
+    kind = getattr(torch, dtype)
+    torch.manual_seed(0)
+    x = torch.randn(rows, columns + 64, device="cuda", dtype=kind)[:, :columns]
+    down = torch.randn(adapters * rank, columns, device="cuda", dtype=kind) / columns**0.5
+    d_inner = torch.randn(rows, adapters * rank, device="cuda", dtype=kind)
+    packed = dropout.draw(adapters, x, columns, 0.1, 2**61 + 5)
+    assert packed.packed
+    assert torch.equal(packed.kept, dropout.draw(adapters, x, columns, 0.1, 2**61 + 5).kept)
+    places = torch.arange(8, device="cuda", dtype=torch.uint8)
+    bits = ((packed.kept[..., None] >> places) & 1).flatten(2)[..., :columns].bool()
+    assert bits.float().mean(dim=(1, 2)).tolist() == [pytest.approx(0.9, abs=0.005)] * adapters
+    plain = Masks(bits, packed.factor)
+    # Products in float64; in bfloat16 what is left is one rounding.
+    near = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 8e-3, "atol": 8e-3}
+
+    def alike(found: torch.Tensor, wanted: torch.Tensor) -> None:
+        torch.testing.assert_close(found.double(), wanted, **near)
+
+    wide = [t.double() for t in (x, down, d_inner)]
+    beside = torch.empty(rows, adapters * rank + 8, device="cuda", dtype=kind)[:, 8:]
+    found = dropout.products(x, down, packed, beside)
+    alike(found, dropout.products(wide[0], wide[1], plain))
+    assert torch.equal(found, beside) and torch.equal(found, dropout.products(x, down, packed))
+    first, second = x.clone(), wide[0].clone()
+    dropout.add_products(first, d_inner, down, packed)
+    dropout.add_products(second, wide[2], wide[1], plain)
+    alike(first, second)
+    found = dropout.gradients(d_inner, x, packed, 0.3, torch.float32)
+    wanted = dropout.gradients(wide[2], wide[0], plain, 0.3, torch.float64)
+    assert (found.double() - wanted).norm() <= 1e-5 * wanted.norm()
+    assert torch.equal(found, dropout.gradients(d_inner, x, packed, 0.3, torch.float32))
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "offload"])
 def test_fused_step_in_bfloat16_is_near_peft(checkpointing: str, dropout: float) -> None:

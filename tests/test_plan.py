@@ -12,7 +12,7 @@ import transformers
 from qlora_harness.cli import main as cli
 from qlora_harness.errors import SettingsError
 from qlora_harness.settings import Quant, build_settings
-from qlora_harness.train.memory_choice import LADDER, choose
+from qlora_harness.train.memory_choice import LADDER, choose, with_rung
 from qlora_harness.train.memory_prediction import GIB, largest_pass, predict
 from qlora_harness.train.model_shape import Shape, measure_shape
 from qlora_harness.train.plan_text import describe, host_shortage
@@ -117,10 +117,11 @@ def test_presets_and_amounts_choose_from_the_ladder(shape: Shape) -> None:
         assert settings.optimization.batch_size * settings.optimization.grad_accum == 16
         return (*found, settings.optimization.batch_size)
 
-    assert chosen("fast") == ("none", "paged_adamw_32bit", "float32", 16)
-    assert chosen("balanced") == ("selective", "paged_adamw_32bit", "float32", 16)
+    assert chosen("fast") == ("none", "adamw_torch", "float32", 16)
+    assert chosen("balanced") == ("selective", "adamw_torch", "float32", 16)
     assert chosen("lean") == ("offload", "paged_adamw_8bit", "bfloat16", 1)
-    assert chosen("24") == ("none", "paged_adamw_32bit", "float32", 16)
+    assert chosen("24") == ("none", "adamw_torch", "float32", 16)
+
     assert chosen("16")[::3] == ("selective", 16)
     assert chosen("8.2")[::3] == ("full", 16)
     assert chosen("7")[::3] == ("offload", 16)
@@ -183,6 +184,21 @@ def test_largest_pass() -> None:
     assert 3 * 13 < largest_pass(lengths, random, fused=True) <= 210
 
 
+@pytest.mark.parametrize(
+    ("changes", "optimizer"),
+    [
+        ({}, "adamw_torch"),
+        # torch's AdamW has its states in the adapter's dtype.
+        ({"adapter_dtype": "bfloat16"}, "paged_adamw_32bit"),
+        ({"optimizer": "adamw_8bit"}, "adamw_8bit"),
+    ],
+)
+def test_what_fits_is_not_paged(changes: dict[str, str], optimizer: str) -> None:
+    settings = with_rung(build_settings(changes), {"checkpointing": "none"})
+    assert settings.optimization.optimizer == optimizer
+    assert settings.lora.adapter_dtype == changes.get("adapter_dtype", "float32")
+
+
 def test_plan_is_printed_without_a_gpu(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli(["plan", "--model", str(llama), "--batch-size", "16"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -200,8 +216,8 @@ def test_plan_is_printed_without_a_gpu(llama: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("memory", "marked", "tokens", "passes"),
     [
-        ("fast", ["none", "*", "paged_adamw_32bit", "float32"], "8,192", "1 pass"),
-        ("balanced", ["selective", "*", "paged_adamw_32bit", "float32"], "8,192", "1 pass"),
+        ("fast", ["none", "*", "adamw_torch", "float32"], "8,192", "1 pass"),
+        ("balanced", ["selective", "*", "adamw_torch", "float32"], "8,192", "1 pass"),
         ("lean", ["offload", "*", "paged_adamw_8bit", "bfloat16"], "512", "16 passes"),
         ("5", ["offload", "*", "paged_adamw_8bit", "bfloat16"], "2,048", "4 passes"),
     ],
@@ -218,7 +234,7 @@ def test_plan_marks_what_memory_chooses(
     lines = capsys.readouterr().out.splitlines()
     assert f"rank 64, {tokens} tokens a pass;" in lines[0]
     assert [line.split()[:4] for line in lines[1:-1] if " * " in line] == [marked]
-    # The others are the ladder's with the settings' own optimizer, whatever was chosen.
+    # The others are the ladder's, whatever was chosen.
     assert sum("paged_adamw_8bit" in line for line in lines) == 1
     assert len(lines) == 8
     assert lines[-1].startswith(

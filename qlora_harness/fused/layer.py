@@ -201,7 +201,7 @@ def _project(
     """Returns x + added; queries, keys and values, rotated; what backward needs of them."""
     wide = layer.qkv.input(len(x), x)
     x = ops.rms_norm(x, layer.attention_norm, layer.eps, wide[:, : x.shape[1]], add=added)
-    projected, inner = layer.qkv.forward(wide, seed)
+    projected, inner = layer.qkv.forward(wide, layer.qkv.masks(wide, seed))
     del wide
     raw = _normalise_heads(layer, projected)
     ops.rotate(projected, layer.heads + layer.key_heads, rotation)
@@ -213,7 +213,8 @@ def _leave(
 ) -> tuple[torch.Tensor, Inner]:
     """The product with o of what attention found, [T, heads, D], at some places."""
     wanted = _at(attended.flatten(1), places)
-    return layer.out.forward(layer.out.as_input(wanted), _next(seed, 3))
+    masks = layer.out.masks(wanted, _next(seed, 3))
+    return layer.out.forward(layer.out.as_input(wanted), masks)
 
 
 def _gates(
@@ -222,7 +223,7 @@ def _gates(
     """The second half of x + added without the product with down; returns the sum as well."""
     wide = layer.gate_up.input(len(x), x)
     h = ops.rms_norm(x, layer.mlp_norm, layer.eps, wide[:, : x.shape[1]], add=added)
-    gates, inner = layer.gate_up.forward(wide, _next(seed, 4))
+    gates, inner = layer.gate_up.forward(wide, layer.gate_up.masks(wide, _next(seed, 4)))
     return h, _Mlp(gates, inner, None)
 
 
@@ -233,7 +234,7 @@ def _second_half(
     h, kept = _gates(layer, x, added, seed)
     wide = layer.down.input(len(x), x)
     ops.swiglu(kept.gates, wide[:, : kept.gates.shape[1] // 2])
-    y, kept.inner_down = layer.down.forward(wide, _next(seed, 6))
+    y, kept.inner_down = layer.down.forward(wide, layer.down.masks(wide, _next(seed, 6)))
     return h, y, kept
 
 
@@ -328,16 +329,17 @@ def _second_half_backward(
     tokens, hidden = dy.shape
     if dy.stride(1) != 1:
         dy = dy.contiguous()
-    wide = layer.down.with_room(dy)
-    product, d_inner = layer.down.backward(wide, _next(seed, 6))
+    wide, masks = layer.down.with_room(dy), layer.down.masks(dy, _next(seed, 6))
+    product, d_inner = layer.down.backward(wide, masks)
     del wide
     ops.swiglu_backward(mlp.gates, product)
-    down_grads = layer.down.gradients(dy, d_inner, product, mlp.inner_down, _next(seed, 6))
+    down_grads = layer.down.gradients(dy, d_inner, product, mlp.inner_down, masks)
     del product
-    normed, d_inner = layer.gate_up.backward(mlp.gates, _next(seed, 4))
+    masks = layer.gate_up.masks(dy, _next(seed, 4))
+    normed, d_inner = layer.gate_up.backward(mlp.gates, masks)
     dh = layer.out.output_gradient(tokens, dy)
     ops.rms_norm_backward(normed, h, layer.mlp_norm, layer.eps, dh[:, :hidden], add=dy)
-    grads = layer.gate_up.gradients(mlp.gates, d_inner, normed, mlp.inner_gate_up, _next(seed, 4))
+    grads = layer.gate_up.gradients(mlp.gates, d_inner, normed, mlp.inner_gate_up, masks)
     return dh, [*grads, *down_grads]
 
 
@@ -353,10 +355,11 @@ def _first_half_backward(
 ) -> tuple[torch.Tensor | None, Gradients]:
     """Returns the gradient of x if it is wanted, and those of adapters."""
     tokens = len(x)
-    d_attended, d_inner = layer.out.backward(dh, _next(seed, 3))
-    out_grads = layer.out.gradients(
-        *(dh, d_inner, _at(kept.attended.flatten(1), places), kept.inner_out, _next(seed, 3))
-    )
+    masks = layer.out.masks(dh, _next(seed, 3))
+    d_attended, d_inner = layer.out.backward(dh, masks)
+    attended = _at(kept.attended.flatten(1), places)
+    out_grads = layer.out.gradients(dh, d_inner, attended, kept.inner_out, masks)
+    del attended
     d_projected = ops.attention_backward(
         _spread(d_attended, places, tokens).view_as(kept.attended),
         *(kept.projected, kept.attended, kept.state, row, layer.scale),
@@ -364,8 +367,9 @@ def _first_half_backward(
     del d_attended
     _normalise_heads_backward(layer, d_projected, kept.raw)
     dx: torch.Tensor | None = None
+    masks = layer.qkv.masks(x, seed)
     if wanted:
-        normed, d_inner = layer.qkv.backward(d_projected, seed)
+        normed, d_inner = layer.qkv.backward(d_projected, masks)
         # With the room that the layer below needs.
         dx = layer.down.output_gradient(tokens, x)[:, : x.shape[1]]
         residual = _spread(dh[:, : x.shape[1]], places, tokens)
@@ -374,7 +378,7 @@ def _first_half_backward(
         d_inner = layer.qkv.backward_inner(d_projected)
         normed = torch.empty_like(x)
         ops.rms_norm(x, layer.attention_norm, layer.eps, normed)
-    grads = layer.qkv.gradients(d_projected, d_inner, normed, kept.inner_qkv, seed)
+    grads = layer.qkv.gradients(d_projected, d_inner, normed, kept.inner_qkv, masks)
     return dx, [*grads, *out_grads]
 
 

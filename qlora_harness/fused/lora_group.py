@@ -20,8 +20,10 @@ from collections.abc import Sequence
 
 import torch
 
+from qlora_harness.fused import dropout
 from qlora_harness.fused.bordered import Bordered, Projection, Scratch, aligned
-from qlora_harness.fused.ops import copy, drop
+from qlora_harness.fused.dropout import Masks
+from qlora_harness.fused.ops import copy
 
 Gradients = list[torch.Tensor | None]
 Inner = torch.Tensor | None
@@ -112,41 +114,49 @@ class LoraGroup:
         wide[:, : dy.shape[1]] = dy
         return wide
 
-    def forward(self, wide: torch.Tensor, seed: int | None) -> tuple[torch.Tensor, Inner]:
+    def masks(self, like: torch.Tensor, seed: int | None) -> Masks | None:
+        """Draws what each adapter sees of an input, or returns None where that is everything.
+
+        Args:
+            like: Has as many rows as the input, T, and its device.
+            seed: 0 to 2**63 - 1, or None to drop nothing.
+        """
+        if seed is None or not self.dropout or not self._adapted:
+            return None
+        return dropout.draw(len(self._adapted), like, self._weights.width, self.dropout, seed)
+
+    def forward(self, wide: torch.Tensor, masks: Masks | None) -> tuple[torch.Tensor, Inner]:
         """Returns the outputs side by side, [T, N], and h, [T, R].
 
         Args:
             wide: From `input`, with the input in its first K columns.
-            seed: Of the dropout, or None to drop nothing.
+            masks: From `masks`.
         """
         m = self._weights
         views = m.load(wide)
-        inner = self._inner(wide[:, : m.width], views.down, seed)
-        if inner is not None:
-            copy(inner, wide[:, m.width :])
+        inner = self._inner(wide[:, : m.width], views.down, masks, wide[:, m.width :])
         if self._bias is None:
             return wide @ views.weights.t(), inner
         return torch.addmm(self._bias.to(wide.dtype), wide, views.weights.t()), inner
 
     def backward(
-        self, dy: torch.Tensor, seed: int | None
+        self, dy: torch.Tensor, masks: Masks | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the gradients of x, [T, K], and of h, [T, R].
 
         Args:
             dy: Of the outputs side by side, [T, N]; for a group of one with an adapter the memory
                 of `output_gradient`, whose first N columns are filled.
-            seed: As in `forward`.
+            masks: As in `forward`.
         """
         m = self._weights
         views = m.load(dy, again=True)
         if not m.border:
             return dy @ views.frozen, None
-        dropped = self.dropout and seed is not None
         if len(self.projections) == 1:
             own, room = dy[:, : m.height], dy[:, m.height :]
             inner = own @ views.up
-            if not dropped:
+            if masks is None:
                 copy(inner, room)
                 return dy @ views.left, inner
             dx = own @ views.frozen
@@ -154,12 +164,9 @@ class LoraGroup:
             both = _room(len(dy), m.width + m.border, dy)
             torch.mm(dy, views.weights, out=both)
             dx, inner = both[:, : m.width], both[:, m.width :]
-            if not dropped:
+            if masks is None:
                 return dx.addmm_(inner, views.down), inner
-        assert seed is not None
-        for i, place in self._adapted:
-            part = self._columns(inner, place) @ self._rows(views.down, place)
-            dx += drop(part, self.dropout, seed + i)
+        dropout.add_products(dx, inner, views.down, masks)
         return dx, inner
 
     def backward_inner(self, dy: torch.Tensor) -> torch.Tensor | None:
@@ -178,7 +185,7 @@ class LoraGroup:
         d_inner: torch.Tensor | None,
         x: torch.Tensor,
         inner: Inner,
-        seed: int | None,
+        masks: Masks | None,
     ) -> Gradients:
         """Returns the gradients of A and B of each projection; follows `backward`.
 
@@ -187,40 +194,42 @@ class LoraGroup:
             d_inner: From `backward`.
             x: The input, [T, K].
             inner: From `forward`, or None where it was not kept.
-            seed: As in `forward`.
+            masks: As in `forward`.
         """
         m = self._weights
         found: Gradients = [None] * (2 * len(self.projections))
         if d_inner is None:
             return found
         if inner is None:
-            inner = self._inner(x, m.loaded(x).down, seed)
+            inner = self._inner(x, m.loaded(x).down, masks, None)
             assert inner is not None
         parts = torch.split(dy[:, : m.height], m.heights, dim=1)
         for i, place in self._adapted:
             found[2 * i + 1] = _product(parts[i].t(), self._columns(inner, place), self._dtype)
-        scaled = d_inner * m.scale
-        if self.dropout and seed is not None:
-            for i, place in self._adapted:
-                dropped = drop(x, self.dropout, seed + i)
-                found[2 * i] = _product(self._columns(scaled, place).t(), dropped, self._dtype)
-            return found
-        downs = _product(scaled.t(), x, self._dtype)
+        if masks is None:
+            downs = _product((d_inner * m.scale).t(), x, self._dtype)
+        else:
+            downs = dropout.gradients(d_inner, x, masks, m.scale, self._dtype)
         for i, place in self._adapted:
             found[2 * i] = self._rows(downs, place)
         return found
 
-    def _inner(self, x: torch.Tensor, down: torch.Tensor, seed: int | None) -> Inner:
-        """Returns h = s drop(x) A^T of all adapters side by side, or None where there is none."""
+    def _inner(
+        self,
+        x: torch.Tensor,
+        down: torch.Tensor,
+        masks: Masks | None,
+        beside: torch.Tensor | None,
+    ) -> Inner:
+        """Returns h of all adapters side by side, and writes it to `beside`; None without any."""
         if not self._weights.border:
             return None
-        if not self.dropout or seed is None:
-            return x @ down.t()
-        parts = [
-            drop(x, self.dropout, seed + i) @ self._rows(down, place).t()
-            for i, place in self._adapted
-        ]
-        return torch.cat(parts, dim=1)
+        if masks is not None:
+            return dropout.products(x, down, masks, beside)
+        inner = x @ down.t()
+        if beside is not None:
+            copy(inner, beside)
+        return inner
 
     def _columns(self, inner: torch.Tensor, place: int) -> torch.Tensor:
         rank = self._weights.rank

@@ -249,18 +249,3 @@ def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return out[0].transpose(0, 1)
-
-
-def drop(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
-    """Dropout that can be repeated: the same seed drops the same elements.
-
-    Args:
-        x: Any shape.
-        probability: Of dropping an element; the others are divided by 1 - probability.
-        seed: 0 to 2**63 - 1.
-    """
-    generator = torch.Generator(x.device)
-    generator.manual_seed(seed)
-    kept = torch.empty_like(x).bernoulli_(1.0 - probability, generator=generator)
-    # The factor apart: 1 / (1 - p) rounded to bfloat16 would shift the mean.
-    return kept.mul_(x).mul_(1.0 / (1.0 - probability))

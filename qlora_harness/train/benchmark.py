@@ -48,10 +48,14 @@ _SHARED: dict[str, Any] = {
     "optimizer": "adamw_torch",
     "group_by_length": False,
 }
+_ONE_PASS: dict[str, Any] = {"batch_size": 16, "grad_accum": 1, "optimizer": "adamw_torch"}
 # What is changed from the published recipe, which is all defaults.
 WAYS: dict[str, dict[str, Any]] = {
     "published": {"kernels": "none"},
     "published-fused": {},
+    # The recipe with --memory fast and --memory balanced.
+    "published-fast": _ONE_PASS | {"checkpointing": "none"},
+    "published-balanced": _ONE_PASS | {"checkpointing": "selective"},
     "peft-full": _SHARED | {"kernels": "none", "checkpointing": "full"},
     "peft-none": _SHARED | {"kernels": "none", "checkpointing": "none"},
     "fused-none": _SHARED | {"checkpointing": "none"},

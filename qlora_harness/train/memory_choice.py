@@ -85,6 +85,9 @@ def rungs_of(fused: bool) -> list[dict[str, str]]:
 def with_rung(settings: Settings, rung: Mapping[str, str]) -> Settings:
     """Returns settings with a rung of the ladder in place of their own.
 
+    Where a rung leaves the optimizer as it is, paged AdamW in 32 bits becomes torch's: the same
+    update, and what fits needs no paging, for which bitsandbytes waits at each parameter.
+
     Args:
         settings: As the user gave them.
         rung: Of `LADDER`.
@@ -95,10 +98,18 @@ def with_rung(settings: Settings, rung: Mapping[str, str]) -> Settings:
         optimization=dataclasses.replace(
             optimization,
             checkpointing=rung.get("checkpointing", optimization.checkpointing),
-            optimizer=rung.get("optimizer", optimization.optimizer),
+            optimizer=rung.get("optimizer", _unpaged(settings)),
         ),
         lora=dataclasses.replace(lora, adapter_dtype=rung.get("adapter_dtype", lora.adapter_dtype)),
     )
+
+
+def _unpaged(settings: Settings) -> str:
+    """The optimizer without paging, where that has its states in 32 bits as well."""
+    optimizer = settings.optimization.optimizer
+    if optimizer == "paged_adamw_32bit" and settings.lora.adapter_dtype == "float32":
+        return "adamw_torch"
+    return optimizer
 
 
 def _divisors(number: int) -> list[int]:

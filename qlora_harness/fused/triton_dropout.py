@@ -1,0 +1,166 @@
+"""Launches the Triton kernels of `dropout`; importable where there is no Triton.
+
+Each function does what its namesake in `dropout` does in plain torch, on packed masks. Long sums
+are divided into shares, so that narrow results occupy the device; the shares are summed in a fixed
+order, and reruns agree.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from qlora_harness.fused.triton_ops import launch
+
+_BYTES = 512  # of a mask, drawn by a program
+_SUM_ROWS = 8
+_PROGRAMS = 264  # two for each multiprocessor of an H100
+
+
+class Tiling(NamedTuple):
+    """How a kernel divides its work.
+
+    Attributes:
+        rows: Of a tile.
+        columns: Of a tile.
+        warps: Of a program.
+        stages: Loads of the loop under way at once.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+PRODUCT = Tiling(64, 64, 4, 3)
+ADD = Tiling(64, 128, 4, 1)
+GRADIENT = Tiling(64, 128, 4, 3)
+
+
+def draw(
+    adapters: int, rows: int, columns: int, probability: float, seed: int, device: torch.device
+) -> torch.Tensor:
+    """Draws packed masks, [adapters, T, ceil(K / 8)] uint8.
+
+    Philox-4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405) gives 16 bits to an element, so
+    the probability is rounded to a multiple of 2**-16.
+
+    Args:
+        adapters: Each with a mask of its own.
+        rows: T.
+        columns: K.
+        probability: Of dropping an element.
+        seed: 0 to 2**63 - 1.
+        device: Of the masks.
+    """
+    from qlora_harness.fused.dropout_kernels import draw_kernel
+
+    bits = torch.empty(adapters, rows, -(-columns // 8), dtype=torch.uint8, device=device)
+    count = bits[0].numel()
+    arguments = bits, seed, round(probability * 2**16), count
+    launch(draw_kernel, (-(-count // _BYTES), adapters, 1), arguments, _BYTES)
+    return bits
+
+
+def products(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    bits: torch.Tensor,
+    factor: float,
+    beside: torch.Tensor | None,
+) -> torch.Tensor:
+    """Namesake of `dropout.products`."""
+    from qlora_harness.fused.dropout_kernels import product_kernel, sum_kernel
+
+    adapters, rows, bytes_in_row = bits.shape
+    columns, border = x.shape[1], len(down)
+    rank = border // adapters
+    m, n, warps, stages = PRODUCT
+    tiles = -(-rows // m)
+    share, splits = _shares(columns, n, tiles * adapters)
+    parts = x.new_empty(splits, rows, border, dtype=torch.float32)
+    launch(
+        *(product_kernel, (adapters, tiles, splits)),
+        (
+            *(x, x.stride(0), down, down.stride(0), bits, parts, rows, columns, bytes_in_row),
+            *(share, rank, factor),
+        ),
+        *(m, n, _block(rank), _precision(x)),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    out = x.new_empty(rows, border)
+    other = out if beside is None else beside
+    arguments = parts, out, other, other.stride(0), rows, border, splits
+    launch(sum_kernel, (-(-rows // _SUM_ROWS), 1, 1), arguments, _SUM_ROWS, _block(border))
+    return out
+
+
+def add_products(
+    gradient: torch.Tensor,
+    d_inner: torch.Tensor,
+    down: torch.Tensor,
+    bits: torch.Tensor,
+    factor: float,
+) -> None:
+    """Namesake of `dropout.add_products`."""
+    from qlora_harness.fused.dropout_kernels import add_kernel
+
+    adapters, rows, bytes_in_row = bits.shape
+    columns, rank = gradient.shape[1], len(down) // adapters
+    m, n, warps, stages = ADD
+    launch(
+        *(add_kernel, (-(-columns // n), -(-rows // m), 1)),
+        (
+            *(gradient, gradient.stride(0), d_inner, d_inner.stride(0), down, down.stride(0), bits),
+            *(rows, columns, bytes_in_row, rank, factor),
+        ),
+        *(adapters, m, n, _block(rank), _precision(gradient)),
+        num_warps=warps,
+        num_stages=stages,
+    )
+
+
+def gradients(
+    d_inner: torch.Tensor, x: torch.Tensor, bits: torch.Tensor, factor: float
+) -> torch.Tensor:
+    """Namesake of `dropout.gradients`, in float32."""
+    from qlora_harness.fused.dropout_kernels import gradient_kernel
+
+    adapters, rows, bytes_in_row = bits.shape
+    columns, border = x.shape[1], d_inner.shape[1]
+    rank = border // adapters
+    m, n, warps, stages = GRADIENT
+    tiles = -(-columns // n)
+    share, splits = _shares(rows, m, tiles * adapters)
+    parts = x.new_empty(splits, border, columns, dtype=torch.float32)
+    launch(
+        *(gradient_kernel, (adapters, tiles, splits)),
+        (
+            *(d_inner, d_inner.stride(0), x, x.stride(0), bits, parts, rows, columns, bytes_in_row),
+            *(share, rank, factor),
+        ),
+        *(m, n, _block(rank), _precision(x)),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return parts.sum(0) if splits > 1 else parts[0]
+
+
+def _shares(length: int, step: int, programs: int) -> tuple[int, int]:
+    """How long each share of a sum is, a multiple of `step`, and how many there are."""
+    wanted = max(1, _PROGRAMS // programs)
+    share = -(-length // (wanted * step)) * step
+    return share, -(-length // share)
+
+
+def _block(number: int) -> int:
+    """The next power of two that a product of tiles can take."""
+    return max(16, 1 << (number - 1).bit_length())
+
+
+def _precision(x: torch.Tensor) -> str:
+    """Of products: float32 stays float32."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
