@@ -215,7 +215,8 @@ def philox(seed, c0, c1):
 assert philox(0, 0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 def unpack(bits, columns):
-    ones = (bits[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    groups = bits.unflatten(2, (-1, 1, 64))
+    ones = (groups >> torch.arange(8, dtype=torch.uint8)[:, None]) & 1
     return ones.flatten(2)[..., :columns].bool()
 
 def room(rows, columns):
@@ -223,10 +224,10 @@ def room(rows, columns):
 
 torch.manual_seed(0)
 for adapters, rows, columns, probability, seed in (
-    (1, 3, 8, 0.5, 0), (2, 5, 20, 0.1, 2**61 + 12345), (3, 70, 24, 0.3, 7)
+    (1, 3, 8, 0.5, 0), (2, 5, 520, 0.1, 2**61 + 12345), (3, 70, 24, 0.3, 7)
 ):
     bits = triton_dropout.draw(adapters, rows, columns, probability, seed, torch.device("cpu"))
-    assert bits.shape == (adapters, rows, -(-columns // 8)) and bits.dtype == torch.uint8
+    assert bits.shape == (adapters, rows, -(-columns // 512) * 64) and bits.dtype == torch.uint8
     flat = bits.flatten(1)
     for adapter in range(adapters):
         for place in (0, 1, flat.shape[1] - 1):
@@ -241,7 +242,8 @@ assert abs((many[0] != many[1]).float().mean() - 0.18) < 0.005
 for rows, columns, adapters, rank, tiling in (
     (1, 16, 1, 4, None),
     (70, 200, 3, 5, None),
-    (130, 72, 2, 16, Tiling(16, 16, 4, 1)),
+    (130, 72, 2, 16, Tiling(16, 4, 1)),
+    (20, 1100, 2, 4, None),
 ):
     if tiling is not None:
         triton_dropout.PRODUCT = triton_dropout.ADD = triton_dropout.GRADIENT = tiling

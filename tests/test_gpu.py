@@ -364,8 +364,9 @@ def test_dropout_kernels_agree_with_plain_torch(
     packed = dropout.draw(adapters, x, columns, 0.1, 2**61 + 5)
     assert packed.packed
     assert torch.equal(packed.kept, dropout.draw(adapters, x, columns, 0.1, 2**61 + 5).kept)
-    places = torch.arange(8, device="cuda", dtype=torch.uint8)
-    bits = ((packed.kept[..., None] >> places) & 1).flatten(2)[..., :columns].bool()
+    places = torch.arange(8, device="cuda", dtype=torch.uint8)[:, None]
+    groups = packed.kept.unflatten(2, (-1, 1, 64))
+    bits = ((groups >> places) & 1).flatten(2)[..., :columns].bool()
     assert bits.float().mean(dim=(1, 2)).tolist() == [pytest.approx(0.9, abs=0.005)] * adapters
     plain = Masks(bits, packed.factor)
     # Products in float64; in bfloat16 what is left is one rounding.

@@ -20,7 +20,7 @@ class Masks:
     """What each adapter of a group sees of one input.
 
     Attributes:
-        kept: [adapters, T, K] bool; packed on CUDA, [adapters, T, ceil(K / 8)] uint8.
+        kept: [adapters, T, K] bool; on CUDA packed, as from `triton_dropout.draw`.
         factor: 1 / (1 - p), of what is kept.
     """
 

@@ -1,7 +1,8 @@
 """The Triton kernels behind `triton_dropout`; imported only where Triton is.
 
-Masks are packed: bit j of byte c of a row says whether column 8 c + j is kept. Triton compiles the
-annotations as well, so there are none.
+Masks are packed so that a tile of 64 columns reads as many bytes, and one bit of each: tile 8 g + j
+of a row is in bits j of the bytes from 64 g on. Triton compiles the annotations as well, so there
+are none.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ def draw_kernel(bits, seed, threshold, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _kept(bits, row, column, bytes_in_row, inside):
-    """Whether elements are kept; `bits` are an adapter's."""
-    byte = tl.load(bits + row.to(tl.int64) * bytes_in_row + (column >> 3), mask=inside, other=0)
-    return ((byte >> (column & 7).to(tl.uint8)) & 1) != 0
+def _kept(bits, row, rows, bytes_in_row, tile):
+    """Whether the elements of a tile of 64 columns are kept; `bits` are an adapter's."""
+    byte = (tile // 8) * 64 + tl.arange(0, 64)[None, :]
+    found = tl.load(bits + row.to(tl.int64) * bytes_in_row + byte, mask=row < rows, other=0)
+    return ((found.to(tl.int32) >> (tile % 8)) & 1) != 0
 
 
 @triton.jit
@@ -48,26 +50,25 @@ def product_kernel(
     rank,
     factor,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (i, t, s): tile t of drop_i(x) A_i^T over the columns of share s."""
+    """Program (i, t, s): rows t of drop_i(x) A_i^T over the tiles of columns of share s."""
     adapter = tl.program_id(0)
     adapters = tl.num_programs(0)
     split = tl.program_id(2)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
     component = tl.arange(0, RANK)[:, None]
     bits += adapter.to(tl.int64) * rows * bytes_in_row
-    end = tl.minimum((split + 1) * share, columns)
+    end = tl.minimum((split + 1) * share, tl.cdiv(columns, 64))
     found = tl.zeros((ROWS, RANK), tl.float32)
-    for start in range(split * share, end, COLUMNS):
-        column = (start + tl.arange(0, COLUMNS))[None, :]
-        inside = (row < rows) & (column < end)
+    for tile in range(split * share, end):
+        column = tile * 64 + tl.arange(0, 64)[None, :]
+        inside = (row < rows) & (column < columns)
         value = tl.load(x + row.to(tl.int64) * x_stride + column, mask=inside, other=0.0)
-        value = tl.where(_kept(bits, row, column, bytes_in_row, inside), value, 0.0)
+        value = tl.where(_kept(bits, row, rows, bytes_in_row, tile), value, 0.0)
         line = down + (adapter * rank + component).to(tl.int64) * down_stride
-        weight = tl.load(line + column, mask=(component < rank) & (column < end), other=0.0)
+        weight = tl.load(line + column, mask=(component < rank) & (column < columns), other=0.0)
         found = tl.dot(value, tl.trans(weight), found, input_precision=PRECISION)
     component = tl.arange(0, RANK)[None, :]
     place = parts + (split.to(tl.int64) * rows + row) * adapters * rank + adapter * rank + component
@@ -114,15 +115,15 @@ def add_kernel(
     factor,
     ADAPTERS: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Program (c, t) adds sum_i drop_i(dh_i A_i) to a tile of the gradient."""
+    tile = tl.program_id(0)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
-    column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    column = tile * 64 + tl.arange(0, 64)[None, :]
     inside = (row < rows) & (column < columns)
-    found = tl.zeros((ROWS, COLUMNS), tl.float32)
+    found = tl.zeros((ROWS, 64), tl.float32)
     for adapter in tl.static_range(ADAPTERS):
         component = tl.arange(0, RANK)[None, :]
         line = inner + row.to(tl.int64) * inner_stride + adapter * rank
@@ -132,7 +133,7 @@ def add_kernel(
         right = tl.load(line + column, mask=(component < rank) & (column < columns), other=0.0)
         part = tl.dot(left, right, input_precision=PRECISION)
         own = bits + (adapter * bytes_in_row).to(tl.int64) * rows
-        found += tl.where(_kept(own, row, column, bytes_in_row, inside), part, 0.0)
+        found += tl.where(_kept(own, row, rows, bytes_in_row, tile), part, 0.0)
     place = gradient + row.to(tl.int64) * gradient_stride + column
     found = tl.load(place, mask=inside, other=0.0).to(tl.float32) + found * factor
     tl.store(place, found.to(gradient.dtype.element_ty), mask=inside)
@@ -153,26 +154,26 @@ def gradient_kernel(
     rank,
     factor,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (i, c, s): columns of dh_i^T drop_i(x) over the rows of share s."""
+    """Program (i, c, s): a tile of columns of dh_i^T drop_i(x) over the rows of share s."""
     adapter = tl.program_id(0)
     adapters = tl.num_programs(0)
     split = tl.program_id(2)
-    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    tile = tl.program_id(1)
+    column = tile * 64 + tl.arange(0, 64)[None, :]
     component = tl.arange(0, RANK)[None, :]
     bits += adapter.to(tl.int64) * rows * bytes_in_row
     end = tl.minimum((split + 1) * share, rows)
-    found = tl.zeros((RANK, COLUMNS), tl.float32)
+    found = tl.zeros((RANK, 64), tl.float32)
     for start in range(split * share, end, ROWS):
         row = (start + tl.arange(0, ROWS))[:, None]
         line = inner + row.to(tl.int64) * inner_stride + adapter * rank
         left = tl.load(line + component, mask=(row < end) & (component < rank), other=0.0)
         inside = (row < end) & (column < columns)
         value = tl.load(x + row.to(tl.int64) * x_stride + column, mask=inside, other=0.0)
-        value = tl.where(_kept(bits, row, column, bytes_in_row, inside), value, 0.0)
+        value = tl.where(_kept(bits, row, rows, bytes_in_row, tile), value, 0.0)
         found = tl.dot(tl.trans(left), value, found, input_precision=PRECISION)
     component = tl.arange(0, RANK)[:, None]
     place = parts + ((split * adapters + adapter) * rank + component).to(tl.int64) * columns

@@ -14,8 +14,9 @@ import torch
 from qlora_harness.fused.triton_ops import launch
 
 _BYTES = 512  # of a mask, drawn by a program
+_COLUMNS = 64  # of a tile; 8 tiles share their bytes
 _SUM_ROWS = 8
-_PROGRAMS = 264  # two for each multiprocessor of an H100
+_PROGRAMS = 528  # four for each multiprocessor of an H100
 
 
 class Tiling(NamedTuple):
@@ -23,26 +24,26 @@ class Tiling(NamedTuple):
 
     Attributes:
         rows: Of a tile.
-        columns: Of a tile.
         warps: Of a program.
         stages: Loads of the loop under way at once.
     """
 
     rows: int
-    columns: int
     warps: int
     stages: int
 
 
-PRODUCT = Tiling(64, 64, 4, 3)
-ADD = Tiling(64, 128, 4, 1)
-GRADIENT = Tiling(64, 128, 4, 3)
+PRODUCT = Tiling(64, 4, 3)
+ADD = Tiling(64, 4, 1)
+GRADIENT = Tiling(64, 4, 3)
 
 
 def draw(
     adapters: int, rows: int, columns: int, probability: float, seed: int, device: torch.device
 ) -> torch.Tensor:
-    """Draws packed masks, [adapters, T, ceil(K / 8)] uint8.
+    """Draws packed masks, [adapters, T, 64 ceil(K / 512)] uint8.
+
+    The 8 bits of byte 64 g + c of a row, from the lowest, are those of columns 512 g + 64 j + c.
 
     Philox-4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405) gives 16 bits to an element, so
     the probability is rounded to a multiple of 2**-16.
@@ -57,7 +58,8 @@ def draw(
     """
     from qlora_harness.fused.dropout_kernels import draw_kernel
 
-    bits = torch.empty(adapters, rows, -(-columns // 8), dtype=torch.uint8, device=device)
+    bytes_in_row = -(-columns // (8 * _COLUMNS)) * _COLUMNS
+    bits = torch.empty(adapters, rows, bytes_in_row, dtype=torch.uint8, device=device)
     count = bits[0].numel()
     arguments = bits, seed, round(probability * 2**16), count
     launch(draw_kernel, (-(-count // _BYTES), adapters, 1), arguments, _BYTES)
@@ -77,9 +79,9 @@ def products(
     adapters, rows, bytes_in_row = bits.shape
     columns, border = x.shape[1], len(down)
     rank = border // adapters
-    m, n, warps, stages = PRODUCT
+    m, warps, stages = PRODUCT
     tiles = -(-rows // m)
-    share, splits = _shares(columns, n, tiles * adapters)
+    share, splits = _shares(-(-columns // _COLUMNS), 1, tiles * adapters)
     parts = x.new_empty(splits, rows, border, dtype=torch.float32)
     launch(
         *(product_kernel, (adapters, tiles, splits)),
@@ -87,7 +89,7 @@ def products(
             *(x, x.stride(0), down, down.stride(0), bits, parts, rows, columns, bytes_in_row),
             *(share, rank, factor),
         ),
-        *(m, n, _block(rank), _precision(x)),
+        *(m, _block(rank), _precision(x)),
         num_warps=warps,
         num_stages=stages,
     )
@@ -110,14 +112,14 @@ def add_products(
 
     adapters, rows, bytes_in_row = bits.shape
     columns, rank = gradient.shape[1], len(down) // adapters
-    m, n, warps, stages = ADD
+    m, warps, stages = ADD
     launch(
-        *(add_kernel, (-(-columns // n), -(-rows // m), 1)),
+        *(add_kernel, (-(-columns // _COLUMNS), -(-rows // m), 1)),
         (
             *(gradient, gradient.stride(0), d_inner, d_inner.stride(0), down, down.stride(0), bits),
             *(rows, columns, bytes_in_row, rank, factor),
         ),
-        *(adapters, m, n, _block(rank), _precision(gradient)),
+        *(adapters, m, _block(rank), _precision(gradient)),
         num_warps=warps,
         num_stages=stages,
     )
@@ -132,8 +134,8 @@ def gradients(
     adapters, rows, bytes_in_row = bits.shape
     columns, border = x.shape[1], d_inner.shape[1]
     rank = border // adapters
-    m, n, warps, stages = GRADIENT
-    tiles = -(-columns // n)
+    m, warps, stages = GRADIENT
+    tiles = -(-columns // _COLUMNS)
     share, splits = _shares(rows, m, tiles * adapters)
     parts = x.new_empty(splits, border, columns, dtype=torch.float32)
     launch(
@@ -142,7 +144,7 @@ def gradients(
             *(d_inner, d_inner.stride(0), x, x.stride(0), bits, parts, rows, columns, bytes_in_row),
             *(share, rank, factor),
         ),
-        *(m, n, _block(rank), _precision(x)),
+        *(m, _block(rank), _precision(x)),
         num_warps=warps,
         num_stages=stages,
     )
