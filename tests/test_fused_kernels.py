@@ -239,6 +239,7 @@ many = unpack(triton_dropout.draw(2, 64, 1024, 0.1, 3, torch.device("cpu")), 102
 assert abs(many.float().mean() - 0.9) < 0.003
 assert abs((many[0] != many[1]).float().mean() - 0.18) < 0.005
 
+triton_dropout._LEAST = 1  # several shares
 for rows, columns, adapters, rank, tiling in (
     (1, 16, 1, 4, None),
     (70, 200, 3, 5, None),

@@ -15,7 +15,7 @@ from qlora_harness.settings import Quant, build_settings
 from qlora_harness.train.memory_choice import LADDER, choose, with_rung
 from qlora_harness.train.memory_prediction import GIB, largest_pass, predict
 from qlora_harness.train.model_shape import Shape, measure_shape
-from qlora_harness.train.plan_text import describe, host_shortage
+from qlora_harness.train.plan_text import describe, host_shortage, one_pass
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +197,21 @@ def test_what_fits_is_not_paged(changes: dict[str, str], optimizer: str) -> None
     settings = with_rung(build_settings(changes), {"checkpointing": "none"})
     assert settings.optimization.optimizer == optimizer
     assert settings.lora.adapter_dtype == changes.get("adapter_dtype", "float32")
+
+
+def test_one_pass_is_offered_where_it_fits(shape: Shape) -> None:
+    def offered(gib: float, **changes: Any) -> str | None:
+        return one_pass(shape, build_settings(changes), [400] * 100, int(gib * GIB))
+
+    assert offered(80) == (
+        "16 passes a step; --memory fast computes the same steps in one, which is faster, at a "
+        "planned peak of 23.8 GiB"
+    )
+    assert "--memory balanced" in (offered(24) or "")
+    assert offered(12) is None
+    assert offered(80, memory="lean") is None
+    assert offered(80, grad_accum=1) is None
+    assert offered(80, kernels="none") is None
 
 
 def test_plan_is_printed_without_a_gpu(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ _BYTES = 512  # of a mask, drawn by a program
 _COLUMNS = 64  # of a tile; 8 tiles share their bytes
 _SUM_ROWS = 8
 _PROGRAMS = 528  # four for each multiprocessor of an H100
+_LEAST = 8  # steps of a share; to sum more shares takes longer than it saves
 
 
 class Tiling(NamedTuple):
@@ -33,9 +34,10 @@ class Tiling(NamedTuple):
     stages: int
 
 
+# The fastest on an H100, for 4,617 tokens and widths of 4,096 and 11,008.
 PRODUCT = Tiling(64, 4, 3)
 ADD = Tiling(64, 4, 1)
-GRADIENT = Tiling(64, 4, 3)
+GRADIENT = Tiling(128, 4, 3)
 
 
 def draw(
@@ -153,8 +155,8 @@ def gradients(
 
 def _shares(length: int, step: int, programs: int) -> tuple[int, int]:
     """How long each share of a sum is, a multiple of `step`, and how many there are."""
-    wanted = max(1, _PROGRAMS // programs)
-    share = -(-length // (wanted * step)) * step
+    steps = -(-length // step)
+    share = max(_LEAST, -(-steps // max(1, _PROGRAMS // programs))) * step
     return share, -(-length // share)
 
 

@@ -57,31 +57,32 @@ def launch(
         constants: What is fixed when compiling, in the kernel's order behind the arguments.
         options: Of the compiler.
     """
-    kinds = [_kind(a) for a in arguments]
-    values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-    device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
-    key = (kernel, device, *kinds, *constants)
-    compiled = _compiled.get(key)
-    aligned = all(
-        value % 16 == 0
-        for value, a in zip(values, arguments, strict=True)
-        if isinstance(a, torch.Tensor)
-    )
+    key: list[Any] = [id(kernel), *constants]  # its own hash takes longer than all else here
+    values: list[Any] = []
+    addresses = 0  # the bits that any has
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            address = argument.data_ptr()
+            addresses |= address
+            values.append(address)
+            key.append(argument.dtype)
+        else:
+            values.append(argument)
+            key.append(_kind(argument) if isinstance(argument, int) else None)
+    key.append(next(a for a in arguments if isinstance(a, torch.Tensor)).get_device())
+    place, aligned = tuple(key), addresses % 16 == 0
+    compiled = _compiled.get(place)
     if compiled is not None and aligned:
         compiled[grid](*values, *constants)
         return
     compiled = kernel[grid](*arguments, *constants, **options)
     if compiled is not None and aligned:  # None in the interpreter
-        _compiled[key] = compiled
+        _compiled[place] = compiled
 
 
-def _kind(argument: Any) -> Any:
-    """What Triton compiles an argument for."""
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, argument < 2**31
-    return type(argument)
+def _kind(number: int) -> tuple[bool, bool, bool]:
+    """What Triton compiles an integer for."""
+    return number == 1, number % 16 == 0, number < 2**31
 
 
 class Loader:

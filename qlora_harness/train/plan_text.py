@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 from qlora_harness.settings import Settings
-from qlora_harness.train.memory_choice import rungs_of, with_rung
+from qlora_harness.train.memory_choice import choose, rungs_of, with_rung
 from qlora_harness.train.memory_prediction import GIB, MemoryPlan, predict
 from qlora_harness.train.model_shape import Shape, uses_fused
 
@@ -46,6 +49,30 @@ def host_shortage(plan: MemoryPlan, free: int) -> str | None:
         return f"{has}, of which a quarter is used: what does not fit there is computed again"
     if plan.checkpointing == "offload" and plan.host > free:
         return f"{has}, which is not enough: use --checkpointing full, or a smaller --batch-size"
+    return None
+
+
+def one_pass(shape: Shape, settings: Settings, lengths: Sequence[int], total: int) -> str | None:
+    """Returns the `--memory` that computes a step of several passes in one, or None.
+
+    Args:
+        shape: From `measure_shape`.
+        settings: As the user gave them.
+        lengths: Tokens of each training example.
+        total: Bytes of the GPU's memory.
+    """
+    optimization = settings.optimization
+    if optimization.memory or optimization.grad_accum == 1 or not uses_fused(shape, settings):
+        return None
+    for word in ("fast", "balanced"):
+        changed = dataclasses.replace(optimization, memory=word)
+        changed_settings = dataclasses.replace(settings, optimization=changed)
+        _, plan, _ = choose(shape, changed_settings, lengths)
+        if plan.peak + _CONTEXT <= total:
+            return (
+                f"{optimization.grad_accum} passes a step; --memory {word} computes the same "
+                f"steps in one, which is faster, at a planned peak of {plan.peak / GIB:.1f} GiB"
+            )
     return None
 
 

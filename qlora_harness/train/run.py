@@ -54,7 +54,7 @@ from qlora_harness.train.evaluation import evaluate_loss
 from qlora_harness.train.memory import MemoryMeter
 from qlora_harness.train.memory_choice import choose
 from qlora_harness.train.model_shape import measure_shape
-from qlora_harness.train.plan_text import describe, host_shortage
+from qlora_harness.train.plan_text import describe, host_shortage, one_pass
 from qlora_harness.train.run_folder import StartingPoint, checkpoint_step, clear, inspect
 from qlora_harness.train.run_record import RunRecord
 from qlora_harness.train.trainer import CountingTrainer, StepLog, StopOnSignal
@@ -203,6 +203,11 @@ class _Run:
         shortage = host_shortage(plan, memory_of_a_process())
         if shortage is not None:
             _say(self.state, shortage)
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            faster = one_pass(shape, self.settings, lengths, total)
+            if faster is not None:
+                _say(self.state, faster)
 
     def _load_model(self, source: BaseSource) -> Any:
         settings = self.chosen
