@@ -175,25 +175,28 @@ class Drop(torch.nn.Module):
         if not self.training:
             return x
         read = x[0] if self.places is None else x[0, self.places]
-        masks = dropout.draw(1, read, read.shape[1], self.p, self.seed)
+        (masks,) = dropout.draw([(1, *read.shape)], self.p, self.seed, read.device)
         dropped = read * masks.kept[0] / (1 - self.p)
         return dropped[None] if self.places is None else x.index_copy(1, self.places, dropped[None])
 
 
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj,down_proj"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-def test_dropout_is_the_same_in_both_passes(checkpointing: str) -> None:
-    plain = adapted(tiny("llama"), dropout=0.3)
+def test_dropout_is_the_same_in_both_passes(checkpointing: str, targets: str) -> None:
+    plain = adapted(tiny("llama"), dropout=0.3, targets=targets)
     fused = copy.deepcopy(plain)
     torch.manual_seed(7)
     order = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    order = order if targets == "all-linear" else tuple(targets.split(","))
     rows = texts([20])
     layers = plain.get_base_model().model.layers
     for layer in layers:
         seed = int(torch.randint(0, 2**62, ()))
         for number, name in enumerate(order):
-            parent = layer.self_attn if number < 4 else layer.mlp
-            late = layer is layers[-1] and number >= 3
+            attends = name in ("q_proj", "k_proj", "v_proj", "o_proj")
+            late = layer is layers[-1] and name not in ("q_proj", "k_proj", "v_proj")
             places = pack_batch(rows)["read_at"] if late else None
+            parent = layer.self_attn if attends else layer.mlp
             getattr(parent, name).lora_dropout["default"] = Drop(0.3, seed + number, places)
     wanted = plain_step(plain, rows)
     install(fused, checkpointing)

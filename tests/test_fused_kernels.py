@@ -222,20 +222,24 @@ def unpack(bits, columns):
 def room(rows, columns):
     return torch.full((rows, columns + 5), float("nan"))[:, :columns]
 
+cpu = torch.device("cpu")
 torch.manual_seed(0)
-for adapters, rows, columns, probability, seed in (
-    (1, 3, 8, 0.5, 0), (2, 5, 520, 0.1, 2**61 + 12345), (3, 70, 24, 0.3, 7)
+for shapes, probability, seed in (
+    ([(1, 3, 8)], 0.5, 0), ([(2, 5, 520), (0, 5, 8), (3, 7, 24)], 0.1, 2**61 + 12345)
 ):
-    bits = triton_dropout.draw(adapters, rows, columns, probability, seed, torch.device("cpu"))
-    assert bits.shape == (adapters, rows, -(-columns // 512) * 64) and bits.dtype == torch.uint8
-    flat = bits.flatten(1)
-    for adapter in range(adapters):
-        for place in (0, 1, flat.shape[1] - 1):
-            words = philox(seed, place, adapter)
-            drawn = [part for word in words for part in (word & 0xFFFF, word >> 16)]
-            wanted = sum((n >= round(probability * 2**16)) << j for j, n in enumerate(drawn))
-            assert int(flat[adapter, place]) == wanted
-many = unpack(triton_dropout.draw(2, 64, 1024, 0.1, 3, torch.device("cpu")), 1024)
+    drawn = triton_dropout.draw(shapes, probability, seed, cpu)
+    assert [m.shape for m in drawn] == [(n, rows, -(-k // 512) * 64) for n, rows, k in shapes]
+    flat = torch.cat([m.flatten() for m in drawn])
+    assert flat.dtype == torch.uint8
+    for place in (0, 1, 511, len(flat) // 2, len(flat) - 1):
+        if place >= len(flat):
+            continue
+        words = philox(seed, place, 0)
+        drawn = [part for word in words for part in (word & 0xFFFF, word >> 16)]
+        wanted = sum((n >= round(probability * 2**16)) << j for j, n in enumerate(drawn))
+        assert int(flat[place]) == wanted
+(many,) = triton_dropout.draw([(2, 64, 1024)], 0.1, 3, cpu)
+many = unpack(many, 1024)
 assert abs(many.float().mean() - 0.9) < 0.003
 assert abs((many[0] != many[1]).float().mean() - 0.18) < 0.005
 
@@ -248,7 +252,7 @@ for rows, columns, adapters, rank, tiling in (
 ):
     if tiling is not None:
         triton_dropout.PRODUCT = triton_dropout.ADD = triton_dropout.GRADIENT = tiling
-    bits = triton_dropout.draw(adapters, rows, columns, 0.2, 11, torch.device("cpu"))
+    (bits,) = triton_dropout.draw([(adapters, rows, columns)], 0.2, 11, cpu)
     packed, plain = Masks(bits, 1.25), Masks(unpack(bits, columns), 1.25)
     x = room(rows, columns).copy_(torch.randn(rows, columns))
     down = room(adapters * rank, columns).copy_(torch.randn(adapters * rank, columns))

@@ -180,6 +180,13 @@ def partly_in_float16() -> Any:
     return model
 
 
+def with_two_dropouts() -> Any:
+    model = with_adapter(lora_dropout=0.1)
+    layer = model.get_base_model().model.layers[1]
+    layer.self_attn.q_proj.lora_dropout["default"].p = 0.2
+    return model
+
+
 REFUSED = {
     "dora": (lambda: with_adapter(use_dora=True), "its adapter is not one plain LoRA"),
     "bias": (
@@ -196,6 +203,7 @@ REFUSED = {
         lambda: with_adapter(alpha_pattern={"v_proj": 2}),
         "the ranks or scales of its adapter differ within a layer",
     ),
+    "dropout": (with_two_dropouts, "the dropout of its adapter differs within a layer"),
     "embedding": (
         lambda: with_adapter(target_modules=["q_proj", "embed_tokens"]),
         "it has an adapter outside its layers (embed_tokens)",

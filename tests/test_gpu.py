@@ -361,9 +361,9 @@ def test_dropout_kernels_agree_with_plain_torch(
     x = torch.randn(rows, columns + 64, device="cuda", dtype=kind)[:, :columns]
     down = torch.randn(adapters * rank, columns, device="cuda", dtype=kind) / columns**0.5
     d_inner = torch.randn(rows, adapters * rank, device="cuda", dtype=kind)
-    packed = dropout.draw(adapters, x, columns, 0.1, 2**61 + 5)
-    assert packed.packed
-    assert torch.equal(packed.kept, dropout.draw(adapters, x, columns, 0.1, 2**61 + 5).kept)
+    drawn = [dropout.draw([(adapters, rows, columns)], 0.1, 2**61 + 5, x.device)[0] for _ in "12"]
+    packed = drawn[0]
+    assert packed.packed and torch.equal(packed.kept, drawn[1].kept)
     places = torch.arange(8, device="cuda", dtype=torch.uint8)[:, None]
     groups = packed.kept.unflatten(2, (-1, 1, 64))
     bits = ((groups >> places) & 1).flatten(2)[..., :columns].bool()

@@ -1,13 +1,14 @@
-"""Dropout on the inputs of LoRA: masks of a group of adapters, and the products that they enter.
+"""Dropout on the inputs of LoRA: masks of groups of adapters, and the products that they enter.
 
-Each adapter of a group has a mask of its own on the one input, as PEFT has a module for each. What
-is dropped is never written down: masks are drawn from a seed, anew in the backward pass, and on
-CUDA each product reads the input and a bit for each element. Elsewhere a few lines of torch do the
-same, and the tests compare both.
+Each adapter of a group has a mask of its own on the one input, as PEFT has a module for each. An
+input without what is dropped is never written down: masks are drawn from a seed, those of a layer
+at once and anew in the backward pass, and on CUDA each product reads the input and a bit for each
+element. Elsewhere a few lines of torch do the same, and the tests compare both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,26 +34,31 @@ class Masks:
         return self.kept.dtype == torch.uint8
 
 
-def draw(adapters: int, like: torch.Tensor, columns: int, probability: float, seed: int) -> Masks:
-    """Draws masks; the same seed, shape and kind of device give the same.
+def draw(
+    shapes: Sequence[tuple[int, int, int]], probability: float, seed: int, device: torch.device
+) -> list[Masks]:
+    """Draws masks; the same arguments give the same.
 
     Args:
-        adapters: Each with a mask of its own.
-        like: Has as many rows as the input, T, and its device.
-        columns: K.
+        shapes: Of each input: adapters, T, K.
         probability: Of dropping an element, p.
-        seed: 0 to 2**63 - 1.
+        seed: 0 to 2**62.
+        device: Of the masks.
     """
-    rows, factor = len(like), 1.0 / (1.0 - probability)
-    if triton_ops.usable(like):
-        drawn = triton_dropout.draw(adapters, rows, columns, probability, seed, like.device)
-        return Masks(drawn, factor)
-    kept = torch.empty(adapters, rows, columns, dtype=torch.bool, device=like.device)
-    generator = torch.Generator(like.device)
-    for number, mask in enumerate(kept):
-        generator.manual_seed(seed + number)
-        mask.bernoulli_(1.0 - probability, generator=generator)
-    return Masks(kept, factor)
+    factor = 1.0 / (1.0 - probability)
+    if triton_ops.usable_on(device):
+        drawn = triton_dropout.draw(shapes, probability, seed, device)
+        return [Masks(bits, factor) for bits in drawn]
+    generator = torch.Generator(device)
+    found = []
+    for shape in shapes:
+        kept = torch.empty(shape, dtype=torch.bool, device=device)
+        for mask in kept:
+            generator.manual_seed(seed)
+            mask.bernoulli_(1.0 - probability, generator=generator)
+            seed += 1
+        found.append(Masks(kept, factor))
+    return found
 
 
 def products(

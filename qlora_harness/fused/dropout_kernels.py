@@ -1,8 +1,8 @@
 """The Triton kernels behind `triton_dropout`; imported only where Triton is.
 
 Masks are packed so that a tile of 64 columns reads as many bytes, and one bit of each: tile 8 g + j
-of a row is in bits j of the bytes from 64 g on. Triton compiles the annotations as well, so there
-are none.
+of a row is in bits j of the bytes from 64 g on. Nothing is compiled for the length of a row. Triton
+compiles the annotations as well, so there are none.
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "threshold", "count"])
 def draw_kernel(bits, seed, threshold, count, BLOCK: tl.constexpr):
-    """Program (b, i) draws block b of adapter i's mask, a byte from each 128 random bits."""
-    adapter = tl.program_id(1)
+    """Program b draws block b of all masks, a byte from each 128 random bits."""
     byte = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     zero = byte * 0
-    words = tl.philox(seed, byte, zero + adapter, zero, zero)
+    words = tl.philox(seed, byte, zero, zero, zero)
     kept = zero
     for i in tl.static_range(4):
         word = words[i]
         kept |= ((word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32) << (2 * i)
         kept |= ((word >> 16).to(tl.int32) >= threshold).to(tl.int32) << (2 * i + 1)
-    place = bits + adapter.to(tl.int64) * count + byte
-    tl.store(place, kept.to(tl.uint8), mask=byte < count)
+    tl.store(bits + byte, kept.to(tl.uint8), mask=byte < count)
 
 
 @triton.jit
@@ -35,7 +33,7 @@ def _kept(bits, row, rows, bytes_in_row, tile):
     return ((found.to(tl.int32) >> (tile % 8)) & 1) != 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "share"])
 def product_kernel(
     x,
     x_stride,
@@ -75,7 +73,7 @@ def product_kernel(
     tl.store(place, found * factor, mask=(row < rows) & (component < rank))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits"])
 def sum_kernel(
     parts,
     out,
@@ -99,7 +97,7 @@ def sum_kernel(
     tl.store(beside + row * beside_stride + column, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def add_kernel(
     gradient,
     gradient_stride,
@@ -139,7 +137,7 @@ def add_kernel(
     tl.store(place, found.to(gradient.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "share"])
 def gradient_kernel(
     inner,
     inner_stride,

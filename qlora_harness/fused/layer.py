@@ -20,11 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from qlora_harness.fused import ops
+from qlora_harness.fused import dropout, ops
+from qlora_harness.fused.dropout import Masks
 from qlora_harness.fused.host_memory import HostMemory, Stored
 from qlora_harness.fused.lora_group import Gradients, Inner, LoraGroup
 from qlora_harness.fused.row import Rotation, Row
@@ -76,6 +77,11 @@ class FusedLayer:
         """The groups in the order of their parameters."""
         return self.qkv, self.out, self.gate_up, self.down
 
+    @property
+    def dropout(self) -> float:
+        """Probability, on the inputs of all adapters."""
+        return max(group.dropout for group in self.groups())
+
     def has_adapters_of(self, layer: Any) -> bool:
         """Whether the adapters are still those of a decoder layer.
 
@@ -108,9 +114,8 @@ class FusedLayer:
             Two tensors, [T, H] or [R, H], whose sum is the layer's output.
         """
         parameters = [p for group in self.groups() for p in group.parameters()]
-        dropped = training and any(group.dropout for group in self.groups())
         # From torch's own generator, so that seeding, checkpoints and resuming cover it.
-        seed = int(torch.randint(0, 2**62, ())) if dropped else None
+        seed = int(torch.randint(0, 2**62, ())) if training and self.dropout else None
         keep = torch.is_grad_enabled()  # inside `forward` it never is
         found: tuple[torch.Tensor, torch.Tensor] = _Layer.apply(  # type: ignore[no-untyped-call]
             x, added, self, row, places, seed, keep, *parameters
@@ -137,13 +142,34 @@ class FusedLayer:
         Returns:
             Two tensors, [R, H], whose sum is the layer's output.
         """
-        x, projected, _, _ = _project(self, x, added, rotation, None)
+        x, projected, _, _ = _project(self, x, added, rotation, _Drops())
         attended = attend(*ops.split_heads(projected, self.heads, self.key_heads), self.scale)
         del projected, added
-        y, _ = _leave(self, attended, places, None)
+        y, _ = _leave(self, attended, places, _Drops())
         del attended
-        h, y, _ = _second_half(self, _at(x, places), y, None)
+        h, y, _ = _second_half(self, _at(x, places), y, _Drops())
         return h, y
+
+
+class _Drops(NamedTuple):
+    """What the adapters see of the inputs; None where that is everything."""
+
+    qkv: Masks | None = None
+    out: Masks | None = None
+    gate_up: Masks | None = None
+    down: Masks | None = None
+
+
+def _draw(
+    layer: FusedLayer, x: torch.Tensor, places: torch.Tensor | None, seed: int | None
+) -> _Drops:
+    """Draws the masks of a layer, of which x is the input or the same in shape."""
+    if seed is None:
+        return _Drops()
+    tokens = len(x)
+    rows = [tokens, *[tokens if places is None else len(places)] * 3]
+    shapes = [group.mask_shape(n) for group, n in zip(layer.groups(), rows, strict=True)]
+    return _Drops(*dropout.draw(shapes, layer.dropout, seed, x.device))
 
 
 @dataclass
@@ -182,12 +208,12 @@ def _first_half(
     added: torch.Tensor | None,
     row: Row,
     places: torch.Tensor | None,
-    seed: int | None,
+    drops: _Drops,
 ) -> tuple[torch.Tensor, torch.Tensor, _Attention]:
     """Returns x + added, what attention adds to its places, and what backward needs."""
-    x, projected, inner_qkv, raw = _project(layer, x, added, row, seed)
+    x, projected, inner_qkv, raw = _project(layer, x, added, row, drops)
     attended, state = ops.attention(projected, layer.heads, layer.key_heads, row, layer.scale)
-    y, inner_out = _leave(layer, attended, places, seed)
+    y, inner_out = _leave(layer, attended, places, drops)
     return x, y, _Attention(projected, attended, state, inner_qkv, inner_out, raw)
 
 
@@ -196,12 +222,12 @@ def _project(
     x: torch.Tensor,
     added: torch.Tensor | None,
     rotation: Rotation,
-    seed: int | None,
+    drops: _Drops,
 ) -> tuple[torch.Tensor, torch.Tensor, Inner, torch.Tensor | None]:
     """Returns x + added; queries, keys and values, rotated; what backward needs of them."""
     wide = layer.qkv.input(len(x), x)
     x = ops.rms_norm(x, layer.attention_norm, layer.eps, wide[:, : x.shape[1]], add=added)
-    projected, inner = layer.qkv.forward(wide, layer.qkv.masks(wide, seed))
+    projected, inner = layer.qkv.forward(wide, drops.qkv)
     del wide
     raw = _normalise_heads(layer, projected)
     ops.rotate(projected, layer.heads + layer.key_heads, rotation)
@@ -209,32 +235,31 @@ def _project(
 
 
 def _leave(
-    layer: FusedLayer, attended: torch.Tensor, places: torch.Tensor | None, seed: int | None
+    layer: FusedLayer, attended: torch.Tensor, places: torch.Tensor | None, drops: _Drops
 ) -> tuple[torch.Tensor, Inner]:
     """The product with o of what attention found, [T, heads, D], at some places."""
     wanted = _at(attended.flatten(1), places)
-    masks = layer.out.masks(wanted, _next(seed, 3))
-    return layer.out.forward(layer.out.as_input(wanted), masks)
+    return layer.out.forward(layer.out.as_input(wanted), drops.out)
 
 
 def _gates(
-    layer: FusedLayer, x: torch.Tensor, added: torch.Tensor | None, seed: int | None
+    layer: FusedLayer, x: torch.Tensor, added: torch.Tensor | None, drops: _Drops
 ) -> tuple[torch.Tensor, _Mlp]:
     """The second half of x + added without the product with down; returns the sum as well."""
     wide = layer.gate_up.input(len(x), x)
     h = ops.rms_norm(x, layer.mlp_norm, layer.eps, wide[:, : x.shape[1]], add=added)
-    gates, inner = layer.gate_up.forward(wide, layer.gate_up.masks(wide, _next(seed, 4)))
+    gates, inner = layer.gate_up.forward(wide, drops.gate_up)
     return h, _Mlp(gates, inner, None)
 
 
 def _second_half(
-    layer: FusedLayer, x: torch.Tensor, added: torch.Tensor, seed: int | None
+    layer: FusedLayer, x: torch.Tensor, added: torch.Tensor, drops: _Drops
 ) -> tuple[torch.Tensor, torch.Tensor, _Mlp]:
     """Returns x + added, what the MLP adds, and what backward needs."""
-    h, kept = _gates(layer, x, added, seed)
+    h, kept = _gates(layer, x, added, drops)
     wide = layer.down.input(len(x), x)
     ops.swiglu(kept.gates, wide[:, : kept.gates.shape[1] // 2])
-    y, kept.inner_down = layer.down.forward(wide, layer.down.masks(wide, _next(seed, 6)))
+    y, kept.inner_down = layer.down.forward(wide, drops.down)
     return h, y, kept
 
 
@@ -272,8 +297,9 @@ class _Layer(torch.autograd.Function):
         *parameters: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            x, added, attention = _first_half(layer, x, added, row, places, seed)
-            h, y, mlp = _second_half(layer, _at(x, places), added, seed)
+            drops = _draw(layer, x, places, seed)
+            x, added, attention = _first_half(layer, x, added, row, places, drops)
+            h, y, mlp = _second_half(layer, _at(x, places), added, drops)
         ctx.layer, ctx.row, ctx.places, ctx.seed = layer, row, places, seed
         ctx.kept = None
         if not keep:
@@ -303,43 +329,44 @@ class _Layer(torch.autograd.Function):
                 x, h, attention, mlp = kept
             else:
                 x = layer.host.get(kept) if isinstance(kept, Stored) else kept
-                _, added, attention = _first_half(layer, x, None, row, places, seed)
-                h, mlp = _gates(layer, _at(x, places), added, seed)
+            drops = _draw(layer, x, places, seed)
+            if layer.checkpointing in ("full", "offload"):
+                _, added, attention = _first_half(layer, x, None, row, places, drops)
+                h, mlp = _gates(layer, _at(x, places), added, drops)
                 del added
             del kept
             if mlp is None:
-                _, mlp = _gates(layer, h, None, seed)
+                _, mlp = _gates(layer, h, None, drops)
             elif isinstance(mlp, _MlpAway):
                 assert layer.host is not None
                 mlp = _Mlp(layer.host.get(mlp.gates), mlp.inner_gate_up, mlp.inner_down)
-            dh, mlp_grads = _second_half_backward(layer, dy, h, mlp, seed)
+            dh, mlp_grads = _second_half_backward(layer, dy, h, mlp, drops)
             del mlp, h
             # The input of the first layer learns nothing.
             wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
             dx, attention_grads = _first_half_backward(
-                layer, dh, x, attention, row, places, seed, wanted
+                layer, dh, x, attention, row, places, drops, wanted
             )
         return dx, dx, None, None, None, None, None, *attention_grads, *mlp_grads
 
 
 def _second_half_backward(
-    layer: FusedLayer, dy: torch.Tensor, h: torch.Tensor, mlp: _Mlp, seed: int | None
+    layer: FusedLayer, dy: torch.Tensor, h: torch.Tensor, mlp: _Mlp, drops: _Drops
 ) -> tuple[torch.Tensor, Gradients]:
     """Returns the gradient of h, in memory with room for what follows, and those of adapters."""
     tokens, hidden = dy.shape
     if dy.stride(1) != 1:
         dy = dy.contiguous()
-    wide, masks = layer.down.with_room(dy), layer.down.masks(dy, _next(seed, 6))
-    product, d_inner = layer.down.backward(wide, masks)
+    wide = layer.down.with_room(dy)
+    product, d_inner = layer.down.backward(wide, drops.down)
     del wide
     ops.swiglu_backward(mlp.gates, product)
-    down_grads = layer.down.gradients(dy, d_inner, product, mlp.inner_down, masks)
+    down_grads = layer.down.gradients(dy, d_inner, product, mlp.inner_down, drops.down)
     del product
-    masks = layer.gate_up.masks(dy, _next(seed, 4))
-    normed, d_inner = layer.gate_up.backward(mlp.gates, masks)
+    normed, d_inner = layer.gate_up.backward(mlp.gates, drops.gate_up)
     dh = layer.out.output_gradient(tokens, dy)
     ops.rms_norm_backward(normed, h, layer.mlp_norm, layer.eps, dh[:, :hidden], add=dy)
-    grads = layer.gate_up.gradients(mlp.gates, d_inner, normed, mlp.inner_gate_up, masks)
+    grads = layer.gate_up.gradients(mlp.gates, d_inner, normed, mlp.inner_gate_up, drops.gate_up)
     return dh, [*grads, *down_grads]
 
 
@@ -350,15 +377,14 @@ def _first_half_backward(
     kept: _Attention,
     row: Row,
     places: torch.Tensor | None,
-    seed: int | None,
+    drops: _Drops,
     wanted: bool,
 ) -> tuple[torch.Tensor | None, Gradients]:
     """Returns the gradient of x if it is wanted, and those of adapters."""
     tokens = len(x)
-    masks = layer.out.masks(dh, _next(seed, 3))
-    d_attended, d_inner = layer.out.backward(dh, masks)
+    d_attended, d_inner = layer.out.backward(dh, drops.out)
     attended = _at(kept.attended.flatten(1), places)
-    out_grads = layer.out.gradients(dh, d_inner, attended, kept.inner_out, masks)
+    out_grads = layer.out.gradients(dh, d_inner, attended, kept.inner_out, drops.out)
     del attended
     d_projected = ops.attention_backward(
         _spread(d_attended, places, tokens).view_as(kept.attended),
@@ -367,9 +393,8 @@ def _first_half_backward(
     del d_attended
     _normalise_heads_backward(layer, d_projected, kept.raw)
     dx: torch.Tensor | None = None
-    masks = layer.qkv.masks(x, seed)
     if wanted:
-        normed, d_inner = layer.qkv.backward(d_projected, masks)
+        normed, d_inner = layer.qkv.backward(d_projected, drops.qkv)
         # With the room that the layer below needs.
         dx = layer.down.output_gradient(tokens, x)[:, : x.shape[1]]
         residual = _spread(dh[:, : x.shape[1]], places, tokens)
@@ -378,7 +403,7 @@ def _first_half_backward(
         d_inner = layer.qkv.backward_inner(d_projected)
         normed = torch.empty_like(x)
         ops.rms_norm(x, layer.attention_norm, layer.eps, normed)
-    grads = layer.qkv.gradients(d_projected, d_inner, normed, kept.inner_qkv, masks)
+    grads = layer.qkv.gradients(d_projected, d_inner, normed, kept.inner_qkv, drops.qkv)
     return dx, [*grads, *out_grads]
 
 
@@ -413,8 +438,3 @@ def _head_columns(layer: FusedLayer) -> tuple[slice, slice]:
     """Where queries and keys stand."""
     queries = layer.heads * layer.head_size
     return slice(0, queries), slice(queries, queries + layer.key_heads * layer.head_size)
-
-
-def _next(seed: int | None, number: int) -> int | None:
-    """Each projection of a layer drops by a seed of its own."""
-    return None if seed is None else seed + number

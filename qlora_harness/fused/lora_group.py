@@ -114,23 +114,20 @@ class LoraGroup:
         wide[:, : dy.shape[1]] = dy
         return wide
 
-    def masks(self, like: torch.Tensor, seed: int | None) -> Masks | None:
-        """Draws what each adapter sees of an input, or returns None where that is everything.
+    def mask_shape(self, tokens: int) -> tuple[int, int, int]:
+        """Returns how many adapters have masks, and the shape of their input: [T, K].
 
         Args:
-            like: Has as many rows as the input, T, and its device.
-            seed: 0 to 2**63 - 1, or None to drop nothing.
+            tokens: T.
         """
-        if seed is None or not self.dropout or not self._adapted:
-            return None
-        return dropout.draw(len(self._adapted), like, self._weights.width, self.dropout, seed)
+        return len(self._adapted), tokens, self._weights.width
 
     def forward(self, wide: torch.Tensor, masks: Masks | None) -> tuple[torch.Tensor, Inner]:
         """Returns the outputs side by side, [T, N], and h, [T, R].
 
         Args:
             wide: From `input`, with the input in its first K columns.
-            masks: From `masks`.
+            masks: What each adapter sees of the input, or None for everything.
         """
         m = self._weights
         views = m.load(wide)

@@ -7,6 +7,8 @@ order, and reruns agree.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -41,9 +43,9 @@ GRADIENT = Tiling(128, 4, 3)
 
 
 def draw(
-    adapters: int, rows: int, columns: int, probability: float, seed: int, device: torch.device
-) -> torch.Tensor:
-    """Draws packed masks, [adapters, T, 64 ceil(K / 512)] uint8.
+    shapes: Sequence[tuple[int, int, int]], probability: float, seed: int, device: torch.device
+) -> list[torch.Tensor]:
+    """Draws packed masks, of each shape one [adapters, T, 64 ceil(K / 512)] uint8.
 
     The 8 bits of byte 64 g + c of a row, from the lowest, are those of columns 512 g + 64 j + c.
 
@@ -51,21 +53,20 @@ def draw(
     the probability is rounded to a multiple of 2**-16.
 
     Args:
-        adapters: Each with a mask of its own.
-        rows: T.
-        columns: K.
+        shapes: Adapters, T and K of each.
         probability: Of dropping an element.
         seed: 0 to 2**63 - 1.
         device: Of the masks.
     """
     from qlora_harness.fused.dropout_kernels import draw_kernel
 
-    bytes_in_row = -(-columns // (8 * _COLUMNS)) * _COLUMNS
-    bits = torch.empty(adapters, rows, bytes_in_row, dtype=torch.uint8, device=device)
-    count = bits[0].numel()
-    arguments = bits, seed, round(probability * 2**16), count
-    launch(draw_kernel, (-(-count // _BYTES), adapters, 1), arguments, _BYTES)
-    return bits
+    sizes = [(n, rows, -(-k // (8 * _COLUMNS)) * _COLUMNS) for n, rows, k in shapes]
+    counts = [prod(size) for size in sizes]
+    bits = torch.empty(sum(counts), dtype=torch.uint8, device=device)
+    arguments = bits, seed, round(probability * 2**16), len(bits)
+    launch(draw_kernel, (-(-len(bits) // _BYTES), 1, 1), arguments, _BYTES)
+    parts = zip(torch.split(bits, counts), sizes, strict=True)
+    return [part.view(size) for part, size in parts]
 
 
 def products(

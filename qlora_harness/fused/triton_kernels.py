@@ -212,7 +212,7 @@ def swiglu_backward_kernel(gates, gradient, gradient_stride, columns, BLOCK: tl.
     tl.store(place, product.to(gradient.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def copy_kernel(source, out, out_stride, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Copies contiguous rows into longer ones."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]

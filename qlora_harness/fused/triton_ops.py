@@ -35,6 +35,15 @@ def usable(x: torch.Tensor) -> bool:
     return x.is_cuda and _has_triton()
 
 
+def usable_on(device: torch.device) -> bool:
+    """Whether the kernels can work on tensors of a device.
+
+    Args:
+        device: Any.
+    """
+    return device.type == "cuda" and _has_triton()
+
+
 _compiled: dict[Any, Any] = {}
 
 
