@@ -94,7 +94,8 @@ def _add_training_benchmark(commands: Any) -> None:
         "--ways",
         default="published,peft-full,fused-none,fused-selective,fused-full",
         metavar="A,B",
-        help="which (default %(default)s); others are published-fused, peft-none, fused-offload, "
+        help="which (default %(default)s); others are published-fused, published-fast, "
+        "published-balanced (the recipe with --memory), peft-none, fused-offload, "
         "fused-lean and fused-lean-1, and of the peers trl and unsloth PEER-pad, PEER-free (the "
         "same batches without padding) and PEER-pack (conversations packed into rows), each also "
         "PEER-...-full (with its own checkpointing); NAME@N takes N conversations at a time",
