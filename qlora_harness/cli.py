@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qlora_harness import __version__
-from qlora_harness.errors import HarnessError, SettingsError, print_error
+from qlora_harness.errors import HarnessError, SettingsError, of_system, print_error
 from qlora_harness.flag_checks import check_above_zero, check_at_least, check_output_file
 
 
@@ -296,6 +296,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HarnessError as error:
         print_error(error)
         return error.exit_status
+    except OSError as error:
+        told = of_system(error)
+        if told is None:
+            raise
+        print_error(told)
+        return told.exit_status
     except KeyboardInterrupt:
         return 130
     return 0

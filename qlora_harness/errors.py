@@ -16,6 +16,8 @@ do. The command lines print it without a traceback; a caller from Python gets th
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from types import TracebackType
 
@@ -74,6 +76,32 @@ class TrainingError(HarnessError):
     exit_status = 3
 
 
+_REMEDIES = {
+    errno.ENAMETOOLONG: "Name it shorter",
+    errno.EACCES: "Look who may read and write there, or name another place",
+    errno.EPERM: "Look who may read and write there, or name another place",
+    errno.EROFS: "Name another place",
+    errno.ENOSPC: "Make room there, or name another place",
+    errno.EDQUOT: "Make room there, or name another place",
+}
+_SHOWN_CHARACTERS = 80
+
+
+def of_system(error: OSError) -> HarnessError | None:
+    """Returns what a user can mend of the system's errors, or None for those that are none of it.
+
+    Args:
+        error: Of the system; the place is left out where it names none.
+    """
+    remedy = _REMEDIES.get(error.errno or 0)
+    if remedy is None:
+        return None
+    place = "" if error.filename is None else os.fsdecode(error.filename)
+    if len(place) > _SHOWN_CHARACTERS:
+        place = f"{place[:_SHOWN_CHARACTERS]}…"
+    return HarnessError(": ".join(filter(None, (place, os.strerror(error.errno or 0)))), remedy)
+
+
 def print_error(error: HarnessError) -> None:
     """Prints the error as one line on standard error.
 
@@ -86,8 +114,8 @@ def print_error(error: HarnessError) -> None:
 def install_excepthook() -> None:
     """Lets an uncaught HarnessError end the program with its one line instead of a traceback.
 
-    Other exceptions keep their traceback. Used where another program (lm_eval) owns the main
-    function; calling it twice is harmless.
+    So do those of the system that `of_system` knows; other exceptions keep their traceback. Used
+    where another program (lm_eval) owns the main function; calling it twice is harmless.
     """
     previous = sys.excepthook
     if getattr(previous, "_qlora_harness", False):
@@ -96,8 +124,9 @@ def install_excepthook() -> None:
     def hook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, HarnessError):
-            print_error(error)
+        told = of_system(error) if isinstance(error, OSError) else error
+        if isinstance(told, HarnessError):
+            print_error(told)
         else:
             previous(kind, error, traceback)
 

@@ -128,3 +128,14 @@ def test_what_is_wrong_is_said_before_the_model_is_looked_for(
     common = ["benchmark-scoring", "--model", "no/such/model", "--file", DEMO_FILE]
     assert main([*common, *words]) == 2
     assert capsys.readouterr().err == f"qlora-harness: error: {said}\n"
+
+
+def test_missing_folder_of_files_is_told_by_the_flag(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["benchmark-scoring", "--model", str(tiny_llama), "--mmlu-dir", "/no/such/folder"]
+    assert main(words) == 2
+    assert capsys.readouterr().err == (
+        "qlora-harness: error: --mmlu-dir: folder /no/such/folder does not exist. Name the folder of "
+        "the files.\n"
+    )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 
 import pytest
 
 from qlora_harness import errors
-from qlora_harness.errors import DataError, HarnessError, TrainingError, print_error
+from qlora_harness.cli import main as cli
+from qlora_harness.errors import DataError, HarnessError, TrainingError, of_system, print_error
 
 
 def test_message_is_problem_and_remedy_as_two_sentences() -> None:
@@ -62,6 +64,37 @@ def test_excepthook_prints_our_errors_as_one_line() -> None:
         "raise DataError('x is missing', 'Add x')"
     )
     assert (done.returncode, done.stderr) == (1, "qlora-harness: error: x is missing. Add x.\n")
+
+
+def test_errors_of_the_system_that_a_user_can_mend_are_one_line() -> None:
+    too_long = of_system(OSError(errno.ENAMETOOLONG, "File name too long", "a" * 300))
+    assert str(too_long) == f"{'a' * 80}…: File name too long. Name it shorter."
+    full = of_system(OSError(errno.ENOSPC, "No space left on device"))
+    assert str(full) == "No space left on device. Make room there, or name another place."
+    assert of_system(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None
+    assert of_system(OSError("a library's own")) is None
+    done = _run(
+        "from qlora_harness.errors import *\n"
+        "install_excepthook()\nraise PermissionError(13, 'Permission denied', 'x.json')"
+    )
+    assert (done.returncode, done.stderr) == (
+        1,
+        "qlora-harness: error: x.json: Permission denied. Look who may read and write there, or "
+        "name another place.\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [["plan", "--model"], ["show"], ["plan", "--model", "smollm2", "--recipe"]]
+)
+def test_names_that_are_too_long_are_told(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli([*words, "a" * 300]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.endswith("…: File name too long. Name it shorter.\n")
+    assert said.err.count("\n") == 1
 
 
 def test_excepthook_leaves_other_exceptions_their_traceback() -> None:

@@ -57,7 +57,7 @@ def choose_questions(
         raise SettingsError(
             f"--file: {file!r} is not one of {', '.join(known_files())}", "Choose one of these"
         )
-    questions = load_questions(file, folder)
+    questions = load_questions(file, folder, argument="--mmlu-dir")
     _check_subjects(file, subjects or (), {question.subject for question in questions})
     taken: dict[str, int] = {}
     chosen = []

@@ -76,13 +76,16 @@ def known_files() -> tuple[str, ...]:
     return (*PINNED, DEMO_FILE)
 
 
-def load_questions(name: str, folder: str | None = None) -> tuple[Question, ...]:
+def load_questions(
+    name: str, folder: str | None = None, *, argument: str = "--metadata mmlu_dir"
+) -> tuple[Question, ...]:
     """Returns the questions of an MMLU file.
 
     Args:
         name: A name in `PINNED`, or the embedded demo file.
         folder: Where the file (or its .xz form) is. If None, the folder in QLORA_MMLU_DIR, else the
             user's cache, into which the file is fetched once.
+        argument: The flag that named the folder, for messages.
 
     Raises:
         DataError: The file is not known, missing, can't be fetched, has a wrong hash or a bad row.
@@ -98,7 +101,7 @@ def load_questions(name: str, folder: str | None = None) -> tuple[Question, ...]
     chosen = folder or os.environ.get(DIR_VARIABLE)
     if not chosen:
         return _read(_fetch(name), PINNED[name].sha256)
-    source = "--metadata mmlu_dir" if folder else DIR_VARIABLE
+    source = argument if folder else DIR_VARIABLE
     path = expanded(chosen)
     if not path.is_dir():
         raise DataError(f"{source}: folder {chosen} does not exist", "Name the folder of the files")

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from qlora_harness.errors import HarnessError, SettingsError, print_error
+from qlora_harness.errors import HarnessError, SettingsError, of_system, print_error
 from qlora_harness.settings import (
     GROUPS,
     Settings,
@@ -139,6 +139,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HarnessError as error:
         print_error(error)
         return error.exit_status
+    except OSError as error:
+        told = of_system(error)
+        if told is None:
+            raise
+        print_error(told)
+        return told.exit_status
     except KeyboardInterrupt:
         return 130
     _report(settings, summary)
