@@ -136,6 +136,6 @@ def test_missing_folder_of_files_is_told_by_the_flag(
     words = ["benchmark-scoring", "--model", str(tiny_llama), "--mmlu-dir", "/no/such/folder"]
     assert main(words) == 2
     assert capsys.readouterr().err == (
-        "qlora-harness: error: --mmlu-dir: folder /no/such/folder does not exist. Name the folder of "
-        "the files.\n"
+        "qlora-harness: error: --mmlu-dir: folder /no/such/folder does not exist. Name the folder "
+        "of the files.\n"
     )
