@@ -13,14 +13,14 @@ CPU = torch.device("cpu")
 
 def test_masks_keep_a_share_and_follow_the_seed() -> None:
     shapes = [(3, 200, 300), (1, 50, 700)]
-    first, second = dropout.draw(shapes, 0.25, 5, CPU)
+    first, second = dropout.draw(shapes, 0.25, 5, CPU, packed=False)
     assert [m.kept.shape for m in (first, second)] == shapes
     assert first.kept.dtype == torch.bool and first.factor == second.factor == 4 / 3
     assert first.kept.float().mean(dim=(1, 2)).tolist() == [pytest.approx(0.75, abs=0.01)] * 3
     assert second.kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
-    again = dropout.draw(shapes, 0.25, 5, CPU)
+    again = dropout.draw(shapes, 0.25, 5, CPU, packed=False)
     assert torch.equal(first.kept, again[0].kept) and torch.equal(second.kept, again[1].kept)
-    (other,) = dropout.draw(shapes[:1], 0.25, 9, CPU)
+    (other,) = dropout.draw(shapes[:1], 0.25, 9, CPU, packed=False)
     for mask in (*first.kept[1:], *other.kept):  # as far from the first as independent masks are
         differing = (mask != first.kept[0]).float().mean().item()
         assert differing == pytest.approx(2 * 0.25 * 0.75, abs=0.01)
@@ -32,7 +32,7 @@ def test_products_are_those_of_autograd(adapters: int) -> None:
     rows, columns, rank, scale = 6, 10, 2, 0.3
     x = torch.randn(rows, columns, dtype=torch.float64, requires_grad=True)
     down = torch.randn(adapters * rank, columns, dtype=torch.float64, requires_grad=True)
-    (masks,) = dropout.draw([(adapters, rows, columns)], 0.4, 1, CPU)
+    (masks,) = dropout.draw([(adapters, rows, columns)], 0.4, 1, CPU, packed=False)
     keep = masks.kept / 0.6
     parts = down.chunk(adapters)
     wanted = torch.cat([scale * (x * k) @ a.t() for k, a in zip(keep, parts, strict=True)], dim=1)

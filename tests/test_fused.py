@@ -175,7 +175,7 @@ class Drop(torch.nn.Module):
         if not self.training:
             return x
         read = x[0] if self.places is None else x[0, self.places]
-        (masks,) = dropout.draw([(1, *read.shape)], self.p, self.seed, read.device)
+        (masks,) = dropout.draw([(1, *read.shape)], self.p, self.seed, read.device, packed=False)
         dropped = read * masks.kept[0] / (1 - self.p)
         return dropped[None] if self.places is None else x.index_copy(1, self.places, dropped[None])
 

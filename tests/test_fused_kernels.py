@@ -251,7 +251,8 @@ for rows, columns, adapters, rank, tiling in (
     (20, 1100, 2, 4, None),
 ):
     if tiling is not None:
-        triton_dropout.PRODUCT = triton_dropout.ADD = triton_dropout.GRADIENT = tiling
+        triton_dropout.PRODUCT = triton_dropout.ADD = triton_dropout.GRADIENT = (tiling,)
+        triton_dropout._tilings.cache_clear()
     (bits,) = triton_dropout.draw([(adapters, rows, columns)], 0.2, 11, cpu)
     packed, plain = Masks(bits, 1.25), Masks(unpack(bits, columns), 1.25)
     x = room(rows, columns).copy_(torch.randn(rows, columns))
@@ -289,3 +290,69 @@ def test_kernels_agree_with_plain_torch(script: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "equal"
+
+
+SHARED_MEMORY = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from qlora_harness.fused import dropout_kernels, triton_dropout
+
+KERNELS = {
+    "product": ("x x_stride down down_stride bits parts rows columns bytes_in_row share rank "
+                "factor"),
+    "add": ("gradient gradient_stride inner inner_stride down down_stride bits rows columns "
+            "bytes_in_row rank factor"),
+    "gradient": ("inner inner_stride x x_stride bits parts rows columns bytes_in_row share rank "
+                 "factor"),
+}
+
+def shared(name, tiling, rank, dtype, capability):
+    kernel = getattr(dropout_kernels, f"{name}_kernel")
+    kinds = {"bits": "*u8", "parts": "*fp32", "factor": "fp32"}
+    kinds |= dict.fromkeys(("x", "down", "inner", "gradient"), f"*{dtype}")
+    types = {a: kinds.get(a, "i32") for a in KERNELS[name].split()}
+    fixed = {"ROWS": tiling.rows, "RANK": rank, "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
+    fixed |= {"ADAPTERS": 3} if name == "add" else {}
+    names = kernel.arg_names
+    assert set(names) == types.keys() | fixed.keys()
+    changing = ("factor", "rows", "share")
+    wide = [a for a in types if a not in changing]
+    source = ASTSource(
+        kernel,
+        {a: types.get(a, "constexpr") for a in names},
+        {(names.index(a),): value for a, value in fixed.items()},
+        {(names.index(a),): [["tt.divisibility", 16]] for a in wide},
+    )
+    options = {"num_warps": tiling.warps, "num_stages": tiling.stages}
+    target = GPUTarget("cuda", capability, 32)
+    return compile(source, target=target, options=options).metadata.shared
+
+# Shared memory of an H100, an A100, and an RTX 30 or 40.
+for capability, room, rank, dtype, places in (
+    (90, 232448, 64, "bf16", (0, 0, 0)),
+    (90, 232448, 256, "bf16", (0, 0, 1)),
+    (90, 232448, 128, "fp32", (0, 0, 1)),
+    (80, 166912, 64, "bf16", (0, 0, 0)),
+    (86, 101376, 64, "bf16", (0, 0, 1)),
+    (86, 101376, 256, "fp32", (3, 1, 3)),
+):
+    size = 4 if dtype == "fp32" else 2
+    for name, place in zip(KERNELS, places):
+        tilings = getattr(triton_dropout, name.upper())
+        predicted = [getattr(triton_dropout, f"{name}_bytes")(t, rank, size) for t in tilings]
+        chosen = next(i for i, n in enumerate(predicted) if n <= room)
+        taken = shared(name, tilings[chosen], rank, dtype, capability)
+        print(capability, rank, dtype, name, chosen, predicted[chosen], taken)
+        assert taken <= predicted[chosen] and chosen == place
+"""
+
+
+def test_kernels_fit_the_shared_memory_of_each_device() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED_MEMORY],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

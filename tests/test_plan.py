@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import transformers
 from qlora_harness.cli import main as cli
 from qlora_harness.errors import SettingsError
 from qlora_harness.settings import Quant, build_settings
+from qlora_harness.train.benchmark import WAYS
 from qlora_harness.train.memory_choice import LADDER, choose, with_rung
 from qlora_harness.train.memory_prediction import GIB, largest_pass, predict
 from qlora_harness.train.model_shape import Shape, measure_shape
@@ -46,6 +48,8 @@ MEASURED: list[tuple[dict[str, Any], int, float]] = [
     ({"checkpointing": "none"}, 6870, 25.50),
     ({"checkpointing": "none"}, 10146, 34.95),
     ({"checkpointing": "none"}, 10994, 37.35),
+    ({"checkpointing": "none"}, 8192, 29.35),  # with dropout
+    ({"checkpointing": "selective"}, 8192, 19.25),  # with dropout
     ({"checkpointing": "selective"}, 6870, 17.02),
     ({"checkpointing": "full"}, 6870, 8.20),
     ({"checkpointing": "offload"}, 6870, 7.09),
@@ -205,13 +209,22 @@ def test_one_pass_is_offered_where_it_fits(shape: Shape) -> None:
 
     assert offered(80) == (
         "16 passes a step; --memory fast computes the same steps in one, which is faster, at a "
-        "planned peak of 23.8 GiB"
+        "planned peak of 23.9 GiB (for a comparison give it to both arms)"
     )
-    assert "--memory balanced" in (offered(24) or "")
+    assert "--memory fast" in (offered(25.1) or "")
+    assert "--memory balanced" in (offered(24.9) or "")
     assert offered(12) is None
     assert offered(80, memory="lean") is None
     assert offered(80, grad_accum=1) is None
     assert offered(80, kernels="none") is None
+
+
+@pytest.mark.parametrize("word", ["fast", "balanced"])
+def test_benchmark_of_a_preset_computes_as_the_preset(shape: Shape, word: str) -> None:
+    chosen, _, _ = choose(shape, build_settings({"memory": word}), [400] * 100)
+    way = build_settings(WAYS[f"published-{word}"])
+    assert dataclasses.replace(chosen.optimization, memory=None) == way.optimization
+    assert (chosen.lora, chosen.data) == (way.lora, way.data)
 
 
 def test_plan_is_printed_without_a_gpu(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,6 +269,14 @@ def test_plan_marks_what_memory_chooses(
         f"* what --memory {memory} chooses where every example has 512 tokens, with {passes} a "
         "step; the others are "
     )
+
+
+def test_plan_of_a_way_that_fits_no_gpu(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--model", str(llama), "--batch-size", "16", "--memory", "fast"]
+    assert cli(words) == 0  # 256 conversations in one pass
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("none *") and lines[2].endswith("  none listed")
+    assert any(line.endswith("GiB and more") for line in lines)
 
 
 def test_plan_says_that_no_way_fits(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -192,6 +192,30 @@ def test_resume_of_changed_data_is_refused(
     assert "fingerprint" in capsys.readouterr().err
 
 
+def test_resume_of_another_way_to_compute_is_refused(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The flags are the same: another version chose another way for them."""
+    chosen = {"optimizer": None, "checkpointing": None}  # by --memory
+    assert train(quant="bf16", output_dir="run", save_steps=2, memory="fast", **chosen) == 0
+    as_if_killed("run")
+    shutil.rmtree("run/checkpoints/checkpoint-4")
+    path = Path("run/training_summary.json")
+    record = read(path)
+    assert record["computation"]["optimizer"] == "adamw_torch"
+    record["computation"]["optimizer"] = "paged_adamw_32bit"
+    path.write_text(json.dumps(record))
+    before = everything_in(Path("run"))
+    capsys.readouterr()
+    assert train(quant="bf16", output_dir="run", save_steps=2, memory="fast", **chosen) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "qlora-harness: error: run was begun in another way: optimizer was paged_adamw_32bit, and "
+        "is now adamw_torch. Go on with the version of qlora-harness that began it, use "
+        "--overwrite, or another --output-dir."
+    )
+    assert everything_in(Path("run")) == before
+
+
 def test_completed_run_is_left_alone_unless_told(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:

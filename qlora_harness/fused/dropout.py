@@ -2,8 +2,8 @@
 
 Each adapter of a group has a mask of its own on the one input, as PEFT has a module for each. An
 input without what is dropped is never written down: masks are drawn from a seed, those of a layer
-at once and anew in the backward pass, and on CUDA each product reads the input and a bit for each
-element. Elsewhere a few lines of torch do the same, and the tests compare both.
+at once and anew in the backward pass, and with Triton each product reads the input and a bit for
+each element. Elsewhere a few lines of torch do the same, and the tests compare both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Masks:
     """What each adapter of a group sees of one input.
 
     Attributes:
-        kept: [adapters, T, K] bool; on CUDA packed, as from `triton_dropout.draw`.
+        kept: [adapters, T, K] bool; or packed, as from `triton_dropout.draw`.
         factor: 1 / (1 - p), of what is kept.
     """
 
@@ -34,8 +34,23 @@ class Masks:
         return self.kept.dtype == torch.uint8
 
 
+def packs(rank: int, like: torch.Tensor) -> bool:
+    """Whether masks for such tensors may be packed, for the kernels.
+
+    Args:
+        rank: Of the adapters.
+        like: Has the dtype and the device of the inputs.
+    """
+    return triton_ops.usable(like) and triton_dropout.fits(rank, like)
+
+
 def draw(
-    shapes: Sequence[tuple[int, int, int]], probability: float, seed: int, device: torch.device
+    shapes: Sequence[tuple[int, int, int]],
+    probability: float,
+    seed: int,
+    device: torch.device,
+    *,
+    packed: bool,
 ) -> list[Masks]:
     """Draws masks; the same arguments give the same.
 
@@ -44,9 +59,10 @@ def draw(
         probability: Of dropping an element, p.
         seed: 0 to 2**62.
         device: Of the masks.
+        packed: Whether `packs` says so for all of them.
     """
     factor = 1.0 / (1.0 - probability)
-    if triton_ops.usable_on(device):
+    if packed:
         drawn = triton_dropout.draw(shapes, probability, seed, device)
         return [Masks(bits, factor) for bits in drawn]
     generator = torch.Generator(device)
@@ -68,7 +84,7 @@ def products(
 
     Args:
         x: [T, K].
-        down: The adapters' A one below the other, [R, K].
+        down: The adapters' A, with any factor, one below the other, [R, K].
         masks: Of the adapters.
         beside: Gets the same, [T, R].
     """

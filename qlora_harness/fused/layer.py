@@ -169,7 +169,8 @@ def _draw(
     tokens = len(x)
     rows = [tokens, *[tokens if places is None else len(places)] * 3]
     shapes = [group.mask_shape(n) for group, n in zip(layer.groups(), rows, strict=True)]
-    return _Drops(*dropout.draw(shapes, layer.dropout, seed, x.device))
+    packed = all(group.packs_masks(x) for group in layer.groups())
+    return _Drops(*dropout.draw(shapes, layer.dropout, seed, x.device, packed=packed))
 
 
 @dataclass

@@ -114,6 +114,14 @@ class LoraGroup:
         wide[:, : dy.shape[1]] = dy
         return wide
 
+    def packs_masks(self, like: torch.Tensor) -> bool:
+        """Whether the masks of its adapters may be packed.
+
+        Args:
+            like: Has the dtype and the device of the input.
+        """
+        return not self._adapted or dropout.packs(self._weights.rank, like)
+
     def mask_shape(self, tokens: int) -> tuple[int, int, int]:
         """Returns how many adapters have masks, and the shape of their input: [T, K].
 

@@ -7,7 +7,9 @@ order, and reruns agree.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -36,10 +38,91 @@ class Tiling(NamedTuple):
     stages: int
 
 
-# The fastest on an H100, for 4,617 tokens and widths of 4,096 and 11,008.
-PRODUCT = Tiling(64, 4, 3)
-ADD = Tiling(64, 4, 1)
-GRADIENT = Tiling(128, 4, 3)
+# From the fastest on an H100, for 4,617 tokens, widths of 4,096 and 11,008 and a rank of 64, to
+# those for other ranks, dtypes and devices, which have less shared memory for a tile.
+PRODUCT = Tiling(64, 4, 3), Tiling(64, 4, 2), Tiling(32, 4, 2), Tiling(32, 4, 1)
+ADD = Tiling(64, 4, 1), Tiling(32, 4, 1)
+GRADIENT = Tiling(128, 4, 3), Tiling(64, 4, 3), Tiling(64, 4, 2), Tiling(32, 4, 2), Tiling(32, 4, 1)
+_LARGEST_RANK = 256
+
+
+class _Tilings(NamedTuple):
+    """One for each kernel."""
+
+    product: Tiling
+    add: Tiling
+    gradient: Tiling
+
+
+def fits(rank: int, like: torch.Tensor) -> bool:
+    """Whether a device has the shared memory that the kernels take.
+
+    Args:
+        rank: Of the adapters.
+        like: Gives dtype and device.
+    """
+    return _tilings_for(rank, like) is not None
+
+
+def _tilings_for(rank: int, like: torch.Tensor) -> _Tilings | None:
+    return _tilings(_block(rank), like.element_size(), like.get_device())
+
+
+@lru_cache(maxsize=64)
+def _tilings(rank: int, size: int, device: int) -> _Tilings | None:
+    """The first tilings that fit a device, -1 for none; None where a kernel has none."""
+    if rank > _LARGEST_RANK:
+        return None
+    room = sys.maxsize
+    if device >= 0:
+        properties = torch.cuda.get_device_properties(device)
+        room = getattr(
+            properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
+        )
+    kernels = (PRODUCT, product_bytes), (ADD, add_bytes), (GRADIENT, gradient_bytes)
+    found = [
+        next((tiling for tiling in tilings if needed(tiling, rank, size) <= room), None)
+        for tilings, needed in kernels
+    ]
+    product, add, gradient = found
+    if product is None or add is None or gradient is None:
+        return None
+    return _Tilings(product, add, gradient)
+
+
+def product_bytes(tiling: Tiling, rank: int, size: int) -> int:
+    """Returns the most shared memory that `product_kernel` takes, bytes.
+
+    Args:
+        tiling: Of the kernel.
+        rank: From `_block`.
+        size: Bytes of an element.
+    """
+    rows, stages = tiling.rows, tiling.stages
+    return (stages * (rows + rank) + rows) * _COLUMNS * size + rows * _COLUMNS
+
+
+def add_bytes(tiling: Tiling, rank: int, size: int) -> int:
+    """Returns the same of `add_kernel`.
+
+    Args:
+        tiling: Of the kernel.
+        rank: From `_block`.
+        size: Bytes of an element.
+    """
+    return (tiling.rows + _COLUMNS) * rank * size + tiling.rows * _COLUMNS
+
+
+def gradient_bytes(tiling: Tiling, rank: int, size: int) -> int:
+    """Returns the same of `gradient_kernel`.
+
+    Args:
+        tiling: Of the kernel.
+        rank: From `_block`.
+        size: Bytes of an element.
+    """
+    rows, stages = tiling.rows, tiling.stages
+    return (stages * (rank + _COLUMNS) + _COLUMNS) * rows * size + rows * _COLUMNS
 
 
 def draw(
@@ -63,6 +146,7 @@ def draw(
     sizes = [(n, rows, -(-k // (8 * _COLUMNS)) * _COLUMNS) for n, rows, k in shapes]
     counts = [prod(size) for size in sizes]
     bits = torch.empty(sum(counts), dtype=torch.uint8, device=device)
+    assert len(bits) < 2**31  # the kernel counts in 32 bits
     arguments = bits, seed, round(probability * 2**16), len(bits)
     launch(draw_kernel, (-(-len(bits) // _BYTES), 1, 1), arguments, _BYTES)
     parts = zip(torch.split(bits, counts), sizes, strict=True)
@@ -82,7 +166,9 @@ def products(
     adapters, rows, bytes_in_row = bits.shape
     columns, border = x.shape[1], len(down)
     rank = border // adapters
-    m, warps, stages = PRODUCT
+    tilings = _tilings_for(rank, x)
+    assert tilings is not None and x.stride(1) == down.stride(1) == 1
+    m, warps, stages = tilings.product
     tiles = -(-rows // m)
     share, splits = _shares(-(-columns // _COLUMNS), 1, tiles * adapters)
     parts = x.new_empty(splits, rows, border, dtype=torch.float32)
@@ -115,7 +201,10 @@ def add_products(
 
     adapters, rows, bytes_in_row = bits.shape
     columns, rank = gradient.shape[1], len(down) // adapters
-    m, warps, stages = ADD
+    tilings = _tilings_for(rank, gradient)
+    assert tilings is not None
+    assert gradient.stride(1) == d_inner.stride(1) == down.stride(1) == 1
+    m, warps, stages = tilings.add
     launch(
         *(add_kernel, (-(-columns // _COLUMNS), -(-rows // m), 1)),
         (
@@ -137,7 +226,9 @@ def gradients(
     adapters, rows, bytes_in_row = bits.shape
     columns, border = x.shape[1], d_inner.shape[1]
     rank = border // adapters
-    m, warps, stages = GRADIENT
+    tilings = _tilings_for(rank, x)
+    assert tilings is not None and x.stride(1) == d_inner.stride(1) == 1
+    m, warps, stages = tilings.gradient
     tiles = -(-columns // _COLUMNS)
     share, splits = _shares(rows, m, tiles * adapters)
     parts = x.new_empty(splits, border, columns, dtype=torch.float32)
@@ -157,7 +248,7 @@ def gradients(
 def _shares(length: int, step: int, programs: int) -> tuple[int, int]:
     """How long each share of a sum is, a multiple of `step`, and how many there are."""
     steps = -(-length // step)
-    share = max(_LEAST, -(-steps // max(1, _PROGRAMS // programs))) * step
+    share = max(_LEAST, -(-steps // max(1, _PROGRAMS // max(1, programs)))) * step
     return share, -(-length // share)
 
 

@@ -35,15 +35,6 @@ def usable(x: torch.Tensor) -> bool:
     return x.is_cuda and _has_triton()
 
 
-def usable_on(device: torch.device) -> bool:
-    """Whether the kernels can work on tensors of a device.
-
-    Args:
-        device: Any.
-    """
-    return device.type == "cuda" and _has_triton()
-
-
 _compiled: dict[Any, Any] = {}
 
 
@@ -60,13 +51,14 @@ def launch(
     looks at all of that at every launch; here one look-up finds what it compiled before.
 
     Args:
-        kernel: From `triton_kernels`.
+        kernel: Of a module, so that its `id` stays its own.
         grid: Programs.
         arguments: Tensors and numbers, in the kernel's order.
         constants: What is fixed when compiling, in the kernel's order behind the arguments.
         options: Of the compiler.
     """
-    key: list[Any] = [id(kernel), *constants]  # its own hash takes longer than all else here
+    # The kernel's own hash takes longer than all else here.
+    key: list[Any] = [id(kernel), *constants, *options.values()]
     values: list[Any] = []
     addresses = 0  # the bits that any has
     for argument in arguments:
@@ -77,7 +69,7 @@ def launch(
             key.append(argument.dtype)
         else:
             values.append(argument)
-            key.append(_kind(argument) if isinstance(argument, int) else None)
+            key.append(_kind(argument) if isinstance(argument, int) else type(argument))
     key.append(next(a for a in arguments if isinstance(a, torch.Tensor)).get_device())
     place, aligned = tuple(key), addresses % 16 == 0
     compiled = _compiled.get(place)

@@ -129,6 +129,8 @@ def _fused(shape: Shape, settings: Settings, tokens: int, size: int) -> tuple[in
     }[settings.optimization.checkpointing]
     # The product of the MLP, which its gradient replaces; what the norms and the stream take.
     work = float(inner + 4 * hidden)
+    if settings.lora.lora_dropout:  # a bit for each element that an adapter reads
+        work += (5 * hidden + shape.queries + inner) * shape.adapted / 7 / 8 / size
     work += {
         "none": 0,
         "selective": second + 2 * inner,  # gates of another layer come back from the host

@@ -11,6 +11,7 @@ from qlora_harness.train.memory_prediction import GIB, MemoryPlan, predict
 from qlora_harness.train.model_shape import Shape, uses_fused
 
 _CONTEXT = 0.6 * GIB  # CUDA context and libraries, beside what the allocator counts
+_MARGIN = 1.05  # of what is free: the plan is no measurement, and the allocator needs room
 _DEVICES_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 141)
 
 
@@ -52,26 +53,26 @@ def host_shortage(plan: MemoryPlan, free: int) -> str | None:
     return None
 
 
-def one_pass(shape: Shape, settings: Settings, lengths: Sequence[int], total: int) -> str | None:
-    """Returns the `--memory` that computes a step of several passes in one, or None.
+def one_pass(shape: Shape, settings: Settings, lengths: Sequence[int], free: int) -> str | None:
+    """Returns a line on the `--memory` that would compute a step of several passes in one, or None.
 
     Args:
         shape: From `measure_shape`.
         settings: As the user gave them.
         lengths: Tokens of each training example.
-        total: Bytes of the GPU's memory.
+        free: Bytes of the GPU's memory that are free.
     """
     optimization = settings.optimization
     if optimization.memory or optimization.grad_accum == 1 or not uses_fused(shape, settings):
         return None
     for word in ("fast", "balanced"):
-        changed = dataclasses.replace(optimization, memory=word)
-        changed_settings = dataclasses.replace(settings, optimization=changed)
-        _, plan, _ = choose(shape, changed_settings, lengths)
-        if plan.peak + _CONTEXT <= total:
+        asked = dataclasses.replace(optimization, memory=word)
+        _, plan, _ = choose(shape, dataclasses.replace(settings, optimization=asked), lengths)
+        if plan.peak * _MARGIN <= free:
             return (
                 f"{optimization.grad_accum} passes a step; --memory {word} computes the same "
-                f"steps in one, which is faster, at a planned peak of {plan.peak / GIB:.1f} GiB"
+                f"steps in one, which is faster, at a planned peak of {plan.peak / GIB:.1f} GiB "
+                "(for a comparison give it to both arms)"
             )
     return None
 
@@ -114,8 +115,7 @@ def table(shape: Shape, settings: Settings, chosen: Settings, tokens: int) -> st
         lines.append(
             f"{plan.checkpointing + mark:<15}{plan.optimizer:<20}{plan.adapter_dtype:<10}"
             + "".join(f"{value / GIB:>12.2f}" for value in values)
-            + f"  {fits[0]} GiB and more" * bool(fits)
-            + "  none listed" * (not fits)
+            + (f"  {fits[0]} GiB and more" if fits else "  none listed")
         )
     kind = "fused layers" if fused else "PEFT's own modules: an estimate"
     return "\n".join(

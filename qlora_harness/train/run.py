@@ -203,9 +203,9 @@ class _Run:
         shortage = host_shortage(plan, memory_of_a_process())
         if shortage is not None:
             _say(self.state, shortage)
-        if self.device.type == "cuda":
-            total = torch.cuda.get_device_properties(self.device).total_memory
-            faster = one_pass(shape, self.settings, lengths, total)
+        if self.device.type == "cuda" and self.start.checkpoint is None:
+            free, _ = torch.cuda.mem_get_info(self.device)
+            faster = one_pass(shape, self.settings, lengths, free)
             if faster is not None:
                 _say(self.state, faster)
 
@@ -250,7 +250,8 @@ class _Run:
             raise RunError(
                 f"{self.run_dir} was begun in another way: {changed[0]} was "
                 f"{before.get(changed[0])}, and is now {computation[changed[0]]}",
-                "Give the flags that lead to the same, use --overwrite, or another --output-dir",
+                "Go on with the version of qlora-harness that began it, use --overwrite, or "
+                "another --output-dir",
             )
         if self.start.replace and main:
             clear(self.run_dir)
