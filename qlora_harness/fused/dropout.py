@@ -1,9 +1,9 @@
 """Dropout on the inputs of LoRA: masks of groups of adapters, and the products that they enter.
 
-Each adapter of a group has a mask of its own on the one input, as PEFT has a module for each. An
-input without what is dropped is never written down: masks are drawn from a seed, those of a layer
-at once and anew in the backward pass, and with Triton each product reads the input and a bit for
-each element. Elsewhere a few lines of torch do the same, and the tests compare both.
+Each adapter of a group has a mask of its own on the one input, as PEFT has a module for each. The
+masks of a layer are drawn at once from a seed, and anew in the backward pass. With Triton they are
+bits, and no input without its dropped elements is written down: each product reads the input and
+the bits. Elsewhere a few lines of torch do the same, and the tests compare both.
 """
 
 from __future__ import annotations
