@@ -6,9 +6,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from packaging.version import Version
 
-pytest.importorskip("triton", reason="Triton comes with CUDA builds of torch only")
+triton = pytest.importorskip("triton", reason="Triton comes with CUDA builds of torch only")
+
+# Its loops convert arrays of one element to a number, which NumPy no longer does.
+BROKEN = Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4")
 
 LOAD = """
 from types import SimpleNamespace
@@ -280,6 +285,7 @@ print("equal")
     [LOAD, ELEMENTWISE, ATTENTION, CROSS_ENTROPY, DROPOUT],
     ids=["load", "elementwise", "attention", "cross_entropy", "dropout"],
 )
+@pytest.mark.skipif(BROKEN, reason="the interpreter of Triton 3.6 fails with NumPy 2.4 and later")
 def test_kernels_agree_with_plain_torch(script: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script],
