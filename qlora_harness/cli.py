@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qlora_harness import __version__
-from qlora_harness.errors import HarnessError, SettingsError, of_system, print_error
+from qlora_harness.errors import SettingsError, run_command
 from qlora_harness.flag_checks import check_above_zero, check_at_least, check_output_file
 
 
@@ -276,32 +276,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for a mistake in the input.
     """
-    try:
-        words = list(sys.argv[1:] if argv is None else argv)
-        if words[:1] == ["plan"]:
-            return _plan(words[1:])
-        args = build_parser().parse_args(words)
-        if args.command in ("compare", "runs", "show"):
-            return _read_runs(args)
-        if args.command == "benchmark-scoring":
-            _benchmark(args)
-            return 0
-        if args.command == "benchmark-training":
-            _benchmark_training(args)
-            return 0
-        from qlora_harness.model.random_model import write_random_model
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _run(words))
 
-        write_random_model(args.folder, shape=args.shape, tokenizer=args.tokenizer, seed=args.seed)
-        print(f"wrote {args.folder}: {args.shape}, random weights, seed {args.seed}")
-    except HarnessError as error:
-        print_error(error)
-        return error.exit_status
-    except OSError as error:
-        told = of_system(error)
-        if told is None:
-            raise
-        print_error(told)
-        return told.exit_status
-    except KeyboardInterrupt:
-        return 130
+
+def _run(words: Sequence[str]) -> int:
+    if words[:1] == ["plan"]:
+        return _plan(words[1:])
+    args = build_parser().parse_args(words)
+    if args.command in ("compare", "runs", "show"):
+        return _read_runs(args)
+    if args.command == "benchmark-scoring":
+        _benchmark(args)
+        return 0
+    if args.command == "benchmark-training":
+        _benchmark_training(args)
+        return 0
+    from qlora_harness.model.random_model import write_random_model
+
+    write_random_model(args.folder, shape=args.shape, tokenizer=args.tokenizer, seed=args.seed)
+    print(f"wrote {args.folder}: {args.shape}, random weights, seed {args.seed}")
     return 0

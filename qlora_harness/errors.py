@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Callable
 from types import TracebackType
 
 
@@ -111,6 +112,34 @@ def print_error(error: HarnessError) -> None:
     print(f"qlora-harness: error: {error}", file=sys.stderr, flush=True)
 
 
+def run_command(command: Callable[[], int]) -> int:
+    """Runs a command; what a user can mend ends it with one line instead of a traceback.
+
+    Args:
+        command: Returns its exit status.
+
+    Returns:
+        That of the command, of its error, or 130 where it was interrupted.
+    """
+    try:
+        return command()
+    except KeyboardInterrupt:
+        return 130
+    except (HarnessError, OSError) as error:
+        told = _told(error)
+        if told is None:
+            raise
+        print_error(told)
+        return told.exit_status
+
+
+def _told(error: BaseException) -> HarnessError | None:
+    """What the user is told of an error, or None where that is a traceback."""
+    if isinstance(error, OSError):
+        return of_system(error)
+    return error if isinstance(error, HarnessError) else None
+
+
 def install_excepthook() -> None:
     """Lets an uncaught HarnessError end the program with its one line instead of a traceback.
 
@@ -124,11 +153,11 @@ def install_excepthook() -> None:
     def hook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
-        told = of_system(error) if isinstance(error, OSError) else error
-        if isinstance(told, HarnessError):
-            print_error(told)
-        else:
+        told = _told(error)
+        if told is None:
             previous(kind, error, traceback)
+        else:
+            print_error(told)
 
     hook._qlora_harness = True  # type: ignore[attr-defined]
     sys.excepthook = hook

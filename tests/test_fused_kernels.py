@@ -346,7 +346,7 @@ for capability, room, rank, dtype, places in (
     size = 4 if dtype == "fp32" else 2
     for name, place in zip(KERNELS, places):
         tilings = getattr(triton_dropout, name.upper())
-        predicted = [getattr(triton_dropout, f"{name}_bytes")(t, rank, size) for t in tilings]
+        predicted = [getattr(triton_dropout, f"_{name}_bytes")(t, rank, size) for t in tilings]
         chosen = next(i for i, n in enumerate(predicted) if n <= room)
         taken = shared(name, tilings[chosen], rank, dtype, capability)
         print(capability, rank, dtype, name, chosen, predicted[chosen], taken)

@@ -161,16 +161,20 @@ class _Drops(NamedTuple):
 
 
 def _draw(
-    layer: FusedLayer, x: torch.Tensor, places: torch.Tensor | None, seed: int | None
+    layer: FusedLayer,
+    row: Row,
+    places: torch.Tensor | None,
+    seed: int | None,
+    like: torch.Tensor,
 ) -> _Drops:
-    """Draws the masks of a layer, of which x is the input or the same in shape."""
+    """Draws the masks of a layer; `like` gives dtype and device."""
     if seed is None:
         return _Drops()
-    tokens = len(x)
+    tokens = len(row.cos)
     rows = [tokens, *[tokens if places is None else len(places)] * 3]
     shapes = [group.mask_shape(n) for group, n in zip(layer.groups(), rows, strict=True)]
-    packed = all(group.packs_masks(x) for group in layer.groups())
-    return _Drops(*dropout.draw(shapes, layer.dropout, seed, x.device, packed=packed))
+    packed = all(group.packs_masks(like) for group in layer.groups())
+    return _Drops(*dropout.draw(shapes, layer.dropout, seed, like.device, packed=packed))
 
 
 @dataclass
@@ -298,7 +302,7 @@ class _Layer(torch.autograd.Function):
         *parameters: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            drops = _draw(layer, x, places, seed)
+            drops = _draw(layer, row, places, seed, x)
             x, added, attention = _first_half(layer, x, added, row, places, drops)
             h, y, mlp = _second_half(layer, _at(x, places), added, drops)
         ctx.layer, ctx.row, ctx.places, ctx.seed = layer, row, places, seed
@@ -326,12 +330,11 @@ class _Layer(torch.autograd.Function):
         ctx.kept = None
         mlp: _Mlp | _MlpAway | None
         with torch.autocast(dy.device.type, enabled=False), torch.no_grad():
+            drops = _draw(layer, row, places, seed, dy)
             if layer.checkpointing in ("none", "selective"):
                 x, h, attention, mlp = kept
             else:
                 x = layer.host.get(kept) if isinstance(kept, Stored) else kept
-            drops = _draw(layer, x, places, seed)
-            if layer.checkpointing in ("full", "offload"):
                 _, added, attention = _first_half(layer, x, None, row, places, drops)
                 h, mlp = _gates(layer, _at(x, places), added, drops)
                 del added

@@ -55,16 +55,17 @@ def why_not_fused(model: Any) -> str | None:
     if reason is not None:
         return reason
     dtype = base.model.embed_tokens.weight.dtype
-    for group in (group for layer in base.model.layers for group in _groups(layer)):
-        projections = [_projection(module) for module in group]
-        if not all(_is_linear(p.layer, dtype) for p in projections):
-            return "its weights are neither 4-bit nor of its own dtype"
-        kinds = {(len(p.down), p.scale, p.down.dtype) for p in projections if p.down is not None}
-        if len(kinds) > 1:
-            return "the ranks or scales of its adapter differ within a layer"
     for layer in base.model.layers:
-        modules = [_projection(module) for group in _groups(layer) for module in group]
-        if len({p.dropout for p in modules if p.down is not None}) > 1:
+        dropouts = set()
+        for group in _groups(layer):
+            projections = [_projection(module) for module in group]
+            if not all(_is_linear(p.layer, dtype) for p in projections):
+                return "its weights are neither 4-bit nor of its own dtype"
+            pairs = [(p, p.down) for p in projections if p.down is not None]
+            if len({(len(down), p.scale, down.dtype) for p, down in pairs}) > 1:
+                return "the ranks or scales of its adapter differ within a layer"
+            dropouts |= {p.dropout for p, _ in pairs}
+        if len(dropouts) > 1:
             return "the dropout of its adapter differs within a layer"
     return None
 

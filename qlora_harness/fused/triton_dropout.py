@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from qlora_harness.fused.triton_ops import launch
+from qlora_harness.fused.triton_ops import launch, power_of_two
 
 _BYTES = 512  # of a mask, drawn by a program
 _COLUMNS = 64  # of a tile; 8 tiles share their bytes
@@ -61,11 +61,14 @@ def fits(rank: int, like: torch.Tensor) -> bool:
         rank: Of the adapters.
         like: Gives dtype and device.
     """
-    return _tilings_for(rank, like) is not None
+    return _tilings(_block(rank), like.element_size(), like.get_device()) is not None
 
 
-def _tilings_for(rank: int, like: torch.Tensor) -> _Tilings | None:
-    return _tilings(_block(rank), like.element_size(), like.get_device())
+def _chosen(rank: int, like: torch.Tensor) -> _Tilings:
+    """The tilings where `fits` holds."""
+    tilings = _tilings(_block(rank), like.element_size(), like.get_device())
+    assert tilings is not None
+    return tilings
 
 
 @lru_cache(maxsize=64)
@@ -79,7 +82,7 @@ def _tilings(rank: int, size: int, device: int) -> _Tilings | None:
         room = getattr(
             properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
         )
-    kernels = (PRODUCT, product_bytes), (ADD, add_bytes), (GRADIENT, gradient_bytes)
+    kernels = (PRODUCT, _product_bytes), (ADD, _add_bytes), (GRADIENT, _gradient_bytes)
     found = [
         next((tiling for tiling in tilings if needed(tiling, rank, size) <= room), None)
         for tilings, needed in kernels
@@ -90,37 +93,19 @@ def _tilings(rank: int, size: int, device: int) -> _Tilings | None:
     return _Tilings(product, add, gradient)
 
 
-def product_bytes(tiling: Tiling, rank: int, size: int) -> int:
-    """Returns the most shared memory that `product_kernel` takes, bytes.
+# The most shared memory that a kernel takes, bytes; `size` is that of an element.
 
-    Args:
-        tiling: Of the kernel.
-        rank: From `_block`.
-        size: Bytes of an element.
-    """
+
+def _product_bytes(tiling: Tiling, rank: int, size: int) -> int:
     rows, stages = tiling.rows, tiling.stages
     return (stages * (rows + rank) + rows) * _COLUMNS * size + rows * _COLUMNS
 
 
-def add_bytes(tiling: Tiling, rank: int, size: int) -> int:
-    """Returns the same of `add_kernel`.
-
-    Args:
-        tiling: Of the kernel.
-        rank: From `_block`.
-        size: Bytes of an element.
-    """
+def _add_bytes(tiling: Tiling, rank: int, size: int) -> int:
     return (tiling.rows + _COLUMNS) * rank * size + tiling.rows * _COLUMNS
 
 
-def gradient_bytes(tiling: Tiling, rank: int, size: int) -> int:
-    """Returns the same of `gradient_kernel`.
-
-    Args:
-        tiling: Of the kernel.
-        rank: From `_block`.
-        size: Bytes of an element.
-    """
+def _gradient_bytes(tiling: Tiling, rank: int, size: int) -> int:
     rows, stages = tiling.rows, tiling.stages
     return (stages * (rank + _COLUMNS) + _COLUMNS) * rows * size + rows * _COLUMNS
 
@@ -166,9 +151,8 @@ def products(
     adapters, rows, bytes_in_row = bits.shape
     columns, border = x.shape[1], len(down)
     rank = border // adapters
-    tilings = _tilings_for(rank, x)
-    assert tilings is not None and x.stride(1) == down.stride(1) == 1
-    m, warps, stages = tilings.product
+    assert x.stride(1) == down.stride(1) == 1
+    m, warps, stages = _chosen(rank, x).product
     tiles = -(-rows // m)
     share, splits = _shares(-(-columns // _COLUMNS), 1, tiles * adapters)
     parts = x.new_empty(splits, rows, border, dtype=torch.float32)
@@ -201,10 +185,8 @@ def add_products(
 
     adapters, rows, bytes_in_row = bits.shape
     columns, rank = gradient.shape[1], len(down) // adapters
-    tilings = _tilings_for(rank, gradient)
-    assert tilings is not None
     assert gradient.stride(1) == d_inner.stride(1) == down.stride(1) == 1
-    m, warps, stages = tilings.add
+    m, warps, stages = _chosen(rank, gradient).add
     launch(
         *(add_kernel, (-(-columns // _COLUMNS), -(-rows // m), 1)),
         (
@@ -226,9 +208,8 @@ def gradients(
     adapters, rows, bytes_in_row = bits.shape
     columns, border = x.shape[1], d_inner.shape[1]
     rank = border // adapters
-    tilings = _tilings_for(rank, x)
-    assert tilings is not None and x.stride(1) == d_inner.stride(1) == 1
-    m, warps, stages = tilings.gradient
+    assert x.stride(1) == d_inner.stride(1) == 1
+    m, warps, stages = _chosen(rank, x).gradient
     tiles = -(-columns // _COLUMNS)
     share, splits = _shares(rows, m, tiles * adapters)
     parts = x.new_empty(splits, border, columns, dtype=torch.float32)
@@ -254,7 +235,7 @@ def _shares(length: int, step: int, programs: int) -> tuple[int, int]:
 
 def _block(number: int) -> int:
     """The next power of two that a product of tiles can take."""
-    return max(16, 1 << (number - 1).bit_length())
+    return max(16, power_of_two(number))
 
 
 def _precision(x: torch.Tensor) -> str:

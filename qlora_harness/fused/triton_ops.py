@@ -133,7 +133,7 @@ class Loader:
             float(group.scale),
         )
         places = [-1 if place is None else place for place in group.places] + [-1] * missing
-        border = _power(max(group.border, 1))
+        border = power_of_two(max(group.border, 1))
         self._constants = (*places, group.rank, border, expand, nested, _CHUNK // _BLOCK)
 
     def __call__(self, matrix: torch.Tensor) -> None:
@@ -181,7 +181,7 @@ def rms_norm(
     assert x.is_contiguous() and (add is None or add.is_contiguous())
     rows, columns = x.shape
     total = x if add is None else torch.empty_like(x)
-    block = _power(columns)
+    block = power_of_two(columns)
     added = x if add is None else add
     arguments = (x, added, weight, total, out, out.stride(0), columns, eps)
     launch(
@@ -204,7 +204,7 @@ def rms_norm_backward(
 
     assert x.is_contiguous()
     rows, columns = x.shape
-    block = _power(columns)
+    block = power_of_two(columns)
     added = x if add is None else add
     arguments = (
         *(gradient, gradient.stride(0), x, weight, added, added.stride(0)),
@@ -221,7 +221,7 @@ def copy(source: torch.Tensor, out: torch.Tensor) -> None:
     from qlora_harness.fused.triton_kernels import copy_kernel
 
     rows, columns = source.shape
-    block = _power(columns)
+    block = power_of_two(columns)
     at_once = max(1, 4096 // block)
     arguments = source, out, out.stride(0), rows, columns
     launch(copy_kernel, (-(-rows // at_once), 1, 1), arguments, at_once, block)
@@ -252,7 +252,7 @@ def rotate(projected: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Te
 
     size = cos.shape[1]
     arguments = projected, projected.stride(0), cos, sin, heads
-    constants = size, _power(size // 2), _power(heads)
+    constants = size, power_of_two(size // 2), power_of_two(heads)
     launch(rotate_kernel, (len(projected), 1, 1), arguments, *constants)
 
 
@@ -267,13 +267,17 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Ten
     from qlora_harness.fused.triton_kernels import cross_entropy_kernel
 
     rows, columns = logits.shape
-    block = min(_LOGITS_BLOCK, _power(columns))
+    block = min(_LOGITS_BLOCK, power_of_two(columns))
     arguments = logits, targets, losses, columns
     launch(cross_entropy_kernel, (rows, 1, 1), arguments, block, num_warps=_warps(block))
 
 
-def _power(number: int) -> int:
-    """The next power of two."""
+def power_of_two(number: int) -> int:
+    """Returns the next power of two, as tiles have.
+
+    Args:
+        number: At least 1.
+    """
     return 1 << (number - 1).bit_length()
 
 

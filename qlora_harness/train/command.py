@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from qlora_harness.errors import HarnessError, SettingsError, of_system, print_error
+from qlora_harness.errors import SettingsError, run_command
 from qlora_harness.settings import (
     GROUPS,
     Settings,
@@ -131,23 +131,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 for a mistake in the input, 3 for a run that failed.
     """
-    try:
-        settings, resume_given = parse_settings(argv)
-        from qlora_harness.train.run import run_training
+    return run_command(lambda: _train(argv))
 
-        summary = run_training(settings, resume_given=resume_given)
-    except HarnessError as error:
-        print_error(error)
-        return error.exit_status
-    except OSError as error:
-        told = of_system(error)
-        if told is None:
-            raise
-        print_error(told)
-        return told.exit_status
-    except KeyboardInterrupt:
-        return 130
-    _report(settings, summary)
+
+def _train(argv: Sequence[str] | None) -> int:
+    settings, resume_given = parse_settings(argv)
+    from qlora_harness.train.run import run_training
+
+    _report(settings, run_training(settings, resume_given=resume_given))
     return 0
 
 
