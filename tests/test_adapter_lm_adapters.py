@@ -27,8 +27,8 @@ def test_untrained_adapter_is_refused(
     zero = {n: torch.zeros_like(v) if "lora_B" in n else v for n, v in weights.items()}
     save_file(zero, own_adapter / WEIGHTS)
     assert refused(lambda: make_lm(peft=str(own_adapter)), AdapterError) == (
-        f"{own_adapter / WEIGHTS}: every lora_B weight is zero, so the adapter was never trained. "
-        "Name the adapter of a completed run."
+        f"{own_adapter / WEIGHTS}: every trained tensor equals its start, so the adapter was never "
+        "trained. Name the adapter of a completed run."
     )
 
 

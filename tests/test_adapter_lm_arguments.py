@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from scoring_runs import evaluate, refused, score
 
 from qlora_harness.errors import HarnessError, ModelError, SettingsError
-from qlora_harness.model.lora import adapter_digest
+from qlora_harness.model.adapter_folder import adapter_digest
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 
 # Which model is scored

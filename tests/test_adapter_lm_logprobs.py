@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ from safetensors.torch import load_file
 from scoring_runs import ALPHA, RANK, WEIGHTS, demo_prompts, evaluate, loglikelihood_requests, score
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
+from qlora_harness.errors import ResultsError
+from qlora_harness.fused import model as fused_model
+from qlora_harness.fused.bordered import Projection
+from qlora_harness.model import plain_lora
 from qlora_harness.model.base import find_base
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 
@@ -201,7 +206,31 @@ def test_sample_is_verified_through_the_plain_path(
     lm = make_lm(verify=5)
     evaluate(lm, manager, limit=1)
     assert lm.largest_difference < 1e-4
-    assert any(m.startswith("verified: 5 texts scored again") for m in caplog.messages)
+    assert any(m.startswith("verified: 5 texts") for m in caplog.messages)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "none"])
+def test_broken_path_is_not_verified_and_leaves_nothing_behind(
+    make_lm: Callable[..., QloraAdapterLM],
+    manager: TaskManager,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    kernels: str,
+) -> None:
+    # Both paths lose the adapter, as one that replaces too much would.
+    def without_adapter(module: Any) -> Projection:
+        return Projection(getattr(module, "base_layer", module), None, None, 0.0, 0.0)
+
+    monkeypatch.setattr(fused_model, "_projection", without_adapter)
+    monkeypatch.setattr(
+        plain_lora, "_fast_forward", lambda module, dtype: module.base_layer.forward
+    )
+    lm = make_lm(peft=str(adapter), verify=8, kernels=kernels)
+    with pytest.raises(ResultsError):
+        evaluate(lm, manager, limit=2)
+    assert lm.mean_difference > 1e-2
+    assert not list((tmp_path / "records").glob("*mmlu_progress*"))
 
 
 def test_architecture_that_cannot_be_packed_goes_the_plain_way(
@@ -209,11 +238,11 @@ def test_architecture_that_cannot_be_packed_goes_the_plain_way(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from qlora_harness.score import adapter_lm
+    from qlora_harness.score import scoring_path
 
     prompts = demo_prompts(2)
     expected = score(make_lm(), prompts)
-    monkeypatch.setattr(adapter_lm, "why_unsupported", lambda config: "it is odd")
+    monkeypatch.setattr(scoring_path, "why_unsupported", lambda config: "it is odd")
     assert score(make_lm(), prompts) == pytest.approx(expected, abs=1e-5)
     assert "scored through HFLM's own path: it is odd" in caplog.messages
 

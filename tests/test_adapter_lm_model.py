@@ -13,7 +13,7 @@ from conftest import BOS, write_tokenizer
 from peft.tuners.lora import LoraLayer
 from scoring_runs import demo_prompts, score
 
-from qlora_harness.model.lora import adapter_digest
+from qlora_harness.model.adapter_folder import adapter_digest
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.packed_forward import PackedModel
 
@@ -111,7 +111,7 @@ def test_bos_that_was_asked_for_is_recorded(make_lm: Callable[..., QloraAdapterL
 
 
 def test_weights_are_moved_once(make_lm: Callable[..., QloraAdapterLM], adapter: Path) -> None:
-    lm = make_lm(peft=str(adapter))
+    lm = make_lm(peft=str(adapter), quant="bf16")
     prompts = demo_prompts(2)
     weight = lm.model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
     before = weight.data_ptr()

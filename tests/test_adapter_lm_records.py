@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from scoring_runs import KNOWN, demo_prompts, evaluate, read, score
 
 from qlora_harness.families import families
-from qlora_harness.model.lora import adapter_digest
+from qlora_harness.model.adapter_folder import adapter_digest
 from qlora_harness.question_hashes import prompt_hash
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
@@ -67,6 +67,8 @@ def test_progress_file_holds_every_question_in_file_order(
             "double_quant": True,
             "peft": "adapter",
             "adapter_sha256": adapter_digest(adapter),
+            "unquantised_share": 0.0,
+            "attention": "sdpa",
             "weights_fingerprint": recorded_fingerprint(adapter),
         },
         "tasks": {"mmlu_qlora_demo": expected},
@@ -99,6 +101,7 @@ def test_evaluation_results_say_what_was_scored_and_how(
         "max_length": 1900,
         "leading_bos": [BOS],
         "scoring": "packed",
+        "logits": "float32",
         "expanded_once": False,
         "fused_kernels": True,
         "processes": 1,
@@ -117,6 +120,8 @@ def test_evaluation_results_say_what_was_scored_and_how(
             "double_quant": None,
             "peft": None,
             "adapter_sha256": None,
+            "unquantised_share": None,
+            "attention": "sdpa",
             "weights_fingerprint": recorded_fingerprint(adapter),
         },
         "settings": settings,

@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import load_file
 from training_runs import Train, base, data_of, loss_of, losses, read, steps, summary
 
-from qlora_harness.model.lora import load_adapter, read_adapter_record
+from qlora_harness.model.adapter_folder import read_adapter_record
+from qlora_harness.model.lora import load_adapter
 
 SUMMARY_KEYS = {
     "computation", "plan",

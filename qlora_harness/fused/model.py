@@ -19,7 +19,8 @@ from qlora_harness.fused.host_memory import HostMemory
 from qlora_harness.fused.layer import Attend, FusedLayer
 from qlora_harness.fused.lora_group import LoraGroup
 from qlora_harness.fused.row import Rotation, Row
-from qlora_harness.model.base import base_of
+from qlora_harness.model.base import base_of, is_plain_linear
+from qlora_harness.model.plain_lora import is_plain
 from qlora_harness.settings import CHECKPOINTING
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -83,17 +84,14 @@ def _why_adapter_not_fused(model: Any, layers: Any) -> str | None:
             continue
         if id(module) not in known:
             return f"it has an adapter outside its layers ({last})"
-        plain = list(module.lora_A) == ["default"] and not module.merged_adapters
-        special = module.lora_variant or any(module.lora_bias.values())
-        # PEFT wraps a parameter, not a layer, where `target_parameters` names it.
-        if not plain or special or hasattr(module, "parameter_name"):
+        if not is_plain(module):
             return "its adapter is not one plain LoRA"
     return None
 
 
-def _is_linear(layer: Any, dtype: torch.dtype) -> bool:
+def _is_linear(layer: torch.nn.Module, dtype: torch.dtype) -> bool:
     """Whether a layer's weight is 4-bit, as bitsandbytes lays it out first, or of a dtype."""
-    if not isinstance(layer, torch.nn.Linear):
+    if not is_plain_linear(layer):
         return False
     state: Any = getattr(layer.weight, "quant_state", None)
     if state is None:

@@ -6,6 +6,7 @@ Training and scoring load through `load_base`, so that what is scored is what wa
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger("qlora_harness")
+
 EMBEDDED = "smollm2"
+# From here on, the share of layer weights that a 4-bit quantisation leaves in 16 bits is told.
+NOTABLE_SHARE = 0.05
 RANDOM_WEIGHTS_KEY = "qlora_harness_random_weights"
 
 
@@ -85,7 +90,9 @@ def find_base(name: str, revision: str | None = None, *, argument: str = "--mode
     else:
         name_or_path = name
     try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision or "main")
+        config = AutoConfig.from_pretrained(
+            name_or_path, revision=revision or "main", trust_remote_code=False
+        )
     except Exception as error:  # the Hub client and the parsers raise many kinds
         raise _unreadable(name, argument, error) from None
     return BaseSource(
@@ -106,6 +113,11 @@ def _unreadable(name: str, argument: str, error: Exception) -> ModelError:
             f"{shown} is gated on the Hub and this account has no access",
             "Accept its licence on its Hub page and log in with `hf auth login`, or give a local "
             "folder",
+        )
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"{shown} brings program code of its own, which is never run",
+            "Use a model whose architecture transformers has",
         )
     revision = "revision=" if argument.endswith("=") else "--revision"
     return ModelError(
@@ -151,9 +163,16 @@ def load_tokenizer(source: BaseSource, folder: Path | None = None) -> PreTrained
     place = str(folder) if folder else source.path
     revision = None if folder else source.revision
     try:
-        return AutoTokenizer.from_pretrained(place, revision=revision or "main")
+        return AutoTokenizer.from_pretrained(
+            place, revision=revision or "main", trust_remote_code=False
+        )
     except Exception as error:
         shown = f"{folder}" if folder else _shown(source.name, source.argument)
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"the tokenizer of {shown} brings program code of its own, which is never run",
+                "Use a tokenizer that transformers has",
+            ) from None
         raise ModelError(
             f"{shown} has no readable tokenizer ({_first_line(error)})",
             "Put the tokenizer's files there",
@@ -172,7 +191,8 @@ def load_base(
 
     Weights are read as bfloat16; with a 4-bit `quant` the linear layers but the output head are
     then quantised. With compute dtype float32 everything that is not 4-bit is then cast to
-    float32, so the values are those of the bfloat16 model.
+    float32, so the values are those of the bfloat16 model. Attention is scaled dot product
+    attention, or eager where the architecture has no other.
 
     Args:
         source: From `find_base`.
@@ -209,8 +229,8 @@ def load_base(
             revision=source.revision or "main",
             dtype=torch.bfloat16,
             device_map={"": device},
-            attn_implementation="sdpa",
             output_loading_info=True,
+            trust_remote_code=False,
             **options,
         )
     except torch.OutOfMemoryError:
@@ -231,12 +251,82 @@ def load_base(
         for parameter in model.parameters():
             if parameter.is_floating_point():  # 4-bit weights are stored as integers
                 parameter.data = parameter.data.to(torch.float32)
+    if attention_of(model) != "sdpa":
+        logger.warning("%s has %s attention only", source.name, attention_of(model))
     if quant.is_4bit:
         _keep_layout(model)
+        _warn_of_unquantised(source, quant, unquantised_share(model))
     model.qlora_harness_fingerprint = checkpoint_fingerprint(source.path, source.revision)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
+
+
+def attention_of(model: Any) -> str:
+    """Returns the attention implementation that transformers chose, such as "sdpa" or "eager".
+
+    Args:
+        model: From `load_base`.
+    """
+    return str(model.config._attn_implementation)
+
+
+def _warn_of_unquantised(source: BaseSource, quant: Quant, share: float) -> None:
+    if share > NOTABLE_SHARE:
+        logger.warning(
+            "%s in %s: %.0f%% of the weights of its layers stay in 16 bits, as they are not in "
+            "linear layers",
+            source.name,
+            quant.value,
+            100 * share,
+        )
+
+
+def unquantised_share(model: torch.nn.Module) -> float:
+    """Returns the share of the weight matrices of a model's layers that are not held in 4 bits.
+
+    Embeddings and the output head, which stay in 16 bits in every model, and vectors such as norms
+    and biases don't count. bitsandbytes quantises linear layers only, so the experts of most
+    mixtures of experts, which are one tensor, count as unquantised.
+
+    Args:
+        model: From `load_base`, without an adapter.
+
+    Returns:
+        0 to 1; 1 for a model that is not quantised.
+    """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    outside = {id(p) for module in ends if module is not None for p in module.parameters()}
+    quantised = others = 0
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:
+                quantised += state.shape.numel()
+            elif parameter.dim() > 1 and id(parameter) not in outside:
+                others += parameter.numel()
+    return others / max(1, quantised + others)
+
+
+def is_4bit(layer: torch.nn.Module) -> bool:
+    """Whether bitsandbytes holds a layer's weight in 4 bits.
+
+    Args:
+        layer: Any module.
+    """
+    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
+
+
+def is_plain_linear(layer: torch.nn.Module) -> bool:
+    """Whether a layer is a linear layer of torch, or bitsandbytes' 4-bit one, and no subclass.
+
+    Args:
+        layer: Any module.
+    """
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    return type(layer) in (torch.nn.Linear, Linear4bit)
 
 
 def base_of(model: Any) -> Any:
@@ -265,7 +355,7 @@ def dequantise(model: PreTrainedModel, compute_dtype: str) -> int:
     same; only the time and the memory of doing so are not.
 
     Args:
-        model: From `load_base`, without an adapter.
+        model: From `load_base`, or such a model with an adapter.
         compute_dtype: "bfloat16" or "float32".
 
     Returns:
@@ -290,12 +380,13 @@ def dequantise(model: PreTrainedModel, compute_dtype: str) -> int:
             setattr(parent, name, plain)
             count += 1
     # transformers and PEFT choose their layers by these marks.
-    model.is_quantized = False
-    model.is_loaded_in_4bit = False
-    model.quantization_method = None
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    base = base_of(model)
+    base.is_quantized = False
+    base.is_loaded_in_4bit = False
+    base.quantization_method = None
+    base.hf_quantizer = None
+    if hasattr(base.config, "quantization_config"):
+        del base.config.quantization_config
     return count
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
+
+from qlora_harness.record import read_json
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers reads; a folder may hold others beside them."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
     single = folder / "model.safetensors"
-    return [single] if single.is_file() else []
+    if single.is_file():  # then transformers doesn't look at an index
+        return [single]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    names = read_json(index).get("weight_map")
+    return [folder / name for name in sorted(set(names.values()))] if names else []
 
 
 def checkpoint_fingerprint(name_or_path: str, revision: str | None) -> str | None:
@@ -51,7 +54,8 @@ def checkpoint_fingerprint(name_or_path: str, revision: str | None) -> str | Non
     for path in _weight_files(folder):
         with safe_open(str(path), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
-                row = file.get_slice(name)[:1]
+                tensor = file.get_slice(name)
+                row = tensor[:1] if tensor.get_shape() else file.get_tensor(name).reshape(1)
                 rows[name] = row.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
     if not rows:
         return None

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import AdapterError, SettingsError
-from qlora_harness.record import new_folder, read_json, write_json
+from qlora_harness.model.adapter_folder import (
+    CONFIG_FILE,
+    RECORD_FILE,
+    WEIGHTS_FILE,
+    check_fit,
+    quiet_peft,
+)
+from qlora_harness.record import new_folder, write_json
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
-RECORD_FILE = "qlora_harness.json"
 
 
 def attach_lora(
@@ -61,7 +61,7 @@ def attach_lora(
                 "Name layers such as q_proj,v_proj, or all-linear",
             )
     try:
-        with _quiet():
+        with quiet_peft():
             adapted = get_peft_model(model, config)
     except ValueError as error:
         if "not found in the base model" in str(error):
@@ -69,7 +69,16 @@ def attach_lora(
                 f"--lora-targets: the model has no layers named {targets}",
                 "Name layers such as q_proj,v_proj, or all-linear",
             ) from None
-        raise
+        if "lora_dropout" in str(error):
+            raise SettingsError(
+                f"--lora-dropout {dropout:g}: this model keeps its experts in tensors that are no "
+                "layers, for which PEFT has no dropout",
+                "Use --lora-dropout 0",
+            ) from None
+        raise SettingsError(
+            f"--lora-targets {targets}: PEFT refuses them ({_first_line(error)})",
+            "Name other layers",
+        ) from None
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, dtype))
@@ -104,14 +113,6 @@ def target_names(targets: str) -> list[str]:
         targets: Such as "q_proj, v_proj".
     """
     return [name.strip() for name in targets.split(",")]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides a deprecation inside PEFT 0.21 that transformers 5.23 reports at every call."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-        yield
 
 
 def save_adapter(
@@ -150,186 +151,60 @@ def save_adapter(
         (work / "README.md").unlink(missing_ok=True)
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Reads and checks what an adapter folder says of itself.
-
-    Args:
-        folder: A PEFT adapter folder.
-
-    Returns:
-        The content of adapter_config.json.
-
-    Raises:
-        AdapterError: The folder is no LoRA adapter, or its weights are pickled.
-    """
-    if not folder.is_dir():
-        raise AdapterError(f"peft={folder} does not exist", "Name an adapter folder")
-    if not (folder / CONFIG_FILE).is_file():
-        nested = folder / "adapter"
-        hint = f"Did you mean peft={nested}" if nested.is_dir() else "Name a PEFT adapter folder"
-        raise AdapterError(f"peft={folder} holds no {CONFIG_FILE}", hint)
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        kind = config["peft_type"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise AdapterError(
-            f"{folder / CONFIG_FILE} is broken ({type(error).__name__}: {error})",
-            "Save the adapter anew",
-        ) from None
-    if kind != "LORA":
-        raise AdapterError(
-            f"{folder / CONFIG_FILE}, key 'peft_type': {kind!r}", "Only LoRA adapters are supported"
-        )
-    if not (folder / WEIGHTS_FILE).is_file():
-        pickled = sorted(p.name for p in folder.glob("adapter_model.*"))
-        if pickled:
-            raise AdapterError(
-                f"{folder / pickled[0]} is pickled, and unpickling runs code",
-                f"Convert it to {WEIGHTS_FILE}",
-            )
-        raise AdapterError(f"{folder} holds no {WEIGHTS_FILE}", "Save the adapter anew")
-    return dict(config)
-
-
-def read_adapter_record(folder: Path) -> dict[str, Any] | None:
-    """Returns this project's record beside an adapter, or None for an adapter made elsewhere.
-
-    Args:
-        folder: The adapter folder.
-    """
-    path = folder / RECORD_FILE
-    return read_json(path) if path.is_file() else None
-
-
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Loads an adapter onto a base model, unmerged, and checks that it took.
+    """Loads an adapter onto a base model, unmerged, as `PeftModel.from_pretrained` does.
 
     Args:
         model: From `load_base`.
         folder: A PEFT adapter folder.
 
     Raises:
-        AdapterError: The file is damaged; keys are missing or unexpected, or shapes differ (another
-            base model); a weight is not finite; or every lora_B is zero (never trained).
+        AdapterError: The adapter does not fit the base (see `adapter_folder.check_fit`), a weight
+            is not finite, or every trained tensor equals its start.
     """
-    import torch
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    read_adapter_config(folder)
-    weights_path = folder / WEIGHTS_FILE
+    config = check_fit(model, folder)
+    path = folder / WEIGHTS_FILE
+    weights = load_file(str(path))
+    _check_finite(weights, path)
+    config.inference_mode = True
     try:
-        weights = load_file(str(weights_path))
-    except Exception as error:  # safetensors raises its own kinds
-        raise AdapterError(
-            f"{weights_path} is damaged ({str(error).splitlines()[0]})", "Save the adapter anew"
-        ) from None
-    _check_values(weights, weights_path)
-    try:
-        config = LoraConfig.from_pretrained(str(folder))
-        config.inference_mode = True
-        # Else PEFT warns that it renames the base, which is checked elsewhere.
-        recorded, config.base_model_name_or_path = config.base_model_name_or_path, None
-        with _quiet():
+        with quiet_peft():
             adapted = get_peft_model(model, config)
-        outcome = set_peft_model_state_dict(adapted, weights)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        detail = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
-        base = read_adapter_config(folder).get("base_model_name_or_path")
+    except (RuntimeError, ValueError, TypeError) as error:
         raise AdapterError(
-            f"peft={folder} does not fit this base model ({detail})",
-            f"It was trained on {base}; give that as pretrained=",
+            f"peft={folder}: PEFT can't attach it to this base model ({_first_line(error)})",
+            "Try another quant= in --model_args",
         ) from None
-    missing = [key for key in outcome.missing_keys if "lora_" in key]
-    unexpected = list(outcome.unexpected_keys)
-    if missing or unexpected:
+    start = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    if not any(_was_trained(name, value, start.get(name)) for name, value in weights.items()):
         raise AdapterError(
-            f"peft={folder} does not fit this base model: {len(missing)} adapter weights missing, "
-            f"{len(unexpected)} unexpected (first: {(missing + unexpected)[0]})",
-            f"It was trained on {recorded}; give that as pretrained=",
-        )
-    for parameter in adapted.parameters():
-        parameter.requires_grad_(False)
-    with torch.no_grad():
-        adapted.eval()
-    return adapted
-
-
-def fuse_lora(model: PeftModel, compute_dtype: str) -> int:
-    """Makes an unmerged adapter fast in PEFT's own modules: its two products are added in place.
-
-    PEFT computes x·A·B in the adapter's float32 and adds it in three passes over the output. Here
-    the adapter is held in the compute dtype (as autocast does in training) and the second product
-    accumulates into the output of the base layer. Nothing is merged.
-
-    Args:
-        model: From `load_adapter`, only read from now on.
-        compute_dtype: "bfloat16" or "float32".
-
-    Returns:
-        How many layers were changed.
-    """
-    import torch
-    from peft.tuners.lora import LoraLayer
-
-    dtype = getattr(torch, compute_dtype)
-    count = 0
-    for module in model.modules():
-        if not isinstance(module, LoraLayer) or list(module.lora_A) != ["default"]:
-            continue
-        if not hasattr(module.lora_A["default"], "weight") or any(module.use_dora.values()):
-            continue
-        for part in (module.lora_A["default"], module.lora_B["default"]):
-            part.to(dtype)
-        module.forward = _fused_forward(module)
-        count += 1
-    return count
-
-
-def _fused_forward(module: Any) -> Any:
-    import torch
-
-    down = module.lora_A["default"].weight.t()
-    up = module.lora_B["default"].weight.t()
-    scale = float(module.scaling["default"])
-    base = module.base_layer
-
-    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        out = base(x, *args, **kwargs)
-        rows = x.reshape(-1, x.shape[-1]).to(down.dtype) @ down
-        flat = out.reshape(-1, out.shape[-1])
-        return torch.addmm(flat, rows, up, alpha=scale).view(out.shape)
-
-    return forward
-
-
-def _check_values(weights: dict[str, Any], path: Path) -> None:
-    import torch
-
-    trained = False
-    for name, value in weights.items():
-        if not bool(torch.isfinite(value).all()):
-            raise AdapterError(
-                f"{path}, tensor {name}: non-finite values", "Train the adapter anew"
-            )
-        trained = trained or ("lora_B" in name and bool(value.any()))
-    if not trained:
-        raise AdapterError(
-            f"{path}: every lora_B weight is zero, so the adapter was never trained",
+            f"{path}: every trained tensor equals its start, so the adapter was never trained",
             "Name the adapter of a completed run",
         )
+    set_peft_model_state_dict(adapted, weights)
+    return adapted.requires_grad_(False).eval()
 
 
-def adapter_digest(folder: Path) -> str:
-    """Returns the SHA-256 of an adapter's weights and configuration, 64 hexadecimal digits.
+def _check_finite(weights: dict[str, Any], path: Path) -> None:
+    for name, value in weights.items():
+        if not bool(value.isfinite().all()):
+            raise AdapterError(
+                f"{path}, tensor {name:.200}: non-finite values", "Train the adapter anew"
+            )
 
-    Args:
-        folder: The adapter folder.
-    """
-    digest = hashlib.sha256()
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        with (folder / name).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+
+def _was_trained(name: str, value: torch.Tensor, start: torch.Tensor | None) -> bool:
+    """Whether a tensor differs from what it was before the first step, as far as can be told."""
+    if ".lora_A." in name or ".lora_embedding_B" in name:
+        return False  # random at the start
+    if start is None or ".lora_B." in name or ".lora_embedding_A" in name:
+        return bool(value.any())
+    return not bool((value.to(start.dtype) == start.to("cpu")).all())
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -52,7 +52,7 @@ def write_random_model(
     if folder.exists():
         raise ModelError(f"{folder} exists", "Name a folder that does not")
     try:
-        tok = AutoTokenizer.from_pretrained(tokenizer)
+        tok = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     except Exception as error:
         raise ModelError(
             f"--tokenizer: {tokenizer!r} can't be loaded ({str(error).splitlines()[0]})",

@@ -37,7 +37,7 @@ def materialise_smollm2() -> Path:
     try:
         with new_folder(target) as work:
             model = AutoModelForCausalLM.from_pretrained(
-                folder, gguf_file=name, dtype=torch.float32
+                folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False
             )
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
@@ -45,7 +45,10 @@ def materialise_smollm2() -> Path:
                 if getattr(model, mark, None) is not None:
                     setattr(model, mark, False if mark == "is_quantized" else None)
             model.to(torch.bfloat16).save_pretrained(work)
-            AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(work)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, gguf_file=name, trust_remote_code=False
+            )
+            tokenizer.save_pretrained(work)
     except OSError:  # another process made it in the meantime
         if not (target / "config.json").is_file():
             raise

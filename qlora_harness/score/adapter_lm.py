@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from qlora_harness.errors import SettingsError, install_excepthook
+from qlora_harness.errors import ResultsError, SettingsError, install_excepthook
 from qlora_harness.families import LETTERS
-from qlora_harness.fused.model import why_not_fused
-from qlora_harness.model.base import base_of, count_parameters, find_base, weights_fingerprint
-from qlora_harness.model.lora import fuse_lora
+from qlora_harness.model.base import (
+    attention_of,
+    base_of,
+    count_parameters,
+    dequantise,
+    find_base,
+    weights_fingerprint,
+)
 from qlora_harness.record import environment, scrub_all
 from qlora_harness.score.encoding import encode_pairs
 from qlora_harness.score.evaluation_record import model_slug
@@ -22,12 +28,14 @@ from qlora_harness.score.garbage_collection import paused_collection, set_aside_
 from qlora_harness.score.journal import Journal, question_keys
 from qlora_harness.score.mmlu_recorder import MmluRecorder
 from qlora_harness.score.model_arguments import check_arguments, check_counts, resolve_dtype
-from qlora_harness.score.packed_forward import PackedModel, why_unsupported
+from qlora_harness.score.output_head import float32_logits
+from qlora_harness.score.packed_forward import PackedModel
 from qlora_harness.score.packed_scorer import PackedScorer, Score, default_pack_tokens
 from qlora_harness.score.prefix_tree import Query
 from qlora_harness.score.run_choice import choose
 from qlora_harness.score.saving import verify_saved_results
 from qlora_harness.score.scored_model import load_scored_model, load_scored_tokenizer
+from qlora_harness.score.scoring_path import choose_path
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -39,6 +47,8 @@ Encoded = tuple[Pair, list[int], list[int]]
 
 # What a text adds to those that share its beginning; a low guess, as most add a question.
 _FEW_TOKENS = 16
+# Mean difference, nats, from which on two ways to score are not one: rounding alone stays below.
+_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
@@ -66,7 +76,9 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         pack_tokens: Most tokens in a forward pass. Default: what fits the device.
         kernels: "auto" computes packs through fused layers where they take the model; "none"
             through transformers' own modules.
-        verify: How many texts to score again through HFLM's path, to log the largest difference.
+        verify: How many texts to score through HFLM's path as well, by the model's and PEFT's own
+            modules, before anything is replaced. The differences are logged; if they are more than
+            rounding, the run ends with an error.
         **options: Further arguments of HFLM: max_length, batch_size, device, …
 
     Raises:
@@ -114,6 +126,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         self._compute_dtype = resolve_dtype(dtype, choice.compute_dtype)
         self._scoring, self._dequantize, self._verify = scoring, dequantize, verify
         self._kernels = kernels
+        self._plain_logits = scoring == "hf"
         self._asked_pack_tokens = pack_tokens
         self._chat_template_asked = False
         self._truncated: set[str] = set()
@@ -141,7 +154,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             "%s, %s%s%s, adapter %s, compute dtype %s",
             choice.base,
             choice.quant.value,
-            " (expanded once)" if self._dequantised else "",
+            " (expanded once)" if self._path.expanded else "",
             ", random weights" if self._source.random_weights else "",
             choice.adapter or "none",
             self._compute_dtype,
@@ -158,24 +171,40 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             self._source,
             tokens=len(self.tokenizer),
             compute_dtype=self._compute_dtype,
-            dequantize=self._dequantize,
             device=torch.device(device),
         )
-        self._dequantised, self._adapter_sha256 = loaded.dequantised, loaded.adapter_sha256
-        self.take(loaded.model, self._kernels)
+        self._adapter_sha256 = loaded.adapter_sha256
+        self._unquantised_share = loaded.unquantised_share
+        # HFLM ties weights once more, which fails where PEFT has wrapped one of the tied modules.
+        base_of(loaded.model).tie_weights = lambda *_, **__: None
+        self.take(loaded.model, self._kernels, loaded.adapter_config)
 
-    def take(self, model: Any, kernels: str) -> None:
+    def take(
+        self, model: Any, kernels: str, adapter_config: Mapping[str, Any] | None = None
+    ) -> None:
         """Scores with a model from now on.
 
         Args:
             model: With or without an adapter; it may be changed, to the same numbers.
             kernels: "auto" or "none".
+            adapter_config: What the adapter says of itself; None for plain LoRA, or without one.
         """
         self._model, self._packed = model, None
-        packed = self._scoring == "packed"
-        self._fused_kernels = packed and kernels == "auto" and why_not_fused(model) is None
-        if packed and not self._fused_kernels and base_of(model) is not model:
-            fuse_lora(model, self._compute_dtype)
+        self._path = choose_path(
+            model,
+            adapter_config,
+            scoring=self._scoring,
+            kernels=kernels,
+            dequantize=self._dequantize,
+            compute_dtype=self._compute_dtype,
+        )
+        if self._path.reason is not None:
+            logger.warning("scored through HFLM's own path: %s", self._path.reason)
+
+    def expand_base(self) -> None:
+        """Expands a 4-bit base to the values that it computes with, where the path says so."""
+        if self._path.expanded:
+            dequantise(self.model, self._compute_dtype)
 
     def get_model_info(self) -> dict[str, Any]:
         """Returns what the results JSON says of the model, without asking the Hub."""
@@ -246,7 +275,16 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             self._check_letters()
             self._recorder.check(mine, self._chat_template_asked)
             journal = Journal(self._recorder.journal_path, self._identity(), self.rank)
+        plain = self._score_plainly([r.args for r in requests])
         scores = self._score_pairs([r.args for r in requests], journal, disable_tqdm)
+        if plain and not self._is_verified(plain, scores):
+            if journal is not None:
+                journal.close(remove=True)
+            raise ResultsError(
+                f"verify={self._verify}: packed scoring differs from HFLM's path by "
+                f"{self.mean_difference:.2g} nats on average",
+                "Score with scoring=hf in --model_args, and report this",
+            )
         results = [scores[request.args] for request in requests]
         found = self._recorder.collect(requests, results, self._truncated)
         parts = self.gather_object(found, dst=0)
@@ -255,8 +293,6 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         self.barrier()  # of all processes, also those that have no question of ours
         if journal is not None:
             journal.close(remove=self.rank == 0)
-        if self._verify:
-            self._compare_with_hflm(scores)
         return results
 
     def _score_pairs(
@@ -270,7 +306,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
         if known:
             logger.warning("%d texts were scored before the interruption", len(known))
         wanted = [pair for pair in dict.fromkeys(pairs) if pair not in known]
-        if self.world_size > 1 and self._can_pack():
+        if self.world_size > 1 and self._path.packed:
             shared: list[list[Pair]] = [[] for _ in range(self.world_size)]
             torch.distributed.all_gather_object(shared, wanted)
             wanted = list(dict.fromkeys(pair for part in shared for pair in part))
@@ -297,7 +333,9 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
 
     def _build_kernels_ahead(self, wanted: Sequence[Pair]) -> None:
         """On a GPU, builds the kernels of whole packs while many texts are encoded and planned."""
-        if self.device.type != "cuda" or self.world_size > 1 or not wanted or not self._can_pack():
+        if self.device.type != "cuda" or self.world_size > 1 or not wanted:
+            return
+        if not self._path.packed:
             return
         model = self._packed_model()
         pack_tokens = self._asked_pack_tokens or default_pack_tokens(self.model, self.device)
@@ -318,26 +356,24 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             if pair is not None and len(context) + len(continuation) > self.max_length + 1:
                 self._truncated.add(pair[0])
         # Windows of one rolling text share nothing: they stay with HFLM, as does what it asks for.
-        if override_bs is not None or not requests or not self._can_pack():
+        if override_bs is None and requests and self._path.packed:
+            return self._score_packed(requests, disable_tqdm, on_scored)
+        exact = contextlib.nullcontext() if self._plain_logits else float32_logits(self._head())
+        with exact:
             plain: list[Score] = super()._loglikelihood_tokens(
                 requests, disable_tqdm=disable_tqdm, override_bs=override_bs
             )
-            return plain
-        return self._score_packed(requests, disable_tqdm, on_scored)
+        return plain
 
-    def _can_pack(self) -> bool:
-        if self._scoring == "hf":
-            return False
-        reason = why_unsupported(self.model.config)
-        if reason is not None:
-            logger.warning("scored through HFLM's own path: %s", reason)
-            self._scoring = "hf"
-        return reason is None
+    def _head(self) -> torch.nn.Module:
+        head: torch.nn.Module = base_of(self.model).get_output_embeddings()
+        return head
 
     def _packed_model(self) -> PackedModel:
         """Made once, as it moves weights."""
         if self._packed is None:
-            self._packed = PackedModel(self.model, self.softmax_dtype, fused=self._fused_kernels)
+            self.expand_base()
+            self._packed = PackedModel(self.model, self.softmax_dtype, fused=self._path.fused)
         return self._packed
 
     def _score_packed(
@@ -377,20 +413,31 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             self.cache_hook.add_partial("loglikelihood", pair, scores[number])
         return [scores[number] for number in range(len(requests))]
 
-    def _compare_with_hflm(self, scores: dict[Pair, Score]) -> None:
-        """Scores a random sample again, the plain way, and says how far the two are apart."""
-        pairs = random.Random(0).sample(sorted(scores), min(self._verify, len(scores)))
-        encoded = [(pair, *ids) for pair, ids in zip(pairs, encode_pairs(self, pairs), strict=True)]
+    def _score_plainly(self, pairs: Sequence[Pair]) -> dict[Pair, float]:
+        """Scores a random sample for `verify` as HFLM does, with nothing of the model replaced."""
+        if not self._verify:
+            return {}
+        distinct = sorted(set(pairs))
+        sample = random.Random(0).sample(distinct, min(self._verify, len(distinct)))
+        encoded = [
+            (pair, *ids) for pair, ids in zip(sample, encode_pairs(self, sample), strict=True)
+        ]
         plain = super()._loglikelihood_tokens(encoded, disable_tqdm=True)
-        largest = max(
-            abs(scores[p][0] - logprob) for p, (logprob, _) in zip(pairs, plain, strict=True)
-        )
+        return {pair: logprob for pair, (logprob, _) in zip(sample, plain, strict=True)}
+
+    def _is_verified(self, plain: Mapping[Pair, float], scores: Mapping[Pair, Score]) -> bool:
+        """Says how far the two ways are apart, and whether that is rounding."""
+        differences = [abs(scores[pair][0] - logprob) for pair, logprob in plain.items()]
+        self.largest_difference = max(differences)
+        self.mean_difference = sum(differences) / len(differences)
         logger.warning(
-            "verified: %d texts scored again through HFLM's path; largest difference %.2g nats",
-            len(pairs),
-            largest,
+            "verified: %d texts scored through HFLM's path as well; difference %.2g nats on "
+            "average, %.2g at most",
+            len(differences),
+            self.mean_difference,
+            self.largest_difference,
         )
-        self.largest_difference = largest
+        return self.mean_difference <= _TOLERANCES[self._compute_dtype]
 
     def _check_letters(self) -> None:
         context = self.tok_encode("Answer:")
@@ -414,6 +461,8 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             "double_quant": choice.double_quant if choice.quant.is_4bit else None,
             "peft": choice.adapter.name if choice.adapter else None,
             "adapter_sha256": self._adapter_sha256,
+            "unquantised_share": self._unquantised_share,
+            "attention": attention_of(base_of(self.model)),
             "weights_fingerprint": weights_fingerprint(base_of(self.model)),
         }
 
@@ -424,9 +473,10 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             "softmax_dtype": str(self.softmax_dtype).removeprefix("torch."),
             "max_length": self.max_length,
             "leading_bos": self._leading_bos(),
-            "scoring": self._scoring,
-            "expanded_once": self._dequantised,
-            "fused_kernels": self._fused_kernels,
+            "scoring": "packed" if self._path.packed else "hf",
+            "logits": "as computed" if self._plain_logits else "float32",
+            "expanded_once": self._path.expanded,
+            "fused_kernels": self._path.fused,
         }
 
     def _identity(self) -> dict[str, Any]:

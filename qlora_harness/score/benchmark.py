@@ -108,6 +108,7 @@ def benchmark(
     if baseline_questions is not None and baseline_questions < len(sample):
         sample = random.Random(0).sample(sample, baseline_questions)
     warm = list(questions[:64])
+    lm.expand_base()
     plain = _plain(lm, batch_size)
     _run(plain, warm[: 2 * batch_size])
     baseline, expected, encoded = _measure(lm, plain, sample)
@@ -353,7 +354,7 @@ def run(
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     random_weights = ", random weights" if lm._source.random_weights else ""
     title = f"{model}{random_weights}, {quant}, {lm._compute_dtype}, {file}, {name}"
-    title += ", fused kernels" if lm._fused_kernels else ""
+    title += ", fused kernels" if lm._path.fused else ""
     if output is not None:
         write_measurements(output, "scoring_benchmark", 3, title, map(asdict, measurements), name)
     return report(measurements, title)

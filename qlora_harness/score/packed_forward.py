@@ -7,6 +7,7 @@ is asked; in fused layers so does all that follows the last attention.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import torch
 from qlora_harness.fused.host_memory import to_device
 from qlora_harness.fused.model import FusedDecoder, why_not_fused
 from qlora_harness.model.base import base_of, head_size
+from qlora_harness.model.plain_lora import FastLora
+from qlora_harness.score.output_head import OutputHead
 from qlora_harness.score.prefix_tree import Pack, Segment
 from qlora_harness.score.tree_attention import (
     BLOCK,
@@ -108,11 +111,12 @@ class PackedModel:
     """Computes packs with a causal language model.
 
     With fused layers the model must keep its device, dtypes and adapter, and its full-precision
-    weights become views of larger matrices; its own modules go on giving the same numbers.
+    weights become views of larger matrices; its own modules go on giving the same numbers. Without,
+    plain LoRA layers are replaced while a pack is computed (see `plain_lora.FastLora`).
 
     Args:
         model: A transformers causal language model, with or without a PEFT adapter.
-        softmax_dtype: dtype of the log-softmax, or None for that of the logits.
+        softmax_dtype: dtype of the log-softmax, or None for float32.
         flex: Whether attention is FlexAttention with a block mask, or one call of scaled dot
             product attention a segment; None is FlexAttention on CUDA.
         fused: Whether it runs through fused layers, or through its own modules; None is fused
@@ -129,7 +133,7 @@ class PackedModel:
     ) -> None:
         self._model = base_of(model)
         self._decoder = getattr(self._model, self._model.base_model_prefix)
-        self._head = self._model.get_output_embeddings()
+        self._head = OutputHead(self._model.get_output_embeddings())
         # Granite divides its logits, a rule that stands in forward() behind the head.
         self._logits_scaling = float(getattr(self._model.config, "logits_scaling", 1.0) or 1.0)
         self._softmax_dtype = softmax_dtype
@@ -138,6 +142,10 @@ class PackedModel:
         self._flex = fits if flex is None else flex
         fused = why_not_fused(model) is None if fused is None else fused
         self._fused = FusedDecoder(model) if fused else None
+        # Nothing to replace in fused layers, or where there is no adapter.
+        plain = fused or self._model is model
+        dtype = self._model.get_input_embeddings().weight.dtype
+        self._fast_lora = contextlib.nullcontext() if plain else FastLora(model, dtype)
         self._building: threading.Thread | None = None
 
     @property
@@ -202,10 +210,15 @@ class PackedModel:
         places, which = np.unique(pack.read_at, return_inverse=True)
         at, back, asked = map(self._moved, (places, which, pack.read_token))
         read = self._hidden(tokens[None], positions[None], TreeAttention(segments, mask), at)
-        logits = self._head(read) / self._logits_scaling
-        logprobs = torch.log_softmax(logits, dim=-1, dtype=self._softmax_dtype)
-        greedy = logprobs.argmax(dim=-1)[back] == asked
-        return Running(logprobs[back, asked], greedy)
+        return Running(
+            *self._head.read(
+                read,
+                back,
+                asked,
+                scaling=self._logits_scaling,
+                softmax_dtype=self._softmax_dtype,
+            )
+        )
 
     def _hidden(
         self,
@@ -217,7 +230,7 @@ class PackedModel:
         """The last hidden states at some places, [R, H]."""
         if self._fused is not None:
             return self._fused.infer(tokens, positions, tree, at)
-        with attending(self._model, tree):
+        with attending(self._model, tree), self._fast_lora:
             hidden: torch.Tensor = self._decoder(
                 input_ids=tokens, position_ids=positions, use_cache=False
             )[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 from qlora_harness.errors import AdapterError, SettingsError
 from qlora_harness.locations import expanded
-from qlora_harness.model.lora import (
+from qlora_harness.model.adapter_folder import (
     CONFIG_FILE,
     RECORD_FILE,
     read_adapter_config,

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import AdapterError, ModelError
+from qlora_harness.model.adapter_folder import adapter_digest, read_adapter_config
 from qlora_harness.model.base import (
     BaseSource,
-    dequantise,
-    fits_dequantised,
     load_base,
     load_tokenizer,
+    unquantised_share,
     weights_fingerprint,
 )
-from qlora_harness.model.lora import adapter_digest, load_adapter
+from qlora_harness.model.lora import load_adapter
 from qlora_harness.score.run_choice import ScoringChoice
 
 if TYPE_CHECKING:
@@ -31,13 +31,15 @@ class ScoredModel:
 
     Attributes:
         model: The base, with its unmerged adapter where there is one.
-        dequantised: Whether a 4-bit base was expanded once.
+        adapter_config: What the adapter says of itself; None for a base alone.
         adapter_sha256: Of the adapter's content; None for a base alone.
+        unquantised_share: See `model.base.unquantised_share`; None for a bf16 base.
     """
 
     model: Any
-    dequantised: bool
+    adapter_config: dict[str, Any] | None
     adapter_sha256: str | None
+    unquantised_share: float | None
 
 
 def load_scored_tokenizer(choice: ScoringChoice, source: BaseSource) -> PreTrainedTokenizerBase:
@@ -62,7 +64,6 @@ def load_scored_model(
     *,
     tokens: int,
     compute_dtype: str,
-    dequantize: str,
     device: torch.device,
 ) -> ScoredModel:
     """Loads base and adapter as they were trained.
@@ -72,7 +73,6 @@ def load_scored_model(
         source: Its base.
         tokens: Tokens of its tokenizer.
         compute_dtype: "bfloat16" or "float32".
-        dequantize: "auto" expands a 4-bit base once where memory allows; "never".
         device: Where it goes.
 
     Raises:
@@ -88,17 +88,13 @@ def load_scored_model(
         device=device,
     )
     _check_vocabulary(choice, tokens, base.get_input_embeddings().weight.shape[0])
-    dequantised = (
-        choice.quant.is_4bit and dequantize == "auto" and fits_dequantised(base, compute_dtype)
-    )
-    if choice.adapter is not None:
-        _check_base(choice, weights_fingerprint(base))
-    if dequantised:
-        dequantise(base, compute_dtype)
+    share = unquantised_share(base) if choice.quant.is_4bit else None
     if choice.adapter is None:
-        return ScoredModel(base, dequantised, None)
+        return ScoredModel(base, None, None, share)
+    _check_base(choice, weights_fingerprint(base))
     model = load_adapter(base, choice.adapter)
-    return ScoredModel(model, dequantised, adapter_digest(choice.adapter))
+    config = read_adapter_config(choice.adapter)
+    return ScoredModel(model, config, adapter_digest(choice.adapter), share)
 
 
 def _check_vocabulary(choice: ScoringChoice, tokens: int, rows: int) -> None:

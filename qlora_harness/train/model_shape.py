@@ -56,9 +56,9 @@ def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
     from qlora_harness.fused.model import why_config_not_fused
     from qlora_harness.model.base import head_size
 
-    config = AutoConfig.from_pretrained(path, revision=revision or "main")
+    config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     head = model.get_output_embeddings()
     every = {
         name: module

@@ -106,6 +106,7 @@ def _unsloth_trainer(order: dict[str, Any], settings: Settings, folder: Path, de
         # Not another repository that holds the same model in 4 bits.
         use_exact_model_name=True,
         random_state=seed,
+        trust_remote_code=False,
     )
     model = FastLanguageModel.get_peft_model(
         base,

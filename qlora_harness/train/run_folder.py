@@ -15,7 +15,7 @@ import psutil
 
 from qlora_harness.errors import RunError
 from qlora_harness.flag_checks import why_not_writable
-from qlora_harness.model.lora import CONFIG_FILE, WEIGHTS_FILE
+from qlora_harness.model.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from qlora_harness.record import (
     ADAPTER_DIR,
     CHECKPOINT_DIR,

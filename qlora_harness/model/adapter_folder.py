@@ -1,0 +1,342 @@
+"""PEFT adapter folders: read, and checked against a base model before anything is allocated."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_harness.errors import AdapterError, HarnessError
+from qlora_harness.record import read_json
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from transformers import PreTrainedModel
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+RECORD_FILE = "qlora_harness.json"
+
+_DTYPES = ("F64", "F32", "F16", "BF16")
+_FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora")
+_LARGEST_CONFIG = 1_000_000  # bytes; a list of every layer of a 70B model takes 30,000
+_PATTERN_SECONDS = 5.0
+_SAVE_ANEW = "Save the adapter anew"
+
+# Fields of adapter_config.json that say where LoRA goes, how large it is, or where it comes from,
+# and nothing of how its layers compute. Any other field that is set may change what they compute.
+_INERT_FIELDS = frozenset(
+    {
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+        "trainable_token_indices",
+        "use_dora",
+        "use_rslora",
+    }
+)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Reads and checks what an adapter folder says of itself.
+
+    Args:
+        folder: A PEFT adapter folder.
+
+    Returns:
+        The content of adapter_config.json.
+
+    Raises:
+        AdapterError: The folder is no LoRA adapter, a number in its configuration is none, or its
+            weights are pickled.
+    """
+    path = folder / CONFIG_FILE
+    if not folder.is_dir():
+        raise AdapterError(f"peft={folder} does not exist", "Name an adapter folder")
+    if not path.is_file():
+        nested = folder / "adapter"
+        hint = f"Did you mean peft={nested}" if nested.is_dir() else "Name a PEFT adapter folder"
+        raise AdapterError(f"peft={folder} holds no {CONFIG_FILE}", hint)
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise AdapterError(f"{path} has {path.stat().st_size:,} bytes", _SAVE_ANEW)
+    try:
+        config = read_json(path)
+    except HarnessError as error:
+        raise AdapterError(error.problem, _SAVE_ANEW) from None
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"{path}, key 'peft_type': {kind!r}", "Only LoRA adapters are supported")
+    _check_numbers(config, path)
+    if not (folder / WEIGHTS_FILE).is_file():
+        pickled = sorted(p.name for p in folder.glob("adapter_model.*"))
+        if pickled:
+            raise AdapterError(
+                f"{folder / pickled[0]} is pickled, and unpickling runs code",
+                f"Convert it to {WEIGHTS_FILE}",
+            )
+        raise AdapterError(f"{folder} holds no {WEIGHTS_FILE}", _SAVE_ANEW)
+    return config
+
+
+def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
+    """Refuses scalars that PEFT would take and compute nonsense with."""
+
+    def check(key: str, value: object, low: float, high: float, *, whole: bool) -> None:
+        kinds = int if whole else (int, float)
+        if isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high:
+            return
+        kind = "whole number" if whole else "finite number"
+        raise AdapterError(f"{path}, key '{key}': {value!r:.80}", f"It must be a {kind}")
+
+    largest = sys.float_info.max
+    if "r" in config:
+        check("r", config["r"], 1, 2**31, whole=True)
+    if "lora_alpha" in config:
+        check("lora_alpha", config["lora_alpha"], -largest, largest, whole=False)
+    if config.get("lora_dropout") is not None:
+        check("lora_dropout", config["lora_dropout"], 0, 1, whole=False)
+    for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, Mapping):
+            raise AdapterError(f"{path}, key '{key}': {patterns!r:.80}", "It must be an object")
+        for pattern, value in patterns.items():
+            low, high = (1, 2**31) if whole else (-largest, largest)
+            check(f"{key}.{pattern:.80}", value, low, high, whole=whole)
+    for key in _FLAGS:
+        if not isinstance(config.get(key, False), bool):
+            raise AdapterError(
+                f"{path}, key '{key}': {config[key]!r:.80}", "It must be true or false"
+            )
+
+
+def why_config_not_plain(config: Mapping[str, Any]) -> str | None:
+    """Returns what a configuration sets beside plain LoRA, or None if it sets nothing else.
+
+    Whether the layers are plain is for `plain_lora.is_plain`; this is about fields whose effect
+    this package doesn't know, such as those of a newer PEFT.
+
+    Args:
+        config: From `read_adapter_config`.
+    """
+    from peft import LoraConfig
+
+    defaults = LoraConfig().to_dict()
+    for name, value in config.items():
+        if name in _INERT_FIELDS or not value or value == defaults.get(name):
+            continue
+        if name == "init_lora_weights" and value in ("gaussian", "eva", "orthogonal"):
+            continue  # these start from other values and leave the base as it is
+        return f"adapter_config.json sets {name!r}"
+    return None
+
+
+def read_adapter_record(folder: Path) -> dict[str, Any] | None:
+    """Returns this project's record beside an adapter, or None for an adapter made elsewhere.
+
+    Args:
+        folder: The adapter folder.
+    """
+    path = folder / RECORD_FILE
+    return read_json(path) if path.is_file() else None
+
+
+def adapter_digest(folder: Path) -> str:
+    """Returns the SHA-256 of an adapter's weights and configuration, 64 hexadecimal digits.
+
+    Args:
+        folder: The adapter folder.
+    """
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        with (folder / name).open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def check_fit(model: PreTrainedModel, folder: Path) -> LoraConfig:
+    """Checks that an adapter's configuration, its tensors and a base model belong together.
+
+    The adapter is attached to a copy of the base that has shapes and no memory, and the names and
+    shapes in the header of the safetensors file are loaded into that, by PEFT's own rules.
+
+    Args:
+        model: The base.
+        folder: A PEFT adapter folder.
+
+    Returns:
+        PEFT's configuration.
+
+    Raises:
+        AdapterError: The configuration is broken, the file is damaged or holds something else than
+            floating-point tensors, or one of them has another name or shape than the base and the
+            configuration ask for.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    raw = read_adapter_config(folder)
+    header = _read_header(folder / WEIGHTS_FILE)
+    base = raw.get("base_model_name_or_path")
+    remedy = f"It was trained on {str(base):.120}; give that as pretrained="
+    problem = f"peft={folder} does not fit this base model"
+    _check_replication(raw.get("layer_replication"), header, folder)
+    _check_patterns(raw, [name for name, _ in model.named_modules()], folder)
+    try:
+        config: LoraConfig = LoraConfig.from_pretrained(str(folder))
+        # Else PEFT warns that it renames the base, which is checked elsewhere.
+        config.base_model_name_or_path = None
+        shapes = copy.deepcopy(config)
+        shapes.init_lora_weights = False  # some start from a decomposition of the base's weights
+        with torch.device("meta"), quiet_peft():
+            skeleton = type(model)(_plain_config(model))
+            adapted = get_peft_model(skeleton, shapes, low_cpu_mem_usage=True)
+            empty = {name: torch.empty(shape) for name, shape in header.items()}
+            outcome = set_peft_model_state_dict(adapted, empty)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        detail = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
+        raise AdapterError(f"{problem} ({detail:.300})", remedy) from None
+    missing = [key for key in outcome.missing_keys if "lora_" in key]
+    unexpected = list(outcome.unexpected_keys)
+    if missing or unexpected:
+        raise AdapterError(
+            f"{problem}: {len(missing)} adapter weights missing, {len(unexpected)} unexpected "
+            f"(first: {(missing + unexpected)[0]:.200})",
+            remedy,
+        )
+    return config
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Hides a deprecation inside PEFT 0.21 that transformers 5.23 reports at every call."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        yield
+
+
+def _plain_config(model: PreTrainedModel) -> Any:
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _read_header(path: Path) -> dict[str, list[int]]:
+    """The shape of each tensor of a safetensors file, by name."""
+    from safetensors import safe_open
+
+    shapes = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                tensor = file.get_slice(name)
+                shapes[name] = tensor.get_shape()
+                dtype = tensor.get_dtype()
+                if dtype not in _DTYPES:
+                    raise AdapterError(
+                        f"{path}, tensor {name:.200}: its dtype is {dtype}",
+                        f"Save it as one of {', '.join(_DTYPES)}",
+                    )
+    except AdapterError:
+        raise
+    except Exception as error:  # safetensors raises its own kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AdapterError(f"{path} is damaged ({reason:.200})", _SAVE_ANEW) from None
+    return shapes
+
+
+def _check_replication(ranges: object, names: Iterable[str], folder: Path) -> None:
+    """Refuses more copies of layers than the file has weights for."""
+    if not ranges:
+        return
+    path = folder / CONFIG_FILE
+    pairs = ranges if isinstance(ranges, list) else []
+    valid = all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(isinstance(end, int) and not isinstance(end, bool) for end in pair)
+        and 0 <= pair[0] < pair[1]
+        for pair in pairs
+    )
+    if not pairs or not valid:
+        raise AdapterError(
+            f"{path}, key 'layer_replication': {ranges!r:.80}", "It must be a list of [start, end]"
+        )
+    layers = sum(end - start for start, end in pairs)
+    numbers = [int(n) for name in names for n in re.findall(r"\.(\d{1,6})\.", name)]
+    if layers > max(numbers, default=-1) + 1:
+        raise AdapterError(
+            f"{path}, key 'layer_replication': {layers} layers, but {WEIGHTS_FILE} has weights of "
+            f"{max(numbers, default=-1) + 1}",
+            _SAVE_ANEW,
+        )
+
+
+def _check_patterns(config: Mapping[str, Any], names: list[str], folder: Path) -> None:
+    """Refuses patterns that are none, or that take too long on the names of the base's modules.
+
+    PEFT matches them with `re`, which can't be interrupted: another process tries them first.
+    """
+    patterns: dict[str, list[str]] = {}
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), str):
+            patterns[key] = [config[key]]
+    for key in ("rank_pattern", "alpha_pattern"):  # as peft.utils.other.get_pattern_key
+        patterns[key] = [rf"(.*\.)?({pattern})$" for pattern in config.get(key) or {}]
+    layers = config.get("layers_pattern") or []
+    patterns["layers_pattern"] = [
+        rf".*\.{pattern}\.(\d+)\." for pattern in ([layers] if isinstance(layers, str) else layers)
+    ]
+    program = (
+        "import json, re, sys\n"
+        "patterns, names = json.load(sys.stdin)\n"
+        "for pattern in map(re.compile, patterns):\n"
+        "    [f(name) for name in names for f in (pattern.match, pattern.fullmatch)]\n"
+    )
+    for key, each in patterns.items():
+        if not each or each == ["all-linear"]:
+            continue
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-S", "-c", program],
+                input=json.dumps([each, names]),
+                capture_output=True,
+                text=True,
+                timeout=_PATTERN_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            reason = f"it takes more than {_PATTERN_SECONDS:g} s to match the model's modules"
+        else:
+            if not done.returncode:
+                continue
+            reason = "it is not a regular expression"
+        raise AdapterError(
+            f"{folder / CONFIG_FILE}, key '{key}': {config[key]!r:.120}: {reason}", _SAVE_ANEW
+        )

@@ -1,0 +1,112 @@
+"""How a model is scored, decided before anything of it is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_harness.fused.model import why_not_fused
+from qlora_harness.model.adapter_folder import why_config_not_plain
+from qlora_harness.model.base import base_of, fits_dequantised, is_4bit
+from qlora_harness.model.plain_lora import is_plain
+from qlora_harness.score.packed_forward import why_unsupported
+
+
+@dataclass(frozen=True)
+class ScoringPath:
+    """What computes the log-probabilities.
+
+    Attributes:
+        packed: Whether in packs of the prefix tree; else through HFLM's own path.
+        fused: Whether packs go through fused layers; else through the model's own modules.
+        expanded: Whether a 4-bit base is expanded once.
+        reason: Why not packed, or None.
+    """
+
+    packed: bool
+    fused: bool = False
+    expanded: bool = False
+    reason: str | None = None
+
+
+def choose_path(
+    model: Any,
+    adapter_config: Mapping[str, Any] | None,
+    *,
+    scoring: str,
+    kernels: str,
+    dequantize: str,
+    compute_dtype: str,
+) -> ScoringPath:
+    """Decides how a model is scored.
+
+    Args:
+        model: With or without an adapter, as PEFT attached it.
+        adapter_config: The adapter's configuration, or None without one.
+        scoring: "packed" or "hf".
+        kernels: "auto" or "none".
+        dequantize: "auto" or "never".
+        compute_dtype: "bfloat16" or "float32".
+    """
+    if scoring == "hf":
+        return ScoringPath(False)
+    reason = why_unsupported(base_of(model).config)
+    if reason is None and base_of(model) is not model:
+        reason = why_config_not_plain(adapter_config or {}) if adapter_config else None
+        reason = reason or _why_adapter_not_packed(model)
+    if reason is not None:
+        return ScoringPath(False, reason=reason)
+    expanded = (
+        dequantize == "auto"
+        and any(map(is_4bit, model.modules()))
+        and _is_all_plain(model)
+        and fits_dequantised(model, compute_dtype)
+    )
+    return ScoringPath(True, kernels == "auto" and why_not_fused(model) is None, expanded)
+
+
+def _adapter_modules(model: Any) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def _is_all_plain(model: Any) -> bool:
+    from peft.tuners.lora import LoraLayer
+
+    return all(isinstance(m, LoraLayer) and is_plain(m) for m in _adapter_modules(model))
+
+
+def _why_adapter_not_packed(model: Any) -> str | None:
+    """Why an adapter can't be computed in packs; PEFT's own modules compute what isn't plain.
+
+    In a pack a token stands beside those of other texts, so what an adapter adds to a token may
+    depend on that token's hidden state and on nothing else of the text.
+    """
+    from peft.tuners import lora
+    from peft.tuners.lora.dora import DoraEmbeddingLayer, DoraLinearLayer
+    from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    kinds: tuple[type, ...] = (
+        lora.Linear,
+        lora.Embedding,
+        TrainableTokensLayer,
+        ModulesToSaveWrapper,
+        TrainableTokensWrapper,
+        DoraLinearLayer,
+        DoraEmbeddingLayer,
+    )
+    if hasattr(lora, "Linear4bit"):
+        kinds += (lora.Linear4bit,)
+    for module in _adapter_modules(model):
+        if type(module) not in kinds:
+            return f"its adapter has a {type(module).__name__}"
+        for variant in getattr(module, "lora_variant", {}).values():
+            if type(variant) not in (DoraLinearVariant, DoraEmbeddingVariant):
+                return f"its adapter is a variant of LoRA ({type(variant).__name__})"
+    return None

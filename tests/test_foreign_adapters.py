@@ -1,0 +1,397 @@
+"""Adapters as other tools make them score as `PeftModel.from_pretrained` computes, or are refused.
+
+Each kind is attached by PEFT itself, filled with numbers, and saved; the expected log-probabilities
+come from PEFT's and transformers' own modules, one text at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCABULARY_SIZE
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from scoring_runs import WEIGHTS, demo_prompts, loglikelihood_requests, refused, score
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+)
+
+from qlora_harness.errors import AdapterError, ModelError
+from qlora_harness.model.base import unquantised_share
+from qlora_harness.score.adapter_lm import QloraAdapterLM
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SIZES = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "biased": lambda: LlamaConfig(**SIZES, attention_bias=True),
+    "gemma2": lambda: Gemma2Config(**SIZES, head_dim=16),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY_SIZE, n_embd=32, n_layer=2, n_head=2, n_positions=2048
+    ),
+    "gpt_neox": lambda: GPTNeoXConfig(**{k: v for k, v in SIZES.items() if "key_value" not in k}),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Callable[[str], Path]:
+    """Model folders by kind, made when they are first asked for."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def make(kind: str) -> Path:
+        folder = root / kind
+        if not folder.is_dir():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() > 1:
+                        parameter.mul_(6)  # less flat logits
+            model.to(torch.bfloat16).save_pretrained(folder)
+            PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def load(base: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
+def write_adapter(base: Path, folder: Path, **options: Any) -> Path:
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **options)
+    model = get_peft_model(load(base), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def expected(lm: QloraAdapterLM, base: Path, adapter: Path | None, prompts: list[str]) -> Any:
+    """Log-probabilities from modules that nobody replaced."""
+    model = load(base).eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    values = []
+    for request in loglikelihood_requests(prompts):
+        context, continuation = lm._encode_pair(*request.args)
+        ids = torch.tensor([context + continuation])
+        with torch.no_grad():
+            logprobs = model(input_ids=ids[:, :-1]).logits[0].float().log_softmax(-1)
+        places = range(len(context) - 1, ids.shape[1] - 1)
+        values.append(sum(float(logprobs[at, ids[0, at + 1]]) for at in places))
+    return pytest.approx(values, abs=2e-4)
+
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", {"target_modules": LINEAR}),
+    "lora_bias": ("llama", {"target_modules": LINEAR, "lora_bias": True}),
+    "dora": ("llama", {"target_modules": LINEAR, "use_dora": True}),
+    "rslora": ("llama", {"target_modules": LINEAR, "use_rslora": True}),
+    "alora": ("llama", {"target_modules": LINEAR, "alora_invocation_tokens": [324]}),
+    "patterns": (
+        "llama",
+        {
+            "target_modules": LINEAR,
+            "rank_pattern": {"layers.1.mlp.up_proj": 2},
+            "alpha_pattern": {"q_proj": 3},
+        },
+    ),
+    "regex": ("llama", {"target_modules": r".*\.layers\.1\..*(q|v)_proj"}),
+    "bias_all": ("biased", {"target_modules": ["q_proj", "v_proj"], "bias": "all"}),
+    "pissa": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}),
+    "olora": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "olora"}),
+    "head": ("llama", {"target_modules": [*LINEAR, "lm_head"]}),
+    "head_dora": ("llama", {"target_modules": ["lm_head"], "use_dora": True}),
+    "tied_head": ("tied", {"target_modules": [*LINEAR, "lm_head"]}),
+    "tied_saved_head": ("tied", {"target_modules": LINEAR, "modules_to_save": ["lm_head"]}),
+    "saved_both": (
+        "llama",
+        {"target_modules": LINEAR, "modules_to_save": ["lm_head", "embed_tokens"]},
+    ),
+    "saved_norm": ("llama", {"target_modules": LINEAR, "modules_to_save": ["input_layernorm"]}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens"]}),
+    "tied_embedding": ("tied", {"target_modules": ["embed_tokens"]}),
+    "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [5, 324, 330]}),
+    "tied_tokens": ("tied", {"target_modules": LINEAR, "trainable_token_indices": [324, 330, 354]}),
+    "replication": ("llama", {"target_modules": LINEAR, "layer_replication": [[0, 2], [1, 2]]}),
+    "experts": (
+        "mixtral",
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    ),
+    "capped_logits": ("gemma2", {"target_modules": LINEAR}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "gpt_neox": ("gpt_neox", {"target_modules": ["query_key_value"]}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scored_as_peft_computes(
+    kind: str, bases: Callable[[str], Path], make_lm: Callable[..., QloraAdapterLM], tmp_path: Path
+) -> None:
+    base = bases(KINDS[kind][0])
+    adapter = write_adapter(base, tmp_path / "adapter", **KINDS[kind][1])
+    prompts = demo_prompts(2)
+    options = {"pretrained": str(base), "peft": str(adapter), "quant": "bf16"}
+    lm = make_lm(**options, verify=8)
+    right = expected(lm, base, adapter, prompts)
+    assert score(lm, prompts) == right
+    assert lm.largest_difference < 2e-4
+    if lm._path.packed:
+        assert score(make_lm(**options, kernels="none"), prompts) == right
+    assert score(make_lm(**options, scoring="hf"), prompts) == right
+    # And the adapter was not simply left out.
+    assert expected(lm, base, None, prompts) != score(lm, prompts)
+
+
+def test_what_depends_on_the_text_is_left_to_peft(
+    bases: Callable[[str], Path], make_lm: Callable[..., QloraAdapterLM], tmp_path: Path
+) -> None:
+    base = bases("llama")
+    paths = {}
+    for kind in ("plain", "lora_bias", "dora", "alora"):
+        adapter = write_adapter(base, tmp_path / kind, **KINDS[kind][1])
+        path = make_lm(pretrained=str(base), peft=str(adapter), quant="bf16")._path
+        paths[kind] = (path.packed, path.fused)
+    assert paths == {
+        "plain": (True, True),
+        "lora_bias": (False, False),
+        "dora": (True, False),
+        "alora": (False, False),
+    }
+
+
+def test_field_of_a_newer_peft_is_left_to_peft(
+    bases: Callable[[str], Path], make_lm: Callable[..., QloraAdapterLM], tmp_path: Path
+) -> None:
+    base = bases("llama")
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=LINEAR)
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    options = {"pretrained": str(base), "peft": str(adapter), "quant": "bf16"}
+    path.write_text(json.dumps(config | {"use_novel_gate": False}))
+    assert make_lm(**options)._path.packed
+    path.write_text(json.dumps(config | {"use_novel_gate": True}))
+    lm = make_lm(**options)
+    assert lm._path.reason == "adapter_config.json sets 'use_novel_gate'"
+    assert score(lm, demo_prompts(1)) == expected(lm, base, adapter, demo_prompts(1))
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora_bias", "dora", "head", "tokens"])
+def test_scored_on_a_4_bit_base_as_peft_computes(
+    kind: str, bases: Callable[[str], Path], make_lm: Callable[..., QloraAdapterLM], tmp_path: Path
+) -> None:
+    base = bases("llama")
+    adapter = write_adapter(base, tmp_path / "adapter", **KINDS[kind][1])
+    lm = make_lm(pretrained=str(base), peft=str(adapter), quant="nf4", verify=8)
+    score(lm, demo_prompts(2))
+    assert lm.largest_difference < 5e-5
+    assert lm._path.expanded == (kind in ("plain", "head"))
+
+
+# Trained, and not
+
+
+@pytest.mark.parametrize(
+    "kind", ["plain", "dora", "embedding", "saved_norm", "tokens", "bias_all", "experts"]
+)
+def test_only_an_adapter_at_its_start_was_never_trained(
+    kind: str, bases: Callable[[str], Path], make_lm: Callable[..., QloraAdapterLM], tmp_path: Path
+) -> None:
+    base = bases(KINDS[kind][0])
+    config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **KINDS[kind][1])
+    model = get_peft_model(load(base), config)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    options = {"pretrained": str(base), "peft": str(tmp_path / "adapter"), "quant": "bf16"}
+    text = refused(lambda: make_lm(**options), AdapterError)
+    assert "every trained tensor equals its start" in text
+    # One number that isn't where it began is enough.
+    weights = load_file(tmp_path / "adapter" / WEIGHTS)
+    name = next(n for n in reversed(weights) if "lora_A" not in n and "embedding_B" not in n)
+    weights[name].view(-1)[-1] += 0.5
+    save_file(weights, tmp_path / "adapter" / WEIGHTS)
+    make_lm(**options)
+
+
+# Refused before anything is allocated
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"r": 10**9},
+        {"r": 10**30},
+        {"r": True},
+        {"r": 4.0},
+        {"r": -1},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": float("inf")},
+        {"lora_alpha": True},
+        {"lora_alpha": 10**400},
+        {"lora_alpha": "16"},
+        {"lora_dropout": float("nan")},
+        {"rank_pattern": {"q_proj": 10**9}},
+        {"rank_pattern": {"q_proj": 1.5}},
+        {"alpha_pattern": {"q_proj": float("nan")}},
+        {"use_rslora": "false"},
+        {"layer_replication": [[0, 2]] * 100_000},
+        {"layer_replication": [[0, 10**9]]},
+        {"layer_replication": "all"},
+        {"target_modules": ["q_proj"] * 200_000},
+        {"target_modules": {"q_proj": 1}},
+        {"target_modules": r"(("},
+        {"peft_type": "LOHA"},
+    ],
+    ids=str,
+)
+def test_senseless_configuration_is_one_line(
+    change: dict[str, Any],
+    bases: Callable[[str], Path],
+    make_lm: Callable[..., QloraAdapterLM],
+    tmp_path: Path,
+) -> None:
+    base = bases("llama")
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=LINEAR)
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    options = {"pretrained": str(base), "peft": str(adapter), "quant": "bf16"}
+    text = refused(lambda: make_lm(**options), AdapterError)
+    assert str(adapter) in text and len(text) <= 500
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_pattern_that_backtracks_is_given_up(
+    key: str,
+    bases: Callable[[str], Path],
+    make_lm: Callable[..., QloraAdapterLM],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qlora_harness.model import adapter_folder
+
+    monkeypatch.setattr(adapter_folder, "_PATTERN_SECONDS", 0.5)
+    base = bases("llama")
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=LINEAR)
+    path = adapter / "adapter_config.json"
+    pattern = r"(\w|\.|[a-z_])+\1*(.|\w)*(.|\w)*!"
+    value = {pattern: 4} if key == "rank_pattern" else pattern
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    options = {"pretrained": str(base), "peft": str(adapter), "quant": "bf16"}
+    text = refused(lambda: make_lm(**options), AdapterError)
+    assert f"key '{key}'" in text and len(text) <= 500
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str
+)
+def test_tensors_that_are_no_floating_point_numbers_are_refused(
+    dtype: torch.dtype,
+    bases: Callable[[str], Path],
+    make_lm: Callable[..., QloraAdapterLM],
+    tmp_path: Path,
+) -> None:
+    base = bases("llama")
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=LINEAR)
+    weights = load_file(adapter / WEIGHTS)
+    name = next(n for n in weights if "lora_B" in n)
+    save_file(weights | {name: weights[name].to(dtype)}, adapter / WEIGHTS)
+    options = {"pretrained": str(base), "peft": str(adapter), "quant": "bf16"}
+    assert f"tensor {name}" in refused(lambda: make_lm(**options), AdapterError)
+
+
+# Bases
+
+
+def test_scalar_tensors_in_a_checkpoint_are_read(
+    bases: Callable[[str], Path], make_lm: Callable[..., QloraAdapterLM], tmp_path: Path
+) -> None:
+    base = bases("gpt_neox")
+    weights = load_file(base / "model.safetensors")
+    weights["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
+    folder = tmp_path / "old"
+    folder.mkdir()
+    for file in base.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    lm = make_lm(pretrained=str(folder))
+    assert score(lm, demo_prompts(1)) == expected(lm, base, None, demo_prompts(1))
+
+
+@pytest.mark.parametrize("index", ["{}", "{", '{"weight_map": {"a": "../b.safetensors"}}'])
+def test_index_beside_a_whole_file_is_not_read(
+    index: str, bases: Callable[[str], Path], make_lm: Callable[..., QloraAdapterLM], tmp_path: Path
+) -> None:
+    base = bases("llama")
+    folder = tmp_path / "indexed"
+    folder.mkdir()
+    for file in base.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "model.safetensors.index.json").write_text(index)
+    lm, other = make_lm(pretrained=str(folder)), make_lm(pretrained=str(base))
+    name = "weights_fingerprint"
+    assert lm._model_record()[name] == other._model_record()[name]
+    assert score(lm, demo_prompts(1)) == score(other, demo_prompts(1))
+
+
+def test_base_without_sdpa_is_scored_with_eager_attention(
+    bases: Callable[[str], Path], make_lm: Callable[..., QloraAdapterLM]
+) -> None:
+    lm = make_lm(pretrained=str(bases("gemma2")))
+    assert lm._model_record()["attention"] == lm.model.config._attn_implementation
+
+
+def test_experts_count_as_unquantised(
+    bases: Callable[[str], Path],
+    make_lm: Callable[..., QloraAdapterLM],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lm = make_lm(pretrained=str(bases("mixtral")), quant="nf4")
+    attention = 2 * (2 * 32 * 32 + 2 * 32 * 16)
+    experts = 2 * 4 * (2 * 48 * 32 + 32 * 48)
+    router = 2 * 4 * 32
+    share = (experts + router) / (attention + experts + router)
+    assert lm._model_record()["unquantised_share"] == pytest.approx(share)
+    assert any(f"{100 * share:.0f}% of the weights" in m for m in caplog.messages)
+    assert unquantised_share(make_lm(pretrained=str(bases("llama")), quant="nf4").model) == 0.0
+
+
+def test_code_of_strangers_is_not_run(
+    bases: Callable[[str], Path], make_lm: Callable[..., QloraAdapterLM], tmp_path: Path
+) -> None:
+    folder = tmp_path / "strange"
+    folder.mkdir()
+    for file in bases("llama").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "strange.StrangeConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    text = refused(lambda: make_lm(pretrained=str(folder)), ModelError)
+    assert "code of its own" in text and not (tmp_path / "ran").exists()
