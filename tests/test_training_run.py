@@ -61,6 +61,7 @@ def test_run_and_all_it_leaves(
         "commit": None,
         "random_weights": True,
         "trainable_parameters": 8192,
+        "attention": "sdpa",
     }
     linear, other, adapter = 73728, 46144, 8192
     assert record["quantization"] == {

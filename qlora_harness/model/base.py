@@ -255,7 +255,8 @@ def load_base(
         logger.warning("%s has %s attention only", source.name, attention_of(model))
     if quant.is_4bit:
         _keep_layout(model)
-        _warn_of_unquantised(source, quant, unquantised_share(model))
+        model.qlora_harness_unquantised_share = _count_unquantised(model)
+        _warn_of_unquantised(source, quant, model.qlora_harness_unquantised_share)
     model.qlora_harness_fingerprint = checkpoint_fingerprint(source.path, source.revision)
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -282,19 +283,23 @@ def _warn_of_unquantised(source: BaseSource, quant: Quant, share: float) -> None
         )
 
 
-def unquantised_share(model: torch.nn.Module) -> float:
-    """Returns the share of the weight matrices of a model's layers that are not held in 4 bits.
+def unquantised_share(model: Any) -> float | None:
+    """Returns the share of the weight matrices of a model's layers that 4 bits left in 16.
 
     Embeddings and the output head, which stay in 16 bits in every model, and vectors such as norms
     and biases don't count. bitsandbytes quantises linear layers only, so the experts of most
     mixtures of experts, which are one tensor, count as unquantised.
 
     Args:
-        model: From `load_base`, without an adapter.
+        model: From `load_base`, with or without an adapter.
 
     Returns:
-        0 to 1; 1 for a model that is not quantised.
+        0 to 1, or None for a model that is not quantised.
     """
+    return getattr(base_of(model), "qlora_harness_unquantised_share", None)
+
+
+def _count_unquantised(model: torch.nn.Module) -> float:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
     outside = {id(p) for module in ends if module is not None for p in module.parameters()}
     quantised = others = 0

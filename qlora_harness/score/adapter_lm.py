@@ -19,6 +19,7 @@ from qlora_harness.model.base import (
     count_parameters,
     dequantise,
     find_base,
+    unquantised_share,
     weights_fingerprint,
 )
 from qlora_harness.record import environment, scrub_all
@@ -174,7 +175,6 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             device=torch.device(device),
         )
         self._adapter_sha256 = loaded.adapter_sha256
-        self._unquantised_share = loaded.unquantised_share
         # HFLM ties weights once more, which fails where PEFT has wrapped one of the tied modules.
         base_of(loaded.model).tie_weights = lambda *_, **__: None
         self.take(loaded.model, self._kernels, loaded.adapter_config)
@@ -461,7 +461,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
             "double_quant": choice.double_quant if choice.quant.is_4bit else None,
             "peft": choice.adapter.name if choice.adapter else None,
             "adapter_sha256": self._adapter_sha256,
-            "unquantised_share": self._unquantised_share,
+            "unquantised_share": unquantised_share(self.model),
             "attention": attention_of(base_of(self.model)),
             "weights_fingerprint": weights_fingerprint(base_of(self.model)),
         }

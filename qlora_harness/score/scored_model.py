@@ -12,7 +12,6 @@ from qlora_harness.model.base import (
     BaseSource,
     load_base,
     load_tokenizer,
-    unquantised_share,
     weights_fingerprint,
 )
 from qlora_harness.model.lora import load_adapter
@@ -33,13 +32,11 @@ class ScoredModel:
         model: The base, with its unmerged adapter where there is one.
         adapter_config: What the adapter says of itself; None for a base alone.
         adapter_sha256: Of the adapter's content; None for a base alone.
-        unquantised_share: See `model.base.unquantised_share`; None for a bf16 base.
     """
 
     model: Any
     adapter_config: dict[str, Any] | None
     adapter_sha256: str | None
-    unquantised_share: float | None
 
 
 def load_scored_tokenizer(choice: ScoringChoice, source: BaseSource) -> PreTrainedTokenizerBase:
@@ -88,13 +85,12 @@ def load_scored_model(
         device=device,
     )
     _check_vocabulary(choice, tokens, base.get_input_embeddings().weight.shape[0])
-    share = unquantised_share(base) if choice.quant.is_4bit else None
     if choice.adapter is None:
-        return ScoredModel(base, None, None, share)
+        return ScoredModel(base, None, None)
     _check_base(choice, weights_fingerprint(base))
     model = load_adapter(base, choice.adapter)
     config = read_adapter_config(choice.adapter)
-    return ScoredModel(model, config, adapter_digest(choice.adapter), share)
+    return ScoredModel(model, config, adapter_digest(choice.adapter))
 
 
 def _check_vocabulary(choice: ScoringChoice, tokens: int, rows: int) -> None:

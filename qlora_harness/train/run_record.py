@@ -14,7 +14,13 @@ from accelerate import PartialState
 
 from qlora_harness.data.corpus import TrainingData
 from qlora_harness.errors import HarnessError
-from qlora_harness.model.base import BaseSource, parameter_dtypes
+from qlora_harness.model.base import (
+    BaseSource,
+    attention_of,
+    base_of,
+    parameter_dtypes,
+    unquantised_share,
+)
 from qlora_harness.record import (
     SCHEMA_VERSION,
     SUMMARY_FILE,
@@ -89,12 +95,14 @@ class RunRecord:
         settings, quant = self._settings, self._settings.quant
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.content |= {
-            "model": source.record() | {"trainable_parameters": trainable},
+            "model": source.record()
+            | {"trainable_parameters": trainable, "attention": attention_of(base_of(model))},
             "quantization": {
                 "quant": quant.value,
                 "double_quant": settings.model.double_quant if quant.is_4bit else None,
                 "compute_dtype": settings.model.compute_dtype,
                 "parameter_dtypes": parameter_dtypes(model),
+                "unquantised_share": unquantised_share(model),
             },
             "computation": dict(computation),
             "plan": plan,
