@@ -164,8 +164,7 @@ def test_scored_as_peft_computes(
     right = expected(lm, base, adapter, prompts)
     assert score(lm, prompts) == right
     assert lm.largest_difference < 2e-4
-    if lm._path.packed:
-        assert score(make_lm(**options, kernels="none"), prompts) == right
+    assert score(make_lm(**options, kernels="none"), prompts) == right
     assert score(make_lm(**options, scoring="hf"), prompts) == right
     # And the adapter was not simply left out.
     assert expected(lm, base, None, prompts) != score(lm, prompts)
@@ -182,7 +181,7 @@ def test_what_depends_on_the_text_is_left_to_peft(
         paths[kind] = (path.packed, path.fused)
     assert paths == {
         "plain": (True, True),
-        "lora_bias": (False, False),
+        "lora_bias": (True, False),
         "dora": (True, False),
         "alora": (False, False),
     }
@@ -200,7 +199,7 @@ def test_field_of_a_newer_peft_is_left_to_peft(
     assert make_lm(**options)._path.packed
     path.write_text(json.dumps(config | {"use_novel_gate": True}))
     lm = make_lm(**options)
-    assert lm._path.reason == "adapter_config.json sets 'use_novel_gate'"
+    assert lm._path.reason == "its adapter sets 'use_novel_gate'"
     assert score(lm, demo_prompts(1)) == expected(lm, base, adapter, demo_prompts(1))
 
 

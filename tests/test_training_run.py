@@ -73,6 +73,7 @@ def test_run_and_all_it_leaves(
             if is_4bit
             else {"float32": other + adapter + linear}
         ),
+        "unquantised_share": 0.0 if is_4bit else None,
     }
     assert record["settings"]["learning_rate"] == 0.01
     assert record["settings"]["output_dir"] == folder

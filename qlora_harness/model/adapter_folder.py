@@ -31,18 +31,24 @@ _LARGEST_CONFIG = 1_000_000  # bytes; a list of every layer of a 70B model takes
 _PATTERN_SECONDS = 5.0
 _SAVE_ANEW = "Save the adapter anew"
 
-# Fields of adapter_config.json that say where LoRA goes, how large it is, or where it comes from,
-# and nothing of how its layers compute. Any other field that is set may change what they compute.
-_INERT_FIELDS = frozenset(
+# Fields of adapter_config.json that change nothing but what the modules show that PEFT makes of
+# them, each by itself and token by token. Any other field that is set may change more.
+_KNOWN_FIELDS = frozenset(
     {
         "alpha_pattern",
         "auto_mapping",
         "base_model_name_or_path",
+        "bias",
+        "ensure_weight_tying",
         "exclude_modules",
+        "fan_in_fan_out",
         "inference_mode",
+        "init_lora_weights",
+        "layer_replication",
         "layers_pattern",
         "layers_to_transform",
         "lora_alpha",
+        "lora_bias",
         "lora_dropout",
         "megatron_core",
         "modules_to_save",
@@ -53,6 +59,7 @@ _INERT_FIELDS = frozenset(
         "rank_pattern",
         "revision",
         "target_modules",
+        "target_parameters",
         "task_type",
         "trainable_token_indices",
         "use_dora",
@@ -133,11 +140,10 @@ def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def why_config_not_plain(config: Mapping[str, Any]) -> str | None:
-    """Returns what a configuration sets beside plain LoRA, or None if it sets nothing else.
+def unknown_field(config: Mapping[str, Any]) -> str | None:
+    """Returns a field that is set and whose effect this package doesn't know, or None.
 
-    Whether the layers are plain is for `plain_lora.is_plain`; this is about fields whose effect
-    this package doesn't know, such as those of a newer PEFT.
+    That of a newer PEFT, for instance, or of a variant of LoRA that looks at the whole text.
 
     Args:
         config: From `read_adapter_config`.
@@ -146,11 +152,8 @@ def why_config_not_plain(config: Mapping[str, Any]) -> str | None:
 
     defaults = LoraConfig().to_dict()
     for name, value in config.items():
-        if name in _INERT_FIELDS or not value or value == defaults.get(name):
-            continue
-        if name == "init_lora_weights" and value in ("gaussian", "eva", "orthogonal"):
-            continue  # these start from other values and leave the base as it is
-        return f"adapter_config.json sets {name!r}"
+        if name not in _KNOWN_FIELDS and value and value != defaults.get(name):
+            return name
     return None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_harness.fused.model import why_not_fused
-from qlora_harness.model.adapter_folder import why_config_not_plain
+from qlora_harness.model.adapter_folder import unknown_field
 from qlora_harness.model.base import base_of, fits_dequantised, is_4bit
 from qlora_harness.model.plain_lora import is_plain
 from qlora_harness.score.packed_forward import why_unsupported
@@ -53,8 +53,13 @@ def choose_path(
         return ScoringPath(False)
     reason = why_unsupported(base_of(model).config)
     if reason is None and base_of(model) is not model:
-        reason = why_config_not_plain(adapter_config or {}) if adapter_config else None
-        reason = reason or _why_adapter_not_packed(model)
+        field = unknown_field(adapter_config or {})
+        reason = (
+            _why_adapter_not_packed(model) if field is None else f"its adapter sets {field!r:.80}"
+        )
+    fused = reason is None and kernels == "auto" and why_not_fused(model) is None
+    if reason is None and not fused and not _share_config(base_of(model)):
+        reason = "some of its layers have a configuration of their own"
     if reason is not None:
         return ScoringPath(False, reason=reason)
     expanded = (
@@ -63,7 +68,12 @@ def choose_path(
         and _is_all_plain(model)
         and fits_dequantised(model, compute_dtype)
     )
-    return ScoringPath(True, kernels == "auto" and why_not_fused(model) is None, expanded)
+    return ScoringPath(True, fused, expanded)
+
+
+def _share_config(base: Any) -> bool:
+    """Whether the attention of all layers can be set at once; not where PEFT copied layers."""
+    return all(getattr(m, "config", base.config) is base.config for m in base.modules())
 
 
 def _adapter_modules(model: Any) -> list[Any]:
