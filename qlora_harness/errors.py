@@ -10,17 +10,79 @@
     ├── ComparisonError   runs that cannot be compared
     └── TrainingError     a run that went wrong while training (non-finite loss)
 
-Every message is one line that says what is wrong, where (file, key, flag, value seen) and what to
-do. The command lines print it without a traceback; a caller from Python gets the exception.
+Every message is one line of at most 500 characters that says what is wrong, where (file, key,
+flag, value seen) and what to do. The command lines print it without a traceback; a caller from
+Python gets the exception.
+
+Names and values come from files of strangers. Whatever is printed of them passes through
+`printable`, so that no control character reaches a terminal.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import reprlib
 import sys
 from collections.abc import Callable
 from types import TracebackType
+
+_LONGEST_LINE = 500
+_PREFIX = "qlora-harness: error: "
+_LONGEST_REMEDY = 200
+_SHOWN_CHARACTERS = 80
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Returns a text with an escape in place of every character that isn't printable.
+
+    Those are control characters, marks that turn the direction of writing, and lone surrogates.
+
+    Args:
+        text: May come from anybody.
+        keep: Characters that stay as they are, such as a line's end.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def shown(value: object, limit: int = _SHOWN_CHARACTERS) -> str:
+    """Returns a value as an error message shows it: its repr, cut in the middle if it is long.
+
+    Args:
+        value: As it was read.
+        limit: Most characters.
+    """
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = limit
+    try:
+        text = short.repr(value)
+    except ValueError:  # Python refuses to write whole numbers of thousands of digits
+        text = f"a {type(value).__name__} too long to show"
+    return _cut(printable(text), limit)
+
+
+def _cut(text: str, limit: int) -> str:
+    """Leaves out the middle: a message begins with the place and ends with the rule."""
+    if len(text) <= limit:
+        return text
+    head = (limit - 1) * 2 // 3
+    return f"{text[:head]}…{text[head + 1 - limit :]}"
+
+
+class _Printable(logging.Filter):
+    """Lets no control character into a log line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = printable(record.getMessage(), keep="\n"), ()
+        return True
+
+
+logging.getLogger("qlora_harness").addFilter(_Printable())
 
 
 class HarnessError(Exception):
@@ -39,8 +101,14 @@ class HarnessError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        text = f"{self.problem.rstrip('.')}. {self.remedy.rstrip('.')}."
-        return " ".join(text.split())
+        remedy = _cut(_one_line(self.remedy), _LONGEST_REMEDY)
+        room = _LONGEST_LINE - len(_PREFIX) - len(remedy) - len(". .")
+        return f"{_cut(_one_line(self.problem), room)}. {remedy}."
+
+
+def _one_line(text: str) -> str:
+    text = _cut(text, 20 * _LONGEST_LINE)  # some are megabytes long
+    return printable(" ".join(text.split())).rstrip(".")
 
 
 class SettingsError(HarnessError):
@@ -79,17 +147,16 @@ class TrainingError(HarnessError):
 
 _REMEDIES = {
     errno.ENAMETOOLONG: "Name it shorter",
-    errno.EACCES: "Look who may read and write there, or name another place",
-    errno.EPERM: "Look who may read and write there, or name another place",
+    errno.EACCES: "Check the permissions there, or name another place",
+    errno.EPERM: "Check the permissions there, or name another place",
     errno.EROFS: "Name another place",
     errno.ENOSPC: "Make room there, or name another place",
     errno.EDQUOT: "Make room there, or name another place",
 }
-_SHOWN_CHARACTERS = 80
 
 
 def of_system(error: OSError) -> HarnessError | None:
-    """Returns what a user can mend of the system's errors, or None for those that are none of it.
+    """Returns the error to print for one of the system that a user can mend, or None for others.
 
     Args:
         error: Of the system; the place is left out where it names none.
@@ -98,8 +165,7 @@ def of_system(error: OSError) -> HarnessError | None:
     if remedy is None:
         return None
     place = "" if error.filename is None else os.fsdecode(error.filename)
-    if len(place) > _SHOWN_CHARACTERS:
-        place = f"{place[:_SHOWN_CHARACTERS]}…"
+    place = _cut(place, _SHOWN_CHARACTERS)
     return HarnessError(": ".join(filter(None, (place, os.strerror(error.errno or 0)))), remedy)
 
 
@@ -109,7 +175,7 @@ def print_error(error: HarnessError) -> None:
     Args:
         error: What the user is told.
     """
-    print(f"qlora-harness: error: {error}", file=sys.stderr, flush=True)
+    print(f"{_PREFIX}{error}", file=sys.stderr, flush=True)
 
 
 def run_command(command: Callable[[], int]) -> int:

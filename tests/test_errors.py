@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import subprocess
 import sys
 
@@ -10,7 +11,14 @@ import pytest
 
 from qlora_harness import errors
 from qlora_harness.cli import main as cli
-from qlora_harness.errors import DataError, HarnessError, TrainingError, of_system, print_error
+from qlora_harness.errors import (
+    DataError,
+    HarnessError,
+    TrainingError,
+    of_system,
+    print_error,
+    shown,
+)
 
 
 def test_message_is_problem_and_remedy_as_two_sentences() -> None:
@@ -25,6 +33,23 @@ def test_message_is_problem_and_remedy_as_two_sentences() -> None:
 def test_message_is_one_line_whatever_the_library_said() -> None:
     error = DataError("can't be read: first\n  second\n\nthird.", "Check\tit.")
     assert str(error) == "can't be read: first second third. Check it."
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 200_000, 10**4000, {"a": ["y" * 9_999] * 99}, "\ud800\x1b[2J"]
+)
+def test_values_of_any_size_give_one_bounded_printable_line(value: object) -> None:
+    for text in (shown(value), str(DataError(f"a.json, key 'b': {shown(value)}", "Mend it"))):
+        assert text.isprintable() and len(text) <= 500
+    assert len(shown(value)) <= 80
+    raw = str(DataError(f"a.json, key 'b': {str(value)[:200_000]} is wrong", "Mend it"))
+    assert raw.startswith("a.json, key 'b': ") and raw.endswith(" is wrong. Mend it.")
+    assert raw.isprintable() and len(f"qlora-harness: error: {raw}") <= 500
+
+
+def test_log_lines_hold_no_control_characters(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("qlora_harness").warning("model %s", "\x1b]0;owned\x07 \u202eabc")
+    assert caplog.messages == ["model \\x1b]0;owned\\x07 \\u202eabc"]
 
 
 def test_print_error_writes_one_line_to_stderr_only(capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +93,7 @@ def test_excepthook_prints_our_errors_as_one_line() -> None:
 
 def test_errors_of_the_system_that_a_user_can_mend_are_one_line() -> None:
     too_long = of_system(OSError(errno.ENAMETOOLONG, "File name too long", "a" * 300))
-    assert str(too_long) == f"{'a' * 80}…: File name too long. Name it shorter."
+    assert str(too_long) == f"{'a' * 52}…{'a' * 27}: File name too long. Name it shorter."
     full = of_system(OSError(errno.ENOSPC, "No space left on device"))
     assert str(full) == "No space left on device. Make room there, or name another place."
     assert of_system(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None
@@ -79,8 +104,8 @@ def test_errors_of_the_system_that_a_user_can_mend_are_one_line() -> None:
     )
     assert (done.returncode, done.stderr) == (
         1,
-        "qlora-harness: error: x.json: Permission denied. Look who may read and write there, or "
-        "name another place.\n",
+        "qlora-harness: error: x.json: Permission denied. Check the permissions there, or name "
+        "another place.\n",
     )
 
 
@@ -93,7 +118,8 @@ def test_names_that_are_too_long_are_told(
     assert cli([*words, "a" * 300]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.endswith("…: File name too long. Name it shorter.\n")
+    assert said.err.endswith("a: File name too long. Name it shorter.\n")
+    assert "…" in said.err
     assert said.err.count("\n") == 1
 
 

@@ -12,7 +12,7 @@ from qlora_harness.compare.comparison import compare
 from qlora_harness.compare.evaluation import DEFAULT_FAMILY, FAMILIES
 from qlora_harness.compare.output import PipedConsole
 from qlora_harness.compare.paired import DEFAULT_DRAWS, DEFAULT_MARGIN, DEFAULT_SEED
-from qlora_harness.errors import ResultsError, SettingsError
+from qlora_harness.errors import ResultsError, SettingsError, printable
 from qlora_harness.record import read_json, write_json, write_text
 
 MARKDOWN_FILE = "comparison.md"
@@ -182,7 +182,10 @@ def run(args: argparse.Namespace) -> int:
         intersect=args.intersect,
     )
     # Written before anything is printed: a reader that closes the pipe early loses no file.
-    _write(markdown_file, lambda path: write_text(path, report.to_markdown(comparison)))
+    _write(
+        markdown_file,
+        lambda path: write_text(path, printable(report.to_markdown(comparison), keep="\n")),
+    )
     _write(json_file, lambda path: write_json(path, report.to_json(comparison)))
     written = [markdown_file, json_file]
     if args.html is not None:

@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
-from rich.text import Text
 
 from qlora_harness.compare import fields
 from qlora_harness.compare.column_widths import break_words, fit_columns, longest_word
 from qlora_harness.compare.evaluation import CATEGORIES, DEFAULT_FAMILY
+from qlora_harness.compare.output import PrintableText
 from qlora_harness.compare.tables.number_text import duration
 from qlora_harness.compare.tables.table import NOTHING
 from qlora_harness.compare.tables.training import GIB
@@ -104,7 +104,7 @@ def print_runs(folder: Path, console: Console) -> None:
     if rows:
         console.print(_runs_table(rows, console.width))
     for problem in broken:
-        console.print(Text(f"Not listed: {problem}"))
+        console.print(PrintableText(f"Not listed: {problem}"))
 
 
 def _runs_table(rows: list[list[str]], width: int) -> RichTable:
@@ -123,7 +123,10 @@ def _runs_table(rows: list[list[str]], width: int) -> RichTable:
         )
     for row in rows:
         shown.add_row(
-            *(Text(break_words(text, size)) for text, size in zip(row, widths, strict=True))
+            *(
+                PrintableText(break_words(text, size))
+                for text, size in zip(row, widths, strict=True)
+            )
         )
     return shown
 
@@ -217,9 +220,9 @@ def print_run(path: Path, console: Console) -> None:
             continue
         width = max(len(name) for name, _ in listed)
         console.print()
-        console.print(Text(title, style="bold"))
+        console.print(PrintableText(title, style="bold"))
         for name, value in listed:
-            console.print(Text(f"{name:<{width}}  {value}"), soft_wrap=True)
+            console.print(PrintableText(f"{name:<{width}}  {value}"), soft_wrap=True)
 
 
 _Section = tuple[str, list[tuple[str, object]]]

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from rich.console import Console
+from rich.text import Text
+
+from qlora_harness.errors import printable
+
+
+class PrintableText(Text):
+    """Text of a record for the terminal: control characters in it are escapes."""
+
+    def __init__(self, text: str = "", *args: Any, **options: Any) -> None:
+        super().__init__(printable(text, keep="\n"), *args, **options)
 
 
 class PipedConsole(Console):

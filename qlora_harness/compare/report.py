@@ -10,12 +10,12 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
-from rich.text import Text
 
 from qlora_harness.compare.answers import Source
 from qlora_harness.compare.column_widths import break_words, fit_columns, longest_word
 from qlora_harness.compare.evidence import Evidence
 from qlora_harness.compare.intersection import Intersection, Tally
+from qlora_harness.compare.output import PrintableText
 from qlora_harness.compare.tables.table import NOTHING, Cell, Column, Row, Table, cell_label
 from qlora_harness.record import SCHEMA_VERSION
 
@@ -205,21 +205,21 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         comparison: The comparison.
     """
     for line in run_lines(comparison):
-        console.print(Text(line))
+        console.print(PrintableText(line))
     for table in comparison.tables:
         _print_table(table, console)
     console.print()
-    console.print(Text(_against(comparison.runs[0].label)))
+    console.print(PrintableText(_against(comparison.runs[0].label)))
     if comparison.settings.rows:
         _print_table(comparison.settings, console)
     console.print()
-    console.print(Text(same_line(comparison)))
+    console.print(PrintableText(same_line(comparison)))
     for title, texts in (("Notes", comparison.notes), ("In words", comparison.verdict)):
         if texts:
             console.print()
-            console.print(Text(title, style="bold"))
+            console.print(PrintableText(title, style="bold"))
             for text in texts:
-                console.print(Text(f"- {text}"))
+                console.print(PrintableText(f"- {text}"))
 
 
 def _print_table(table: Table, console: Console) -> None:
@@ -234,7 +234,7 @@ def _print_table(table: Table, console: Console) -> None:
         shown.add_column("", width=names, overflow="fold")
         for column, width in zip(part.columns, widths, strict=True):
             shown.add_column(
-                Text(break_words(column.heading, width)),
+                PrintableText(break_words(column.heading, width)),
                 width=width,
                 justify="right" if part.numeric else "left",
                 overflow="fold",
@@ -242,14 +242,14 @@ def _print_table(table: Table, console: Console) -> None:
         for row in part.rows:
             cells = zip(row.cells, widths, strict=True)
             shown.add_row(
-                Text(_name_text(row, names)),
-                *(Text(break_words(cell.text, width)) for cell, width in cells),
+                PrintableText(_name_text(row, names)),
+                *(PrintableText(break_words(cell.text, width)) for cell, width in cells),
             )
         console.print()
-        console.print(Text(part.title, style="bold"))
+        console.print(PrintableText(part.title, style="bold"))
         console.print(shown)
     if hidden > 0:
-        console.print(Text(f"({hidden} more rows, by task, in the files)"))
+        console.print(PrintableText(f"({hidden} more rows, by task, in the files)"))
 
 
 def _widths(table: Table, width: int) -> list[int]:
