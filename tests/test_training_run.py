@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from scoring_runs import demo_prompts, score
 from training_runs import Train, base, data_of, loss_of, losses, read, steps, summary
 
 from qlora_harness.model.adapter_folder import read_adapter_record
 from qlora_harness.model.lora import load_adapter
+from qlora_harness.score.adapter_lm import QloraAdapterLM
 
 SUMMARY_KEYS = {
     "computation", "plan",
@@ -230,3 +234,41 @@ def test_without_evaluation(train: Train) -> None:
     results = summary("run")["results"]
     assert results["eval_loss"] is results["perplexity"] is results["eval_tokens"] is None
     assert summary("run")["data"]["train"]["conversations"] == 16
+
+
+# Models that are not held in 4 bits as a whole
+
+
+@pytest.fixture(scope="module")
+def tiny_mixtral(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+    sizes = {"vocab_size": 358, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    config = MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2)
+    folder = tmp_path_factory.mktemp("models") / "tiny-mixtral"
+    torch.manual_seed(0)
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_mixture_of_experts_trains_and_is_scored(
+    train: Train,
+    tiny_mixtral: Path,
+    make_lm: Callable[..., QloraAdapterLM],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert train(model=tiny_mixtral, output_dir="run", lora_dropout=0.1) == 2
+    assert "Use --lora-dropout 0" in capsys.readouterr().err
+    assert train(model=tiny_mixtral, output_dir="run", lora_dropout=0) == 0
+    share = summary("run")["quantization"]["unquantised_share"]
+    assert share == pytest.approx(37120 / 43264)
+    lm = make_lm(peft="run/adapter")
+    assert lm._model_record()["unquantised_share"] == share
+    assert lm._path.reason == "model type 'mixtral' is not among those checked"
+    adapted = score(lm, demo_prompts(1))
+    for module in lm.model.modules():
+        if hasattr(module, "lora_B"):
+            module.lora_B["default"].weight.data.zero_()
+    assert score(lm, demo_prompts(1)) != adapted

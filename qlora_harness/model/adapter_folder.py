@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -14,12 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_harness.errors import AdapterError, HarnessError
+from qlora_harness.errors import AdapterError, HarnessError, shown
 from qlora_harness.record import read_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
+
+logger = logging.getLogger("qlora_harness")
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -27,8 +30,15 @@ RECORD_FILE = "qlora_harness.json"
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora")
+_NAMES = (
+    "target_modules",
+    "exclude_modules",
+    "layers_pattern",
+    "modules_to_save",
+    "target_parameters",
+)
 _LARGEST_CONFIG = 1_000_000  # bytes; a list of every layer of a 70B model takes 30,000
-_PATTERN_SECONDS = 5.0
+_PATTERN_SECONDS = 2.0
 _SAVE_ANEW = "Save the adapter anew"
 
 # Fields of adapter_config.json that change nothing but what the modules show that PEFT makes of
@@ -96,7 +106,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(error.problem, _SAVE_ANEW) from None
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise AdapterError(f"{path}, key 'peft_type': {kind!r}", "Only LoRA adapters are supported")
+        raise AdapterError(
+            f"{path}, key 'peft_type': {shown(kind)}", "Only LoRA adapters are supported"
+        )
     _check_numbers(config, path)
     if not (folder / WEIGHTS_FILE).is_file():
         pickled = sorted(p.name for p in folder.glob("adapter_model.*"))
@@ -117,7 +129,7 @@ def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
         if isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high:
             return
         kind = "whole number" if whole else "finite number"
-        raise AdapterError(f"{path}, key '{key}': {value!r:.80}", f"It must be a {kind}")
+        raise AdapterError(f"{path}, key '{key}': {shown(value)}", f"It must be a {kind}")
 
     largest = sys.float_info.max
     if "r" in config:
@@ -129,15 +141,25 @@ def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
     for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
         patterns = config.get(key) or {}
         if not isinstance(patterns, Mapping):
-            raise AdapterError(f"{path}, key '{key}': {patterns!r:.80}", "It must be an object")
+            raise AdapterError(f"{path}, key '{key}': {shown(patterns)}", "It must be an object")
         for pattern, value in patterns.items():
             low, high = (1, 2**31) if whole else (-largest, largest)
             check(f"{key}.{pattern:.80}", value, low, high, whole=whole)
+    for key in _NAMES:
+        names = config.get(key)
+        if not (names is None or isinstance(names, str) or _is_list_of_text(names)):
+            raise AdapterError(
+                f"{path}, key '{key}': {shown(names)}", "It must be a text or a list of texts"
+            )
     for key in _FLAGS:
         if not isinstance(config.get(key, False), bool):
             raise AdapterError(
-                f"{path}, key '{key}': {config[key]!r:.80}", "It must be true or false"
+                f"{path}, key '{key}': {shown(config[key])}", "It must be true or false"
             )
+
+
+def _is_list_of_text(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def unknown_field(config: Mapping[str, Any]) -> str | None:
@@ -215,12 +237,13 @@ def check_fit(model: PreTrainedModel, folder: Path) -> LoraConfig:
         config.base_model_name_or_path = None
         shapes = copy.deepcopy(config)
         shapes.init_lora_weights = False  # some start from a decomposition of the base's weights
-        with torch.device("meta"), quiet_peft():
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when it is attached
             skeleton = type(model)(_plain_config(model))
             adapted = get_peft_model(skeleton, shapes, low_cpu_mem_usage=True)
             empty = {name: torch.empty(shape) for name, shape in header.items()}
             outcome = set_peft_model_state_dict(adapted, empty)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except Exception as error:  # PEFT raises many kinds where a configuration makes no sense
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         detail = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
         raise AdapterError(f"{problem} ({detail:.300})", remedy) from None
@@ -237,10 +260,13 @@ def check_fit(model: PreTrainedModel, folder: Path) -> LoraConfig:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Hides a deprecation inside PEFT 0.21 that transformers 5.23 reports at every call."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    """Hides a deprecation inside PEFT 0.21, and logs its warnings, which repeat what files say."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         yield
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
+        if "is_gradient_checkpointing" not in text:
+            logger.warning("PEFT: %.300s", text)
 
 
 def _plain_config(model: PreTrainedModel) -> Any:
@@ -289,7 +315,7 @@ def _check_replication(ranges: object, names: Iterable[str], folder: Path) -> No
     )
     if not pairs or not valid:
         raise AdapterError(
-            f"{path}, key 'layer_replication': {ranges!r:.80}", "It must be a list of [start, end]"
+            f"{path}, key 'layer_replication': {shown(ranges)}", "It must be a list of [start, end]"
         )
     layers = sum(end - start for start, end in pairs)
     numbers = [int(n) for name in names for n in re.findall(r"\.(\d{1,6})\.", name)]
@@ -341,5 +367,5 @@ def _check_patterns(config: Mapping[str, Any], names: list[str], folder: Path) -
                 continue
             reason = "it is not a regular expression"
         raise AdapterError(
-            f"{folder / CONFIG_FILE}, key '{key}': {config[key]!r:.120}: {reason}", _SAVE_ANEW
+            f"{folder / CONFIG_FILE}, key '{key}': {shown(config[key])}: {reason}", _SAVE_ANEW
         )

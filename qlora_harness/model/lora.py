@@ -173,7 +173,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:  # what fits by its shapes may still not suit a quantised base
         raise AdapterError(
             f"peft={folder}: PEFT can't attach it to this base model ({_first_line(error)})",
             "Try another quant= in --model_args",

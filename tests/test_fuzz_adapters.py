@@ -1,0 +1,148 @@
+"""Damaged adapter folders: each loads, or is refused in one line, in bounded time and memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from training_runs import base
+
+from qlora_harness.errors import HarnessError
+from qlora_harness.model.lora import load_adapter
+from qlora_harness.score.run_choice import choose
+
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    0,
+    -1,
+    3,
+    1.5,
+    10**9,
+    10**30,
+    "HUGE",
+    float("nan"),
+    float("inf"),
+    1e308,
+    "",
+    "x" * 5000,
+    "\ud800\x1b[2J\u202e",
+    "(a+)+$",
+    "(.*)*(.*)*(.*)*!",
+    "../../etc/passwd",
+    [],
+    ["q_proj"],
+    [[0, 10**6]],
+    [None] * 300,
+    {},
+    {"q_proj": 10**9},
+    {"(.*)*x": 2},
+)
+
+
+def damaged_json(rng: random.Random, path: Path) -> str:
+    value = json.loads(path.read_text())
+    for _ in range(rng.randint(1, 3)):
+        key = rng.choice([*value, "new_field", *EXTRA])
+        if rng.random() < 0.2:
+            value.pop(key, None)
+        else:
+            value[key] = rng.choice(VALUES)
+    return json.dumps(value).replace('"HUGE"', "9" * 5000)
+
+
+EXTRA = (
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "init_lora_weights",
+    "exclude_modules",
+    "alora_invocation_tokens",
+    "layers_to_transform",
+    "layers_pattern",
+    "bias",
+)
+
+
+def damaged_bytes(rng: random.Random, content: bytes) -> bytes:
+    at = rng.randrange(len(content))
+    kind = rng.randrange(5)
+    if kind == 0:
+        return content[:at]
+    if kind == 1:
+        return content[:at] + content[at + rng.randint(1, 64) :]
+    if kind == 2:
+        return content[:at] + rng.randbytes(rng.randint(1, 16)) + content[at:]
+    changed = bytearray(content)
+    # The header comes first, and decides most.
+    for _ in range(rng.randint(1, 8)):
+        place = rng.randrange(min(len(content), 2000)) if kind == 3 else rng.randrange(len(content))
+        changed[place] = rng.randrange(256)
+    return bytes(changed)
+
+
+def fuzz(folder: Path, tiny_llama: Path, adapter: Path, seed: int, count: int) -> dict[str, int]:
+    rng = random.Random(seed)
+    model = base(tiny_llama)
+    files = {p.name: p.read_bytes() for p in adapter.iterdir() if p.is_file()}
+    outcomes = {"loaded": 0, "refused": 0}
+    process = psutil.Process()
+    before = process.memory_info().rss
+    for number in range(count):
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        name = rng.choice(["adapter_config.json"] * 3 + ["qlora_harness.json", WEIGHTS])
+        if name.endswith(".json") and rng.random() < 0.8:
+            text = damaged_json(rng, folder / name)
+            (folder / name).write_text(text, errors="surrogatepass")
+        else:
+            (folder / name).write_bytes(damaged_bytes(rng, files[name]))
+        started = time.perf_counter()
+        try:
+            choose(**dict.fromkeys(ARGUMENTS) | {"peft": str(folder)})
+            load_adapter(copy.deepcopy(model), folder)
+            outcomes["loaded"] += 1
+        except HarnessError as error:
+            line = str(error)
+            assert line.isprintable() and len(line) <= 480, (seed, number, line)
+            outcomes["refused"] += 1
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, input {number}, {name}") from error
+        assert time.perf_counter() - started < 5, (seed, number, name)
+        assert process.memory_info().rss - before < 2**30, (seed, number, name)
+    return outcomes
+
+
+WEIGHTS = "adapter_model.safetensors"
+ARGUMENTS = (
+    "pretrained",
+    "peft",
+    "quant",
+    "double_quant",
+    "revision",
+    "peft_revision",
+    "results_dir",
+)
+
+
+def test_some_damaged_adapters(tmp_path: Path, tiny_llama: Path, adapter: Path) -> None:
+    outcomes = fuzz(tmp_path, tiny_llama, adapter, seed=0, count=60)
+    assert outcomes["loaded"] > 0 and outcomes["refused"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_many_damaged_adapters(tmp_path: Path, tiny_llama: Path, adapter: Path, seed: int) -> None:
+    fuzz(tmp_path, tiny_llama, adapter, seed=seed, count=1000)
