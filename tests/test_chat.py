@@ -23,7 +23,7 @@ from qlora_harness.data.chat import (
 )
 from qlora_harness.data.conversation import Conversation, Turn
 from qlora_harness.data.oasst1 import build_conversations
-from qlora_harness.data.sources import read_jsonl
+from qlora_harness.data.sources import read_rows
 from qlora_harness.errors import SettingsError
 
 
@@ -376,7 +376,7 @@ def llama(shared_data: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def english(shared_data: Path) -> list[Conversation]:
-    rows = read_jsonl(shared_data / "oasst" / "oasst1_validation_best.jsonl")
+    rows = read_rows(shared_data / "oasst" / "oasst1_validation_best.jsonl")
     return build_conversations(rows).conversations
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_harness.data.oasst1 import build_conversations
-from qlora_harness.data.sources import DEMO_FILE, read_jsonl
+from qlora_harness.data.sources import DEMO_FILE
 from qlora_harness.locations import demo_dir
 
 # The columns of OpenAssistant/oasst1 that say something about a message.
@@ -37,7 +37,8 @@ QUESTION = re.compile(r"\A.+(?:\n.+)*?\nA\. .+\nB\. .+\nC\. .+\nD\. .+\nAnswer:(
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    return [dict(row) for row in read_jsonl(demo_dir() / DEMO_FILE)]
+    text = (demo_dir() / DEMO_FILE).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -7,54 +7,30 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+from mutations import damaged_bytes, damaged_value, dumps
 from training_runs import base
 
 from qlora_harness.errors import HarnessError
+from qlora_harness.model import adapter_folder
 from qlora_harness.model.lora import load_adapter
 from qlora_harness.score.run_choice import choose
 
-VALUES: tuple[Any, ...] = (
-    None,
-    True,
-    0,
-    -1,
-    3,
-    1.5,
-    10**9,
-    10**30,
-    "HUGE",
-    float("nan"),
-    float("inf"),
-    1e308,
-    "",
-    "x" * 5000,
-    "\ud800\x1b[2J\u202e",
-    "(a+)+$",
-    "(.*)*(.*)*(.*)*!",
-    "../../etc/passwd",
-    [],
-    ["q_proj"],
-    [[0, 10**6]],
-    [None] * 300,
-    {},
-    {"q_proj": 10**9},
-    {"(.*)*x": 2},
-)
 
-
-def damaged_json(rng: random.Random, path: Path) -> str:
+def damaged_config(rng: random.Random, path: Path) -> str:
     value = json.loads(path.read_text())
     for _ in range(rng.randint(1, 3)):
         key = rng.choice([*value, "new_field", *EXTRA])
         if rng.random() < 0.2:
             value.pop(key, None)
         else:
-            value[key] = rng.choice(VALUES)
-    return json.dumps(value).replace('"HUGE"', "9" * 5000)
+            value[key] = rng.choice([damaged_value(rng), *PATTERNS])
+    return dumps(value)
+
+
+PATTERNS = ("(a+)+$", "(.*)*(.*)*(.*)*!", {"(.*)*x": 2}, {"q_proj": 10**9}, [[0, 10**6]])
 
 
 EXTRA = (
@@ -75,23 +51,6 @@ EXTRA = (
 )
 
 
-def damaged_bytes(rng: random.Random, content: bytes) -> bytes:
-    at = rng.randrange(len(content))
-    kind = rng.randrange(5)
-    if kind == 0:
-        return content[:at]
-    if kind == 1:
-        return content[:at] + content[at + rng.randint(1, 64) :]
-    if kind == 2:
-        return content[:at] + rng.randbytes(rng.randint(1, 16)) + content[at:]
-    changed = bytearray(content)
-    # The header comes first, and decides most.
-    for _ in range(rng.randint(1, 8)):
-        place = rng.randrange(min(len(content), 2000)) if kind == 3 else rng.randrange(len(content))
-        changed[place] = rng.randrange(256)
-    return bytes(changed)
-
-
 def fuzz(folder: Path, tiny_llama: Path, adapter: Path, seed: int, count: int) -> dict[str, int]:
     rng = random.Random(seed)
     model = base(tiny_llama)
@@ -104,7 +63,7 @@ def fuzz(folder: Path, tiny_llama: Path, adapter: Path, seed: int, count: int) -
             (folder / name).write_bytes(content)
         name = rng.choice(["adapter_config.json"] * 3 + ["qlora_harness.json", WEIGHTS])
         if name.endswith(".json") and rng.random() < 0.8:
-            text = damaged_json(rng, folder / name)
+            text = damaged_config(rng, folder / name)
             (folder / name).write_text(text, errors="surrogatepass")
         else:
             (folder / name).write_bytes(damaged_bytes(rng, files[name]))
@@ -136,7 +95,10 @@ ARGUMENTS = (
 )
 
 
-def test_some_damaged_adapters(tmp_path: Path, tiny_llama: Path, adapter: Path) -> None:
+def test_some_damaged_adapters(
+    tmp_path: Path, tiny_llama: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter_folder, "_PATTERN_SECONDS", 0.2)
     outcomes = fuzz(tmp_path, tiny_llama, adapter, seed=0, count=60)
     assert outcomes["loaded"] > 0 and outcomes["refused"] > 0
 

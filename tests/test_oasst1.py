@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 
 from qlora_harness.data.conversation import Conversation, Corpus, Turn
 from qlora_harness.data.oasst1 import build_conversations, check_row
-from qlora_harness.data.sources import read_jsonl
+from qlora_harness.data.sources import read_rows
 from qlora_harness.errors import DataError
 
 Row = dict[str, Any]
@@ -323,36 +325,139 @@ def test_order_of_the_rows_below_a_root_does_not_matter(rule: str) -> None:
 # --- the schema of a row --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["message_id", "parent_id", "text", "role", "lang"])
-def test_missing_field(name: str) -> None:
+@pytest.mark.parametrize("name", ["message_id", "text", "role"])
+def test_missing_field_is_told_with_those_that_are_there(name: str) -> None:
     row = message("q", None, "P")
     del row[name]
     with pytest.raises(DataError) as caught:
         check_row(row, "rows.jsonl, line 7")
-    assert str(caught.value) == (
-        f"rows.jsonl, line 7: field '{name}' is missing. "
-        "Rows must follow the schema of OpenAssistant/oasst1."
+    assert caught.value.problem == (
+        f"rows.jsonl, line 7: field '{name}' is missing; the fields are {', '.join(row)}"
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"instruction": "", "input": "", "output": ""}, "Alpaca's form"),
+        ({"conversations": [], "id": 1}, "ShareGPT's form"),
+        ({"messages": []}, "chat messages"),
+        ({"prompt": "", "completion": ""}, "prompts with completions"),
+        ({"chosen": "", "rejected": ""}, "pairs of preference"),
+        ({"text": "", "source": ""}, "plain text"),
+    ],
+)
+def test_rows_of_another_form_are_told_by_its_name(row: Row, form: str) -> None:
+    with pytest.raises(DataError) as caught:
+        check_row(row, "rows.jsonl, line 7")
+    assert caught.value.problem.endswith(f"the fields are {', '.join(row)}, as in {form}")
+
+
+@pytest.mark.parametrize("null", [None, math.nan, ""])
+@pytest.mark.parametrize(
+    "name", ["parent_id", "lang", "rank", "deleted", "review_result", "created_date"]
+)
+def test_null_is_null_in_any_form(name: str, null: object) -> None:
+    row = message("q", None, "P")
+    absent = {key: value for key, value in row.items() if key != name}
+    assert check_row(row | {name: null}, "")[name] is None
+    assert check_row(row | {name: null}, "") == check_row(absent, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "value"),
+    [
+        ({"text": None}, "text", ""),
+        ({"message_id": 1}, "message_id", "1"),
+        ({"parent_id": 7.0}, "parent_id", "7"),
+        ({"rank": "0"}, "rank", 0.0),
+        ({"rank": "nan"}, "rank", None),
+        ({"rank": 10**400}, "rank", None),
+        ({"rank": "best"}, "rank", None),
+        ({"rank": [0]}, "rank", None),
+        ({"rank": True}, "rank", None),
+        ({"deleted": "no"}, "deleted", False),
+        ({"deleted": "True"}, "deleted", True),
+        ({"review_result": 1}, "review_result", True),
+        ({"review_result": 0.0}, "review_result", False),
+        ({"emojis": object(), "labels": {"a": math.nan}}, "rank", None),
+    ],
+)
+def test_values_as_other_forms_have_them(change: Row, field: str, value: object) -> None:
+    checked = check_row(message("q", None, "P") | change, "")
+    assert checked[field] == value and type(checked[field]) is type(value)
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"text": None}, "field 'text' is None"),
         ({"text": 5}, "field 'text' is 5"),
-        ({"message_id": 1}, "field 'message_id' is 1"),
-        ({"parent_id": 1}, "field 'parent_id' is 1"),
-        ({"lang": None}, "field 'lang' is None"),
-        ({"rank": "0"}, "field 'rank' is '0'"),
-        ({"deleted": "no"}, "field 'deleted' is 'no'"),
-        ({"review_result": 1}, "field 'review_result' is 1"),
-        ({"created_date": 5}, "field 'created_date' is 5"),
+        ({"message_id": None}, "field 'message_id' is null"),
+        ({"message_id": ["q"]}, "field 'message_id' is ['q']"),
+        ({"message_id": 10**400}, "field 'message_id' is 10"),
+        ({"parent_id": 1.5}, "field 'parent_id' is 1.5"),
+        ({"deleted": "perhaps"}, "field 'deleted' is 'perhaps'"),
+        ({"review_result": 2}, "field 'review_result' is 2"),
+        ({"text": "ab\ud800"}, "character 3 of field 'text' is half of a surrogate pair"),
     ],
 )
-def test_field_of_a_wrong_type(change: Row, problem: str) -> None:
+def test_field_that_cannot_be_understood(change: Row, problem: str) -> None:
     with pytest.raises(DataError) as caught:
         check_row(message("q", None, "P") | change, "rows.jsonl, line 7")
-    assert caught.value.problem == f"rows.jsonl, line 7: {problem}"
+    assert caught.value.problem.startswith(f"rows.jsonl, line 7: {problem}")
+    assert len(str(caught.value)) <= 500
+
+
+def test_nan_rank_is_no_rank() -> None:
+    rows = [
+        message("q", None, "P"),
+        message("bad", "q", "A") | {"rank": 1},
+        message("unranked", "q", "A") | {"rank": math.nan},
+        message("best", "q", "A") | {"rank": 0},
+    ]
+    for order in itertools.permutations(rows):
+        corpus = build([check_row(row, "") for row in order])
+        assert corpus.conversations[0].turns[1].text == rows[3]["text"]
+
+
+@pytest.mark.parametrize(
+    ("early", "late"),
+    [
+        ("2023-02-05T14:23:47+00:00", "2023-02-05T14:23:47.5+00:00"),
+        ("2023-02-05T15:23:47+02:00", "2023-02-05T14:23:47Z"),
+        ("2023-02-05 14:23:47", datetime(2023, 2, 5, 14, 23, 48)),
+        (1675607027, "2023-02-05T14:23:48+00:00"),
+        (1675607027983, 1675607028),
+        ("1675607027983", 1675607028983000),
+        (1675607027983000000, datetime(2023, 2, 5, 14, 23, 48, tzinfo=timezone.utc)),
+        (1675607027.5, 1675607028),
+    ],
+)
+def test_dates_of_any_kind_order_siblings_by_the_moment(early: object, late: object) -> None:
+    def rows(first: object, second: object) -> list[Row]:
+        replies = [message("a", "q", "A"), message("b", "q", "A")]
+        return [
+            message("q", None, "P"),
+            replies[0] | {"created_date": first, "rank": None},
+            replies[1] | {"created_date": second, "rank": None},
+        ]
+
+    for given, best in ((rows(early, late), "a"), (rows(late, early), "b")):
+        corpus = build([check_row(row, "") for row in given])
+        assert corpus.conversations[0].turns[1].text == message(best, "q", "A")["text"]
+        assert corpus.resolved == {"earliest of several unranked siblings": 1}
+
+
+def test_what_cannot_be_read_where_it_only_orders_is_null_and_counted() -> None:
+    rows = [
+        message("q", None, "P"),
+        message("a", "q", "A") | {"rank": "first", "created_date": "yesterday"},
+        message("b", "q", "A") | {"rank": None, "created_date": {"day": 1}},
+    ]
+    corpus = build([check_row(row, "") for row in rows])
+    assert corpus.resolved["unreadable rank"] == 1
+    assert corpus.resolved["unreadable created_date"] == 2
+    assert corpus.conversations[0].turns[1].text == rows[1]["text"]
 
 
 def test_unknown_role_and_no_object() -> None:
@@ -387,12 +492,12 @@ def best_path_lengths(made: list[Row]) -> dict[str, int]:
 def test_real_oasst1_validation(shared_data: Path) -> None:
     path = shared_data / "oasst" / "oasst1_validation_best.jsonl"
     made = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    best = build(read_jsonl(path), languages=None)
+    best = build(read_rows(path), languages=None)
     assert (best.messages, best.trees, len(best.conversations)) == (2650, 804, 804)
     assert dict(best.dropped) == {}
     assert {c.tree: len(c.turns) for c in best.conversations} == best_path_lengths(made)
 
-    every = build(read_jsonl(path), languages=None, paths="all-paths")
+    every = build(read_rows(path), languages=None, paths="all-paths")
     by_id = {row["message_id"]: row for row in made}
 
     def texts_up_to(row: Row) -> tuple[str, ...]:
@@ -408,14 +513,14 @@ def test_real_oasst1_validation(shared_data: Path) -> None:
     inner = {row["parent_id"] for row in made}
     assert sum(row["message_id"] not in inner for row in replies) == 953
 
-    english = build(read_jsonl(path))
+    english = build(read_rows(path))
     assert len(english.conversations) == 338
     assert dict(english.dropped) == {"language": sum(row["lang"] != "en" for row in made)}
 
 
 def test_real_oasst2_trees(shared_data: Path) -> None:
     path = shared_data / "oasst" / "oasst2_trees_sample.jsonl"
-    corpus = build(read_jsonl(path), languages=None)
+    corpus = build(read_rows(path), languages=None)
     # 27 of the 787 rows stand there twice, 8 of them roots.
     assert (corpus.messages, corpus.trees, len(corpus.conversations)) == (787, 267, 57)
     assert dict(corpus.dropped) == {
@@ -433,7 +538,7 @@ def test_real_oasst2_trees(shared_data: Path) -> None:
         assert roles == ["user", "assistant"] * (len(roles) // 2)
         assert [t.supervised for t in conversation.turns] == [r == "assistant" for r in roles]
 
-    shuffled = list(read_jsonl(path))
+    shuffled = list(read_rows(path))
     random.Random(0).shuffle(shuffled)
     again = build(shuffled, languages=None)
     assert set(paths(again)) == set(paths(corpus))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
+import io
 import json
 import lzma
 import os
@@ -13,7 +16,8 @@ from typing import Any
 import pytest
 
 from qlora_harness.data import sources
-from qlora_harness.data.sources import load_splits, read_jsonl
+from qlora_harness.data.oasst1 import build_conversations
+from qlora_harness.data.sources import load_splits, read_rows
 from qlora_harness.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -53,7 +57,7 @@ def write(path: Path, text: str) -> Path:
 
 def problem(path: Path) -> str:
     with pytest.raises(DataError) as caught:
-        list(read_jsonl(path))
+        list(read_rows(path))
     assert "\n" not in str(caught.value)
     return caught.value.problem
 
@@ -76,13 +80,13 @@ def test_compressed_files(tmp_path: Path, suffix: str, compress: Any) -> None:
 
 def test_empty_lines_are_skipped_but_counted(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", "\n" + lines() + "\n\n{}\n")
-    assert problem(path) == f"{path}, line 6: field 'message_id' is missing"
+    assert problem(path) == f"{path}, line 6: field 'message_id' is missing; the fields are none"
 
 
 def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + lines().replace("\n", "\r\n").encode("utf-8"))
-    assert list(read_jsonl(path)) == ROWS
+    assert list(read_rows(path)) == ROWS
 
 
 def test_broken_line_is_named_by_its_number_only(tmp_path: Path) -> None:
@@ -94,9 +98,13 @@ def test_broken_line_is_named_by_its_number_only(tmp_path: Path) -> None:
 
 def test_row_of_the_wrong_schema_is_named_by_its_number(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", lines([*ROWS, {"text": "hello"}]))
-    assert problem(path) == f"{path}, line 3: field 'message_id' is missing"
+    assert problem(path) == (
+        f"{path}, line 3: field 'message_id' is missing; the fields are text, as in plain text"
+    )
     path = write(tmp_path / "list.jsonl", "[1]\n")
-    assert problem(path) == f"{path}, line 1: expected an object, found list"
+    assert problem(path) == f"{path}, row 1: expected an object, found int"
+    path = write(tmp_path / "lists.jsonl", lines() + "[1]\n")
+    assert problem(path) == f"{path}, line 3: expected an object, found list"
 
 
 def test_good_rows_before_a_bad_one_are_not_silently_used(tmp_path: Path) -> None:
@@ -114,7 +122,8 @@ def test_missing_file_is_not_asked_of_the_hub(
     with pytest.raises(DataError) as caught:
         load_splits(name)
     assert str(caught.value) == (
-        f"--dataset: {name} does not exist. Name a .jsonl file, a folder or a Hub id."
+        f"--dataset: {name} does not exist. Name a file (.jsonl, .json, .csv or .parquet), a folder "
+        "or a Hub id."
     )
 
 
@@ -125,7 +134,7 @@ def refusal(name: str) -> str:
 
 
 def test_names_that_no_file_can_have_are_one_line() -> None:
-    remedy = "Name a .jsonl file, a folder or a Hub id."
+    remedy = "Name a file (.jsonl, .json, .csv or .parquet), a folder or a Hub id."
     assert refusal("~nosuchuser/x") == f"--dataset: ~nosuchuser/x does not exist. {remedy}"
     name = "x" * 300
     assert refusal(name) == f"--dataset: {name} can't be read: File name too long. {remedy}"
@@ -136,8 +145,8 @@ def test_what_is_neither_a_file_nor_a_folder(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     for path in (pipe, Path("/dev/null")):
         assert refusal(str(path)) == (
-            f"--dataset: {path} is neither a file nor a folder. Name a .jsonl file, a folder or a "
-            "Hub id."
+            f"--dataset: {path} is neither a file nor a folder. Name a file (.jsonl, .json, .csv "
+            "or .parquet), a folder or a Hub id."
         )
 
 
@@ -218,7 +227,94 @@ def test_bad_row_of_a_saved_dataset_is_named_by_its_number(tmp_path: Path) -> No
     datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(folder))
     with pytest.raises(DataError) as caught:
         list(load_splits(str(folder)).train)
-    assert caught.value.problem == f"{folder}, split train, row 1: field 'role' is 'user'"
+    assert caught.value.problem == f"{folder}, split train, row 2: field 'role' is 'user'"
+
+
+# One reader for every form, alone or in a folder
+
+
+def write_form(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    """Writes rows in the form that the file's name says."""
+    import pyarrow
+    from pyarrow import parquet
+
+    name = path.name.split(".", 1)[1]
+    if name == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return path
+    if name.startswith("csv"):
+        out = io.StringIO()
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        content = out.getvalue().encode()
+    else:
+        content = (json.dumps(rows, indent=1) if name.startswith("json.") else lines(rows)).encode()
+        if name == "json":
+            content = json.dumps(rows).encode()
+    if name.endswith(".zst"):
+        with pyarrow.CompressedOutputStream(str(path), "zstd") as out:
+            out.write(content)
+        return path
+    compress = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}
+    path.write_bytes(compress.get(name.rsplit(".", 1)[-1], bytes)(content))
+    return path
+
+
+FORMS = ["jsonl", "jsonl.gz", "jsonl.xz", "jsonl.bz2", "jsonl.zst", "json", "json.gz", "csv"]
+FORMS += ["csv.zst", "parquet"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_rows_alone_and_in_a_folder(tmp_path: Path, form: str) -> None:
+    alone = write_form(tmp_path / f"rows.{form}")
+    assert list(load_splits(str(alone)).train) == ROWS
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_form(folder / f"train.{form}")
+    write_form(folder / f"validation.{form}", ROWS[:1])
+    (folder / "README.md").write_text("about")
+    splits = load_splits(str(folder))
+    assert list(splits.train) == ROWS
+    assert splits.validation is not None and list(splits.validation) == ROWS[:1]
+
+
+def test_files_of_a_folder_without_splits_in_their_names_are_one_split(tmp_path: Path) -> None:
+    write_form(tmp_path / "a.jsonl", ROWS[:1])
+    write_form(tmp_path / "b.csv", ROWS[1:])
+    splits = load_splits(str(tmp_path))
+    assert list(splits.train) == ROWS and splits.validation is None
+
+
+def test_rows_of_every_form_are_named_by_number(tmp_path: Path) -> None:
+    bad = [*ROWS, ROWS[1] | {"message_id": "b", "role": "user"}]
+    for form, place in (
+        ("jsonl", "line 3"),
+        ("json", "row 3"),
+        ("csv", "line 4"),
+        ("parquet", "row 3"),
+    ):
+        path = write_form(tmp_path / f"rows.{form}", bad)
+        assert problem(path) == f"{path}, {place}: field 'role' is 'user'"
+
+
+def test_keys_that_stand_twice_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", '{"message_id": "a", "message_id": "b"}\n')
+    assert (
+        problem(path) == f"{path}, line 1: not valid JSON (the key 'message_id' stands there twice)"
+    )
+
+
+@pytest.mark.parametrize("name", ["ok.parquet", "array.json"])
+def test_shared_files_give_the_rows_of_their_json_lines(shared_cases: Path, name: str) -> None:
+    assert list(read_rows(shared_cases / name)) == list(read_rows(shared_cases / "ok.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["nan_rank.jsonl", "epoch_dates.jsonl", "no_parent_key.jsonl"])
+def test_shared_files_give_a_conversation(shared_cases: Path, name: str) -> None:
+    corpus = build_conversations(read_rows(shared_cases / name), None)
+    assert corpus.conversations
+    assert "BAD" not in str(corpus.conversations)
 
 
 @pytest.mark.parametrize("date", ["2023-02-05T14:23:50.983374+00:00", "2023-02-05T14:23:50"])
@@ -385,6 +481,6 @@ def test_hub_that_cannot_be_reached_is_one_line(
         "--dataset: 'someone/rows' can't be loaded from the Hub: "
     )
     assert caught.value.remedy == (
-        "Check the name, the network and your access, or give a local .jsonl file or folder"
+        "Check the name, the network and your access, or give a local file or folder"
     )
     assert sources.HUB_NAMES["oasst1"] == "OpenAssistant/oasst1"

@@ -7,27 +7,29 @@ and null for a lone one.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from typing import Any
 
 from qlora_harness.data.conversation import Conversation, Corpus, Turn
-from qlora_harness.errors import DataError
+from qlora_harness.errors import DataError, shown
 
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "message_id": (str,),
-    "parent_id": (str, type(None)),
-    "text": (str,),
-    "role": (str,),
-    "lang": (str,),
-}
-_OPTIONAL: dict[str, tuple[type, ...]] = {
-    "review_result": (bool, type(None)),
-    "deleted": (bool, type(None)),
-    "rank": (int, float, type(None)),
-    "created_date": (str, type(None)),
-}
 _ROLES = {"prompter": "user", "assistant": "assistant"}
+_SCHEMA_REMEDY = (
+    "Rows need OASST1's columns: message_id, parent_id, text, role, and lang unless --languages all"
+)
+# Other forms that people have, by columns that only they have.
+_OTHER_FORMS = {
+    "Alpaca's form": {"instruction", "output"},
+    "ShareGPT's form": {"conversations"},
+    "chat messages": {"messages"},
+    "prompts with completions": {"prompt", "completion"},
+    "pairs of preference": {"chosen", "rejected"},
+    "plain text": {"text"},
+}
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 _Row = Mapping[str, Any]
 
@@ -35,34 +37,142 @@ _Row = Mapping[str, Any]
 def check_row(row: object, place: str) -> _Row:
     """Checks one row against the schema.
 
+    Null is null in any form: an absent field, None, NaN, or an empty text. Numbers and truth values
+    may come as texts, as csv has them. What can't be read in a field that only orders siblings
+    (`rank`) counts as null and is noted under `unreadable`; other columns are left out.
+
     Args:
         row: What was read.
         place: The file and line, or data set and row number.
 
     Returns:
-        The row.
+        The row, with the fields of the schema only.
 
     Raises:
-        DataError: A field is missing, of the wrong type, or has an unknown role.
+        DataError: A field that decides what is learned is missing or can't be understood, or a text
+            can't be encoded.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{place}: expected an object, found {type(row).__name__}", _SCHEMA_REMEDY)
-    for name, kinds in _FIELDS.items():
-        if name not in row:
-            raise DataError(f"{place}: field '{name}' is missing", _SCHEMA_REMEDY)
-        if not isinstance(row[name], kinds):
-            raise DataError(f"{place}: field '{name}' is {row[name]!r}", _SCHEMA_REMEDY)
-    for name, kinds in _OPTIONAL.items():
-        if not isinstance(row.get(name), kinds):
-            raise DataError(f"{place}: field '{name}' is {row[name]!r}", _SCHEMA_REMEDY)
-    if row["role"] not in _ROLES:
+    if not ("message_id" in row and "text" in row and "role" in row):
+        raise _wrong_columns(row, place)
+    checked: dict[str, Any] = {
+        "message_id": _identity(row, "message_id", place),
+        "parent_id": _identity(row, "parent_id", place),
+        "text": _text(row, place),
+        "role": row["role"],
+        "lang": None if _is_null(row.get("lang")) else row["lang"],
+        "created_date": None if _is_null(row.get("created_date")) else row["created_date"],
+    }
+    if checked["message_id"] is None:
+        raise DataError(f"{place}: field 'message_id' is null", _SCHEMA_REMEDY)
+    if not isinstance(checked["role"], str) or checked["role"] not in _ROLES:
         raise DataError(
-            f"{place}: field 'role' is {row['role']!r}", "It must be 'prompter' or 'assistant'"
+            f"{place}: field 'role' is {shown(checked['role'])}",
+            "It must be 'prompter' or 'assistant'",
         )
-    return row
+    for name in ("review_result", "deleted"):
+        checked[name] = _truth(row.get(name), name, place)
+    rank, readable = _number(row.get("rank"))
+    checked["rank"] = rank
+    if not readable:
+        checked["unreadable"] = "rank"
+    return checked
 
 
-_SCHEMA_REMEDY = "Rows must follow the schema of OpenAssistant/oasst1"
+def _wrong_columns(row: _Row, place: str) -> DataError:
+    missing = [name for name in ("message_id", "text", "role") if name not in row]
+    columns = ", ".join(shown(str(name), 30)[1:-1] for name in list(row)[:12])
+    foreign = len(missing) > 1
+    form = next((f for f, marks in _OTHER_FORMS.items() if foreign and marks <= row.keys()), None)
+    near = f", as in {form}" if form else ""
+    return DataError(
+        f"{place}: field '{missing[0]}' is missing; the fields are {columns or 'none'}{near}",
+        _SCHEMA_REMEDY,
+    )
+
+
+def _is_null(value: object) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _identity(row: _Row, name: str, place: str) -> str | None:
+    """An identifier; those that are whole numbers stand for their digits."""
+    value = row.get(name)
+    if _is_null(value):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, str) or (isinstance(value, int) and abs(value) < 10**40):
+        return str(value)
+    raise DataError(f"{place}: field '{name}' is {shown(value)}", _SCHEMA_REMEDY)
+
+
+def _text(row: _Row, place: str) -> str:
+    value = row["text"]
+    if _is_null(value):
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{place}: field 'text' is {shown(value)}", _SCHEMA_REMEDY)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: character {error.start + 1} of field 'text' is half of a surrogate pair, "
+            "which no tokenizer can encode",
+            "Correct or remove the row",
+        ) from None
+    return value
+
+
+def _truth(value: Any, name: str, place: str) -> bool | None:
+    if _is_null(value):
+        return None
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    if isinstance(value, str) and value.strip().lower() in _WORDS:
+        return _WORDS[value.strip().lower()]
+    raise DataError(f"{place}: field '{name}' is {shown(value)}", "It must be true, false or null")
+
+
+def _number(value: Any) -> tuple[float | None, bool]:
+    """A number or None, and whether the value could be read as one of the two."""
+    if _is_null(value):
+        return None, True
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None, False
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None, False
+    if not math.isfinite(number):
+        return None, isinstance(value, str) and value.strip().lower() == "nan"
+    return (value if isinstance(value, int) else number), True
+
+
+def _moment(value: Any) -> float | None:
+    """A date as seconds since 1970, or None for what is no date.
+
+    Numbers are seconds, or the thousandths, millionths or billionths that make a date of our time.
+    """
+    if isinstance(value, datetime):
+        date = value
+    else:
+        number, _ = _number(value)
+        if number is not None:
+            thousands = (len(str(abs(int(number)))) - 10 + 2) // 3
+            return float(number / 1000.0 ** min(3, max(0, thousands)))
+        if not isinstance(value, str):
+            return None
+        try:
+            date = datetime.fromisoformat(value.strip().replace("Z", "+00:00"))
+        except ValueError:
+            return None
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=timezone.utc)
+    return float(date.timestamp())
 
 
 def build_conversations(
@@ -105,6 +215,8 @@ def build_conversations(
             corpus.dropped["duplicate row"] += 1
             continue
         seen[identity] = row
+        if name := row.get("unreadable"):
+            corpus.resolved[f"unreadable {name}"] += 1
         corpus.trees += row["parent_id"] is None
         order[identity] = len(order)
         reason = _drop_reason(row, languages)
@@ -120,7 +232,8 @@ def build_conversations(
         else:
             children[row["parent_id"]].append(row)
     for siblings in children.values():
-        siblings.sort(key=lambda r: _preference(r, order))
+        if len(siblings) > 1:
+            siblings.sort(key=lambda r: _preference(r, order, corpus))
     reached = 0
     for root in roots:
         if root["role"] != "prompter":
@@ -151,12 +264,15 @@ def _drop_reason(row: _Row, languages: Sequence[str] | None) -> str | None:
     return None
 
 
-def _preference(row: _Row, order: Mapping[str, int]) -> tuple[float, str, int]:
+def _preference(row: _Row, order: Mapping[str, int], corpus: Corpus) -> tuple[float, float, int]:
     """Sort key of siblings: rank (unranked last), then date, then place in the file."""
-    rank = row.get("rank")
+    rank, date = row.get("rank"), row.get("created_date")
+    moment = None if date is None else _moment(date)
+    if date is not None and moment is None:
+        corpus.resolved["unreadable created_date"] += 1
     return (
-        float("inf") if rank is None else float(rank),
-        row.get("created_date") or "",
+        math.inf if rank is None else float(rank),
+        -math.inf if moment is None else moment,
         order[row["message_id"]],
     )
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
 import io
+import json
 import logging
 import lzma
 import stat
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import jsonlines
 
 from qlora_harness.data.oasst1 import check_row
-from qlora_harness.errors import DataError
+from qlora_harness.errors import DataError, shown
 from qlora_harness.locations import demo_dir, expanded
 
 logger = logging.getLogger("qlora_harness")
@@ -26,7 +29,13 @@ DEMO_FILE = "oasst_demo.jsonl"
 DEMO = "demo"
 HUB_NAMES = {"oasst1": "OpenAssistant/oasst1", "oasst2": "OpenAssistant/oasst2"}
 
-_REMEDY = "Name a .jsonl file, a folder or a Hub id"
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
+_FORMS = (".jsonl", ".json", ".ndjson", ".parquet", *_DELIMITERS)
+_LONGEST_FIELD = 1 << 24  # characters of a cell in csv
+_UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, csv.Error, ValueError)
+_REMEDY = "Name a file (.jsonl, .json, .csv or .parquet), a folder or a Hub id"
+_FOLDER = "It must be saved by datasets.save_to_disk, or hold .jsonl, .json, .csv or .parquet files"
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -58,44 +67,114 @@ def parse_line(line: str, place: str, remedy: str) -> object:
         DataError: It is not JSON.
     """
     try:
-        return jsonlines.Reader([line]).read()
+        return jsonlines.Reader([line], loads=_loads).read()
+    except RecursionError:
+        reason = "brackets too deep"
     except jsonlines.InvalidLineError as error:
         # jsonlines counts lines of its own; the parser's message is its cause.
-        reason = getattr(error.__cause__, "msg", None) or str(error).split("\n")[0]
-        raise DataError(f"{place}: not valid JSON ({reason})", remedy) from None
+        reason = getattr(error.__cause__, "msg", None) or str(error.__cause__ or error)
+    raise DataError(f"{place}: not valid JSON ({reason:.120})", remedy) from None
 
 
-def read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Yields the checked rows of a JSON Lines file (also .gz and .xz).
+def _loads(text: str) -> object:
+    return json.loads(text, object_pairs_hook=_without_duplicates)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {shown(twice)} stands there twice")
+    return value
+
+
+def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Yields the checked rows of a file: JSON Lines, a JSON array, csv or parquet.
+
+    All but parquet may be compressed (.gz, .xz, .bz2, .zst), and is UTF-8.
 
     Args:
-        path: The file, UTF-8.
+        path: The file; its name says which form it has.
 
     Raises:
-        DataError: The file is missing or unreadable, or a line is broken (named by number).
+        DataError: The file is missing or unreadable, or a row is broken (named by line or number).
     """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSED else None
+    form = suffixes[-1] if suffixes else None
     try:
-        with _open(path) as file:
-            lines = enumerate(io.TextIOWrapper(file, encoding="utf-8"), start=1)
-            for number, line in lines:
-                if not line.strip():
-                    continue
-                place = f"{path}, line {number}"
-                yield check_row(parse_line(line, place, "Correct or remove the line"), place)
+        if form == ".parquet" and packed is None:
+            rows = _parquet_rows(path)
+        else:
+            text = io.TextIOWrapper(_open(path, packed), encoding="utf-8-sig", newline="")
+            rows = _csv_rows(path, text, form) if form in _DELIMITERS else _json_rows(path, text)
+        for place, row in rows:
+            yield check_row(row, place)
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"--dataset: {path} does not exist", _REMEDY) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason})", "Convert the file") from None
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{path} can't be read: {error}", "Check the file") from None
+    except _UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} can't be read: {reason}", "Check the file") from None
 
 
-def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")
-    return path.open("rb")
+def _open(path: Path, packed: str | None) -> IO[bytes]:
+    if packed == ".zst":
+        import pyarrow  # what datasets reads with, so it is there
+
+        stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+        return io.BufferedReader(cast(io.RawIOBase, stream))
+    openers: dict[str | None, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+    return cast(IO[bytes], openers.get(packed, open)(path, "rb"))
+
+
+def _json_rows(path: Path, text: IO[str]) -> Iterator[tuple[str, object]]:
+    """Rows of JSON Lines, each with its line, or of one JSON array."""
+    begun = False
+    with text:
+        for number, line in enumerate(text, start=1):
+            if not line.strip():
+                continue
+            if not begun and line.lstrip().startswith("["):
+                yield from _array_rows(path, line + text.read())
+                return
+            begun = True
+            place = f"{path}, line {number}"
+            yield place, parse_line(line, place, "Correct or remove the line")
+
+
+def _array_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
+    try:
+        rows = _loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "brackets too deep" if isinstance(error, RecursionError) else str(error)
+        raise DataError(f"{path}: not valid JSON ({reason:.120})", "Correct the file") from None
+    assert isinstance(rows, list)  # it begins with a bracket
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}, row {number}", row
+
+
+def _csv_rows(path: Path, text: IO[str], form: str) -> Iterator[tuple[str, object]]:
+    csv.field_size_limit(_LONGEST_FIELD)
+    with text:
+        reader = csv.DictReader(text, delimiter=_DELIMITERS[form], strict=True)
+        for row in reader:
+            yield f"{path}, line {reader.line_num}", row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
+    from pyarrow import parquet
+
+    number = 0
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
 
 
 def load_splits(name: str, revision: str | None = None) -> Splits:
@@ -105,8 +184,8 @@ def load_splits(name: str, revision: str | None = None) -> Splits:
     embedded set. Where a known name stands for both, a log line says which one is taken.
 
     Args:
-        name: "demo", "oasst1", "oasst2", another Hub id, a .jsonl file, or a folder (saved by
-            `datasets`, or holding .jsonl files or parquet files).
+        name: "demo", "oasst1", "oasst2", another Hub id, a file as `read_rows` takes it, or a
+            folder (saved by `datasets`, or holding such files).
         revision: Branch, tag or commit on the Hub.
 
     Raises:
@@ -123,12 +202,12 @@ def load_splits(name: str, revision: str | None = None) -> Splits:
     if kind is not None:
         _say_what_is_taken(name, path, kind)
     if name == DEMO:
-        return Splits(read_jsonl(demo_dir() / DEMO_FILE), None, f"embedded {DEMO_FILE}")
+        return Splits(read_rows(demo_dir() / DEMO_FILE), None, f"embedded {DEMO_FILE}")
     if kind == "file":
-        return Splits(read_jsonl(path), None, str(path))
+        return Splits(read_rows(path), None, str(path))
     if kind == "folder":
         return _folder(path)
-    if path.suffix in {".jsonl", ".json", ".gz", ".xz"} or name.startswith((".", "/", "~")):
+    if path.suffix.lower() in (*_FORMS, *_COMPRESSED) or name.startswith((".", "/", "~")):
         raise DataError(f"--dataset: {name} does not exist", _REMEDY)
     return _hub(HUB_NAMES.get(name, name), revision)
 
@@ -174,20 +253,37 @@ def _say_what_is_taken(name: str, path: Path, kind: str) -> None:
 
 
 def _folder(path: Path) -> Splits:
+    """A folder saved by `datasets`, or one of files, divided by their names as `datasets` does."""
     import datasets
+    from datasets.data_files import DataFilesDict, get_data_patterns
 
+    saved = any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
     try:
-        if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-            loaded = datasets.load_from_disk(str(path))
-        else:
-            loaded = datasets.load_dataset(str(path))
+        if saved:
+            return _splits(datasets.load_from_disk(str(path)), str(path))
+        found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
+    except DataError:
+        raise
     except Exception as error:  # datasets raises many kinds; all mean an unreadable folder
         reason = str(error).split("\n")[0]
-        raise DataError(
-            f"--dataset: folder {path} can't be read: {reason}",
-            "It must be saved by datasets.save_to_disk, or hold .jsonl or parquet files",
-        ) from None
-    return _splits(loaded, str(path))
+        raise DataError(f"--dataset: folder {path} can't be read: {reason}", _FOLDER) from None
+    splits = {}
+    for name, files in found.items():
+        paths = [file for file in map(Path, files) if _has_rows(file)]
+        if paths:
+            splits[str(name)] = chain.from_iterable(map(read_rows, sorted(paths)))
+    if not splits:
+        raise DataError(f"--dataset: folder {path} holds no file of rows", _FOLDER)
+    if "train" not in splits:
+        raise _no_train_split(str(path), splits)
+    return Splits(splits["train"], splits.get("validation"), str(path))
+
+
+def _has_rows(path: Path) -> bool:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return path.is_file() and bool(suffixes) and suffixes[-1] in _FORMS
 
 
 def _hub(name: str, revision: str | None) -> Splits:
@@ -199,7 +295,7 @@ def _hub(name: str, revision: str | None) -> Splits:
         reason = str(error).split("\n")[0]
         raise DataError(
             f"--dataset: {name!r} can't be loaded from the Hub: {reason}",
-            "Check the name, the network and your access, or give a local .jsonl file or folder",
+            "Check the name, the network and your access, or give a local file or folder",
         ) from None
     return _splits(loaded, name)
 
@@ -208,10 +304,7 @@ def _splits(loaded: Any, source: str) -> Splits:
     if not isinstance(loaded, Mapping):
         return Splits(_checked(loaded, source), None, source)
     if "train" not in loaded:
-        raise DataError(
-            f"--dataset: {source} has the splits {', '.join(loaded)} but no 'train'",
-            "Name a data set with a train split",
-        )
+        raise _no_train_split(source, loaded)
     validation = loaded.get("validation")
     return Splits(
         _checked(loaded["train"], f"{source}, split train"),
@@ -220,9 +313,13 @@ def _splits(loaded: Any, source: str) -> Splits:
     )
 
 
+def _no_train_split(source: str, names: Iterable[str]) -> DataError:
+    return DataError(
+        f"--dataset: {source} has the splits {', '.join(names)} but no 'train'",
+        "Name a data set with a train split",
+    )
+
+
 def _checked(rows: Iterable[object], place: str) -> Iterator[Mapping[str, Any]]:
-    for number, row in enumerate(rows):
-        if isinstance(row, Mapping) and isinstance(row.get("created_date"), datetime):
-            # datasets turns some dates of a JSON Lines file into this.
-            row = {**row, "created_date": row["created_date"].isoformat()}
+    for number, row in enumerate(rows, start=1):
         yield check_row(row, f"{place}, row {number}")
