@@ -88,8 +88,8 @@ class DataSettings:
 
     dataset: str = _setting(
         "oasst1",
-        "conversations in OASST1's row schema: 'oasst1', 'demo' (embedded), a Hub id, a .jsonl "
-        "file, or a `datasets` folder",
+        "conversations in OASST1's row schema: 'oasst1', 'demo' (embedded), a Hub id, a file "
+        "(.jsonl, .json, .csv, .parquet, also .gz or .zst), or a folder of `datasets`",
     )
     dataset_revision: str | None = _setting(
         None, "branch, tag or commit of the data set on the Hub (default: its main branch)"

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 from conftest import BOS, EOS, token_ids, write_tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_harness.data.chat import (
     IGNORE,
     TEMPLATES,
     ChatEncoder,
     Example,
+    chat_template,
     fingerprint,
     leading_bos,
     show,
@@ -25,6 +27,7 @@ from qlora_harness.data.conversation import Conversation, Turn
 from qlora_harness.data.oasst1 import build_conversations
 from qlora_harness.data.sources import read_rows
 from qlora_harness.errors import SettingsError
+from qlora_harness.model.base import find_base, load_tokenizer
 
 
 def conversation(*texts: str, supervised: tuple[int, ...] | None = None) -> Conversation:
@@ -422,3 +425,59 @@ def test_llama_report_of_the_english_half(llama: Any, english: list[Conversation
     assert all(e.input_ids[0] == 1 and e.input_ids.count(1) == 1 for e in encoded.examples)
     assert all(e.supervised_tokens > 0 for e in encoded.examples)
     assert len(llama) == 32000
+
+
+# --- the template as the saved tokenizer has it ---------------------------------------------------
+
+
+def as_messages(conversation: Conversation) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
+
+
+def check_chat_template(tokenizer: Any, template: str, conversation: Conversation) -> None:
+    example = ChatEncoder(tokenizer, template, 10_000, "prompt").encode(conversation)
+    assert example is not None
+    tokenizer.chat_template = chat_template(template, tokenizer)
+    messages = as_messages(conversation)
+    applied = tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert list(applied["input_ids"]) == example.input_ids
+    learned = [label != IGNORE for label in example.labels]
+    assert [bool(mark) for mark in applied["assistant_masks"]] == learned
+    last = len(learned) - learned[::-1].index(False)
+    prompt = tokenizer.apply_chat_template(
+        messages[:-1], return_dict=True, add_generation_prompt=True
+    )
+    assert list(prompt["input_ids"]) == example.input_ids[:last]
+
+
+TALK = Conversation(
+    "t",
+    (
+        Turn("user", "Hi 'there'", False),
+        Turn("assistant", 'Hello! "How"\nare you?', True),
+        Turn("user", "2+2\\3? é", False),
+        Turn("assistant", "It is {{ 4 }}.", True),
+    ),
+)
+
+
+@pytest.mark.parametrize("template", ["guanaco", "alpaca"])
+def test_chat_template_gives_the_training_ids(tiny_tokenizer: Path, template: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    check_chat_template(tokenizer, template, TALK)
+    with pytest.raises(Exception, match="user and assistant turns, not on system"):
+        tokenizer.apply_chat_template([{"role": "system", "content": "x"}])
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_chat_template_gives_the_training_ids_of_smollm2(smollm2: str, template: str) -> None:
+    check_chat_template(load_tokenizer(find_base(smollm2)), template, TALK)
+
+
+def test_chat_template_gives_the_training_ids_of_real_conversations(shared_data: Path) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(shared_data / "tokenizer-llama2")
+    rows = read_rows(shared_data / "oasst" / "oasst1_validation_best.jsonl")
+    for conversation in build_conversations(rows, ("en",)).conversations[:100]:
+        check_chat_template(tokenizer, "guanaco", conversation)

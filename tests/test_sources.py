@@ -122,8 +122,8 @@ def test_missing_file_is_not_asked_of_the_hub(
     with pytest.raises(DataError) as caught:
         load_splits(name)
     assert str(caught.value) == (
-        f"--dataset: {name} does not exist. Name a file (.jsonl, .json, .csv or .parquet), a folder "
-        "or a Hub id."
+        f"--dataset: {name} does not exist. Name a file (.jsonl, .json, .csv or .parquet), a "
+        "folder or a Hub id."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ IGNORE = -100
 
 class Tokenizer(Protocol):
     """What is needed of a transformers tokenizer."""
+
+    chat_template: Any
 
     bos_token_id: int | None
     eos_token_id: int | None
@@ -103,6 +106,41 @@ class EncodedSet:
     truncated: int = 0
     dropped: int = 0
     turns: int = 0
+
+
+def chat_template(name: str, tokenizer: Tokenizer) -> str:
+    """Returns a template as transformers' chat templates are written (Jinja).
+
+    `apply_chat_template` then gives the ids that `ChatEncoder` gives, and marks the replies as what
+    is learned. The last user turn ends where the reply begins, so there is nothing to add for
+    `add_generation_prompt`.
+
+    Args:
+        name: In `TEMPLATES`.
+        tokenizer: Of the model that was trained with it.
+    """
+    template = TEMPLATES[name]
+    user = [_quoted(template.user_start), "message['content']", _quoted(template.assistant_start)]
+    end = _quoted(template.end_token) if template.end_token else "eos_token"
+    reply = [_quoted(template.reply_lead), "message['content']", end]
+    between = f"{{% if not loop.first %}}{{{{ {_quoted(template.between)} }}}}{{% endif %}}"
+    return "".join(
+        [
+            "{{ bos_token }}" if leading_bos(tokenizer) else "",
+            "{% for message in messages %}{% if message['role'] == 'user' %}",
+            between if template.between else "",
+            f"{{{{ {' + '.join(user)} }}}}",
+            "{% elif message['role'] == 'assistant' %}",
+            f"{{% generation %}}{{{{ {' + '.join(reply)} }}}}{{% endgeneration %}}",
+            "{% else %}{{ raise_exception('this model was trained on user and assistant turns, ",
+            "not on ' + message['role']) }}{% endif %}{% endfor %}",
+        ]
+    )
+
+
+def _quoted(text: str) -> str:
+    """A text as a string of Jinja's, whose escapes are Python's."""
+    return json.dumps(text)
 
 
 def leading_bos(tokenizer: Tokenizer) -> list[int]:

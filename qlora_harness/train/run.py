@@ -17,7 +17,7 @@ from accelerate import PartialState
 from transformers import TrainerState
 from transformers.utils import logging as transformers_logging
 
-from qlora_harness.data.chat import show
+from qlora_harness.data.chat import chat_template, show
 from qlora_harness.data.corpus import TrainingData, load_chosen_data
 from qlora_harness.errors import (
     AdapterError,
@@ -330,9 +330,12 @@ class _Run:
                 "double_quant": settings.model.double_quant,
                 "compute_dtype": settings.model.compute_dtype,
                 "data_fingerprint": data.report["train"]["fingerprint"],
+                "template": settings.data.template,
                 "run": self.run_dir.name,
             }
             adapter_record = scrub_all(adapter_record)
+            # The base's own would not be what this adapter has learned.
+            tokenizer.chat_template = chat_template(settings.data.template, tokenizer)
             unwrapped = trainer.accelerator.unwrap_model(trainer.model)
             try:
                 save_adapter(unwrapped, tokenizer, self.run_dir / ADAPTER_DIR, adapter_record)
