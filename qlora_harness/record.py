@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qlora_harness.errors import ResultsError
+from qlora_harness.errors import ResultsError, shown
 
 SCHEMA_VERSION = 1
 
@@ -140,30 +140,82 @@ def read_json(path: Path) -> dict[str, Any]:
         path: The file.
 
     Raises:
-        ResultsError: The file is missing, unreadable, not JSON, or not an object.
+        ResultsError: The file is missing, unreadable, not JSON (see `parse_json`), or not an
+            object.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ResultsError(f"{path} is not a file", "Name another file")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ResultsError(f"{path} does not exist", "Check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ResultsError(f"{path} can't be read: {error}", "Check the file") from None
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         raise ResultsError(
             f"{path}, line {error.lineno}: not valid JSON ({error.msg})",
             "The file is damaged or half written; make it anew or remove it",
         ) from None
-    except (ValueError, RecursionError) as error:
-        reason = "brackets too deep" if isinstance(error, RecursionError) else "a number too long"
+    except ValueError as error:
         raise ResultsError(
-            f"{path}: not valid JSON ({reason})", "The file is damaged; make it anew or remove it"
+            f"{path}: not valid JSON ({error})",
+            "The file is damaged; make it anew or remove it",
         ) from None
     if not isinstance(value, dict):
         raise ResultsError(
             f"{path}: expected a JSON object, found {type(value).__name__}", "Name another file"
         )
+    return value
+
+
+def parse_json(text: str) -> Any:
+    """Parses JSON, more strictly than `json.loads`.
+
+    Args:
+        text: One JSON value.
+
+    Raises:
+        ValueError: It is not JSON, or holds a key twice, a whole number of more than 308 digits,
+            brackets too deep to read, or half of a surrogate pair.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=without_duplicates, parse_int=_whole_number)
+    except RecursionError:
+        raise ValueError("brackets too deep") from None
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text holds half of a surrogate pair") from None
+    return value
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LONGEST_NUMBER = 308  # digits; more are beyond floating-point numbers
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of JSON, whose keys must differ.
+
+    Args:
+        pairs: As `json.loads` gives them to `object_pairs_hook`.
+
+    Raises:
+        ValueError: A key stands there twice.
+    """
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {shown(twice)} stands there twice")
     return value
 
 

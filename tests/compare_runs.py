@@ -145,6 +145,7 @@ def evaluation(
     return {
         "schema_version": 1,
         "kind": "evaluation_results",
+        "created": "2026-11-24T08:20:00+00:00",
         "arm": "4bit",
         "model": {"base": "llama", "revision": None, "quant": "nf4", "peft": "adapter"},
         "tasks": {family: scores(marks, **changes) for family in families},

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from compare_runs import FAMILY, FIRST, SECOND, texts, write_harness
+from compare_runs import FAMILY, FIRST, SECOND, harness, texts, write_harness
 
 from qlora_harness.compare.comparison import compare
 from qlora_harness.compare.evaluation import split_task
@@ -66,32 +66,41 @@ def test_an_undefined_standard_error_is_left_out(tmp_path: Path) -> None:
 
 
 def test_the_newest_harness_file_is_used_and_named(tmp_path: Path) -> None:
-    old = write_harness(tmp_path / "a", SECOND, date="2026-12-31T00-00-00", seconds=1000)
-    new = write_harness(tmp_path / "a", FIRST, seconds=2000)
+    old = write_harness(tmp_path / "a", SECOND, date="2026-11-23T23-59-59")
+    new = write_harness(tmp_path / "a", FIRST)
     other = write_harness(tmp_path / "b", FIRST)
     comparison = compare([tmp_path / "a", other])
     assert comparison.runs[0].evaluation == scrub(str(new))
     assert texts(comparison, "mmlu", "acc")[0] == "60.00 ± 11.24"
     note = f"a: {scrub(str(new))} is the newest of 2 harness files with {FAMILY}: used."
     assert note in comparison.notes
-    # Newest by time of modification, not by name, and never two at once.
-    assert old.name > new.name
-    os.utime(old, (2000, 2000))
-    with pytest.raises(ResultsError, match="have the same modification time"):
+    # By the date in the name: a copy has the time of its copying.
+    os.utime(old, (9e9, 9e9))
+    assert compare([tmp_path / "a", other]).runs[0].evaluation == scrub(str(new))
+
+
+def test_two_harness_files_of_one_date_must_be_the_same(tmp_path: Path) -> None:
+    file = write_harness(tmp_path / "a", FIRST)
+    other = write_harness(tmp_path / "b", FIRST)
+    copied = tmp_path / "a" / "copy" / file.name
+    copied.parent.mkdir()
+    copied.write_bytes(file.read_bytes())
+    compare([tmp_path / "a", other])
+    copied.write_text(json.dumps(harness(SECOND)))
+    with pytest.raises(ResultsError, match="have the same date"):
         compare([tmp_path / "a", other])
 
 
 def test_a_newer_file_without_the_family_is_passed_over(tmp_path: Path) -> None:
-    wanted = write_harness(tmp_path / "a", FIRST, seconds=1000)
-    write_harness(
-        tmp_path / "a", FIRST, date="2026-12-31T00-00-00", family="mmlu_qlora_0shot", seconds=2000
-    )
+    wanted = write_harness(tmp_path / "a", FIRST)
+    write_harness(tmp_path / "a", FIRST, date="2026-12-31T00-00-00", family="mmlu_qlora_0shot")
     other = write_harness(tmp_path / "b", FIRST)
     assert compare([tmp_path / "a", other]).runs[0].evaluation == scrub(str(wanted))
 
 
 def test_an_older_harness_file_that_contradicts_ours_gives_way(pair: tuple[Path, Path]) -> None:
-    os.utime(write_harness(pair[0], SECOND), (500, 500))
+    file = write_harness(pair[0], SECOND)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"date": 1000.0}))
     comparison = compare(pair)
     assert texts(comparison, "mmlu", "acc")[0] == "60.00 ± 11.24"
     assert [item.key for item in comparison.tables] == ["training", "mmlu"]

@@ -348,7 +348,7 @@ def test_one_question_has_no_standard_error() -> None:
     two = Evaluation(
         family=FAMILY,
         path=Path("x"),
-        modified_ns=0,
+        ended=None,
         model=None,
         random_weights=False,
         acc=0.5,

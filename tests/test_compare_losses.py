@@ -118,12 +118,11 @@ def test_logs_of_before_have_no_evaluation(logged: tuple[Path, Path]) -> None:
     [
         {"steps": [{"step": 1}]},
         {"steps": [{"step": float("inf"), "loss": 1.0}]},
-        {"steps": [{"step": 1, "loss": 10**400}]},
+        {"steps": [{"step": 1, "loss": "9" * 400}]},
         {"steps": [{"step": 1, "loss": float("nan")}]},
         {"steps": [{"step": 1.5, "loss": 1.0}]},
         {"evaluation": {"nll": [1.0], "tokens": []}},
         {"evaluation": {"nll": ["nan"], "tokens": [3]}},
-        {"evaluation": {"nll": [10**400], "tokens": [3]}},
         {"evaluation": {"nll": [1.0], "tokens": [0]}},
         {"evaluation": {"nll": [1.0], "tokens": [float("inf")]}},
         {"evaluation": {"nll": 5, "tokens": 5}},

@@ -252,7 +252,7 @@ def test_samples_that_contradict_a_newer_record_give_way_to_its_answers(tmp_path
     wanted = numbers(compare(runs))
     write_harness(runs[1], {name: "1" * size for name, size in SIZES.items()})
     path = runs[1] / "gpt2" / f"results_{DATE}.json"
-    write(path, path.read_text(), 1000.0)
+    write(path, json.loads(path.read_text()) | {"date": 1000.0})
     comparison = compare(runs)
     assert numbers(comparison) == wanted
     assert sources(comparison)[1] == "mmlu_progress"

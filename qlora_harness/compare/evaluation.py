@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Evaluation:
     Attributes:
         family: Name of the task family, for example mmlu_qlora_5shot.
         path: The file this was read from.
-        modified_ns: Its modification time, nanoseconds since 1970.
+        ended: When it ended, seconds since 1970, if recorded.
         model: Name of the model, with its adapter if it has one.
         random_weights: Whether the record says that the base model was never trained.
         acc: Micro accuracy (by question), 0 to 1.
@@ -87,7 +88,7 @@ class Evaluation:
 
     family: str
     path: Path
-    modified_ns: int
+    ended: float | None
     model: str | None
     random_weights: bool
     acc: float
@@ -180,7 +181,7 @@ def _read_family(record: Mapping[str, Any], path: Path, family: str) -> Evaluati
     return Evaluation(
         family=family,
         path=path,
-        modified_ns=path.stat().st_mtime_ns,
+        ended=_seconds(fields.optional_text(record, path, "created")),
         model=_model_name(record),
         random_weights=nested(record, "model", "random_weights") is True,
         acc=fields.share(record, path, *keys, "acc"),
@@ -196,6 +197,13 @@ def _read_family(record: Mapping[str, Any], path: Path, family: str) -> Evaluati
         categories=_read_categories(record, path, family),
         conditions=_read_conditions(record, path, family),
     )
+
+
+def _seconds(date: str | None) -> float | None:
+    try:
+        return None if date is None else datetime.fromisoformat(date).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 def _read_subjects(record: Mapping[str, Any], path: Path, family: str) -> dict[str, SubjectScore]:

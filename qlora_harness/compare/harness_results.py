@@ -19,6 +19,8 @@ from qlora_harness.compare.evaluation import (
 from qlora_harness.errors import ResultsError
 from qlora_harness.record import nested, read_json
 
+# results_2026-11-24T08-14-04.277787.json; isoformat() leaves the fraction out when it is zero.
+DATE_ID = re.compile(r"_(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?)\.json$")
 _TORCH_VERSION = re.compile(r"^PyTorch version: (.+)$", re.MULTILINE)
 _GPU_NAME = re.compile(r"^(?:GPU models and configuration: )?GPU 0: (.+)$", re.MULTILINE)
 # Fields of the file that are conditions of the evaluation, beside everything under "config".
@@ -31,13 +33,13 @@ class HarnessFile:
 
     Attributes:
         path: The file.
-        modified_ns: Its modification time, nanoseconds since 1970.
+        written: The date in its name, on the clock of the machine that wrote it; "" without one.
         record: Its content.
         families: The whole MMLU families in it.
     """
 
     path: Path
-    modified_ns: int
+    written: str
     record: Mapping[str, Any]
     families: tuple[str, ...]
 
@@ -69,30 +71,35 @@ def read_file(path: Path) -> HarnessFile:
             )
     names = [split_task(task) for task in record["results"]]
     families = tuple(name[0] for name in names if name is not None and not name[1])
-    return HarnessFile(path, path.stat().st_mtime_ns, record, families)
+    date = DATE_ID.search(path.name)
+    return HarnessFile(path, date[1] if date else "", record, families)
 
 
 def newest(files: Sequence[HarnessFile], family: str) -> HarnessFile | None:
-    """Returns the newest file, by modification time, that holds a family; None without any.
+    """Returns the newest file, by the date in its name, that holds a family; None without any.
 
     Args:
         files: Results files of one run.
         family: For example mmlu_qlora_5shot.
 
     Raises:
-        ResultsError: Two files share the newest time, so that neither is the newest.
+        ResultsError: Two files that differ share the newest date, so that neither is the newest.
     """
     holding = sorted(
         (file for file in files if family in file.families),
-        key=lambda file: file.modified_ns,
+        key=lambda file: file.written,
         reverse=True,
     )
     if not holding:
         return None
-    if len(holding) > 1 and holding[0].modified_ns == holding[1].modified_ns:
+    if (
+        len(holding) > 1
+        and holding[0].written == holding[1].written
+        and holding[0].record != holding[1].record
+    ):
         raise ResultsError(
-            f"{holding[0].path} and {holding[1].path} both hold {family} and have the same "
-            "modification time, so the newest can't be told",
+            f"{holding[0].path} and {holding[1].path} both hold {family} and have the same date "
+            "in their names, so the newest can't be told",
             "Name one of the two files instead of the folder, or remove one",
         )
     return holding[0]
@@ -118,7 +125,7 @@ def read_evaluation(file: HarnessFile, family: str) -> Evaluation:
     return Evaluation(
         family=family,
         path=path,
-        modified_ns=file.modified_ns,
+        ended=_ended(file),
         model=_model_name(record),
         random_weights=False,
         acc=fields.share(record, path, *group, "acc,none"),
@@ -142,6 +149,16 @@ def read_evaluation(file: HarnessFile, family: str) -> Evaluation:
         conditions=_read_conditions(record, family),
         notes=_read_notes(record),
     )
+
+
+def _ended(file: HarnessFile) -> float | None:
+    """When the evaluation ended, seconds since 1970: its start and duration stand in the file."""
+    start = fields.optional_number(file.record, file.path, "date")
+    try:
+        duration = float(file.record.get("total_evaluation_time_seconds") or 0.0)
+    except (TypeError, ValueError):
+        duration = 0.0
+    return None if start is None else start + duration
 
 
 def _full_name(file: HarnessFile, name: str) -> str:

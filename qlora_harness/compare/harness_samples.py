@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,12 @@ from typing import Any
 from qlora_harness.compare import fields
 from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.evaluation import Evaluation, SubjectScore
-from qlora_harness.compare.harness_results import HarnessFile, subject_tasks
+from qlora_harness.compare.harness_results import DATE_ID, HarnessFile, subject_tasks
 from qlora_harness.errors import ResultsError
 from qlora_harness.families import LETTERS
-from qlora_harness.record import nested
+from qlora_harness.record import nested, parse_json
 
 _SHOWN = 600  # characters of a question
-# <stem>_2026-11-24T08-14-04.277787.json; isoformat() leaves the fraction out when it is zero.
-_DATE_ID = re.compile(r"_(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?)\.json$")
 
 
 def read_answers(
@@ -38,7 +34,7 @@ def read_answers(
     Raises:
         ResultsError: Samples are half written, broken, or not those of the results file.
     """
-    date_id = _DATE_ID.search(file.path.name)
+    date_id = DATE_ID.search(file.path.name)
     if date_id is None:
         return None
     tasks = subject_tasks(file, evaluation.family)
@@ -87,8 +83,8 @@ def _read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for line_number, line in enumerate(file, start=1):
                 where = f"{path}, line {line_number}"
                 try:
-                    sample = json.loads(line)
-                except (ValueError, RecursionError) as error:
+                    sample = parse_json(line)
+                except ValueError as error:
                     raise ResultsError(
                         f"{where}: not valid JSON ({error})",
                         "The file is damaged or half written; score again or remove it",

@@ -302,7 +302,7 @@ def _join_evaluation(
             notes=(*ours.notes, *theirs.notes),
         )
         return joined, True
-    if theirs.modified_ns >= ours.modified_ns:
+    if ours.ended is None or theirs.ended is None or theirs.ended >= ours.ended:
         raise ResultsError(
             f"{ours.path} and {theirs.path} contradict each other on {family}: acc {ours.acc:.6f} "
             f"of {ours.n} questions in {len(ours.subjects)} subjects, and acc {theirs.acc:.6f} of "

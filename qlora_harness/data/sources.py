@@ -20,8 +20,9 @@ from typing import IO, Any, cast
 import jsonlines
 
 from qlora_harness.data.oasst1 import check_row
-from qlora_harness.errors import DataError, shown
+from qlora_harness.errors import DataError
 from qlora_harness.locations import demo_dir, expanded
+from qlora_harness.record import without_duplicates
 
 logger = logging.getLogger("qlora_harness")
 
@@ -77,16 +78,7 @@ def parse_line(line: str, place: str, remedy: str) -> object:
 
 
 def _loads(text: str) -> object:
-    return json.loads(text, object_pairs_hook=_without_duplicates)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {shown(twice)} stands there twice")
-    return value
+    return json.loads(text, object_pairs_hook=without_duplicates)
 
 
 def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -9,9 +9,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from qlora_harness.errors import ResultsError
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
+
+from qlora_harness.errors import ResultsError, shown
 from qlora_harness.families import LETTERS
 from qlora_harness.question_hashes import prompts_hash
 from qlora_harness.record import EVALUATION_FILE, SCHEMA_VERSION, now, read_json, write_json
@@ -205,8 +207,8 @@ def write_records(
         ResultsError: A record that is there is damaged.
     """
     same_model = {"arm": header["arm"], "model": header["model"]}
-    old_tasks = _kept(folder / EVALUATION_FILE, same_model)
-    old_rows = _kept(folder / progress_name, same_model)
+    old_tasks = _kept(folder / EVALUATION_FILE, _Evaluation, same_model)
+    old_rows = _kept(folder / progress_name, _Progress, same_model)
     tasks, rows = dict(old_tasks), dict(old_rows)
     written = []
     for name, family in families.items():
@@ -249,8 +251,8 @@ def check_folder(folder: Path, progress_name: str) -> None:
             f"{folder} can't be written ({error.strerror})",
             "Give another folder with results_dir= in --model_args",
         ) from None
-    for name in (EVALUATION_FILE, progress_name):
-        _kept(folder / name, {})
+    _kept(folder / EVALUATION_FILE, _Evaluation, None)
+    _kept(folder / progress_name, _Progress, None)
 
 
 def _question(row: Mapping[str, Any]) -> ScoredQuestion:
@@ -264,11 +266,66 @@ def _question(row: Mapping[str, Any]) -> ScoredQuestion:
     )
 
 
-def _kept(path: Path, same_model: Mapping[str, Any]) -> dict[str, Any]:
-    """The tasks of an existing file, if it is about the same model."""
-    if not path.is_file():
+class _Row(BaseModel, strict=True):
+    """What is read of a question's row in a progress file."""
+
+    index: NonNegativeInt
+    subject: str
+    logprobs: dict[Literal["A", "B", "C", "D"], Annotated[float, Field(le=0, allow_inf_nan=False)]]
+    answer: Literal["A", "B", "C", "D"]
+    prompt_sha256: str
+    truncated: bool
+
+    @model_validator(mode="after")
+    def _has_all_letters(self) -> _Row:
+        if len(self.logprobs) != len(LETTERS):
+            raise ValueError("logprobs must hold A, B, C and D")
+        return self
+
+
+class _Task(BaseModel, strict=True):
+    """What is read of a family in evaluation_results.json."""
+
+    n: NonNegativeInt
+    settings: dict[str, Any]
+
+
+class _Progress(BaseModel, strict=True):
+    """What is read of a progress file before it is written anew."""
+
+    arm: str
+    model: dict[str, Any]
+    tasks: dict[str, list[_Row]]
+
+
+class _Evaluation(BaseModel, strict=True):
+    """What is read of evaluation_results.json before it is written anew."""
+
+    arm: str
+    model: dict[str, Any]
+    tasks: dict[str, _Task]
+
+
+def _kept(
+    path: Path, kind: type[_Progress | _Evaluation], same_model: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The tasks of an existing file, checked; none if it is about another model."""
+    if not path.exists():
         return {}
     old = read_json(path)
-    if any(old.get(key) != value for key, value in same_model.items()):
+    try:
+        checked = kind.model_validate(old)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ResultsError(
+            f"{path}: {'.'.join(map(str, first['loc']))} is {shown(first['input'])} "
+            f"({first['msg']:.100})",
+            "The record is damaged: restore it or remove it",
+        ) from None
+    if same_model is not None and checked.arm != same_model["arm"]:
         return {}
-    return dict(old.get("tasks") or {})
+    # A record of an earlier version lacks some keys.
+    known = (same_model or {}).get("model", {})
+    if any(checked.model.get(key, value) != value for key, value in known.items()):
+        return {}
+    return dict(old["tasks"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from qlora_harness.errors import ResultsError
+
+logger = logging.getLogger("qlora_harness")
 
 
 def question_keys(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
@@ -35,7 +38,8 @@ class Journal:
     """JSON Lines files: a first line that says of which model, then one line a scored text.
 
     Each process writes a file of its own and reads those of all. A file of another model (or of
-    other settings) is never read; it is replaced. A line that was cut off is passed over.
+    other settings) is never read; it is replaced. A line that was cut off is passed over, as is
+    one whose checksum fails or whose number is no log-probability: its text is scored again.
 
     Args:
         path: The file of the first process; others add their number.
@@ -47,32 +51,46 @@ class Journal:
         self._first = path
         self._path = path.with_name(f"{path.name}.{rank}") if rank else path
         self._identity = json.dumps(identity, sort_keys=True)
+        self._seed = hashlib.blake2b(self._identity.encode(), digest_size=8)
         self._file: IO[str] | None = None
-        self._own = self._read(self._path)
+        self._own, _ = self._read(self._path)
         self.known: dict[str, tuple[float, bool]] = {}
         for file in self._files():
-            self.known |= self._read(file)
+            known, damaged = self._read(file)
+            self.known |= known
+            if damaged:
+                logger.warning("%s: %d damaged lines, which are scored again", file, damaged)
 
     def _files(self) -> list[Path]:
         return [self._first, *sorted(self._first.parent.glob(f"{self._first.name}.*"))]
 
-    def _read(self, path: Path) -> dict[str, tuple[float, bool]]:
+    def _read(self, path: Path) -> tuple[dict[str, tuple[float, bool]], int]:
+        """The scores of a file, and how many of its lines are damaged."""
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
-            return {}
-        known = {}
-        for number, line in enumerate(lines):
+            lines = path.read_bytes().split(b"\n") if path.is_file() else []
+        except OSError:
+            return {}, 0
+        if not lines or lines[0].decode(errors="replace") != self._identity:
+            return {}, 0
+        known: dict[str, tuple[float, bool]] = {}
+        damaged = 0
+        for line in filter(None, lines[1:]):
             try:
                 value = json.loads(line)
-                if number == 0:
-                    if json.dumps(value, sort_keys=True) != self._identity:
-                        return {}
-                else:
-                    known[value["key"]] = (float(value["logprob"]), bool(value["greedy"]))
-            except (ValueError, KeyError, TypeError):
-                continue
-        return known
+                key, logprob, greedy = value["key"], value["logprob"], value["greedy"]
+                valid = value["check"] == self._checksum(key, logprob, greedy)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                valid = False
+            if valid and math.isfinite(logprob) and logprob <= 0:
+                known[key] = (logprob, greedy)
+            else:
+                damaged += 1
+        return known, damaged
+
+    def _checksum(self, key: str, logprob: float, greedy: bool) -> str:
+        digest = self._seed.copy()
+        digest.update(f"{key}\0{logprob!r}\0{greedy!r}".encode())
+        return digest.hexdigest()
 
     def append(self, scored: Iterable[tuple[str, float, bool]]) -> None:
         """Adds scored texts and waits until they are on the disk.
@@ -93,7 +111,12 @@ class Journal:
             for key, logprob, greedy in scored:
                 if not math.isfinite(logprob):
                     continue  # a fault of this run must not become one of the next
-                line = {"key": key, "logprob": logprob, "greedy": greedy}
+                line = {
+                    "key": key,
+                    "logprob": logprob,
+                    "greedy": greedy,
+                    "check": self._checksum(key, logprob, greedy),
+                }
                 self._file.write(json.dumps(line) + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())
