@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import re
+import contextlib
+import glob
+import json
+import reprlib
 import shutil
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+from filelock import FileLock, Timeout
 
-from qlora_harness.errors import RunError
+from qlora_harness.errors import ResultsError, RunError
 from qlora_harness.flag_checks import why_not_writable
-from qlora_harness.model.lora import CONFIG_FILE, WEIGHTS_FILE
+from qlora_harness.model.lora import RECORD_FILE, adapter_digest
 from qlora_harness.record import (
     ADAPTER_DIR,
     CHECKPOINT_DIR,
@@ -27,15 +28,39 @@ from qlora_harness.record import (
     read_json,
     scrub_all,
 )
-
-_STEP = re.compile(r"^checkpoint-\d+$")
-_CHECKPOINT_FILES = (
-    WEIGHTS_FILE,
-    CONFIG_FILE,
-    "optimizer.pt",
-    "scheduler.pt",
-    "trainer_state.json",
+from qlora_harness.settings import Settings, setting_fields
+from qlora_harness.train.checkpoints import (
+    all_checkpoints,
+    fault,
+    is_checkpoint_name,
+    newest_whole,
 )
+from qlora_harness.train.process import is_running
+
+LOCK_FILE = ".qlora_harness.lock"
+STALE = "replaced_"  # before the names of lm_eval's files about an adapter that was replaced
+
+_STATUSES = ("running", "completed", "interrupted", "failed")
+_RECORD_TYPES: dict[tuple[str, ...], type | tuple[type, ...]] = {
+    ("started",): str,
+    ("process",): dict,
+    ("process", "id"): int,
+    ("process", "host"): str,
+    ("process", "started"): (int, float),
+    ("model", "weights_fingerprint"): str,
+    ("quantization", "compute_dtype"): str,
+    ("data", "train", "fingerprint"): str,
+    ("computation",): dict,
+    ("runtime", "train_seconds"): (int, float),
+    ("results", "steps"): int,
+    ("results", "final_train_loss"): (int, float),
+    ("results", "eval_loss"): (int, float),
+    ("results", "perplexity"): (int, float),
+    ("throughput", "tokens_per_second"): (int, float),
+    ("memory", "peak_allocated_bytes"): int,
+    ("memory", "peak_managed_bytes"): int,
+    ("memory", "cpu_peak_rss_bytes"): int,
+}
 
 
 @dataclass(frozen=True)
@@ -43,174 +68,330 @@ class StartingPoint:
     """What to do in a run folder.
 
     Attributes:
-        checkpoint: Go on from here, or None for a fresh start.
-        previous: The summary of the run that is gone on with, or None.
+        checkpoint: Resume from here, or None for a fresh start.
+        previous: The summary of the run that the checkpoint belongs to, or None.
         replace: Whether the folder's files are removed before the first step.
         nothing_to_do: Whether the run is complete already.
+        notes: What to tell the user: newer checkpoints that can't be read, one line each.
     """
 
     checkpoint: Path | None = None
     previous: dict[str, Any] | None = None
     replace: bool = False
     nothing_to_do: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def inspect(
-    run_dir: Path,
-    *,
-    experiment: Mapping[str, Any],
-    resume: str,
-    resume_given: bool,
-    overwrite: bool,
+    run_dir: Path, settings: Settings, *, resume_given: bool, has_lock: bool = False
 ) -> StartingPoint:
     """Decides how a run starts, without touching anything.
 
     Args:
         run_dir: The run folder; need not exist.
-        experiment: The settings that a resumed run must share.
-        resume: "auto", "never", or a checkpoint folder.
-        resume_given: Whether the user asked for it (a completed run is only looked at then).
-        overwrite: Whether the folder may be replaced.
+        settings: Of the new run.
+        resume_given: Whether --resume was given (a completed run is only looked at then).
+        has_lock: Whether this process has the folder's lock.
 
     Raises:
-        RunError: The folder holds a run that would be lost, or that can't be gone on with.
+        RunError: The folder is in use, holds a run that would be lost, or one that can't be
+            resumed.
     """
     if reason := why_not_writable(run_dir):
         raise RunError(f"--output-dir {run_dir}: {reason}", "Name another folder")
-    if overwrite and resume not in ("auto", "never"):
+    if not has_lock and is_locked(run_dir):
+        raise _in_use(run_dir)
+    resume, overwrite = settings.run.resume, settings.run.overwrite
+    named = None if resume in ("auto", "never") else Path(resume)
+    if overwrite and named is not None and named.resolve().is_relative_to(run_dir.resolve()):
         raise RunError(
-            f"--overwrite removes what --resume {resume} goes on from", "Give one of the two"
+            f"--overwrite removes the checkpoint of --resume {named}", "Give one of the two"
         )
+    previous = _read_run(run_dir)
+    if previous is None:
+        _refuse_leftovers(run_dir)
+    elif previous["status"] == "running" and is_running(
+        previous.get("process") or {}, previous.get("started")
+    ):
+        raise _in_use(run_dir, f"process {nested(previous, 'process', 'id')}")
+    if (run_dir / ADAPTER_DIR).exists() and not (run_dir / ADAPTER_DIR / RECORD_FILE).is_file():
+        raise RunError(
+            f"{run_dir / ADAPTER_DIR} is in the way: qlora-harness did not make it",
+            "Move it, or use another --output-dir",
+        )
+    if named is not None:
+        return _from_checkpoint(run_dir, named, previous, settings)
+    if previous is None:
+        return StartingPoint()
     if overwrite:
         return StartingPoint(replace=True)
-    summary_path = run_dir / SUMMARY_FILE
-    if resume not in ("auto", "never"):
-        checkpoint = Path(resume)
-        if checkpoint.is_dir() and not _STEP.search(checkpoint.name):
-            raise RunError(
-                f"--resume: {resume} does not say its step", "Name a checkpoint-N folder"
-            )
-        if missing := missing_files(checkpoint):
-            raise RunError(
-                f"--resume: {resume} is no whole checkpoint (missing: {', '.join(missing)})",
-                "Name a checkpoint-N folder, or use --resume auto",
-            )
-        previous = read_json(summary_path) if summary_path.is_file() else None
-        if previous is not None:
-            _same_experiment(run_dir, previous, experiment)
-        return StartingPoint(checkpoint, previous)
-    if not summary_path.is_file():
-        leftover = [n for n in (ADAPTER_DIR, CHECKPOINT_DIR, LOGS_FILE) if (run_dir / n).exists()]
-        if leftover:
-            raise RunError(
-                f"{run_dir} holds {leftover[0]} but no {SUMMARY_FILE}",
-                "Use --overwrite to replace it, or another --output-dir",
-            )
-        return StartingPoint()
-    previous = read_json(summary_path)
-    status = previous.get("status")
-    if status == "running" and _is_alive(previous):
-        raise RunError(
-            f"{run_dir} belongs to a run that is still going on (process "
-            f"{nested(previous, 'process', 'id')})",
-            "Wait for it, stop it, or use another --output-dir",
-        )
-    if status == "completed" and not (resume_given and resume == "auto"):
-        raise RunError(
-            f"{run_dir} holds a completed run",
-            "Use --overwrite to replace it, or another --output-dir",
-        )
-    if status == "completed":
-        _same_experiment(run_dir, previous, experiment)
+    if previous["status"] == "completed":
+        if not (resume_given and resume == "auto"):
+            raise _completed(run_dir)
+        _check_same_experiment(run_dir, previous, settings)
         return StartingPoint(previous=previous, nothing_to_do=True)
-    newest = newest_checkpoint(run_dir / CHECKPOINT_DIR)
+    newest, passed_over = newest_whole(run_dir / CHECKPOINT_DIR)
     if newest is None:
-        return StartingPoint(replace=True)
+        return StartingPoint(replace=True, notes=tuple(passed_over))
     if resume == "never":
         raise RunError(
-            f"{run_dir} holds a run with status {status!r} and {newest.name}",
-            "Use --resume auto to go on, --overwrite to replace it, or another --output-dir",
+            f"{run_dir} holds a run with status {previous['status']!r} and {newest.name}",
+            "Use --resume auto to resume it, --overwrite to replace it, or another --output-dir",
         )
-    _same_experiment(run_dir, previous, experiment)
-    return StartingPoint(newest, previous)
+    _check_same_experiment(run_dir, previous, settings)
+    return StartingPoint(newest, previous, notes=tuple(passed_over))
 
 
-def _is_alive(summary: Mapping[str, Any]) -> bool:
-    """Whether the process that wrote a summary still runs on this machine."""
-    process = nested(summary, "process", "id")
-    here = nested(summary, "process", "host") == socket.gethostname()
-    if not here or not isinstance(process, int) or process == os.getpid():
-        return False
-    return bool(psutil.pid_exists(process))
-
-
-def _same_experiment(
-    run_dir: Path, previous: Mapping[str, Any], experiment: Mapping[str, Any]
-) -> None:
-    before = nested(previous, "settings") or {}
-    for name, value in experiment.items():
-        if name in before and before[name] != scrub_all(value):
+def _from_checkpoint(
+    run_dir: Path, checkpoint: Path, previous: Mapping[str, Any] | None, settings: Settings
+) -> StartingPoint:
+    """Resumes from a checkpoint that was named, of this run or of another one."""
+    if not is_checkpoint_name(checkpoint.name):
+        raise RunError(
+            f"--resume: {checkpoint} does not say its step", "Name a checkpoint-N folder"
+        )
+    if problem := fault(checkpoint):
+        raise RunError(
+            f"--resume: {checkpoint} is no whole checkpoint ({problem})",
+            "Name another checkpoint-N folder, or use --resume auto",
+        )
+    owner = run_of(checkpoint)
+    source = _read_run(owner)
+    if source is None:
+        raise RunError(
+            f"--resume: {owner} holds no {SUMMARY_FILE}, which says how {checkpoint.name} was made",
+            "Name a checkpoint in its own run folder",
+        )
+    _check_same_experiment(owner, source, settings)
+    replace = False
+    if previous is not None and owner.resolve() != run_dir.resolve():
+        if not settings.run.overwrite:
             raise RunError(
-                f"{run_dir} holds a run with --{name.replace('_', '-')} {before[name]}, "
-                f"not {value}",
-                "Give the same value to go on, --overwrite to replace it, or another --output-dir",
+                f"{run_dir} holds another run than {checkpoint} belongs to",
+                "Use --overwrite to replace it, or another --output-dir",
             )
+        replace = True
+    elif previous is not None and previous["status"] == "completed":
+        raise _completed(run_dir)
+    return StartingPoint(checkpoint, source, replace)
 
 
-def missing_files(checkpoint: Path) -> list[str]:
-    """Returns the files that a checkpoint lacks to be resumed from.
+def run_of(checkpoint: Path) -> Path:
+    """Returns the run folder that a checkpoint belongs to.
 
     Args:
         checkpoint: A checkpoint-N folder.
     """
-    missing = [
-        name
-        for name in _CHECKPOINT_FILES
-        if not (checkpoint / name).is_file() or not (checkpoint / name).stat().st_size
-    ]
-    if not any(checkpoint.glob("rng_state*.pth")):
-        missing.append("rng_state.pth")
-    return missing
+    return checkpoint.absolute().parent.parent
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Returns the whole checkpoint of the highest step; half-written ones are passed over.
-
-    Args:
-        folder: The folder of checkpoint-N folders.
-    """
-    numbered = [
-        (checkpoint_step(p), p) for p in folder.glob("checkpoint-*") if _STEP.search(p.name)
-    ]
-    for _, path in sorted(numbered, reverse=True):
-        if not missing_files(path):
-            return path
-    return None
+def _in_use(run_dir: Path, holder: str = "it is locked") -> RunError:
+    return RunError(
+        f"{run_dir} belongs to a run that is still training ({holder})",
+        "Wait for it, stop it, or use another --output-dir",
+    )
 
 
-def checkpoint_step(checkpoint: Path) -> int:
-    """Returns the step of a checkpoint-N folder.
-
-    Args:
-        checkpoint: The folder.
-    """
-    return int(checkpoint.name.rsplit("-", 1)[1])
+def _completed(run_dir: Path) -> RunError:
+    return RunError(
+        f"{run_dir} holds a completed run", "Use --overwrite to replace it, or another --output-dir"
+    )
 
 
-def clear(run_dir: Path) -> None:
-    """Removes what an earlier run left in the folder, and nothing else.
+def _refuse_leftovers(run_dir: Path) -> None:
+    """Without a summary nothing says whose files these are, so they are never replaced."""
+    for name in (ADAPTER_DIR, CHECKPOINT_DIR, LOGS_FILE, TRAINER_STATE_FILE):
+        if (run_dir / name).exists():
+            raise RunError(
+                f"{run_dir} holds {name} but no {SUMMARY_FILE}, so nothing says which run made it",
+                "Move it, or use another --output-dir",
+            )
+
+
+def _read_run(run_dir: Path) -> dict[str, Any] | None:
+    """The summary in a run folder, checked as far as training reads it; None without one."""
+    path = run_dir / SUMMARY_FILE
+    if not path.exists():
+        return None
+    summary = _read(path)
+    if summary.get("kind") != "training_summary":
+        raise RunError(
+            f'{path} was not written by qlora-harness (no "kind": "training_summary")',
+            "Use another --output-dir",
+        )
+    checks: dict[tuple[str, ...], bool] = {}
+    checks[("status",)] = summary.get("status") in _STATUSES
+    checks[("settings",)] = isinstance(summary.get("settings"), dict)
+    for keys, kind in _RECORD_TYPES.items():
+        value = nested(summary, *keys)
+        checks[keys] = value is None or (isinstance(value, kind) and not isinstance(value, bool))
+    for keys, valid in checks.items():
+        if not valid:
+            raise RunError(
+                f"{path}, key {'.'.join(keys)!r}: {reprlib.repr(nested(summary, *keys))} is not "
+                "valid, so the record is damaged",
+                "Restore it, or use another --output-dir",
+            )
+    return summary
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ResultsError as error:
+        raise RunError(error.problem, "Restore the file, or use another --output-dir") from None
+
+
+def read_steps(run_dir: Path, last: int) -> list[dict[str, Any]]:
+    """Returns the rows of a run's step log, up to a step.
 
     Args:
         run_dir: The run folder.
+        last: The last step that is wanted.
+
+    Raises:
+        RunError: The log is damaged.
     """
-    for name in (ADAPTER_DIR, CHECKPOINT_DIR):
-        shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in (SUMMARY_FILE, LOGS_FILE, TRAINER_STATE_FILE, EVALUATION_FILE):
+    path = run_dir / LOGS_FILE
+    if not path.is_file():
+        return []
+    rows = _read(path).get("steps")
+    numbers = ("step", "loss", "seconds", "tokens", "supervised_tokens")
+    valid = isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and all(isinstance(row.get(n), int | float) for n in numbers)
+        and row["seconds"] > 0
+        for row in rows
+    )
+    if not valid:
+        raise RunError(
+            f"{path}, key 'steps': not a list of steps, so the log is damaged",
+            "Restore it, or use another --output-dir",
+        )
+    return [row for row in rows or [] if row["step"] <= last]
+
+
+def _check_same_experiment(run_dir: Path, previous: Mapping[str, Any], settings: Settings) -> None:
+    before = dict(previous["settings"])
+    recorded = nested(previous, "quantization", "compute_dtype")
+    if recorded is not None:
+        before["compute_dtype"] = recorded
+    known = setting_fields()
+    for name, value in settings.experiment().items():
+        # "auto" takes what the run was begun with.
+        if name == "compute_dtype" and value == "auto":
+            continue
+        old = before.get(name, known[name][1].default)
+        if old != scrub_all(value):
+            shown = reprlib.repr(old).strip("'")
+            raise RunError(
+                f"{run_dir} holds a run with --{name.replace('_', '-')} {shown}, not {value}",
+                "Give the same value to resume it, or use another --output-dir",
+            )
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Returns whether a process trains in a run folder.
+
+    Args:
+        run_dir: The run folder; need not exist.
+    """
+    if not (run_dir / LOCK_FILE).is_file():
+        return False
+    lock = FileLock(run_dir / LOCK_FILE)
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):  # this file system has no locks
+        return False
+
+
+def lock(run_dir: Path) -> FileLock:
+    """Takes the lock of a run folder; the system frees it when the process ends, however it does.
+
+    Args:
+        run_dir: Made if missing.
+
+    Returns:
+        The lock, to be released.
+
+    Raises:
+        RunError: Another process has it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    held = FileLock(run_dir / LOCK_FILE)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise _in_use(run_dir) from None
+    except NotImplementedError:  # this file system has no locks
+        pass
+    return held
+
+
+def remove_temporary_files(run_dir: Path) -> None:
+    """Removes what a training run left half written when it was killed.
+
+    Args:
+        run_dir: The run folder, locked by this process.
+    """
+    for name in (SUMMARY_FILE, LOGS_FILE, TRAINER_STATE_FILE):
+        for path in (*run_dir.glob(f".{name}.*.tmp"), run_dir / f".{name}.tmp"):
+            path.unlink(missing_ok=True)
+    for path in run_dir.glob(f".{ADAPTER_DIR}-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def clear(run_dir: Path) -> None:
+    """Removes what an earlier run made in its folder, and nothing else.
+
+    lm_eval's results about its adapter are renamed, as they would speak of the next one.
+
+    Args:
+        run_dir: A run folder that `inspect` has checked.
+    """
+    _set_stale_results_aside(run_dir)
+    if (run_dir / ADAPTER_DIR / RECORD_FILE).is_file():
+        shutil.rmtree(run_dir / ADAPTER_DIR)
+    for checkpoint in all_checkpoints(run_dir / CHECKPOINT_DIR):
+        shutil.rmtree(checkpoint)
+    with contextlib.suppress(OSError):  # somebody else's files stay
+        (run_dir / CHECKPOINT_DIR).rmdir()
+    for name in (LOGS_FILE, TRAINER_STATE_FILE, EVALUATION_FILE, SUMMARY_FILE):
         (run_dir / name).unlink(missing_ok=True)
     for pattern in ("mmlu_progress_*.json", ".mmlu_progress_*.jsonl*"):
         for path in run_dir.glob(pattern):
             path.unlink()
-    # lm_eval's output below the folder is about the adapter that goes.
-    for pattern in ("results_*.json", "samples_*.jsonl"):
-        for path in run_dir.rglob(pattern):
-            path.unlink()
+
+
+def _set_stale_results_aside(run_dir: Path) -> None:
+    adapter = run_dir / ADAPTER_DIR
+    try:
+        digest = adapter_digest(adapter)
+    except OSError:
+        digest = None
+    for path in sorted(run_dir.rglob("results_*.json")):
+        if not _is_about(path, adapter, digest):
+            continue
+        written = path.stem.removeprefix("results_")
+        samples = path.parent.glob(f"samples_*_{glob.escape(written)}.jsonl")
+        for stale in (path, *samples):
+            stale.rename(stale.with_name(STALE + stale.name))
+
+
+def _is_about(path: Path, adapter: Path, digest: str | None) -> bool:
+    """Whether lm_eval wrote a file about an adapter: it names its digest or its folder."""
+    try:
+        config = json.loads(path.read_bytes())["config"]
+        arguments = config["model_args"]
+        if isinstance(arguments, str):
+            pairs = [pair.partition("=") for pair in arguments.split(",")]
+            arguments = {key: value for key, _, value in pairs}
+        named = arguments.get("peft")
+        if digest is not None and config.get("peft_sha") == digest:
+            return True
+        return isinstance(named, str) and Path(named).resolve() == adapter.resolve()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
