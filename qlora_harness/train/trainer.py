@@ -340,10 +340,12 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Removes Trainer's arguments: pickled, with the host's name, and read by nobody."""
+        """Removes what nobody reads and names the host, the user's folders or both."""
         if state.is_world_process_zero:
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            (folder / "training_args.bin").unlink(missing_ok=True)
+            for name in ("training_args.bin", "README.md"):
+                Path(args.output_dir, f"checkpoint-{state.global_step}", name).unlink(
+                    missing_ok=True
+                )
 
     def write(self) -> None:
         """Writes training_logs.json (main process only)."""
