@@ -7,9 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEMO := results/demo
-THREADS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 TRAIN = $(BIN)/accelerate launch --quiet --config_file launch/accelerate/one_process.yaml \
-	--num_cpu_threads_per_process $(THREADS) launch/train.py --recipe demo --overwrite
+	launch/train.py --recipe demo --overwrite
 SCORE = LMEVAL_LOG_LEVEL=WARNING $(BIN)/lm_eval --tasks mmlu_qlora_demo --model qlora_adapter --batch_size 4
 
 .PHONY: demo test check clean

@@ -76,9 +76,9 @@ class ModelSettings:
     )
     double_quant: bool = _setting(True, "quantise the 4-bit scales as well (4-bit arms only)")
     compute_dtype: str = _setting(
-        "bfloat16",
-        "dtype of matrix products; float32 is for CPUs without fast bfloat16",
-        choices=["bfloat16", "float32"],
+        "auto",
+        "dtype of matrix products; auto: bfloat16 on a GPU, on a CPU what is faster there",
+        choices=["auto", "bfloat16", "float32"],
     )
 
 
@@ -190,7 +190,7 @@ class RunSettings:
     save_steps: int = _setting(250, "steps between checkpoints", "steps")
     resume: str = _setting(
         "auto",
-        "auto: go on from the newest whole checkpoint of an unfinished run; never; or a checkpoint "
+        "auto: resume an unfinished run from its newest whole checkpoint; never; or a checkpoint "
         "folder",
     )
     overwrite: bool = _setting(False, "replace what the run folder holds")

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import REPOSITORY, tiny_rows
 
@@ -143,6 +144,32 @@ def test_kill_leaves_valid_files_and_the_same_command_goes_on(
     assert (record["status"], record["runtime"]["resumed"]) == ("completed", True)
     assert len(losses(run_dir)) == 60
     assert losses(run_dir)[:10] == before[:10]
+
+
+def test_sigterm_to_accelerate_launch_ends_the_run_with_a_checkpoint(
+    checkout: Path, flags: list[str]
+) -> None:
+    """Schedulers signal that process; it dies of it and tells its child nothing."""
+    run_dir = checkout / "run"
+    process = start(
+        checkout, str(ACCELERATE), "launch", *ONE_PROCESS, "launch/train.py", "--quant", "bf16",
+        *flags, "--max-steps", "100000", "--grad-accum", "1", "--save-steps", "20",
+        "--output-dir", "run",
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(run_dir.glob("checkpoints/*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    trains = psutil.Process(read(run_dir / "training_summary.json")["process"]["id"])
+    assert trains.parent() == psutil.Process(process.pid)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == -signal.SIGTERM
+    psutil.wait_procs([trains], timeout=60)
+    assert not trains.is_running()
+    process.communicate()
+    record = read(run_dir / "training_summary.json")
+    assert record["status"] == "interrupted"
+    assert (run_dir / "checkpoints" / f"checkpoint-{record['results']['steps']}").is_dir()
 
 
 def test_two_processes_give_the_numbers_of_one(checkout: Path, flags: list[str]) -> None:

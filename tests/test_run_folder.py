@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from qlora_harness.errors import ResultsError, RunError
+from qlora_harness.errors import RunError
 from qlora_harness.settings import build_settings
+from qlora_harness.train import process
+from qlora_harness.train.checkpoints import fault, newest_whole
 from qlora_harness.train.run_folder import (
+    LOCK_FILE,
     StartingPoint,
     clear,
     inspect,
-    missing_files,
-    newest_checkpoint,
+    lock,
+    remove_temporary_files,
 )
 
 CHECKPOINT_FILES = (
@@ -27,22 +33,20 @@ CHECKPOINT_FILES = (
     "adapter_config.json",
     "optimizer.pt",
     "scheduler.pt",
-    "trainer_state.json",
     "rng_state.pth",
+    "trainer_state.json",
 )
-SETTINGS = build_settings({"max_steps": 8, "learning_rate": 1e-3})
+VALUES = {"max_steps": 8, "learning_rate": 1e-3}
+SETTINGS = build_settings(VALUES)
 
 
-def start(run_dir: Path, **options: Any) -> StartingPoint:
+def start(
+    run_dir: Path, *, resume_given: bool = False, has_lock: bool = False, **values: Any
+) -> StartingPoint:
     before = listing(run_dir)
-    chosen: dict[str, Any] = {
-        "experiment": SETTINGS.experiment(),
-        "resume": "auto",
-        "resume_given": False,
-        "overwrite": False,
-    }
+    settings = build_settings(VALUES | values)
     try:
-        return inspect(run_dir, **(chosen | options))
+        return inspect(run_dir, settings, resume_given=resume_given, has_lock=has_lock)
     finally:
         assert listing(run_dir) == before
 
@@ -54,22 +58,38 @@ def listing(folder: Path) -> list[tuple[str, int]]:
 def refusal(run_dir: Path, **options: Any) -> str:
     with pytest.raises(RunError) as caught:
         start(run_dir, **options)
+    assert len(str(caught.value)) <= 500
     return str(caught.value)
 
 
 def write_summary(run_dir: Path, status: str, **settings: Any) -> dict[str, Any]:
-    summary = {"status": status, "settings": json.loads(json.dumps(SETTINGS.flat())) | settings}
+    summary = {
+        "kind": "training_summary",
+        "status": status,
+        "settings": json.loads(json.dumps(SETTINGS.flat())) | settings,
+    }
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "training_summary.json").write_text(json.dumps(summary))
     return summary
 
 
+def change_summary(run_dir: Path, **keys: Any) -> None:
+    path = run_dir / "training_summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
 def write_checkpoint(run_dir: Path, step: int, without: str = "") -> Path:
     folder = run_dir / "checkpoints" / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    for name in CHECKPOINT_FILES:
-        if name != without:
-            (folder / name).write_text("x")
+    save_file({"lora_A.weight": torch.ones(2, 3)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"r": 2}')
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": torch.arange(50)}, folder / name)
+    state = {"epoch": 1.0, "global_step": step, "max_steps": 8, "num_train_epochs": 1}
+    state |= {"total_flos": 0.0, "log_history": [], "stateful_callbacks": {}}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    if without:
+        (folder / without).unlink()
     return folder
 
 
@@ -82,14 +102,24 @@ def test_missing_or_empty_folder_is_a_fresh_start(tmp_path: Path) -> None:
     assert start(tmp_path) == StartingPoint()
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", ["adapter", "checkpoints", "training_logs.json"])
-def test_leftovers_without_a_summary_are_not_replaced_unasked(tmp_path: Path, name: str) -> None:
+def test_what_no_summary_speaks_of_is_never_replaced(
+    tmp_path: Path, name: str, overwrite: bool
+) -> None:
     (tmp_path / name).mkdir()
-    assert refusal(tmp_path) == (
-        f"{tmp_path} holds {name} but no training_summary.json. "
-        "Use --overwrite to replace it, or another --output-dir."
-    )
-    assert start(tmp_path, overwrite=True) == StartingPoint(replace=True)
+    line = refusal(tmp_path, overwrite=overwrite)
+    assert f"{tmp_path} holds {name} but no training_summary.json" in line
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_adapter_of_others_in_a_run_folder_is_never_replaced(
+    tmp_path: Path, overwrite: bool
+) -> None:
+    write_summary(tmp_path, "interrupted")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert str(tmp_path / "adapter") in refusal(tmp_path, overwrite=overwrite)
 
 
 def test_folder_with_other_things_in_it_is_a_fresh_start(tmp_path: Path) -> None:
@@ -109,26 +139,38 @@ def test_output_dir_that_is_a_file(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
 def test_output_dir_where_nobody_can_write(tmp_path: Path) -> None:
     with pytest.raises(RunError) as caught:
-        inspect(Path("/proc/x"), experiment={}, resume="auto", resume_given=False, overwrite=True)
+        inspect(Path("/proc/x"), SETTINGS, resume_given=False)
     assert str(caught.value).startswith("--output-dir /proc/x: /proc can't be written (")
     assert str(caught.value).endswith("). Name another folder.")
 
 
 def test_output_dir_with_a_name_too_long(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"can't be written \(File name too long\)\. Name another"):
-        inspect(
-            tmp_path / ("x" * 300),
-            experiment={},
-            resume="auto",
-            resume_given=False,
-            overwrite=False,
-        )
+        inspect(tmp_path / ("x" * 300), SETTINGS, resume_given=False)
 
 
-def test_damaged_summary_is_named(tmp_path: Path) -> None:
-    (tmp_path / "training_summary.json").write_text('{"status": "comp')
-    with pytest.raises(ResultsError, match="training_summary.json, line 1: not valid JSON"):
-        start(tmp_path)
+DAMAGED = {
+    "half": '{"status": "comp',
+    "no object": "[]",
+    "of another tool": "{}",
+    "no status": '{"kind": "training_summary", "settings": {}}',
+    "no settings": '{"kind": "training_summary", "status": "running"}',
+    "long": json.dumps({"kind": "training_summary", "status": "x" * 200_000, "settings": {}}),
+    "seconds": json.dumps(
+        {"kind": "training_summary", "status": "failed", "settings": {}}
+        | {"runtime": {"train_seconds": "1"}}
+    ),
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_damaged_summary_is_named_and_never_replaced(
+    tmp_path: Path, content: str, overwrite: bool
+) -> None:
+    path = tmp_path / "training_summary.json"
+    path.write_text(content)
+    assert str(path) in refusal(tmp_path, overwrite=overwrite)
 
 
 # --- completed runs -------------------------------------------------------------------------------
@@ -159,7 +201,7 @@ def test_resuming_a_completed_run_with_other_settings_is_refused(tmp_path: Path)
     write_summary(tmp_path, "completed", learning_rate=5e-4)
     assert refusal(tmp_path, resume_given=True) == (
         f"{tmp_path} holds a run with --learning-rate 0.0005, not 0.001. Give the same value to "
-        "go on, --overwrite to replace it, or another --output-dir."
+        "resume it, or use another --output-dir."
     )
 
 
@@ -180,35 +222,93 @@ def test_half_written_checkpoint_is_passed_over(tmp_path: Path, name: str) -> No
     write_summary(tmp_path, "running")
     whole = write_checkpoint(tmp_path, 4)
     half = write_checkpoint(tmp_path, 8, without=name)
-    assert missing_files(half) == [name]
-    assert start(tmp_path).checkpoint == whole
+    assert fault(half) == f"{name} is missing"
+    found = start(tmp_path)
+    assert found.checkpoint == whole
+    assert found.notes == (f"checkpoint-8: {name} is missing",)
 
 
-def test_empty_files_do_not_make_a_whole_checkpoint(tmp_path: Path) -> None:
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "empty":
+        path.write_bytes(b"")
+    elif how == "truncated":
+        path.write_bytes(content[: len(content) - 20])
+    elif how == "half":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.write_bytes(b"\0" * len(content))
+
+
+@pytest.mark.parametrize("how", ["empty", "truncated", "half", "zeros"])
+@pytest.mark.parametrize("name", CHECKPOINT_FILES)
+def test_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, how: str) -> None:
     write_summary(tmp_path, "running")
     whole = write_checkpoint(tmp_path, 4)
-    (write_checkpoint(tmp_path, 8) / "optimizer.pt").write_text("")
-    assert start(tmp_path).checkpoint == whole
+    damage(write_checkpoint(tmp_path, 8) / name, how)
+    if name == "adapter_config.json" and how == "truncated":
+        pytest.skip("shorter than that")
+    found = start(tmp_path)
+    assert found.checkpoint == whole
+    assert found.notes[0].startswith(f"checkpoint-8: {name} ")
+
+
+def test_changed_bit_in_an_optimizer_state_is_noticed(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, 4) / "optimizer.pt"
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(50).numpy().tobytes()) + 100] ^= 1
+    path.write_bytes(content)
+    assert fault(path.parent) == "optimizer.pt is damaged"
+
+
+@pytest.mark.parametrize("change", [{"global_step": 5}, {"log_history": None}, {"epoch": "1"}])
+def test_state_of_another_step_or_kind_is_no_whole_checkpoint(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    path = write_checkpoint(tmp_path, 4) / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert str(fault(path.parent)).startswith("trainer_state.json ")
+
+
+def test_nothing_is_unpickled_on_trial(tmp_path: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "harm",))
+
+    folder = write_checkpoint(tmp_path, 4)
+    torch.save(Harmful(), folder / "optimizer.pt")
+    assert fault(folder) is None
+    assert not (tmp_path / "harm").exists()
+
+
+def test_saved_checkpoints_that_can_not_be_read_are_not_thrown_away(tmp_path: Path) -> None:
+    write_summary(tmp_path, "interrupted")
+    for step in (4, 8):
+        damage(write_checkpoint(tmp_path, step) / "optimizer.pt", "half")
+    line = refusal(tmp_path)
+    assert "checkpoint-8: optimizer.pt" in line and "checkpoint-4: optimizer.pt" in line
+    assert start(tmp_path, overwrite=True) == StartingPoint(replace=True)
 
 
 def test_checkpoints_of_several_processes_have_a_state_each(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 4, without="rng_state.pth")
-    (folder / "rng_state_0.pth").write_text("x")
-    assert missing_files(folder) == []
+    torch.save({}, folder / "rng_state_0.pth")
+    assert fault(folder) is None
 
 
 def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-").mkdir()
-    assert newest_checkpoint(tmp_path) is None
-    assert newest_checkpoint(tmp_path / "missing") is None
+    assert newest_whole(tmp_path) == (None, [])
+    assert newest_whole(tmp_path / "missing") == (None, [])
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_unfinished_run_without_a_checkpoint_starts_again(tmp_path: Path, resume: str) -> None:
     write_summary(tmp_path, "interrupted")
-    write_checkpoint(tmp_path, 4, without="optimizer.pt")
-    assert start(tmp_path, resume=resume) == StartingPoint(replace=True)
+    write_checkpoint(tmp_path, 4, without="trainer_state.json")  # Trainer writes it last
+    notes = ("checkpoint-4: trainer_state.json is missing",)
+    assert start(tmp_path, resume=resume) == StartingPoint(replace=True, notes=notes)
 
 
 def test_resume_never_does_not_lose_a_checkpoint(tmp_path: Path) -> None:
@@ -216,7 +316,7 @@ def test_resume_never_does_not_lose_a_checkpoint(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 4)
     assert refusal(tmp_path, resume="never", resume_given=True) == (
         f"{tmp_path} holds a run with status 'interrupted' and checkpoint-4. Use --resume auto to "
-        "go on, --overwrite to replace it, or another --output-dir."
+        "resume it, --overwrite to replace it, or another --output-dir."
     )
 
 
@@ -255,42 +355,103 @@ def test_house_keeping_may_change(tmp_path: Path, change: dict[str, Any]) -> Non
     assert start(tmp_path).checkpoint == checkpoint
 
 
+def test_setting_that_an_older_record_lacks_has_its_default(tmp_path: Path) -> None:
+    summary = write_summary(tmp_path, "interrupted")
+    del summary["settings"]["kernels"]
+    change_summary(tmp_path, settings=summary["settings"])
+    checkpoint = write_checkpoint(tmp_path, 4)
+    assert start(tmp_path).checkpoint == checkpoint
+    assert "--kernels auto, not none" in refusal(tmp_path, kernels="none")
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "refused"),
+    [
+        ("float32", "auto", False),
+        ("bfloat16", "auto", False),
+        ("float32", "float32", False),
+        ("float32", "bfloat16", True),
+    ],
+)
+def test_compute_dtype_is_that_of_the_run(
+    tmp_path: Path, recorded: str, given: str, refused: bool
+) -> None:
+    write_summary(tmp_path, "interrupted")
+    change_summary(tmp_path, quantization={"compute_dtype": recorded})
+    write_checkpoint(tmp_path, 4)
+    if refused:
+        assert f"--compute-dtype {recorded}, not {given}" in refusal(tmp_path, compute_dtype=given)
+    else:
+        assert start(tmp_path, compute_dtype=given).checkpoint is not None
+
+
 # --- a checkpoint by its path ---------------------------------------------------------------------
 
 
+def resumed_from(checkpoint: Path, run_dir: Path, **values: Any) -> StartingPoint:
+    return start(run_dir, resume=str(checkpoint), resume_given=True, **values)
+
+
 def test_resume_from_a_path(tmp_path: Path) -> None:
+    summary = write_summary(tmp_path / "elsewhere", "completed")
     checkpoint = write_checkpoint(tmp_path / "elsewhere", 4)
-    found = start(tmp_path / "new", resume=str(checkpoint), resume_given=True)
-    assert found == StartingPoint(checkpoint, None)
+    assert resumed_from(checkpoint, tmp_path / "new") == StartingPoint(checkpoint, summary)
 
 
 def test_resume_from_an_older_checkpoint_of_the_same_run(tmp_path: Path) -> None:
     summary = write_summary(tmp_path, "interrupted")
     older = write_checkpoint(tmp_path, 4)
     write_checkpoint(tmp_path, 8)
-    found = start(tmp_path, resume=str(older), resume_given=True)
-    assert found == StartingPoint(older, summary)
+    assert resumed_from(older, tmp_path) == StartingPoint(older, summary)
+
+
+@pytest.mark.parametrize(
+    "before", [{"learning_rate": 5e-4}, {"seed": 1}, {"lora_r": 8}, {"model": "x"}]
+)
+def test_resume_from_a_path_checks_the_settings_of_its_run(
+    tmp_path: Path, before: dict[str, Any]
+) -> None:
+    write_summary(tmp_path / "elsewhere", "interrupted", **before)
+    checkpoint = write_checkpoint(tmp_path / "elsewhere", 4)
+    ((name, value),) = before.items()
+    for run_dir in (tmp_path / "new", tmp_path / "elsewhere"):
+        line = refusal(run_dir, resume=str(checkpoint), resume_given=True)
+        assert f"--{name.replace('_', '-')} {value}, not " in line
+
+
+def test_resume_from_a_path_without_a_record_of_its_run_is_refused(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "elsewhere", 4)
+    line = refusal(tmp_path / "new", resume=str(checkpoint), resume_given=True)
+    assert "holds no training_summary.json" in line
+
+
+def test_resume_from_a_path_does_not_replace_a_run(tmp_path: Path) -> None:
+    write_summary(tmp_path / "done", "completed")
+    own = write_checkpoint(tmp_path / "done", 4)
+    summary = write_summary(tmp_path / "other", "interrupted")
+    foreign = write_checkpoint(tmp_path / "other", 4)
+    for checkpoint in (own, foreign):
+        line = refusal(tmp_path / "done", resume=str(checkpoint), resume_given=True)
+        assert "another --output-dir" in line
+    replaced = resumed_from(foreign, tmp_path / "done", overwrite=True)
+    assert replaced == StartingPoint(foreign, summary, replace=True)
 
 
 def test_resume_from_a_path_that_is_no_whole_checkpoint(tmp_path: Path) -> None:
+    write_summary(tmp_path, "interrupted")
     half = write_checkpoint(tmp_path, 4, without="optimizer.pt")
-    assert refusal(tmp_path, resume=str(half), resume_given=True) == (
-        f"--resume: {half} is no whole checkpoint (missing: optimizer.pt). "
-        "Name a checkpoint-N folder, or use --resume auto."
+    assert f"{half} is no whole checkpoint (optimizer.pt is missing)" in refusal(
+        tmp_path, resume=str(half), resume_given=True
     )
-    assert "is no whole checkpoint (missing: " in refusal(tmp_path, resume="nope")
+    gone = tmp_path / "checkpoint-1"
+    assert "is no whole checkpoint (" in refusal(tmp_path, resume=str(gone), resume_given=True)
 
 
 def test_resume_from_a_path_needs_a_folder_named_checkpoint_n(tmp_path: Path) -> None:
     """Trainer, and our step log, read the step from the name."""
+    write_summary(tmp_path, "interrupted")
     renamed = write_checkpoint(tmp_path, 4).rename(tmp_path / "best")
     assert "Name a checkpoint-N folder" in refusal(tmp_path, resume=str(renamed), resume_given=True)
-
-
-def test_resume_from_a_path_checks_the_settings_of_the_folder(tmp_path: Path) -> None:
-    write_summary(tmp_path, "interrupted", seed=1)
-    checkpoint = write_checkpoint(tmp_path, 4)
-    assert "--seed 1, not 0" in refusal(tmp_path, resume=str(checkpoint), resume_given=True)
 
 
 def test_overwrite_does_not_delete_the_checkpoint_to_resume_from(tmp_path: Path) -> None:
@@ -303,10 +464,17 @@ def test_overwrite_does_not_delete_the_checkpoint_to_resume_from(tmp_path: Path)
 # --- clearing -------------------------------------------------------------------------------------
 
 
+def own_adapter(run_dir: Path) -> None:
+    (run_dir / "adapter").mkdir()
+    for name in ("adapter_config.json", "qlora_harness.json", "adapter_model.safetensors"):
+        (run_dir / "adapter" / name).write_text("{}")
+
+
 def test_clear_removes_what_a_run_left_and_nothing_else(tmp_path: Path) -> None:
     write_summary(tmp_path, "completed")
     write_checkpoint(tmp_path, 4)
-    (tmp_path / "adapter").mkdir()
+    (tmp_path / "checkpoints" / "mine").mkdir()
+    own_adapter(tmp_path)
     for name in (
         "training_logs.json",
         "trainer_state.json",
@@ -316,29 +484,117 @@ def test_clear_removes_what_a_run_left_and_nothing_else(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_text("x")
     clear(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-    shutil.rmtree(tmp_path)
+    there = [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))]
+    assert there == ["checkpoints", "checkpoints/mine", "notes.txt"]
+
+
+def test_results_of_other_runs_are_left_alone(tmp_path: Path) -> None:
+    """A run whose folder holds those of others, as in `--output-dir results --overwrite`."""
+    write_summary(tmp_path, "completed")
+    own_adapter(tmp_path)
+    digest = hashlib.sha256(b"{}{}").hexdigest()
+    about = {
+        "4bit/lm_eval/m/results_1.json": {"model_args": {"peft": "results/4bit/adapter"}},
+        "4bit/lm_eval/m/results_2.json": {"model_args": "peft=x", "peft_sha": "0" * 64},
+        "lm_eval/m/results_3.json": {"model_args": {"peft": "x"}, "peft_sha": digest},
+        "lm_eval/m/results_4.json": {"model_args": f"peft={tmp_path}/adapter,verify=16"},
+        "lm_eval/m/results_5.json": {"model_args": "pretrained=gpt2"},
+    }
+    for name, config in about.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"config": config}))
+        number = path.stem.removeprefix("results_")
+        (path.parent / f"samples_mmlu_{number}.jsonl").write_text("{}")
+    (tmp_path / "lm_eval" / "m" / "results_6.json").write_text("half")
+    before = {path.name for path in tmp_path.glob("*/**/*.json*")} - {
+        "adapter_config.json", "qlora_harness.json",
+    }  # fmt: skip
     clear(tmp_path)
+    after = {path.name for path in tmp_path.rglob("*.json*")}
+    stale = {f"{n}" for k in (3, 4) for n in (f"results_{k}.json", f"samples_mmlu_{k}.jsonl")}
+    assert after == (before - stale) | {f"replaced_{name}" for name in stale}
 
 
-def test_clear_removes_scores_of_the_adapter_that_goes(tmp_path: Path) -> None:
-    output = tmp_path / "lm_eval" / "model"
-    output.mkdir(parents=True)
-    for name in ("results_2026.json", "samples_mmlu_2026.jsonl", "notes.txt"):
-        (output / name).write_text("{}")
-    clear(tmp_path)
-    assert [path.name for path in output.iterdir()] == ["notes.txt"]
+# --- one at a time --------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_still_going_on_is_left_alone(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        write_summary(tmp_path, "running")
-        path = tmp_path / "training_summary.json"
-        process = {"id": other.pid, "host": socket.gethostname()}
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"process": process}))
-        line = refusal(tmp_path)
-        assert f"still going on (process {other.pid})" in line
-        assert other.stdin is not None
-        other.stdin.close()
+def test_a_folder_that_is_trained_in_is_refused(tmp_path: Path) -> None:
+    held = lock(tmp_path)
+    assert "still training" in refusal(tmp_path)
+    assert "still training" in refusal(tmp_path, overwrite=True)
+    assert start(tmp_path, has_lock=True) == StartingPoint()
+    with pytest.raises(RunError):
+        lock(tmp_path)
+    held.release()
+    assert start(tmp_path) == StartingPoint()
+
+
+def test_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from filelock import FileLock
+lock = FileLock(Path({str(tmp_path)!r}) / {LOCK_FILE!r})
+lock.acquire(); print(flush=True); input()"""
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert "still training" in refusal(tmp_path)
+        other.kill()
         other.wait()
+    assert start(tmp_path) == StartingPoint()
+
+
+def test_running_is_told_by_host_number_and_start(tmp_path: Path) -> None:
+    write_summary(tmp_path, "running")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        created = psutil.Process(other.pid).create_time()
+        own = {"id": other.pid, "host": process.host_id(), "started": created}
+        change_summary(tmp_path, process=own)
+        assert f"process {other.pid}" in refusal(tmp_path)
+        assert f"process {other.pid}" in refusal(tmp_path, overwrite=True)
+        for change in ({"started": created - 60}, {"host": "0" * 16}, {"id": 2**22 + 5}):
+            change_summary(tmp_path, process=own | change)
+            assert start(tmp_path) == StartingPoint(replace=True)
+        other.kill()
+        other.wait()
+    change_summary(tmp_path, process=own)
     assert start(tmp_path) == StartingPoint(replace=True)
+
+
+def test_older_record_with_the_name_of_the_host(tmp_path: Path) -> None:
+    """It has no start time: a process that is younger than the record is another."""
+    write_summary(tmp_path, "running")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        own = {"id": other.pid, "host": socket.gethostname()}
+        for begun, running in (
+            ("2040-01-01T00:00:00+00:00", True),
+            ("2020-01-01T00:00:00+00:00", False),
+        ):
+            change_summary(tmp_path, process=own, started=begun)
+            if running:
+                assert "still training" in refusal(tmp_path)
+            else:
+                assert start(tmp_path) == StartingPoint(replace=True)
+        other.kill()
+
+
+def test_host_is_not_named() -> None:
+    assert socket.gethostname() not in json.dumps(process.this_process())
+    assert len(process.host_id()) == 16
+
+
+def test_files_of_a_killed_write_are_removed(tmp_path: Path) -> None:
+    stale = (
+        ".training_summary.json.a1.tmp",
+        ".training_logs.json.b2.tmp",
+        ".trainer_state.json.tmp",
+    )
+    for name in (*stale, ".evaluation_results.json.c3.tmp", "notes.tmp"):
+        (tmp_path / name).write_text("{")
+    (tmp_path / ".adapter-x1").mkdir()
+    remove_temporary_files(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".evaluation_results.json.c3.tmp", "notes.tmp",
+    }  # fmt: skip

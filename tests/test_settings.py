@@ -28,7 +28,7 @@ PUBLISHED = {
     "model": "meta-llama/Llama-2-7b-hf",
     "quant": "nf4",
     "double_quant": True,
-    "compute_dtype": "bfloat16",
+    "compute_dtype": "auto",
     "dataset": "oasst1",
     "max_length": 512,
     "lora_r": 64,

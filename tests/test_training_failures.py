@@ -185,7 +185,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path, Path, Path], dict[str, Any]], str]] =
     "seed": (lambda folder, model, rows: {"seed": 2**33}, "--seed: 8589934592 "),
     "checkpoint": (
         lambda folder, model, rows: {"resume": folder / "nope"},
-        "--resume: {folder}/nope is no whole checkpoint (missing: ",
+        "--resume: {folder}/nope does not say its step",
     ),
     "output folder is a file": (lambda folder, model, rows: {"output_dir": rows}, "{rows}"),
     "output folder below a file": (

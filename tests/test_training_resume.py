@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_runs import Train, everything_in, losses, read, steps, summary
 
-from qlora_harness.train import trainer
+from qlora_harness.train import run_folder, trainer
 
 
 @pytest.fixture
@@ -132,13 +132,90 @@ def test_steps_are_counted_even_if_the_log_is_behind_the_checkpoint(train: Train
     assert summary("run")["results"]["steps"] == 4
 
 
-def test_half_written_checkpoint_is_passed_over(train: Train) -> None:
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors", "rng_state.pth"])
+def test_truncated_checkpoint_is_passed_over_with_a_word(
+    train: Train, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     assert train(quant="bf16", output_dir="run", save_steps=2) == 0
     whole = losses("run")
     as_if_killed("run")
-    Path("run/checkpoints/checkpoint-4/trainer_state.json").unlink()
+    path = Path("run/checkpoints/checkpoint-4", name)
+    path.write_bytes(path.read_bytes()[:-100])
+    capsys.readouterr()
     assert train(quant="bf16", output_dir="run", save_steps=2) == 0
+    assert f"run: passed over checkpoint-4: {name} " in capsys.readouterr().out
     assert losses("run") == whole
+
+
+def test_resume_from_a_checkpoint_of_another_run(train: Train) -> None:
+    assert train(quant="bf16", output_dir="whole", save_steps=2) == 0
+    checkpoint = Path("whole/checkpoints/checkpoint-2")
+    before = everything_in(Path("whole"))
+    assert train(quant="bf16", output_dir="new", resume=checkpoint) == 0
+    assert losses("new") == losses("whole")  # with the rows before the checkpoint
+    assert summary("new")["results"] == summary("whole")["results"]
+    assert everything_in(Path("whole")) == before
+
+
+def refused(
+    train: Train, capsys: pytest.CaptureFixture[str], run_dir: str = "run", **flags: Any
+) -> str:
+    """The one line of a run that is refused and touches nothing."""
+    before = everything_in(Path(run_dir))
+    capsys.readouterr()
+    assert train(quant="bf16", output_dir=run_dir, **flags) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len([line for line in err if line.startswith("qlora-harness: error: ")]) == 1
+    assert everything_in(Path(run_dir)) == before
+    assert len(err[-1]) <= 500
+    return err[-1]
+
+
+def test_resume_on_other_weights_of_the_base_is_refused(
+    train: Train, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    assert train(quant="bf16", output_dir="run", model=model, save_steps=2) == 0
+    as_if_killed("run")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert "weights_fingerprint" in refused(train, capsys, model=model)
+
+
+def test_checkpoint_of_another_rank_is_refused_whatever_the_record_says(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(quant="bf16", output_dir="run", save_steps=2) == 0
+    as_if_killed("run")
+    assert "--lora-r 4, not 2" in refused(train, capsys, lora_r=2)
+    record = summary("run")
+    record["settings"]["lora_r"] = 2
+    Path("run/training_summary.json").write_text(json.dumps(record))
+    assert "does not fit this model" in refused(train, capsys, lora_r=2)
+
+
+def test_folder_that_another_process_trains_in_is_refused(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(quant="bf16", output_dir="run", max_steps=1) == 0
+    held = run_folder.lock(Path("run"))
+    assert "still training" in refused(train, capsys, overwrite=True)
+    held.release()
+
+
+def test_folder_that_another_process_takes_while_the_model_is_loaded_is_refused(
+    train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+
+    def begun(*args: Any) -> None:
+        held.append(run_folder.lock(Path("run")))
+
+    monkeypatch.setattr("qlora_harness.train.run._Run._describe", begun)
+    assert train(quant="bf16", output_dir="run") == 2
+    assert "still training" in capsys.readouterr().err
+    assert not Path("run/training_summary.json").exists()
 
 
 @pytest.mark.parametrize("kernels", ["auto", "none"])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,8 +17,10 @@ from scoring_runs import demo_prompts, score
 from training_runs import Train, base, data_of, loss_of, losses, read, steps, summary
 
 from qlora_harness.model.adapter_folder import read_adapter_record
+from qlora_harness.model.fingerprint import checkpoint_fingerprint
 from qlora_harness.model.lora import load_adapter
 from qlora_harness.score.adapter_lm import QloraAdapterLM
+from qlora_harness.train.process import host_id
 
 SUMMARY_KEYS = {
     "computation", "plan",
@@ -27,7 +33,8 @@ STEP_KEYS = {
     "seconds", "tokens_per_second", "cpu_peak_rss_bytes",
 }  # fmt: skip
 PEAK_KEYS = {
-    "peak_allocated_bytes", "peak_reserved_bytes", "peak_device_used_bytes", "cpu_peak_rss_bytes"
+    "peak_allocated_bytes", "peak_reserved_bytes", "peak_device_used_bytes", "cpu_peak_rss_bytes",
+    "peak_managed_bytes", "peak_needed_bytes", "other_processes", "other_bytes",
 }  # fmt: skip
 
 
@@ -44,6 +51,7 @@ def test_run_and_all_it_leaves(
     out = capsys.readouterr().out
     run_dir = Path(folder)
     assert {path.name for path in run_dir.iterdir()} == {
+        ".qlora_harness.lock",
         "adapter",
         "checkpoints",
         "trainer_state.json",
@@ -64,6 +72,7 @@ def test_run_and_all_it_leaves(
         "revision": None,
         "commit": None,
         "random_weights": True,
+        "weights_fingerprint": checkpoint_fingerprint(str(tiny_llama), None),
         "trainable_parameters": 8192,
         "attention": "sdpa",
     }
@@ -83,6 +92,9 @@ def test_run_and_all_it_leaves(
     assert record["settings"]["output_dir"] == folder
     assert record["data"] == data.report
     assert record["environment"]["device"]["type"] == "cpu"
+    assert record["environment"]["device"]["id"] == host_id() == record["process"]["host"]
+    assert record["environment"]["cpu_threads"] == torch.get_num_threads()
+    assert record["process"]["started"] == psutil.Process().create_time()
     assert record["environment"]["world_size"] == 1
     assert {"versions", "git", "platform", "command"} <= set(record["environment"])
 
@@ -146,6 +158,47 @@ def test_run_and_all_it_leaves(
     assert f"data: {rows}: 16 trees, 32 messages; dropped: none" in out
     assert "(random weights)" in out
     assert "<s> ### Human: What is 1 plus 1?### Assistant:⟦It is 2. ok</s>⟧" in out
+
+
+def test_no_file_of_a_run_names_the_machine_or_the_home_folder(
+    train: Train, tiny_llama: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """People upload adapters and commit records."""
+    monkeypatch.setenv("HOME", str(tiny_llama.parent))
+    monkeypatch.setattr(socket, "gethostname", lambda: "machine-of-somebody")
+    assert train(quant="bf16", output_dir="run", save_steps=2, max_steps=2) == 0
+    paths = [path for path in Path("run").rglob("*") if path.is_file()]
+    assert len(paths) > 10
+    for path in paths:
+        for secret in (str(tiny_llama.parent), "machine-of-somebody"):
+            assert secret.encode() not in path.read_bytes(), path
+    for folder in ("adapter", "checkpoints/checkpoint-2"):
+        config = read(f"run/{folder}/adapter_config.json")
+        assert config["base_model_name_or_path"] == "tiny-llama"
+
+
+@pytest.mark.parametrize(("slowdown", "dtype"), [(0.5, "bfloat16"), (1.5, "float32")])
+def test_compute_dtype_is_measured_and_a_resumed_run_keeps_it(
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    slowdown: float,
+    dtype: str,
+) -> None:
+    options = {"quant": "bf16", "output_dir": "run", "compute_dtype": "auto", "max_steps": 2}
+    monkeypatch.setattr("qlora_harness.train.run.bfloat16_slowdown", lambda: slowdown)
+    assert train(save_steps=1, **options) == 0
+    assert f"on the CPU: {dtype} (" in capsys.readouterr().out
+    shutil.rmtree("run/checkpoints/checkpoint-2")
+    record = summary("run")
+    Path("run/training_summary.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    monkeypatch.setattr("qlora_harness.train.run.bfloat16_slowdown", lambda: 1 / slowdown)
+    assert train(**options) == 0
+    for found in (record, summary("run")):
+        assert found["quantization"]["compute_dtype"] == dtype
+        assert found["settings"]["compute_dtype"] == dtype
+    adapter = read_adapter_record(Path("run/adapter"))
+    assert adapter is not None and adapter["compute_dtype"] == dtype
 
 
 @pytest.mark.parametrize("quant", ["nf4", "bf16"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import AdapterError, SettingsError
+from qlora_harness.locations import expanded
 from qlora_harness.model.adapter_folder import (
     CONFIG_FILE,
     RECORD_FILE,
@@ -115,6 +116,16 @@ def target_names(targets: str) -> list[str]:
     return [name.strip() for name in targets.split(",")]
 
 
+def public_name(base: str) -> str:
+    """Returns how files that people upload call a base model: without the folders of this machine.
+
+    Args:
+        base: A Hub id, or a folder, of which the last name stays.
+    """
+    path = expanded(base)
+    return path.resolve().name if path.is_dir() else base
+
+
 def save_adapter(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, record: dict[str, Any]
 ) -> None:
@@ -147,7 +158,8 @@ def save_adapter(
         config = json.loads((work / CONFIG_FILE).read_text(encoding="utf-8"))
         if isinstance(config.get("target_modules"), list):
             config["target_modules"].sort()
-            write_json(work / CONFIG_FILE, config)
+        config["base_model_name_or_path"] = public_name(record["base"]["name"])
+        write_json(work / CONFIG_FILE, config)
         (work / "README.md").unlink(missing_ok=True)
 
 

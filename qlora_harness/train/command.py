@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from qlora_harness.errors import SettingsError, run_command
+from qlora_harness.record import nested
 from qlora_harness.settings import (
     GROUPS,
     Settings,
@@ -131,6 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 2 for a mistake in the input, 3 for a run that failed.
     """
+    # Imported early: it remembers the launcher, which may end while torch is imported.
+    import qlora_harness.train.process  # noqa: F401
+
     return run_command(lambda: _train(argv))
 
 
@@ -147,21 +151,30 @@ def _report(settings: Settings, summary: dict[str, Any]) -> None:
 
     if not PartialState().is_main_process:
         return
-    results, memory, runtime = summary["results"], summary["memory"], summary["runtime"]
-    peaks = {
-        "peak GPU memory {:.2f} GiB allocated": memory["peak_allocated_bytes"],
-        "peak CPU memory {:.2f} GiB (RSS)": memory["cpu_peak_rss_bytes"],
+    memory = {
+        name: nested(summary, "memory", name)
+        for name in ("peak_allocated_bytes", "peak_managed_bytes", "cpu_peak_rss_bytes")
     }
-    used = [text.format(peak / 2**30) for text, peak in peaks.items() if peak is not None]
-    speed = summary["throughput"]["tokens_per_second"]
-    parts = [
-        f"{results['steps']} steps in {runtime['train_seconds']:.0f} s"
-        + (f" ({speed:,.0f} tokens/s)" if speed else ""),
-        *used,
-    ]
+    gib = {name: f"{size / 2**30:.2f}" for name, size in memory.items() if size is not None}
+    parts = []
+    if (seconds := nested(summary, "runtime", "train_seconds")) is not None:
+        speed = nested(summary, "throughput", "tokens_per_second")
+        parts.append(
+            f"{nested(summary, 'results', 'steps')} steps in {seconds:.0f} s"
+            + (f" ({speed:,.0f} tokens/s)" if speed else "")
+        )
+    if "peak_allocated_bytes" in gib:
+        managed = f" + {gib['peak_managed_bytes']} managed" if memory["peak_managed_bytes"] else ""
+        parts.append(f"peak GPU memory {gib['peak_allocated_bytes']}{managed} GiB allocated")
+    if "cpu_peak_rss_bytes" in gib:
+        parts.append(f"peak CPU memory {gib['cpu_peak_rss_bytes']} GiB (RSS)")
+    results = {
+        name: nested(summary, "results", name)
+        for name in ("final_train_loss", "eval_loss", "perplexity")
+    }
     if results["final_train_loss"] is not None:
         parts.append(f"last train loss {results['final_train_loss']:.3f}")
-    if results["eval_loss"] is not None:
+    if results["eval_loss"] is not None and results["perplexity"] is not None:
         parts.append(
             f"evaluation loss {results['eval_loss']:.3f}, perplexity {results['perplexity']:.2f}"
         )

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import os
 import resource
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+# What each row of the step log holds.
+_STEP_PEAKS = (
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "peak_device_used_bytes",
+    "cpu_peak_rss_bytes",
+)
 
 
 @dataclass
@@ -27,6 +38,10 @@ class PhasePeak:
             CUDA context and other processes; sampled at the end of steps and of the phase.
         cpu_peak_rss_bytes: Most resident memory of the process; measured on CPU runs only. Where
             the system can't reset it, that of the process so far.
+        peak_managed_bytes: Held by a paged optimizer in managed memory, beside what is allocated.
+        peak_needed_bytes: Most allocated memory and managed memory together.
+        other_processes: Most other processes seen on the device.
+        other_bytes: Most memory of the device that others used, as the driver counts it.
     """
 
     phase: str
@@ -35,6 +50,10 @@ class PhasePeak:
     peak_reserved_bytes: int | None = None
     peak_device_used_bytes: int | None = None
     cpu_peak_rss_bytes: int | None = None
+    peak_managed_bytes: int | None = None
+    peak_needed_bytes: int | None = None
+    other_processes: int | None = None
+    other_bytes: int | None = None
 
 
 class MemoryMeter:
@@ -43,11 +62,16 @@ class MemoryMeter:
     Args:
         device: The device of this process.
         rank: This process.
+
+    Attributes:
+        optimizer: Returns the optimizer, once there is one.
     """
 
     def __init__(self, device: torch.device, rank: int) -> None:
         self._device = device
         self._rank = rank
+        self._others = OtherProcesses(device) if device.type == "cuda" else None
+        self.optimizer: Callable[[], Any] = lambda: None
         self.phases: list[PhasePeak] = []
 
     @contextlib.contextmanager
@@ -69,7 +93,7 @@ class MemoryMeter:
         """Returns the current phase's peaks so far, for the step log, in bytes."""
         peak = self.phases[-1]
         self._read(peak)
-        return {k: v for k, v in asdict(peak).items() if k.endswith("_bytes") and v is not None}
+        return {name: v for name in _STEP_PEAKS if (v := getattr(peak, name)) is not None}
 
     def _reset(self) -> None:
         if self._device.type == "cuda":
@@ -92,6 +116,64 @@ class MemoryMeter:
         peak.peak_allocated_bytes = torch.cuda.max_memory_allocated(self._device)
         peak.peak_reserved_bytes = torch.cuda.max_memory_reserved(self._device)
         peak.peak_device_used_bytes = max(peak.peak_device_used_bytes or 0, total - free)
+        peak.peak_managed_bytes = max(peak.peak_managed_bytes or 0, managed_bytes(self.optimizer()))
+        peak.peak_needed_bytes = peak.peak_allocated_bytes + peak.peak_managed_bytes
+        assert self._others is not None
+        count, size = self._others.count()
+        if count is not None:
+            peak.other_processes = max(peak.other_processes or 0, count)
+        if size is not None:
+            peak.other_bytes = max(peak.other_bytes or 0, size)
+
+
+def managed_bytes(optimizer: Any) -> int:
+    """Returns the bytes that a paged optimizer of bitsandbytes holds in managed memory.
+
+    Args:
+        optimizer: Any, also inside accelerate's wrapper; None has none.
+    """
+    states = getattr(optimizer, "state", None) or {}
+    return sum(
+        tensor.nbytes
+        for state in states.values()
+        for tensor in state.values()
+        if getattr(tensor, "is_paged", False)
+    )
+
+
+class OtherProcesses:
+    """Counts what other processes use of a GPU, through NVML where nvidia-ml-py is installed.
+
+    Args:
+        device: A CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._nvml: Any = None
+        try:
+            self._nvml = importlib.import_module("pynvml")
+            self._nvml.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            self._handle = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
+        except Exception:  # not installed, or the driver has none: then nothing is recorded
+            self._nvml = None
+
+    def count(self) -> tuple[int | None, int | None]:
+        """Returns how many other processes compute on the device, and how many bytes they use."""
+        if self._nvml is None:
+            return None, None
+        try:
+            running = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+        except Exception:  # NVML raises its own kinds
+            return None, None
+        others = [process for process in running if process.pid != os.getpid()]
+        if len(others) == len(running) and others:
+            # In a container NVML knows this process by another number, so none can be told apart.
+            return len(others) - 1, None if len(others) > 1 else 0
+        sizes = [process.usedGpuMemory for process in others]
+        return len(others), None if None in sizes else sum(sizes)
 
 
 def _peak_rss_bytes() -> int:
@@ -121,5 +203,5 @@ def summarise(
         values = [p[name] for p in phases if p["phase"] == phase and p[name] is not None]
         return max(values) if values else None
 
-    names = [f for f in PhasePeak.__dataclass_fields__ if f.endswith("_bytes")]
+    names = [f for f in PhasePeak.__dataclass_fields__ if f not in ("phase", "rank")]
     return {"device_type": device_type, **{n: largest(n) for n in names}, "phases": phases}

@@ -76,7 +76,7 @@ def predict(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
         tokens: Of the largest forward pass; with padding where there is any.
     """
     optimization, lora = settings.optimization, settings.lora
-    half = settings.model.compute_dtype == "bfloat16"
+    half = settings.model.compute_dtype != "float32"
     size = 2 if half else 4
     quant = settings.quant
     if quant.is_4bit:

@@ -120,7 +120,8 @@ def table(shape: Shape, settings: Settings, chosen: Settings, tokens: int) -> st
     kind = "fused layers" if fused else "PEFT's own modules: an estimate"
     return "\n".join(
         [
-            f"{settings.model.model}, {settings.quant.value}, {settings.model.compute_dtype}, "
+            f"{settings.model.model}, {settings.quant.value}, "
+            f"{settings.model.compute_dtype.replace('auto', 'bfloat16')}, "
             f"rank {settings.lora.lora_r}, {tokens:,} tokens a pass; {kind}; GiB",
             *lines,
             f"* {_marked(chosen)}; the others are the steps of --memory, from the fastest; host: "

@@ -62,10 +62,10 @@ def is_running(process: Mapping[str, Any], begun: str | None) -> bool:
     except (psutil.Error, ValueError, OverflowError):
         return False
     if isinstance(started, int | float):
-        return abs(created - started) < _CLOCK_SECONDS
+        return bool(abs(created - started) < _CLOCK_SECONDS)
     try:
         # A process that is older than the record has had its number since then.
-        return created < datetime.fromisoformat(begun or "").timestamp() + 1
+        return bool(created < datetime.fromisoformat(begun or "").timestamp() + 1)
     except ValueError:
         return False
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from filelock import FileLock
 from transformers import TrainerState
 from transformers.utils import logging as transformers_logging
 
@@ -21,6 +26,7 @@ from qlora_harness.data.chat import chat_template, show
 from qlora_harness.data.corpus import TrainingData, load_chosen_data
 from qlora_harness.errors import (
     AdapterError,
+    HarnessError,
     RunError,
     SettingsError,
     TrainingError,
@@ -35,29 +41,39 @@ from qlora_harness.model.base import (
     load_tokenizer,
     weights_fingerprint,
 )
-from qlora_harness.model.lora import save_adapter
+from qlora_harness.model.lora import public_name, save_adapter
 from qlora_harness.record import (
     ADAPTER_DIR,
     CHECKPOINT_DIR,
-    LOGS_FILE,
     SCHEMA_VERSION,
     TRAINER_STATE_FILE,
     nested,
-    read_json,
     scrub_all,
 )
 from qlora_harness.settings import Settings
 from qlora_harness.train.adapter import attach_adapter
 from qlora_harness.train.arguments import planned_steps, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
+from qlora_harness.train.checkpoints import check_fits, checkpoint_step
+from qlora_harness.train.cpu import bfloat16_slowdown, use_all_cores
 from qlora_harness.train.evaluation import evaluate_loss
 from qlora_harness.train.memory import MemoryMeter
 from qlora_harness.train.memory_choice import choose
 from qlora_harness.train.model_shape import measure_shape
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
-from qlora_harness.train.run_folder import StartingPoint, checkpoint_step, clear, inspect
+from qlora_harness.train.run_folder import (
+    StartingPoint,
+    clear,
+    inspect,
+    lock,
+    read_steps,
+    remove_temporary_files,
+    run_of,
+)
 from qlora_harness.train.run_record import RunRecord
 from qlora_harness.train.trainer import CountingTrainer, StepLog, StopOnSignal
+
+_Result = TypeVar("_Result")
 
 
 def run_training(settings: Settings, *, resume_given: bool = False) -> dict[str, Any]:
@@ -74,23 +90,86 @@ def run_training(settings: Settings, *, resume_given: bool = False) -> dict[str,
         HarnessError: Anything the user can mend; the folder then says "failed", or is untouched if
             training had not begun.
     """
+    with _interruptible():
+        return _run_training(settings, resume_given)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Inside the `with` block SIGTERM ends a run as Ctrl-C does: its record says so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _run_training(settings: Settings, resume_given: bool) -> dict[str, Any]:
     state = _process_state()
     if not state.is_main_process:
         logging.getLogger("qlora_harness").setLevel(logging.ERROR)  # a warning is said once
     _check_launch(state)
     _check_report_to(settings.run.report_to)
     run_dir = settings.run_dir
-    start = inspect(
-        run_dir,
-        experiment=settings.experiment(),
-        resume=settings.run.resume,
-        resume_given=resume_given,
-        overwrite=settings.run.overwrite,
-    )
+
+    def find_start(has_lock: bool) -> StartingPoint:
+        return inspect(run_dir, settings, resume_given=resume_given, has_lock=has_lock)
+
+    start = _on_main(state, lambda: find_start(False))
+    for note in start.notes:
+        _say(state, f"{run_dir}: passed over {note}")
     if start.nothing_to_do and start.previous is not None:
         _say(state, f"{run_dir} holds this run already, completed; nothing is left to do")
         return start.previous
-    return _Run(settings, state, start).execute()
+    settings = _with_compute_dtype(settings, state, start)
+    return _Run(settings, state, start, find_start).execute()
+
+
+def _on_main(state: PartialState, work: Callable[[], _Result]) -> _Result:
+    """The result of the main process for all; what it refuses, all refuse."""
+    outcome: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            outcome[0] = work()
+        except HarnessError as error:
+            outcome[0] = error
+    if state.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], HarnessError):
+        raise outcome[0]
+    result: _Result = outcome[0]
+    return result
+
+
+def _with_compute_dtype(settings: Settings, state: PartialState, start: StartingPoint) -> Settings:
+    """Puts a dtype in place of "auto", and says how the CPU computes."""
+    on_cpu = state.device.type == "cpu"
+    notes = []
+    if on_cpu and use_all_cores():
+        notes.append(
+            f"{torch.get_num_threads()} threads (accelerate launch "
+            "--num_cpu_threads_per_process N sets another number)"
+        )
+    dtype = settings.model.compute_dtype
+    if dtype == "auto":
+        recorded = nested(start.previous or {}, "quantization", "compute_dtype")
+        if start.checkpoint is not None and recorded in ("bfloat16", "float32"):
+            dtype = recorded
+        elif not on_cpu:
+            dtype = "bfloat16"
+        else:
+            slowdown = _on_main(state, bfloat16_slowdown)
+            dtype = "bfloat16" if slowdown < 1 else "float32"
+            notes.insert(0, f"{dtype} (bfloat16 takes {slowdown:.1f} times as long as float32)")
+    if notes:
+        _say(state, f"on the CPU: {', '.join(notes)}")
+    model = dataclasses.replace(settings.model, compute_dtype=dtype)
+    return dataclasses.replace(settings, model=model)
 
 
 def _process_state() -> PartialState:
@@ -123,13 +202,21 @@ def _say(state: PartialState, text: str) -> None:
 class _Run:
     """The state of one run; `execute` is its only entry."""
 
-    def __init__(self, settings: Settings, state: PartialState, start: StartingPoint) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        state: PartialState,
+        start: StartingPoint,
+        find_start: Callable[[bool], StartingPoint],
+    ) -> None:
         self.settings = settings
         # The same with what --memory chose in place of its own.
         self.chosen = settings
         self.plan: dict[str, Any] | None = None
         self.state = state
         self.start = start
+        self.find_start = find_start
+        self.lock: FileLock | None = None
         self.run_dir = settings.run_dir
         # LOCAL rank: the global one would name a GPU that a second machine does not have.
         cuda = state.device.type == "cuda"
@@ -153,15 +240,18 @@ class _Run:
         self._plan_memory(source, data)
         with self.record.timed("load"), self.memory.phase("load"):
             model = self._load_model(source)
-        self._begin(source, data, model)
         try:
-            outcome = self._train_and_evaluate(model, tokenizer, data, source)
-        except BaseException as error:
-            self._fail(error)
-            if is_out_of_memory(error):
-                raise self._memory_advice() from error
-            raise
-        return outcome
+            self._begin(source, data, model)
+            try:
+                return self._train_and_evaluate(model, tokenizer, data, source)
+            except BaseException as error:
+                self._fail(error)
+                if is_out_of_memory(error):
+                    raise self._memory_advice() from error
+                raise
+        finally:
+            if self.lock is not None:
+                self.lock.release()
 
     def _check_same_data(self, data: TrainingData) -> None:
         """A resumed run must go on with the tokens that it began with."""
@@ -220,6 +310,11 @@ class _Run:
         )
         self.base_fingerprint = weights_fingerprint(model)
         model = attach_adapter(model, settings)
+        # PEFT writes this into every adapter folder, which people upload: no path of this machine.
+        model.peft_config["default"].base_model_name_or_path = public_name(source.name)
+        model.config._name_or_path = public_name(source.name)
+        # The vocabulary never grows; "auto" asks the Hub about that name at every checkpoint.
+        model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
         self.fused = self._fuse(model)
         return model
 
@@ -242,7 +337,6 @@ class _Run:
 
     def _begin(self, source: BaseSource, data: TrainingData, model: Any) -> None:
         """From here on the run folder is ours."""
-        main = self.state.is_main_process
         computation = self._computation()
         before = nested(self.start.previous or {}, "computation")
         changed = [name for name in computation if before and before.get(name) != computation[name]]
@@ -253,10 +347,38 @@ class _Run:
                 "Go on with the version of qlora-harness that began it, use --overwrite, or "
                 "another --output-dir",
             )
-        if self.start.replace and main:
+        fingerprint = nested(self.start.previous or {}, "model", "weights_fingerprint")
+        if self.start.checkpoint is not None:
+            if fingerprint not in (None, self.base_fingerprint):
+                raise RunError(
+                    f"{self.run_dir}: the weights of {source.name} are others than those that the "
+                    f"run began with (weights_fingerprint {fingerprint}, now "
+                    f"{self.base_fingerprint})",
+                    "Restore the base, or use another --output-dir",
+                )
+            check_fits(self.start.checkpoint, model)
+        self.earlier_rows = self._earlier_rows()
+        _on_main(self.state, self._take_folder)
+        self.record.begin(
+            source,
+            model,
+            data,
+            fingerprint=self.base_fingerprint,
+            computation=computation,
+            plan=self.plan,
+        )
+
+    def _take_folder(self) -> None:
+        """Locks the run folder and removes what is replaced."""
+        self.lock = lock(self.run_dir)
+        if self.find_start(True) != self.start:  # changed while the model was loaded
+            raise RunError(
+                f"{self.run_dir} was changed by another run in the meantime",
+                "Give the command again, or use another --output-dir",
+            )
+        remove_temporary_files(self.run_dir)
+        if self.start.replace:
             clear(self.run_dir)
-        self.state.wait_for_everyone()
-        self.record.begin(source, model, data, computation=computation, plan=self.plan)
 
     def _computation(self) -> dict[str, Any]:
         """How the steps are computed: what --memory and the model's kind decide."""
@@ -286,7 +408,6 @@ class _Run:
             use_cpu=self.device.type == "cpu",
             fused=self.fused,
         )
-        self.earlier_rows = self._earlier_rows()
         log = self.log = StepLog(self.run_dir, self.memory, list(self.earlier_rows))
         if self.state.is_main_process:
             shown = show(data.train[0], tokenizer)
@@ -301,6 +422,8 @@ class _Run:
             callbacks=[log, self.stop],
         )
         log.trainer = trainer
+        trainer.step_log = log
+        self.memory.optimizer = lambda: trainer.optimizer
         checkpoint = self.start.checkpoint
         if checkpoint is not None and checkpoint_step(checkpoint) >= steps:
             # It was stopped after its last step: Trainer would take one more.
@@ -368,11 +491,10 @@ class _Run:
 
     def _earlier_rows(self) -> list[dict[str, Any]]:
         """The step rows before the checkpoint that this run goes on from."""
-        if self.start.checkpoint is None or not (self.run_dir / LOGS_FILE).is_file():
+        checkpoint = self.start.checkpoint
+        if checkpoint is None:
             return []
-        last = checkpoint_step(self.start.checkpoint)
-        rows = read_json(self.run_dir / LOGS_FILE).get("steps", [])
-        return [row for row in rows if row["step"] <= last]
+        return read_steps(run_of(checkpoint), checkpoint_step(checkpoint))
 
     def _fail(self, error: BaseException) -> None:
         print(file=sys.stderr, flush=True)  # ends the line of the progress bar

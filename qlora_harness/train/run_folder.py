@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import reprlib
 import shutil
@@ -15,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from qlora_harness.errors import ResultsError, RunError
 from qlora_harness.flag_checks import why_not_writable
-from qlora_harness.model.lora import RECORD_FILE, adapter_digest
+from qlora_harness.model.adapter_folder import RECORD_FILE, adapter_digest
 from qlora_harness.record import (
     ADAPTER_DIR,
     CHECKPOINT_DIR,
@@ -51,6 +52,14 @@ _RECORD_TYPES: dict[tuple[str, ...], type | tuple[type, ...]] = {
     ("data", "train", "fingerprint"): str,
     ("computation",): dict,
     ("runtime", "train_seconds"): (int, float),
+    ("results", "steps"): int,
+    ("results", "final_train_loss"): (int, float),
+    ("results", "eval_loss"): (int, float),
+    ("results", "perplexity"): (int, float),
+    ("throughput", "tokens_per_second"): (int, float),
+    ("memory", "peak_allocated_bytes"): int,
+    ("memory", "peak_managed_bytes"): int,
+    ("memory", "cpu_peak_rss_bytes"): int,
 }
 
 
@@ -73,13 +82,16 @@ class StartingPoint:
     notes: tuple[str, ...] = ()
 
 
-def inspect(run_dir: Path, settings: Settings, *, resume_given: bool) -> StartingPoint:
+def inspect(
+    run_dir: Path, settings: Settings, *, resume_given: bool, has_lock: bool = False
+) -> StartingPoint:
     """Decides how a run starts, without touching anything.
 
     Args:
         run_dir: The run folder; need not exist.
         settings: Of the new run.
         resume_given: Whether --resume was given (a completed run is only looked at then).
+        has_lock: Whether this process has the folder's lock.
 
     Raises:
         RunError: The folder is in use, holds a run that would be lost, or one that can't be
@@ -87,7 +99,7 @@ def inspect(run_dir: Path, settings: Settings, *, resume_given: bool) -> Startin
     """
     if reason := why_not_writable(run_dir):
         raise RunError(f"--output-dir {run_dir}: {reason}", "Name another folder")
-    if is_locked(run_dir):
+    if not has_lock and is_locked(run_dir):
         raise _in_use(run_dir)
     resume, overwrite = settings.run.resume, settings.run.overwrite
     named = None if resume in ("auto", "never") else Path(resume)
@@ -207,7 +219,8 @@ def _read_run(run_dir: Path) -> dict[str, Any] | None:
             f'{path} was not written by qlora-harness (no "kind": "training_summary")',
             "Use another --output-dir",
         )
-    checks = {("status",): summary.get("status") in _STATUSES}
+    checks: dict[tuple[str, ...], bool] = {}
+    checks[("status",)] = summary.get("status") in _STATUSES
     checks[("settings",)] = isinstance(summary.get("settings"), dict)
     for keys, kind in _RECORD_TYPES.items():
         value = nested(summary, *keys)
@@ -363,7 +376,8 @@ def _set_stale_results_aside(run_dir: Path) -> None:
         if not _is_about(path, adapter, digest):
             continue
         written = path.stem.removeprefix("results_")
-        for stale in (path, *path.parent.glob(f"samples_*_{written}.jsonl")):
+        samples = path.parent.glob(f"samples_*_{glob.escape(written)}.jsonl")
+        for stale in (path, *samples):
             stale.rename(stale.with_name(STALE + stale.name))
 
 
@@ -376,8 +390,8 @@ def _is_about(path: Path, adapter: Path, digest: str | None) -> bool:
             pairs = [pair.partition("=") for pair in arguments.split(",")]
             arguments = {key: value for key, _, value in pairs}
         named = arguments.get("peft")
-        return config.get("peft_sha") == digest or (
-            isinstance(named, str) and Path(named).resolve() == adapter.resolve()
-        )
+        if digest is not None and config.get("peft_sha") == digest:
+            return True
+        return isinstance(named, str) and Path(named).resolve() == adapter.resolve()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False

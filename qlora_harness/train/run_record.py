@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +31,7 @@ from qlora_harness.record import (
 from qlora_harness.settings import Settings
 from qlora_harness.train.evaluation import EvaluationLoss
 from qlora_harness.train.memory import MemoryMeter, summarise
+from qlora_harness.train.process import host_id, short_hash, this_process
 
 # Steps left out of the steady throughput: kernels are chosen and memory is mapped in them.
 WARM_UP_STEPS = 3
@@ -80,6 +79,7 @@ class RunRecord:
         model: Any,
         data: TrainingData,
         *,
+        fingerprint: str | None,
         computation: Mapping[str, Any],
         plan: Mapping[str, Any] | None,
     ) -> None:
@@ -89,6 +89,7 @@ class RunRecord:
             source: The base.
             model: It, with its adapter.
             data: What it is trained on.
+            fingerprint: Of the base's weights, or None for a checkpoint without safetensors files.
             computation: How the steps are computed.
             plan: Of the memory, if one was made.
         """
@@ -96,7 +97,11 @@ class RunRecord:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.content |= {
             "model": source.record()
-            | {"trainable_parameters": trainable, "attention": attention_of(base_of(model))},
+            | {
+                "weights_fingerprint": fingerprint,
+                "trainable_parameters": trainable,
+                "attention": attention_of(base_of(model)),
+            },
             "quantization": {
                 "quant": quant.value,
                 "double_quant": settings.model.double_quant if quant.is_4bit else None,
@@ -108,9 +113,13 @@ class RunRecord:
             "plan": plan,
             "settings": settings.flat() | {"output_dir": str(settings.run_dir)},
             "data": data.report,
-            "process": {"id": os.getpid(), "host": socket.gethostname()},
+            "process": this_process(),
             "environment": environment()
-            | {"device": _device(self._device), "world_size": self._state.num_processes},
+            | {
+                "device": _device(self._device),
+                "cpu_threads": torch.get_num_threads(),
+                "world_size": self._state.num_processes,
+            },
             "failure": None,
         }
         self.write()
@@ -232,11 +241,18 @@ class _Timer:
 
 def _device(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
-        return {"name": device.type, "type": device.type, "total_memory_bytes": None, "count": 0}
+        return {
+            "name": device.type,
+            "type": device.type,
+            "id": host_id(),
+            "total_memory_bytes": None,
+            "count": 0,
+        }
     properties = torch.cuda.get_device_properties(device)
     return {
         "name": properties.name,
         "type": "cuda",
+        "id": short_hash(str(properties.uuid)),
         "total_memory_bytes": properties.total_memory,
         "count": torch.cuda.device_count(),
         "cuda": torch.version.cuda,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import signal
 import threading
 import time
@@ -26,10 +27,11 @@ from transformers import (
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from qlora_harness.data.chat import IGNORE
-from qlora_harness.errors import TrainingError
+from qlora_harness.errors import HarnessError, RunError, TrainingError
 from qlora_harness.record import LOGS_FILE, SCHEMA_VERSION, write_json
 from qlora_harness.train.measured_step import Clock, MeasuredStep, to_host
 from qlora_harness.train.memory import MemoryMeter
+from qlora_harness.train.process import launcher_has_ended
 
 _WRITE_EVERY_SECONDS = 10.0
 
@@ -42,9 +44,11 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
 
     Attributes:
         measured: The step that is being logged.
+        step_log: Written before each checkpoint, so that a resumed run has the rows of all steps.
     """
 
     measured: MeasuredStep | None = None
+    step_log: StepLog | None = None
     _step_tokens: torch.Tensor
     _begun: Clock | None = None
     _operations: float | None = None
@@ -104,9 +108,30 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
         chosen = self.model if model is None else model
         chosen.load_adapter = partial(chosen.load_adapter, autocast_adapter_dtype=False)
         try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with _loading(resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
         finally:
             del chosen.load_adapter
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _loading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _prepare_checkpoint(self) -> None:
+        """Writes the step log, and removes an older checkpoint of this step.
+
+        Files of both would make one that looks whole if this run were killed while it saves.
+        """
+        if self.step_log is not None:
+            self.step_log.write()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
 
     def _maybe_log_save_evaluate(
         self,
@@ -123,6 +148,8 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
         self.log_held(leave=0 if stops or not self._runs_ahead else 1)
         if stops:
             self._begun = None
+        if control.should_save:
+            self._prepare_checkpoint()
         super()._maybe_log_save_evaluate(
             tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs
         )
@@ -188,6 +215,21 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
         finally:
             self.state.global_step, self.state.epoch = now
             self.measured = None
+
+
+@contextlib.contextmanager
+def _loading(checkpoint: str | None) -> Iterator[None]:
+    """Inside the `with` block, what torch can't load is one line."""
+    try:
+        yield
+    except (HarnessError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # torch and PEFT raise many kinds
+        reason = (str(error).strip().splitlines() or [""])[0][:120]
+        raise RunError(
+            f"{checkpoint} can't be loaded ({type(error).__name__}: {reason})",
+            "Remove it, so that an older one is taken, or use another --output-dir",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -298,8 +340,12 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Writes the rows with each checkpoint, so that a resumed run has them all."""
-        self.write()
+        """Removes what nobody reads and names the host, the user's folders or both."""
+        if state.is_world_process_zero:
+            for name in ("training_args.bin", "README.md"):
+                Path(args.output_dir, f"checkpoint-{state.global_step}", name).unlink(
+                    missing_ok=True
+                )
 
     def write(self) -> None:
         """Writes training_logs.json (main process only)."""
@@ -318,8 +364,10 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to mypy
     """Ends a run at the next step border, with a checkpoint, on SIGTERM or Ctrl-C.
 
+    So does the end of the launcher: `accelerate launch` does not pass on its SIGTERM.
+
     Attributes:
-        received: Name of the signal, or None.
+        received: Name of the signal, or what else stops the run; None until then.
     """
 
     def __init__(self) -> None:
@@ -351,6 +399,8 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Asks Trainer to save and stop, on all processes at the same step."""
+        if not self.received and launcher_has_ended():
+            self.received = "the end of the launcher"
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             flag = torch.tensor([float(self.received is not None)], device=args.device)
             torch.distributed.all_reduce(flag)
