@@ -26,6 +26,8 @@ from qlora_harness.errors import SettingsError
 from qlora_harness.locations import recipes_dir
 
 DEFAULT_MAX_STEPS = 1875
+# From here on, the share of layer weights that a 4-bit quantisation leaves in 16 bits is told.
+NOTABLE_SHARE = 0.05
 CHECKPOINTING = ("none", "selective", "full", "offload")
 
 
@@ -207,8 +209,9 @@ GROUPS: dict[str, type] = {
     "run": RunSettings,
 }
 
-# Which settings may change without making it another experiment (a resumed run keeps the rest).
-_HOUSEKEEPING = {"output_dir", "resume", "overwrite", "report_to", "save_steps", "eval_batch_size"}
+# Settings that may change without making it another experiment: where and how a run is kept, and
+# how it is evaluated. A resumed run keeps the rest, and `compare` looks at the rest.
+BOOKKEEPING = frozenset({f.name for f in fields(RunSettings)} | {"eval_batch_size"})
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,7 @@ class Settings:
 
     def experiment(self) -> dict[str, Any]:
         """Returns the settings that decide what is learned, without house-keeping."""
-        return {k: v for k, v in self.flat().items() if k not in _HOUSEKEEPING}
+        return {k: v for k, v in self.flat().items() if k not in BOOKKEEPING}
 
 
 def setting_fields() -> dict[str, tuple[str, dataclasses.Field[Any]]]:

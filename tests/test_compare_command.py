@@ -106,7 +106,7 @@ def test_a_reader_may_close_the_pipe(pair: tuple[Path, Path], words: list[str]) 
 
 def test_comparisons_of_the_results_folder_are_not_in_git() -> None:
     ignored = Path(__file__).parent.parent.joinpath(".gitignore").read_text().splitlines()
-    assert {"results/comparison.md", "results/comparison.json"} <= set(ignored)
+    assert {"results/**/comparison.md", "results/**/comparison.json"} <= set(ignored)
 
 
 def test_command_says_that_it_cannot_write(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -337,11 +338,29 @@ def test_restricted_evaluation_is_that_of_its_questions(parts: tuple[Path, Path]
     assert len(questions) == 16
     found: Evaluation = restrict(loaded.evaluations[FAMILY], answers, questions)
     wanted = scores({"anatomy": "111111", "law": "1111100000"})
-    for name in ("acc", "acc_stderr", "acc_macro", "n"):
+    for name in ("acc", "acc_macro", "n"):
         assert getattr(found, name) == pytest.approx(wanted[name])
+    law = 0.5 * 0.5 / 9  # the variance of its mean; anatomy has none
+    assert found.acc_stderr == pytest.approx(math.sqrt(9 * law * 10 / (16 - 2) / 16))
+    assert found.acc_macro_stderr == pytest.approx(math.sqrt(law) / 2)
     assert found.subjects["anatomy"].n == 6
     (stem,) = found.categories.items()
     assert (stem[0], stem[1].acc, stem[1].acc_stderr, stem[1].n) == ("stem", 1.0, 0.0, 6)
+
+
+def test_all_questions_give_the_numbers_of_the_record() -> None:
+    from qlora_harness.compare.runs import load_run
+
+    folder = Path(__file__).parent.parent / "results" / "published" / "smollm2" / "4bit"
+    if not folder.is_dir():
+        pytest.skip("the published records are not there")
+    loaded = load_run(folder, "4bit")
+    recorded = loaded.answers("mmlu_qlora_5shot")
+    assert recorded is not None
+    whole = loaded.evaluations["mmlu_qlora_5shot"]
+    found = restrict(whole, recorded.by_question, recorded.by_question.keys())
+    for name in ("acc", "acc_stderr", "acc_macro", "acc_macro_stderr", "n", "ties"):
+        assert getattr(found, name) == pytest.approx(getattr(whole, name), rel=1e-12), name
 
 
 def test_one_question_has_no_standard_error() -> None:
@@ -349,6 +368,7 @@ def test_one_question_has_no_standard_error() -> None:
         family=FAMILY,
         path=Path("x"),
         ended=None,
+        unquantised_share=None,
         model=None,
         random_weights=False,
         acc=0.5,

@@ -48,6 +48,7 @@ from qlora_harness.compare.statistics import (
 from qlora_harness.compare.tables.groups import groups_table
 from qlora_harness.compare.tables.selection import design_tables, main_tables
 from qlora_harness.compare.tables.settings import settings_table, shared_table
+from qlora_harness.compare.timing import without_times
 from qlora_harness.errors import ComparisonError, SettingsError
 from qlora_harness.record import LOGS_FILE, now, scrub
 
@@ -103,6 +104,9 @@ def compare(
     conditions.check_substance(runs)
     notes = conditions.check_data(runs, allow_different_data)
     notes += conditions.settings_notes(runs)
+    notes += conditions.quantisation_notes(runs)
+    runs, untimed = without_times(runs)
+    notes += untimed
     family = conditions.choose_family(runs, task)
     evaluations = _pick(runs, family)
     notes += conditions.check_limit(evaluations, allow_limit, intersect)

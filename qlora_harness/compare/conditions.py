@@ -11,14 +11,13 @@ from qlora_harness.compare.answers import Answer, Question
 from qlora_harness.compare.evaluation import DEFAULT_FAMILY, Evaluation
 from qlora_harness.compare.runs import Run, TrainingSummary
 from qlora_harness.errors import ComparisonError
+from qlora_harness.settings import BOOKKEEPING, NOTABLE_SHARE
 
 # `verify` scores some texts a second time, which changes nothing.
 _FOLLOWS = re.compile(
     r"\.(arm|output_dir|results_dir|peft|peft_sha|model_num_parameters|parameter_dtypes\..+|verify)$"
 )
 _SETTINGS = "training.settings."
-# Settings that say where and how a run is kept, not what is computed.
-_BOOKKEEPING = ("output_dir", "resume", "overwrite", "report_to", "save_steps")
 # What two arms and their seeds are meant to differ in.
 _INTENDED = ("quant", "double_quant", "seed")
 _SAME_QUESTIONS = "Score all runs with the same task, data folder and template"
@@ -182,7 +181,7 @@ def training_settings(training: TrainingSummary) -> dict[str, object]:
         for name, value in training.conditions.items()
         if name.startswith(_SETTINGS)
     }
-    return {name: value for name, value in settings.items() if name not in _BOOKKEEPING}
+    return {name: value for name, value in settings.items() if name not in BOOKKEEPING}
 
 
 def settings_notes(runs: Sequence[Run]) -> list[str]:
@@ -206,6 +205,25 @@ def settings_notes(runs: Sequence[Run]) -> list[str]:
         "The runs differ in training settings other than quantisation and seed: "
         f"{', '.join(names)}."
     ]
+
+
+def quantisation_notes(runs: Sequence[Run]) -> list[str]:
+    """Says which runs hold a notable part of their layers in 16 bits in spite of their name.
+
+    Args:
+        runs: The runs.
+    """
+    notes = []
+    for run in runs:
+        shares = [run.training.unquantised_share] if run.training is not None else []
+        shares += [evaluation.unquantised_share for evaluation in run.evaluations.values()]
+        share = max((value for value in shares if value is not None), default=0.0)
+        if share > NOTABLE_SHARE:
+            notes.append(
+                f"{run.label} is quantised in part only: {100 * share:.0f}% of the weights of its "
+                "layers stay in 16 bits."
+            )
+    return notes
 
 
 def check_limit(

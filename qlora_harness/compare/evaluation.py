@@ -68,6 +68,8 @@ class Evaluation:
         family: Name of the task family, for example mmlu_qlora_5shot.
         path: The file this was read from.
         ended: When it ended, seconds since 1970, if recorded.
+        unquantised_share: Share of the layers' weights that 4 bits left in 16; None for bf16, or
+            where it isn't recorded.
         model: Name of the model, with its adapter if it has one.
         random_weights: Whether the record says that the base model was never trained.
         acc: Micro accuracy (by question), 0 to 1.
@@ -89,6 +91,7 @@ class Evaluation:
     family: str
     path: Path
     ended: float | None
+    unquantised_share: float | None
     model: str | None
     random_weights: bool
     acc: float
@@ -182,6 +185,7 @@ def _read_family(record: Mapping[str, Any], path: Path, family: str) -> Evaluati
         family=family,
         path=path,
         ended=_seconds(fields.optional_text(record, path, "created")),
+        unquantised_share=fields.optional_amount(record, path, "model", "unquantised_share"),
         model=_model_name(record),
         random_weights=nested(record, "model", "random_weights") is True,
         acc=fields.share(record, path, *keys, "acc"),

@@ -34,8 +34,24 @@ def to_csv(comparison: Comparison) -> str:
                 low, high = cell.interval or (None, None)
                 run = cell_label(column, cell, labels)
                 values = (cell.value, cell.stderr, low, high, cell.text)
-                writer.writerow([table.key, row.key, row.name, row.unit, run, column.kind, *values])
+                names = [table.key, row.key, row.name, row.unit, run, column.kind]
+                writer.writerow([_cell(value) for value in (*names, *values)])
     return out.getvalue()
+
+
+def _cell(value: object) -> object:
+    """A text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    number = formula and _is_number(str(value))
+    return f"'{value}" if formula and not number else value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def to_latex(comparison: Comparison) -> str:

@@ -126,6 +126,7 @@ def read_evaluation(file: HarnessFile, family: str) -> Evaluation:
         family=family,
         path=path,
         ended=_ended(file),
+        unquantised_share=None,
         model=_model_name(record),
         random_weights=False,
         acc=fields.share(record, path, *group, "acc,none"),

@@ -7,10 +7,11 @@ conditions.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from qlora_harness.accuracy import accuracy, micro_macro
 from qlora_harness.compare.answers import Answer, Question, count_letters
 from qlora_harness.compare.evaluation import CategoryScore, Evaluation, SubjectScore
 from qlora_harness.errors import ComparisonError
@@ -181,8 +182,7 @@ def restrict(
 ) -> Evaluation:
     """Returns an evaluation over a part of its questions.
 
-    Standard errors are those of a mean of n independent answers, sqrt(p(1 - p)/(n - 1)), as
-    lm_eval computes them. That of the macro accuracy is left out.
+    Standard errors are those of the record: within subjects, pooled as lm_eval does.
 
     Args:
         evaluation: The evaluation.
@@ -195,39 +195,31 @@ def restrict(
     by_subject: dict[str, list[bool]] = {}
     for question in sorted(questions):
         by_subject.setdefault(question.subject, []).append(answers[question].right)
-    by_category: dict[str, list[bool]] = {}
     places = category_of(evaluation.family)
-    for subject, marks in by_subject.items():
-        if subject in places:
-            by_category.setdefault(places[subject], []).extend(marks)
-    every = [mark for marks in by_subject.values() for mark in marks]
-    subjects = {
-        subject: SubjectScore(sum(marks) / len(marks), len(marks))
-        for subject, marks in by_subject.items()
+    scores = {subject: _score(marks) for subject, marks in by_subject.items()}
+    subjects = {name: SubjectScore(score["acc"], score["n"]) for name, score in scores.items()}
+    total = micro_macro(list(scores.values()))
+    categories = {
+        name: micro_macro([scores[s] for s in scores if places.get(s) == name])
+        for name in dict.fromkeys(places[s] for s in scores if s in places)
     }
     return replace(
         evaluation,
-        acc=sum(every) / len(every),
-        acc_stderr=_stderr(every),
-        acc_macro=sum(score.acc for score in subjects.values()) / len(subjects),
-        acc_macro_stderr=None,
-        n=len(every),
+        **total,
         ties=sum(answers[question].tied for question in questions),
         letters=count_letters(answers[question] for question in questions),
         prompts_sha256=None,
         subjects=subjects,
         categories={
-            name: CategoryScore(sum(marks) / len(marks), _stderr(marks), len(marks))
-            for name, marks in by_category.items()
+            name: CategoryScore(item["acc"], item["acc_stderr"], item["n"])
+            for name, item in categories.items()
         },
     )
 
 
-def _stderr(marks: Sequence[bool]) -> float | None:
-    if len(marks) < 2:
-        return None
-    share = sum(marks) / len(marks)
-    return math.sqrt(share * (1 - share) / (len(marks) - 1))
+def _score(marks: Sequence[bool]) -> dict[str, Any]:
+    mean, error = accuracy(marks)
+    return {"acc": mean, "acc_stderr": error, "n": len(marks), "correct": sum(marks)}
 
 
 def category_of(family: str | None) -> dict[str, str]:

@@ -170,7 +170,9 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _peak(summary: _Record) -> str:
-    gpu = summary.amount("memory", "peak_allocated_bytes")
+    gpu = summary.amount("memory", "peak_needed_bytes")
+    if gpu is None:  # of an earlier version
+        gpu = summary.amount("memory", "peak_allocated_bytes")
     cpu = summary.amount("memory", "cpu_peak_rss_bytes")
     if gpu is not None:
         return f"{gpu / GIB:.2f}"

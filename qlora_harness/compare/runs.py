@@ -43,7 +43,16 @@ class TrainingSummary:
         device_name: For example "NVIDIA H100 80GB HBM3", if recorded.
         train_fingerprint: Hash of the token ids trained on; None only if interrupted.
         eval_fingerprint: Hash of the token ids of the evaluation split, if there is one.
+        host: What tells the machine from others, if recorded.
+        device_id: What tells the device from others, if recorded.
+        cpu_threads: Threads that computed on the CPU, if recorded.
+        started: When the run began, ISO 8601, if recorded.
+        finished: When it ended, ISO 8601, if recorded.
+        unquantised_share: Share of the layers' weights that 4 bits left in 16; None for bf16.
         peak_allocated_bytes: Peak GPU memory held by tensors, bytes.
+        peak_managed_bytes: Managed memory of a paged optimizer at the peak, bytes.
+        other_processes: Most other processes seen on the GPU.
+        other_bytes: Most memory of the GPU that others held, bytes.
         peak_reserved_bytes: Peak GPU memory held by the allocator, bytes.
         peak_device_used_bytes: Peak GPU memory in use as the driver sees it, bytes: that of all
             processes on the device.
@@ -69,7 +78,16 @@ class TrainingSummary:
     device_name: str | None
     train_fingerprint: str | None
     eval_fingerprint: str | None
+    host: str | None
+    device_id: str | None
+    cpu_threads: int | None
+    started: str | None
+    finished: str | None
+    unquantised_share: float | None
     peak_allocated_bytes: float | None
+    peak_managed_bytes: float | None
+    other_processes: float | None
+    other_bytes: float | None
     peak_reserved_bytes: float | None
     peak_device_used_bytes: float | None
     cpu_peak_rss_bytes: float | None
@@ -175,6 +193,9 @@ def read_training(path: Path) -> TrainingSummary:
         name: fields.optional_amount(record, path, "memory", name)
         for name in (
             "peak_allocated_bytes",
+            "peak_managed_bytes",
+            "other_processes",
+            "other_bytes",
             "peak_reserved_bytes",
             "peak_device_used_bytes",
             "cpu_peak_rss_bytes",
@@ -193,6 +214,12 @@ def read_training(path: Path) -> TrainingSummary:
         device_name=fields.optional_text(record, path, "environment", "device", "name"),
         train_fingerprint=text(record, path, "data", "train", "fingerprint"),
         eval_fingerprint=fields.optional_text(record, path, "data", "eval", "fingerprint"),
+        host=fields.optional_text(record, path, "process", "host"),
+        device_id=fields.optional_text(record, path, "environment", "device", "id"),
+        cpu_threads=fields.optional_count(record, path, "environment", "cpu_threads"),
+        started=fields.optional_text(record, path, "started"),
+        finished=fields.optional_text(record, path, "finished"),
+        unquantised_share=fields.optional_amount(record, path, "quantization", "unquantised_share"),
         **memory,
         train_seconds=amount(record, path, "runtime", "train_seconds"),
         tokens_per_second=amount(record, path, "throughput", "tokens_per_second"),

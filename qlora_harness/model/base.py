@@ -17,7 +17,7 @@ from qlora_harness.locations import expanded
 from qlora_harness.model.fingerprint import checkpoint_fingerprint
 from qlora_harness.model.free_memory import available_memory
 from qlora_harness.model.smollm2 import materialise_smollm2
-from qlora_harness.settings import Quant
+from qlora_harness.settings import NOTABLE_SHARE, Quant
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qlora_harness")
 
 EMBEDDED = "smollm2"
-# From here on, the share of layer weights that a 4-bit quantisation leaves in 16 bits is told.
-NOTABLE_SHARE = 0.05
 RANDOM_WEIGHTS_KEY = "qlora_harness_random_weights"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import tempfile
 from collections import defaultdict
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
 
+from qlora_harness.accuracy import accuracy, micro_macro
 from qlora_harness.errors import ResultsError, shown
 from qlora_harness.families import LETTERS
 from qlora_harness.question_hashes import prompts_hash
@@ -51,19 +51,6 @@ class ScoredQuestion:
         return self.prediction == self.answer
 
 
-def accuracy(correct: Sequence[bool]) -> tuple[float, float | None]:
-    """Returns mean and standard error, the sample standard deviation over the root of n.
-
-    This is lm-eval's `mean_stderr`. The error is None for fewer than two values.
-
-    Args:
-        correct: One value a question, at least one.
-    """
-    n = len(correct)
-    mean = sum(correct) / n
-    return mean, math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else None
-
-
 def summarise(
     questions: Sequence[ScoredQuestion],
     categories: Mapping[str, Sequence[str]],
@@ -93,7 +80,7 @@ def summarise(
             "n": len(correct),
             "correct": sum(correct),
         }
-    summary = _micro_macro(list(subjects.values()))
+    summary = micro_macro(list(subjects.values()))
     summary |= {
         "n_total": n_total,
         "ties": sum(is_tie(q.logprobs) for q in questions),
@@ -103,33 +90,12 @@ def summarise(
         ),
         "subjects": subjects,
         "categories": {
-            category: _micro_macro([subjects[s] for s in members if s in subjects])
+            category: micro_macro([subjects[s] for s in members if s in subjects])
             for category, members in categories.items()
             if any(s in subjects for s in members)
         },
     }
     return summary
-
-
-def _micro_macro(subjects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Micro and macro accuracy of some subjects; errors as lm-eval pools them for groups."""
-    n = sum(s["n"] for s in subjects)
-    errors = [s["acc_stderr"] for s in subjects]
-    pooled = macro_error = None
-    known = [e for e in errors if e is not None]
-    if len(known) == len(errors):
-        macro_error = math.sqrt(sum(e**2 for e in known)) / len(known)
-        # lm-eval's pooled_sample_stderr: within-subject variances, weighted by their freedom.
-        weighted = sum((s["n"] - 1) * s["acc_stderr"] ** 2 * s["n"] for s in subjects)
-        freedom = n - len(subjects)
-        pooled = math.sqrt(weighted / freedom / n) if freedom else None
-    return {
-        "acc": sum(s["correct"] for s in subjects) / n,
-        "acc_stderr": pooled,
-        "acc_macro": sum(s["acc"] for s in subjects) / len(subjects),
-        "acc_macro_stderr": macro_error,
-        "n": n,
-    }
 
 
 def progress_rows(questions: Sequence[ScoredQuestion]) -> list[dict[str, Any]]:

@@ -25,12 +25,16 @@ class _Measure:
 
 
 def gpu_peak_bytes(summary: TrainingSummary) -> float | None:
-    """Returns the peak GPU memory held by tensors, bytes; None for a run on the CPU.
+    """Returns the peak GPU memory that a run needs, bytes; None for a run on the CPU.
+
+    That is what its tensors take, and what a paged optimizer holds in managed memory.
 
     Args:
         summary: A training summary.
     """
-    return None if summary.device_type == "cpu" else summary.peak_allocated_bytes
+    if summary.device_type == "cpu" or summary.peak_allocated_bytes is None:
+        return None
+    return summary.peak_allocated_bytes + (summary.peak_managed_bytes or 0.0)
 
 
 def cpu_peak_bytes(summary: TrainingSummary) -> float | None:
@@ -56,6 +60,8 @@ def training_table(runs: Sequence[Run]) -> Table | None:
         _training_row(measure, summaries)
         for measure in _MEASURES
         if measure.key not in _OPTIONAL or any(measure.read(item) is not None for item in known)
+        # Both parts where there are two.
+        if measure.key not in _PARTS or any(item.peak_managed_bytes for item in known)
     )
     columns = columns_of([run.label for run in runs], ("value", "difference", "ratio"))
     return Table("training", "Training", columns, rows)
@@ -75,6 +81,20 @@ _MEASURES = (
         "Peak GPU memory (GiB)",
         "GiB",
         lambda summary: _gib(gpu_peak_bytes(summary)),
+        decimals(2),
+    ),
+    _Measure(
+        "peak_gpu_allocated_gib",
+        "– allocated (GiB)",
+        "GiB",
+        lambda summary: _on_gpu(summary, summary.peak_allocated_bytes),
+        decimals(2),
+    ),
+    _Measure(
+        "peak_gpu_managed_gib",
+        "– managed, of a paged optimizer (GiB)",
+        "GiB",
+        lambda summary: _on_gpu(summary, summary.peak_managed_bytes),
         decimals(2),
     ),
     _Measure(
@@ -127,7 +147,14 @@ _MEASURES = (
     _Measure("perplexity", "Perplexity", "", lambda summary: summary.perplexity, decimals(3), 3),
 )
 # Rows that stand only where some run has a value.
-_OPTIONAL = {"peak_gpu_reserved_gib", "peak_gpu_device_gib", "peak_cpu_gib"}
+_OPTIONAL = {
+    "peak_gpu_allocated_gib",
+    "peak_gpu_managed_gib",
+    "peak_gpu_reserved_gib",
+    "peak_gpu_device_gib",
+    "peak_cpu_gib",
+}
+_PARTS = {"peak_gpu_allocated_gib", "peak_gpu_managed_gib"}
 
 
 def _training_row(measure: _Measure, summaries: Sequence[TrainingSummary | None]) -> Row:
