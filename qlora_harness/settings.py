@@ -14,6 +14,7 @@ import difflib
 import math
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -22,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from qlora_harness.errors import SettingsError
+from qlora_harness.errors import SettingsError, shown
 from qlora_harness.locations import recipes_dir
 
 DEFAULT_MAX_STEPS = 1875
@@ -55,10 +56,19 @@ class Quant(str, Enum):
 
 
 def _setting(
-    default: Any, help_text: str, unit: str = "", choices: Iterable[str] | None = None
+    default: Any,
+    help_text: str,
+    unit: str = "",
+    choices: Iterable[str] | None = None,
+    listed: bool = False,
 ) -> Any:
     """A dataclass field that carries what the help and the checks need."""
-    meta = {"help": help_text, "unit": unit, "choices": tuple(choices) if choices else None}
+    meta = {
+        "help": help_text,
+        "unit": unit,
+        "choices": tuple(choices) if choices else None,
+        "listed": listed,  # whether a recipe may give a list
+    }
     return field(default=default, metadata=meta)
 
 
@@ -96,7 +106,7 @@ class DataSettings:
     dataset_revision: str | None = _setting(
         None, "branch, tag or commit of the data set on the Hub (default: its main branch)"
     )
-    languages: str = _setting("en", "comma-separated language codes to keep, or 'all'")
+    languages: str = _setting("en", "comma-separated language codes to keep, or 'all'", listed=True)
     conversations: str = _setting(
         "best-path",
         "which paths of a tree become conversations; all-paths trains on each last reply only",
@@ -126,7 +136,9 @@ class LoraSettings:
     lora_alpha: float = _setting(16, "scale: the update is multiplied by alpha / r")
     lora_dropout: float = _setting(0.1, "dropout on the adapter's input", "probability")
     lora_targets: str = _setting(
-        "all-linear", "layers that get an adapter: all-linear (no output head) or a comma list"
+        "all-linear",
+        "layers that get an adapter: all-linear (no output head) or a comma list",
+        listed=True,
     )
     adapter_dtype: str = _setting(
         "float32",
@@ -299,7 +311,8 @@ def build_settings(values: Mapping[str, Any], sources: Mapping[str, str] | None 
     if optimization.get("memory") is not None:
         _check_memory(optimization["memory"], where)
         chosen = ("checkpointing", "optimizer", "adapter_dtype")
-        if clash := [name for name in chosen if where.get(name, "").startswith("--")]:
+        # A recipe, and a record that is read back, may state what --memory then replaces.
+        if clash := [n for n in chosen if (sources or {}).get(n, "").startswith("--")]:
             raise SettingsError(
                 f"{where['memory']} and {where[clash[0]]} exclude each other",
                 "Give one of the two",
@@ -320,7 +333,7 @@ def _check_memory(value: str, where: Mapping[str, str]) -> None:
         amount = 0.0
     if not (math.isfinite(amount) and amount > 0):
         raise SettingsError(
-            f"{where['memory']}: {value!r} is not fast, balanced, lean or a number of GiB",
+            f"{where['memory']}: {shown(value)} is not fast, balanced, lean or a number of GiB",
             "Choose one of these",
         )
 
@@ -346,20 +359,21 @@ def _typed(f: dataclasses.Field[Any], cls: type, value: Any, place: str) -> Any:
     kind, optional = field_kind(cls, f.name)
     if value is None and optional:
         return None
-    wrong = SettingsError(f"{place}: {value!r} is not {_kind_name(kind)}", "Correct the value")
+    wrong = SettingsError(f"{place}: {shown(value)} is not {_kind_name(kind)}", "Correct the value")
     if kind is bool:
         if isinstance(value, bool):
             return value
         raise wrong
     if kind is str:
-        if not isinstance(value, str) or not value:
+        text = _as_text(value, f.metadata["listed"])
+        if not text or text != text.strip():
             raise wrong
         choices = f.metadata["choices"]
-        if choices and value not in choices:
+        if choices and text not in choices:
             raise SettingsError(
-                f"{place}: {value!r} is not one of {', '.join(choices)}", "Choose one of these"
+                f"{place}: {shown(text)} is not one of {', '.join(choices)}", "Choose one of these"
             )
-        return value
+        return text
     if isinstance(value, bool):
         raise wrong
     try:
@@ -369,6 +383,15 @@ def _typed(f: dataclasses.Field[Any], cls: type, value: Any, place: str) -> Any:
     if not math.isfinite(number) or (kind is int and number != int(number)):
         raise wrong
     return int(number) if kind is int else number
+
+
+def _as_text(value: Any, listed: bool) -> str | None:
+    """A text as YAML gives it: a number where it has digits only, a list where it is one."""
+    if listed and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ",".join(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:g}" if abs(value) < 10**6 else str(value)
+    return value if isinstance(value, str) else None
 
 
 def _kind_name(kind: type) -> str:
@@ -416,6 +439,32 @@ def _check_ranges(settings: Settings, where: Mapping[str, str]) -> None:
             refuse(name, f"from {low:.10g} to {high:.10g}")
 
 
+_LARGEST_RECIPE = 100_000  # bytes
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Plain YAML: no aliases, which can stand for gigabytes, no key twice, and no dates."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "anchor", None) is not None:
+            raise yaml.YAMLError(
+                f"line {event.start_mark.line + 1}: anchors and aliases are not taken"
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in keys.items() if count > 1]:
+            raise yaml.YAMLError(f"key {shown(twice[0])} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """Reads a YAML recipe: settings by name, with `extends: NAME` for a recipe it differs from.
 
@@ -433,11 +482,18 @@ def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
     if path in seen:
         raise SettingsError(f"recipe {path} extends itself", "Remove its 'extends' key")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_RECIPE + 1)
+        if len(content) > _LARGEST_RECIPE:
+            raise SettingsError(
+                f"recipe {path} has more than {_LARGEST_RECIPE:,} bytes", "Name a recipe"
+            )
+        loaded = yaml.load(content.decode(), Loader=_RecipeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"recipe {path} can't be read: {error}", "Check the file") from None
-    except yaml.YAMLError as error:
-        raise SettingsError(f"recipe {path} is not YAML: {error}", "Correct the file") from None
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        reason = "brackets too deep" if isinstance(error, RecursionError) else error
+        raise SettingsError(f"recipe {path} is not YAML: {reason}", "Correct the file") from None
     if not isinstance(loaded, dict):
         raise SettingsError(
             f"recipe {path} holds a {type(loaded).__name__}, not 'name: value' lines",
@@ -457,7 +513,7 @@ def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
     known = setting_fields()
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
-        place = f"recipe {path}, key '{key}'"
+        place = f"recipe {path}, key {shown(str(key))}"
         if name not in known:
             raise unknown_name(name, place, known)
         values[name] = value

@@ -78,7 +78,7 @@ def test_failed_replacement_keeps_the_old_file_and_leaves_nothing_behind(
         ("[" * 100_000, "{path}: not valid JSON (brackets too deep)"),
         ('{"a": ' + "1" * 5000 + "}", "{path}: not valid JSON (a number of 5000 digits)"),
         ('{"a": 1, "a": 2}', "{path}: not valid JSON (the key 'a' stands there twice)"),
-        ('{"a": "\\\\ud800"}', "{path}: not valid JSON (a text holds half of a surrogate pair)"),
+        ('{"a": "\\ud800"}', "{path}: not valid JSON (a text holds half of a surrogate pair)"),
     ],
 )
 def test_unreadable_json_is_named_with_its_line(tmp_path: Path, content: str, problem: str) -> None:

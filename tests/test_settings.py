@@ -8,15 +8,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_harness.errors import SettingsError
 from qlora_harness.locations import recipes_dir
 from qlora_harness.settings import (
+    BOOKKEEPING,
+    GROUPS,
     Quant,
     Settings,
     build_settings,
+    field_kind,
     find_recipe,
     read_recipe,
     setting_fields,
@@ -518,3 +524,101 @@ def test_examples_in_the_help_are_valid(help_output: str) -> None:
     assert len(commands) == 4
     for command in commands:
         parse(*command.split())
+
+
+# --- what a recipe may write ----------------------------------------------------------------------
+
+
+def values_of(name: str) -> st.SearchStrategy[Any]:
+    """Values of a setting as `flat()` gives them."""
+    group, f = setting_fields()[name]
+    kind, optional = field_kind(GROUPS[group], name)
+    choices = f.metadata["choices"]
+    spans = {"lora_dropout": 0.99, "warmup_ratio": 1.0, "eval_fraction": 0.5, "adam_beta2": 0.99}
+    if choices:
+        strategy: st.SearchStrategy[Any] = st.sampled_from(choices)
+    elif name == "memory":
+        strategy = st.sampled_from(["fast", "lean", "16", "7.5"])
+    elif kind is str:
+        strategy = st.text("abcdefgh0123456789/._-", min_size=1, max_size=12)
+    elif kind is bool:
+        strategy = st.booleans()
+    elif kind is int:
+        strategy = st.integers(8, 10**6)
+    else:
+        strategy = st.floats(1e-9, spans.get(name, 1e6))
+    return st.one_of(st.none(), strategy) if optional else strategy
+
+
+@given(st.fixed_dictionaries({name: values_of(name) for name in setting_fields()}))
+def test_settings_come_back_from_their_flat_form(values: dict[str, Any]) -> None:
+    if values["epochs"] is not None:
+        values["max_steps"] = None
+    settings = build_settings(values)
+    assert build_settings(settings.flat()) == settings
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("memory: 16", "memory", "16"),
+        ("memory: 7.5", "memory", "7.5"),
+        ("memory: fast", "memory", "fast"),
+        ("lora_targets: [q_proj, v_proj]", "lora_targets", "q_proj,v_proj"),
+        ("lora-targets: q_proj,v_proj", "lora_targets", "q_proj,v_proj"),
+        ("languages: [en, de]", "languages", "en,de"),
+        ("revision: 1234567", "revision", "1234567"),
+        ("revision: 2024-01-01", "revision", "2024-01-01"),
+        ("output_dir: 2024", "output_dir", "2024"),
+        ("learning_rate: 2e-4", "learning_rate", 2e-4),
+        ("group_by_length: no", "group_by_length", False),
+        ("epochs: 3", "epochs", 3.0),
+        ("lora_r: 16", "lora_r", 16),
+    ],
+)
+def test_recipe_values_in_the_form_of_yaml(
+    tmp_path: Path, line: str, name: str, value: object
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(line)
+    assert build_settings(*read_recipe(path)).flat()[name] == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &x [1]\nlora_r: *x",
+        "lora_r: &x 8",
+        "lora_r: 8\nlora_r: 9",
+        "a: &a [x]\nb: &b [*a,*a]\nc: &c [*b,*b]\nd: [*c,*c]",
+        "lora_r: " + "9" * 5000,
+        "lora_r: " + "[" * 3000,
+        "model: \x00",
+        "model: {a: {b: c}}",
+        "languages: [1, 2]",
+        "lora_r: .nan",
+        "seed: 2024-01-01",
+        "model: [a, b]",
+        "x" * 200_000,
+        "? [a]\n: b",
+        "!!python/object/apply:os.system ['true']",
+        "model: !!binary aGk=",
+        "\x1b]0;owned\x07: 1",
+    ],
+    ids=range(17),
+)
+def test_recipe_that_is_no_plain_yaml_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        build_settings(*read_recipe(path))
+    line = str(caught.value)
+    assert line.isprintable() and len(line) <= 480
+
+
+def test_bookkeeping_is_what_a_resumed_run_may_change() -> None:
+    settings = build_settings({})
+    assert {
+        *("output_dir", "resume", "overwrite", "report_to", "save_steps", "eval_batch_size")
+    } == BOOKKEEPING
+    assert settings.experiment().keys() == settings.flat().keys() - BOOKKEEPING
