@@ -101,9 +101,10 @@ class HarnessError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        remedy = _cut(_one_line(self.remedy), _LONGEST_REMEDY)
-        room = _LONGEST_LINE - len(_PREFIX) - len(remedy) - len(". .")
-        return f"{_cut(_one_line(self.problem), room)}. {remedy}."
+        problem, remedy = _one_line(self.problem), _one_line(self.remedy)
+        room = _LONGEST_LINE - len(_PREFIX) - len(". .")
+        remedy = _cut(remedy, max(_LONGEST_REMEDY, room - len(problem)))
+        return f"{_cut(problem, room - len(remedy))}. {remedy}."
 
 
 def _one_line(text: str) -> str:

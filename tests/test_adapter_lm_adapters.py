@@ -77,7 +77,7 @@ def test_adapter_with_a_broken_tokenizer_is_refused(
 
 
 def test_adapter_with_a_missing_weight_is_refused(
-    make_lm: Callable[..., QloraAdapterLM], own_adapter: Path, tiny_llama: Path
+    make_lm: Callable[..., QloraAdapterLM], own_adapter: Path
 ) -> None:
     weights = load_file(own_adapter / WEIGHTS)
     del weights["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"]
@@ -85,7 +85,7 @@ def test_adapter_with_a_missing_weight_is_refused(
     assert refused(lambda: make_lm(peft=str(own_adapter)), AdapterError) == (
         f"peft={own_adapter} does not fit this base model: 1 adapter weights missing, 0 unexpected "
         "(first: base_model.model.model.layers.1.mlp.up_proj.lora_B.default.weight). "
-        f"It was trained on {tiny_llama}; give that as pretrained=."
+        "It was trained on tiny-llama; give that as pretrained=."
     )
 
 

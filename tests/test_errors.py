@@ -118,7 +118,7 @@ def test_names_that_are_too_long_are_told(
     assert cli([*words, "a" * 300]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.endswith("a: File name too long. Name it shorter.\n")
+    assert said.err.endswith(": File name too long. Name it shorter.\n")
     assert "…" in said.err
     assert said.err.count("\n") == 1
 

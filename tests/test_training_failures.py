@@ -163,7 +163,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path, Path, Path], dict[str, Any]], str]] =
     ),
     "missing fields": (
         lambda folder, model, rows: {"dataset": _rows_with(folder, rows, '{"text": "a"}')},
-        "{folder}/broken.jsonl, line 33: field 'message_id' is missing. ",
+        "{folder}/broken.jsonl, line 33: field 'message_id' is missing; the fields are text",
     ),
     "nothing left": (
         lambda folder, model, rows: {"languages": "de"},

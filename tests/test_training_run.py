@@ -236,6 +236,7 @@ def test_adapter_of_a_run_is_trained_and_scores_as_the_record_says(
         "double_quant": True,
         "compute_dtype": "float32",
         "data_fingerprint": data.report["train"]["fingerprint"],
+        "template": "guanaco",
         "run": "run",
     }
 

@@ -15,7 +15,7 @@ from qlora_harness.model.adapter_folder import (
     check_fit,
     quiet_peft,
 )
-from qlora_harness.record import new_folder, write_json
+from qlora_harness.record import nested, new_folder, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +158,8 @@ def save_adapter(
         config = json.loads((work / CONFIG_FILE).read_text(encoding="utf-8"))
         if isinstance(config.get("target_modules"), list):
             config["target_modules"].sort()
-        config["base_model_name_or_path"] = public_name(record["base"]["name"])
+        base = nested(record, "base", "name") or config["base_model_name_or_path"]
+        config["base_model_name_or_path"] = public_name(str(base))
         write_json(work / CONFIG_FILE, config)
         (work / "README.md").unlink(missing_ok=True)
 

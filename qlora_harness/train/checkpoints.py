@@ -6,6 +6,7 @@ They are read on trial, by header and checksum; nothing is unpickled.
 from __future__ import annotations
 
 import json
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from qlora_harness.record import TRAINER_STATE_FILE
 
 _NAME = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
 _ZIPPED = ("optimizer.pt", "scheduler.pt")
+_END_BYTES = 22  # the record at the end of a zip archive
 _RANDOM_STATE = "rng_state*.pth"
 _STATE_TYPES: dict[str, type | tuple[type, ...]] = {
     "epoch": (int, float),
@@ -128,8 +130,10 @@ def _unreadable(path: Path, step: int) -> str | None:
             return "holds no JSON object"
         return _wrong_state(content, step) if path.name == TRAINER_STATE_FILE else None
     else:
-        with zipfile.ZipFile(path) as archive:
-            return "is damaged" if archive.testzip() else None
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            file.seek(-_END_BYTES, os.SEEK_END)
+            ends = file.read(4) == b"PK\5\6"  # torch reads no archive with anything behind it
+            return None if ends and archive.testzip() is None else "is damaged"
     return None
 
 
