@@ -532,15 +532,22 @@ def find_recipe(name: str, place: str = "--recipe") -> Path:
         SettingsError: There is no such recipe.
     """
     folder = recipes_dir()
-    found = Path(name) if Path(name).is_file() else _recipe_in(folder, name)
+    found = Path(name) if _is_file(Path(name)) else _recipe_in(folder, name)
     if found is None:
         names = sorted(p.stem for p in folder.glob("*.yaml"))
         raise SettingsError(
-            f"{place}: there is no recipe {name!r}",
+            f"{place}: there is no recipe {shown(name)}",
             f"Name a YAML file or one of {', '.join(names)}",
         )
     return found
 
 
 def _recipe_in(folder: Path, name: str) -> Path | None:
-    return next((p for p in (folder / name, folder / f"{name}.yaml") if p.is_file()), None)
+    return next((p for p in (folder / name, folder / f"{name}.yaml") if _is_file(p)), None)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False

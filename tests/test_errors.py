@@ -109,9 +109,7 @@ def test_errors_of_the_system_that_a_user_can_mend_are_one_line() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "words", [["plan", "--model"], ["show"], ["plan", "--model", "smollm2", "--recipe"]]
-)
+@pytest.mark.parametrize("words", [["plan", "--model"], ["show"]])
 def test_names_that_are_too_long_are_told(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

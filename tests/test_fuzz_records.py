@@ -105,7 +105,7 @@ def comparison(folder: Path) -> tuple[dict[Path, bytes], Callable[[], object]]:
     for path, quant, marks in zip(runs, ("nf4", "bf16"), (FIRST, SECOND), strict=True):
         write_run(path, summary(quant), evaluation(marks))
         write_harness(path, marks)
-        log = step_log([2.0, 1.5, 1.25]) | {"evaluation": {"nll": [3.0, 4.0], "tokens": [2, 3]}}
+        log = step_log([2.0] * 20) | {"evaluation": {"nll": [3.0, 4.5], "tokens": [2, 3]}}
         (path / "training_logs.json").write_text(json.dumps(log))
 
     def read() -> None:
