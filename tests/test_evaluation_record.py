@@ -17,6 +17,7 @@ from qlora_harness.score.evaluation_record import (
     Family,
     ScoredQuestion,
     accuracy,
+    check_folder,
     model_slug,
     progress_rows,
     summarise,
@@ -344,3 +345,12 @@ def test_records_are_read_by_the_comparison(tmp_path: Path) -> None:
     found = read_evaluations(tmp_path / "evaluation_results.json")["mmlu_qlora_demo"]
     assert (found.n, found.n_total, found.acc) == (9, 9, pytest.approx(5 / 9))
     assert found.conditions["evaluation.settings.batch_size"] == 1
+
+
+def test_leftovers_of_killed_writes_go_and_those_of_a_running_one_stay(tmp_path: Path) -> None:
+    old, new = (tmp_path / f".evaluation_results.json.{name}.tmp" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_text("{")
+    os.utime(old, (1000, 1000))
+    check_folder(tmp_path, "mmlu_progress_x.json")
+    assert not old.exists() and new.exists()

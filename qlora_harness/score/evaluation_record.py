@@ -16,8 +16,17 @@ from qlora_harness.accuracy import accuracy, micro_macro
 from qlora_harness.errors import ResultsError, shown
 from qlora_harness.families import LETTERS
 from qlora_harness.question_hashes import prompts_hash
-from qlora_harness.record import EVALUATION_FILE, SCHEMA_VERSION, now, read_json, write_json
+from qlora_harness.record import (
+    EVALUATION_FILE,
+    SCHEMA_VERSION,
+    now,
+    read_json,
+    remove_leftovers,
+    write_json,
+)
 from qlora_harness.score.mmlu import is_tie, predict
+
+_WRITTEN_SECONDS = 3600.0  # by then no process is still writing a record
 
 
 @dataclass(frozen=True)
@@ -217,6 +226,8 @@ def check_folder(folder: Path, progress_name: str) -> None:
             f"{folder} can't be written ({error.strerror})",
             "Give another folder with results_dir= in --model_args",
         ) from None
+    for name in (EVALUATION_FILE, progress_name):
+        remove_leftovers(folder / name, _WRITTEN_SECONDS)
     _kept(folder / EVALUATION_FILE, _Evaluation, None)
     _kept(folder / progress_name, _Progress, None)
 

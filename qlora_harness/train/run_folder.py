@@ -26,6 +26,7 @@ from qlora_harness.record import (
     TRAINER_STATE_FILE,
     nested,
     read_json,
+    remove_leftovers,
     scrub_all,
 )
 from qlora_harness.settings import Settings, setting_fields
@@ -338,8 +339,8 @@ def remove_temporary_files(run_dir: Path) -> None:
         run_dir: The run folder, locked by this process.
     """
     for name in (SUMMARY_FILE, LOGS_FILE, TRAINER_STATE_FILE):
-        for path in (*run_dir.glob(f".{name}.*.tmp"), run_dir / f".{name}.tmp"):
-            path.unlink(missing_ok=True)
+        remove_leftovers(run_dir / name)
+        (run_dir / f".{name}.tmp").unlink(missing_ok=True)
     for path in run_dir.glob(f".{ADAPTER_DIR}-*"):
         shutil.rmtree(path, ignore_errors=True)
 
