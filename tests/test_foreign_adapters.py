@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from scoring_runs import WEIGHTS, demo_prompts, loglikelihood_requests, refused, score
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -379,6 +380,31 @@ def test_experts_count_as_unquantised(
     assert lm._model_record()["unquantised_share"] == pytest.approx(share)
     assert any(f"{100 * share:.0f}% of the weights" in m for m in caplog.messages)
     assert unquantised_share(make_lm(pretrained=str(bases("llama")), quant="nf4").model) == 0.0
+
+
+def test_base_that_is_quantised_already_is_refused(
+    bases: Callable[[str], Path], make_lm: Callable[..., QloraAdapterLM], tmp_path: Path
+) -> None:
+    folder = tmp_path / "prequantised"
+    quantised = AutoModelForCausalLM.from_pretrained(
+        bases("llama"), quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    quantised.save_pretrained(folder)
+    text = refused(lambda: make_lm(pretrained=str(folder), quant="bf16"), ModelError)
+    assert "is quantised already" in text
+
+
+def test_tokenizer_of_strangers_is_not_run(
+    bases: Callable[[str], Path], make_lm: Callable[..., QloraAdapterLM], tmp_path: Path
+) -> None:
+    base = bases("llama")
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=LINEAR)
+    (adapter / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    config = {"tokenizer_class": "Strange", "auto_map": {"AutoTokenizer": ["strange.T", None]}}
+    (adapter / "tokenizer_config.json").write_text(json.dumps(config))
+    options = {"pretrained": str(base), "peft": str(adapter), "quant": "bf16"}
+    text = refused(lambda: make_lm(**options), ModelError)
+    assert "code of its own" in text and not (tmp_path / "ran").exists()
 
 
 def test_code_of_strangers_is_not_run(

@@ -298,6 +298,17 @@ def test_rows_of_every_form_are_named_by_number(tmp_path: Path) -> None:
         assert problem(path) == f"{path}, {place}: field 'role' is 'user'"
 
 
+def test_nulls_as_csv_has_them(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "rows.csv",
+        "message_id,parent_id,text,role,lang,rank,deleted\n"
+        "1,None,None,prompter,en,NaN,false\n2,1.0,N/A,assistant,en,0.0,\n",
+    )
+    first, second = read_rows(path)
+    assert (first["parent_id"], first["text"], first["rank"]) == (None, "None", None)
+    assert (second["parent_id"], second["text"], second["rank"]) == ("1", "N/A", 0.0)
+
+
 def test_keys_that_stand_twice_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", '{"message_id": "a", "message_id": "b"}\n')
     assert (

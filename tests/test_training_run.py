@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 from scoring_runs import demo_prompts, score
 from training_runs import Train, base, data_of, loss_of, losses, read, steps, summary
+from transformers import AutoTokenizer
 
+from qlora_harness.data.chat import chat_template
 from qlora_harness.model.adapter_folder import read_adapter_record
 from qlora_harness.model.fingerprint import checkpoint_fingerprint
 from qlora_harness.model.lora import load_adapter
@@ -219,6 +221,8 @@ def test_adapter_of_a_run_is_trained_and_scores_as_the_record_says(
     assert loss_of(model, data.evaluation) == pytest.approx(
         summary("run")["results"]["eval_loss"], abs=1e-5
     )
+    tokenizer = AutoTokenizer.from_pretrained("run/adapter")
+    assert tokenizer.chat_template == chat_template("guanaco", tokenizer)
     record = read_adapter_record(Path("run/adapter"))
     assert record is not None
     fingerprint = record["base"].pop("weights_fingerprint")

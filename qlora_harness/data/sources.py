@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import lzma
+import re
 import stat
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,6 +32,7 @@ DEMO = "demo"
 HUB_NAMES = {"oasst1": "OpenAssistant/oasst1", "oasst2": "OpenAssistant/oasst2"}
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_CSV_NULLS = frozenset({"", "NA", "N/A", "n/a", "NaN", "nan", "None", "null", "NULL", "<NA>"})
 _COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 _FORMS = (".jsonl", ".json", ".ndjson", ".parquet", *_DELIMITERS)
 _LONGEST_FIELD = 1 << 24  # characters of a cell in csv
@@ -155,7 +157,16 @@ def _csv_rows(path: Path, text: IO[str], form: str) -> Iterator[tuple[str, objec
     with text:
         reader = csv.DictReader(text, delimiter=_DELIMITERS[form], strict=True)
         for row in reader:
-            yield f"{path}, line {reader.line_num}", row
+            yield f"{path}, line {reader.line_num}", {k: _csv_cell(k, v) for k, v in row.items()}
+
+
+def _csv_cell(name: str, value: Any) -> Any:
+    """A cell as pandas reads it, with which datasets reads csv; a reply may well be "None"."""
+    if not isinstance(value, str) or name == "text":
+        return value
+    if name.endswith("_id") and re.fullmatch(r"\d+\.0", value):
+        return value.removesuffix(".0")  # whole numbers beside a null, as pandas writes them
+    return None if value in _CSV_NULLS else value
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:

@@ -93,6 +93,13 @@ def find_base(name: str, revision: str | None = None, *, argument: str = "--mode
         )
     except Exception as error:  # the Hub client and the parsers raise many kinds
         raise _unreadable(name, argument, error) from None
+    if getattr(config, "quantization_config", None):
+        # transformers would load it as it is, whatever `quant` says.
+        raise ModelError(
+            f"{_shown(name, argument)} is quantised already (its config.json has a "
+            "quantization_config)",
+            "Name the model that it was made from",
+        )
     return BaseSource(
         name,
         name_or_path,
