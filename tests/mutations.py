@@ -1,10 +1,16 @@
-"""Damage for the fuzz tests: values that no reader expects, and bytes that changed on the way."""
+"""Damage for the fuzz tests: values that no reader expects, bytes that changed on the way."""
 
 from __future__ import annotations
 
 import json
 import random
+import time
+from collections.abc import Callable
 from typing import Any
+
+import psutil
+
+from qlora_harness.errors import HarnessError
 
 HUGE = "HUGE NUMBER"  # `dumps` writes so many digits that Python refuses to read them
 VALUES: tuple[Any, ...] = (
@@ -39,6 +45,39 @@ VALUES: tuple[Any, ...] = (
     {"a": {"b": {}}},
     {"A": 10**9},
 )
+
+
+class Reader:
+    """Reads damaged inputs: each succeeds or is refused in one line, in 5 s and 1 GB.
+
+    Attributes:
+        outcomes: How many were read and refused.
+    """
+
+    def __init__(self) -> None:
+        self.outcomes = {"read": 0, "refused": 0}
+        self._process = psutil.Process()
+        self._before = self._process.memory_info().rss
+
+    def read(self, read: Callable[[], object], place: object) -> None:
+        """Reads one input.
+
+        Args:
+            read: What is tried.
+            place: Seed and number of the input, for whoever looks for a failure.
+        """
+        started = time.perf_counter()
+        try:
+            read()
+            self.outcomes["read"] += 1
+        except HarnessError as error:
+            line = str(error)
+            assert line.isprintable() and len(line) <= 480, (place, line)
+            self.outcomes["refused"] += 1
+        except Exception as error:
+            raise AssertionError(place) from error
+        assert time.perf_counter() - started < 5, place
+        assert self._process.memory_info().rss - self._before < 2**30, place
 
 
 def damaged_value(rng: random.Random) -> Any:

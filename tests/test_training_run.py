@@ -330,3 +330,25 @@ def test_mixture_of_experts_trains_and_is_scored(
         if hasattr(module, "lora_B"):
             module.lora_B["default"].weight.data.zero_()
     assert score(lm, demo_prompts(1)) != adapted
+
+
+def test_base_without_sdpa_trains_with_eager_attention(
+    train: Train,
+    tiny_tokenizer: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+    sizes = {"vocab_size": 358, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, head_dim=16)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "gemma2")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer)
+    tokenizer.save_pretrained(tmp_path / "gemma2")
+    assert train(model=tmp_path / "gemma2", output_dir="run") == 0
+    attention = summary("run")["model"]["attention"]
+    assert attention == ("sdpa" if Gemma2ForCausalLM._supports_sdpa else "eager")
+    told = [m for m in caplog.messages if m.endswith(f"has {attention} attention only")]
+    assert len(told) == (attention == "eager")

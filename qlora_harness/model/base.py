@@ -150,7 +150,10 @@ def _is_refused_by_hub(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    unsaid = isinstance(error, KeyError | TypeError | AttributeError | IndexError)
+    return f"{type(error).__name__}: {lines[0]}" if unsaid else lines[0]
 
 
 def load_tokenizer(source: BaseSource, folder: Path | None = None) -> PreTrainedTokenizerBase:

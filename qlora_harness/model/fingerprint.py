@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
-
-from qlora_harness.record import read_json
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -16,8 +15,9 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return []
-    names = read_json(index).get("weight_map")
-    return [folder / name for name in sorted(set(names.values()))] if names else []
+    # As transformers reads it, which has loaded the model by now.
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(names))]
 
 
 def checkpoint_fingerprint(name_or_path: str, revision: str | None) -> str | None:
