@@ -129,6 +129,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "bias_all": ("biased", {"target_modules": ["q_proj", "v_proj"], "bias": "all"}),
     "pissa": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "pissa"}),
     "olora": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "olora"}),
+    "orthogonal": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}),
     "head": ("llama", {"target_modules": [*LINEAR, "lm_head"]}),
     "head_dora": ("llama", {"target_modules": ["lm_head"], "use_dora": True}),
     "tied_head": ("tied", {"target_modules": [*LINEAR, "lm_head"]}),
@@ -204,7 +205,7 @@ def test_field_of_a_newer_peft_is_left_to_peft(
     assert score(lm, demo_prompts(1)) == expected(lm, base, adapter, demo_prompts(1))
 
 
-@pytest.mark.parametrize("kind", ["plain", "lora_bias", "dora", "head", "tokens"])
+@pytest.mark.parametrize("kind", ["plain", "lora_bias", "dora", "orthogonal", "head", "tokens"])
 def test_scored_on_a_4_bit_base_as_peft_computes(
     kind: str, bases: Callable[[str], Path], make_lm: Callable[..., QloraAdapterLM], tmp_path: Path
 ) -> None:
@@ -213,7 +214,7 @@ def test_scored_on_a_4_bit_base_as_peft_computes(
     lm = make_lm(pretrained=str(base), peft=str(adapter), quant="nf4", verify=8)
     score(lm, demo_prompts(2))
     assert lm.largest_difference < 5e-5
-    assert lm._path.expanded == (kind in ("plain", "head"))
+    assert lm._path.expanded == (kind in ("plain", "orthogonal", "head"))
 
 
 # Trained, and not

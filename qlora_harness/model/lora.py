@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# Ways to start that leave the base as it is, some of which PEFT can't repeat on a 4-bit base.
+_STARTS_OF_THEIR_OWN = ("gaussian", "orthogonal", "eva")
+
+
 def attach_lora(
     model: PreTrainedModel,
     *,
@@ -183,6 +187,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     weights = load_file(str(path))
     _check_finite(weights, path)
     config.inference_mode = True
+    if config.init_lora_weights in _STARTS_OF_THEIR_OWN:
+        config.init_lora_weights = True  # the numbers come from the file
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config)
