@@ -56,10 +56,13 @@ class OutputHead:
             out: torch.Tensor = self._module(hidden.to(dtype)).float()
             return out
         rows = hidden.reshape(-1, hidden.shape[-1]).float()
-        whole = self._weight.dtype == torch.float32
-        pieces = [self._weight] if whole else self._weight.split(_COLUMNS)
-        parts = [rows @ piece.float().t() for piece in pieces]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if self._weight.dtype == torch.float32:
+            out = rows @ self._weight.t()
+        else:
+            out = rows.new_empty(len(rows), len(self._weight))
+            for start in range(0, len(self._weight), _COLUMNS):
+                part = slice(start, start + _COLUMNS)
+                torch.mm(rows, self._weight[part].float().t(), out=out[:, part])
         if self._bias is not None:
             out += self._bias.float()
         return out.view(*hidden.shape[:-1], -1)
