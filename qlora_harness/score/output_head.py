@@ -44,8 +44,9 @@ class OutputHead:
         """Whether a module itself computes the logits."""
         return self._weight is None and self._module is head
 
+    @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns logits, [..., V] float32.
+        """Returns logits, [..., V] float32, without gradients.
 
         Args:
             hidden: Normalised hidden states, [..., H].
