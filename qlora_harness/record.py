@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 import platform
 import re
@@ -65,7 +66,8 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        # A folder's name may hold bytes that are not UTF-8; a "?" must do for each.
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -149,11 +151,12 @@ def _json_text(value: object, rows_at: int | None, depth: int = 0) -> str:
     return f"{marks[0]}\n{inside}\n{' ' * depth}{marks[1]}"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
     """Reads one JSON object.
 
     Args:
         path: The file.
+        finite: Whether NaN and infinity are refused, which no record of ours holds.
 
     Raises:
         ResultsError: The file is missing, unreadable, not JSON (see `parse_json`), or not an
@@ -169,6 +172,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ResultsError(f"{path} can't be read: {error}", "Check the file") from None
     try:
         value = parse_json(text)
+        _check_values(value, finite)
     except json.JSONDecodeError as error:
         raise ResultsError(
             f"{path}, line {error.lineno}: not valid JSON ({error.msg})",
@@ -208,6 +212,25 @@ def parse_json(text: str) -> Any:
     return value
 
 
+def _check_values(value: Any, finite: bool) -> None:
+    """Refuses values that readers could only pass on into a traceback."""
+    pending = [(value, "", 0)]
+    while pending:
+        item, place, depth = pending.pop()
+        if depth > _DEEPEST:
+            raise ValueError("brackets too deep")
+        if isinstance(item, dict | list):
+            parts = item.items() if isinstance(item, dict) else enumerate(item)
+            pending += [
+                (part, f"{place}.{key}" if place else str(key), depth + 1)
+                for key, part in parts
+                if isinstance(part, dict | list | float)
+            ]
+        elif finite and isinstance(item, float) and not math.isfinite(item):
+            raise ValueError(f"{place} is {item}, not a finite number")
+
+
+_DEEPEST = 100  # brackets; readers call themselves for each
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LONGEST_NUMBER = 308  # digits; more are beyond floating-point numbers
 

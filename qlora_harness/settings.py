@@ -14,6 +14,7 @@ import difflib
 import math
 import types
 import typing
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -361,6 +362,8 @@ def _typed(f: dataclasses.Field[Any], cls: type, value: Any, place: str) -> Any:
         return None
     wrong = SettingsError(f"{place}: {shown(value)} is not {_kind_name(kind)}", "Correct the value")
     if kind is bool:
+        if isinstance(value, str):
+            value = yaml.SafeLoader.bool_values.get(value.lower())
         if isinstance(value, bool):
             return value
         raise wrong
@@ -368,6 +371,11 @@ def _typed(f: dataclasses.Field[Any], cls: type, value: Any, place: str) -> Any:
         text = _as_text(value, f.metadata["listed"])
         if not text or text != text.strip():
             raise wrong
+        if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+            raise SettingsError(
+                f"{place}: {shown(text)} holds a control character or bytes that are not UTF-8",
+                "Correct the value",
+            )
         choices = f.metadata["choices"]
         if choices and text not in choices:
             raise SettingsError(
@@ -386,11 +394,11 @@ def _typed(f: dataclasses.Field[Any], cls: type, value: Any, place: str) -> Any:
 
 
 def _as_text(value: Any, listed: bool) -> str | None:
-    """A text as YAML gives it: a number where it has digits only, a list where it is one."""
+    """A text, a list of texts where a setting takes one, or a number with all of its digits."""
     if listed and isinstance(value, list) and all(isinstance(item, str) for item in value):
         return ",".join(value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"{value:g}" if abs(value) < 10**6 else str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100:
+        return repr(value).removesuffix(".0")
     return value if isinstance(value, str) else None
 
 
@@ -443,11 +451,15 @@ _LARGEST_RECIPE = 100_000  # bytes
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """Plain YAML: no aliases, which can stand for gigabytes, no key twice, and no dates."""
+    """Plain YAML: no aliases, which can stand for gigabytes, no key twice, and no guessed types.
+
+    YAML reads the revision 0123456 as 42798, 1.10 as 1.1, and the language no as false. Here only
+    null is special: everything else is text, and the setting it is for decides what it means.
+    """
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
-        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -459,7 +471,9 @@ class _RecipeLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        keys = Counter(
+            key.value.replace("-", "_") for key, _ in node.value if isinstance(key, yaml.ScalarNode)
+        )
         if twice := [key for key, count in keys.items() if count > 1]:
             raise yaml.YAMLError(f"key {shown(twice[0])} stands there twice")
         return super().construct_mapping(node, deep)

@@ -28,6 +28,7 @@ VALUES: tuple[Any, ...] = (
     float("nan"),
     float("inf"),
     1e308,
+    5e-324,
     -1e-9,
     "",
     "A",

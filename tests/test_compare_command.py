@@ -178,3 +178,15 @@ def test_nothing_heavy_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_names_of_any_bytes_can_be_compared(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    strange = pair[0].rename(pair[0].with_name("4bit\udcff\x1b[31m"))
+    files = [pair[0].parent / name for name in ("a.md", "a.json", "a.csv", "a.tex")]
+    flags = zip(("--markdown", "--json", "--csv", "--latex"), files, strict=True)
+    assert main(strange, pair[1], *(word for flag in flags for word in flag)) == 0
+    for text in (capsys.readouterr().out, *(path.read_text(encoding="utf-8") for path in files)):
+        assert "4bit" in text
+        assert all(character.isprintable() or character == "\n" for character in text)

@@ -91,6 +91,14 @@ def test_two_harness_files_of_one_date_must_be_the_same(tmp_path: Path) -> None:
         compare([tmp_path / "a", other])
 
 
+def test_all_files_of_the_newest_date_must_be_equal(tmp_path: Path) -> None:
+    for name, marks in (("a/x", FIRST), ("a/y", FIRST), ("a/z", SECOND)):
+        write_harness(tmp_path / name, marks)
+    other = write_harness(tmp_path / "b", FIRST)
+    with pytest.raises(ResultsError, match="have the same date"):
+        compare([tmp_path / "a", other])
+
+
 def test_a_newer_file_without_the_family_is_passed_over(tmp_path: Path) -> None:
     wanted = write_harness(tmp_path / "a", FIRST)
     write_harness(tmp_path / "a", FIRST, date="2026-12-31T00-00-00", family="mmlu_qlora_0shot")

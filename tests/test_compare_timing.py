@@ -85,6 +85,22 @@ def test_peak_memory_is_allocated_and_managed_and_both_parts_are_shown(tmp_path:
     assert texts(comparison, "training", "peak_gpu_managed_gib")[:2] == ["1.00", "0.00"]
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "managed", "told"),
+    [
+        ("paged_adamw_32bit", None, True),
+        ("paged_adamw_32bit", 2**30, False),
+        ("adamw_torch", None, False),
+    ],
+)
+def test_peaks_without_the_managed_memory_of_a_paged_optimizer_are_told(
+    tmp_path: Path, optimizer: str, managed: int | None, told: bool
+) -> None:
+    memory = {"memory": {"peak_managed_bytes": managed}, "settings": {"optimizer": optimizer}}
+    comparison = two(tmp_path, memory, {})
+    assert any("managed memory" in note for note in comparison.notes) == told
+
+
 @pytest.mark.parametrize(("share", "told"), [(0.89, True), (0.05, False), (None, False)])
 def test_nf4_that_is_mostly_16_bits_is_noted(
     tmp_path: Path, share: float | None, told: bool

@@ -355,3 +355,15 @@ def test_leftovers_of_killed_writes_go_and_those_of_a_running_one_stay(tmp_path:
     os.utime(old, (1000, 1000))
     check_folder(tmp_path, "mmlu_progress_x.json")
     assert not old.exists() and new.exists()
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e400"])
+def test_a_number_that_could_not_be_written_again_is_noticed_first(
+    tmp_path: Path, number: str
+) -> None:
+    write(tmp_path, [question(0, "law", says="A", answer="A")])
+    path = tmp_path / "evaluation_results.json"
+    record = json.loads(path.read_text()) | {"environment": {"load": 12345.5}}
+    path.write_text(json.dumps(record).replace("12345.5", number))
+    with pytest.raises(ResultsError, match=r"environment\.load is"):
+        check_folder(tmp_path, "mmlu_progress_x.json")

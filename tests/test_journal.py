@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +45,34 @@ def test_a_line_that_was_cut_off_is_passed_over(tmp_path: Path, cut: int) -> Non
     assert "k1" in again.known
     again.append([("k3", -3.0, True)])
     assert {"k1", "k3"} <= set(Journal(path, IDENTITY).known)
+
+
+@pytest.mark.parametrize(
+    ("key", "logprob", "greedy"),
+    [
+        ("k1", 1e-9, True),
+        ("k1", float("nan"), True),
+        ("k1", float("-inf"), True),
+        ("k1", None, True),
+        ("k1", "-1", True),
+        ("k1", -(10**400), True),
+        ("k1", False, True),
+        (["k1"], -1.0, True),
+        ({"k1": 1}, -1.0, True),
+        ("k1", -1.0, "no"),
+    ],
+)
+def test_a_line_that_is_no_score_is_scored_again_in_spite_of_its_checksum(
+    tmp_path: Path, key: Any, logprob: Any, greedy: Any
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path, IDENTITY)
+    journal.append([("k2", -2.0, True)])
+    line = {"key": key, "logprob": logprob, "greedy": greedy}
+    line["check"] = journal._checksum(key, logprob, greedy)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    assert Journal(path, IDENTITY).known == {"k2": (-2.0, True)}
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[1, 2", b'{"other": 1}\n{"key": 2}\n'])

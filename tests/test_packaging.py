@@ -153,7 +153,7 @@ result = {
     "tasks": locations.tasks_dir(),
     "recipes": locations.recipes_dir(),
     "families": list(families()),
-    "learning_rate": read_recipe(recipe)[0]["learning_rate"],
+    "learning_rate": float(read_recipe(recipe)[0]["learning_rate"]),
     "questions": len(load_questions(DEMO_FILE)),
     "conversations": (locations.demo_dir() / "oasst_demo.jsonl").is_file(),
 }

@@ -159,3 +159,21 @@ def test_an_installed_copy_does_not_report_the_checkout_around_it(tmp_path: Path
     installed.mkdir(parents=True)
     (installed / "record.py").write_text("")
     assert git_state(installed) == {"revision": None, "dirty": None}
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400"])
+def test_own_records_hold_no_nan_and_no_infinity(tmp_path: Path, number: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(f'{{"steps": [1, {{"loss": {number}}}]}}')
+    read_json(path)  # of lm_eval, for example
+    with pytest.raises(ResultsError, match=r"steps\.1\.loss is .*, not a finite number"):
+        read_json(path, finite=True)
+
+
+@pytest.mark.parametrize(("left", "right"), [('{"a":', "}"), ("[", "]")])
+def test_records_of_many_levels_are_refused(tmp_path: Path, left: str, right: str) -> None:
+    path = tmp_path / "a.json"
+    for depth in (200, 900, 100_000):
+        path.write_text('{"a":' + left * depth + "1" + right * depth + "}")
+        with pytest.raises(ResultsError, match="brackets too deep"):
+            read_json(path)

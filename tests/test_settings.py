@@ -239,8 +239,8 @@ def test_recipe_extends_another_one_beside_it(recipe: Callable[..., Path]) -> No
     recipe("lora_r: 8\nseed: 3\n", "base.yaml")
     middle = recipe("extends: base\nseed: 4\n", "middle.yaml")
     top = recipe("extends: middle.yaml\nlora_alpha: 2\n", "top.yaml")
-    assert read_recipe(middle)[0] == {"lora_r": 8, "seed": 4}
-    assert read_recipe(top)[0] == {"lora_r": 8, "seed": 4, "lora_alpha": 2}
+    assert read_recipe(middle)[0] == {"lora_r": "8", "seed": "4"}
+    assert read_recipe(top)[0] == {"lora_r": "8", "seed": "4", "lora_alpha": "2"}
 
 
 def test_recipe_elsewhere_extends_one_that_comes_along(recipe: Callable[..., Path]) -> None:
@@ -390,10 +390,10 @@ def test_seed_is_one_that_numpy_takes_too() -> None:
         ("learing_rate: 1\n", "key 'learing_rate' is not known"),
         ("7: 1\n", "key '7' is not known"),
         ("quant: int4\n", "key 'quant': 'int4' is not one of nf4, fp4, bf16"),
-        ("languages: no\n", "key 'languages': False is not a text"),
-        ("double_quant: 1\n", "key 'double_quant': 1 is not true or false"),
-        ("max_steps: true\n", "key 'max_steps': True is not a whole number"),
-        ("max_steps: [1]\n", "key 'max_steps': [1] is not a whole number"),
+        ("languages: {en: de}\n", "key 'languages': {'en': 'de'} is not a text"),
+        ("double_quant: 1\n", "key 'double_quant': '1' is not true or false"),
+        ("max_steps: true\n", "key 'max_steps': 'true' is not a whole number"),
+        ("max_steps: [1]\n", "key 'max_steps': ['1'] is not a whole number"),
         ("seed: null\n", "key 'seed': None is not a whole number"),
         ("batch_size: 0\n", "key 'batch_size': 0 is out of range"),
     ],
@@ -569,6 +569,16 @@ def test_settings_come_back_from_their_flat_form(values: dict[str, Any]) -> None
         ("languages: [en, de]", "languages", "en,de"),
         ("revision: 1234567", "revision", "1234567"),
         ("revision: 2024-01-01", "revision", "2024-01-01"),
+        ("revision: 0123456", "revision", "0123456"),
+        ("revision: 1.10", "revision", "1.10"),
+        ("revision: 12:30", "revision", "12:30"),
+        ("revision: 1_000", "revision", "1_000"),
+        ("revision: off", "revision", "off"),
+        ("revision: null", "revision", None),
+        ("memory: 16.125", "memory", "16.125"),
+        ("languages: [no, en]", "languages", "no,en"),
+        ("lora_r: 010", "lora_r", 10),
+        ("double_quant: Off", "double_quant", False),
         ("output_dir: 2024", "output_dir", "2024"),
         ("learning_rate: 2e-4", "learning_rate", 2e-4),
         ("group_by_length: no", "group_by_length", False),
@@ -590,12 +600,19 @@ def test_recipe_values_in_the_form_of_yaml(
         "a: &x [1]\nlora_r: *x",
         "lora_r: &x 8",
         "lora_r: 8\nlora_r: 9",
+        "lora-r: 8\nlora_r: 9",
+        "<<: {lora_r: 9}",
+        "seed: 1:30",
+        "lora_r: 0x10",
+        'output_dir: "a\\0b"',
+        'model: "\\ud800"',
+        'dataset: "\\e[31m"',
         "a: &a [x]\nb: &b [*a,*a]\nc: &c [*b,*b]\nd: [*c,*c]",
         "lora_r: " + "9" * 5000,
         "lora_r: " + "[" * 3000,
         "model: \x00",
         "model: {a: {b: c}}",
-        "languages: [1, 2]",
+        "languages: [[en]]",
         "lora_r: .nan",
         "seed: 2024-01-01",
         "model: [a, b]",
@@ -605,7 +622,7 @@ def test_recipe_values_in_the_form_of_yaml(
         "model: !!binary aGk=",
         "\x1b]0;owned\x07: 1",
     ],
-    ids=range(17),
+    ids=range(24),
 )
 def test_recipe_that_is_no_plain_yaml_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "recipe.yaml"
@@ -614,6 +631,22 @@ def test_recipe_that_is_no_plain_yaml_is_one_line(tmp_path: Path, text: str) -> 
         build_settings(*read_recipe(path))
     line = str(caught.value)
     assert line.isprintable() and len(line) <= 480
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(16, "16"), (16.0, "16"), (7.123456789, "7.123456789"), (10**39, f"{10**39}")],
+)
+def test_numbers_for_texts_keep_their_digits(value: float, text: str) -> None:
+    assert build_settings({"revision": value}).model.revision == text
+
+
+@pytest.mark.parametrize(
+    "value", [10**5000, float("nan"), float("inf"), "\udcff", "a\0b"], ids=range(5)
+)
+def test_texts_that_no_record_can_hold_are_refused(value: object) -> None:
+    with pytest.raises(SettingsError):
+        build_settings({"revision": value})
 
 
 def test_bookkeeping_is_what_a_resumed_run_may_change() -> None:

@@ -162,6 +162,14 @@ def test_run_and_all_it_leaves(
     assert "<s> ### Human: What is 1 plus 1?### Assistant:⟦It is 2. ok</s>⟧" in out
 
 
+def test_the_first_example_of_a_stranger_does_not_steer_the_terminal(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qlora_harness.train.run.show", lambda *_: "a\x1b[2J\u202e\n⟦b⟧")
+    assert train(quant="bf16", output_dir="run", max_steps=1) == 0
+    assert "⟦ ⟧:\na\\x1b[2J\\u202e\n⟦b⟧\n" in capsys.readouterr().out
+
+
 def test_no_file_of_a_run_names_the_machine_or_the_home_folder(
     train: Train, tiny_llama: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -192,17 +192,19 @@ def run(args: argparse.Namespace) -> int:
         _write(args.html, lambda path: write_text(path, page.to_html(comparison)))
         written.append(args.html)
     if args.csv is not None:
-        _write(args.csv, lambda path: write_text(path, exports.to_csv(comparison)))
+        csv = printable(exports.to_csv(comparison), keep="\n")
+        _write(args.csv, lambda path: write_text(path, csv))
         written.append(args.csv)
     if args.latex is not None:
-        _write(args.latex, lambda path: write_text(path, exports.to_latex(comparison)))
+        latex = printable(exports.to_latex(comparison), keep="\n")
+        _write(args.latex, lambda path: write_text(path, latex))
         written.append(args.latex)
     if args.png is not None:
         written += exports.write_pictures(comparison, args.png)
     report.print_comparison(comparison, PipedConsole(highlight=False))
     print()
     for path in written:
-        print(f"Wrote {path}")
+        print(printable(f"Wrote {path}"))
     return 0
 
 

@@ -13,6 +13,8 @@ from qlora_harness.record import SCHEMA_VERSION, nested, read_json
 _T = TypeVar("_T")
 # What lm_eval writes where a standard error is not defined.
 _NOT_AVAILABLE = "N/A"
+# Beyond anything measured; sums, squares and percentages of smaller numbers stay finite.
+_LARGEST = 1e100
 
 
 def field_error(path: Path | str, keys: tuple[str, ...], problem: str) -> ResultsError:
@@ -39,7 +41,7 @@ def read_record(path: Path, kind: str) -> dict[str, Any]:
     Raises:
         ResultsError: The file is unreadable, of another kind or of a newer schema.
     """
-    record = read_json(path)
+    record = read_json(path, finite=True)
     found = record.get("kind")
     if found != kind:
         raise ResultsError(
@@ -66,7 +68,7 @@ def optional_number(record: Mapping[str, Any], path: Path | str, *keys: str) -> 
         *keys: The path of keys into it.
 
     Raises:
-        ResultsError: The value is NaN, infinite or not a number.
+        ResultsError: The value is NaN, infinite, beyond 1e100 or not a number.
     """
     value = nested(record, *keys)
     if value is None or value == _NOT_AVAILABLE:
@@ -79,6 +81,8 @@ def optional_number(record: Mapping[str, Any], path: Path | str, *keys: str) -> 
         result = math.inf
     if not math.isfinite(result):
         raise field_error(path, keys, f"is {result}, not a finite number")
+    if abs(result) > _LARGEST:
+        raise field_error(path, keys, f"is {result}, which nothing here can be")
     return result
 
 

@@ -92,13 +92,17 @@ def newest(files: Sequence[HarnessFile], family: str) -> HarnessFile | None:
     )
     if not holding:
         return None
-    if (
-        len(holding) > 1
-        and holding[0].written == holding[1].written
-        and holding[0].record != holding[1].record
-    ):
+    rival = next(
+        (
+            file
+            for file in holding
+            if file.written == holding[0].written and file.record != holding[0].record
+        ),
+        None,
+    )
+    if rival is not None:
         raise ResultsError(
-            f"{holding[0].path} and {holding[1].path} both hold {family} and have the same date "
+            f"{holding[0].path} and {rival.path} both hold {family} and have the same date "
             "in their names, so the newest can't be told",
             "Name one of the two files instead of the folder, or remove one",
         )

@@ -99,6 +99,11 @@ class TrainingSummary:
     perplexity: float | None
     conditions: Mapping[str, object]
 
+    @property
+    def paged(self) -> bool:
+        """Whether the optimizer keeps its state in managed memory."""
+        return str(self.conditions.get("training.settings.optimizer")).startswith("paged")
+
 
 @dataclass(frozen=True)
 class Run:

@@ -74,6 +74,11 @@ def _training_notes(summary: TrainingSummary) -> list[str]:
         )
     if summary.device_type == "cpu":
         notes.append("trained on the CPU: not a GPU measurement")
+    elif summary.peak_managed_bytes is None and summary.paged:
+        notes.append(
+            "its peak memory is what was allocated: the managed memory of its paged optimizer is "
+            "not recorded"
+        )
     return notes
 
 

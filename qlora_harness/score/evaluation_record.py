@@ -289,7 +289,7 @@ def _kept(
     """The tasks of an existing file, checked; none if it is about another model."""
     if not path.exists():
         return {}
-    old = read_json(path)
+    old = read_json(path, finite=True)
     try:
         checked = kind.model_validate(old)
     except ValidationError as error:

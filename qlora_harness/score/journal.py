@@ -78,7 +78,8 @@ class Journal:
             try:
                 value = json.loads(line)
                 key, logprob, greedy = value["key"], value["logprob"], value["greedy"]
-                valid = value["check"] == self._checksum(key, logprob, greedy)
+                right_types = [type(key), type(logprob), type(greedy)] == [str, float, bool]
+                valid = right_types and value["check"] == self._checksum(key, logprob, greedy)
             except (ValueError, KeyError, TypeError, RecursionError):
                 valid = False
             if valid and math.isfinite(logprob) and logprob <= 0:

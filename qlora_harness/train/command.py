@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from qlora_harness.errors import SettingsError, run_command
+from qlora_harness.errors import SettingsError, printable, run_command
 from qlora_harness.record import nested
 from qlora_harness.settings import (
     GROUPS,
@@ -179,4 +179,4 @@ def _report(settings: Settings, summary: dict[str, Any]) -> None:
             f"evaluation loss {results['eval_loss']:.3f}, perplexity {results['perplexity']:.2f}"
         )
     print(f"{settings.quant.value}: " + "; ".join(parts))
-    print(f"adapter: {settings.run_dir / 'adapter'}   record: {settings.run_dir}")
+    print(printable(f"adapter: {settings.run_dir / 'adapter'}   record: {settings.run_dir}"))

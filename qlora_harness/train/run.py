@@ -30,6 +30,7 @@ from qlora_harness.errors import (
     RunError,
     SettingsError,
     TrainingError,
+    printable,
 )
 from qlora_harness.fused.host_memory import memory_of_a_process
 from qlora_harness.fused.model import install, why_not_fused
@@ -197,7 +198,7 @@ def _check_launch(state: PartialState) -> None:
 
 def _say(state: PartialState, text: str) -> None:
     if state.is_main_process:
-        print(text, flush=True)
+        print(printable(text, keep="\n"), flush=True)
 
 
 class _Run:
@@ -411,8 +412,8 @@ class _Run:
         )
         log = self.log = StepLog(self.run_dir, self.memory, list(self.earlier_rows))
         if self.state.is_main_process:
-            shown = show(data.train[0], tokenizer)
-            print(f"first example, learned parts in ⟦ ⟧:\n{shown}\n", flush=True)
+            example = printable(show(data.train[0], tokenizer), keep="\n")
+            print(f"first example, learned parts in ⟦ ⟧:\n{example}\n", flush=True)
         # Trainer resets the log level to "warning", which repeats every step's row on the screen.
         transformers_logging.set_verbosity_error()
         trainer = CountingTrainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -170,5 +171,6 @@ def _training_row(measure: _Measure, summaries: Sequence[TrainingSummary | None]
             continue
         cells.append(Cell(signed(value - first, measure.write), value - first))
         ratio = value / first if first else None
-        cells.append(Cell() if ratio is None else Cell(f"{ratio:.{measure.ratio_digits}f}×", ratio))
+        shown = ratio is not None and math.isfinite(ratio)
+        cells.append(Cell(f"{ratio:.{measure.ratio_digits}f}×", ratio) if shown else Cell())
     return Row(measure.key, measure.name, measure.unit, tuple(cells))
