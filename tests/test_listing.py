@@ -65,6 +65,18 @@ def test_show_prints_results_settings_and_accuracies(
     assert any(line[:2] == ["STEM", "0.7000"] for line in lines)
 
 
+def test_both_parts_of_the_memory_that_a_run_needs_are_shown(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = summary(memory__peak_managed_bytes=GIB, memory__peak_needed_bytes=7.5 * GIB)
+    write_run(results / "4bit", record)
+    assert main(["show", "results/4bit"]) == 0
+    lines = printed(capsys)
+    assert ["peak", "memory,", "GiB", "7.50"] in lines
+    assert ["-", "allocated", "6.50"] in lines
+    assert ["-", "managed,", "of", "a", "paged", "optimizer", "1.00"] in lines
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

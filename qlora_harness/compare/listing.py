@@ -179,6 +179,11 @@ def _peak(summary: _Record) -> str:
     return NOTHING if cpu is None else f"{cpu / GIB:.2f} CPU"
 
 
+def _gib(summary: _Record, name: str) -> str:
+    size = summary.amount("memory", name)
+    return NOTHING if size is None else f"{size / GIB:.2f}"
+
+
 def _accuracy(evaluation: _Record) -> str:
     tasks = evaluation.mapping("tasks")
     if not tasks:
@@ -243,6 +248,8 @@ def _training_sections(summary: _Record) -> Iterator[_Section]:
             ("random weights", summary.random_weights() or None),
             ("device", summary.text("environment", "device", "name")),
             ("peak memory, GiB", _peak(summary)),
+            ("- allocated", _gib(summary, "peak_allocated_bytes")),
+            ("- managed, of a paged optimizer", _gib(summary, "peak_managed_bytes")),
             ("time", None if seconds is None else duration(seconds)),
             ("tokens/s", _number(summary.amount("throughput", "tokens_per_second"), "{:,.0f}")),
             *(
