@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from compare_runs import FAMILY, FIRST, changed, edit, evaluation, summary, write_run
+from compare_runs import FAMILY, FIRST, GIB, changed, edit, evaluation, summary, write_run
 
 from qlora_harness.cli import main
 from qlora_harness.compare.column_widths import break_words, fit_columns
