@@ -71,7 +71,12 @@ def test_times_of_runs_that_were_disturbed_are_no_result(
         known = [text for text in texts(comparison, "training", key) if text != "–"]
         assert len(known) == (4 if reason is None else 0)
     assert notes == (
-        [] if reason is None else [f"Training time and throughput are not compared: {reason}."]
+        []
+        if reason is None
+        else [
+            "Training time, throughput and the memory of the whole device are not compared: "
+            f"{reason}."
+        ]
     )
     assert any("training time" in line for line in comparison.verdict) == (reason is None)
 

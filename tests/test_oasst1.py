@@ -12,7 +12,8 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timezone
+from datetime import date, datetime, timezone
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +381,10 @@ def test_null_is_null_in_any_form(name: str, null: object) -> None:
         ({"deleted": "True"}, "deleted", True),
         ({"review_result": 1}, "review_result", True),
         ({"review_result": 0.0}, "review_result", False),
+        ({"review_result": "1.0"}, "review_result", True),
+        ({"deleted": "0.0"}, "deleted", False),
+        ({"rank": Decimal("0")}, "rank", 0.0),
+        ({"rank": Decimal("NaN")}, "rank", None),
         ({"emojis": object(), "labels": {"a": math.nan}}, "rank", None),
     ],
 )
@@ -431,6 +436,7 @@ def test_nan_rank_is_no_rank() -> None:
         ("1675607027983", 1675607028983000),
         (1675607027983000000, datetime(2023, 2, 5, 14, 23, 48, tzinfo=timezone.utc)),
         (1675607027.5, 1675607028),
+        (date(2023, 2, 4), "2023-02-05"),
     ],
 )
 def test_dates_of_any_kind_order_siblings_by_the_moment(early: object, late: object) -> None:

@@ -309,6 +309,79 @@ def test_nulls_as_csv_has_them(tmp_path: Path) -> None:
     assert (second["parent_id"], second["text"], second["rank"]) == ("1", "N/A", 0.0)
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("message_id,role,text\nq,prompter,Hello, how are you?\n", "line 2: 4 cells in 3 columns"),
+        ("message_id,role,text\nq,prompter\n", "line 2: 2 cells in 3 columns"),
+    ],
+)
+def test_csv_row_with_other_cells_than_columns(tmp_path: Path, text: str, reason: str) -> None:
+    path = write(tmp_path / "rows.csv", text)
+    assert problem(path) == f"{path}, {reason}"
+
+
+def test_csv_column_that_stands_twice(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", "message_id,role,text,text\nq,prompter,a,b\n")
+    assert "the key 'text' stands there twice" in problem(path)
+
+
+def test_types_and_columns_of_parquet_that_python_does_not_know(tmp_path: Path) -> None:
+    import decimal
+
+    import pyarrow
+    from pyarrow import parquet
+
+    late = pyarrow.array([2**62, 5], pyarrow.timestamp("us"))
+    columns = {
+        "message_id": ["q", "a"],
+        "parent_id": [None, "q"],
+        "text": ["Q", "A"],
+        "role": ["prompter", "assistant"],
+        "lang": ["en", "en"],
+        "rank": [None, decimal.Decimal("0.0")],
+        "created_date": late,
+        "seen": pyarrow.array([1, 2], pyarrow.timestamp("s", tz="Nowhere/None")),
+        "raw": pyarrow.array([b"\xff", b"\xfe"]).cast(pyarrow.binary()),
+    }
+    path = tmp_path / "rows.data"  # known by its content
+    parquet.write_table(pyarrow.table(columns), path)
+    first, second = read_rows(path)
+    assert (first["created_date"], second["created_date"]) == (2**62, 5)
+    assert (second["rank"], set(second)) == (0.0, set(ROWS[0]))
+
+
+def test_parquet_dates_are_moments(tmp_path: Path) -> None:
+    import datetime
+
+    rows = [
+        row | {"created_date": datetime.date(2023, 2, day)}
+        for row, day in zip(ROWS, (5, 6), strict=True)
+    ]
+    first, second = read_rows(write_form(tmp_path / "rows.parquet", rows))
+    assert second["created_date"] - first["created_date"] == 86_400
+
+
+def test_folder_whose_name_is_a_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "rows[1]*"
+    folder.mkdir()
+    write_form(folder / "train.jsonl")
+    assert list(load_splits(str(folder)).train) == ROWS
+
+
+def test_damaged_saved_dataset_is_one_line(tmp_path: Path) -> None:
+    import datasets
+
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list(ROWS * 20).save_to_disk(str(folder))
+    (arrow,) = folder.glob("*.arrow")
+    content = arrow.read_bytes()
+    at = content.index(b"How are you")
+    arrow.write_bytes(content[:at] + b"\xff\xfe" + content[at + 2 :])
+    with pytest.raises(DataError):
+        list(load_splits(str(folder)).train)
+
+
 def test_keys_that_stand_twice_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", '{"message_id": "a", "message_id": "b"}\n')
     assert (

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import combinations
+from typing import Any
 
 from qlora_harness.compare.runs import Run, TrainingSummary
 
 # Device memory of others, bytes, that is no other program: a driver's own and a desktop's.
 _NEGLIGIBLE = 2**30
+# What other processes on the host or the device change.
+_DISTURBED: dict[str, Any] = dict.fromkeys(
+    ("train_seconds", "tokens_per_second", "peak_device_used_bytes")
+)
 
 
 def without_times(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
@@ -27,14 +32,12 @@ def without_times(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     if reason is None:
         return list(runs), []
     untimed = [
-        run
-        if run.training is None
-        else replace(
-            run, training=replace(run.training, train_seconds=None, tokens_per_second=None)
-        )
+        run if run.training is None else replace(run, training=replace(run.training, **_DISTURBED))
         for run in runs
     ]
-    return untimed, [f"Training time and throughput are not compared: {reason}."]
+    return untimed, [
+        f"Training time, throughput and the memory of the whole device are not compared: {reason}."
+    ]
 
 
 def _disturbance(trained: Sequence[tuple[str, TrainingSummary]]) -> str | None:

@@ -113,7 +113,9 @@ def chat_template(name: str, tokenizer: Tokenizer) -> str:
 
     `apply_chat_template` then gives the ids that `ChatEncoder` gives, and marks the replies as what
     is learned. The last user turn ends where the reply begins, so there is nothing to add for
-    `add_generation_prompt`.
+    `add_generation_prompt`. Two kinds of text differ: one that spells out a special token, which
+    training reads as text and a chat template can't, and, in alpaca and chatml, a reply that begins
+    with a line end, which some tokenizers join with the template's.
 
     Args:
         name: In `TEMPLATES`.

@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import date, datetime, timezone
+from decimal import Decimal
 from typing import Any
 
 from qlora_harness.data.conversation import Conversation, Corpus, Turn
 from qlora_harness.errors import DataError, shown
 
+REQUIRED = frozenset({"message_id", "text", "role"})
+FIELDS = REQUIRED | {"parent_id", "lang", "rank", "created_date", "deleted", "review_result"}
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 _SCHEMA_REMEDY = (
     "Rows need OASST1's columns: message_id, parent_id, text, role, and lang unless --languages all"
@@ -29,7 +32,7 @@ _OTHER_FORMS = {
     "pairs of preference": {"chosen", "rejected"},
     "plain text": {"text"},
 }
-_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
 _Row = Mapping[str, Any]
 
@@ -54,7 +57,7 @@ def check_row(row: object, place: str) -> _Row:
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{place}: expected an object, found {type(row).__name__}", _SCHEMA_REMEDY)
-    if not ("message_id" in row and "text" in row and "role" in row):
+    if not row.keys() >= REQUIRED:
         raise _wrong_columns(row, place)
     checked: dict[str, Any] = {
         "message_id": _identity(row, "message_id", place),
@@ -130,10 +133,11 @@ def _truth(value: Any, name: str, place: str) -> bool | None:
         return None
     if isinstance(value, bool):
         return value
-    if isinstance(value, int | float) and value in (0, 1):
-        return bool(value)
     if isinstance(value, str) and value.strip().lower() in _WORDS:
         return _WORDS[value.strip().lower()]
+    number, _ = _number(value)
+    if number in (0, 1):
+        return bool(number)
     raise DataError(f"{place}: field '{name}' is {shown(value)}", "It must be true, false or null")
 
 
@@ -141,7 +145,7 @@ def _number(value: Any) -> tuple[float | None, bool]:
     """A number or None, and whether the value could be read as one of the two."""
     if _is_null(value):
         return None, True
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None, False
     try:
         number = float(value)
@@ -157,8 +161,9 @@ def _moment(value: Any) -> float | None:
 
     Numbers are seconds, or the thousandths, millionths or billionths that make a date of our time.
     """
-    if isinstance(value, datetime):
-        date = value
+    if isinstance(value, date):
+        day = datetime(value.year, value.month, value.day)
+        moment = value if isinstance(value, datetime) else day
     else:
         number, _ = _number(value)
         if number is not None:
@@ -167,12 +172,12 @@ def _moment(value: Any) -> float | None:
         if not isinstance(value, str):
             return None
         try:
-            date = datetime.fromisoformat(value.strip().replace("Z", "+00:00"))
+            moment = datetime.fromisoformat(value.strip().replace("Z", "+00:00"))
         except ValueError:
             return None
-    if date.tzinfo is None:
-        date = date.replace(tzinfo=timezone.utc)
-    return float(date.timestamp())
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=timezone.utc)
+    return float(moment.timestamp())
 
 
 def build_conversations(
@@ -266,9 +271,9 @@ def _drop_reason(row: _Row, languages: Sequence[str] | None) -> str | None:
 
 def _preference(row: _Row, order: Mapping[str, int], corpus: Corpus) -> tuple[float, float, int]:
     """Sort key of siblings: rank (unranked last), then date, then place in the file."""
-    rank, date = row.get("rank"), row.get("created_date")
-    moment = None if date is None else _moment(date)
-    if date is not None and moment is None:
+    rank, created = row.get("rank"), row.get("created_date")
+    moment = None if created is None else _moment(created)
+    if created is not None and moment is None:
         corpus.resolved["unreadable created_date"] += 1
     return (
         math.inf if rank is None else float(rank),

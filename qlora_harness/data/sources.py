@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import glob
 import gzip
 import io
 import json
@@ -11,7 +12,6 @@ import logging
 import lzma
 import re
 import stat
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 
 import jsonlines
 
-from qlora_harness.data.oasst1 import check_row
+from qlora_harness.data.oasst1 import FIELDS, REQUIRED, check_row
 from qlora_harness.errors import DataError
 from qlora_harness.locations import demo_dir, expanded
 from qlora_harness.record import without_duplicates
@@ -36,7 +36,6 @@ _CSV_NULLS = frozenset({"", "NA", "N/A", "n/a", "NaN", "nan", "None", "null", "N
 _COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 _FORMS = (".jsonl", ".json", ".ndjson", ".parquet", *_DELIMITERS)
 _LONGEST_FIELD = 1 << 24  # characters of a cell in csv
-_UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, csv.Error, ValueError)
 _REMEDY = "Name a file (.jsonl, .json, .csv or .parquet), a folder or a Hub id"
 _FOLDER = "It must be saved by datasets.save_to_disk, or hold .jsonl, .json, .csv or .parquet files"
 
@@ -98,7 +97,7 @@ def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     packed = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSED else None
     form = suffixes[-1] if suffixes else None
     try:
-        if form == ".parquet" and packed is None:
+        if packed is None and _is_parquet(path):
             rows = _parquet_rows(path)
         else:
             text = io.TextIOWrapper(_open(path, packed), encoding="utf-8-sig", newline="")
@@ -111,9 +110,14 @@ def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         raise DataError(f"--dataset: {path} does not exist", _REMEDY) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason})", "Convert the file") from None
-    except _UNREADABLE as error:
+    except Exception as error:  # the parsers of damaged files raise many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path} can't be read: {reason}", "Check the file") from None
+
+
+def _is_parquet(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PAR1" or path.suffix.lower() == ".parquet"
 
 
 def _open(path: Path, packed: str | None) -> IO[bytes]:
@@ -155,14 +159,24 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
 def _csv_rows(path: Path, text: IO[str], form: str) -> Iterator[tuple[str, object]]:
     csv.field_size_limit(_LONGEST_FIELD)
     with text:
-        reader = csv.DictReader(text, delimiter=_DELIMITERS[form], strict=True)
-        for row in reader:
-            yield f"{path}, line {reader.line_num}", {k: _csv_cell(k, v) for k, v in row.items()}
+        reader = csv.reader(text, delimiter=_DELIMITERS[form], strict=True)
+        names = next(reader, [])
+        without_duplicates([(name, None) for name in names])
+        for cells in reader:
+            place = f"{path}, line {reader.line_num}"
+            if cells and len(cells) != len(names):
+                raise DataError(
+                    f"{place}: {len(cells)} cells in {len(names)} columns",
+                    "Put quotes around cells with commas or line ends",
+                )
+            if cells:
+                row = zip(names, cells, strict=True)
+                yield place, {name: _csv_cell(name, cell) for name, cell in row}
 
 
-def _csv_cell(name: str, value: Any) -> Any:
+def _csv_cell(name: str, value: str) -> str | None:
     """A cell as pandas reads it, with which datasets reads csv; a reply may well be "None"."""
-    if not isinstance(value, str) or name == "text":
+    if name == "text":
         return value
     if name.endswith("_id") and re.fullmatch(r"\d+\.0", value):
         return value.removesuffix(".0")  # whole numbers beside a null, as pandas writes them
@@ -170,12 +184,27 @@ def _csv_cell(name: str, value: Any) -> Any:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
-    from pyarrow import parquet
+    import pyarrow
+    from pyarrow import parquet, types
 
     number = 0
     with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
+        names = file.schema_arrow.names
+        without_duplicates([(name, None) for name in names])
+        columns = [name for name in names if name in FIELDS]
+        if not set(columns) >= REQUIRED:
+            yield f"{path}, row 1", dict.fromkeys(names)  # to be refused by these names
+        for batch in file.iter_batches(batch_size=1000, columns=columns):
+            table = pyarrow.Table.from_batches([batch])
+            for place, column in enumerate(table.schema):
+                # As numbers: Python's dates end earlier, and know fewer time zones.
+                if types.is_date(column.type):
+                    dates = table[place].cast(pyarrow.timestamp("s")).cast(pyarrow.int64())
+                    table = table.set_column(place, column.name, dates)
+                elif types.is_timestamp(column.type):
+                    moments = table[place].cast(pyarrow.int64())
+                    table = table.set_column(place, column.name, moments)
+            for row in table.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", row
 
@@ -263,8 +292,12 @@ def _folder(path: Path) -> Splits:
     saved = any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json"))
     try:
         if saved:
-            return _splits(datasets.load_from_disk(str(path)), str(path))
-        found = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
+            loaded = datasets.load_from_disk(str(path))
+            for part in loaded.values() if isinstance(loaded, Mapping) else [loaded]:
+                part.data.validate(full=True)  # else damage ends the process when it is read
+            return _splits(loaded, str(path))
+        base = glob.escape(str(path))
+        found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
     except DataError:
         raise
     except Exception as error:  # datasets raises many kinds; all mean an unreadable folder
@@ -323,6 +356,19 @@ def _no_train_split(source: str, names: Iterable[str]) -> DataError:
     )
 
 
-def _checked(rows: Iterable[object], place: str) -> Iterator[Mapping[str, Any]]:
-    for number, row in enumerate(rows, start=1):
-        yield check_row(row, f"{place}, row {number}")
+def _checked(rows: Any, place: str) -> Iterator[Mapping[str, Any]]:
+    number = 0
+    try:
+        if hasattr(rows, "select_columns"):  # others may need packages to be decoded
+            present = [name for name in rows.column_names if name in FIELDS]
+            if set(present) >= REQUIRED:
+                rows = rows.select_columns(present)
+        for number, row in enumerate(rows, start=1):
+            yield check_row(row, f"{place}, row {number}")
+    except DataError:
+        raise
+    except Exception as error:  # of a column that can't be decoded
+        raise DataError(
+            f"{place}, row {number + 1} can't be read: {type(error).__name__}: {error}",
+            "Check the data set",
+        ) from None

@@ -20,7 +20,7 @@ import torch
 from qlora_harness.errors import TrainingError
 from qlora_harness.model.free_memory import available_memory
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("qlora_harness")
 
 _BLOCK = 2**24  # bytes; torch would take a power of two for each tensor
 _LEAVING = 2  # tensors that are on their way out at once

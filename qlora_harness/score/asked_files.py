@@ -15,7 +15,7 @@ from qlora_harness.score.mmlu_files import known_files, load_questions
 if TYPE_CHECKING:
     from lm_eval.tasks._index import Entry
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("qlora_harness")
 
 
 def read_asked_files(config: Any, manager: Any) -> None:
