@@ -437,6 +437,8 @@ def test_nan_rank_is_no_rank() -> None:
         (1675607027983000000, datetime(2023, 2, 5, 14, 23, 48, tzinfo=timezone.utc)),
         (1675607027.5, 1675607028),
         (date(2023, 2, 4), "2023-02-05"),
+        ("2023-02-05 14:23:47 UTC", "Sun, 05 Feb 2023 14:23:48 +0000"),
+        ("2023-02-05T14:23:47+0000", "Feb 6, 2023"),
     ],
 )
 def test_dates_of_any_kind_order_siblings_by_the_moment(early: object, late: object) -> None:

@@ -14,6 +14,8 @@ from datetime import date, datetime, timezone
 from decimal import Decimal
 from typing import Any
 
+from dateutil import parser
+
 from qlora_harness.data.conversation import Conversation, Corpus, Turn
 from qlora_harness.errors import DataError, shown
 
@@ -174,7 +176,10 @@ def _moment(value: Any) -> float | None:
         try:
             moment = datetime.fromisoformat(value.strip().replace("Z", "+00:00"))
         except ValueError:
-            return None
+            try:
+                moment = parser.parse(value, default=datetime(1970, 1, 1))
+            except (ValueError, OverflowError):
+                return None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=timezone.utc)
     return float(moment.timestamp())

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.data.chat import Example
-from qlora_harness.errors import ResultsError, SettingsError
+from qlora_harness.errors import ResultsError, SettingsError, printable
 from qlora_harness.locations import expanded
 from qlora_harness.model.base import BaseSource
 from qlora_harness.record import read_json, write_json
@@ -138,7 +138,8 @@ def run_peer(
             except ResultsError as error:
                 printed += f"\n{error}"
         lines = [line.rstrip() for line in printed.splitlines() if line.strip()]
-        print("\n".join(lines[-_SHOWN_LINES:]), file=sys.stderr, flush=True)
+        shown = printable("\n".join(lines[-_SHOWN_LINES:]), keep="\n\t")
+        print(shown, file=sys.stderr, flush=True)
         if ended is None:
             return {"failure": f"timed out after {options.timeout:g} s"}
         reason = lines[-1].strip() if lines else f"ended with status {ended}"
