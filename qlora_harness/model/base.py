@@ -126,7 +126,7 @@ def _unreadable(name: str, argument: str, error: Exception) -> ModelError:
         )
     revision = "revision=" if argument.endswith("=") else "--revision"
     return ModelError(
-        f"{shown} can't be loaded ({_first_line(error)})",
+        f"{shown} can't be loaded ({first_line(error)})",
         f"Check the name, {revision} and the network, or give a local folder",
     )
 
@@ -148,7 +148,12 @@ def _is_refused_by_hub(error: BaseException) -> bool:
     return False
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Returns what a library's exception says, as far as its first line.
+
+    Args:
+        error: Of those that say little by themselves, the name stands before it.
+    """
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -182,7 +187,7 @@ def load_tokenizer(source: BaseSource, folder: Path | None = None) -> PreTrained
                 "Use a tokenizer that transformers has",
             ) from None
         raise ModelError(
-            f"{shown} has no readable tokenizer ({_first_line(error)})",
+            f"{shown} has no readable tokenizer ({first_line(error)})",
             "Put the tokenizer's files there",
         ) from None
 

@@ -15,6 +15,7 @@ from qlora_harness.model.adapter_folder import (
     check_fit,
     quiet_peft,
 )
+from qlora_harness.model.base import first_line
 from qlora_harness.record import nested, new_folder, write_json
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def attach_lora(
                 "Use --lora-dropout 0",
             ) from None
         raise SettingsError(
-            f"--lora-targets {targets}: PEFT refuses them ({_first_line(error)})",
+            f"--lora-targets {targets}: PEFT refuses them ({first_line(error)})",
             "Name other layers",
         ) from None
     for parameter in adapted.parameters():
@@ -194,7 +195,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             adapted = get_peft_model(model, config)
     except Exception as error:  # what fits by its shapes may still not suit a quantised base
         raise AdapterError(
-            f"peft={folder}: PEFT can't attach it to this base model ({_first_line(error)})",
+            f"peft={folder}: PEFT can't attach it to this base model ({first_line(error)})",
             "Try another quant= in --model_args",
         ) from None
     start = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -222,8 +223,3 @@ def _was_trained(name: str, value: torch.Tensor, start: torch.Tensor | None) -> 
     if start is None or ".lora_B." in name or ".lora_embedding_A" in name:
         return bool(value.any())
     return not bool((value.to(start.dtype) == start.to("cpu")).all())
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
