@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
     from qlora_harness.compare.command import add_arguments
 
     add_arguments(compare)
+    _add_study_plan(commands)
+    schema = commands.add_parser(
+        "schema", help="print the JSON schema of a record", allow_abbrev=False
+    )
+    schema.add_argument("kind", choices=sorted(_SCHEMAS), metavar="KIND", help=", ".join(_SCHEMAS))
 
     runs = commands.add_parser(
         "runs",
@@ -77,6 +84,47 @@ def build_parser() -> argparse.ArgumentParser:
     _add_benchmark(commands)
     _add_training_benchmark(commands)
     return parser
+
+
+_SCHEMAS = {
+    "training_summary": "schema.training:TrainingSummary",
+    "training_logs": "schema.training:TrainingLog",
+    "evaluation_results": "schema.evaluation:Evaluation",
+    "mmlu_progress": "schema.evaluation:Progress",
+    "comparison": "compare.comparison:Comparison",
+}
+
+
+def _print_schema(kind: str) -> None:
+    module, _, name = _SCHEMAS[kind].partition(":")
+    model = getattr(import_module(f"qlora_harness.{module}"), name)
+    print(json.dumps(model.model_json_schema(), indent=1))
+
+
+def _add_study_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan-study",
+        help="how many questions and seeds a comparison takes, before the runs",
+        description="Prints for several numbers of seeds how many questions show, at 5% and in "
+        "80% of studies, that two arms are the same within a margin, or that they differ by it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs", nargs="*", type=Path, metavar="RUN", help="pilot runs, which tell the rest"
+    )
+    parser.add_argument("--margin", type=float, default=1.0, metavar="POINTS", help="default 1")
+    parser.add_argument(
+        "--discordance",
+        type=float,
+        metavar="SHARE",
+        help="of questions that one arm gets right and the other wrong (default 0.1)",
+    )
+    parser.add_argument(
+        "--seed-sd",
+        type=float,
+        metavar="POINTS",
+        help="standard deviation of an arm's accuracy between seeds (default 0.2)",
+    )
 
 
 def _add_training_benchmark(commands: Any) -> None:
@@ -245,16 +293,20 @@ def _plan(words: Sequence[str]) -> int:
 
 
 def _read_runs(args: argparse.Namespace) -> int:
-    """Runs `compare`, `runs` or `show`; a reader that has seen enough may close the pipe."""
-    from qlora_harness.compare.output import PipedConsole, close_quietly
+    """Runs a command that only reads; its reader may close the pipe when it has seen enough."""
+    from qlora_harness.results.output import PipedConsole, close_quietly
 
     try:
         if args.command == "compare":
             from qlora_harness.compare.command import run
 
             run(args)
+        elif args.command == "plan-study":
+            from qlora_harness.study_plan import report
+
+            print(report(args.runs, args.margin, args.discordance, args.seed_sd))
         else:
-            from qlora_harness.compare.listing import print_run, print_runs
+            from qlora_harness.results.listing import print_run, print_runs
 
             console = PipedConsole(highlight=False)
             if args.command == "runs":
@@ -284,8 +336,11 @@ def _run(words: Sequence[str]) -> int:
     if words[:1] == ["plan"]:
         return _plan(words[1:])
     args = build_parser().parse_args(words)
-    if args.command in ("compare", "runs", "show"):
+    if args.command in ("compare", "plan-study", "runs", "show"):
         return _read_runs(args)
+    if args.command == "schema":
+        _print_schema(args.kind)
+        return 0
     if args.command == "benchmark-scoring":
         _benchmark(args)
         return 0

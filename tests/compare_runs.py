@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.compare import command
-from qlora_harness.compare.report import Comparison
-from qlora_harness.compare.tables.table import Cell, Table
+from qlora_harness.families import LETTERS
+from qlora_harness.question_hashes import prompts_hash
 
 FAMILY = "mmlu_qlora_5shot"
 DATE = "2026-11-24T08-14-04.277787"
@@ -56,7 +56,7 @@ def summary(quant: str = "nf4", **changes: Any) -> dict[str, Any]:
         "finished": "2026-11-24T09:00:00+00:00",
         "model": {"name": "llama", "revision": None, "commit": "a" * 40, "random_weights": False},
         "quantization": {"quant": quant, "double_quant": quant == "nf4"},
-        "settings": {"dataset": "oasst1", "learning_rate": 2e-4, "max_steps": 20},
+        "settings": {"dataset": "oasst1", "learning_rate": 2e-4, "max_steps": 20, "seed": 0},
         "data": {
             "dataset": "oasst1",
             "train": {"conversations": 90, "tokens": 9000, "fingerprint": "sha256:" + "1" * 64},
@@ -133,6 +133,7 @@ def scores(marks: Mapping[str, str], **changes: Any) -> dict[str, Any]:
                 "n": len(item),
             }
             for name, item in marks.items()
+            if name in CATEGORY_OF
         },
     }
     record.update(changes)
@@ -260,10 +261,66 @@ def write_harness(
     return write(path, harness(marks, **options), seconds)
 
 
-def step_log(losses: Sequence[float]) -> dict[str, Any]:
-    """Returns a step log without counts of tokens, so that no steps are compared."""
-    rows = [{"step": i, "loss": loss} for i, loss in enumerate(losses, start=1)]
-    return {"schema_version": 1, "kind": "training_logs", "steps": rows}
+def step_log(
+    losses: Sequence[float], seconds: Sequence[float] = (), evaluation: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns a step log; steps have tokens where they have seconds, so that they are paired."""
+    rows: list[dict[str, Any]] = [
+        {"step": i, "loss": loss} for i, loss in enumerate(losses, start=1)
+    ]
+    for row, taken in zip(rows, seconds, strict=False):
+        row |= {"seconds": taken, "tokens": 100 + row["step"], "supervised_tokens": 90}
+    record: dict[str, Any] = {"schema_version": 1, "kind": "training_logs", "steps": rows}
+    return record if evaluation is None else record | {"evaluation": evaluation}
+
+
+def progress(
+    questions: Sequence[tuple[str, int, Sequence[float]]],
+    quant: str = "nf4",
+    peft: str | None = "adapter",
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns evaluation_results.json and its mmlu_progress file.
+
+    Args:
+        questions: Subject, right choice and four log-probabilities of each, in file order.
+    """
+    rows: list[dict[str, Any]] = []
+    marks: dict[str, str] = {}
+    for index, (subject, answer, logprobs) in enumerate(questions):
+        choice = max(range(4), key=lambda place: (logprobs[place], -place))
+        marks[subject] = marks.get(subject, "") + str(int(choice == answer))
+        rows.append(
+            {
+                "index": index,
+                "subject": subject,
+                "logprobs": dict(zip(LETTERS, map(float, logprobs), strict=True)),
+                "prediction": LETTERS[choice],
+                "answer": LETTERS[answer],
+                "correct": choice == answer,
+                "prompt_sha256": digest(index, subject)[:16],
+                "truncated": False,
+            }
+        )
+    hashed = prompts_hash((r["index"], r["subject"], r["prompt_sha256"], r["answer"]) for r in rows)
+    scored = evaluation(marks, prompts_sha256=hashed, categories={})
+    scored["model"] |= {"quant": quant, "peft": peft}
+    record = {"schema_version": 1, "kind": "mmlu_progress", "arm": scored["arm"]}
+    record |= {"model": scored["model"], "tasks": {FAMILY: rows}}
+    return scored, record
+
+
+def write_scored(
+    folder: Path,
+    questions: Sequence[tuple[str, int, Sequence[float]]],
+    training: dict[str, Any] | None = None,
+    quant: str = "nf4",
+) -> Path:
+    """Writes a run with answers question by question; without training it is a base."""
+    peft = None if training is None else "adapter"
+    scored, record = progress(questions, quant, peft)
+    write_run(folder, training, scored)
+    write(folder / "mmlu_progress_llama_arm.json", record)
+    return folder
 
 
 def write_run(
@@ -278,18 +335,6 @@ def write_run(
     if scored is not None:
         write(folder / "evaluation_results.json", scored, 1000.0)
     return folder
-
-
-def table(comparison: Comparison, key: str) -> Table:
-    return next(item for item in comparison.tables if item.key == key)
-
-
-def cells(comparison: Comparison, key: str, row: str) -> list[Cell]:
-    return list(next(item for item in table(comparison, key).rows if item.key == row).cells)
-
-
-def texts(comparison: Comparison, key: str, row: str) -> list[str]:
-    return [cell.text for cell in cells(comparison, key, row)]
 
 
 def changed(path: Path, change: Edit) -> None:
@@ -322,12 +367,12 @@ def in_harness(dotted: str, new: object) -> Callable[[Path], object]:
     return spoil
 
 
-def in_sample(dotted: str, new: object) -> Callable[[Path], object]:
+def in_progress(row: int, key: str, new: object) -> Callable[[Path], object]:
     def spoil(folder: Path) -> None:
-        path = next(folder.rglob("samples_*_anatomy_*.jsonl"))
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        put(lines[2], dotted, new)
-        path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+        path = next(folder.glob("mmlu_progress_*.json"))
+        record = json.loads(path.read_text())
+        put(record["tasks"][FAMILY][row], key, new)
+        path.write_text(json.dumps(record))
 
     return spoil
 
@@ -342,41 +387,3 @@ def in_text(pattern: str, change: Callable[[str], str]) -> Callable[[Path], obje
 
 def half(text: str) -> str:
     return text[: len(text) // 2]
-
-
-def rescored(marks: Mapping[str, str], **changes: Any) -> Callable[[Path], object]:
-    """Replaces every evaluation of a run, without samples."""
-
-    def spoil(folder: Path) -> None:
-        for path in folder.rglob("*"):
-            if path.name.startswith(("results_", "samples_")):
-                path.unlink()
-        write_run(folder, None, evaluation(marks, **changes))
-
-    return spoil
-
-
-LESS = {"anatomy": "1111111000", "law": "1111"}
-ANATOMY = f"results/{FAMILY}_anatomy"
-# Right or wrong, by place in the design: (4-bit, fine-tuned).
-MARKS = {
-    (False, False): {"anatomy": "1110000000", "law": "1110000000"},
-    (True, False): {"anatomy": "1100000000", "law": "1110000000"},
-    (False, True): {"anatomy": "1111100000", "law": "1111000000"},
-    (True, True): {"anatomy": "1111000000", "law": "1110100000"},
-}
-
-
-def four(folder: Path, *, samples: bool = True) -> list[Path]:
-    runs = []
-    for (four_bit, tuned), marks in MARKS.items():
-        quant = "nf4" if four_bit else "bf16"
-        path = folder / f"{quant}{'_tuned' if tuned else ''}"
-        write_run(path, summary(quant) if tuned else None, evaluation(marks))
-        change = edit("model/quant", quant)
-        changed(path / "evaluation_results.json", change)
-        changed(path / "evaluation_results.json", edit("model/peft", "adapter" if tuned else None))
-        if samples:
-            write_harness(path, marks)
-        runs.append(path)
-    return runs

@@ -89,7 +89,7 @@ def test_evaluation_results_say_what_was_scored_and_how(
     for q in load_questions(DEMO_FILE):
         answers.setdefault(q.subject, []).append(q.answer == "C")
     environment = record.pop("environment")
-    assert environment["device"] == "cpu"
+    assert environment["device"] == {"name": "cpu"}
     assert {"python", "torch", "transformers", "peft", "lm_eval", "qlora-harness"} <= set(
         environment["versions"]
     )

@@ -1,192 +1,310 @@
-"""The command: its flags, the files it writes, and the names of the runs."""
+"""The commands and the Python interface: what they print, write and return."""
 
 from __future__ import annotations
 
+import doctest
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
-from compare_runs import FAMILY, main, write
+from compare_runs import (
+    FAMILY,
+    FIRST,
+    GIB,
+    changed,
+    edit,
+    evaluation,
+    main,
+    summary,
+    write,
+    write_run,
+)
 
-from qlora_harness.compare import command
-from qlora_harness.compare.comparison import default_labels
+import qlora_harness as qh
+from qlora_harness import cli
+from qlora_harness.compare import page, text
+from qlora_harness.compare.checks import differing
 from qlora_harness.errors import ResultsError, SettingsError
+from qlora_harness.results.runs import default_labels
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = ROOT / "results" / "published" / "smollm2"
+SEEDS = [f"{arm}{seed}" for seed in ("", "_seed1", "_seed2") for arm in ("4bit", "16bit")]
+BASES = ["base_4bit", "base_16bit"]
 
 
-def test_command_writes_beside_the_runs(
-    pair: tuple[Path, Path],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture(scope="module")
+def published() -> qh.Comparison:
+    if not PUBLISHED.is_dir():
+        pytest.skip("results/published is not part of this copy")
+    return qh.compare([PUBLISHED / name for name in (*SEEDS, *BASES)])
+
+
+def test_answer_first_in_twelve_lines(published: qh.Comparison) -> None:
+    two = qh.compare([PUBLISHED / "4bit", str(PUBLISHED / "16bit")])
+    for comparison in (two, published):
+        lines = str(comparison).splitlines()
+        assert len(lines) <= 12 and max(map(len, lines)) <= 80
+        assert [re.split(r"  +", line)[0] for line in lines[2:7]] == [
+            "peak memory", "train time", "eval loss", "accuracy", "NLL",
+        ]  # fmt: skip
+        assert lines[1].split() == ["NF4", "bf16", "difference", "95%", "interval"]
+    assert text.differences_line(published).startswith("Nothing recorded differs besides")
+
+
+def test_ten_arms_are_ten_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = []
+    for rank in range(10):
+        folder = tmp_path / f"run{rank}"
+        write_run(
+            folder, summary("nf4" if rank else "bf16", settings__lora_r=rank), evaluation(FIRST)
+        )
+        runs.append(folder)
+    assert main(*runs) == 0
+    lines = capsys.readouterr().out.splitlines()
+    end = next(i for i, line in enumerate(lines) if line.startswith("Besides quantisation"))
+    assert end <= 12 and max(map(len, lines[:end])) <= 80
+    assert sum(line.startswith("NF4, lora_r") for line in lines) == 7
+    assert "… and 2 more arms, with --details" in lines
+
+
+def test_numbers_of_the_published_runs(published: qh.Comparison) -> None:
+    """Those that an independent statistician computed from the same records."""
+    item = published.contrasts[0]
+    seeds = qh.compare([PUBLISHED / name for name in ("4bit", "16bit")]).contrasts[0]
+    assert 100 * seeds["accuracy"].difference == pytest.approx(0.61, abs=0.005)
+    assert 100 * seeds["accuracy"].stderr == pytest.approx(0.25, abs=0.005)
+    assert item["nll"].difference == pytest.approx(0.097, abs=0.0005)
+    assert item["nll"].clustered_stderr == pytest.approx(0.013, abs=0.0005)
+    assert item["brier"].difference == pytest.approx(0.056, abs=0.0005)
+    assert seeds.detail.calibration == pytest.approx((0.235, 0.142), abs=0.0005)
+    assert 100 * seeds.detail.flips == pytest.approx(24.4, abs=0.05)
+    bases = published.contrasts[1]
+    assert 100 * bases["letter_centred"].difference == pytest.approx(-1.36, abs=0.005)
+    centred = {one.arm: 100 * one.centred for one in published.chance}
+    assert centred["bf16 base"] == pytest.approx(1.55, abs=0.005)
+    assert centred["NF4 base"] == pytest.approx(0.18, abs=0.005)
+    assert 100 * seeds["first_step_loss"].difference == pytest.approx(34.7, abs=0.05)
+
+
+def test_files_hold_everything(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(*pair) == 0
+    short = capsys.readouterr().out
+    assert main(*pair, "--details") == 0
+    long = capsys.readouterr().out
+    assert long.startswith(short.rpartition("Details:")[0].rstrip("\n"))
+    folder = pair[0].parent
+    record = json.loads((folder / "comparison.json").read_text())
+    assert (record["kind"], record["task"]) == ("comparison", FAMILY)
+    endpoint = record["contrasts"][0]["endpoints"]["accuracy"]
+    # Right in the first only 3 + 2, in the second only 1 + 2, of 20.
+    assert endpoint["difference"] == pytest.approx((5 - 3) / 20)
+    assert (record["contrasts"][0]["detail"]["won"], record["contrasts"][0]["detail"]["lost"]) == (
+        5,
+        3,
+    )
+    markdown = (folder / "comparison.md").read_text()
+    assert markdown.startswith(text.MARKDOWN_TITLE)
+    for name in ("Runs", "NF4 against bf16", "Settings that differ", "Settings that agree"):
+        assert f"\n## {name}\n" in markdown and name in long
+    schema = qh.Comparison.model_json_schema()
+    jsonschema.validate(record, schema)
+
+
+@pytest.mark.parametrize("kind", cli._SCHEMAS)
+def test_schemas_are_printed_and_hold(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["schema", kind]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    for path in PUBLISHED.glob(f"4bit/{kind}*.json"):
+        record = json.loads(path.read_text())
+        if isinstance(record.get("environment", {}).get("device"), str):
+            continue  # of an earlier version
+        jsonschema.validate(record, schema)
+    assert all("description" in field for field in schema["properties"].values())
+
+
+def test_command_writes_where_it_is_told_and_over_nothing_foreign(
+    pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    assert main(*pair) == 0
-    out = capsys.readouterr().out
-    results = pair[0].parent
-    assert f"Wrote {results / 'comparison.md'}" in out
-    assert f"Wrote {results / 'comparison.json'}" in out
-    # The tables fit 80 columns; only the paths of the files may be longer.
-    tables_part = out[out.index("Training") : out.index("Wrote")]
-    assert max(map(len, tables_part.splitlines())) <= 80
-    record = json.loads((results / "comparison.json").read_text())
-    assert (record["schema_version"], record["kind"], record["task"]) == (1, "comparison", FAMILY)
-    assert [item["key"] for item in record["tables"]] == [
-        "training",
-        "mmlu",
-        "paired",
-        "categories",
-        "subjects",
-    ]
-    row = record["tables"][0]["rows"][0]
-    assert (row["key"], row["unit"]) == ("peak_gpu_gib", "GiB")
-    assert row["cells"][1] == {
-        "run": "16bit",
-        "kind": "value",
-        "value": 14.5,
-        "stderr": None,
-        "interval": None,
-        "text": "14.50",
-    }
-    # The terminal, Markdown and JSON show the same cells.
-    markdown = (results / "comparison.md").read_text()
-    for shown in record["tables"]:
-        for row in shown["rows"]:
-            for cell in row["cells"]:
-                assert cell["text"] in out or shown["key"] == "subjects"  # too long for it
-                assert cell["text"] in markdown
-    assert record["verdict"][0] in " ".join(out.split())
-    # A second time it replaces its own files and nothing else.
-    assert main(*pair) == 0
-
-
-def test_command_writes_where_it_is_told(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    words = ["--markdown", tmp_path / "new" / "a.md", "--json", tmp_path / "new" / "a.json"]
-    assert main(*pair, *words, "--labels", "NF4,bf16") == 0
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a.json", "a.md"]
-    assert not (tmp_path / "results" / "comparison.md").exists()
-    assert (tmp_path / "new" / "a.md").read_text().startswith("# Comparison of NF4, bf16\n")
-
-
-def test_command_overwrites_nothing_foreign(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    words = ["--markdown", new / "a.md", "--json", new / "a.json", "--html", new / "a.html"]
+    for _ in range(2):  # a second time it replaces its own
+        assert main(*pair, *words) == 0
+    assert sorted(path.name for path in new.iterdir()) == ["a.html", "a.json", "a.md"]
+    mine = write(tmp_path / "README.md", "# Mine\n")
     for flag, path in (
         ("--json", pair[0] / "training_summary.json"),
-        ("--markdown", write(tmp_path / "README.md", "# Mine\n")),
+        ("--markdown", mine),
+        ("--html", mine),
         ("--markdown", tmp_path),
     ):
         with pytest.raises(SettingsError, match="exists and is not a comparison of ours"):
             main(*pair, flag, path)
-    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+    assert mine.read_text() == "# Mine\n"
     with pytest.raises(SettingsError, match="--markdown and --json are both"):
         main(*pair, "--markdown", tmp_path / "a", "--json", tmp_path / "a")
+    with pytest.raises(ResultsError, match="README.md/a.md can't be written: "):
+        main(*pair, "--markdown", mine / "a.md")
 
 
 @pytest.mark.parametrize("words", [["compare"], ["runs"], ["show"]])
 def test_a_reader_may_close_the_pipe(pair: tuple[Path, Path], words: list[str]) -> None:
-    results = pair[0].parent
-    paths = {"compare": list(pair), "runs": [results], "show": [pair[0]]}[words[0]]
+    paths = {"compare": list(pair), "runs": [pair[0].parent], "show": [pair[0]]}[words[0]]
     code = "import sys; from qlora_harness.cli import main; sys.exit(main())"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words, *map(str, paths)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert process.stdout is not None
-    process.stdout.close()  # before the first line: whatever is printed meets a closed pipe
+    process.stdout.close()  # before the first line
     _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, "")
-    if words == ["compare"]:
-        assert sorted(path.name for path in results.glob("comparison.*")) == [
-            "comparison.json",
-            "comparison.md",
-        ]
 
 
-def test_comparisons_of_the_results_folder_are_not_in_git() -> None:
-    ignored = Path(__file__).parent.parent.joinpath(".gitignore").read_text().splitlines()
-    assert {"results/**/comparison.md", "results/**/comparison.json"} <= set(ignored)
+def test_names_and_texts_of_records_are_only_texts(pair: tuple[Path, Path]) -> None:
+    evil = "<script>x</script> | `a` \x1b[2J [b](c)"
+    changed(pair[0] / "training_summary.json", edit("model/name", evil))
+    html = pair[0].parent / "page.html"
+    assert main(*pair, "--labels", f"{evil},bf16", "--html", html) == 0
+    markdown = (pair[0].parent / "comparison.md").read_text()
+    outside = markdown.split("```")[2]
+    assert "\x1b" not in markdown and "<script>x" not in outside.replace("\\<", "")
+    body = html.read_text().split("</head>")[1]
+    assert "<script>x" not in body and "&lt;script&gt;x" in body
 
 
-def test_command_says_that_it_cannot_write(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    write(tmp_path / "file", "")
-    with pytest.raises(ResultsError, match="file/a.md can't be written: "):
-        main(*pair, "--markdown", tmp_path / "file" / "a.md")
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--margin", "0"], "--margin 0. Give percentage points, above 0 and below 100."),
-        (["--margin", "150"], "--margin 150. Give percentage points, above 0 and below 100."),
-        (["--draws", "10"], "--draws 10 --seed 0. Draw 100 samples or more, from a seed >= 0."),
-    ],
-)
-def test_flags_of_the_statistics_are_checked(
-    pair: tuple[Path, Path], flags: list[str], message: str
-) -> None:
-    with pytest.raises(SettingsError) as caught:
-        main(*pair, *flags)
-    assert str(caught.value) == message
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        ("a", "--labels a: 1 names for 2 runs"),
-        ("a,a", "--labels a,a: a name is empty or there twice"),
-        ("a,", "--labels a,: a name is empty"),
-    ],
-)
-def test_labels_are_checked(pair: tuple[Path, Path], labels: str, message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
-        main(*pair, "--labels", labels)
-
-
-@pytest.mark.parametrize(
-    ("paths", "labels"),
-    [
-        (["results/4bit", "results/16bit"], ["4bit", "16bit"]),
-        (["a/4bit", "b/4bit"], ["a/4bit", "b/4bit"]),
-        (["results/4bit", "out/gpt2/results_1.json"], ["4bit", "gpt2"]),
-        (
-            ["out/gpt2/results_1.json", "out/gpt2/results_2.json"],
-            ["results_1.json", "results_2.json"],
-        ),
-    ],
-)
-def test_default_labels(paths: Sequence[str], labels: Sequence[str]) -> None:
-    assert default_labels([Path(path) for path in paths]) == labels
-
-
-def test_common_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert command.common_folder([Path("results/4bit"), Path("results/16bit")]) == Path("results")
-    assert command.common_folder([Path("a"), Path("b")]) == Path()
-    assert command.common_folder([Path("/a/b"), Path("/c/d")]) == Path()
-    assert command.common_folder([Path("/a/b"), Path("/a/d")]) == Path("/a")
-
-
-def test_nothing_heavy_is_imported() -> None:
-    code = (
-        "import pkgutil, sys, qlora_harness.compare as package\n"
-        "for module in pkgutil.walk_packages(package.__path__, 'qlora_harness.compare.'):\n"
-        "    __import__(module.name)\n"
-        "heavy = {'torch', 'transformers', 'lm_eval', 'numpy', 'scipy'} & set(sys.modules)\n"
-        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+def test_page_shows_headlines_then_figures_and_folds_tables(published: qh.Comparison) -> None:
+    html = page.to_html(published)
+    body = html.split("</head>")[1]
+    assert [tile.name for tile in page.tiles(published)] == [
+        "Peak memory", "Train time", "Eval loss", "Accuracy",
+    ]  # fmt: skip
+    assert published.verdict.split(".")[0] in body
+    assert body.index('class="tiles"') < body.index("plotly-graph-div") < body.index("<table")
+    assert body.count('role="img" aria-label="') == body.count('class="plotly-graph-div"') == 6
+    assert 'src="http' not in html and '<link rel="stylesheet' not in html
+    for head in re.findall(r"<details><summary><h2>(.*?)</h2>", body):
+        assert head
+    count, shown = page.flips(published)
+    assert (count, len(shown)) == (
+        published.contrasts[0].detail.won + published.contrasts[0].detail.lost,
+        200,
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
-def test_names_of_any_bytes_can_be_compared(
-    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    strange = pair[0].rename(pair[0].with_name("4bit\udcff\x1b[31m"))
-    files = [pair[0].parent / name for name in ("a.md", "a.json", "a.csv", "a.tex")]
-    flags = zip(("--markdown", "--json", "--csv", "--latex"), files, strict=True)
-    assert main(strange, pair[1], *(word for flag in flags for word in flag)) == 0
-    for text in (capsys.readouterr().out, *(path.read_text(encoding="utf-8") for path in files)):
-        assert "4bit" in text
-        assert all(character.isprintable() or character == "\n" for character in text)
+def test_notebook_gets_the_head_of_the_page(published: qh.Comparison) -> None:
+    html = published._repr_html_()
+    assert html.count('class="tile"') == 4 and published.verdict[:40] in html
+    assert "plotly" not in html
+
+
+def test_python_interface(published: qh.Comparison) -> None:
+    assert set(qh.__all__) <= set(dir(qh))
+    for name in qh.__all__:
+        assert getattr(qh, name).__doc__
+    frame = published.to_frame()
+    assert {"contrast", "key", "difference", "low", "high", "word"} <= set(frame.columns)
+    assert len(published.answers()) == 8 * 14_042
+    assert [path.name for path in qh.runs(PUBLISHED)] == sorted([*SEEDS, *BASES])
+    with pytest.raises(AttributeError, match="no attribute 'x'"):
+        qh.x  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "module", ["qlora_harness", "qlora_harness.compare.comparison", "qlora_harness.results.runs"]
+)
+def test_examples_of_docstrings(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not PUBLISHED.is_dir():
+        pytest.skip("results/published is not part of this copy")
+    monkeypatch.chdir(ROOT)
+    outcome = doctest.testmod(import_module(module))
+    assert outcome.attempted > 0 and outcome.failed == 0
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, time; t = time.perf_counter(); import qlora_harness;"
+        "print(time.perf_counter() - t); print([m for m in sys.argv[1:] if m in sys.modules])"
+    )
+    heavy = ["torch", "pandas", "numpy", "pydantic", "lm_eval", "transformers"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True
+    )
+    seconds, loaded = done.stdout.splitlines()
+    assert loaded == "[]" and float(seconds) < 0.1
+
+
+def test_labels_are_the_shortest_that_differ() -> None:
+    paths = [Path("/a/x/4bit"), Path("/a/y/4bit"), Path("/a/y/16bit")]
+    assert default_labels(paths) == ["x/4bit", "y/4bit", "y/16bit"]
+    assert default_labels([Path("/a/b/results_1.json"), Path("/a/c/results_1.json")]) == ["b", "c"]
+
+
+def test_settings_that_differ_without_what_follows(pair: tuple[Path, Path]) -> None:
+    changed(pair[1] / "training_summary.json", edit("settings/learning_rate", 1e-4))
+    changed(pair[1] / "training_summary.json", edit("settings/output_dir", "elsewhere"))
+    runs = [qh.load_run(path) for path in pair]
+    different, same = differing(runs, FAMILY)
+    names = {setting.name: setting.values for setting in different}
+    assert names["training.settings.learning_rate"] == [2e-4, 1e-4]
+    assert names["training.quant"] == ["nf4", "bf16"]
+    assert (
+        not {"training.arm", "training.settings.output_dir", "training.quantization.quant"}
+        & names.keys()
+    )
+    assert "training.settings.dataset" in {setting.name for setting in same}
+    assert qh.compare(pair).besides == ["learning_rate"]
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "results" / "4bit", summary("nf4"), evaluation(FIRST))
+    write_run(tmp_path / "results" / "16bit", summary("bf16", status="interrupted"))
+    write_run(tmp_path / "results" / "base", None, evaluation(FIRST))
+    return tmp_path / "results"
+
+
+def printed(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    return [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+
+
+def test_each_run_is_a_line(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["runs"]) == 0
+    head, *lines = printed(capsys)
+    assert head == ["run", "model", "data", "base", "status", "GiB", "loss", "MMLU", "%"]
+    assert [line[0] for line in lines] == ["16bit", "4bit", "base"]
+    by_name = {line[0]: line for line in lines}
+    assert by_name["4bit"][3:] == ["nf4", "completed", "6.50", "1.500", "60.00"]
+    assert by_name["16bit"][4] == "interrupted"
+    assert by_name["base"][4:] == ["scored", "–", "–", "60.00"]
+    (results / "16bit" / "training_summary.json").write_text("{")
+    assert cli.main(["runs", str(results)]) == 0
+    out = capsys.readouterr().out
+    assert "4bit" in out and "Not listed: " in out
+
+
+def test_show_prints_what_is_recorded(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed(results / "4bit" / "training_summary.json", edit("model/random_weights", True))
+    assert cli.main(["show", "results/4bit"]) == 0
+    lines = printed(capsys)
+    assert ["peak", "memory,", "GiB", f"{6.5 * GIB / GIB:.2f}"] in lines
+    assert ["random", "weights", "True"] in lines
+    assert ["learning_rate", "0.0002"] in lines and ["questions", "20", "of", "20"] in lines
+    assert cli.main(["show", "results/nothing"]) == 2
+
+
+def test_plan_study(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan-study", "--margin", "1", "--discordance", "0.1"]) == 0
+    rows: Any = [line for line in printed(capsys) if line[0].isdecimal()]
+    assert [row[0] for row in rows] == ["1", "2", "3", "5", "10"]
+    # (1.6449 + 1.2816)² 0.1 / 0.01² and (1.9600 + 0.8416)² 0.1 / 0.01², a little more by Student.
+    assert rows[0][1:] == ["8,565", "7,851"]
+    assert cli.main(["plan-study", "--discordance", "0"]) == 2

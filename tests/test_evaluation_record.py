@@ -83,7 +83,7 @@ def test_prediction_is_the_likeliest_letter() -> None:
 
 
 def test_summary_by_question_subject_and_category() -> None:
-    summary = summarise(NINE, CATEGORIES, n_total=20)
+    summary = summarise(NINE, CATEGORIES, n_total=20).model_dump(exclude_unset=True)
     anatomy, astronomy, philosophy = [1, 0, 1], [0, 0, 0, 1], [1, 1]
     assert {name: values["acc"] for name, values in summary["subjects"].items()} == {
         "anatomy": pytest.approx(2 / 3),
@@ -120,7 +120,7 @@ def test_summary_by_question_subject_and_category() -> None:
 def test_pooled_errors_are_those_of_lm_eval() -> None:
     from lm_eval.api.metrics import aggregate_subtask_metrics, mean_stderr, pooled_sample_stderr
 
-    summary = summarise(NINE, CATEGORIES, n_total=9)
+    summary = summarise(NINE, CATEGORIES, n_total=9).model_dump(exclude_unset=True)
     values = {"anatomy": [1, 0, 1], "astronomy": [0, 0, 0, 1], "philosophy": [1, 1]}
     sizes = [len(v) for v in values.values()]
     errors = [mean_stderr(v) for v in values.values()]
@@ -134,7 +134,7 @@ def test_pooled_errors_are_those_of_lm_eval() -> None:
 
 def test_subject_with_one_question_leaves_the_error_unknown() -> None:
     some = [q for q in NINE if q.index in (0, 3, 4)]
-    summary = summarise(some, CATEGORIES, n_total=9)
+    summary = summarise(some, CATEGORIES, n_total=9).model_dump(exclude_unset=True)
     assert summary["subjects"]["anatomy"]["acc_stderr"] is None
     assert summary["acc"] == pytest.approx(1 / 3)
     assert (summary["acc_stderr"], summary["acc_macro_stderr"]) == (None, None)
@@ -142,14 +142,16 @@ def test_subject_with_one_question_leaves_the_error_unknown() -> None:
 
 def test_ties_are_counted() -> None:
     tied = ScoredQuestion(9, "virology", "Q\nAnswer:", "B", (-1.0, -1.0, -2.0, -2.0))
-    summary = summarise([*NINE, tied], CATEGORIES, n_total=10)
+    summary = summarise([*NINE, tied], CATEGORIES, n_total=10).model_dump(exclude_unset=True)
     assert summary["ties"] == 1
     assert summary["subjects"]["virology"]["acc"] == 0.0  # the first of a tie counts
 
 
 def test_prompt_hash_tells_questions_apart_and_forgets_their_order() -> None:
     def hashed(questions: list[ScoredQuestion]) -> str:
-        return summarise(questions, CATEGORIES, n_total=9)["prompts_sha256"]
+        return summarise(questions, CATEGORIES, n_total=9).model_dump(exclude_unset=True)[
+            "prompts_sha256"
+        ]
 
     text = "".join(
         f"{q.index}\0{q.subject}\0{q.prompt_sha256}\0{q.answer}\0"
@@ -161,7 +163,8 @@ def test_prompt_hash_tells_questions_apart_and_forgets_their_order() -> None:
 
 
 def test_progress_has_one_row_a_question_in_file_order() -> None:
-    rows = progress_rows(NINE[:3])  # given out of order
+    # Given out of order.
+    rows = [row.model_dump() for row in progress_rows(NINE[:3])]
     assert rows == [
         {
             "index": 0,
@@ -222,7 +225,7 @@ def header(**changes: Any) -> dict[str, Any]:
         "arm": "4bit",
         "model": {"base": "smollm2", "adapter_sha256": "0"},
         "settings": {"batch_size": 1},
-        "environment": {"device": "a GPU"},
+        "environment": {"device": {"name": "a GPU"}},
     } | changes
 
 
@@ -247,7 +250,7 @@ def test_both_files_say_what_was_scored(tmp_path: Path) -> None:
     ]
     evaluation = read(folder)
     created = evaluation.pop("created")
-    summary = summarise(NINE, CATEGORIES, n_total=9)
+    summary = summarise(NINE, CATEGORIES, n_total=9).model_dump(exclude_unset=True)
     assert evaluation == header() | {
         "schema_version": SCHEMA_VERSION,
         "kind": "evaluation_results",
@@ -259,7 +262,7 @@ def test_both_files_say_what_was_scored(tmp_path: Path) -> None:
         "kind": "mmlu_progress",
         "arm": "4bit",
         "model": {"base": "smollm2", "adapter_sha256": "0"},
-        "tasks": {"mmlu_qlora_demo": progress_rows(NINE)},
+        "tasks": {"mmlu_qlora_demo": [row.model_dump() for row in progress_rows(NINE)]},
     }
 
 
@@ -292,9 +295,9 @@ def test_a_smaller_run_does_not_replace_a_larger_record(tmp_path: Path) -> None:
 
 def test_a_record_that_is_kept_keeps_its_environment(tmp_path: Path) -> None:
     write(tmp_path, NINE)
-    write(tmp_path, NINE[:2], settings={"batch_size": 4}, environment={"device": "cpu"})
+    write(tmp_path, NINE[:2], settings={"batch_size": 4}, environment={"device": {"name": "cpu"}})
     evaluation = read(tmp_path)
-    assert evaluation["environment"] == {"device": "a GPU"}
+    assert evaluation["environment"] == {"device": {"name": "a GPU"}}
     assert evaluation["settings"] == {"batch_size": 1}
 
 
@@ -341,11 +344,11 @@ def test_a_damaged_record_is_named_and_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_records_are_read_by_the_comparison(tmp_path: Path) -> None:
-    from qlora_harness.compare.evaluation import read_evaluations
+    from qlora_harness.results.scored import read_evaluation
 
     write(tmp_path, NINE)
-    found = read_evaluations(tmp_path / "evaluation_results.json")["mmlu_qlora_demo"]
-    assert (found.n, found.n_total, found.acc) == (9, 9, pytest.approx(5 / 9))
+    found = read_evaluation(tmp_path / "evaluation_results.json")["mmlu_qlora_demo"]
+    assert (found.n, found.n_total, found.value) == (9, 9, pytest.approx(5 / 9))
     assert found.conditions["evaluation.settings.batch_size"] == 1
 
 

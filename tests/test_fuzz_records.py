@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 from collections.abc import Callable
@@ -11,13 +10,10 @@ from pathlib import Path
 import pytest
 from compare_runs import FIRST, SECOND, evaluation, step_log, summary, write_harness, write_run
 from mutations import Reader, damaged_bytes, damaged_json, damaged_value, dumps
-from rich.console import Console
 
-from qlora_harness.compare import report
+from qlora_harness.compare import text
 from qlora_harness.compare.comparison import compare
-from qlora_harness.compare.exports import to_csv
 from qlora_harness.errors import HarnessError, printable
-from qlora_harness.record import write_json
 from qlora_harness.score import evaluation_record
 from qlora_harness.score.evaluation_record import Family, ScoredQuestion, write_records
 from qlora_harness.score.journal import Journal
@@ -28,7 +24,7 @@ HEADER = {
     "arm": "4bit",
     "model": {"base": "llama", "quant": "nf4", "peft": None},
     "settings": {"batch_size": 8},
-    "environment": {"device": "cpu"},
+    "environment": {"device": {"name": "cpu"}},
 }
 
 
@@ -89,15 +85,16 @@ def comparison(folder: Path) -> tuple[dict[Path, bytes], Callable[[], object]]:
     for path, quant, marks in zip(runs, ("nf4", "bf16"), (FIRST, SECOND), strict=True):
         write_run(path, summary(quant), evaluation(marks))
         write_harness(path, marks)
-        log = step_log([2.0] * 20) | {"evaluation": {"nll": [3.0, 4.5], "tokens": [2, 3]}}
+        log = step_log([2.0] * 20, [1.0] * 20, {"nll": [3.0, 4.5], "tokens": [2, 3]})
         (path / "training_logs.json").write_text(json.dumps(log))
 
     def read() -> None:
         made = compare(runs)
-        printable(report.to_markdown(made), keep="\n").encode()
-        write_json(folder / "out" / "comparison.json", report.to_json(made))
-        to_csv(made).encode()
-        report.print_comparison(made, Console(file=io.StringIO(), width=100))
+        printable(text.markdown(made), keep="\n").encode()
+        printable(text.details(made), keep="\n").encode()
+        made.model_dump_json().encode()
+        answer = text.answer(made).splitlines()
+        assert len(answer) <= 12 and all(len(line) <= 80 for line in answer)
 
     return files_in(runs[0], "*.json", "*.jsonl"), read
 

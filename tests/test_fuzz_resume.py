@@ -30,6 +30,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz") / "run"
     settings = build_settings(VALUES).flat()
     summary = {
+        "schema_version": 1,
         "kind": "training_summary",
         "status": "interrupted",
         "started": "2026-11-28T05:00:00+00:00",
@@ -46,7 +47,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state |= {"total_flos": 0.0, "log_history": [{"loss": 1.0}], "stateful_callbacks": {}}
     folder.mkdir()
     (folder / "training_summary.json").write_text(json.dumps(summary))
-    (folder / "training_logs.json").write_text(json.dumps({"steps": [step, step | {"step": 2}]}))
+    log = {"schema_version": 1, "kind": "training_logs", "steps": [step, step | {"step": 2}]}
+    (folder / "training_logs.json").write_text(json.dumps(log))
     for number in (2, 4):
         checkpoint = folder / "checkpoints" / f"checkpoint-{number}"
         checkpoint.mkdir(parents=True)

@@ -82,9 +82,10 @@ def test_data_imports_neither_torch_nor_lm_eval() -> None:
 
 
 def test_compare_imports_neither_torch_nor_lm_eval() -> None:
-    name = " ".join(modules("compare"))
+    name = " ".join(modules("compare", "results", "schema"))
     assert loaded_after([name], ["torch", "transformers", "peft", "lm_eval"]) == {name: []}
-    assert reaching("compare", "torch", "lm_eval") == []
+    for part in ("compare", "results", "schema"):
+        assert reaching(part, "torch", "lm_eval") == []
 
 
 def test_the_training_command_imports_nothing_heavy_until_it_runs() -> None:
@@ -102,6 +103,8 @@ def test_no_stage_reaches_back() -> None:
     assert reaching("data", f"{package}.model", f"{package}.train", f"{package}.score") == []
     assert reaching("model", f"{package}.train", f"{package}.compare") == []
     assert reaching("train", f"{package}.compare") == []
+    assert reaching("schema", f"{package}.results", f"{package}.train") == []
+    assert reaching("results", f"{package}.compare", f"{package}.train") == []
     assert reaching("compare", f"{package}.train", f"{package}.model", f"{package}.score") == []
 
 

@@ -202,7 +202,7 @@ def test_two_processes_give_the_numbers_of_one(checkout: Path, flags: list[str])
     assert (one["environment"]["world_size"], two["environment"]["world_size"]) == (1, 2)
     phases = [(phase["phase"], phase["rank"]) for phase in two["memory"]["phases"]]
     assert sorted(phases) == [
-        (name, rank) for name in ("evaluate", "load", "train") for rank in (0, 1)
+        (name, rank) for name in ("evaluate", "evaluate_before", "load", "train") for rank in (0, 1)
     ]
     assert out.count("first example, learned parts in") == 1
     assert out.count("adapter: two/adapter") == 1

@@ -138,3 +138,15 @@ def test_agreement_in_bfloat16_is_that_of_the_records() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\n", " ")
     assert f"log-probability on {ways[0]['ties']:,} of the 2,000" in text
     assert [m["ties"] for m in ways[1:]] == [0, 0] and "on none of all 14,042" in text
+
+
+def test_answer_of_compare_is_that_of_the_published_runs() -> None:
+    import qlora_harness as qh
+    from qlora_harness.compare.text import differences_line
+
+    folder = ROOT / "results" / "published" / "smollm2"
+    names = [f"{arm}{seed}" for arm in ("4bit", "16bit") for seed in ("", "_seed1", "_seed2")]
+    comparison = qh.compare([folder / name for name in (*names, "base_4bit", "base_16bit")])
+    printed = f"{comparison}\n{differences_line(comparison)}"
+    shown = "\n".join(f"    {line}" for line in printed.splitlines())
+    assert shown in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -63,11 +63,19 @@ def refusal(run_dir: Path, **options: Any) -> str:
 
 
 def write_summary(run_dir: Path, status: str, **settings: Any) -> dict[str, Any]:
-    summary = {
+    summary: dict[str, Any] = {
+        "schema_version": 1,
         "kind": "training_summary",
         "status": status,
         "settings": json.loads(json.dumps(SETTINGS.flat())) | settings,
     }
+    if status == "completed":
+        summary |= {
+            "data": {"train": {"fingerprint": "sha256:0"}, "dataset": "oasst1"},
+            "results": {"final_train_loss": 1.0},
+            "runtime": {"train_seconds": 1.0},
+            "throughput": {"tokens_per_second": 1.0},
+        }
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "training_summary.json").write_text(json.dumps(summary))
     return summary
@@ -153,11 +161,11 @@ DAMAGED = {
     "half": '{"status": "comp',
     "no object": "[]",
     "of another tool": "{}",
-    "no status": '{"kind": "training_summary", "settings": {}}',
-    "no settings": '{"kind": "training_summary", "status": "running"}',
+    "no status": '{"schema_version": 1, "kind": "training_summary", "settings": {}}',
+    "no settings": '{"schema_version": 1, "kind": "training_summary", "status": "running"}',
     "long": json.dumps({"kind": "training_summary", "status": "x" * 200_000, "settings": {}}),
     "seconds": json.dumps(
-        {"kind": "training_summary", "status": "failed", "settings": {}}
+        {"schema_version": 1, "kind": "training_summary", "status": "failed", "settings": {}}
         | {"runtime": {"train_seconds": "1"}}
     ),
 }

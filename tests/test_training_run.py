@@ -120,7 +120,12 @@ def test_run_and_all_it_leaves(
         "eval_loss": results["eval_loss"],
         "perplexity": pytest.approx(math.exp(results["eval_loss"])),
         "eval_tokens": data.report["eval"]["supervised_tokens"],
+        "eval_loss_before": results["eval_loss_before"],
     }
+    logged = json.loads((run_dir / "training_logs.json").read_text())["evaluation"]
+    for key, name in (("nll", "eval_loss"), ("nll_before", "eval_loss_before")):
+        assert results[name] == pytest.approx(sum(logged[key]) / sum(logged["tokens"]), abs=1e-9)
+    assert results["eval_loss_before"] > results["eval_loss"]
     assert losses(run_dir)[-1] < losses(run_dir)[0]
 
     memory = record["memory"]
@@ -128,10 +133,11 @@ def test_run_and_all_it_leaves(
     assert memory["device_type"] == "cpu"
     assert [(p["phase"], p["rank"]) for p in memory["phases"]] == [
         ("load", 0),
+        ("evaluate_before", 0),
         ("train", 0),
         ("evaluate", 0),
     ]
-    assert memory["cpu_peak_rss_bytes"] == memory["phases"][1]["cpu_peak_rss_bytes"] > 0
+    assert memory["cpu_peak_rss_bytes"] == memory["phases"][2]["cpu_peak_rss_bytes"] > 0
     assert memory["peak_allocated_bytes"] is memory["peak_reserved_bytes"] is None
 
     runtime = record["runtime"]

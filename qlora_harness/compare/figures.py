@@ -2,206 +2,312 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from qlora_harness.compare.evaluation import CATEGORIES
-from qlora_harness.compare.evidence import Cost, Evidence
-from qlora_harness.compare.intersection import common_words
-from qlora_harness.compare.losses import StepLog
-from qlora_harness.compare.statistics import Z95
+import numpy as np
 
-# Okabe and Ito's colours, which the colour-blind can tell apart and which show on light and dark.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-HEADINGS = (
-    "Peak memory and training time",
-    "Training loss",
-    "Accuracy by category, 95% intervals",
-    "Accuracy by subject",
-)
+from qlora_harness.compare.comparison import Comparison
+from qlora_harness.compare.contrast import Contrast
+from qlora_harness.compare.numbers import difference, interval, word
+from qlora_harness.compare.scores import GroupDifference
+from qlora_harness.units import GIB
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, as they show on light and dark.
+_BASELINE = "#7a828a"
+_COLOURS = ("#009E73", "#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#6A51A3")
+_SHADE = "rgba(128,128,128,0.18)"
 _SMOOTHING = 0.9
 
 
-def figures(evidence: Evidence) -> list[tuple[str, Any]]:
-    """Returns the figures that there are data for, by their headings.
+@dataclass(frozen=True)
+class Figure:
+    """A figure.
 
-    Args:
-        evidence: Of the comparison.
+    Attributes:
+        heading: Above it.
+        alt: What it shows, for who can't see it.
+        plot: Of Plotly.
+        wide: Whether it takes the whole width of the page.
+        folded: Whether it is opened by hand.
     """
-    # One colour a run in every figure, also where a figure has not all runs.
-    colours = {label: COLOURS[place % len(COLOURS)] for place, label in enumerate(evidence.labels)}
-    made = (
-        _costs(evidence.costs, colours),
-        _curves(evidence.logs, colours),
-        _categories(evidence, colours),
-        _subjects(evidence, colours),
-    )
-    named = zip(HEADINGS, made, strict=True)
-    return [(heading, figure) for heading, figure in named if figure is not None]
+
+    heading: str
+    alt: str
+    plot: Any
+    wide: bool = False
+    folded: bool = False
+
+
+def figures(comparison: Comparison) -> list[Figure]:
+    """Returns the figures that there are numbers for."""
+    colours = _colours(comparison)
+    made = [
+        _forest(comparison, "accuracy"),
+        _forest(comparison, "nll"),
+        _memory_and_loss(comparison, colours),
+        _curves(comparison, colours),
+        *_groups(comparison, colours),
+    ]
+    return [figure for figure in made if figure is not None]
+
+
+def _colours(comparison: Comparison) -> dict[str, str]:
+    baseline = comparison.primary[0].baseline if comparison.primary else None
+    others = [arm for arm in comparison.arms if arm != baseline]
+    colours = {arm: _COLOURS[place % len(_COLOURS)] for place, arm in enumerate(others)}
+    return {**colours, **({} if baseline is None else {baseline: _BASELINE})}
 
 
 def _layout(figure: Any, height: int, **options: Any) -> Any:
     figure.update_layout(
         height=height,
-        margin={"l": 8, "r": 8, "t": 40, "b": 8},
+        # Plotly's buttons stand above the legend.
+        margin={"l": 8, "r": 12, "t": 56 if len(figure.data) > 1 else 28, "b": 8},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13},
-        hoverlabel={"font": {"family": "system-ui, sans-serif"}},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "rgba(128,128,128,0.9)"},
         **options,
     )
-    figure.update_xaxes(automargin=True, gridcolor="rgba(128,128,128,0.25)", zeroline=False)
-    figure.update_yaxes(automargin=True, gridcolor="rgba(128,128,128,0.25)", zeroline=False)
+    for update in (figure.update_xaxes, figure.update_yaxes):
+        update(automargin=True, gridcolor="rgba(128,128,128,0.25)", zeroline=False)
     return figure
 
 
-def _costs(costs: Sequence[Cost], colours: Mapping[str, str]) -> Any:
-    from plotly.subplots import make_subplots
-
-    if not costs:
-        return None
-    kind = "GPU memory, GiB" if all(c.on_gpu for c in costs) else "memory, GiB"
-    short = max((c.hours for c in costs if c.hours is not None), default=1.0) < 1
-    unit, scale = ("minutes", 60) if short else ("hours", 1)
-    times = [None if c.hours is None else scale * c.hours for c in costs]
-    titles = (f"Peak {kind}", f"Training time, {unit}")
-    figure = make_subplots(rows=2, cols=1, subplot_titles=titles)
-    for row, values in ((1, [c.memory_gib for c in costs]), (2, times)):
-        figure.add_bar(
-            x=values,
-            y=[
-                c.label if c.on_gpu or kind.startswith("GPU") else f"{c.label} (CPU)" for c in costs
-            ],
-            orientation="h",
-            marker_color=[colours[c.label] for c in costs],
-            text=["" if value is None else f"{value:.2f}" for value in values],
-            hovertemplate="%{y}: %{x:.3f}<extra></extra>",
-            row=row,
-            col=1,
-        )
-    figure.update_yaxes(autorange="reversed", type="category")
-    return _layout(figure, 160 + 80 * len(costs), showlegend=False)
-
-
-def _curves(logs: Mapping[str, StepLog], colours: Mapping[str, str]) -> Any:
+def _forest(comparison: Comparison, key: str) -> Figure | None:
+    """Every contrast on one endpoint, with its interval and what it shows."""
     import plotly.graph_objects as go
 
-    if not logs:
+    items = [
+        (item, item.endpoints[key])
+        for item in (*comparison.contrasts, *comparison.effects)
+        if key in item.endpoints and item.endpoints[key].low is not None
+    ]
+    if not items:
+        return None
+    scale = 100 if items[0][1].unit == "share" else 1
+    unit = "points" if scale == 100 else items[0][1].unit if key == "nll" else ""
+    name = items[0][1].name
+    figure = go.Figure()
+    margin = items[0][1].margin
+    if margin is not None:
+        figure.add_vrect(x0=-scale * margin, x1=scale * margin, fillcolor=_SHADE, line_width=0)
+    figure.add_vline(x=0, line={"color": "rgba(128,128,128,0.8)", "width": 1})
+    shown = {"better": "#009E73", "worse": "#D55E00", "same": "#0072B2"}
+    rows = []
+    for item, endpoint in items:
+        label = _versus(item)
+        rows.append(label)
+        x = scale * (endpoint.difference or 0)
+        figure.add_scatter(
+            x=[x],
+            y=[label],
+            mode="markers",
+            marker={"size": 10, "color": shown.get(endpoint.word, _BASELINE)},
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [scale * (endpoint.high or 0) - x],
+                "arrayminus": [x - scale * (endpoint.low or 0)],
+                "color": shown.get(endpoint.word, _BASELINE),
+            },
+            showlegend=False,
+            hovertemplate=f"{difference(endpoint)} ({interval(endpoint)}): {word(endpoint)}"
+            "<extra></extra>",
+        )
+    figure.update_yaxes(autorange="reversed", type="category", categoryarray=rows)
+    figure.update_xaxes(title=f"difference of {name}, {unit}".rstrip(", "))
+    alt = "; ".join(
+        f"{_versus(item).replace('<br>', ' ')} {difference(e)} ({interval(e)}), {word(e)}"
+        for item, e in items
+    )
+    note = ", the margin shaded" if margin is not None else ""
+    return Figure(
+        f"{name[0].upper()}{name[1:]}, every contrast{note}",
+        alt,
+        _layout(figure, 110 + 46 * len(items)),
+    )
+
+
+def _versus(item: Contrast) -> str:
+    return f"{item.arm}<br>vs {item.baseline}"
+
+
+def _memory_and_loss(comparison: Comparison, colours: dict[str, str]) -> Figure | None:
+    import plotly.graph_objects as go
+
+    points: dict[str, tuple[float, float, float]] = {}
+    for item in comparison.contrasts:
+        memory, loss = item.endpoints.get("memory"), item.endpoints.get("eval_loss")
+        if memory is None or loss is None or None in (memory.arm, loss.arm):
+            continue
+        half = 0.0 if loss.high is None else loss.high - (loss.difference or 0)
+        points.setdefault(item.baseline, (memory.baseline or 0, loss.baseline or 0, 0.0))
+        points[item.arm] = (memory.arm or 0, loss.arm or 0, half)
+    if len(points) < 2:
         return None
     figure = go.Figure()
-    for label, log in logs.items():
+    for arm, (size, loss_value, half) in points.items():
         figure.add_scatter(
-            x=log.steps,
-            y=log.losses,
-            mode="lines",
-            line={"color": colours[label], "width": 1},
-            opacity=0.35,
+            x=[size / GIB],
+            y=[loss_value],
+            mode="markers+text",
+            text=[f"{arm} "],
+            textposition="middle left",
+            marker={"size": 12, "color": colours[arm]},
+            error_y={"type": "data", "array": [half], "color": colours[arm]},
             showlegend=False,
-            hovertemplate=f"{label}, step %{{x}}: %{{y:.4f}}<extra></extra>",
+            hovertemplate=f"{arm}: %{{x:.2f}} GiB, %{{y:.4f}}<extra></extra>",
         )
+    figure.update_xaxes(title="peak memory, GiB", rangemode="tozero")
+    losses = [loss for _, loss, _ in points.values()]
+    room = max(max(losses) - min(losses), 0.01)
+    figure.update_yaxes(
+        title="evaluation loss, nats", range=[min(losses) - room / 2, max(losses) + room]
+    )
+    alt = "; ".join(f"{arm} {m / GIB:.2f} GiB, loss {v:.3f}" for arm, (m, v, _) in points.items())
+    return Figure("Memory against loss", alt, _layout(figure, 320))
+
+
+def _curves(comparison: Comparison, colours: dict[str, str]) -> Figure | None:
+    """Training losses: thin lines are runs, thick ones arms; points before the first step."""
+    import plotly.graph_objects as go
+
+    arms: dict[str, list[Any]] = {}
+    arm_of = {run.label: run.arm for run in comparison.runs}
+    for run in comparison._runs:
+        if run.log is not None and run.log.steps:
+            arms.setdefault(arm_of[run.label], []).append(run.log)
+    if not arms:
+        return None
+    figure = go.Figure()
+    said = []
+    for arm, logs in arms.items():
+        colour = colours.get(arm, _BASELINE)
+        steps = min(len(log.steps) for log in logs)
+        numbers = [row.step for row in logs[0].steps[:steps]]
+        losses = np.array([[row.loss for row in log.steps[:steps]] for log in logs])
+        for row in losses:
+            figure.add_scatter(
+                x=numbers, y=row, mode="lines", line={"color": colour, "width": 1}, opacity=0.3,
+                showlegend=False, hoverinfo="skip",
+            )  # fmt: skip
+        smooth = smoothed(losses.mean(axis=0))
         figure.add_scatter(
-            x=log.steps,
-            y=smooth(log.losses),
-            mode="lines",
-            name=label,
-            line={"color": colours[label], "width": 2.5},
-            hovertemplate=f"{label}, smoothed, step %{{x}}: %{{y:.4f}}<extra></extra>",
-        )
+            x=numbers, y=smooth, mode="lines", name=arm, line={"color": colour, "width": 2.5},
+            hovertemplate=f"{arm}, smoothed, step %{{x}}: %{{y:.4f}}<extra></extra>",
+        )  # fmt: skip
+        before = [
+            sum(log.evaluation.nll_before) / sum(log.evaluation.tokens)
+            for log in logs
+            if log.evaluation.nll_before
+        ]
+        start = float(np.mean(before)) if before else float(losses[:, 0].mean())
+        what = "evaluation loss before training" if before else "first step, before any update"
+        figure.add_scatter(
+            x=[0 if before else numbers[0]], y=[start], mode="markers", showlegend=False,
+            marker={"color": colour, "size": 11, "symbol": "diamond"},
+            hovertemplate=f"{arm}, {what}: %{{y:.4f}}<extra></extra>",
+        )  # fmt: skip
+        said.append(f"{arm} {start:.3f} at the start, {smooth[-1]:.3f} at the end")
     figure.update_xaxes(title="step")
     figure.update_yaxes(title="loss, nats per token")
-    return _layout(figure, 380)
+    return Figure(
+        "Loss before (◆), during and after training", "; ".join(said), _layout(figure, 360), True
+    )
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """Returns an exponential moving average, corrected for its start as Adam's moments are.
-
-    Args:
-        values: One a step.
-    """
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Returns an exponential moving average, corrected for its start as Adam's moments are."""
     mean, weight, found = 0.0, 0.0, []
     for value in values:
-        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
+        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * float(value)
         weight = _SMOOTHING * weight + (1 - _SMOOTHING)
         found.append(mean / weight)
     return found
 
 
-def _categories(evidence: Evidence, colours: Mapping[str, str]) -> Any:
+def _groups(comparison: Comparison, colours: dict[str, str]) -> list[Figure]:
+    items = [item for item in comparison.primary if item.groups]
+    if not items:
+        return []
+    choices = len(comparison.primary[0].detail.letters[0]) if _letters(comparison) else 0  # type: ignore[union-attr,index]
+    found = []
+    for kind, heading in (("category", "Accuracy by category"), ("subject", "Accuracy by subject")):
+        groups = [group for group in items[0].groups if group.kind == kind]
+        if not groups:
+            continue
+        groups.sort(key=lambda group: group.arm - group.baseline)
+        plot = _dots(items, [group.name for group in groups], kind, colours, choices)
+        alt = "; ".join(
+            f"{g.name} {100 * g.arm:.1f} and {100 * g.baseline:.1f}%" for g in groups[:60]
+        )
+        title = f"{heading}, 95% intervals{', the line of chance' if choices else ''}"
+        found.append(Figure(title, alt, plot, True, kind == "subject"))
+    return found
+
+
+def _letters(comparison: Comparison) -> bool:
+    detail = comparison.primary[0].detail
+    return detail is not None and detail.letters is not None
+
+
+def _dots(
+    items: Sequence[Contrast], names: list[str], kind: str, colours: dict[str, str], choices: int
+) -> Any:
     import plotly.graph_objects as go
 
-    if not evidence.evaluations:
-        return None
-    names = ["All", *CATEGORIES.values()]
+    arms: list[tuple[str, dict[str, GroupDifference], Callable[[GroupDifference], float]]] = []
+    first = {group.name: group for group in items[0].groups if group.kind == kind}
+    arms.append((items[0].baseline, first, lambda group: group.baseline))
+    for item in items:
+        mine = {group.name: group for group in item.groups if group.kind == kind}
+        arms.append((item.arm, mine, lambda group: group.arm))
+    shown = [f"{_abbreviated(name)} ({first[name].n:,})" for name in names]
     figure = go.Figure()
-    count = len(evidence.evaluations)
-    for index, (label, evaluation) in enumerate(evidence.evaluations.items()):
-        rows = [(0, evaluation.acc, evaluation.acc_stderr)]
-        rows += [
-            (place, score.acc, score.acc_stderr)
-            for place, key in enumerate(CATEGORIES, start=1)
-            if (score := evaluation.categories.get(key)) is not None
-        ]
-        # Side by side, so that no interval hides another.
-        shift = (index - (count - 1) / 2) * min(0.25, 0.8 / count)
+    for place, (arm, groups, read) in enumerate(arms):
+        shift = (place - (len(arms) - 1) / 2) * min(0.3, 0.8 / len(arms))
+        values = [read(groups[name]) for name in names]
+        ends = [wilson(value, groups[name].n) for value, name in zip(values, names, strict=True)]
         figure.add_scatter(
-            x=[100 * acc for _, acc, _ in rows],
-            y=[place + shift for place, _, _ in rows],
-            customdata=[names[place] for place, _, _ in rows],
+            x=[100 * value for value in values],
+            y=[row + shift for row in range(len(names))],
+            customdata=shown,
             mode="markers",
-            name=label,
-            marker={"color": colours[label], "size": 9},
-            error_x={"array": [100 * Z95 * stderr if stderr else None for _, _, stderr in rows]},
-            hovertemplate=f"{label}, %{{customdata}}: %{{x:.2f}}%<extra></extra>",
+            name=arm,
+            marker={"color": colours[arm], "size": 8},
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [100 * (high - v) for v, (_, high) in zip(values, ends, strict=True)],
+                "arrayminus": [100 * (v - low) for v, (low, _) in zip(values, ends, strict=True)],
+                "color": colours[arm],
+                "thickness": 1.2,
+            },
+            hovertemplate=f"{arm}, %{{customdata}}: %{{x:.1f}}%<extra></extra>",
         )
-    figure.update_xaxes(title=_accuracy_title(evidence))
+    if choices:
+        figure.add_vline(x=100 / choices, line={"color": "#B8860B", "dash": "dot", "width": 1.5})
+    figure.update_xaxes(title="accuracy, %")
     figure.update_yaxes(
-        range=[len(names) - 0.5, -0.5], tickvals=list(range(len(names))), ticktext=names
-    )
-    return _layout(figure, 220 + 40 * count)
+        range=[len(names) - 0.5, -0.5], tickvals=list(range(len(names))), ticktext=shown,
+        tickfont={"size": 11 if len(names) > 10 else 13},
+    )  # fmt: skip
+    return _layout(figure, 110 + max(22, 14 * len(arms)) * len(names))
 
 
-def _subjects(evidence: Evidence, colours: Mapping[str, str]) -> Any:
-    import plotly.graph_objects as go
-
-    if len(evidence.evaluations) < 2:
-        return None
-    evaluations = list(evidence.evaluations.items())
-    first, last = evaluations[0][1].subjects, evaluations[-1][1].subjects
-    names = sorted(first, key=lambda name: last[name].acc - first[name].acc)
-    shown = [f"{_short(name)} ({first[name].n:,})" for name in names]
-    figure = go.Figure()
-    for name, text in zip(names, shown, strict=True):
-        values = [100 * evaluation.subjects[name].acc for _, evaluation in evaluations]
-        figure.add_scatter(
-            x=[min(values), max(values)],
-            y=[text, text],
-            mode="lines",
-            line={"color": "rgba(128,128,128,0.6)", "width": 2},
-            showlegend=False,
-            hoverinfo="skip",
-        )
-    for label, evaluation in evaluations:
-        figure.add_scatter(
-            x=[100 * evaluation.subjects[name].acc for name in names],
-            y=shown,
-            mode="markers",
-            name=label,
-            marker={"color": colours[label], "size": 9},
-            hovertemplate=f"{label}, %{{y}}: %{{x:.1f}}%<extra></extra>",
-        )
-    figure.update_xaxes(title=_accuracy_title(evidence), side="top")
-    figure.update_yaxes(range=[len(names) - 0.5, -0.5], dtick=1, tickfont={"size": 11})
-    figure = _layout(figure, 110 + 20 * len(names))
-    figure.update_layout(legend={"y": 0, "yanchor": "top"}, margin={"t": 60})
-    return figure
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Returns Wilson's 95% interval of a share."""
+    z = 1.959964
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return min(share, middle - half), max(share, middle + half)
 
 
-def _accuracy_title(evidence: Evidence) -> str:
-    return f"accuracy, %{common_words(evidence.common)}"
-
-
-def _short(subject: str) -> str:
+def _abbreviated(subject: str) -> str:
     words = subject.replace("_", " ")
     for long, short in (("high school", "HS"), ("college", "col."), ("professional", "prof.")):
         words = words.replace(long, short)

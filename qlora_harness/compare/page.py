@@ -1,88 +1,168 @@
-"""A comparison as one HTML page that needs no network."""
+"""The comparison as one HTML page with figures, which needs no network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from importlib.resources import files
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from qlora_harness.compare.figures import figures
-from qlora_harness.compare.report import Comparison, run_lines, same_line
-from qlora_harness.compare.tables.table import Table
+import numpy as np
+
+from qlora_harness.compare.comparison import Comparison
+from qlora_harness.compare.numbers import difference, interval, value, word
+from qlora_harness.compare.tables import tables
+from qlora_harness.compare.text import differences_line, title
 from qlora_harness.errors import SettingsError
+from qlora_harness.families import LETTERS
+from qlora_harness.results.answers import questions_of
+from qlora_harness.units import NOTHING
 
-_FLIPS_SHOWN = 200
+_FLIPS = 200  # shown on the page
+_TILES = ("memory", "time", "eval_loss", "accuracy")
+# Plotly's button downloads a picture; the others only change the view.
+_BUTTONS = {
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtonsToRemove": ["select2d", "lasso2d"],
+}
+
+
+class Tile(NamedTuple):
+    """One headline: a quantity, its difference, its values with the interval, and a word."""
+
+    name: str
+    difference: str
+    values: str
+    word: str
+    kind: str
+
+
+class Flip(NamedTuple):
+    """A question that one arm got right and the other wrong, first runs."""
+
+    subject: str
+    item: str
+    better: bool
+    letters: str
+    answer: str
+    question: str
 
 
 def check_packages() -> None:
-    """Refuses before any work where the packages of the page are missing.
+    """Checks before anything is computed that the page can be made.
 
     Raises:
-        SettingsError: Plotly or Jinja is not installed.
+        SettingsError: Plotly is missing.
     """
-    for name in ("plotly", "jinja2"):
-        if find_spec(name) is None:
-            raise SettingsError(
-                f"--html needs the package {name}", "pip install 'qlora-harness[reports]'"
+    if find_spec("plotly") is None:
+        raise SettingsError("--html needs plotly", "pip install 'qlora-harness[reports]'")
+
+
+def tiles(comparison: Comparison) -> list[Tile]:
+    """Returns the headlines of the leading contrast."""
+    found = []
+    for key in _TILES if comparison.primary else ():
+        item = comparison.primary[0]
+        endpoint = item.endpoints.get(key)
+        if endpoint is None:
+            continue
+        sizes = f"{value(endpoint, endpoint.arm)} vs {value(endpoint, endpoint.baseline)}"
+        if endpoint.arm is None:
+            sizes = endpoint.reason or ""
+        ends = interval(endpoint)
+        found.append(
+            Tile(
+                endpoint.name.capitalize(),
+                difference(endpoint),
+                f"{ends} · {sizes}" if ends else sizes,
+                word(endpoint),
+                endpoint.word.split()[0],
             )
+        )
+    return found
+
+
+def flips(comparison: Comparison) -> tuple[int, list[Flip]]:
+    """Returns how many answers of the leading contrast changed, and the first of them."""
+    item = comparison.primary[0] if comparison.primary else None
+    arms = {run.label: run.arm for run in comparison.runs if run.label in comparison._answers}
+    labels = [
+        next((label for label, arm in arms.items() if item and arm == name), None)
+        for name in ((item.arm, item.baseline) if item else ())
+    ]
+    if len(labels) < 2 or None in labels:
+        return 0, []
+    one, two = (comparison._answers[str(label)] for label in labels)
+    change = one["score"].to_numpy() - two["score"].to_numpy()
+    rows = np.flatnonzero(change)
+    shown = rows[:_FLIPS]
+    texts: dict[str, str] = {}
+    prompts = set(one["prompt"].iloc[shown])
+    for run in comparison._runs:
+        task = comparison.task or ""
+        if run.label in labels and task in run.harness and not texts:
+            texts = questions_of(run.harness[task], task, prompts)
+
+    def letter(place: int) -> str:
+        return LETTERS[place] if 0 <= place < len(LETTERS) else NOTHING
+
+    found = [
+        Flip(
+            str(one["subject"].iloc[row]).replace("_", " "),
+            str(one["doc_id"].iloc[row]),
+            bool(change[row] > 0),
+            f"{letter(two['choice'].iloc[row])} → {letter(one['choice'].iloc[row])}",
+            letter(one["answer"].iloc[row]),
+            texts.get(one["prompt"].iloc[row], ""),
+        )
+        for row in shown
+    ]
+    return len(rows), found
 
 
 def to_html(comparison: Comparison) -> str:
-    """Returns the page: verdict, tables, figures, changed answers, settings.
+    """Returns the page."""
+    import plotly.io
+    import plotly.offline
 
-    Args:
-        comparison: The comparison.
-    """
-    from jinja2 import Environment
-    from markupsafe import Markup
-    from plotly.io import to_html as figure_to_html
-    from plotly.offline import get_plotlyjs
+    from qlora_harness.compare.figures import figures
 
-    drawn = [
+    plots = [
         (
-            heading,
-            Markup(
-                figure_to_html(
-                    figure,
-                    full_html=False,
-                    include_plotlyjs=False,
-                    div_id=f"figure-{number}",
-                    config={"displayModeBar": False, "responsive": True},
-                )
+            figure,
+            plotly.io.to_html(
+                figure.plot, full_html=False, include_plotlyjs=False, config=_BUTTONS
             ),
         )
-        for number, (heading, figure) in enumerate(figures(comparison.evidence))
+        for figure in figures(comparison)
     ]
-    template = files("qlora_harness.compare").joinpath("page.html").read_text(encoding="utf-8")
-    page: str = (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(template)
-        .render(
+    count, shown = flips(comparison)
+    return str(
+        _template().render(
             comparison=comparison,
-            title=_listed([run.label for run in comparison.runs]),
-            run_lines=list(run_lines(comparison)),
-            same_line=same_line(comparison),
-            shared=list(_shared(comparison.shared)),
-            figures=drawn,
-            flips=comparison.evidence.flips[:_FLIPS_SHOWN],
-            flips_in_all=len(comparison.evidence.flips),
-            plotly=Markup(get_plotlyjs()),
+            title=title(comparison),
+            tiles=tiles(comparison),
+            difference=differences_line(comparison),
+            plots=plots,
+            tables=[table for table in tables(comparison) if table.rows],
+            flips=shown,
+            flips_in_all=count,
+            plotly=plotly.offline.get_plotlyjs(),
         )
     )
-    return page
 
 
-def _shared(table: Table) -> Iterator[tuple[str, Table]]:
-    """Settings in which all runs agree, and apart from them what they ran on."""
-    where = tuple(row for row in table.rows if ".environment." in row.key)
-    rest = tuple(row for row in table.rows if ".environment." not in row.key)
-    yield table.title, replace(table, rows=rest)
-    # What differs of it stands among the settings that differ.
-    yield "Environment, as far as it agrees", replace(table, key="environment", rows=where)
+def head(comparison: Comparison) -> str:
+    """Returns the headlines and the answer in sentences, for a notebook."""
+    macros = _template().module
+    return str(macros.head(title(comparison), tiles(comparison), comparison.verdict))
 
 
-def _listed(names: Sequence[str]) -> str:
-    """Joins names as in a sentence: "A and B", "A, B and C"."""
-    *before, last = names
-    return f"{', '.join(before)} and {last}" if before else last
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("page.html")

@@ -1,108 +1,420 @@
-"""Standard errors of a difference between two accuracies."""
+"""Intervals and tests for the difference of two arms; each test inverts its interval.
+
+Questions and seeds are crossed: other questions and other seeds would both move a difference, and
+their variances add (the interaction is counted twice, which is cautious). Intervals over questions
+are for questions like these, or, clustered, for subjects like these.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-# Two-sided 95% point of the normal distribution.
-Z95 = 1.96
+import numpy as np
+from scipy.special import bdtr, gammaln, ndtr, ndtri, stdtr, stdtrit
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    Floats = NDArray[np.float64]
+
+LEVEL = 0.05
+POWER = 0.8
+_NORMAL = 1e9  # degrees of freedom of the normal distribution
+_BINS = 15  # of the calibration error, of equal width (Guo et al. 2017)
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Second accuracy minus first, both as shares from 0 to 1.
+class Estimate:
+    """A difference, first arm less second, with what is known of its error.
 
     Attributes:
-        value: The difference, -1 to 1.
-        stderr: Its standard error, or None where one of the inputs has none.
-        paired: Whether the same questions were matched one by one.
+        difference: The estimate.
+        stderr: Its standard error; None where nothing tells it.
+        low: Lower end of the 95% interval.
+        high: Upper end.
+        inner_low: Lower end of the 90% interval, by which equivalence is judged.
+        inner_high: Upper end.
+        p: Two-sided, of no difference.
+        freedom: Degrees of freedom; None where the method has none.
     """
+
+    difference: float
+    stderr: float | None = None
+    low: float | None = None
+    high: float | None = None
+    inner_low: float | None = None
+    inner_high: float | None = None
+    p: float | None = None
+    freedom: float | None = None
+
+    def within(self, margin: float) -> bool:
+        """Returns whether the difference is shown to be within ± margin (two one-sided tests)."""
+        if self.inner_low is None or self.inner_high is None:
+            return False
+        return -margin < self.inner_low and self.inner_high < margin
+
+
+@dataclass(frozen=True)
+class Variance:
+    """One source of error: a variance of the difference, and its degrees of freedom."""
 
     value: float
-    stderr: float | None
-    paired: bool
-
-    @property
-    def shown(self) -> bool | None:
-        """Whether the difference is at least 1.96 standard errors; None where that is unknown."""
-        if self.stderr is None:
-            return None
-        return self.value != 0 and abs(self.value) >= Z95 * self.stderr
+    freedom: float
 
 
-@dataclass(frozen=True)
-class PairedCounts:
-    """Questions by who answered them right.
+def over_items(
+    differences: Floats,
+    weights: Floats | None = None,
+    *,
+    clusters: NDArray[np.intp] | None = None,
+) -> tuple[float, Variance]:
+    """Returns a weighted mean difference and its variance over items.
 
-    Attributes:
-        both: Right in both runs.
-        only_first: Right in the first run only.
-        only_second: Right in the second run only.
-        neither: Wrong in both runs.
-    """
-
-    both: int
-    only_first: int
-    only_second: int
-    neither: int
-
-    @property
-    def total(self) -> int:
-        """The number of questions."""
-        return self.both + self.only_first + self.only_second + self.neither
-
-
-def unpaired_difference(
-    first: float, first_stderr: float | None, second: float, second_stderr: float | None
-) -> Difference:
-    """Returns second minus first as if the runs had answered unrelated questions.
+    With weights it is a ratio of sums, whose variance is that of its linearisation (Cochran,
+    Sampling Techniques, chapter 6). With clusters, items of one cluster may depend on each other
+    (Miller 2024, "Adding error bars to evals").
 
     Args:
-        first: Accuracy of the first run, 0 to 1.
-        first_stderr: Its standard error, if known.
-        second: Accuracy of the second run, 0 to 1.
-        second_stderr: Its standard error, if known.
+        differences: One an item, [n].
+        weights: [n]; by default all equal.
+        clusters: Number of the cluster of each item, from 0, [n].
     """
-    stderr = None
-    if first_stderr is not None and second_stderr is not None:
-        stderr = math.hypot(first_stderr, second_stderr)
-    return Difference(second - first, stderr, paired=False)
+    n = len(differences)
+    w = np.full(n, 1 / n) if weights is None else weights / weights.sum()
+    mean = float(w @ differences)
+    parts = w * (differences - mean)
+    if clusters is not None:
+        parts = np.bincount(clusters, weights=parts)
+    groups = len(parts)
+    if groups < 2:
+        return mean, Variance(math.nan, 0)
+    return mean, Variance(float(groups / (groups - 1) * (parts @ parts)), groups - 1)
 
 
-def count_pairs(pairs: Iterable[tuple[bool, bool]]) -> PairedCounts:
-    """Counts questions by who answered them right.
+def over_strata(differences: Floats, strata: NDArray[np.intp]) -> tuple[float, Variance]:
+    """Returns the mean of the strata's means, and its variance within strata.
 
     Args:
-        pairs: For each question, whether the first and the second run were right.
+        differences: One an item, [n].
+        strata: Number of the stratum of each item, from 0, [n].
     """
-    both = only_first = only_second = neither = 0
-    for first, second in pairs:
-        both += first and second
-        only_first += first and not second
-        only_second += second and not first
-        neither += not first and not second
-    return PairedCounts(both, only_first, only_second, neither)
+    sizes = np.bincount(strata).astype(np.float64)
+    means = np.bincount(strata, weights=differences) / sizes
+    squares = np.bincount(strata, weights=(differences - means[strata]) ** 2)
+    freedom = len(differences) - len(sizes)
+    if freedom < 1:
+        return float(means.mean()), Variance(math.nan, 0)
+    pooled = squares.sum() / freedom
+    own = np.divide(squares, sizes - 1, out=np.full(len(sizes), pooled), where=sizes > 1)
+    return float(means.mean()), Variance(float((own / sizes).sum() / len(sizes) ** 2), freedom)
 
 
-def paired_difference(counts: PairedCounts) -> Difference:
-    """Returns second minus first over the same questions.
-
-    With b and c questions right in one run only and n in all, the standard error of (c - b)/n is
-    sqrt(b + c - (b - c)²/n)/n; questions on which the runs agree add nothing to it.
+def over_seeds(first: Floats, second: Floats, *, blocks: bool) -> list[Variance]:
+    """Returns what other seeds would do to the difference of two arms' means.
 
     Args:
-        counts: The table of the two runs; at least one question.
+        first: One value a seed.
+        second: The same of the other arm; with blocks, of the same seeds in the same order.
+        blocks: Whether runs of one seed move together, as losses do, which share batches, first
+            weights and dropout. Otherwise each arm has its own variance (Welch).
 
-    Raises:
-        ValueError: There is no question.
+    Returns:
+        One variance with blocks, two without; none where each arm has one seed. An arm of one seed
+        is taken to vary as the other does.
     """
-    total = counts.total
+    if max(len(first), len(second)) < 2:
+        return []
+    if blocks and len(first) == len(second):
+        n = len(first)
+        return [Variance(float(np.var(first - second, ddof=1)) / n, n - 1)]
+    found = []
+    for mine, other in ((first, second), (second, first)):
+        known = mine if len(mine) > 1 else other
+        found.append(Variance(float(np.var(known, ddof=1)) / len(mine), len(known) - 1))
+    return found
+
+
+def combine(
+    difference: float, items: Variance | None, seeds: list[Variance], *, level: float = LEVEL
+) -> Estimate:
+    """Returns the interval from the variances over items and over seeds.
+
+    The degrees of freedom are Satterthwaite's. With two seeds in blocks these are too many (88%
+    coverage where the seeds vary most), so there the quantile is Cochran's weighted mean of the
+    parts' own (Biometrics 20, 1964).
+
+    Args:
+        difference: The estimate.
+        items: Over questions, conversations or steps; None where they aren't known.
+        seeds: As `over_seeds` gives them.
+        level: Two-sided.
+    """
+    parts = ([] if items is None else [items]) + seeds
+    parts = [part for part in parts if part.freedom > 0 and math.isfinite(part.value)]
+    if not parts:
+        return Estimate(difference)
+    total = sum(part.value for part in parts)
     if total == 0:
-        raise ValueError("no question to pair")
-    net = counts.only_second - counts.only_first
-    discordant = counts.only_second + counts.only_first
-    # n(b + c) - (b - c)² in whole numbers: exactly 0, never -1e-17, when all pairs fall one way.
-    variance = (discordant * total - net * net) / total
-    return Difference(net / total, math.sqrt(variance) / total, paired=True)
+        return Estimate(
+            difference, 0.0, difference, difference, difference, difference, float(difference == 0)
+        )
+    if len(seeds) == 1 and len(parts) == 2:
+        quantile = sum(p.value * float(stdtrit(p.freedom, 0.975)) for p in parts) / total
+        freedom = _freedom(quantile)
+    else:
+        freedom = total**2 / sum(part.value**2 / part.freedom for part in parts)
+    stderr = math.sqrt(total)
+    outer, inner = (float(stdtrit(freedom, 1 - tail)) * stderr for tail in (level / 2, level))
+    p = 2 * float(stdtr(freedom, -abs(difference) / stderr))
+    return Estimate(
+        difference,
+        stderr,
+        difference - outer,
+        difference + outer,
+        difference - inner,
+        difference + inner,
+        p,
+        freedom,
+    )
+
+
+def _freedom(quantile: float) -> float:
+    """The degrees of freedom at which a 97.5% quantile of Student's t is reached."""
+    low, high = 0.5, 1e9
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if stdtrit(middle, 0.975) < quantile else (middle, high)
+    return low
+
+
+def tango_score(lost: ArrayLike, won: ArrayLike, n: ArrayLike, difference: ArrayLike) -> Floats:
+    """Returns the score statistic of paired proportions for an assumed difference.
+
+    Tango, Statistics in Medicine 17 (1998). At 0 it is McNemar's (won - lost) / √(won + lost).
+    """
+    b, c, size, delta = (np.asarray(x, dtype=np.float64) for x in (lost, won, n, difference))
+    # The share of `lost` by maximum likelihood under the assumed difference.
+    linear = b + c + delta * (c - b) - 2 * size * delta
+    root = np.sqrt(np.maximum(0.0, linear**2 + 8 * size * b * delta * (1 - delta)))
+    share = (linear + root) / (4 * size)
+    variance = np.maximum(size * (2 * share + delta * (1 - delta)), 0.0)
+    gap = c - b - size * delta
+    with np.errstate(divide="ignore", invalid="ignore"):
+        score = gap / np.sqrt(variance)
+    found: Floats = np.where(gap == 0, 0.0, score)
+    return found
+
+
+def tango_interval(
+    lost: ArrayLike, won: ArrayLike, n: ArrayLike, level: float
+) -> tuple[Floats, Floats]:
+    """Returns the differences that the score test at a two-sided level doesn't reject.
+
+    Args:
+        lost: Right in the second only; any shape.
+        won: Right in the first only.
+        n: All pairs.
+        level: For example 0.05.
+    """
+    b, c, size = np.broadcast_arrays(
+        *(np.asarray(x, dtype=np.float64) for x in (lost, won, n)), subok=False
+    )
+    z = float(ndtri(1 - level / 2))
+    # In one orientation, so that swapping the arms mirrors every digit.
+    less, more = np.minimum(b, c), np.maximum(b, c)
+    middle = (more - less) / size
+
+    def bound(target: float, edge: float) -> Floats:
+        inner, outer = middle.copy(), np.full_like(middle, edge)
+        for _ in range(60):
+            half = (inner + outer) / 2
+            accepted = np.abs(tango_score(less, more, size, half)) <= target
+            inner, outer = np.where(accepted, half, inner), np.where(accepted, outer, half)
+        return np.asarray(inner)
+
+    low, high = bound(z, -1.0), bound(z, 1.0)
+    low = np.where(b == c, -high, low)
+    mirrored = b > c
+    return np.where(mirrored, -high, low), np.where(mirrored, -low, high)
+
+
+def no_difference(lost: ArrayLike, won: ArrayLike, n: ArrayLike) -> Floats:
+    """Returns the two-sided p of the score test of no difference, which is McNemar's."""
+    found: Floats = 2 * ndtr(-np.abs(tango_score(lost, won, n, 0.0)))
+    return found
+
+
+def pair_counts(total: ArrayLike, squares: ArrayLike) -> tuple[Floats, Floats]:
+    """Returns how many questions only the second and only the first arm got right.
+
+    With ties worth a part, the two numbers are those that have the same sum and sum of squares.
+
+    Args:
+        total: Sum over questions of the credit of the first less that of the second; any shape.
+        squares: Sum of the squares of the same.
+    """
+    net = np.asarray(total, dtype=np.float64)
+    changed = np.maximum(np.asarray(squares, dtype=np.float64), np.abs(net))
+    return (changed - net) / 2, (changed + net) / 2
+
+
+def paired_proportions(differences: Floats, *, level: float = LEVEL) -> Estimate:
+    """Returns the difference of two accuracies on the same questions, one run each.
+
+    Interval and tests are Tango's, which hold where hardly any answer changed; the test of no
+    difference is McNemar's without correction, which is the test that the interval inverts.
+
+    Args:
+        differences: Credit of the first less that of the second, [n], each from -1 to 1.
+        level: Two-sided.
+    """
+    n = len(differences)
+    lost, won = (float(x) for x in pair_counts(differences.sum(), (differences**2).sum()))
+    low, high = (float(end) for end in tango_interval(lost, won, n, level))
+    inner_low, inner_high = (float(end) for end in tango_interval(lost, won, n, 2 * level))
+    mean = (won - lost) / n
+    stderr = math.sqrt(max(0.0, (won + lost) / n - mean**2) / n)
+    p = float(no_difference(lost, won, n))
+    return Estimate(mean, stderr, low, high, inner_low, inner_high, p)
+
+
+def holm(values: Floats) -> Floats:
+    """Returns p-values after Holm's step-down correction, in the order given."""
+    order = np.argsort(values)
+    steps = (len(values) - np.arange(len(values))) * values[order]
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return adjusted
+
+
+def mcnemar_midp(lost: int, won: int) -> float:
+    """Returns the two-sided mid-p of McNemar's test (Fagerland et al. 2013), for reference."""
+    changed, few = lost + won, min(lost, won)
+    logarithm = gammaln(changed + 1) - gammaln(few + 1) - gammaln(changed - few + 1)
+    point = math.exp(float(logarithm) - changed * math.log(2))
+    return float(min(1.0, 2 * bdtr(few, changed, 0.5) - point)) if lost != won else 1.0
+
+
+def unpaired(
+    one: Floats, two: Floats, errors: tuple[list[float], list[float]], level: float
+) -> Estimate:
+    """Returns the difference of two arms whose questions can't be paired.
+
+    Args:
+        one: The metric, one value a run.
+        two: Of the other arm.
+        errors: Standard errors of these values over questions, of each arm; the largest counts.
+        level: Two-sided.
+    """
+    items = None
+    if all(errors):
+        items = Variance(max(errors[0]) ** 2 + max(errors[1]) ** 2, _NORMAL)
+    difference = float(one.mean() - two.mean())
+    return combine(difference, items, over_seeds(one, two, blocks=False), level=level)
+
+
+def probabilities(logprobs: Floats) -> Floats:
+    """Returns the probabilities of the choices among each other.
+
+    Args:
+        logprobs: Nats, [n, choices]; NaN where there is no such choice, which becomes 0.
+    """
+    known = np.where(np.isnan(logprobs), -np.inf, logprobs)
+    shifted = np.exp(known - known.max(axis=1, keepdims=True))
+    found: Floats = shifted / shifted.sum(axis=1, keepdims=True)
+    return found
+
+
+def nll_of(shares: Floats, answer: NDArray[np.int8]) -> Floats:
+    """Returns the negative log-probability of the right choice among the choices, nats, [n].
+
+    Args:
+        shares: [n, choices].
+        answer: Place of the right one, [n].
+    """
+    right = shares[np.arange(len(shares)), answer]
+    found: Floats = -np.log(np.maximum(right, 1e-300))
+    return found
+
+
+def brier_of(shares: Floats, answer: NDArray[np.int8]) -> Floats:
+    """Returns the sum over choices of (probability - 1 or 0)², [n].
+
+    Args:
+        shares: [n, choices].
+        answer: Place of the right one, [n].
+    """
+    right = np.zeros_like(shares)
+    right[np.arange(len(shares)), answer] = 1
+    found: Floats = ((shares - right) ** 2).sum(axis=1)
+    return found
+
+
+def divergence(reference: Floats, other: Floats) -> float:
+    """Returns the mean KL(reference ‖ other), nats.
+
+    Args:
+        reference: Probabilities, [n, choices].
+        other: The same of another run.
+    """
+    ratio = np.log(np.maximum(reference, 1e-300)) - np.log(np.maximum(other, 1e-300))
+    return float((reference * ratio).sum(axis=1).mean())
+
+
+def calibration_error(shares: Floats, answer: NDArray[np.int8]) -> float:
+    """Returns the expected calibration error over 15 bins of equal width.
+
+    Args:
+        shares: [n, choices].
+        answer: Place of the right one, [n].
+    """
+    confidence = shares.max(axis=1)
+    right = shares.argmax(axis=1) == answer
+    bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    gaps = np.bincount(bins, weights=right - confidence, minlength=_BINS)
+    return float(np.abs(gaps).sum() / len(shares))
+
+
+def best_choices(logprobs: Floats) -> Floats:
+    """Returns 1 for the best choice and 0 for others; k tied best have 1/k each, [n, choices].
+
+    Args:
+        logprobs: [n, choices].
+    """
+    tied = logprobs == np.nanmax(logprobs, axis=1, keepdims=True)
+    found: Floats = tied / tied.sum(axis=1, keepdims=True)
+    return found
+
+
+def letter_accuracy(chosen: Floats, answer: NDArray[np.int8]) -> float:
+    """Returns the accuracy of giving these letters this often, whatever the question.
+
+    Args:
+        chosen: As `best_choices` gives it, or its mean over seeds.
+        answer: Place of the right one, [n].
+    """
+    return float(chosen.mean(axis=0) @ np.bincount(answer, minlength=chosen.shape[1])) / len(answer)
+
+
+def letter_centred(logprobs: Floats, answer: NDArray[np.int8]) -> Floats:
+    """Returns values whose mean is the accuracy without the model's preference for letters.
+
+    Each letter's log-probability is taken less its mean over the questions, and the accuracy of
+    the best choices then less what their own mix of letters scores: 0 without knowledge. The
+    values are the estimate's linearisation, so they can be paired as others are.
+
+    Args:
+        logprobs: Nats, [n, choices], the same choices for every question.
+        answer: Place of the right one, [n].
+    """
+    n = len(answer)
+    chosen = best_choices(logprobs - logprobs.mean(axis=0))
+    chosen_share = chosen.mean(axis=0)
+    right_share = np.bincount(answer, minlength=chosen.shape[1]) / n
+    credit = chosen[np.arange(n), answer]
+    found: Floats = (
+        credit - chosen @ right_share - chosen_share[answer] + chosen_share @ right_share
+    )
+    return found

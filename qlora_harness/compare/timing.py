@@ -3,64 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from itertools import combinations
-from typing import Any
 
-from qlora_harness.compare.runs import Run, TrainingSummary
+from qlora_harness.results.runs import Run
+from qlora_harness.schema.training import TrainingSummary
 
 # Device memory of others, bytes, that is no other program: a driver's own and a desktop's.
 _NEGLIGIBLE = 2**30
-# What other processes on the host or the device change.
-_DISTURBED: dict[str, Any] = dict.fromkeys(
-    ("train_seconds", "tokens_per_second", "peak_device_used_bytes")
-)
 
 
-def without_times(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
-    """Leaves the times out of runs that were not timed under the same conditions.
-
-    Args:
-        runs: The runs; those that were not trained here stay as they are.
-
-    Returns:
-        The runs, without training time and throughput if something disturbed one of them, and a
-        note that says what, or none.
-    """
-    reason = _disturbance([(run.label, run.training) for run in runs if run.training is not None])
-    if reason is None:
-        return list(runs), []
-    untimed = [
-        run if run.training is None else replace(run, training=replace(run.training, **_DISTURBED))
-        for run in runs
-    ]
-    return untimed, [
-        f"Training time, throughput and the memory of the whole device are not compared: {reason}."
-    ]
-
-
-def _disturbance(trained: Sequence[tuple[str, TrainingSummary]]) -> str | None:
+def disturbance(runs: Sequence[Run]) -> str | None:
+    """Returns why the times of runs can't be compared; None if nothing speaks against it."""
+    trained = [(run.label, run.training) for run in runs if run.training is not None]
+    if len(trained) < len(runs):
+        return "not trained here"
     for label, one in trained:
-        if one.other_processes:
-            return f"{one.other_processes:.0f} other processes used the GPU of {label}"
-        if one.other_bytes is not None and one.other_bytes > _NEGLIGIBLE:
-            return f"others held {one.other_bytes / 2**30:.1f} GiB of the GPU of {label}"
+        if one.status != "completed":
+            return f"{label} was interrupted"
+        if one.runtime.resumed:
+            return f"{label} was resumed from a checkpoint"
+        if one.memory.other_processes:
+            return f"{one.memory.other_processes} other processes used the GPU of {label}"
+        if (one.memory.other_bytes or 0) > _NEGLIGIBLE:
+            held = (one.memory.other_bytes or 0) / 2**30
+            return f"others held {held:.1f} GiB of the GPU of {label}"
     for (label, one), (name, other) in combinations(trained, 2):
-        threads = one.cpu_threads, other.cpu_threads
-        if None not in threads and threads[0] != threads[1]:
-            return f"{label} had {threads[0]:.0f} CPU threads, and {name} {threads[1]:.0f}"
+        mine, theirs = one.environment, other.environment
+        if None not in (mine.cpu_threads, theirs.cpu_threads) and (
+            mine.cpu_threads != theirs.cpu_threads
+        ):
+            return f"{mine.cpu_threads} CPU threads, and {theirs.cpu_threads} ({label}, {name})"
+        if _device(one, "name") != _device(other, "name"):
+            return f"different devices ({label}, {name})"
         if _same_device(one, other) and _overlap(one, other):
-            return f"{label} and {name} ran at the same time on the same host and device"
+            return f"{label}, {name} overlapped"
     return None
 
 
+def _device(run: TrainingSummary, key: str) -> object:
+    return (run.environment.device or {}).get(key)
+
+
 def _same_device(one: TrainingSummary, other: TrainingSummary) -> bool:
-    if one.host is None or one.host != other.host:
+    if one.process.host is None or one.process.host != other.process.host:
         return False
     # Older records name the kind of device only; then one of them may have been another.
-    known = None not in (one.device_id, other.device_id)
-    return one.device_id == other.device_id if known else one.device_name == other.device_name
+    known = None not in (_device(one, "id"), _device(other, "id"))
+    return not known or _device(one, "id") == _device(other, "id")
 
 
 def _overlap(one: TrainingSummary, other: TrainingSummary) -> bool:

@@ -489,7 +489,7 @@ class QloraAdapterLM(HFLM):  # type: ignore[misc]  # HFLM has no type informatio
                 "arm": self._choice.quant.arm,
                 "model": self._model_record(),
                 "settings": self._settings_record() | {"processes": self.world_size},
-                "environment": environment() | {"device": _device_name(self.device)},
+                "environment": environment() | {"device": {"name": _device_name(self.device)}},
             }
         )
         return header

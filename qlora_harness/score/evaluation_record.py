@@ -8,22 +8,21 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
+from typing import Any, TypeVar
 
 from qlora_harness.accuracy import accuracy, micro_macro
-from qlora_harness.errors import ResultsError, shown
+from qlora_harness.errors import ResultsError
 from qlora_harness.families import LETTERS
 from qlora_harness.question_hashes import prompts_hash
 from qlora_harness.record import (
     EVALUATION_FILE,
     SCHEMA_VERSION,
     now,
-    read_json,
     remove_leftovers,
     write_json,
 )
+from qlora_harness.schema.evaluation import Evaluation, Progress, QuestionRow, TaskScores
+from qlora_harness.schema.section import read_record
 from qlora_harness.score.mmlu import is_tie, predict
 
 _WRITTEN_SECONDS = 3600.0  # by then no process is still writing a record
@@ -65,7 +64,7 @@ def summarise(
     categories: Mapping[str, Sequence[str]],
     *,
     n_total: int,
-) -> dict[str, Any]:
+) -> TaskScores:
     """Computes the accuracies of one task family.
 
     Args:
@@ -104,31 +103,33 @@ def summarise(
             if any(s in subjects for s in members)
         },
     }
-    return summary
+    return TaskScores.model_validate(summary)
 
 
-def progress_rows(questions: Sequence[ScoredQuestion]) -> list[dict[str, Any]]:
+def progress_rows(questions: Sequence[ScoredQuestion]) -> list[QuestionRow]:
     """Returns one row a question, in file order, with the accuracy so far.
 
     Args:
         questions: Scored questions of one family.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[QuestionRow] = []
     right = 0
     for count, q in enumerate(sorted(questions, key=lambda q: q.index), start=1):
         right += q.correct
         rows.append(
-            {
-                "index": q.index,
-                "subject": q.subject,
-                "logprobs": dict(zip(LETTERS, q.logprobs, strict=True)),
-                "prediction": q.prediction,
-                "answer": q.answer,
-                "correct": q.correct,
-                "running_accuracy": right / count,
-                "prompt_sha256": q.prompt_sha256,
-                "truncated": q.truncated,
-            }
+            QuestionRow.model_validate(
+                {
+                    "index": q.index,
+                    "subject": q.subject,
+                    "logprobs": dict(zip(LETTERS, q.logprobs, strict=True)),
+                    "prediction": q.prediction,
+                    "answer": q.answer,
+                    "correct": q.correct,
+                    "running_accuracy": right / count,
+                    "prompt_sha256": q.prompt_sha256,
+                    "truncated": q.truncated,
+                }
+            )
         )
     return rows
 
@@ -181,30 +182,44 @@ def write_records(
     Raises:
         ResultsError: A record that is there is damaged.
     """
-    same_model = {"arm": header["arm"], "model": header["model"]}
-    old_tasks = _kept(folder / EVALUATION_FILE, _Evaluation, same_model)
-    old_rows = _kept(folder / progress_name, _Progress, same_model)
+    arm, model = header["arm"], header["model"]
+    old_tasks: dict[str, TaskScores] = {}
+    old_rows: dict[str, list[QuestionRow]] = {}
+    evaluation = _existing(folder / EVALUATION_FILE, Evaluation)
+    if evaluation is not None and _same_model(evaluation, arm, model):
+        old_tasks = evaluation.tasks
+    progress = _existing(folder / progress_name, Progress)
+    if progress is not None and _same_model(progress, arm, model):
+        old_rows = progress.tasks
     tasks, rows = dict(old_tasks), dict(old_rows)
     written = []
     for name, family in families.items():
         questions = {q.index: q for q in family.questions}
         if name in old_rows and name in old_tasks:
-            if old_tasks[name].get("settings") == header["settings"]:
-                questions = {q["index"]: _question(q) for q in old_rows[name]} | questions
-            elif old_tasks[name]["n"] > len(questions):
+            if old_tasks[name].settings == header["settings"]:
+                questions = {row.index: _question(row) for row in old_rows[name]} | questions
+            elif old_tasks[name].n > len(questions):
                 continue
         merged = list(questions.values())
-        summary = summarise(merged, family.categories, n_total=family.n_total)
-        tasks[name] = {**summary, "settings": header["settings"]}
+        tasks[name] = summarise(merged, family.categories, n_total=family.n_total)
+        tasks[name].settings = dict(header["settings"])
         rows[name] = progress_rows(merged)
         written.append(name)
     if written:
         common = {"schema_version": SCHEMA_VERSION, "created": now()}
-        progress = common | {"kind": "mmlu_progress", **same_model, "tasks": rows}
-        evaluation = common | {"kind": "evaluation_results", **header, "tasks": tasks}
-        write_json(folder / progress_name, progress, rows_at=3)  # a question a line
-        write_json(folder / EVALUATION_FILE, evaluation)
+        # `now` and the header are set, as are all fields of the tasks: nothing unset is lost.
+        progress = Progress.model_validate(common | {"arm": arm, "model": model, "tasks": {}})
+        progress.tasks = rows
+        evaluation = Evaluation.model_validate(common | dict(header) | {"tasks": {}})
+        evaluation.tasks = tasks
+        write_json(folder / progress_name, _content(progress), rows_at=3)  # a question a line
+        write_json(folder / EVALUATION_FILE, _content(evaluation))
     return written
+
+
+def _content(record: Progress | Evaluation) -> dict[str, Any]:
+    content = record.model_dump(mode="json", exclude_unset=True)
+    return {"schema_version": None, "created": None, "kind": record.kind} | content
 
 
 def check_folder(folder: Path, progress_name: str) -> None:
@@ -228,81 +243,30 @@ def check_folder(folder: Path, progress_name: str) -> None:
         ) from None
     for name in (EVALUATION_FILE, progress_name):
         remove_leftovers(folder / name, _WRITTEN_SECONDS)
-    _kept(folder / EVALUATION_FILE, _Evaluation, None)
-    _kept(folder / progress_name, _Progress, None)
+    _existing(folder / EVALUATION_FILE, Evaluation)
+    _existing(folder / progress_name, Progress)
 
 
-def _question(row: Mapping[str, Any]) -> ScoredQuestion:
+def _question(row: QuestionRow) -> ScoredQuestion:
+    logprobs: dict[Any, float] = row.logprobs
     return ScoredQuestion(
-        row["index"],
-        row["subject"],
-        row["prompt_sha256"],
-        row["answer"],
-        tuple(row["logprobs"][letter] for letter in LETTERS),
-        row["truncated"],
+        row.index,
+        row.subject,
+        row.prompt_sha256,
+        row.answer,
+        tuple(logprobs[letter] for letter in LETTERS),
+        row.truncated,
     )
 
 
-class _Row(BaseModel, strict=True):
-    """What is read of a question's row in a progress file."""
-
-    index: NonNegativeInt
-    subject: str
-    logprobs: dict[Literal["A", "B", "C", "D"], Annotated[float, Field(le=0, allow_inf_nan=False)]]
-    answer: Literal["A", "B", "C", "D"]
-    prompt_sha256: str
-    truncated: bool
-
-    @model_validator(mode="after")
-    def _has_all_letters(self) -> _Row:
-        if len(self.logprobs) != len(LETTERS):
-            raise ValueError("logprobs must hold A, B, C and D")
-        return self
+_Kind = TypeVar("_Kind", Progress, Evaluation)
 
 
-class _Task(BaseModel, strict=True):
-    """What is read of a family in evaluation_results.json."""
-
-    n: NonNegativeInt
-    settings: dict[str, Any]
+def _existing(path: Path, kind: type[_Kind]) -> _Kind | None:
+    return read_record(path, kind) if path.exists() else None
 
 
-class _Progress(BaseModel, strict=True):
-    """What is read of a progress file before it is written anew."""
-
-    arm: str
-    model: dict[str, Any]
-    tasks: dict[str, list[_Row]]
-
-
-class _Evaluation(BaseModel, strict=True):
-    """What is read of evaluation_results.json before it is written anew."""
-
-    arm: str
-    model: dict[str, Any]
-    tasks: dict[str, _Task]
-
-
-def _kept(
-    path: Path, kind: type[_Progress | _Evaluation], same_model: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The tasks of an existing file, checked; none if it is about another model."""
-    if not path.exists():
-        return {}
-    old = read_json(path, finite=True)
-    try:
-        checked = kind.model_validate(old)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ResultsError(
-            f"{path}: {'.'.join(map(str, first['loc']))} is {shown(first['input'])} "
-            f"({first['msg']:.100})",
-            "The record is damaged: restore it or remove it",
-        ) from None
-    if same_model is not None and checked.arm != same_model["arm"]:
-        return {}
-    # A record of an earlier version lacks some keys.
-    known = (same_model or {}).get("model", {})
-    if any(checked.model.get(key, value) != value for key, value in known.items()):
-        return {}
-    return dict(old["tasks"])
+def _same_model(record: Progress | Evaluation, arm: str, model: Mapping[str, Any]) -> bool:
+    """Whether a record is about a model; one of an earlier version lacks some keys."""
+    known = record.model.model_dump(exclude_unset=True)
+    return record.arm == arm and all(known.get(key, value) == value for key, value in model.items())

@@ -1,1 +1,6 @@
 """Training under the Hugging Face Trainer, with a full record of every run."""
+
+from qlora_harness.callable_package import make_callable
+
+_FUNCTION = "qlora_harness.api:train"
+make_callable(__name__)

@@ -51,13 +51,14 @@ from qlora_harness.record import (
     nested,
     scrub_all,
 )
+from qlora_harness.schema.training import EvaluationLosses
 from qlora_harness.settings import Settings
 from qlora_harness.train.adapter import attach_adapter
 from qlora_harness.train.arguments import planned_steps, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.checkpoints import check_fits, checkpoint_step
 from qlora_harness.train.cpu import bfloat16_slowdown, use_all_cores
-from qlora_harness.train.evaluation import evaluate_loss
+from qlora_harness.train.evaluation import EvaluationLoss, evaluate_loss
 from qlora_harness.train.memory import MemoryMeter
 from qlora_harness.train.memory_choice import choose
 from qlora_harness.train.model_shape import measure_shape
@@ -67,6 +68,7 @@ from qlora_harness.train.run_folder import (
     clear,
     inspect,
     lock,
+    read_log,
     read_steps,
     remove_temporary_files,
     run_of,
@@ -427,6 +429,28 @@ class _Run:
         trainer.step_log = log
         self.memory.optimizer = lambda: trainer.optimizer
         checkpoint = self.start.checkpoint
+
+        def evaluate() -> EvaluationLoss:
+            return evaluate_loss(
+                trainer.model,
+                data.evaluation,
+                batch_size=settings.optimization.eval_batch_size,
+                pad_id=pad,
+                accelerator=trainer.accelerator,
+                autocast_dtype=torch.bfloat16 if arguments.bf16 else None,
+                fused=self.fused,
+            )
+
+        losses = self._losses_before(checkpoint)
+        if data.evaluation and checkpoint is None:
+            with self.memory.phase("evaluate_before"):
+                untrained = evaluate()
+            if math.isfinite(untrained.loss):
+                losses.nll_before = [nll for nll, _ in untrained.conversations]
+                losses.tokens = [tokens for _, tokens in untrained.conversations]
+        if losses.nll_before:
+            log.evaluation = losses
+            self.record.evaluated_before(math.fsum(losses.nll_before) / sum(losses.tokens))
         if checkpoint is not None and checkpoint_step(checkpoint) >= steps:
             # It was stopped after its last step: Trainer would take one more.
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -468,28 +492,27 @@ class _Run:
                 raise TrainingError(error.problem, error.remedy) from None
         if data.evaluation:
             with self.record.timed("eval"), self.memory.phase("evaluate"):
-                evaluation = evaluate_loss(
-                    trainer.model,
-                    data.evaluation,
-                    batch_size=settings.optimization.eval_batch_size,
-                    pad_id=pad,
-                    accelerator=trainer.accelerator,
-                    autocast_dtype=torch.bfloat16 if arguments.bf16 else None,
-                    fused=self.fused,
-                )
+                evaluation = evaluate()
             if not math.isfinite(evaluation.perplexity):
                 raise TrainingError(
                     f"the evaluation loss is {evaluation.loss:g}, of which no perplexity follows",
                     "Lower --learning-rate or look at the step log",
                 )
             self.record.evaluated(evaluation)
-            log.evaluation = {
-                "nll": [nll for nll, _ in evaluation.conversations],
-                "tokens": [tokens for _, tokens in evaluation.conversations],
-            }
+            losses.nll = [nll for nll, _ in evaluation.conversations]
+            losses.tokens = [tokens for _, tokens in evaluation.conversations]
+            log.evaluation = losses
             log.write()
         self.record.finish("completed", log.rows, self.earlier_rows)
         return self.record.content
+
+    def _losses_before(self, checkpoint: Path | None) -> EvaluationLosses:
+        """The evaluation before the first step of the run that this one goes on from."""
+        earlier = None if checkpoint is None else read_log(run_of(checkpoint))
+        if earlier is None or not earlier.evaluation.nll_before:
+            return EvaluationLosses()
+        evaluation = earlier.evaluation
+        return EvaluationLosses(nll_before=evaluation.nll_before, tokens=evaluation.tokens)
 
     def _earlier_rows(self) -> list[dict[str, Any]]:
         """The step rows before the checkpoint that this run goes on from."""

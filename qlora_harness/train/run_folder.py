@@ -25,10 +25,11 @@ from qlora_harness.record import (
     SUMMARY_FILE,
     TRAINER_STATE_FILE,
     nested,
-    read_json,
     remove_leftovers,
     scrub_all,
 )
+from qlora_harness.schema.section import read_record
+from qlora_harness.schema.training import TrainingLog, TrainingSummary
 from qlora_harness.settings import Settings, setting_fields
 from qlora_harness.train.checkpoints import (
     all_checkpoints,
@@ -214,33 +215,11 @@ def _read_run(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / SUMMARY_FILE
     if not path.exists():
         return None
-    summary = _read(path)
-    if summary.get("kind") != "training_summary":
-        raise RunError(
-            f'{path} was not written by qlora-harness (no "kind": "training_summary")',
-            "Use another --output-dir",
-        )
-    checks: dict[tuple[str, ...], bool] = {}
-    checks[("status",)] = summary.get("status") in _STATUSES
-    checks[("settings",)] = isinstance(summary.get("settings"), dict)
-    for keys, kind in _RECORD_TYPES.items():
-        value = nested(summary, *keys)
-        checks[keys] = value is None or (isinstance(value, kind) and not isinstance(value, bool))
-    for keys, valid in checks.items():
-        if not valid:
-            raise RunError(
-                f"{path}, key {'.'.join(keys)!r}: {reprlib.repr(nested(summary, *keys))} is not "
-                "valid, so the record is damaged",
-                "Restore it, or use another --output-dir",
-            )
-    return summary
-
-
-def _read(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path)
+        summary = read_record(path, TrainingSummary)
     except ResultsError as error:
-        raise RunError(error.problem, "Restore the file, or use another --output-dir") from None
+        raise RunError(error.problem, "Restore it, or use another --output-dir") from None
+    return summary.model_dump(mode="json", exclude_unset=True)
 
 
 def read_steps(run_dir: Path, last: int) -> list[dict[str, Any]]:
@@ -253,23 +232,33 @@ def read_steps(run_dir: Path, last: int) -> list[dict[str, Any]]:
     Raises:
         RunError: The log is damaged.
     """
-    path = run_dir / LOGS_FILE
-    if not path.is_file():
+    log = read_log(run_dir)
+    if log is None:
         return []
-    rows = _read(path).get("steps")
-    numbers = ("step", "loss", "seconds", "tokens", "supervised_tokens")
-    valid = isinstance(rows, list) and all(
-        isinstance(row, dict)
-        and all(isinstance(row.get(n), int | float) for n in numbers)
-        and row["seconds"] > 0
-        for row in rows
-    )
-    if not valid:
+    if any(not row.seconds for row in log.steps):
         raise RunError(
-            f"{path}, key 'steps': not a list of steps, so the log is damaged",
+            f"{run_dir / LOGS_FILE}: a step has no seconds, so the log is damaged",
             "Restore it, or use another --output-dir",
         )
-    return [row for row in rows or [] if row["step"] <= last]
+    return [row.model_dump(exclude_unset=True) for row in log.steps if row.step <= last]
+
+
+def read_log(run_dir: Path) -> TrainingLog | None:
+    """Reads a run's step log; None without one.
+
+    Args:
+        run_dir: The run folder.
+
+    Raises:
+        RunError: The log is damaged.
+    """
+    path = run_dir / LOGS_FILE
+    if not path.is_file():
+        return None
+    try:
+        return read_record(path, TrainingLog)
+    except ResultsError as error:
+        raise RunError(error.problem, "Restore it, or use another --output-dir") from None
 
 
 def _check_same_experiment(run_dir: Path, previous: Mapping[str, Any], settings: Settings) -> None:

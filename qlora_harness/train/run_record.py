@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -28,6 +28,18 @@ from qlora_harness.record import (
     scrub_all,
     write_json,
 )
+from qlora_harness.schema.section import Environment
+from qlora_harness.schema.training import (
+    DataReport,
+    Memory,
+    Process,
+    Quantization,
+    Results,
+    Runtime,
+    Throughput,
+    TrainedModel,
+    TrainingSummary,
+)
 from qlora_harness.settings import Settings
 from qlora_harness.train.evaluation import EvaluationLoss
 from qlora_harness.train.memory import MemoryMeter, summarise
@@ -47,8 +59,6 @@ class RunRecord:
         memory: Measures the phases of the run.
         previous: The summary of the run that this one goes on from; None for a run from the start.
 
-    Attributes:
-        content: The summary (JSON).
     """
 
     def __init__(
@@ -62,16 +72,24 @@ class RunRecord:
         self._settings, self._state, self._device = settings, state, device
         self._memory, self._previous = memory, previous
         self._seconds: dict[str, float] = {}
+        self._loss_before: float | None = None
         self._began = time.perf_counter()
-        self.content: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "training_summary",
-            "status": "running",
-            "arm": settings.quant.arm,
-            "quant": settings.quant.value,
-            "started": now(),
-            "finished": None,
-        }
+        self._summary = TrainingSummary(
+            status="running",
+            arm=settings.quant.arm,
+            quant=settings.quant.value,
+            started=now(),
+            finished=None,
+            settings=settings.flat() | {"output_dir": str(settings.run_dir)},
+        )
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The summary as JSON, without what isn't known yet."""
+        content: dict[str, Any] = scrub_all(
+            self._summary.model_dump(mode="json", exclude_unset=True)
+        )
+        return {"schema_version": SCHEMA_VERSION, "kind": self._summary.kind} | content
 
     def begin(
         self,
@@ -95,33 +113,30 @@ class RunRecord:
         """
         settings, quant = self._settings, self._settings.quant
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.content |= {
-            "model": source.record()
-            | {
-                "weights_fingerprint": fingerprint,
-                "trainable_parameters": trainable,
-                "attention": attention_of(base_of(model)),
-            },
-            "quantization": {
-                "quant": quant.value,
-                "double_quant": settings.model.double_quant if quant.is_4bit else None,
-                "compute_dtype": settings.model.compute_dtype,
-                "parameter_dtypes": parameter_dtypes(model),
-                "unquantised_share": unquantised_share(model),
-            },
-            "computation": dict(computation),
-            "plan": plan,
-            "settings": settings.flat() | {"output_dir": str(settings.run_dir)},
-            "data": data.report,
-            "process": this_process(),
-            "environment": environment()
-            | {
-                "device": _device(self._device),
-                "cpu_threads": torch.get_num_threads(),
-                "world_size": self._state.num_processes,
-            },
-            "failure": None,
-        }
+        self._summary.model = TrainedModel(
+            **source.record(),
+            weights_fingerprint=fingerprint,
+            trainable_parameters=trainable,
+            attention=attention_of(base_of(model)),
+        )
+        self._summary.quantization = Quantization(
+            quant=quant.value,
+            double_quant=settings.model.double_quant if quant.is_4bit else None,
+            compute_dtype=settings.model.compute_dtype,
+            parameter_dtypes=parameter_dtypes(model),
+            unquantised_share=unquantised_share(model),
+        )
+        self._summary.computation = dict(computation)
+        self._summary.plan = None if plan is None else dict(plan)
+        self._summary.data = DataReport.model_validate(data.report)
+        self._summary.process = Process(**this_process())
+        self._summary.environment = Environment(
+            **environment(),
+            device=_device(self._device),
+            cpu_threads=torch.get_num_threads(),
+            world_size=self._state.num_processes,
+        )
+        self._summary.failure = None
         self.write()
 
     def trained(self, rows: Sequence[Mapping[str, Any]], steps: int) -> None:
@@ -133,15 +148,24 @@ class RunRecord:
         """
         losses = [row["loss"] for row in rows]
         last = losses[-10:]
-        self.content["results"] = {
-            "steps": steps,
-            "final_train_loss": losses[-1] if losses else None,
-            "last_10_steps_train_loss": sum(last) / len(last) if last else None,
-            "mean_train_loss": sum(losses) / len(losses) if losses else None,
-            "eval_loss": None,
-            "perplexity": None,
-            "eval_tokens": None,
-        }
+        self._summary.results = Results(
+            steps=steps,
+            final_train_loss=losses[-1] if losses else None,
+            last_10_steps_train_loss=sum(last) / len(last) if last else None,
+            mean_train_loss=sum(losses) / len(losses) if losses else None,
+            eval_loss=None,
+            perplexity=None,
+            eval_tokens=None,
+            eval_loss_before=self._loss_before,
+        )
+
+    def evaluated_before(self, loss: float | None) -> None:
+        """Notes the evaluation loss before the first step; precedes `trained`.
+
+        Args:
+            loss: Nats per token, or None if it isn't known.
+        """
+        self._loss_before = loss
 
     def evaluated(self, evaluation: EvaluationLoss) -> None:
         """Notes the evaluation; follows `trained`.
@@ -149,15 +173,13 @@ class RunRecord:
         Args:
             evaluation: Loss over the held-out conversations.
         """
-        self.content["results"] |= {
-            "eval_loss": evaluation.loss,
-            "perplexity": evaluation.perplexity,
-            "eval_tokens": evaluation.tokens,
-        }
+        results = self._summary.results
+        results.eval_loss, results.eval_tokens = evaluation.loss, evaluation.tokens
+        results.perplexity = evaluation.perplexity
 
     def finish(
         self,
-        status: str,
+        status: Literal["completed", "interrupted"],
         rows: Sequence[Mapping[str, Any]],
         earlier: Sequence[Mapping[str, Any]],
     ) -> None:
@@ -177,20 +199,17 @@ class RunRecord:
         recorded = nested(self._previous or {}, "runtime", "train_seconds") or 0.0
         before = max(recorded, sum(row["seconds"] for row in earlier))
         seconds = self._seconds
-        self.content |= {
-            "status": status,
-            "finished": now(),
-            "memory": summarise(phases, self._device.type),
-            "runtime": {
-                "train_seconds": seconds.get("train", 0.0) + before,
-                "load_seconds": seconds.get("load"),
-                "data_seconds": seconds.get("data"),
-                "eval_seconds": seconds.get("eval"),
-                "total_seconds": time.perf_counter() - self._began,
-                "resumed": self._previous is not None,
-            },
-            "throughput": _throughput(rows),
-        }
+        self._summary.status, self._summary.finished = status, now()
+        self._summary.memory = Memory(**summarise(phases, self._device.type))
+        self._summary.runtime = Runtime(
+            train_seconds=seconds.get("train", 0.0) + before,
+            load_seconds=seconds.get("load"),
+            data_seconds=seconds.get("data"),
+            eval_seconds=seconds.get("eval"),
+            total_seconds=time.perf_counter() - self._began,
+            resumed=self._previous is not None,
+        )
+        self._summary.throughput = _throughput(rows)
         self.write()
 
     def fail(self, error: BaseException) -> None:
@@ -199,21 +218,21 @@ class RunRecord:
         Args:
             error: What ended the run.
         """
-        if self.content["status"] != "running":
+        if self._summary.status != "running":
             return
         text = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
-        self.content |= {
-            "status": "interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
-            "finished": now(),
-            "memory": summarise([vars(p) for p in self._memory.phases], self._device.type),
-            "failure": {"problem": text.splitlines()[0] if text else "stopped"},
-        }
+        interrupted = isinstance(error, KeyboardInterrupt)
+        self._summary.status = "interrupted" if interrupted else "failed"
+        self._summary.finished = now()
+        phases = [vars(p) for p in self._memory.phases]
+        self._summary.memory = Memory(**summarise(phases, self._device.type))
+        self._summary.failure = {"problem": text.splitlines()[0] if text else "stopped"}
         self.write()
 
     def write(self) -> None:
         """Writes the summary (main process only)."""
         if self._state.is_main_process:
-            write_json(Path(self._settings.run_dir) / SUMMARY_FILE, scrub_all(self.content))
+            write_json(Path(self._settings.run_dir) / SUMMARY_FILE, self.content)
 
     def timed(self, name: str) -> _Timer:
         """Returns a `with` block that measures its seconds.
@@ -260,15 +279,15 @@ def _device(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _throughput(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _throughput(rows: Sequence[Mapping[str, Any]]) -> Throughput:
     """Tokens a second over the steps, with the first ones left out where there are enough."""
     steady = rows[WARM_UP_STEPS:] if len(rows) > 2 * WARM_UP_STEPS else rows
     seconds = sum(row["seconds"] for row in steady)
     if not seconds:
-        return {"tokens_per_second": None, "supervised_tokens_per_second": None}
-    return {
-        "tokens_per_second": sum(row["tokens"] for row in steady) / seconds,
-        "supervised_tokens_per_second": sum(row["supervised_tokens"] for row in steady) / seconds,
-        "steps_per_second": len(steady) / seconds,
-        "steps_measured": len(steady),
-    }
+        return Throughput(tokens_per_second=None, supervised_tokens_per_second=None)
+    return Throughput(
+        tokens_per_second=sum(row["tokens"] for row in steady) / seconds,
+        supervised_tokens_per_second=sum(row["supervised_tokens"] for row in steady) / seconds,
+        steps_per_second=len(steady) / seconds,
+        steps_measured=len(steady),
+    )

@@ -28,7 +28,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from qlora_harness.data.chat import IGNORE
 from qlora_harness.errors import HarnessError, RunError, TrainingError
-from qlora_harness.record import LOGS_FILE, SCHEMA_VERSION, write_json
+from qlora_harness.record import LOGS_FILE, write_json
+from qlora_harness.schema.training import EvaluationLosses, StepRow, TrainingLog
 from qlora_harness.train.measured_step import Clock, MeasuredStep, to_host
 from qlora_harness.train.memory import MemoryMeter
 from qlora_harness.train.process import launcher_has_ended
@@ -290,12 +291,12 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
         rows: Rows of the steps before, when a run goes on from a checkpoint.
 
     Attributes:
-        evaluation: Summed loss and learned tokens of each evaluation conversation, once known.
+        evaluation: Losses of the evaluation conversations, once known.
     """
 
     def __init__(self, run_dir: Path, memory: MemoryMeter, rows: list[dict[str, Any]]) -> None:
         self.rows = rows
-        self.evaluation: dict[str, Any] | None = None
+        self.evaluation: EvaluationLosses | None = None
         self.trainer: CountingTrainer | None = None
         self._path = run_dir / LOGS_FILE
         self._memory = memory
@@ -351,14 +352,12 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
         """Writes training_logs.json (main process only)."""
         self._written = time.monotonic()
         if self.trainer is None or self.trainer.is_world_process_zero():
-            record = {
-                "schema_version": SCHEMA_VERSION,
-                "kind": "training_logs",
-                "steps": self.rows,
-            }
+            log = TrainingLog(steps=[StepRow(**row) for row in self.rows])
             if self.evaluation is not None:
-                record["evaluation"] = self.evaluation
-            write_json(self._path, record, rows_at=2)  # a step a line
+                log.evaluation = self.evaluation
+            record = log.model_dump(mode="json", exclude_unset=True)
+            head = {"schema_version": log.schema_version, "kind": log.kind}
+            write_json(self._path, head | record, rows_at=2)  # a step a line
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to mypy

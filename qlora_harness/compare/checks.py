@@ -1,0 +1,314 @@
+"""Whether runs may be compared, what differs between them, and what a reader has to know."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from pydantic import BaseModel
+
+from qlora_harness.compare.arms import Arm, settings_of
+from qlora_harness.errors import ComparisonError
+from qlora_harness.results.runs import Run
+from qlora_harness.results.scored import DEFAULT_TASK, DEMO_TASK, Scored
+from qlora_harness.settings import NOTABLE_SHARE
+
+# What changes nothing (`verify` scores some texts twice), names the run, or follows from it.
+_FOLLOWS = re.compile(
+    r"\.(arm|output_dir|results_dir|peft|adapter_sha256|peft_sha|model_num_parameters|verify|"
+    r"unquantised_share|parameter_dtypes\..+|(memory|plan)\..+)$"
+)
+# What two arms and their seeds are meant to differ in.
+_INTENDED = ("quant", "double_quant", "seed")
+_SAME_QUESTIONS = "Score all runs with the same task, data folder and template"
+_INTERSECT = "--intersect to compare the questions that all answered"
+
+
+class Setting(BaseModel):
+    """One recorded setting."""
+
+    name: str
+    """Dotted name in the records."""
+    values: list[Any]
+    """In each run, null where it isn't recorded; one value where all agree."""
+
+
+def choose_task(runs: Sequence[Run], asked: str | None) -> str | None:
+    """Chooses the task to compare; None if no run was scored.
+
+    Args:
+        runs: The runs; those that were not scored don't take part, unless a task is asked for.
+        asked: The value of --task.
+
+    Raises:
+        ComparisonError: The task asked for isn't in every run, none is, or several are.
+    """
+    if asked is not None:
+        for run in runs:
+            if asked not in run.scored:
+                _refuse_task(runs, f"--task {asked}: {run.path} has no such result")
+        return asked
+    scored = [run for run in runs if run.scored]
+    if not scored:
+        return None
+    common = [task for task in scored[0].scored if all(task in run.scored for run in scored)]
+    if DEFAULT_TASK in common:
+        return DEFAULT_TASK
+    if len(common) == 1:
+        return common[0]
+    if common:
+        raise ComparisonError(
+            f"the runs have several tasks in common: {', '.join(common[:8])}",
+            f"Choose one, for example --task {common[0]}",
+        )
+    _refuse_task(runs, "the runs have no task in common")
+
+
+def _refuse_task(runs: Sequence[Run], problem: str) -> NoReturn:
+    held = "; ".join(f"{run.path}: {', '.join(list(run.scored)[:4]) or 'none'}" for run in runs[:4])
+    raise ComparisonError(
+        f"{problem} (there are {held})",
+        "Score every run with the same task, or name one that all have with --task",
+    )
+
+
+def check_substance(runs: Sequence[Run]) -> None:
+    """Checks that at least two runs hold the same sort of numbers.
+
+    Raises:
+        ComparisonError: One run was only trained and the other only scored.
+    """
+    trained = sum(run.training is not None for run in runs)
+    if trained < 2 and sum(bool(run.scored) for run in runs) < 2:
+        held = "; ".join(f"{r.path}: {'training' if r.training else 'scores'} only" for r in runs)
+        raise ComparisonError(
+            f"the runs have no numbers of the same sort ({held})", "Score the trained run"
+        )
+
+
+def check_data(runs: Sequence[Run], allow_different: bool) -> list[str]:
+    """Checks that the runs were trained and evaluated on the same data.
+
+    Args:
+        runs: The runs; those that were not trained here don't take part.
+        allow_different: The value of --allow-different-data.
+
+    Returns:
+        Notes for the reader.
+
+    Raises:
+        ComparisonError: A fingerprint differs and that was not allowed.
+    """
+    notes = []
+    for part in ("train", "eval"):
+        prints = {}
+        for run in runs:
+            split = getattr(run.training.data, part) if run.training is not None else None
+            if split is not None and split.fingerprint is not None:
+                prints[run.label] = _short(split.fingerprint)
+        if len(set(prints.values())) < 2:
+            continue
+        values = ", ".join(f"{label} {value}" for label, value in prints.items())
+        if not allow_different:
+            raise ComparisonError(
+                f"different data: data.{part}.fingerprint is {values}",
+                "Train on the same data, or pass --allow-different-data to compare all the same",
+            )
+        notes.append(f"Different data (data.{part}.fingerprint: {values}).")
+    return notes
+
+
+def check_limit(scored: Mapping[str, Scored], allow: bool, intersect: bool) -> list[str]:
+    """Checks that no run answered only a part of the questions.
+
+    Args:
+        scored: Results on one task by label of the run.
+        allow: The value of --allow-limit.
+        intersect: The value of --intersect, with which limits may differ.
+
+    Returns:
+        Notes for the reader.
+
+    Raises:
+        ComparisonError: A run was limited and that was not allowed, or the limits differ.
+    """
+    limited = {label: item for label, item in scored.items() if item.limited}
+    if not limited:
+        return []
+    label, item = next(iter(limited.items()))
+    part = f"{item.n:,} of {item.n_total:,} questions of {item.task}"
+    if not allow and not intersect:
+        raise ComparisonError(
+            f"{label} answered only {part} (--limit or single subjects; {item.path})",
+            "Score all questions, or pass --allow-limit where all runs have the same limit, or "
+            f"{_INTERSECT}",
+        )
+    if not intersect and len({(other.n, other.n_total) for other in scored.values()}) > 1:
+        counts = ", ".join(f"{name} {s.n:,} of {s.n_total:,}" for name, s in scored.items())
+        raise ComparisonError(
+            f"the runs have different limits: {counts}",
+            f"Score all runs with the same --limit, or pass {_INTERSECT}",
+        )
+    return [f"Only {part} were asked: this is not a result on {item.task}."]
+
+
+def check_results(
+    scored: Mapping[str, Scored], paired: Sequence[str], intersect: bool
+) -> list[str]:
+    """Checks what results say of the questions beside the answers themselves.
+
+    Args:
+        scored: Results on one task by label of the run.
+        paired: Labels of the runs whose answers are known, and so are checked one by one.
+        intersect: Whether runs may have answered different questions.
+
+    Returns:
+        Notes for the reader.
+
+    Raises:
+        ComparisonError: Metric, version, shots, prompts or numbers of questions differ.
+    """
+    labels = list(scored)
+    notes = []
+    for label in labels[1:]:
+        one, other = scored[labels[0]], scored[label]
+        both = f"{labels[0]} and {label}"
+        if (one.metric, one.filter) != (other.metric, other.filter):
+            raise ComparisonError(
+                f"{both} have different metrics of {one.task}: {one.metric},{one.filter} and "
+                f"{other.metric},{other.filter}",
+                "Choose one that both have with --metric",
+            )
+        for what, mine, theirs in zip(
+            ("version", "shots"), one.version, other.version, strict=False
+        ):
+            if None not in (mine, theirs) and mine != theirs:
+                raise ComparisonError(
+                    f"{both} answered different questions: {what} of {one.task}: {mine} and "
+                    f"{theirs}",
+                    _SAME_QUESTIONS,
+                )
+        hashes = one.prompts_sha256, other.prompts_sha256
+        if None not in hashes and hashes[0] != hashes[1] and not intersect:
+            raise ComparisonError(
+                f"{both} answered different questions: prompts_sha256 is {_short(str(hashes[0]))} "
+                f"and {_short(str(hashes[1]))}",
+                _SAME_QUESTIONS,
+            )
+        if labels[0] in paired and label in paired:
+            continue
+        if intersect:
+            raise ComparisonError(
+                f"--intersect: which questions {both} answered is not recorded",
+                "Score again with lm_eval --log_samples",
+            )
+        sizes = [{name: part.n for name, part in s.subjects.items()} for s in (one, other)]
+        if sizes[0] != sizes[1]:
+            raise ComparisonError(
+                f"{both} answered different questions: their subjects differ in number or size",
+                f"{_SAME_QUESTIONS}; with logged samples of both, --intersect compares a part",
+            )
+        notes.append(
+            f"{both} are compared unpaired, which is cautious: the answers of one are not recorded."
+        )
+    return notes
+
+
+def differing(runs: Sequence[Run], task: str | None) -> tuple[list[Setting], list[Setting]]:
+    """Compares every recorded setting of the runs.
+
+    Returns:
+        Settings that differ, without those that only follow from others, and those that agree.
+    """
+    conditions = [run.conditions(task) for run in runs]
+    different: list[Setting] = []
+    same: list[Setting] = []
+    seen: set[str] = set()
+    for name in dict.fromkeys(name for one in conditions for name in one):
+        part = name.partition(".")[0]
+        holders = [
+            one.get(name)
+            for one in conditions
+            if name in one or any(key.startswith(f"{part}.") for key in one)
+        ]
+        if all(value == holders[0] for value in holders):
+            if holders[0] is not None and len(holders) > 1:
+                same.append(Setting(name=name, values=holders[:1]))
+            continue
+        values = [one.get(name) for one in conditions]
+        # The records hold `quant` and others in several places.
+        echo = repr((name.rpartition(".")[2], values))
+        if echo not in seen and not _FOLLOWS.search(name):
+            different.append(Setting(name=name, values=values))
+        seen.add(echo)
+    return different, same
+
+
+def besides_quantisation(arms: Sequence[Arm]) -> list[str]:
+    """Returns in what training settings, data and models arms differ, but for quantisation."""
+    runs = [run for arm in arms for run in arm.runs]
+    found = [settings_of(run) for run in runs if run.training is not None]
+    names = [
+        name
+        for name in dict.fromkeys(name for settings in found for name in settings)
+        if name not in _INTENDED and any(s.get(name) != found[0].get(name) for s in found)
+    ]
+    for what, values in (
+        ("model", {run.model for run in runs if run.model is not None}),
+        ("device", {
+            (run.training.environment.device or {}).get("name") for run in runs if run.training
+        } - {None}),
+        ("training data", {run.training.data.train.fingerprint for run in runs if run.training}),
+    ):  # fmt: skip
+        if len(values) > 1 and what not in names:
+            names.append(what)
+    seeds = [set(arm.seeds) - {None} for arm in arms if arm.tuned]
+    if any(one != seeds[0] for one in seeds):
+        names.append("seeds")
+    return names
+
+
+def notes_on(runs: Sequence[Run], task: str | None) -> list[str]:
+    """Returns what a reader has to know about the runs before quoting numbers."""
+    notes = []
+    for run in runs:
+        training, scored = run.training, run.scored.get(str(task))
+        said = []
+        if training is not None:
+            if training.status == "interrupted":
+                said.append("training was interrupted: its numbers are those up to that step")
+            if training.memory.device_type == "cpu":
+                said.append("trained on the CPU: not a GPU measurement")
+            elif training.memory.peak_needed_bytes is None or _unmeasured_pages(run):
+                said.append("the managed memory of its paged optimizer is not in its peak")
+        if run.random_weights:
+            said.append("random weights: loss and accuracy say nothing")
+        if run.unquantised_share > NOTABLE_SHARE:
+            said.append(
+                f"{100 * run.unquantised_share:.0f}% of the weights of its layers stay in 16 bits"
+            )
+        if scored is not None:
+            said += scored.notes
+            if scored.truncated:
+                said.append(f"{scored.truncated:,} prompts were truncated to fit the model")
+        notes += [f"{run.label}: {note}." for note in said]
+    demo = any(r.training is not None and r.training.data.dataset == "demo" for r in runs)
+    if task == DEMO_TASK or demo:
+        notes.append("The embedded demo set is small and made for this project: not a benchmark.")
+    missing = [run.label for run in runs if task is not None and task not in run.scored]
+    if missing:
+        notes.append(f"Not scored on {task}: {', '.join(missing)}.")
+    return notes
+
+
+def _unmeasured_pages(run: Run) -> bool:
+    assert run.training is not None
+    paged = str(run.training.settings.get("optimizer")).startswith("paged")
+    return paged and run.training.memory.peak_managed_bytes is None
+
+
+def _short(digest: str) -> str:
+    """The beginning of a hash, long enough to tell two apart."""
+    kind, _, digits = digest.rpartition(":")
+    return f"{kind}:{digits[:12]}" if kind else digits[:12]

@@ -1,0 +1,184 @@
+"""What training took: memory, time and losses of two arms."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from qlora_harness.compare import statistics as st
+from qlora_harness.compare.arms import Arm
+from qlora_harness.compare.endpoint import SPECS, Endpoint, absent, measured
+from qlora_harness.compare.timing import disturbance
+from qlora_harness.schema.training import TrainingLog, TrainingSummary
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+WARM_UP_STEPS = 3
+_FEWEST = 10  # conversations, below which an interval says little
+_STEPS_TOGETHER, _FEWEST_GROUPS = 10, 5  # neighbouring steps share stalls
+
+
+def costs(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
+    """Returns memory, time and losses, arm less baseline.
+
+    Args:
+        arm: The arm.
+        baseline: What it is compared with.
+        level: Two-sided, of the intervals.
+    """
+    one, two = ([run.training for run in a.runs if run.training] for a in (arm, baseline))
+    if len(one) < len(arm.runs) or len(two) < len(baseline.runs):
+        return [absent(key, "not trained here") for key in ("memory", "time", "eval_loss")]
+    return [
+        _memory(one, two, level),
+        _time(arm, baseline, level),
+        *_losses(arm, baseline, level),
+    ]
+
+
+def _memory(one: list[TrainingSummary], two: list[TrainingSummary], level: float) -> Endpoint:
+    peaks = [[run.peak_bytes for run in runs] for runs in (one, two)]
+    kinds = {run.memory.device_type for run in (*one, *two)}
+    if len(kinds) > 1 or any(not peak for part in peaks for peak in part):
+        return absent("memory", "different devices" if len(kinds) > 1 else "not recorded")
+    a, b = (np.array(part, dtype=np.float64) for part in peaks)
+    estimate = _ratio(a, b, level)
+    spec = SPECS["memory"]
+    if kinds == {"cpu"}:
+        return measured("memory", (a, b), estimate, spec=spec._replace(name="peak CPU memory"))
+    endpoint = measured("memory", (a, b), estimate)
+    if estimate.low is not None:
+        return endpoint
+    # What is allocated is the same each time, so that one run tells it.
+    same = abs(estimate.difference) < math.log1p(spec.margin or 0)
+    word: Literal["same", "better", "worse"] = "better" if estimate.difference < 0 else "worse"
+    return endpoint.model_copy(update={"word": "same" if same else word, "within": same})
+
+
+def _ratio(one: Floats, two: Floats, level: float) -> st.Estimate:
+    """Of the logarithm of the ratio of geometric means, over seeds."""
+    a, b = np.log(one), np.log(two)
+    seeds = st.over_seeds(a, b, blocks=False)
+    return st.combine(float(a.mean() - b.mean()), None, seeds, level=level)
+
+
+def _same_seeds(arm: Arm, baseline: Arm) -> bool:
+    return None not in arm.seeds and arm.seeds == baseline.seeds
+
+
+def _time(arm: Arm, baseline: Arm, level: float) -> Endpoint:
+    reason = disturbance([*arm.runs, *baseline.runs])
+    if reason is not None:
+        return absent("time", reason)
+    one, two = (
+        np.array([run.training.runtime.train_seconds for run in a.runs if run.training], float)
+        for a in (arm, baseline)
+    )
+    if not one.all() or not two.all():
+        return absent("time", "no step was taken")
+    pairs = zip(arm.runs, baseline.runs, strict=False) if _same_seeds(arm, baseline) else ()
+    ratios = [_step_ratios(mine.log, theirs.log) for mine, theirs in pairs]
+    size = min((len(ratio) for ratio in ratios), default=0)
+    if size < _FEWEST_GROUPS:
+        estimate = _ratio(one, two, level)
+        few = "too few steps to pair, and one run each" if estimate.low is None else None
+        return measured("time", (one, two), estimate, reason=few)
+    table = np.array([ratio[:size] for ratio in ratios])
+    difference, items = st.over_items(table.mean(axis=0))
+    seeds = st.over_seeds(table.mean(axis=1), np.zeros(len(table)), blocks=True)
+    return measured("time", (one, two), st.combine(difference, items, seeds, level=level), n=size)
+
+
+def _step_ratios(one: TrainingLog | None, two: TrainingLog | None) -> Floats:
+    """Log ratios of the seconds of the same steps, means of ten neighbours, after warm-up."""
+    nothing = np.zeros(0)
+    if one is None or two is None or len(one.steps) != len(two.steps):
+        return nothing
+    pairs = list(zip(one.steps, two.steps, strict=True))[WARM_UP_STEPS:]
+    if any(a.tokens != b.tokens or not a.seconds or not b.seconds for a, b in pairs):
+        return nothing
+    ratios = np.array([math.log((a.seconds or 1) / (b.seconds or 1)) for a, b in pairs])
+    whole = len(ratios) // _STEPS_TOGETHER
+    table = ratios[: whole * _STEPS_TOGETHER].reshape(whole, _STEPS_TOGETHER)
+    means: Floats = table.mean(axis=1)
+    return means
+
+
+def _losses(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
+    """Losses before, during and after training."""
+    runs = [run for run in (*arm.runs, *baseline.runs)]
+    records = [run.training for run in runs if run.training is not None]
+    prints = {record.data.eval.fingerprint if record.data.eval else None for record in records}
+    if any(record.status != "completed" for record in records):
+        return [absent("eval_loss", "a run was interrupted")]
+    if len(prints) > 1:
+        return [absent("eval_loss", "different evaluation data")]
+    if any(record.results.eval_loss is None for record in records):
+        return [absent("eval_loss", "no held-out conversations")]
+    if any(run.random_weights for run in runs):
+        return [absent("eval_loss", "random weights")]
+    after = _conversations(arm, baseline, "eval_loss", level)
+    if after is None:
+        one, two = (
+            np.array([run.training.results.eval_loss for run in a.runs if run.training], float)
+            for a in (arm, baseline)
+        )
+        seeds = st.over_seeds(one, two, blocks=_same_seeds(arm, baseline))
+        estimate = st.combine(float(one.mean() - two.mean()), None, seeds, level=level)
+        after = measured("eval_loss", (one, two), estimate, reason="no losses by conversation")
+    before = _conversations(arm, baseline, "loss_before", level)
+    return [after, *([before] if before else []), *_steps(arm, baseline)]
+
+
+def _conversations(
+    arm: Arm, baseline: Arm, key: Literal["eval_loss", "loss_before"], level: float
+) -> Endpoint | None:
+    """Paired by conversation, weighted by token, seeds as blocks; None without such a record."""
+    logs = [[run.log.evaluation for run in a.runs if run.log] for a in (arm, baseline)]
+    tables = [[log.nll if key == "eval_loss" else log.nll_before for log in part] for part in logs]
+    tokens = {tuple(log.tokens) for part in logs for log in part}
+    complete = (len(logs[0]), len(logs[1])) == (len(arm.runs), len(baseline.runs))
+    if not complete or len(tokens) > 1 or not all(nll for part in tables for nll in part):
+        return None
+    weights = np.array(tokens.pop(), dtype=np.float64)
+    one, two = (np.array(part) / weights for part in tables)
+    share = weights / weights.sum()
+    means = (one @ share, two @ share)
+    difference, items = st.over_items(one.mean(axis=0) - two.mean(axis=0), weights)
+    if len(weights) < _FEWEST:
+        return measured(
+            key, means, st.Estimate(difference), n=len(weights), reason="too few conversations"
+        )
+    seeds = st.over_seeds(*means, blocks=_same_seeds(arm, baseline))
+    return measured(key, means, st.combine(difference, items, seeds, level=level), n=len(weights))
+
+
+def _steps(arm: Arm, baseline: Arm) -> list[Endpoint]:
+    """Training losses of the same batches: at the first step, before any update, and at the end."""
+    logs = [[run.log for run in a.runs if run.log] for a in (arm, baseline)]
+    complete = (len(logs[0]), len(logs[1])) == (len(arm.runs), len(baseline.runs))
+    if not complete or not _same_seeds(arm, baseline):
+        return []
+    for one, two in zip(*logs, strict=True):
+        tokens = [row.supervised_tokens for row in one.steps]
+        if not any(tokens) or tokens != [row.supervised_tokens for row in two.steps]:
+            return []
+    if any(log.steps[0].step != 1 for part in logs for log in part):
+        return []
+    steps = min(len(log.steps) for log in logs[0])
+    last = slice(steps - max(1, steps // 10), steps)
+    found = []
+    for key, part in (("first_step_loss", slice(0, 1)), ("last_steps_loss", last)):
+        one, two = (
+            np.array([np.mean([row.loss for row in log.steps[part]]) for log in arm_logs])
+            for arm_logs in logs
+        )
+        seeds = st.over_seeds(one, two, blocks=True)
+        estimate = st.combine(float((one - two).mean()), None, seeds)
+        found.append(measured(key, (one, two), estimate, reason="over seeds only"))
+    return found

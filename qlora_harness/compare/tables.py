@@ -1,0 +1,205 @@
+"""The tables behind the answer, as texts: for --details, comparison.md and the page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from qlora_harness.compare.comparison import Comparison
+from qlora_harness.compare.contrast import Contrast
+from qlora_harness.compare.numbers import difference, interval, p_text, signed, value, word
+from qlora_harness.units import GIB, NOTHING, duration
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        title: What it shows.
+        columns: Headings; the first is that of the rows' names.
+        rows: Texts.
+        numeric: Whether all columns but the first are numbers.
+        long: Whether it has too many rows to stand open.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: bool = True
+    long: bool = False
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """Returns all tables that there are numbers for."""
+    found = [_runs(comparison)]
+    for item in comparison.contrasts:
+        found.append(_endpoints(item))
+        if item.detail is not None:
+            found.append(_detail(item))
+    if comparison.effects:
+        found.append(_effects(comparison))
+    if comparison.chance:
+        found.append(_chance(comparison))
+    for item in comparison.primary:
+        for kind in ("category", "subject"):
+            table = _groups(item, kind)
+            if table.rows:
+                found.append(table)
+    found += _settings(comparison)
+    return found
+
+
+def _runs(comparison: Comparison) -> Table:
+    def number(text: float | None, form: str) -> str:
+        return NOTHING if text is None else form.format(text)
+
+    rows = []
+    for run in comparison.runs:
+        error = "" if run.stderr is None else f" ± {100 * run.stderr:.2f}"
+        share = run.value is not None and 0 <= run.value <= 1
+        rows.append(
+            (
+                run.label,
+                run.arm,
+                number(run.seed, "{}"),
+                number(None if run.peak_bytes is None else run.peak_bytes / GIB, "{:.2f}"),
+                NOTHING if run.train_seconds is None else duration(run.train_seconds),
+                number(run.eval_loss, "{:.4f}"),
+                number(run.perplexity, "{:.3f}"),
+                f"{100 * (run.value or 0):.2f}%{error}" if share else number(run.value, "{:.3f}"),
+            )
+        )
+    metric = comparison.metric or "accuracy"
+    heads = ("run", "arm", "seed", "peak GiB", "time", "eval loss", "perplexity",
+             f"{metric}, as recorded")  # fmt: skip
+    return Table("Runs", heads, tuple(rows))
+
+
+def _endpoints(item: Contrast) -> Table:
+    rows = []
+    for endpoint in item.endpoints.values():
+        shown = word(endpoint)
+        if endpoint.reason:
+            shown += f" ({endpoint.reason})"
+        clustered = NOTHING
+        if endpoint.clustered_stderr is not None:
+            scale = 100 if endpoint.unit == "share" else 1
+            clustered = f"{scale * endpoint.clustered_stderr:.{2 if scale > 1 else 3}f}"
+        rows.append(
+            (
+                endpoint.name,
+                value(endpoint, endpoint.arm),
+                value(endpoint, endpoint.baseline),
+                difference(endpoint),
+                interval(endpoint) or NOTHING,
+                clustered,
+                p_text(endpoint.p),
+                NOTHING if endpoint.n is None else f"{endpoint.n:,}",
+                shown,
+            )
+        )
+    heads = ("", item.arm, item.baseline, "difference", "95% interval", "SE by subject", "p", "n",
+             "shown")  # fmt: skip
+    return Table(f"{item.arm} against {item.baseline}", heads, tuple(rows))
+
+
+def _detail(item: Contrast) -> Table:
+    detail = item.detail
+    assert detail is not None
+
+    def share(number: float | None) -> str:
+        return NOTHING if number is None else f"{100 * number:.2f}%"
+
+    def nats(number: float | None) -> str:
+        return NOTHING if number is None else f"{number:.4f}"
+
+    rows = [
+        ("best choices that differ", share(detail.flips)),
+        ("the same between two seeds of an arm", share(detail.flips_floor)),
+        (f"KL({item.baseline} ‖ {item.arm}), nats", nats(detail.divergence)),
+        ("the same between two seeds of an arm", nats(detail.divergence_floor)),
+        ("calibration error (ECE)", " and ".join(f"{x:.3f}" for x in detail.calibration)),
+        ("questions with tied best choices", " and ".join(map(share, detail.ties))),
+        ("first tied choice instead of fractions", f"{signed(100 * detail.tie_effect, 2)} pts"),
+    ]
+    if detail.letters is not None:
+        for arm, mix in zip((item.arm, item.baseline), detail.letters, strict=True):
+            shares = ", ".join(f"{100 * part:.0f}" for part in mix)
+            rows.append((f"choices of {arm}, in their order", f"{shares}%"))
+        explained = signed(100 * (detail.explained or 0), 2)
+        rows.append(("accuracy difference that these mixes make", f"{explained} pts"))
+    rows.append(("right only in the arm, only in the baseline", f"{detail.won}, {detail.lost}"))
+    rows.append(("McNemar's mid-p of these (first runs)", p_text(detail.mcnemar_midp)))
+    return Table(f"Answers of {item.arm} and {item.baseline}", ("", ""), tuple(rows))
+
+
+def _effects(comparison: Comparison) -> Table:
+    rows = []
+    for item in comparison.effects:
+        for key in ("accuracy", "nll"):
+            endpoint = item.endpoints.get(key)
+            if endpoint is not None:
+                rows.append(
+                    (
+                        f"{item.arm} less {item.baseline}, {endpoint.name}",
+                        difference(endpoint),
+                        interval(endpoint),
+                        endpoint.word,
+                    )
+                )
+    heads = ("", "difference", "95% interval", "shown")
+    return Table("What training gains, and in which arm more", heads, tuple(rows))
+
+
+def _chance(comparison: Comparison) -> Table:
+    rows = tuple(
+        (
+            one.arm,
+            f"{signed(100 * one.centred, 2)} ± {100 * one.stderr:.2f} pts",
+            "at chance" if one.at_chance else "above chance",
+        )
+        for one in comparison.chance
+    )
+    return Table("Accuracy without letter preference, above that of the letters alone",
+                 ("arm", "± standard error", "shown"), rows)  # fmt: skip
+
+
+def _groups(item: Contrast, kind: str) -> Table:
+    rows = tuple(
+        (
+            group.name.replace("_", " "),
+            f"{group.n:,}",
+            f"{100 * group.arm:.2f}",
+            f"{100 * group.baseline:.2f}",
+            signed(100 * (group.arm - group.baseline), 2),
+            f"{signed(100 * group.low, 2)} to {signed(100 * group.high, 2)}",
+            p_text(group.p),
+        )
+        for group in item.groups
+        if group.kind == kind
+    )
+    heads = ("", "n", f"{item.arm} %", f"{item.baseline} %", "difference", "95% interval",
+             "p (Holm)")  # fmt: skip
+    return Table(
+        f"{item.arm} against {item.baseline} by {kind}", heads, rows, long=kind == "subject"
+    )
+
+
+def _settings(comparison: Comparison) -> list[Table]:
+    labels = tuple(run.label for run in comparison.runs)
+    different = tuple(
+        (setting.name, *(_plain(item) for item in setting.values))
+        for setting in comparison.different
+    )
+    same = tuple((setting.name, _plain(setting.values[0])) for setting in comparison.same)
+    return [
+        Table("Settings that differ", ("", *labels), different, numeric=False),
+        Table("Settings that agree", ("", "value"), same, numeric=False, long=True),
+    ]
+
+
+def _plain(item: object) -> str:
+    if item is None:
+        return NOTHING
+    return item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)

@@ -1,0 +1,206 @@
+"""The answer on a terminal, and all of it as Markdown."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from qlora_harness.compare.comparison import Comparison
+from qlora_harness.compare.contrast import Contrast
+from qlora_harness.compare.endpoint import Endpoint
+from qlora_harness.compare.numbers import difference, interval, value, word
+from qlora_harness.compare.tables import Table, tables
+from qlora_harness.compare.verdict import sentences
+from qlora_harness.results.scored import DEFAULT_TASK
+from qlora_harness.units import NOTHING
+
+LINES, COLUMNS = 12, 80
+MARKDOWN_TITLE = "# What do the 4 bits cost?"
+HEADLINES = ("memory", "time", "eval_loss", "accuracy", "nll")
+_MARKS = {"better": "✓", "worse": "✗", "same": "≈", "unclear": "?", "no measurement": ""}
+
+
+def title(comparison: Comparison) -> str:
+    """Returns what was compared, in a line."""
+    primary = comparison.primary
+    names = "nothing"
+    if len(primary) == 1:
+        names = f"{primary[0].arm} vs {primary[0].baseline}"
+    elif primary:
+        several = len({item.baseline for item in primary}) > 1
+        baseline = "their bf16 arms" if several else primary[0].baseline
+        names = f"{len(primary)} arms vs {baseline}"
+    dataset = (comparison.dataset or "").rpartition("/")[2].partition(".")[0]
+    parts = [names, (comparison.model or "").rpartition("/")[2], dataset]
+    seeds = {count for item in primary for count in item.seeds}
+    if seeds and max(seeds) > 1:
+        parts.append(f"{'–'.join(map(str, sorted({min(seeds), max(seeds)})))} seeds an arm")
+    if comparison.questions is not None:
+        task = "" if comparison.task == DEFAULT_TASK else f"{comparison.task}, "
+        parts.append(f"{task}{comparison.questions:,} questions")
+    return " · ".join(part for part in parts if part)
+
+
+def answer(comparison: Comparison) -> str:
+    """Returns the answer: at most 12 lines of 80 columns."""
+    lines = [_cut(title(comparison))]
+    primary = comparison.primary
+    if len(primary) == 1:
+        lines += _one(primary[0])
+    elif primary:
+        lines += _many(primary)
+    # Whole sentences, the most important first, as many as there is room for.
+    for sentence in sentences(comparison):
+        wrapped = textwrap.wrap(sentence, COLUMNS, break_long_words=True)
+        if len(lines) + len(wrapped) <= LINES:
+            lines += wrapped
+    return "\n".join(lines)
+
+
+def differences_line(comparison: Comparison) -> str:
+    """Returns what differs besides quantisation, in a line."""
+    if not comparison.besides:
+        return "Nothing recorded differs besides quantisation and seed."
+    return _cut(f"Besides quantisation: {', '.join(comparison.besides)} differ.", 2 * COLUMNS)
+
+
+def _cut(line: str, columns: int = COLUMNS) -> str:
+    return line if len(line) <= columns else f"{line[: columns - 1]}…"
+
+
+def _one(item: Contrast) -> list[str]:
+    """The two arms side by side."""
+    rows = [("", item.arm, item.baseline, "difference", "95% interval", "")]
+    for key in HEADLINES:
+        endpoint = item.endpoints.get(key)
+        if endpoint is not None:
+            rows.append(
+                (
+                    endpoint.name,
+                    value(endpoint, endpoint.arm),
+                    value(endpoint, endpoint.baseline),
+                    difference(endpoint),
+                    interval(endpoint),
+                    word(endpoint)
+                    if endpoint.word == "same" or endpoint.letters
+                    else endpoint.word,
+                )
+            )
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    widths[1], widths[2] = min(widths[1], 11), min(widths[2], 11)
+    lines = []
+    for row in rows:
+        start = (
+            f"{row[0]:<{widths[0]}}  {_cut(row[1], widths[1]):>{widths[1]}}  "
+            f"{_cut(row[2], widths[2]):>{widths[2]}}  "
+        )
+        if row[5] == "no measurement":
+            reason = next(e.reason for e in item.endpoints.values() if e.name == row[0])
+            lines.append(_cut(f"{start}no measurement: {reason}"))
+        else:
+            lines.append(
+                _cut(f"{start}{row[3]:>{widths[3]}}  {row[4]:<{widths[4]}}  {row[5]}".rstrip())
+            )
+    return lines
+
+
+def _many(items: Sequence[Contrast]) -> list[str]:
+    """One line an arm."""
+    keys = [key for key in HEADLINES if any(key in item.endpoints for item in items)]
+    names = {key: next(i[key].name for i in items if key in i.endpoints) for key in keys}
+    rows = [("", *(_short(names[key]) for key in keys))]
+    if len({item.baseline for item in items}) == 1:
+        rows.append((items[0].baseline, *(_baseline(items, key) for key in keys)))
+    room = LINES - 4
+    for item in items[: room if len(items) <= room else room - 1]:
+        rows.append((item.arm, *(_cell(item.endpoints.get(key)) for key in keys)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths[0] = min(widths[0], COLUMNS - sum(widths[1:]) - 2 * len(keys))
+    lines = [
+        _cut(
+            "  ".join(
+                [
+                    f"{_cut(row[0], widths[0]):<{widths[0]}}",
+                    *(f"{text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True)),
+                ]
+            ).rstrip()
+        )
+        for row in rows
+    ]
+    if len(items) > room:
+        lines.append(f"… and {len(items) - room + 1} more arms, with --details")
+    return [*lines, "✓ better  ✗ worse  ≈ same within the margin  ? unclear  – no measurement"]
+
+
+def _short(name: str) -> str:
+    return {"peak memory": "memory", "training time": "time", "peak CPU memory": "CPU memory"}.get(
+        name, name
+    )
+
+
+def _baseline(items: Sequence[Contrast], key: str) -> str:
+    known = [item[key] for item in items if key in item.endpoints]
+    return next((value(e, e.baseline) for e in known if e.baseline is not None), NOTHING)
+
+
+def _cell(endpoint: Endpoint | None) -> str:
+    if endpoint is None or endpoint.difference is None:
+        return NOTHING
+    return f"{difference(endpoint)} {_MARKS[endpoint.word]}".rstrip()
+
+
+def markdown(comparison: Comparison) -> str:
+    """Returns everything as Markdown."""
+    lines = answer(comparison).replace("```", "'''")
+    parts = [MARKDOWN_TITLE, f"```text\n{lines}\n```", _escaped(comparison.verdict),
+             _escaped(differences_line(comparison))]  # fmt: skip
+    if comparison.notes:
+        parts.append("\n".join(f"- {_escaped(note)}" for note in comparison.notes))
+    for table in tables(comparison):
+        if table.rows:
+            parts += [f"## {_escaped(table.title)}", _markdown_table(table)]
+    runs = "\n".join(f"- {_escaped(run.label)}: {_escaped(run.path)}" for run in comparison.runs)
+    parts += [runs, f"Made by `qlora-harness compare`, {comparison.created}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def details(comparison: Comparison) -> str:
+    """Returns notes and all tables but the longest for a terminal."""
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    stream = StringIO()
+    console = Console(file=stream, width=max(COLUMNS, Console().width), highlight=False)
+    for note in comparison.notes:
+        console.print(Text(f"Note: {note}"))
+    for table in tables(comparison):
+        if not table.rows:
+            continue
+        console.print(Text(f"\n{table.title}"))
+        shown = RichTable(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        for place, column in enumerate(table.columns):
+            right = table.numeric and place > 0
+            shown.add_column(Text(column), justify="right" if right else "left", overflow="fold")
+        for row in table.rows:
+            shown.add_row(*map(Text, row))
+        console.print(shown)
+    return stream.getvalue().rstrip("\n")
+
+
+def _markdown_table(table: Table) -> str:
+    heads = [_escaped(column) for column in table.columns]
+    lines = [f"| {' | '.join(heads)} |"]
+    side = "--:" if table.numeric else "---"
+    lines.append(f"| {' | '.join(['---', *[side] * (len(heads) - 1)])} |")
+    lines += [f"| {' | '.join(map(_escaped, row))} |" for row in table.rows]
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    """Texts of records are no Markdown."""
+    for mark in "\\|`*_<[":
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())

@@ -1,0 +1,164 @@
+"""`qlora-harness runs` and `qlora-harness show RUN`: what lies in the results folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pydantic
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from qlora_harness.results.output import PrintableText
+from qlora_harness.results.runs import find_runs
+from qlora_harness.results.scored import DEFAULT_TASK
+from qlora_harness.errors import ResultsError
+from qlora_harness.record import EVALUATION_FILE, SUMMARY_FILE
+from qlora_harness.schema.evaluation import Evaluation, TaskScores
+from qlora_harness.schema.section import read_record
+from qlora_harness.schema.training import TrainingSummary
+from qlora_harness.units import GIB, NOTHING, duration
+
+_COLUMNS = ("run", "model", "data", "base", "status", "GiB", "loss", "MMLU %")
+_NUMBERS = ("GiB", "loss", "MMLU %")
+
+
+def print_runs(folder: Path, console: Console) -> None:
+    """Prints one line a run: model, data, base, status, peak memory, evaluation loss, accuracy.
+
+    Raises:
+        ResultsError: There is no run.
+    """
+    table = RichTable(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for name in _COLUMNS:
+        table.add_column(
+            name, justify="right" if name in _NUMBERS else "left", overflow="fold", min_width=4
+        )
+    problems = []
+    for path in find_runs(folder):
+        try:
+            table.add_row(*map(PrintableText, _line(path, folder)))
+        except ResultsError as error:
+            problems.append(str(error))
+    if table.row_count:
+        console.print(table)
+    for problem in problems:
+        console.print(PrintableText(f"Not listed: {problem}"))
+
+
+def _read(path: Path) -> tuple[TrainingSummary | None, Evaluation | None]:
+    summary, evaluation = path / SUMMARY_FILE, path / EVALUATION_FILE
+    return (
+        read_record(summary, TrainingSummary) if summary.is_file() else None,
+        read_record(evaluation, Evaluation) if evaluation.is_file() else None,
+    )
+
+
+def _line(path: Path, folder: Path) -> list[str]:
+    summary, evaluation = _read(path)
+    model = quant = data = loss = None
+    status, random = "scored", False
+    if evaluation is not None:
+        model, quant = evaluation.model.base, evaluation.model.quant
+        random = evaluation.model.random_weights
+    if summary is not None:
+        model, quant = summary.model.name or model, summary.quant or quant
+        random = random or summary.model.random_weights
+        data, loss = summary.data.dataset, summary.results.eval_loss
+        status = summary.status
+    return [
+        str(path.relative_to(folder)) if path != folder else path.name,
+        f"{model or NOTHING}{' (random weights)' if random else ''}",
+        data or NOTHING,
+        quant or NOTHING,
+        status,
+        _peak(summary),
+        NOTHING if loss is None else f"{loss:.3f}",
+        _accuracy(evaluation),
+    ]
+
+
+def _peak(summary: TrainingSummary | None) -> str:
+    if summary is None or summary.peak_bytes is None:
+        return NOTHING
+    on_cpu = summary.memory.peak_allocated_bytes is None
+    return f"{summary.peak_bytes / GIB:.2f}{' CPU' if on_cpu else ''}"
+
+
+def _accuracy(evaluation: Evaluation | None) -> str:
+    if evaluation is None or not evaluation.tasks:
+        return NOTHING
+    task = DEFAULT_TASK if DEFAULT_TASK in evaluation.tasks else next(iter(evaluation.tasks))
+    scores = evaluation.tasks[task]
+    text = f"{100 * scores.acc:.2f}"
+    part = "" if scores.n == scores.n_total else f", {scores.n} of {scores.n_total}"
+    if task == DEFAULT_TASK and not part:
+        return text
+    return f"{text} ({task.removeprefix('mmlu_qlora_')}{part})"
+
+
+def print_run(path: Path, console: Console) -> None:
+    """Prints what is recorded of one run.
+
+    Raises:
+        ResultsError: It holds no record, or a broken one; nothing is printed then.
+    """
+    summary, evaluation = _read(path)
+    if summary is None and evaluation is None:
+        raise ResultsError(
+            f"{path} holds no {SUMMARY_FILE} or {EVALUATION_FILE}",
+            "Name a run folder; `qlora-harness runs` lists them",
+        )
+    sections = [] if summary is None else list(_training(summary))
+    for task, scores in ({} if evaluation is None else evaluation.tasks).items():
+        sections.append((task, list(_scores(scores))))
+    for heading, rows in sections:
+        known = [(name, value) for name, value in rows if value not in (None, NOTHING, "")]
+        if not known:
+            continue
+        width = max(len(name) for name, _ in known)
+        console.print()
+        console.print(PrintableText(heading, style="bold"))
+        for name, value in known:
+            console.print(PrintableText(f"{name:<{width}}  {value}"), soft_wrap=True)
+
+
+def _training(summary: TrainingSummary) -> Iterator[tuple[str, list[tuple[str, object]]]]:
+    seconds, speed = summary.runtime.train_seconds, summary.throughput.tokens_per_second
+    rows: list[tuple[str, object]] = [
+        ("status", summary.status),
+        ("base", summary.quant),
+        ("model", summary.model.name),
+        ("random weights", summary.model.random_weights or None),
+        ("device", (summary.environment.device or {}).get("name")),
+        ("peak memory, GiB", _peak(summary)),
+        ("time", None if seconds is None else duration(seconds)),
+        ("tokens/s", None if speed is None else f"{speed:,.0f}"),
+    ]
+    rows += [(name.replace("_", " "), _plain(value)) for name, value in _set(summary.results)]
+    rows.append(("failure", (summary.failure or {}).get("problem")))
+    yield "Training", rows
+    yield "How it was computed", list(summary.computation.items())
+    yield "Settings", list(summary.settings.items())
+
+
+def _set(section: pydantic.BaseModel) -> Iterator[tuple[str, object]]:
+    yield from section.model_dump(exclude_none=True).items()
+
+
+def _plain(value: object) -> object:
+    return f"{value:.4f}" if isinstance(value, float) else value
+
+
+def _scores(scores: TaskScores) -> Iterator[tuple[str, object]]:
+    yield "questions", f"{scores.n:,} of {scores.n_total:,}"
+    yield "accuracy, micro", _share(scores.acc, scores.acc_stderr)
+    yield "accuracy, macro", _share(scores.acc_macro, scores.acc_macro_stderr)
+    yield "ties", scores.ties
+    yield "truncated prompts", scores.truncated
+    for name, score in scores.categories.items():
+        yield name.replace("_", " "), _share(score.acc, score.acc_stderr)
+
+
+def _share(value: float, error: float | None) -> str:
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"

@@ -1,0 +1,152 @@
+"""evaluation_results.json and mmlu_progress_<model>_<arm>.json."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from qlora_harness.question_hashes import PROMPT_DIGITS
+from qlora_harness.schema.section import Count, Environment, Header, Number, Section, Share
+
+Letter = Literal["A", "B", "C", "D"]
+# Sums of a few thousand doubles differ in the last digits when they are added in another order.
+_TOLERANCE = 1e-6
+
+
+class ScoredModel(Section):
+    """The model that was scored."""
+
+    base: str | None = None
+    """Hub id, name of the folder, or "smollm2"."""
+    revision: str | None = None
+    """Branch, tag or commit."""
+    random_weights: bool = False
+    """Whether the base was never trained."""
+    quant: str | None = None
+    """nf4, fp4 or bf16."""
+    double_quant: bool | None = None
+    """Whether the scales were quantised, too; null for bf16."""
+    peft: str | None = None
+    """Name of the adapter's folder; null for the base alone."""
+    adapter_sha256: str | None = None
+    """Hash of the adapter's weights."""
+    unquantised_share: Share | None = None
+    """Share of the layers' weights that stay in 16 bits; null for bf16."""
+
+
+class Score(Section):
+    """Accuracy of some questions."""
+
+    acc: Share
+    """Right answers over questions; of tied best letters, the first counts."""
+    acc_stderr: Number | None = None
+    """Its standard error, as lm-eval computes it."""
+    n: Count | None = None
+    """Questions answered."""
+
+
+class SubjectScore(Score):
+    """Accuracy of one subject."""
+
+    n: Count
+    """Questions answered."""
+
+
+class TaskScores(Score):
+    """One task family."""
+
+    n: Count
+    """Questions answered."""
+    n_total: Count
+    """Questions in the file; more than n with --limit or single subjects."""
+    acc_macro: Share
+    """Mean of the subjects' accuracies."""
+    acc_macro_stderr: Number | None = None
+    """Its standard error."""
+    ties: Count | None = None
+    """Questions whose best log-probability several letters share."""
+    truncated: Count | None = None
+    """Prompts that were cut to fit the model."""
+    prompts_sha256: str | None = None
+    """Hash over all prompts and right letters."""
+    subjects: Annotated[dict[str, SubjectScore], Field(min_length=1)]
+    """By name."""
+    categories: dict[str, Score] = {}
+    """By name."""
+    settings: dict[str, Any] = {}
+    """How the family was scored."""
+
+    @model_validator(mode="after")
+    def _totals_are_those_of_the_subjects(self) -> TaskScores:
+        subjects = self.subjects.values()
+        n = sum(score.n for score in subjects)
+        if n != self.n or not 0 < self.n <= self.n_total:
+            raise ValueError(f"n is {self.n} of {self.n_total}, but its subjects have {n}")
+        micro = sum(score.acc * score.n for score in subjects) / n
+        macro = sum(score.acc for score in subjects) / len(subjects)
+        for name, computed in (("acc", micro), ("acc_macro", macro)):
+            stored = getattr(self, name)
+            if abs(stored - computed) > _TOLERANCE:
+                raise ValueError(f"{name} is {stored:.6f}, but its subjects give {computed:.6f}")
+        return self
+
+
+class Evaluation(Header):
+    """evaluation_results.json: a model's accuracies on each task family."""
+
+    created: str | None = None
+    """ISO 8601."""
+    kind: Literal["evaluation_results"] = "evaluation_results"
+    """What the file is."""
+    arm: str | None = None
+    """4bit or 16bit."""
+    model: ScoredModel = ScoredModel()
+    """What was scored."""
+    settings: dict[str, Any] = {}
+    """How, when the file was written last."""
+    environment: Environment = Environment()
+    """Versions and hardware."""
+    tasks: dict[str, TaskScores]
+    """By family."""
+
+
+class QuestionRow(Section):
+    """One question and the model's answer."""
+
+    index: Count
+    """Line of the question in the data file, from 0."""
+    subject: Annotated[str, Field(min_length=1)]
+    """For example anatomy."""
+    logprobs: Annotated[
+        dict[Letter, Annotated[float, Field(le=0, ge=-1e100, allow_inf_nan=False)]],
+        Field(min_length=4),
+    ]
+    """Of the four letters, nats."""
+    prediction: Letter
+    """The letter of the highest; of a tie, the first."""
+    answer: Letter
+    """The right letter."""
+    correct: bool
+    """Whether they are the same."""
+    running_accuracy: Share | None = None
+    """Accuracy over this and all questions before."""
+    prompt_sha256: Annotated[str, Field(pattern=rf"^[0-9a-f]{{{PROMPT_DIGITS}}}$")]
+    """Beginning of the hash of the text that was scored."""
+    truncated: bool = False
+    """Whether it was cut to fit the model."""
+
+
+class Progress(Header):
+    """mmlu_progress_<model>_<arm>.json: every question."""
+
+    created: str | None = None
+    """ISO 8601."""
+    kind: Literal["mmlu_progress"] = "mmlu_progress"
+    """What the file is."""
+    arm: str | None = None
+    """4bit or 16bit."""
+    model: ScoredModel = ScoredModel()
+    """What was scored."""
+    tasks: dict[str, list[QuestionRow]]
+    """By family, in the order of the file."""

@@ -1,0 +1,145 @@
+"""What all records have in common, and how one is read from its file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qlora_harness.errors import ResultsError, shown
+from qlora_harness.record import SCHEMA_VERSION, read_json
+
+# Nothing that is measured here comes near; sums and squares of smaller numbers stay finite.
+_LARGEST = 1e100
+Number = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, le=_LARGEST, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """A part of a record. Keys that this version doesn't know are kept."""
+
+    model_config = ConfigDict(extra="allow", strict=True, use_attribute_docstrings=True)
+
+
+class Header(Section):
+    """What each record begins with."""
+
+    schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
+    """Of the record; a reader refuses a newer one than it knows."""
+
+
+class Environment(Section):
+    """Where something was computed."""
+
+    versions: dict[str, str] = {}
+    """Of the packages that decide the numbers, by distribution."""
+    git: dict[str, Any] = {}
+    """Revision of qlora-harness, and whether it had uncommitted changes."""
+    platform: str | None = None
+    """As platform.platform() gives it."""
+    machine: str | None = None
+    """For example x86_64."""
+    cpu_count: int | None = None
+    """Logical cores of the host."""
+    cpu_threads: Count | None = None
+    """Threads that computed on the CPU."""
+    command: str | None = None
+    """The command line, without tokens and the home folder."""
+    device: dict[str, Any] | None = None
+    """Name, type, hashed id and memory of the device."""
+    world_size: Count | None = None
+    """Processes that took part."""
+
+
+def read_record(path: Path, model: type[_Model]) -> _Model:
+    """Reads and checks one of this project's own records.
+
+    Args:
+        path: The file.
+        model: The type of the record.
+
+    Raises:
+        ResultsError: The file is unreadable, of another kind, of a newer schema, or a field is
+            missing or wrong; the message names it.
+    """
+    record = read_json(path, finite=True)
+    kind = model.model_json_schema()["properties"]["kind"]["const"]
+    if record.get("kind") != kind:
+        raise ResultsError(
+            f'{path}: "kind" is {shown(record.get("kind"))}, not "{kind}"',
+            "The file comes from another program; name the folder of a run of qlora-harness",
+        )
+    version = record.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise ResultsError(
+            f"{path}: schema_version {version} is newer than this program knows ({SCHEMA_VERSION})",
+            "Update qlora-harness",
+        )
+    return check(path, model, upgrade(record))
+
+
+def check(where: Path | str, model: type[_Model], value: object) -> _Model:
+    """Returns a value of JSON as a model.
+
+    Args:
+        where: The file, and the place in it, for the message.
+        model: The type.
+        value: What was read.
+
+    Raises:
+        ResultsError: It doesn't fit; the message names the first field that doesn't.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        seen = "" if isinstance(first["input"], Mapping) else f" is {shown(first['input'])}"
+        raise ResultsError(
+            f"{where}:{f' {field}' if field else ''}{seen} ({first['msg']:.200})",
+            "The file is damaged or comes from another program; make it anew or remove it",
+        ) from None
+
+
+def upgrade(record: dict[str, Any]) -> dict[str, Any]:
+    """Brings a record of an earlier version to the form of this one.
+
+    Args:
+        record: As read.
+    """
+    environment = record.get("environment")
+    if isinstance(environment, dict) and isinstance(environment.get("device"), str):
+        # Evaluations named the device only.
+        environment = environment | {"device": {"name": environment["device"]}}
+        record = record | {"environment": environment}
+    data, settings = record.get("data"), record.get("settings")
+    if isinstance(data, dict) and isinstance(settings, dict) and "dataset" not in data:
+        record = record | {"data": data | {"dataset": settings.get("dataset")}}
+    memory = record.get("memory")
+    if isinstance(memory, dict) and memory.get("peak_needed_bytes") is None:
+        allocated, managed = (
+            memory.get(name) for name in ("peak_allocated_bytes", "peak_managed_bytes")
+        )
+        if allocated is not None and managed in (None, 0):
+            record = record | {"memory": memory | {"peak_needed_bytes": allocated}}
+    return record
+
+
+def flatten(value: object, prefix: str) -> Iterator[tuple[str, object]]:
+    """Yields the leaves of nested objects as ("a.b.c", value); lists are leaves.
+
+    Args:
+        value: A value of JSON.
+        prefix: The name of the value itself.
+    """
+    if not isinstance(value, Mapping):
+        yield prefix, value
+        return
+    for key, inner in value.items():
+        yield from flatten(inner, f"{prefix}.{key}")

@@ -1,0 +1,290 @@
+"""training_summary.json and training_logs.json."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from qlora_harness.schema.section import (
+    Amount,
+    Count,
+    Environment,
+    Header,
+    Number,
+    Section,
+    Share,
+)
+
+
+class TrainedModel(Section):
+    """The base model and its adapter."""
+
+    name: str | None = None
+    """Hub id, name of the folder, or "smollm2"."""
+    revision: str | None = None
+    """Branch, tag or commit that was asked for."""
+    commit: str | None = None
+    """Commit on the Hub, if the model came from there."""
+    random_weights: bool = False
+    """Whether the base was never trained, so that losses and accuracies say nothing."""
+    weights_fingerprint: str | None = None
+    """Hash of a sample of the base's weights."""
+    trainable_parameters: Count | None = None
+    """Parameters of the adapter."""
+    attention: str | None = None
+    """Implementation of the attention."""
+
+
+class Quantization(Section):
+    """How the base's weights were held."""
+
+    quant: str | None = None
+    """nf4, fp4 or bf16."""
+    double_quant: bool | None = None
+    """Whether the scales were quantised, too; null for bf16."""
+    compute_dtype: str | None = None
+    """bfloat16 or float32."""
+    parameter_dtypes: dict[str, Count] = {}
+    """Parameters by dtype."""
+    unquantised_share: Share | None = None
+    """Share of the layers' weights that stay in 16 bits; null for bf16."""
+
+
+class DataSplit(Section):
+    """The training or the evaluation conversations."""
+
+    conversations: Count | None = None
+    """How many."""
+    tokens: Count | None = None
+    """Of all conversations."""
+    supervised_tokens: Count | None = None
+    """Tokens whose loss counts."""
+    fingerprint: str | None = None
+    """Hash of the token ids and of the mask."""
+
+
+class DataReport(Section):
+    """The data, as counted when it was read."""
+
+    dataset: str | None = None
+    """Its name, as given."""
+    train: DataSplit = DataSplit()
+    """What was trained on."""
+    eval: DataSplit | None = None
+    """What was held out."""
+
+
+class Process(Section):
+    """The main process, so that a later run can tell whether it still runs."""
+
+    id: int | None = None
+    """Its number."""
+    host: str | None = None
+    """Hash of what tells the machine from others."""
+    started: Number | None = None
+    """Seconds since 1970."""
+
+
+class PhaseMemory(Section):
+    """Peaks of one phase, bytes; null where a number doesn't apply."""
+
+    peak_allocated_bytes: Amount | None = None
+    """In live tensors on the GPU."""
+    peak_reserved_bytes: Amount | None = None
+    """Held by torch's allocator."""
+    peak_device_used_bytes: Amount | None = None
+    """In use on the whole device, as the driver counts it."""
+    peak_managed_bytes: Amount | None = None
+    """Managed memory of a paged optimizer."""
+    peak_needed_bytes: Amount | None = None
+    """Most allocated and managed memory together."""
+    cpu_peak_rss_bytes: Amount | None = None
+    """Resident memory of the process; measured on CPU runs only."""
+    other_processes: Count | None = None
+    """Most other processes seen on the device."""
+    other_bytes: Amount | None = None
+    """Most memory of the device that others used."""
+
+
+class Memory(PhaseMemory):
+    """Peaks of the training phase over all processes, and of every phase."""
+
+    device_type: str | None = None
+    """cuda or cpu."""
+    phases: list[dict[str, Any]] = []
+    """Each phase of each process."""
+
+
+class Runtime(Section):
+    """Seconds."""
+
+    train_seconds: Amount | None = None
+    """Training, over all segments of a resumed run."""
+    load_seconds: Amount | None = None
+    """Loading the base."""
+    data_seconds: Amount | None = None
+    """Reading and encoding the data."""
+    eval_seconds: Amount | None = None
+    """Evaluation after training."""
+    total_seconds: Amount | None = None
+    """From the start of this process."""
+    resumed: bool = False
+    """Whether the run continued from a checkpoint."""
+
+
+class Throughput(Section):
+    """Speed without the first steps, in which kernels are chosen."""
+
+    tokens_per_second: Amount | None = None
+    """All tokens."""
+    supervised_tokens_per_second: Amount | None = None
+    """Tokens whose loss counts."""
+    steps_per_second: Amount | None = None
+    """Optimizer steps."""
+    steps_measured: Count | None = None
+    """Over how many steps."""
+
+
+class Results(Section):
+    """Losses, nats per supervised token."""
+
+    steps: Count | None = None
+    """Optimizer steps of the whole run."""
+    final_train_loss: Number | None = None
+    """Of the last step."""
+    last_10_steps_train_loss: Number | None = None
+    """Mean of the last ten steps."""
+    mean_train_loss: Number | None = None
+    """Mean of all steps."""
+    eval_loss: Number | None = None
+    """On the held-out conversations, weighted by token."""
+    perplexity: Amount | None = None
+    """exp(eval_loss)."""
+    eval_tokens: Count | None = None
+    """Supervised tokens of the held-out conversations."""
+    eval_loss_before: Number | None = None
+    """On the held-out conversations before the first step."""
+
+
+class TrainingSummary(Header):
+    """training_summary.json: one training run."""
+
+    kind: Literal["training_summary"] = "training_summary"
+    """What the file is."""
+    status: Literal["running", "completed", "interrupted", "failed"]
+    """Killed runs stay "running"."""
+    arm: str | None = None
+    """4bit or 16bit."""
+    quant: str | None = None
+    """nf4, fp4 or bf16."""
+    started: str | None = None
+    """ISO 8601."""
+    finished: str | None = None
+    """ISO 8601."""
+    model: TrainedModel = TrainedModel()
+    """Base and adapter."""
+    quantization: Quantization = Quantization()
+    """How the base is held."""
+    computation: dict[str, Any] = {}
+    """What --memory and the kind of model decide about a step."""
+    plan: dict[str, Any] | None = None
+    """Predicted memory, bytes."""
+    settings: dict[str, Any]
+    """Every flag."""
+    data: DataReport = DataReport()
+    """What was trained and evaluated on."""
+    process: Process = Process()
+    """Who wrote this."""
+    environment: Environment = Environment()
+    """Versions and hardware."""
+    failure: dict[str, Any] | None = None
+    """What ended the run, if it failed."""
+    results: Results = Results()
+    """Losses."""
+    memory: Memory = Memory()
+    """Peaks."""
+    runtime: Runtime = Runtime()
+    """Times."""
+    throughput: Throughput = Throughput()
+    """Speed."""
+
+    @model_validator(mode="after")
+    def _completed_runs_have_their_numbers(self) -> TrainingSummary:
+        needed = {
+            "data.train.fingerprint": self.data.train.fingerprint,
+            "results.final_train_loss": self.results.final_train_loss,
+            "runtime.train_seconds": self.runtime.train_seconds,
+            "throughput.tokens_per_second": self.throughput.tokens_per_second,
+        }
+        missing = [name for name, value in needed.items() if value is None]
+        if self.status == "completed" and missing:
+            raise ValueError(f"{missing[0]} is missing in a completed run")
+        return self
+
+    @property
+    def peak_bytes(self) -> float | None:
+        """Peak memory that the run needed, of the GPU or else of the process, bytes."""
+        memory = self.memory
+        needed = memory.peak_needed_bytes or memory.peak_allocated_bytes
+        return memory.cpu_peak_rss_bytes if needed is None else needed
+
+    @property
+    def seed(self) -> int | None:
+        """Of the adapter's weights, dropout and order of the data."""
+        seed = self.settings.get("seed")
+        return seed if isinstance(seed, int) and not isinstance(seed, bool) else None
+
+
+class StepRow(Section):
+    """One optimizer step."""
+
+    step: Count
+    """Its number, from 1."""
+    loss: Number
+    """Nats per supervised token."""
+    tokens: Count = 0
+    """Tokens of all its conversations."""
+    supervised_tokens: Count = 0
+    """Those whose loss counts."""
+    seconds: Amount | None = None
+    """From step border to step border."""
+
+
+class EvaluationLosses(Section):
+    """The held-out conversations, one value each, in their order."""
+
+    nll: list[Number] = []
+    """Summed loss after training, nats."""
+    tokens: list[Count] = []
+    """Supervised tokens."""
+    nll_before: list[Number] = []
+    """Summed loss before the first step, nats; empty if not evaluated then."""
+
+    @model_validator(mode="after")
+    def _values_belong_together(self) -> EvaluationLosses:
+        n = len(self.tokens)
+        if len(self.nll) not in (0, n) or len(self.nll_before) not in (0, n):
+            raise ValueError(
+                f"{len(self.nll)} and {len(self.nll_before)} losses for {n} conversations"
+            )
+        if min(self.tokens, default=1) < 1:
+            raise ValueError("a conversation without a supervised token")
+        return self
+
+    @property
+    def loss(self) -> float:
+        """Loss after training, nats per token."""
+        return math.fsum(self.nll) / sum(self.tokens)
+
+
+class TrainingLog(Header):
+    """training_logs.json: every step, and the held-out conversations."""
+
+    kind: Literal["training_logs"] = "training_logs"
+    """What the file is."""
+    steps: list[StepRow]
+    """In their order."""
+    evaluation: EvaluationLosses = EvaluationLosses()
+    """After training, and before it."""
