@@ -119,6 +119,9 @@ def test_loss_is_paired_by_conversation_and_seed(pair_of_arms: Comparison) -> No
 def test_training_wins_back_a_part_of_the_cost(pair_of_arms: Comparison) -> None:
     item = leading(pair_of_arms)
     assert item["loss_before"].difference == pytest.approx(0.2)
+    # The 2×2 on loss: training gains more where quantising had cost something.
+    assert item["loss_change"].difference == pytest.approx(0.05 - 0.2)
+    assert item["loss_change"].word == "better"
     assert "Training wins back 75% of the loss" in pair_of_arms.verdict
 
 

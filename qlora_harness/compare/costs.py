@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 WARM_UP_STEPS = 3
+_LOSSES = ("nll", "nll_before")
 _FEWEST = 10  # conversations, below which an interval says little
 _STEPS_TOGETHER, _FEWEST_GROUPS = 10, 5  # neighbouring steps share stalls
 
@@ -131,22 +132,27 @@ def _losses(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
         seeds = st.over_seeds(one, two, blocks=_same_seeds(arm, baseline))
         estimate = st.combine(float(one.mean() - two.mean()), None, seeds, level=level)
         after = measured("eval_loss", (one, two), estimate, reason="no losses by conversation")
-    before = _conversations(arm, baseline, "loss_before", level)
-    return [after, *([before] if before else []), *_steps(arm, baseline)]
+    # The change is what training gains: its difference is the interaction of the 2×2 on loss.
+    others = [_conversations(arm, baseline, key, level) for key in ("loss_before", "loss_change")]
+    return [after, *(other for other in others if other), *_steps(arm, baseline)]
 
 
-def _conversations(
-    arm: Arm, baseline: Arm, key: Literal["eval_loss", "loss_before"], level: float
-) -> Endpoint | None:
+def _conversations(arm: Arm, baseline: Arm, key: str, level: float) -> Endpoint | None:
     """Paired by conversation, weighted by token, seeds as blocks; None without such a record."""
     logs = [[run.log.evaluation for run in a.runs if run.log] for a in (arm, baseline)]
-    tables = [[log.nll if key == "eval_loss" else log.nll_before for log in part] for part in logs]
+    after, before = ([[getattr(log, k) for log in part] for part in logs] for k in _LOSSES)
     tokens = {tuple(log.tokens) for part in logs for log in part}
     complete = (len(logs[0]), len(logs[1])) == (len(arm.runs), len(baseline.runs))
-    if not complete or len(tokens) > 1 or not all(nll for part in tables for nll in part):
+    needed = {"eval_loss": [after], "loss_before": [before]}.get(key, [after, before])
+    known = all(nll for tables in needed for part in tables for nll in part)
+    if not complete or len(tokens) > 1 or not known:
         return None
     weights = np.array(tokens.pop(), dtype=np.float64)
-    one, two = (np.array(part) / weights for part in tables)
+    one, two = (np.array(part) / weights for part in needed[0])
+    if len(needed) > 1:
+        one, two = (
+            x - np.array(part) / weights for x, part in zip((one, two), before, strict=True)
+        )
     share = weights / weights.sum()
     means = (one @ share, two @ share)
     difference, items = st.over_items(one.mean(axis=0) - two.mean(axis=0), weights)

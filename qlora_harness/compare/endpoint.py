@@ -42,6 +42,7 @@ SPECS = {
     "time": Spec("train time", "seconds", 0.02, relative=True),
     "eval_loss": Spec("eval loss", "nats", 0.01),
     "loss_before": Spec("eval loss before training", "nats", 0.01),
+    "loss_change": Spec("eval loss, change by training", "nats", 0.01),
     "first_step_loss": Spec("training loss, first step", "nats", 0.01),
     "last_steps_loss": Spec("training loss, last tenth of the steps", "nats", 0.01),
     "accuracy": Spec("accuracy", "share", lower_is_better=False),

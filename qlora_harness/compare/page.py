@@ -109,7 +109,7 @@ def flips(comparison: Comparison) -> tuple[int, list[Flip]]:
     found = [
         Flip(
             str(one["subject"].iloc[row]).replace("_", " "),
-            str(one["doc_id"].iloc[row]),
+            str(one["item"].iloc[row]),
             bool(change[row] > 0),
             f"{letter(two['choice'].iloc[row])} → {letter(one['choice'].iloc[row])}",
             letter(one["answer"].iloc[row]),

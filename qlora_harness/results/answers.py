@@ -1,6 +1,6 @@
 """Every answer of every run as rows of one DataFrame, whatever task and file they come from.
 
-Columns: subject, doc_id, index (the line in a data file of this project, else -1), the hashes
+Columns: subject, item (its number there), index (the line in a data file of this project, else -1), the hashes
 document, prompt and target, answer (place of the right choice, -1 where there are no choices),
 choice (place of the best), logprob_0, logprob_1, … (nats), score (the metric as recorded) and
 credit (the same, with a tie of k best choices that holds the right one worth 1/k).
@@ -66,7 +66,7 @@ def read_progress(scored: Scored) -> pd.DataFrame | None:
     targets = [hashlib.sha256(str(place).encode()).hexdigest() for place in range(len(LETTERS))]
     frame = _frame(
         subject=[row.subject for row in rows],
-        doc_id=index,
+        item=index,
         index=index,
         document=[""] * len(rows),
         prompt=[row.prompt_sha256 for row in rows],
@@ -137,7 +137,7 @@ def read_logged(file: HarnessFile, scored: Scored) -> pd.DataFrame | None:
 
 def _read_leaf(path: Path, subject: str, scored: Scored) -> pd.DataFrame:
     columns: dict[str, list[Any]] = {
-        name: [] for name in ("doc_id", "index", "document", "prompt", "target", "score", "answer")
+        name: [] for name in ("item", "index", "document", "prompt", "target", "score", "answer")
     }
     responses: list[list[float] | None] = []
     ours = scored.task in FAMILIES
@@ -159,7 +159,7 @@ def _read_leaf(path: Path, subject: str, scored: Scored) -> pd.DataFrame:
         if isinstance(doc_id, bool) or not isinstance(doc_id, int):
             raise ResultsError(f"{where}: doc_id is {shown(doc_id)}, not a number", _OTHER_RUN)
         index = doc.get("index") if ours and isinstance(doc, Mapping) else None
-        columns["doc_id"].append(doc_id)
+        columns["item"].append(doc_id)
         columns["index"].append(index if isinstance(index, int) else -1)
         columns["document"].append(sample["doc_hash"])
         columns["prompt"].append(sample["prompt_hash"][:PROMPT_DIGITS])
@@ -177,7 +177,7 @@ def _read_leaf(path: Path, subject: str, scored: Scored) -> pd.DataFrame:
         columns["answer"].append(
             int(target) if target.isdecimal() and len(target) < 4 and int(target) < choices else -1
         )
-    if len(set(columns["doc_id"])) < len(columns["doc_id"]):
+    if len(set(columns["item"])) < len(columns["item"]):
         raise ResultsError(f"{path}: a doc_id is there twice", "Score again")
     matrix, answer = _choices(responses, columns, path, ours)
     return _frame(
@@ -186,7 +186,7 @@ def _read_leaf(path: Path, subject: str, scored: Scored) -> pd.DataFrame:
         logprobs=matrix,
         **{
             name: columns[name]
-            for name in ("doc_id", "index", "document", "prompt", "target", "score")
+            for name in ("item", "index", "document", "prompt", "target", "score")
         },
     )
 
@@ -347,7 +347,7 @@ def _check_same(first: str, one: pd.DataFrame, label: str, other: pd.DataFrame) 
             raise ComparisonError(
                 f"{first} and {label} answered different questions: the {name} hash differs in "
                 f"{len(differ):,} of {len(one):,}, the first {row['subject']}, doc_id "
-                f"{row['doc_id']}",
+                f"{row['item']}",
                 "Score all runs with the same task, data folder and template",
             )
 
