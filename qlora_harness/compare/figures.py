@@ -154,12 +154,14 @@ def _memory_and_loss(comparison: Comparison, colours: dict[str, str]) -> Figure 
         figure.add_scatter(
             x=[size / GIB],
             y=[loss_value],
-            mode="markers+text",
+            # So many names would lie on each other.
+            mode="markers+text" if len(points) < 5 else "markers",
+            name=arm,
             text=[f"{arm} "],
             textposition="middle left",
             marker={"size": 12, "color": colours[arm]},
             error_y={"type": "data", "array": [half], "color": colours[arm]},
-            showlegend=False,
+            showlegend=len(points) >= 5,
             hovertemplate=f"{arm}: %{{x:.2f}} GiB, %{{y:.4f}}<extra></extra>",
         )
     figure.update_xaxes(title="peak memory, GiB", rangemode="tozero")
@@ -169,7 +171,7 @@ def _memory_and_loss(comparison: Comparison, colours: dict[str, str]) -> Figure 
         title="evaluation loss, nats", range=[min(losses) - room / 2, max(losses) + room]
     )
     alt = "; ".join(f"{arm} {m / GIB:.2f} GiB, loss {v:.3f}" for arm, (m, v, _) in points.items())
-    return Figure("Memory against loss", alt, _layout(figure, 320))
+    return Figure("Memory against loss", alt, _layout(figure, 320 + 12 * len(points)))
 
 
 def _curves(comparison: Comparison, colours: dict[str, str]) -> Figure | None:

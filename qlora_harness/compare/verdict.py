@@ -21,9 +21,11 @@ def sentences(comparison: Comparison) -> list[str]:
     primary = comparison.primary
     if not primary:
         return ["There is nothing to compare."]
-    found = [_validity(comparison), *(_costs(item) for item in primary)]
+    found = [_validity(comparison)]
     if len(primary) == 1:
-        found += [_accuracy(primary[0], comparison), _won_back(primary[0])]
+        found += [_costs(primary[0]), _accuracy(primary[0], comparison), _won_back(primary[0])]
+    else:
+        found.append(_counts(primary))
     found += [_secondary(item) for item in comparison.contrasts if not item.primary]
     return [sentence for sentence in found if sentence]
 
@@ -74,6 +76,25 @@ def _costs(item: Contrast) -> str:
     if 1 in item.seeds:
         text += "; the arm of one seed is taken to vary as the other does"
     return f"{text}."
+
+
+def _counts(primary: list[Contrast]) -> str:
+    """Of many arms: for how many something is shown, and which costs least."""
+    parts = []
+    for key in ("memory", "time", "eval_loss", "accuracy", "nll"):
+        known = [item.endpoints[key] for item in primary if key in item.endpoints]
+        for word in ("better", "worse"):
+            count = sum(endpoint.word == word for endpoint in known)
+            if count:
+                parts.append(f"{known[0].name} {word} in {count}")
+    text = f"Of {len(primary)} arms: {_listed(parts)}." if parts else ""
+    nll = [item for item in primary if "nll" in item.endpoints]
+    if nll:
+        best = min(nll, key=lambda item: item["nll"].difference or 0)
+        text += f" The best NLL is that of {best.arm} ({difference(best['nll'])})."
+    if any(1 in item.seeds for item in primary):
+        text += " Arms of one seed are about their adapters alone."
+    return text.strip()
 
 
 def _accuracy(item: Contrast, comparison: Comparison) -> str:
