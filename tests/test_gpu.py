@@ -99,7 +99,12 @@ def test_memory_is_measured_as_allocated_reserved_and_by_the_driver(
         <= memory["peak_reserved_bytes"]
         <= memory["peak_device_used_bytes"]
     )
-    assert [phase["phase"] for phase in memory["phases"]] == ["load", "train", "evaluate"]
+    assert [phase["phase"] for phase in memory["phases"]] == [
+        "load",
+        "evaluate_before",
+        "train",
+        "evaluate",
+    ]
 
 
 @pytest.mark.parametrize("quant", ["nf4", "bf16"])

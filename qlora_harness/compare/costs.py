@@ -96,7 +96,7 @@ def _time(arm: Arm, baseline: Arm, level: float) -> Endpoint:
 
 
 def _step_ratios(one: TrainingLog | None, two: TrainingLog | None) -> Floats:
-    """Log ratios of the seconds of the same steps, means of ten neighbours, after warm-up."""
+    """Log ratios of the seconds of the same steps after warm-up, means of ten neighbours or fewer."""
     nothing = np.zeros(0)
     if one is None or two is None or len(one.steps) != len(two.steps):
         return nothing
@@ -104,9 +104,10 @@ def _step_ratios(one: TrainingLog | None, two: TrainingLog | None) -> Floats:
     if any(a.tokens != b.tokens or not a.seconds or not b.seconds for a, b in pairs):
         return nothing
     ratios = np.array([math.log((a.seconds or 1) / (b.seconds or 1)) for a, b in pairs])
-    whole = len(ratios) // _STEPS_TOGETHER
-    table = ratios[: whole * _STEPS_TOGETHER].reshape(whole, _STEPS_TOGETHER)
-    means: Floats = table.mean(axis=1)
+    size = min(_STEPS_TOGETHER, len(ratios) // _FEWEST_GROUPS)
+    if size == 0:
+        return nothing
+    means: Floats = ratios[: len(ratios) // size * size].reshape(-1, size).mean(axis=1)
     return means
 
 

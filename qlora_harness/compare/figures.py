@@ -16,7 +16,8 @@ from qlora_harness.units import GIB
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, as they show on light and dark.
 _BASELINE = "#7a828a"
-_COLOURS = ("#009E73", "#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#6A51A3")
+_COLOURS = ("#009E73", "#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#6A51A3",
+            "#B15928", "#3B7C8C")  # fmt: skip
 _SHADE = "rgba(128,128,128,0.18)"
 _SMOOTHING = 0.9
 
@@ -61,10 +62,11 @@ def _colours(comparison: Comparison) -> dict[str, str]:
 
 
 def _layout(figure: Any, height: int, **options: Any) -> Any:
+    legend = sum(trace.showlegend is not False for trace in figure.data) > 1
     figure.update_layout(
         height=height,
         # Plotly's buttons stand above the legend.
-        margin={"l": 8, "r": 12, "t": 56 if len(figure.data) > 1 else 28, "b": 8},
+        margin={"l": 8, "r": 12, "t": 56 if legend else 28, "b": 8},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
