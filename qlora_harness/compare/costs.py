@@ -96,7 +96,7 @@ def _time(arm: Arm, baseline: Arm, level: float) -> Endpoint:
 
 
 def _step_ratios(one: TrainingLog | None, two: TrainingLog | None) -> Floats:
-    """Log ratios of the seconds of the same steps after warm-up, means of ten neighbours or fewer."""
+    """Log ratios of the seconds of the same steps after warm-up, neighbours together."""
     nothing = np.zeros(0)
     if one is None or two is None or len(one.steps) != len(two.steps):
         return nothing
