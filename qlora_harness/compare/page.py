@@ -144,7 +144,7 @@ def to_html(comparison: Comparison) -> str:
             tiles=tiles(comparison),
             difference=differences_line(comparison),
             plots=plots,
-            tables=[table for table in tables(comparison) if table.rows],
+            tables=tables(comparison),
             flips=shown,
             flips_in_all=count,
             plotly=plotly.offline.get_plotlyjs(),

@@ -20,14 +20,12 @@ class Table:
         columns: Headings; the first is that of the rows' names.
         rows: Texts.
         numeric: Whether all columns but the first are numbers.
-        long: Whether it has too many rows to stand open.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     numeric: bool = True
-    long: bool = False
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -37,68 +35,47 @@ def tables(comparison: Comparison) -> list[Table]:
         found.append(_endpoints(item))
         if item.detail is not None:
             found.append(_detail(item))
-    if comparison.effects:
-        found.append(_effects(comparison))
-    if comparison.chance:
-        found.append(_chance(comparison))
-    for item in comparison.primary:
-        for kind in ("category", "subject"):
-            table = _groups(item, kind)
-            if table.rows:
-                found.append(table)
+    found += [_effects(comparison), _chance(comparison)]
+    found += [
+        _groups(item, kind) for item in comparison.primary for kind in ("category", "subject")
+    ]
     found += _settings(comparison)
-    return found
+    return [table for table in found if table.rows]
+
+
+def _number(value: float | None, form: str) -> str:
+    return NOTHING if value is None else form.format(value)
 
 
 def _runs(comparison: Comparison) -> Table:
-    def number(text: float | None, form: str) -> str:
-        return NOTHING if text is None else form.format(text)
-
     rows = []
     for run in comparison.runs:
         error = "" if run.stderr is None else f" ± {100 * run.stderr:.2f}"
         share = run.value is not None and 0 <= run.value <= 1
+        peak = None if run.peak_bytes is None else run.peak_bytes / GIB
+        time = NOTHING if run.train_seconds is None else duration(run.train_seconds)
+        score = f"{100 * (run.value or 0):.2f}%{error}" if share else _number(run.value, "{:.3f}")
+        numbers = ((run.eval_loss, "{:.4f}"), (run.perplexity, "{:.3f}"))
         rows.append(
-            (
-                run.label,
-                run.arm,
-                number(run.seed, "{}"),
-                number(None if run.peak_bytes is None else run.peak_bytes / GIB, "{:.2f}"),
-                NOTHING if run.train_seconds is None else duration(run.train_seconds),
-                number(run.eval_loss, "{:.4f}"),
-                number(run.perplexity, "{:.3f}"),
-                f"{100 * (run.value or 0):.2f}%{error}" if share else number(run.value, "{:.3f}"),
-            )
-        )
-    metric = comparison.metric or "accuracy"
+            (run.label, run.arm, _number(run.seed, "{}"), _number(peak, "{:.2f}"), time,
+             *(_number(number, form) for number, form in numbers), score)
+        )  # fmt: skip
     heads = ("run", "arm", "seed", "peak GiB", "time", "eval loss", "perplexity",
-             f"{metric}, as recorded")  # fmt: skip
+             f"{comparison.metric or 'accuracy'}, as recorded")  # fmt: skip
     return Table("Runs", heads, tuple(rows))
 
 
 def _endpoints(item: Contrast) -> Table:
     rows = []
-    for endpoint in item.endpoints.values():
-        shown = word(endpoint)
-        if endpoint.reason:
-            shown += f" ({endpoint.reason})"
-        clustered = NOTHING
-        if endpoint.clustered_stderr is not None:
-            scale = 100 if endpoint.unit == "share" else 1
-            clustered = f"{scale * endpoint.clustered_stderr:.{2 if scale > 1 else 3}f}"
+    for one in item.endpoints.values():
+        shown = f"{word(one)} ({one.reason})" if one.reason else word(one)
+        scale, form = (100, "{:.2f}") if one.unit == "share" else (1, "{:.3f}")
+        error = None if one.clustered_stderr is None else scale * one.clustered_stderr
         rows.append(
-            (
-                endpoint.name,
-                value(endpoint, endpoint.arm),
-                value(endpoint, endpoint.baseline),
-                difference(endpoint),
-                interval(endpoint) or NOTHING,
-                clustered,
-                p_text(endpoint.p),
-                NOTHING if endpoint.n is None else f"{endpoint.n:,}",
-                shown,
-            )
-        )
+            (one.name, value(one, one.arm), value(one, one.baseline), difference(one),
+             interval(one) or NOTHING, _number(error, form), p_text(one.p),
+             _number(one.n, "{:,}"), shown)
+        )  # fmt: skip
     heads = ("", item.arm, item.baseline, "difference", "95% interval", "SE by subject", "p", "n",
              "shown")  # fmt: skip
     return Table(f"{item.arm} against {item.baseline}", heads, tuple(rows))
@@ -108,19 +85,13 @@ def _detail(item: Contrast) -> Table:
     detail = item.detail
     assert detail is not None
 
-    def share(number: float | None) -> str:
-        return NOTHING if number is None else f"{100 * number:.2f}%"
-
-    def nats(number: float | None) -> str:
-        return NOTHING if number is None else f"{number:.4f}"
-
     rows = [
-        ("best choices that differ", share(detail.flips)),
-        ("the same between two seeds of an arm", share(detail.flips_floor)),
-        (f"KL({item.baseline} ‖ {item.arm}), nats", nats(detail.divergence)),
-        ("the same between two seeds of an arm", nats(detail.divergence_floor)),
+        ("best choices that differ", _number(detail.flips, "{:.2%}")),
+        ("the same between two seeds of an arm", _number(detail.flips_floor, "{:.2%}")),
+        (f"KL({item.baseline} ‖ {item.arm}), nats", _number(detail.divergence, "{:.4f}")),
+        ("the same between two seeds of an arm", _number(detail.divergence_floor, "{:.4f}")),
         ("calibration error (ECE)", " and ".join(f"{x:.3f}" for x in detail.calibration)),
-        ("questions with tied best choices", " and ".join(map(share, detail.ties))),
+        ("questions with tied best choices", " and ".join(f"{x:.2%}" for x in detail.ties)),
         ("first tied choice instead of fractions", f"{signed(100 * detail.tie_effect, 2)} pts"),
     ]
     if detail.letters is not None:
@@ -135,55 +106,37 @@ def _detail(item: Contrast) -> Table:
 
 
 def _effects(comparison: Comparison) -> Table:
-    rows = []
-    for item in comparison.effects:
-        for key in ("accuracy", "nll"):
-            endpoint = item.endpoints.get(key)
-            if endpoint is not None:
-                rows.append(
-                    (
-                        f"{item.arm} less {item.baseline}, {endpoint.name}",
-                        difference(endpoint),
-                        interval(endpoint),
-                        endpoint.word,
-                    )
-                )
+    rows = tuple(
+        (f"{item.arm} less {item.baseline}, {one.name}", difference(one), interval(one), one.word)
+        for item in comparison.effects
+        for one in (item.endpoints.get(key) for key in ("accuracy", "nll"))
+        if one is not None
+    )
     heads = ("", "difference", "95% interval", "shown")
-    return Table("What training gains, and in which arm more", heads, tuple(rows))
+    return Table("What training gains, and in which arm more", heads, rows)
 
 
 def _chance(comparison: Comparison) -> Table:
     rows = tuple(
-        (
-            one.arm,
-            f"{signed(100 * one.centred, 2)} ± {100 * one.stderr:.2f} pts",
-            "at chance" if one.at_chance else "above chance",
-        )
+        (one.arm, f"{signed(100 * one.centred, 2)} ± {100 * one.stderr:.2f} pts",
+         "at chance" if one.at_chance else "above chance")
         for one in comparison.chance
-    )
+    )  # fmt: skip
     return Table("Accuracy without letter preference, above that of the letters alone",
                  ("arm", "± standard error", "shown"), rows)  # fmt: skip
 
 
 def _groups(item: Contrast, kind: str) -> Table:
     rows = tuple(
-        (
-            group.name.replace("_", " "),
-            f"{group.n:,}",
-            f"{100 * group.arm:.2f}",
-            f"{100 * group.baseline:.2f}",
-            signed(100 * (group.arm - group.baseline), 2),
-            f"{signed(100 * group.low, 2)} to {signed(100 * group.high, 2)}",
-            p_text(group.p),
-        )
+        (group.name.replace("_", " "), f"{group.n:,}", f"{100 * group.arm:.2f}",
+         f"{100 * group.baseline:.2f}", signed(100 * (group.arm - group.baseline), 2),
+         f"{signed(100 * group.low, 2)} to {signed(100 * group.high, 2)}", p_text(group.p))
         for group in item.groups
         if group.kind == kind
-    )
+    )  # fmt: skip
     heads = ("", "n", f"{item.arm} %", f"{item.baseline} %", "difference", "95% interval",
              "p (Holm)")  # fmt: skip
-    return Table(
-        f"{item.arm} against {item.baseline} by {kind}", heads, rows, long=kind == "subject"
-    )
+    return Table(f"{item.arm} against {item.baseline} by {kind}", heads, rows)
 
 
 def _settings(comparison: Comparison) -> list[Table]:
@@ -195,7 +148,7 @@ def _settings(comparison: Comparison) -> list[Table]:
     same = tuple((setting.name, _plain(setting.values[0])) for setting in comparison.same)
     return [
         Table("Settings that differ", ("", *labels), different, numeric=False),
-        Table("Settings that agree", ("", "value"), same, numeric=False, long=True),
+        Table("Settings that agree", ("", "value"), same, numeric=False),
     ]
 
 

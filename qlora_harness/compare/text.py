@@ -68,79 +68,54 @@ def _cut(line: str, columns: int = COLUMNS) -> str:
     return line if len(line) <= columns else f"{line[: columns - 1]}…"
 
 
+def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
+    """Rows as lines; columns but those named stand at the right, and the first gives way."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[0] = min(widths[0], max(8, COLUMNS - sum(widths[1:]) - 2 * len(widths[1:])))
+    return [
+        _cut(
+            "  ".join(
+                f"{_cut(text, width):<{width}}" if place in left else f"{text:>{width}}"
+                for place, (text, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+        )
+        for row in rows
+    ]
+
+
 def _one(item: Contrast) -> list[str]:
     """The two arms side by side."""
-    rows = [("", item.arm, item.baseline, "difference", "95% interval", "")]
-    for key in HEADLINES:
-        endpoint = item.endpoints.get(key)
-        if endpoint is not None:
-            rows.append(
-                (
-                    endpoint.name,
-                    value(endpoint, endpoint.arm),
-                    value(endpoint, endpoint.baseline),
-                    difference(endpoint),
-                    interval(endpoint),
-                    word(endpoint)
-                    if endpoint.word == "same" or endpoint.letters
-                    else endpoint.word,
-                )
-            )
-    widths = [max(len(row[column]) for row in rows) for column in range(6)]
-    widths[1], widths[2] = min(widths[1], 11), min(widths[2], 11)
-    lines = []
-    for row in rows:
-        start = (
-            f"{row[0]:<{widths[0]}}  {_cut(row[1], widths[1]):>{widths[1]}}  "
-            f"{_cut(row[2], widths[2]):>{widths[2]}}  "
-        )
-        if row[5] == "no measurement":
-            reason = next(e.reason for e in item.endpoints.values() if e.name == row[0])
-            lines.append(_cut(f"{start}no measurement: {reason}"))
-        else:
-            lines.append(
-                _cut(f"{start}{row[3]:>{widths[3]}}  {row[4]:<{widths[4]}}  {row[5]}".rstrip())
-            )
+    endpoints = [item.endpoints[key] for key in HEADLINES if key in item.endpoints]
+    rows = [["", _cut(item.arm, 11), _cut(item.baseline, 11), "difference", "95% interval", ""]]
+    for one in endpoints:
+        shown = word(one) if one.word == "same" or one.letters else one.word
+        values = [value(one, one.arm), value(one, one.baseline)]
+        rows.append([one.name, *values, difference(one), interval(one), shown])
+        if one.word == "no measurement":
+            rows[-1][5] = ""
+    lines = _aligned(rows, (0, 4, 5))
+    for place, one in enumerate(endpoints, start=1):
+        if one.word == "no measurement":
+            start = lines[place][: lines[0].index("difference")]
+            lines[place] = _cut(f"{start}no measurement: {one.reason}")
     return lines
 
 
 def _many(items: Sequence[Contrast]) -> list[str]:
     """One line an arm."""
     keys = [key for key in HEADLINES if any(key in item.endpoints for item in items)]
-    names = {key: next(i[key].name for i in items if key in i.endpoints) for key in keys}
-    rows = [("", *(_short(names[key]) for key in keys))]
+    known = {key: [item[key] for item in items if key in item.endpoints] for key in keys}
+    rows = [["", *(known[key][0].name.removeprefix("peak ") for key in keys)]]
     if len({item.baseline for item in items}) == 1:
-        rows.append((items[0].baseline, *(_baseline(items, key) for key in keys)))
+        values = [next((e for e in known[key] if e.baseline is not None), None) for key in keys]
+        rows.append([items[0].baseline, *(value(e, e.baseline) if e else NOTHING for e in values)])
     room = LINES - 4
     for item in items[: room if len(items) <= room else room - 1]:
-        rows.append((item.arm, *(_cell(item.endpoints.get(key)) for key in keys)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    widths[0] = min(widths[0], COLUMNS - sum(widths[1:]) - 2 * len(keys))
-    lines = [
-        _cut(
-            "  ".join(
-                [
-                    f"{_cut(row[0], widths[0]):<{widths[0]}}",
-                    *(f"{text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True)),
-                ]
-            ).rstrip()
-        )
-        for row in rows
-    ]
+        rows.append([item.arm, *(_cell(item.endpoints.get(key)) for key in keys)])
+    lines = _aligned(rows, (0,))
     if len(items) > room:
         lines.append(f"… and {len(items) - room + 1} more arms, with --details")
     return [*lines, "✓ better  ✗ worse  ≈ same within the margin  ? unclear  – no measurement"]
-
-
-def _short(name: str) -> str:
-    return {"peak memory": "memory", "training time": "time", "peak CPU memory": "CPU memory"}.get(
-        name, name
-    )
-
-
-def _baseline(items: Sequence[Contrast], key: str) -> str:
-    known = [item[key] for item in items if key in item.endpoints]
-    return next((value(e, e.baseline) for e in known if e.baseline is not None), NOTHING)
 
 
 def _cell(endpoint: Endpoint | None) -> str:
@@ -157,8 +132,7 @@ def markdown(comparison: Comparison) -> str:
     if comparison.notes:
         parts.append("\n".join(f"- {_escaped(note)}" for note in comparison.notes))
     for table in tables(comparison):
-        if table.rows:
-            parts += [f"## {_escaped(table.title)}", _markdown_table(table)]
+        parts += [f"## {_escaped(table.title)}", _markdown_table(table)]
     runs = "\n".join(f"- {_escaped(run.label)}: {_escaped(run.path)}" for run in comparison.runs)
     parts += [runs, f"Made by `qlora-harness compare`, {comparison.created}."]
     return "\n\n".join(parts) + "\n"
@@ -177,8 +151,6 @@ def details(comparison: Comparison) -> str:
     for note in comparison.notes:
         console.print(Text(f"Note: {note}"))
     for table in tables(comparison):
-        if not table.rows:
-            continue
         console.print(Text(f"\n{table.title}"))
         shown = RichTable(box=None, padding=(0, 2, 0, 0), pad_edge=False)
         for place, column in enumerate(table.columns):
