@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ _COLOURS = ("#009E73", "#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#
             "#B15928", "#3B7C8C")  # fmt: skip
 _SHADE = "rgba(128,128,128,0.18)"
 _SMOOTHING = 0.9
+_WORDS = {"better": "#009E73", "worse": "#D55E00", "same": "#0072B2"}
 
 
 @dataclass(frozen=True)
@@ -79,59 +80,52 @@ def _layout(figure: Any, height: int, **options: Any) -> Any:
     return figure
 
 
+def _error_bars(
+    values: list[float], ends: list[tuple[float, float]], colour: str
+) -> dict[str, Any]:
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [high - value for value, (_, high) in zip(values, ends, strict=True)],
+        "arrayminus": [value - low for value, (low, _) in zip(values, ends, strict=True)],
+        "color": colour,
+        "thickness": 1.5,
+    }
+
+
 def _forest(comparison: Comparison, key: str) -> Figure | None:
     """Every contrast on one endpoint, with its interval and what it shows."""
     import plotly.graph_objects as go
 
-    items = [
-        (item, item.endpoints[key])
-        for item in (*comparison.contrasts, *comparison.effects)
-        if key in item.endpoints and item.endpoints[key].low is not None
-    ]
+    contrasts = [*comparison.contrasts, *comparison.effects]
+    items = [(c, c.endpoints[key]) for c in contrasts if key in c.endpoints]
+    items = [(item, one) for item, one in items if one.low is not None]
     if not items:
         return None
-    scale = 100 if items[0][1].unit == "share" else 1
-    unit = "points" if scale == 100 else items[0][1].unit if key == "nll" else ""
-    name = items[0][1].name
+    first = items[0][1]
+    scale, unit = (100, ", points") if first.unit == "share" else (1, "")
+    unit = ", nats" if first.unit == "nats" else unit
     figure = go.Figure()
-    margin = items[0][1].margin
-    if margin is not None:
-        figure.add_vrect(x0=-scale * margin, x1=scale * margin, fillcolor=_SHADE, line_width=0)
+    if first.margin is not None:
+        ends = (-scale * first.margin, scale * first.margin)
+        figure.add_vrect(x0=ends[0], x1=ends[1], fillcolor=_SHADE, line_width=0)
     figure.add_vline(x=0, line={"color": "rgba(128,128,128,0.8)", "width": 1})
-    shown = {"better": "#009E73", "worse": "#D55E00", "same": "#0072B2"}
-    rows = []
-    for item, endpoint in items:
-        label = _versus(item)
-        rows.append(label)
-        x = scale * (endpoint.difference or 0)
+    said = []
+    for item, one in items:
+        colour = _WORDS.get(one.word, _BASELINE)
+        text = f"{difference(one)} ({interval(one)}): {word(one)}"
+        values = [scale * (one.difference or 0)]
+        bars = _error_bars(values, [(scale * (one.low or 0), scale * (one.high or 0))], colour)
         figure.add_scatter(
-            x=[x],
-            y=[label],
-            mode="markers",
-            marker={"size": 10, "color": shown.get(endpoint.word, _BASELINE)},
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": [scale * (endpoint.high or 0) - x],
-                "arrayminus": [x - scale * (endpoint.low or 0)],
-                "color": shown.get(endpoint.word, _BASELINE),
-            },
-            showlegend=False,
-            hovertemplate=f"{difference(endpoint)} ({interval(endpoint)}): {word(endpoint)}"
-            "<extra></extra>",
-        )
-    figure.update_yaxes(autorange="reversed", type="category", categoryarray=rows)
-    figure.update_xaxes(title=f"difference of {name}, {unit}".rstrip(", "))
-    alt = "; ".join(
-        f"{_versus(item).replace('<br>', ' ')} {difference(e)} ({interval(e)}), {word(e)}"
-        for item, e in items
-    )
-    note = ", the margin shaded" if margin is not None else ""
-    return Figure(
-        f"{name[0].upper()}{name[1:]}, every contrast{note}",
-        alt,
-        _layout(figure, 110 + 46 * len(items)),
-    )
+            x=values, y=[_versus(item)], mode="markers", marker={"size": 10, "color": colour},
+            error_x=bars, showlegend=False, hovertemplate=f"{text}<extra></extra>",
+        )  # fmt: skip
+        said.append(f"{_versus(item).replace('<br>', ' ')} {text}")
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_xaxes(title=f"difference of {first.name}{unit}")
+    shaded = ", the margin shaded" if first.margin is not None else ""
+    heading = f"{first.name[0].upper()}{first.name[1:]}, every contrast{shaded}"
+    return Figure(heading, "; ".join(said), _layout(figure, 110 + 46 * len(items)))
 
 
 def _versus(item: Contrast) -> str:
@@ -235,72 +229,56 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _groups(comparison: Comparison, colours: dict[str, str]) -> list[Figure]:
+    """Accuracies by category and by subject, with the line of chance where there is one."""
     items = [item for item in comparison.primary if item.groups]
     if not items:
         return []
-    choices = len(comparison.primary[0].detail.letters[0]) if _letters(comparison) else 0  # type: ignore[union-attr,index]
+    letters = items[0].detail.letters if items[0].detail is not None else None
+    chance = 100 / len(letters[0]) if letters else None
     found = []
-    for kind, heading in (("category", "Accuracy by category"), ("subject", "Accuracy by subject")):
+    for kind in ("category", "subject"):
         groups = [group for group in items[0].groups if group.kind == kind]
-        if not groups:
-            continue
         groups.sort(key=lambda group: group.arm - group.baseline)
-        plot = _dots(items, [group.name for group in groups], kind, colours, choices)
-        alt = "; ".join(
-            f"{g.name} {100 * g.arm:.1f} and {100 * g.baseline:.1f}%" for g in groups[:60]
-        )
-        title = f"{heading}, 95% intervals{', the line of chance' if choices else ''}"
-        found.append(Figure(title, alt, plot, True, kind == "subject"))
+        if groups:
+            said = (f"{g.name} {100 * g.arm:.1f} and {100 * g.baseline:.1f}%" for g in groups)
+            plot = _dots(items, groups, colours, chance)
+            heading = f"Accuracy by {kind}, 95% intervals{', the line of chance' if chance else ''}"
+            found.append(Figure(heading, "; ".join(said), plot, True, kind == "subject"))
     return found
 
 
-def _letters(comparison: Comparison) -> bool:
-    detail = comparison.primary[0].detail
-    return detail is not None and detail.letters is not None
-
-
 def _dots(
-    items: Sequence[Contrast], names: list[str], kind: str, colours: dict[str, str], choices: int
+    items: Sequence[Contrast],
+    groups: Sequence[GroupDifference],
+    colours: dict[str, str],
+    chance: float | None,
 ) -> Any:
     import plotly.graph_objects as go
 
-    arms: list[tuple[str, dict[str, GroupDifference], Callable[[GroupDifference], float]]] = []
-    first = {group.name: group for group in items[0].groups if group.kind == kind}
-    arms.append((items[0].baseline, first, lambda group: group.baseline))
-    for item in items:
-        mine = {group.name: group for group in item.groups if group.kind == kind}
-        arms.append((item.arm, mine, lambda group: group.arm))
-    shown = [f"{_abbreviated(name)} ({first[name].n:,})" for name in names]
+    by_name = [{(group.kind, group.name): group for group in item.groups} for item in items]
+    arms = [(items[0].baseline, [group.baseline for group in groups])]
+    for item, known in zip(items, by_name, strict=True):
+        arms.append((item.arm, [known[group.kind, group.name].arm for group in groups]))
+    shown = [f"{_abbreviated(group.name)} ({group.n:,})" for group in groups]
     figure = go.Figure()
-    for place, (arm, groups, read) in enumerate(arms):
+    for place, (arm, shares) in enumerate(arms):
         shift = (place - (len(arms) - 1) / 2) * min(0.3, 0.8 / len(arms))
-        values = [read(groups[name]) for name in names]
-        ends = [wilson(value, groups[name].n) for value, name in zip(values, names, strict=True)]
+        values = [100 * share for share in shares]
+        ends = [wilson(share, group.n) for share, group in zip(shares, groups, strict=True)]
+        bars = _error_bars(values, [(100 * low, 100 * high) for low, high in ends], colours[arm])
         figure.add_scatter(
-            x=[100 * value for value in values],
-            y=[row + shift for row in range(len(names))],
-            customdata=shown,
-            mode="markers",
-            name=arm,
-            marker={"color": colours[arm], "size": 8},
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": [100 * (high - v) for v, (_, high) in zip(values, ends, strict=True)],
-                "arrayminus": [100 * (v - low) for v, (low, _) in zip(values, ends, strict=True)],
-                "color": colours[arm],
-                "thickness": 1.2,
-            },
+            x=values, y=[row + shift for row in range(len(groups))], customdata=shown,
+            mode="markers", name=arm, marker={"color": colours[arm], "size": 8}, error_x=bars,
             hovertemplate=f"{arm}, %{{customdata}}: %{{x:.1f}}%<extra></extra>",
-        )
-    if choices:
-        figure.add_vline(x=100 / choices, line={"color": "#B8860B", "dash": "dot", "width": 1.5})
+        )  # fmt: skip
+    if chance is not None:
+        figure.add_vline(x=chance, line={"color": "#B8860B", "dash": "dot", "width": 1.5})
     figure.update_xaxes(title="accuracy, %")
     figure.update_yaxes(
-        range=[len(names) - 0.5, -0.5], tickvals=list(range(len(names))), ticktext=shown,
-        tickfont={"size": 11 if len(names) > 10 else 13},
+        range=[len(groups) - 0.5, -0.5], tickvals=list(range(len(groups))), ticktext=shown,
+        tickfont={"size": 11 if len(groups) > 10 else 13},
     )  # fmt: skip
-    return _layout(figure, 110 + max(22, 14 * len(arms)) * len(names))
+    return _layout(figure, 110 + max(22, 14 * len(arms)) * len(groups))
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:

@@ -76,7 +76,7 @@ def tiles(comparison: Comparison) -> list[Tile]:
                 difference(endpoint),
                 f"{ends} · {sizes}" if ends else sizes,
                 word(endpoint),
-                endpoint.word.split()[0],
+                "unclear" if endpoint.letters else endpoint.word.split()[0],
             )
         )
     return found
