@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from scipy.special import ndtri, stdtrit
+import numpy as np
+from scipy.special import gammaincinv, ndtr, ndtri, stdtrit
 
 from qlora_harness.compare.statistics import LEVEL, POWER
 from qlora_harness.errors import SettingsError
 
 _MOST = 10**8
+_GRID = (np.arange(40) + 0.5) / 40  # of a distribution
 SEEDS = (1, 2, 3, 5, 10)
 
 
@@ -41,44 +44,63 @@ def plan(margin: float, discordance: float, seed_sd: float, seeds: Sequence[int]
 
     Args:
         margin: Difference of accuracies, a share.
-        discordance: Share of questions that one arm gets right and the other wrong.
+        discordance: Share of questions that one arm gets right and the other wrong; to differ by
+            the margin, at least so many must.
         seed_sd: Standard deviation of an arm's accuracy between seeds, a share.
         seeds: Numbers of seeds.
     """
-    return [
-        Need(
-            count,
-            _questions(margin, discordance, seed_sd, count, equivalence=True),
-            _questions(margin, discordance, seed_sd, count, equivalence=False),
+    needs = []
+    # Equal answers to fewer questions are no proof: Tango's interval would still be wider.
+    least = math.ceil(ndtri(1 - LEVEL) ** 2 * (1 - margin) / margin)
+    for count in seeds:
+        same, differ = (
+            _fewest(partial(power, margin, share, seed_sd, count, same=kind))
+            for share, kind in ((discordance, True), (max(margin, discordance), False))
         )
-        for count in seeds
-    ]
+        needs.append(Need(count, None if same is None else max(same, least), differ))
+    return needs
 
 
-def _questions(
-    margin: float, discordance: float, seed_sd: float, seeds: int, *, equivalence: bool
-) -> int | None:
-    def enough(questions: int) -> bool:
-        items = discordance / questions
-        each = seed_sd**2 / seeds if seeds > 1 else 0.0
-        total = items + 2 * each
-        freedom = total**2 / (items**2 / questions + (2 * each**2 / (seeds - 1) if each else 0.0))
-        if equivalence:
-            quantiles = stdtrit(freedom, 1 - LEVEL) + ndtri((1 + POWER) / 2)
-        else:
-            quantiles = stdtrit(freedom, 1 - LEVEL / 2) + ndtri(POWER)
-        return bool(quantiles * math.sqrt(total) <= margin)
+def power(
+    margin: float, discordance: float, seed_sd: float, seeds: int, questions: int, *, same: bool
+) -> float:
+    """Returns in how many studies it is shown that arms are the same, or differ by the margin.
 
-    low, high = 1, _MOST
-    if not enough(high):
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle + 1, high)
-    # Zero differences of so many questions are no proof, however few answers change.
-    return (
-        max(low, math.ceil(ndtri(1 - LEVEL) ** 2 * (1 - margin) / margin)) if equivalence else low
-    )
+    The variances between seeds are themselves estimated: over their distribution the power is
+    summed, with the interval that `compare` gives for each.
+
+    Args:
+        margin: A share.
+        discordance: A share.
+        seed_sd: A share.
+        seeds: Of each arm.
+        questions: How many.
+        same: Whether there is no difference, or one as large as the margin.
+    """
+    items = discordance / questions
+    each = seed_sd**2 / seeds if seeds > 1 else 0.0
+    spread = 2 * gammaincinv((seeds - 1) / 2, _GRID) / (seeds - 1) if each else np.zeros(1)
+    a, b = np.meshgrid(each * spread, each * spread)
+    freedom = (items + a + b) ** 2 / (items**2 / questions + (a**2 + b**2) / max(1, seeds - 1))
+    width = stdtrit(freedom, 1 - (LEVEL if same else LEVEL / 2)) * np.sqrt(items + a + b)
+    true = math.sqrt(items + 2 * each)
+    if same:
+        return float(np.maximum(0, 2 * ndtr((margin - width) / true) - 1).mean())
+    return float(ndtr((margin - width) / true).mean())
+
+
+def _fewest(power_of: Callable[[int], float]) -> int | None:
+    """The fewest questions with enough power; with few seeds, more don't always have more."""
+    below, questions = 1, 10
+    while questions < _MOST:
+        if power_of(questions) >= POWER:
+            while questions - below > 1:
+                middle = (below + questions) // 2
+                enough = power_of(middle) >= POWER
+                below, questions = (below, middle) if enough else (middle, questions)
+            return questions
+        below, questions = questions, int(questions * 1.3) + 1
+    return None
 
 
 def report(

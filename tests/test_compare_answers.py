@@ -90,7 +90,7 @@ def choice_task(folder: Path, seed: int, n: int = 40, first: int = 0) -> Path:
     """Questions with two to five choices, which every run asks alike."""
     rng = np.random.default_rng(seed)
     samples = [
-        chosen(i, i % 2, rng.normal(-2, 1, 2 + i % 4).tolist()) for i in range(first, first + n)
+        chosen(i, i % 2, (-rng.exponential(2, 2 + i % 4)).tolist()) for i in range(first, first + n)
     ]
     return write_task(folder, {"arc": samples})
 
@@ -176,7 +176,7 @@ def test_groups_are_tasks_with_subjects_and_categories(tmp_path: Path) -> None:
     for seed in (0, 1):
         rng = np.random.default_rng(seed)
         tasks = {
-            leaf: [chosen(i, 1, rng.normal(-2, 1, 4).tolist()) for i in range(size)]
+            leaf: [chosen(i, 1, (-rng.exponential(2, 4)).tolist()) for i in range(size)]
             for leaf, size in (("big_a", 30), ("big_b", 20), ("big_c", 10))
         }
         for leaf, samples in tasks.items():
@@ -220,7 +220,7 @@ def test_same_document_twice(tmp_path: Path) -> None:
     folders = []
     for seed in (0, 1):
         rng = np.random.default_rng(seed)
-        samples = [chosen(i, 0, rng.normal(-2, 1, 4).tolist()) for i in range(10)]
+        samples = [chosen(i, 0, (-rng.exponential(2, 4)).tolist()) for i in range(10)]
         for item in samples[5:]:
             item |= {k: samples[0][k] for k in ("doc_hash", "prompt_hash", "target_hash")}
         folders.append(write_task(tmp_path / str(seed), {"t": samples}))
@@ -364,3 +364,92 @@ def test_what_lm_eval_itself_writes(real: list[Path], task: str, metric: str) ->
         means.append(np.mean([row[metric] for row in rows]))
     assert endpoint.n == 25
     assert (endpoint.baseline, endpoint.arm) == pytest.approx(tuple(means))
+
+
+def test_a_metric_is_asked_of_the_task_alone(tmp_path: Path) -> None:
+    """What other tasks of the folder are like doesn't matter, and a group's parts can be chosen."""
+    folders = []
+    for seed in (0, 1):
+        rng = np.random.default_rng(seed)
+        tasks = {
+            "g_a": [chosen(i, 1, (-rng.exponential(2, 4)).tolist()) for i in range(9)],
+            "g_b": [sample(i, {"mc2": float(rng.random())}) for i in range(7)],
+            "odd": [sample(i, {"f1": 0.5}) for i in range(3)],
+        }
+        folder = write_task(tmp_path / str(seed), tasks, groups={"g": ["g_a", "g_b"], "odd": []})
+        folders.append(folder)
+    assert accuracy(compare(folders, task="g_a", metric="acc_norm")).n == 9
+    assert accuracy(compare(folders, task="g_b")).name == "mc2"
+    with pytest.raises(ComparisonError, match="several tasks in common: g, odd"):
+        compare(folders)
+    with pytest.raises(ResultsError, match="holds no number for acc_norm"):
+        compare(folders, task="odd", metric="acc_norm")
+
+
+def test_choices_count_where_all_runs_and_questions_have_them(tmp_path: Path) -> None:
+    one, two = choice_task(tmp_path / "a", 0), choice_task(tmp_path / "b", 1)
+    path = two / "model" / f"samples_arc_{DATE}.jsonl"
+    spoil(path, 3, filtered_resps=["text"])
+    for runs in ([one, two], [two, one]):
+        item = compare(runs).primary[0]
+        assert item["accuracy"].n == 40 and "nll" not in item.endpoints and item.detail is None
+    # A part of the questions may have fewer choices.
+    three = choice_task(tmp_path / "c", 2, n=2)
+    assert compare([one, three], intersect=True).primary[0]["nll"].n == 2
+
+
+def test_scores_of_true_and_false_and_more_choices_than_a_byte_holds(tmp_path: Path) -> None:
+    folders = []
+    for seed in (0, 1):
+        rng = np.random.default_rng(seed)
+        samples = [chosen(i, i, (-rng.exponential(2, 150)).tolist()) for i in range(150)]
+        for item in samples:
+            item["acc"] = bool(item["acc"])
+        folders.append(write_task(tmp_path / str(seed), {"big": samples}))
+    assert accuracy(compare(folders)).n == 150
+
+
+def test_values_as_recorded_of_groups_that_weigh_their_parts(tmp_path: Path) -> None:
+    tasks = {
+        leaf: [chosen(i, 1, [-2.0, -1.0 - (i >= right), -1.5]) for i in range(n)]
+        for leaf, n, right in (("g_a", 8, 2), ("x", 4, 4))
+    }
+    for leaf, samples in tasks.items():
+        for item in samples:
+            item["doc_hash"] = digest(leaf, item["doc_id"])
+    folders = [
+        write_task(tmp_path / name, tasks, groups={"g": ["g_a", "x", "g_a"]}) for name in "ab"
+    ]
+    for folder in folders:
+        path = folder / "model" / f"results_{DATE}.json"
+        record = json.loads(path.read_text())
+        record["results"]["g"]["acc,none"] = (2 / 8 + 1) / 2
+        write(path, record)
+    comparison = compare(folders)
+    assert [run.value for run in comparison.runs] == [(2 / 8 + 1) / 2] * 2
+    assert accuracy(comparison).arm == 6 / 12 and accuracy(comparison).n == 12
+    record["results"]["g"]["acc,none"] = 1.2
+    write(path, record)
+    with pytest.raises(ResultsError, match=r"acc,none is 1\.2 ± None, but its tasks have 0\.25"):
+        compare(folders)
+
+
+def test_one_result_or_one_model_a_run(tmp_path: Path) -> None:
+    one, two = choice_task(tmp_path / "a", 0), choice_task(tmp_path / "b", 1)
+    with pytest.raises(ComparisonError, match="a and .* are both "):
+        compare([one, one / "model" / f"results_{DATE}.json"])
+    both = tmp_path / "both"
+    (both).mkdir()
+    for folder in (one, two):
+        folder.rename(both / folder.name)
+    with pytest.raises(ResultsError, match="are of different models"):
+        compare([both, both / "a"])
+
+
+def test_unpaired_single_runs_have_an_interval(tmp_path: Path) -> None:
+    folders = [choice_task(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    for folder in folders:
+        (folder / "model" / f"samples_arc_{DATE}.jsonl").unlink()
+    endpoint = accuracy(compare(folders))
+    assert endpoint.stderr == pytest.approx(0.01 * math.sqrt(2))
+    assert endpoint.high - endpoint.difference == pytest.approx(1.959964 * endpoint.stderr)

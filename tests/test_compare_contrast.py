@@ -122,7 +122,7 @@ def test_training_wins_back_a_part_of_the_cost(pair_of_arms: Comparison) -> None
     # The 2×2 on loss: training gains more where quantising had cost something.
     assert item["loss_change"].difference == pytest.approx(0.05 - 0.2)
     assert item["loss_change"].word == "better"
-    assert "Training wins back 75% of the loss" in pair_of_arms.verdict
+    assert "Training wins back 75% of the gap in loss" in pair_of_arms.verdict
 
 
 def test_intervals_of_answers_are_welchs(pair_of_arms: Comparison) -> None:
@@ -240,7 +240,8 @@ def test_intervals_of_many_arms_hold_together(tmp_path: Path) -> None:
     assert [c.arm for c in comparison.primary] == [f"NF4, lora_r {r}" for r in (4, 8, 16)]
     alone = leading(compare(runs[:2]))["nll"]
     together = leading(comparison)["nll"]
-    assert together.difference == alone.difference and together.p == alone.p
+    assert together.difference == alone.difference
+    assert together.p == pytest.approx(min(1.0, 3 * alone.p))
     freedom = alone.freedom
     ratio = stats.t.ppf(1 - 0.025 / 3, freedom) / stats.t.ppf(0.975, freedom)
     assert together.high - together.difference == pytest.approx(
@@ -253,7 +254,7 @@ def test_chance_comes_first(tmp_path: Path) -> None:
     runs = [run(tmp_path, "nf4", skill=0.0), run(tmp_path, "bf16", skill=1.0)]
     comparison = compare(runs)
     assert {one.arm: one.at_chance for one in comparison.chance} == {"NF4": True, "bf16": False}
-    assert comparison.verdict.startswith("NF4 answers at chance")
+    assert comparison.verdict.startswith("NF4 is not shown to answer better than chance")
 
 
 def test_tied_letters_share_the_credit(tmp_path: Path) -> None:

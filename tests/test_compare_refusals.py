@@ -261,7 +261,7 @@ def test_which_runs(pair: tuple[Path, Path], tmp_path: Path) -> None:
         ([trained, scored], ComparisonError, "no numbers of the same sort"),
         ([scored, other], ComparisonError, "no task in common"),
         ([*pair, "--task", "mmlu_qlora_0shot"], ComparisonError, "--task mmlu_qlora_0shot: .*4bit"),
-        ([*pair, "--metric", "bleu"], ResultsError, "holds no number for bleu"),
+        ([*pair, "--metric", "bleu"], ResultsError, "has no metric bleu, only acc"),
         ([*pair, "--labels", "a"], SettingsError, "1 names for 2 runs"),
         ([*pair, "--labels", "a,a"], SettingsError, "there twice"),
         ([*pair, "--baseline", "c"], SettingsError, "--baseline c is no arm and no run"),

@@ -97,7 +97,8 @@ def _names(groups: Sequence[Sequence[Run]], *, by_label: bool) -> list[str]:
         differing = [
             key
             for key in dict.fromkeys(key for item in settings for key in item)
-            if key not in _FOLLOWING and len({repr(item.get(key)) for item in settings}) > 1
+            if key not in _FOLLOWING and all(key in item for item in settings)
+            if len({repr(item[key]) for item in settings}) > 1
         ]
         for place, item in zip(places, settings, strict=True):
             parts = [f"{key} {item.get(key)}" for key in differing[:2]]
@@ -131,7 +132,8 @@ def pair(arms: Sequence[Arm], baseline: str | None = None) -> Plan:
         SettingsError: There is no such arm.
     """
     if baseline is not None:
-        chosen = [a for a in arms if baseline == a.name or baseline in [r.label for r in a.runs]]
+        chosen = [a for a in arms if a.name == baseline]
+        chosen += [a for a in arms if baseline in [run.label for run in a.runs]]
         if not chosen:
             names = ", ".join(arm.name for arm in arms)
             raise SettingsError(f"--baseline {baseline} is no arm and no run", f"Arms are {names}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import BaseModel
 
@@ -14,6 +14,9 @@ from qlora_harness.results.runs import Run
 from qlora_harness.results.scored import DEFAULT_TASK, DEMO_TASK, Scored
 from qlora_harness.settings import NOTABLE_SHARE
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 # What changes nothing (`verify` scores some texts twice), names the run, or follows from it.
 _FOLLOWS = re.compile(
     r"\.(arm|output_dir|results_dir|peft|adapter_sha256|peft_sha|model_num_parameters|verify|"
@@ -21,6 +24,7 @@ _FOLLOWS = re.compile(
 )
 # What two arms and their seeds are meant to differ in.
 _INTENDED = ("quant", "double_quant", "seed")
+_NOTABLE_TIES = 0.001
 _SAME_QUESTIONS = "Score all runs with the same task, data folder and template"
 _INTERSECT = "--intersect to compare the questions that all answered"
 
@@ -52,7 +56,8 @@ def choose_task(runs: Sequence[Run], asked: str | None) -> str | None:
     scored = [run for run in runs if run.scored]
     if not scored:
         return None
-    common = [task for task in scored[0].scored if all(task in run.scored for run in scored)]
+    # Parts of a group are compared if they are asked for.
+    common = [task for task in scored[0].tasks if all(task in run.tasks for run in scored)]
     if DEFAULT_TASK in common:
         return DEFAULT_TASK
     if len(common) == 1:
@@ -66,7 +71,7 @@ def choose_task(runs: Sequence[Run], asked: str | None) -> str | None:
 
 
 def _refuse_task(runs: Sequence[Run], problem: str) -> NoReturn:
-    held = "; ".join(f"{run.path}: {', '.join(list(run.scored)[:4]) or 'none'}" for run in runs[:4])
+    held = "; ".join(f"{run.path}: {', '.join(run.tasks[:4]) or 'none'}" for run in runs[:4])
     raise ComparisonError(
         f"{problem} (there are {held})",
         "Score every run with the same task, or name one that all have with --task",
@@ -180,15 +185,17 @@ def check_results(
                 f"{other.metric},{other.filter}",
                 "Choose one that both have with --metric",
             )
-        for what, mine, theirs in zip(
-            ("version", "shots"), one.version, other.version, strict=False
-        ):
-            if None not in (mine, theirs) and mine != theirs:
+        for what in one.versions.keys() & other.versions.keys():
+            if one.versions[what] != other.versions[what]:
                 raise ComparisonError(
-                    f"{both} answered different questions: {what} of {one.task}: {mine} and "
-                    f"{theirs}",
+                    f"{both} answered different questions: {what}: {one.versions[what]} and "
+                    f"{other.versions[what]}",
                     _SAME_QUESTIONS,
                 )
+        if one.higher_is_better != other.higher_is_better:
+            raise ComparisonError(
+                f"{both} disagree on higher_is_better of {one.metric}", _SAME_QUESTIONS
+            )
         hashes = one.prompts_sha256, other.prompts_sha256
         if None not in hashes and hashes[0] != hashes[1] and not intersect:
             raise ComparisonError(
@@ -257,8 +264,9 @@ def besides_quantisation(arms: Sequence[Arm]) -> list[str]:
     for what, values in (
         ("model", {run.model for run in runs if run.model is not None}),
         ("device", {
-            (run.training.environment.device or {}).get("name") for run in runs if run.training
-        } - {None}),
+            str(name) for run in runs if run.training
+            if (name := (run.training.environment.device or {}).get("name")) is not None
+        }),
         ("training data", {run.training.data.train.fingerprint for run in runs if run.training}),
     ):  # fmt: skip
         if len(values) > 1 and what not in names:
@@ -269,7 +277,9 @@ def besides_quantisation(arms: Sequence[Arm]) -> list[str]:
     return names
 
 
-def notes_on(runs: Sequence[Run], task: str | None) -> list[str]:
+def notes_on(
+    runs: Sequence[Run], task: str | None, answers: Mapping[str, pd.DataFrame]
+) -> list[str]:
     """Returns what a reader has to know about the runs before quoting numbers."""
     notes = []
     for run in runs:
@@ -290,6 +300,13 @@ def notes_on(runs: Sequence[Run], task: str | None) -> list[str]:
             )
         if scored is not None:
             said += scored.notes
+            frame = answers.get(run.label)
+            shared = 0.0 if frame is None else float((frame["credit"] - frame["score"]).mean())
+            if abs(shared) > _NOTABLE_TIES:
+                said.append(
+                    f"{scored.metric} as recorded, with the first of tied choices, is "
+                    f"{100 * scored.value:.2f}%; here they share the credit ({100 * shared:+.2f})"
+                )
             if scored.truncated:
                 said.append(f"{scored.truncated:,} prompts were truncated to fit the model")
         notes += [f"{run.label}: {note}." for note in said]

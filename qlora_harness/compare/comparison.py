@@ -190,10 +190,14 @@ def compare(
     if not 0 < margin < 1:
         raise SettingsError(f"margin {margin:g}", "Give a share above 0 and below 1")
     names = default_labels(paths) if labels is None else _checked_labels(labels, len(paths))
+    # A folder's name may hold any byte.
+    names = [" ".join(name.encode(errors="backslashreplace").decode().split()) for name in names]
     loaded = [load_run(p, label=n, metric=metric) for p, n in zip(paths, names, strict=True)]
     checks.check_substance(loaded)
     notes = checks.check_data(loaded, allow_different_data)
     task = checks.choose_task(loaded, task)
+    loaded = [run.on(task) for run in loaded]
+    _check_sources(loaded)
     scored = {run.label: run.scored[task] for run in loaded if task in run.scored} if task else {}
     notes += checks.check_limit(scored, allow_limit, intersect)
     frames = {}
@@ -236,7 +240,7 @@ def compare(
         besides=checks.besides_quantisation(leading),
         different=[checks.Setting(**scrub_all(item.model_dump())) for item in different],
         same=[checks.Setting(**scrub_all(item.model_dump())) for item in same],
-        notes=[scrub(note) for note in [*notes, *checks.notes_on(loaded, task)]],
+        notes=[scrub(note) for note in [*notes, *checks.notes_on(loaded, task, frames)]],
     )
     comparison._runs, comparison._answers = loaded, frames
     return comparison
@@ -254,6 +258,19 @@ def _check_paths(paths: Sequence[Path]) -> None:
         if path.resolve() in seen:
             raise ComparisonError(f"the run {path} is named twice", "Name two different runs")
         seen.add(path.resolve())
+
+
+def _check_sources(runs: Sequence[Run]) -> None:
+    """Refuses a result that is named twice, for example by its folder and by its file."""
+    seen: dict[Path, str] = {}
+    for run in runs:
+        for scored in run.scored.values():
+            path = scored.path.resolve()
+            if path in seen:
+                raise ComparisonError(
+                    f"{seen[path]} and {run.label} are both {scored.path}", "Name it once"
+                )
+            seen[path] = run.label
 
 
 def _checked_labels(labels: Sequence[str], runs: int) -> list[str]:
@@ -312,12 +329,12 @@ def _info(run: Run, arm: str, task: str | None, answers: bool) -> RunInfo:
     results = training.results if training else None
     return RunInfo(
         label=run.label,
-        path=scrub(str(run.path)),
+        path=scrub(str(run.path).encode(errors="backslashreplace").decode()),
         arm=arm,
         seed=training.seed if training else None,
         model=None if run.model is None else scrub(run.model),
         quant=run.quant,
-        device=device,
+        device=device if isinstance(device, str) else None,
         status=training.status if training else None,
         peak_bytes=training.peak_bytes if training else None,
         train_seconds=training.runtime.train_seconds if training else None,

@@ -68,12 +68,18 @@ def contrast(
     paired = task is not None and all(run.label in answers for run in runs)
     if task is not None and paired:
         one, two = ([answers[run.label] for run in a.runs] for a in (arm, baseline))
-        endpoints += sc.scores(one, two, arm, task, level, margin)
-        groups = sc.groups(one, two, arm.runs[0].scored[task].category_of)
+        endpoints += sc.scores(one, two, (arm, baseline), task, level, margin)
+        if any((e.key, e.unit) == ("accuracy", "share") for e in endpoints):
+            groups = sc.groups(one, two, arm.runs[0].scored[task].category_of)
         detail = sc.detail(one, two)
         endpoints = [sc.mark_letters(endpoint, detail) for endpoint in endpoints]
     elif task is not None and all(task in run.scored for run in runs):
         endpoints.append(sc.unpaired(arm, baseline, task, level, margin))
+    if primary and tests > 1:  # Bonferroni's correction, which the intervals have as well
+        endpoints = [
+            one if one.p is None else one.model_copy(update={"p": min(1.0, tests * one.p)})
+            for one in endpoints
+        ]
     return Contrast(
         arm=arm.name,
         baseline=baseline.name,
@@ -97,8 +103,8 @@ def interaction(
             continue
         high4, low4, high, low = (np.array([values(f) for f in part]) for part in frames)
         gains = (high4 - low4.mean(axis=0), high - low.mean(axis=0))
-        subjects = sc.subject_codes(frames[0][0])
-        endpoints[key] = sc.paired(key, gains, st.LEVEL, subjects)
+        asked = sc.Questions(sc.subject_codes(frames[0][0]), st.LEVEL, (False, False))
+        endpoints[key] = sc.paired(key, gains, asked)
     return Contrast(
         arm=f"gain in {tuned4.name}",
         baseline=f"gain in {tuned.name}",

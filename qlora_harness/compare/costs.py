@@ -49,6 +49,8 @@ def _memory(one: list[TrainingSummary], two: list[TrainingSummary], level: float
         return absent("memory", "different devices" if len(kinds) > 1 else "not recorded")
     a, b = (np.array(part, dtype=np.float64) for part in peaks)
     estimate = _ratio(a, b, level)
+    if 1 in (len(a), len(b)):  # what one run's memory would vary by is not that of another arm
+        estimate = st.Estimate(estimate.difference)
     spec = SPECS["memory"]
     if kinds == {"cpu"}:
         return measured("memory", (a, b), estimate, spec=spec._replace(name="peak CPU memory"))
@@ -135,7 +137,7 @@ def _losses(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
         after = measured("eval_loss", (one, two), estimate, reason="no losses by conversation")
     # The change is what training gains: its difference is the interaction of the 2×2 on loss.
     others = [_conversations(arm, baseline, key, level) for key in ("loss_before", "loss_change")]
-    return [after, *(other for other in others if other), *_steps(arm, baseline)]
+    return [after, *(other for other in others if other), *_steps(arm, baseline, level)]
 
 
 def _conversations(arm: Arm, baseline: Arm, key: str, level: float) -> Endpoint | None:
@@ -165,7 +167,7 @@ def _conversations(arm: Arm, baseline: Arm, key: str, level: float) -> Endpoint 
     return measured(key, means, st.combine(difference, items, seeds, level=level), n=len(weights))
 
 
-def _steps(arm: Arm, baseline: Arm) -> list[Endpoint]:
+def _steps(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
     """Training losses of the same batches: at the first step, before any update, and at the end."""
     logs = [[run.log for run in a.runs if run.log] for a in (arm, baseline)]
     complete = (len(logs[0]), len(logs[1])) == (len(arm.runs), len(baseline.runs))
@@ -186,6 +188,6 @@ def _steps(arm: Arm, baseline: Arm) -> list[Endpoint]:
             for arm_logs in logs
         )
         seeds = st.over_seeds(one, two, blocks=True)
-        estimate = st.combine(float((one - two).mean()), None, seeds)
+        estimate = st.combine(float((one - two).mean()), None, seeds, level=level)
         found.append(measured(key, (one, two), estimate, reason="over seeds only"))
     return found

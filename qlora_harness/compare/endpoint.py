@@ -81,7 +81,7 @@ class Endpoint(Result):
     inner_high: float | None = None
     """Upper end."""
     p: float | None = None
-    """Two-sided, of no difference, uncorrected."""
+    """Two-sided, of no difference, corrected for the primary arms together as the interval is."""
     freedom: float | None = None
     """Degrees of freedom; null for Tango's interval."""
     margin: float | None = None
@@ -136,7 +136,7 @@ def measured(
         word = "better" if (estimate.difference < 0) == spec.lower_is_better else "worse"
 
     def shown(value: float | None) -> float | None:
-        return math.expm1(value) if spec.relative and value is not None else value
+        return math.expm1(min(value, 700.0)) if spec.relative and value is not None else value
 
     return Endpoint(
         key=key,

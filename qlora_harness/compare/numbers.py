@@ -45,6 +45,14 @@ def interval(endpoint: Endpoint) -> str:
     return f"{low} to {high}"
 
 
+def inner_interval(endpoint: Endpoint) -> str:
+    """Returns the 90% interval, by which equivalence is judged; "" without one."""
+    ends = (endpoint.inner_low, endpoint.inner_high)
+    if None in ends:
+        return ""
+    return " to ".join(difference(endpoint, end, unit=False) for end in ends)
+
+
 def word(endpoint: Endpoint) -> str:
     """Returns what is shown, such as "worse", "same within ±1" or "worse, within ±1"."""
     if endpoint.letters:

@@ -94,14 +94,18 @@ def flips(comparison: Comparison) -> tuple[int, list[Flip]]:
         return 0, []
     one, two = (comparison._answers[str(label)] for label in labels)
     change = one["score"].to_numpy() - two["score"].to_numpy()
+    if not set(np.unique(change)) <= {-1.0, 0.0, 1.0}:
+        return 0, []  # neither right nor wrong
+    assert item is not None
+    change = -change if item["accuracy"].lower_is_better else change
     rows = np.flatnonzero(change)
     shown = rows[:_FLIPS]
     texts: dict[str, str] = {}
     prompts = set(one["prompt"].iloc[shown])
     for run in comparison._runs:
-        task = comparison.task or ""
-        if run.label in labels and task in run.harness and not texts:
-            texts = questions_of(run.harness[task], task, prompts)
+        harness = next((scored.harness for scored in run.scored.values()), None)
+        if run.label in labels and harness is not None and not texts:
+            texts = questions_of(harness, comparison.task or "", prompts)
 
     def letter(place: int) -> str:
         return LETTERS[place] if 0 <= place < len(LETTERS) else NOTHING

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -83,39 +83,46 @@ class Chance(Result):
     centred: float
     """Letter-centred accuracy above that of its own letters, a share."""
     stderr: float
-    """Its standard error over questions and seeds."""
+    """Its standard error over subjects, or questions where subjects are few, and seeds."""
     at_chance: bool
     """Whether it isn't shown to be above 0 (one-sided, 5%)."""
 
 
+class Questions(NamedTuple):
+    """What is compared: each question's subject, [n], the level, and which arms have no seed."""
+
+    subjects: NDArray[np.intp]
+    level: float
+    fixed: tuple[bool, bool]
+
+
 def scores(
-    one: Frames, two: Frames, arm: Arm, task: str, level: float, margin: float
+    one: Frames, two: Frames, arms: tuple[Arm, Arm], task: str, level: float, margin: float
 ) -> list[Endpoint]:
     """Returns what the answers to the same questions say, arm less baseline.
 
     Args:
         one: The arm's answers, one frame a seed, aligned.
         two: The baseline's.
-        arm: The arm.
+        arms: The arm and its baseline.
         task: What was scored.
         level: Two-sided, of the intervals.
         margin: Within which accuracies are the same, a share.
     """
     credits = [_table(part, lambda frame: frame["credit"].to_numpy()) for part in (one, two)]
-    spec = _accuracy_spec(arm, task, margin, credits)
-    subjects = subject_codes(one[0])
-    found = [paired("accuracy", credits, level, subjects, spec, counts=spec.unit == "share")]
-    if subjects.max() > 0:
-        found.append(_macro(credits, subjects, level, spec))
+    spec = _accuracy_spec(arms[0], task, margin, credits)
+    asked = Questions(subject_codes(one[0]), level, (not arms[0].tuned, not arms[1].tuned))
+    found = [paired("accuracy", credits, asked, spec, counts=spec.unit == "share")]
+    if asked.subjects.max() > 0:
+        found.append(_macro(credits, asked, spec))
     if not logprobs_of(one[0]).shape[1]:
         return found
-    found.append(paired("nll", [_table(part, nll_of) for part in (one, two)], level, subjects))
-    briers = [_table(part, brier_of) for part in (one, two)]
-    found.append(paired("brier", briers, level, subjects))
+    for key, values in (("nll", nll_of), ("brier", brier_of)):
+        found.append(paired(key, [_table(part, values) for part in (one, two)], asked))
     centred = [centred_items(part) for part in (one, two)]
     if len(centred[0]) and len(centred[1]):
         spec = SPECS["letter_centred"]._replace(margin=margin)
-        found.append(paired("letter_centred", centred, level, subjects, spec))
+        found.append(paired("letter_centred", centred, asked, spec))
     return found
 
 
@@ -153,31 +160,34 @@ def subject_codes(frame: pd.DataFrame) -> NDArray[np.intp]:
 def paired(
     key: str,
     tables: Sequence[Floats],
-    level: float,
-    subjects: NDArray[np.intp],
+    asked: Questions,
     spec: Spec | None = None,
     *,
     counts: bool = False,
 ) -> Endpoint:
-    """One value a question and seed, [seeds, n]; NLL and Brier have errors by subject."""
+    """Compares a value a question and seed, [seeds, n]; all but accuracy with errors by subject."""
     one, two = tables
     differences = one.mean(axis=0) - two.mean(axis=0)
     difference, items = st.over_items(differences)
-    groups = None
-    if subjects.max() >= _FEWEST_SUBJECTS - 1:
-        _, groups = st.over_items(differences, clusters=subjects)
+    groups = _by_subject(differences, asked.subjects)
     if counts and len(one) == len(two) == 1:
-        estimate = st.paired_proportions(differences, level=level)
+        estimate = st.paired_proportions(differences, level=asked.level)
     else:
-        seeds = st.over_seeds(one.mean(axis=1), two.mean(axis=1), blocks=False)
+        means = one.mean(axis=1), two.mean(axis=1)
+        seeds = st.over_seeds(*means, blocks=False, fixed=asked.fixed)
         if counts:
             items = _never_zero(items, len(differences))
-        over = groups if key in ("nll", "brier") and groups is not None else items
-        estimate = st.combine(difference, over, seeds, level=level)
-    return measured(
-        key, (one, two), estimate, spec=spec, n=len(differences),
-        clustered=None if groups is None else math.sqrt(groups.value),
-    )  # fmt: skip
+        over = items if key == "accuracy" or groups is None else groups
+        estimate = st.combine(difference, over, seeds, level=asked.level)
+    clustered = None if groups is None else math.sqrt(groups.value)
+    return measured(key, (one, two), estimate, spec=spec, n=len(differences), clustered=clustered)
+
+
+def _by_subject(values: Floats, subjects: NDArray[np.intp]) -> st.Variance | None:
+    """The variance of their mean with questions of a subject depending on each other."""
+    if subjects.max() < _FEWEST_SUBJECTS - 1:
+        return None
+    return st.over_items(values, clusters=subjects)[1]
 
 
 def _never_zero(items: st.Variance, n: int) -> st.Variance:
@@ -185,18 +195,17 @@ def _never_zero(items: st.Variance, n: int) -> st.Variance:
     return st.Variance(items.value + 1 / n**2, items.freedom)
 
 
-def _macro(
-    tables: Sequence[Floats], subjects: NDArray[np.intp], level: float, spec: Spec
-) -> Endpoint:
-    sizes = np.bincount(subjects)
+def _macro(tables: Sequence[Floats], asked: Questions, spec: Spec) -> Endpoint:
+    sizes = np.bincount(asked.subjects)
     one, two = (
-        np.array([(np.bincount(subjects, weights=row) / sizes).mean() for row in table])
+        np.array([(np.bincount(asked.subjects, weights=row) / sizes).mean() for row in table])
         for table in tables
     )
     change = tables[0].mean(axis=0) - tables[1].mean(axis=0)
-    difference, items = st.over_strata(change, subjects)
-    items = _never_zero(items, len(subjects))
-    estimate = st.combine(difference, items, st.over_seeds(one, two, blocks=False), level=level)
+    difference, items = st.over_strata(change, asked.subjects)
+    seeds = st.over_seeds(one, two, blocks=False, fixed=asked.fixed)
+    items = _never_zero(items, len(asked.subjects))
+    estimate = st.combine(difference, items, seeds, level=asked.level)
     spec = spec._replace(name=f"macro {spec.name}")
     return measured("macro", (one, two), estimate, spec=spec, n=len(sizes))
 
@@ -228,8 +237,10 @@ def chance(name: str, frames: Frames) -> Chance | None:
     centred = centred_items(frames)
     if not len(centred):
         return None
-    mean, items = st.over_items(centred.mean(axis=0))
-    seeds = st.over_seeds(centred.mean(axis=1), np.zeros(1), blocks=False)[:1]
+    values = centred.mean(axis=0)
+    mean, items = st.over_items(values)
+    items = _by_subject(values, subject_codes(frames[0])) or items
+    seeds = st.over_seeds(centred.mean(axis=1), np.zeros(1), blocks=False, fixed=(False, True))
     estimate = st.combine(mean, items, seeds)
     shown = estimate.p is not None and mean > 0 and estimate.p / 2 < st.LEVEL
     return Chance(arm=name, centred=mean, stderr=estimate.stderr or 0.0, at_chance=not shown)

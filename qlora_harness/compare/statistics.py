@@ -8,6 +8,7 @@ are for questions like these, or, clustered, for subjects like these.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -111,7 +112,9 @@ def over_strata(differences: Floats, strata: NDArray[np.intp]) -> tuple[float, V
     return float(means.mean()), Variance(float((own / sizes).sum() / len(sizes) ** 2), freedom)
 
 
-def over_seeds(first: Floats, second: Floats, *, blocks: bool) -> list[Variance]:
+def over_seeds(
+    first: Floats, second: Floats, *, blocks: bool, fixed: tuple[bool, bool] = (False, False)
+) -> list[Variance]:
     """Returns what other seeds would do to the difference of two arms' means.
 
     Args:
@@ -119,21 +122,22 @@ def over_seeds(first: Floats, second: Floats, *, blocks: bool) -> list[Variance]
         second: The same of the other arm; with blocks, of the same seeds in the same order.
         blocks: Whether runs of one seed move together, as losses do, which share batches, first
             weights and dropout. Otherwise each arm has its own variance (Welch).
+        fixed: Whether an arm has no seed, as an untrained base has none.
 
     Returns:
-        One variance with blocks, two without; none where each arm has one seed. An arm of one seed
-        is taken to vary as the other does.
+        One variance an arm; one in all with blocks, and where one arm has one seed, which is then
+        taken to vary as the other does; none where nothing tells the seeds' variance.
     """
-    if max(len(first), len(second)) < 2:
+    arms = [arm for arm, no_seed in zip((first, second), fixed, strict=True) if not no_seed]
+    if max((len(arm) for arm in arms), default=0) < 2:
         return []
-    if blocks and len(first) == len(second):
-        n = len(first)
-        return [Variance(float(np.var(first - second, ddof=1)) / n, n - 1)]
-    found = []
-    for mine, other in ((first, second), (second, first)):
-        known = mine if len(mine) > 1 else other
-        found.append(Variance(float(np.var(known, ddof=1)) / len(mine), len(known) - 1))
-    return found
+    if blocks and len(first) == len(second) and len(arms) == 2:
+        return [Variance(float(np.var(first - second, ddof=1)) / len(first), len(first) - 1)]
+    known = [arm for arm in arms if len(arm) > 1]
+    if len(known) < len(arms):
+        pooled = float(np.var(known[0], ddof=1)) * sum(1 / len(arm) for arm in arms)
+        return [Variance(pooled, len(known[0]) - 1)]
+    return [Variance(float(np.var(arm, ddof=1)) / len(arm), len(arm) - 1) for arm in arms]
 
 
 def combine(
@@ -141,15 +145,15 @@ def combine(
 ) -> Estimate:
     """Returns the interval from the variances over items and over seeds.
 
-    The degrees of freedom are Satterthwaite's. With two seeds in blocks these are too many (88%
-    coverage where the seeds vary most), so there the quantile is Cochran's weighted mean of the
-    parts' own (Biometrics 20, 1964).
+    The degrees of freedom are Satterthwaite's. With one variance over few seeds beside that over
+    items these are too many (88% coverage at worst), so there the quantile is Cochran's weighted
+    mean of the parts' own (Biometrics 20, 1964).
 
     Args:
         difference: The estimate.
         items: Over questions, conversations or steps; None where they aren't known.
         seeds: As `over_seeds` gives them.
-        level: Two-sided.
+        level: Two-sided; the inner interval has twice that.
     """
     parts = ([] if items is None else [items]) + seeds
     parts = [part for part in parts if part.freedom > 0 and math.isfinite(part.value)]
@@ -157,17 +161,20 @@ def combine(
         return Estimate(difference)
     total = sum(part.value for part in parts)
     if total == 0:
-        return Estimate(
-            difference, 0.0, difference, difference, difference, difference, float(difference == 0)
-        )
-    if len(seeds) == 1 and len(parts) == 2:
-        quantile = sum(p.value * float(stdtrit(p.freedom, 0.975)) for p in parts) / total
-        freedom = _freedom(quantile)
-    else:
-        freedom = total**2 / sum(part.value**2 / part.freedom for part in parts)
+        ends = (difference,) * 4
+        return Estimate(difference, 0.0, *ends, p=float(difference == 0))
+    freedom = total**2 / sum(part.value**2 / part.freedom for part in parts)
+    weighted = len(seeds) == 1 and len(parts) == 2
+
+    def quantile(tail: float) -> float:
+        if weighted:
+            return sum(p.value * float(stdtrit(p.freedom, 1 - tail)) for p in parts) / total
+        return float(stdtrit(freedom, 1 - tail))
+
     stderr = math.sqrt(total)
-    outer, inner = (float(stdtrit(freedom, 1 - tail)) * stderr for tail in (level / 2, level))
-    p = 2 * float(stdtr(freedom, -abs(difference) / stderr))
+    outer, inner = quantile(level / 2) * stderr, quantile(level) * stderr
+    size = abs(difference) / stderr
+    p = _tail(quantile, size) if weighted else float(stdtr(freedom, -size))
     return Estimate(
         difference,
         stderr,
@@ -175,17 +182,17 @@ def combine(
         difference + outer,
         difference - inner,
         difference + inner,
-        p,
+        2 * p,
         freedom,
     )
 
 
-def _freedom(quantile: float) -> float:
-    """The degrees of freedom at which a 97.5% quantile of Student's t is reached."""
-    low, high = 0.5, 1e9
+def _tail(quantile: Callable[[float], float], size: float) -> float:
+    """The tail beyond which a size lies, by bisection."""
+    low, high = 1e-300, 0.5
     for _ in range(200):
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if stdtrit(middle, 0.975) < quantile else (middle, high)
+        low, high = (low, middle) if quantile(middle) < size else (middle, high)
     return low
 
 
@@ -327,7 +334,7 @@ def probabilities(logprobs: Floats) -> Floats:
     return found
 
 
-def nll_of(shares: Floats, answer: NDArray[np.int8]) -> Floats:
+def nll_of(shares: Floats, answer: NDArray[np.integer]) -> Floats:
     """Returns the negative log-probability of the right choice among the choices, nats, [n].
 
     Args:
@@ -339,7 +346,7 @@ def nll_of(shares: Floats, answer: NDArray[np.int8]) -> Floats:
     return found
 
 
-def brier_of(shares: Floats, answer: NDArray[np.int8]) -> Floats:
+def brier_of(shares: Floats, answer: NDArray[np.integer]) -> Floats:
     """Returns the sum over choices of (probability - 1 or 0)², [n].
 
     Args:
@@ -363,7 +370,7 @@ def divergence(reference: Floats, other: Floats) -> float:
     return float((reference * ratio).sum(axis=1).mean())
 
 
-def calibration_error(shares: Floats, answer: NDArray[np.int8]) -> float:
+def calibration_error(shares: Floats, answer: NDArray[np.integer]) -> float:
     """Returns the expected calibration error over 15 bins of equal width.
 
     Args:
@@ -388,7 +395,7 @@ def best_choices(logprobs: Floats) -> Floats:
     return found
 
 
-def letter_accuracy(chosen: Floats, answer: NDArray[np.int8]) -> float:
+def letter_accuracy(chosen: Floats, answer: NDArray[np.integer]) -> float:
     """Returns the accuracy of giving these letters this often, whatever the question.
 
     Args:
@@ -398,7 +405,7 @@ def letter_accuracy(chosen: Floats, answer: NDArray[np.int8]) -> float:
     return float(chosen.mean(axis=0) @ np.bincount(answer, minlength=chosen.shape[1])) / len(answer)
 
 
-def letter_centred(logprobs: Floats, answer: NDArray[np.int8]) -> Floats:
+def letter_centred(logprobs: Floats, answer: NDArray[np.integer]) -> Floats:
     """Returns values whose mean is the accuracy without the model's preference for letters.
 
     Each letter's log-probability is taken less its mean over the questions, and the accuracy of

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from qlora_harness.compare.comparison import Comparison
 from qlora_harness.compare.contrast import Contrast
-from qlora_harness.compare.numbers import difference, interval, p_text, signed, value, word
+from qlora_harness.compare.numbers import (
+    difference,
+    inner_interval,
+    interval,
+    p_text,
+    signed,
+    value,
+    word,
+)
 from qlora_harness.units import GIB, NOTHING, duration
 
 
@@ -68,7 +76,9 @@ def _runs(comparison: Comparison) -> Table:
 def _endpoints(item: Contrast) -> Table:
     rows = []
     for one in item.endpoints.values():
-        shown = f"{word(one)} ({one.reason})" if one.reason else word(one)
+        notes = [f"90%: {inner_interval(one)}"] if one.within and one.inner_low is not None else []
+        notes += [one.reason] if one.reason else []
+        shown = f"{word(one)} ({'; '.join(notes)})" if notes else word(one)
         scale, form = (100, "{:.2f}") if one.unit == "share" else (1, "{:.3f}")
         error = None if one.clustered_stderr is None else scale * one.clustered_stderr
         rows.append(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+
 from qlora_harness.compare.comparison import Comparison
 from qlora_harness.compare.contrast import Contrast
 from qlora_harness.compare.endpoint import Endpoint
-from qlora_harness.compare.numbers import difference, signed
+from qlora_harness.compare.numbers import difference, inner_interval, signed
 from qlora_harness.study_plan import plan
 
 _MOSTLY = 0.5  # of a difference, from which on its cause is named
@@ -38,39 +41,39 @@ def _validity(comparison: Comparison) -> str:
     found = [one for one in comparison.chance if one.arm in leading and one.at_chance]
     if not found:
         return ""
-    parts = [
-        f"{one.arm} answers at chance ({signed(100 * one.centred, 2)} ± {100 * one.stderr:.2f} "
-        "points without its letter preference)"
-        for one in found
-    ]
-    return f"{_listed(parts)}: accuracy says nothing about its knowledge."
+    verb = "is" if len(found) == 1 else "are"
+    sizes = [f"{signed(100 * one.centred, 2)} ± {100 * one.stderr:.2f}" for one in found]
+    return (
+        f"{_listed([one.arm for one in found])} {verb} not shown to answer better than chance "
+        f"({_listed(sizes)} points without preference for letters): accuracy may be letters alone."
+    )
 
 
 def _costs(item: Contrast) -> str:
     """Memory, time, loss and NLL, where something is shown."""
-    saved, paid = [], []
-    for key, less, more in (
-        ("memory", "{} of memory", "{} more memory"),
-        ("time", "{} of training time", "{} more training time"),
-        ("eval_loss", "{} of evaluation loss", "{} of evaluation loss"),
-        ("nll", "{} nats of NLL", "{} nats of NLL"),
+    parts: dict[str, list[str]] = {"saves": [], "costs": [], "same": []}
+    for key, less, more, name in (
+        ("memory", "{} of memory", "{} more memory", "memory"),
+        ("time", "{} of training time", "{} more training time", "training time"),
+        ("eval_loss", "{} of evaluation loss", "{} of evaluation loss", "evaluation loss"),
+        ("nll", "{} nats of NLL", "{} nats of NLL", "NLL"),
     ):
         endpoint = item.endpoints.get(key)
         if endpoint is None or endpoint.difference is None:
             continue
         size = difference(endpoint).lstrip("+−")
-        if endpoint.word == "better":
-            saved.append(less.format(size))
+        if endpoint.within:
+            parts["same"].append(name)
+        elif endpoint.word == "better":
+            parts["saves"].append(less.format(size))
         elif endpoint.word == "worse":
-            paid.append(more.format(size))
-    parts = []
-    if saved:
-        parts.append(f"saves {_listed(saved)}")
-    if paid:
-        parts.append(f"costs {_listed(paid)}")
-    if not parts:
-        return f"{item.arm} against {item.baseline}: neither costs nor savings are shown."
-    text = f"{item.arm} {', and '.join(parts)} against {item.baseline}"
+            parts["costs"].append(more.format(size))
+    said = [f"{verb} {_listed(parts[verb])}" for verb in ("saves", "costs") if parts[verb]]
+    if parts["same"]:
+        said.append(f"takes the same {_listed(parts['same'])} within the margin")
+    text = f"{item.arm} {', and '.join(said)} against {item.baseline}"
+    if not said:
+        text = f"{item.arm} against {item.baseline}: no difference in cost is shown"
     if item.seeds == (1, 1):
         return f"These two runs: {text}. A second seed would show what the seed does."
     if 1 in item.seeds:
@@ -101,39 +104,49 @@ def _accuracy(item: Contrast, comparison: Comparison) -> str:
     endpoint = item.endpoints.get("accuracy")
     if endpoint is None or endpoint.difference is None:
         return ""
-    text = f"{endpoint.name.capitalize()}: {_shown(endpoint)}"
+    text = f"{endpoint.name.capitalize()} on these questions: {_shown(endpoint)}"
     macro = item.endpoints.get("macro")
     if macro is not None and (macro.word, macro.within) == (endpoint.word, endpoint.within):
         text += f" (macro {difference(macro)})"
     elif macro is not None:
         text += f", but macro {difference(macro)} ({macro.word})"
-    need = _needed(endpoint, comparison.margin)
-    if not endpoint.within and endpoint.word == "unclear" and need is not None:
-        text += f"; equivalence takes about {need:,} questions"
+    if not endpoint.within and endpoint.word == "unclear":
+        text += _needed(item, comparison)
     return f"{text}{_letters(item)}."
 
 
 def _shown(endpoint: Endpoint) -> str:
     margin = f"±{100 * (endpoint.margin or 0):g}"
     size = difference(endpoint)
+    if endpoint.word == "unclear" and endpoint.margin is None:
+        return f"{size}, no difference is shown"
     if endpoint.word == "unclear":
         return f"{size}, neither a difference nor equivalence within {margin} is shown"
     if endpoint.word == "same":
-        return f"{size}, the same within {margin}"
+        return f"{size}, the same within {margin} (90% interval {inner_interval(endpoint)})"
     return f"{size}, {endpoint.word}{f', though within {margin}' if endpoint.within else ''}"
 
 
-def _needed(endpoint: Endpoint, margin: float) -> int | None:
-    """Questions that would show equivalence, if there is no difference; None if these do."""
-    if endpoint.stderr is None or endpoint.n is None or endpoint.unit != "share":
-        return None
-    changed = endpoint.stderr**2 * endpoint.n
-    need = plan(margin, max(changed, 1 / endpoint.n), 0.0, (1,))[0].equivalence
-    if need is None or need <= endpoint.n:
-        return None
-    digits = max(0, len(str(need)) - 2)
-    step = int(10**digits)
-    return -(-need // step) * step
+def _needed(item: Contrast, comparison: Comparison) -> str:
+    """How many questions would show equivalence; nothing where these do or nothing tells it."""
+    endpoint, detail = item.endpoints["accuracy"], item.detail
+    if detail is None or not endpoint.n or endpoint.unit != "share":
+        return ""
+    discordance = max((detail.won + detail.lost) / endpoint.n, 1 / endpoint.n)
+    values = [
+        [run.value for run in comparison.runs if run.arm == arm and run.value is not None]
+        for arm in (item.arm, item.baseline)
+    ]
+    spreads = [statistics.variance(part) for part in values if len(part) > 1]
+    deviation = math.sqrt(statistics.fmean(spreads)) if spreads else 0.0
+    need = plan(comparison.margin, discordance, deviation, (min(item.seeds),))[0].equivalence
+    margin = f"±{100 * comparison.margin:g}"
+    if need is None:
+        return f"; with so few seeds no number of questions shows {margin}"
+    if need <= endpoint.n:
+        return ""
+    step = 10 ** max(0, len(str(need)) - 2)
+    return f"; if there is none, {margin} takes about {-(-need // step) * step:,} questions"
 
 
 def _letters(item: Contrast) -> str:
@@ -143,36 +156,35 @@ def _letters(item: Contrast) -> str:
         return ""
     text = ""
     if endpoint.letters and detail.explained is not None:
-        text = f"; {signed(100 * detail.explained, 2)} of it is letter preference"
+        text = f"; preference for letters alone would make {signed(100 * detail.explained, 2)}"
         centred = item.endpoints.get("letter_centred")
         if centred is not None:
-            text += f", without which it is {difference(centred)} ({centred.word})"
+            text += f", and without it the arms differ by {difference(centred)} ({centred.word})"
     if abs(detail.tie_effect) > _MOSTLY * abs(endpoint.difference):
         text += f"; the first of tied letters would move it by {signed(100 * detail.tie_effect, 2)}"
     return text
 
 
 def _won_back(item: Contrast) -> str:
-    before, after = item.endpoints.get("loss_before"), item.endpoints.get("eval_loss")
+    before, after, what = (*(item.endpoints.get(k) for k in ("loss_before", "eval_loss")), "")
     if before is None:
         before, after = (item.endpoints.get(k) for k in ("first_step_loss", "last_steps_loss"))
+        what = "training "
     if before is None or after is None or not before.difference or after.difference is None:
         return ""
-    if before.difference <= 0 or not 0 <= after.difference < before.difference:
+    if not 0 <= after.difference < before.difference or "better" in (before.word, after.word):
         return ""
     return (
-        f"Training wins back {100 * (1 - after.difference / before.difference):.0f}% of the "
-        f"loss that quantising cost ({difference(before)} before, {difference(after)} after)."
+        f"Training wins back {100 * (1 - after.difference / before.difference):.0f}% of the gap in "
+        f"{what}loss ({difference(before)} before it, {difference(after)} after)."
     )
 
 
 def _secondary(item: Contrast) -> str:
     parts = []
-    for key in ("letter_centred", "accuracy", "nll"):
+    for key in ("accuracy", "letter_centred", "nll"):
         endpoint = item.endpoints.get(key)
         if endpoint is None or endpoint.difference is None:
-            continue
-        if key == "accuracy" and "letter_centred" in item.endpoints:
             continue
         parts.append(f"{endpoint.name} {difference(endpoint)} ({endpoint.word})")
     return f"{item.arm} against {item.baseline}: {_listed(parts)}." if parts else ""

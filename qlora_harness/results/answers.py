@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from qlora_harness.results.harness import HarnessFile, read_samples, samples_path
-from qlora_harness.results.scored import FAMILIES, Scored
+from qlora_harness.results.harness import read_samples, samples_path
+from qlora_harness.results.scored import FAMILIES, HarnessFile, Scored
 from qlora_harness.errors import ComparisonError, ResultsError, shown
 from qlora_harness.families import LETTERS
 from qlora_harness.question_hashes import PROMPT_DIGITS, prompts_hash
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _OTHER_RUN = "The file is half written or belongs to another run; score again or remove it"
+_LARGEST = 1e100
 _SHOWN_CHARACTERS = 600  # of a question
 
 
@@ -46,8 +47,10 @@ def read_progress(scored: Scored) -> pd.DataFrame | None:
         return None
     path, rows = found[0], found[1].tasks[scored.task]
     where = f"{path}: tasks.{scored.task}"
+    if not rows:
+        raise ResultsError(f"{where} is empty", _OTHER_RUN)
     logprobs = np.array([[row.logprobs[letter] for letter in LETTERS] for row in rows])  # type: ignore[index]
-    answer = np.array([LETTERS.index(row.answer) for row in rows], dtype=np.int8)
+    answer = np.array([LETTERS.index(row.answer) for row in rows], dtype=np.int16)
     choice = logprobs.argmax(axis=1)
     for place, row in enumerate(rows):
         right = bool(choice[place] == answer[place])
@@ -130,7 +133,7 @@ def read_logged(file: HarnessFile, scored: Scored) -> pd.DataFrame | None:
         _read_leaf(path, subject, scored)
         for path, subject in zip(paths.values(), scored.subjects, strict=True)
     ]
-    frame = pd.concat(parts, ignore_index=True)
+    frame = _without_choices(pd.concat(parts, ignore_index=True))
     _check_totals(frame, scored, str(file.path))
     return frame
 
@@ -145,7 +148,7 @@ def _read_leaf(path: Path, subject: str, scored: Scored) -> pd.DataFrame:
         if sample.get("filter", scored.filter) != scored.filter:
             continue
         score = sample.get(scored.metric)
-        if isinstance(score, bool) or not isinstance(score, int | float) or score != score:
+        if not isinstance(score, int | float) or not abs(score) <= _LARGEST:
             raise ResultsError(
                 f"{where}: {scored.metric} is {shown(score)}, not one number a question",
                 "Choose another metric with --metric, or score again",
@@ -177,9 +180,11 @@ def _read_leaf(path: Path, subject: str, scored: Scored) -> pd.DataFrame:
         columns["answer"].append(
             int(target) if target.isdecimal() and len(target) < 4 and int(target) < choices else -1
         )
+    if not responses:
+        raise ResultsError(f"{path} holds no sample of the filter {scored.filter}", _OTHER_RUN)
     if len(set(columns["item"])) < len(columns["item"]):
         raise ResultsError(f"{path}: a doc_id is there twice", "Score again")
-    matrix, answer = _choices(responses, columns, path, ours)
+    matrix, answer = _choices(responses, columns, path, ours, scored.metric)
     return _frame(
         subject=[subject] * len(responses),
         answer=answer,
@@ -199,7 +204,7 @@ def _logprobs(responses: object) -> list[float] | None:
         values = [float(response[0]) for response in responses if not isinstance(response, str)]
     except (IndexError, KeyError, TypeError, ValueError, OverflowError):
         return None
-    whole = len(values) == len(responses) and not any(value != value for value in values)
+    whole = len(values) == len(responses) and all(-_LARGEST < value <= 0 for value in values)
     return values if whole else None
 
 
@@ -208,12 +213,17 @@ def _choices(
     columns: Mapping[str, list[Any]],
     path: Path,
     ours: bool,
-) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
+    metric: str,
+) -> tuple[NDArray[np.float64], NDArray[np.int16]]:
     """Log-probabilities [n, most choices] and right choices; -1 where the score isn't theirs."""
     n = len(responses)
-    answer = np.array(columns["answer"], dtype=np.int8)
-    nothing = np.full((n, 0), np.nan), np.full(n, -1, dtype=np.int8)
-    if any(values is None or len(values) < 2 for values in responses) or (answer < 0).any():
+    answer = np.array(columns["answer"], dtype=np.int16)
+    nothing = np.full((n, 0), np.nan), np.full(n, -1, dtype=np.int16)
+    if (
+        metric != "acc"  # acc_norm chooses by other numbers
+        or any(values is None or len(values) < 2 for values in responses)
+        or (answer < 0).any()
+    ):
         if ours:
             raise ResultsError(f"{path}: a target is not a choice from 0 to 3", _OTHER_RUN)
         return nothing
@@ -235,18 +245,26 @@ def _frame(*, logprobs: NDArray[np.float64], **columns: Any) -> pd.DataFrame:
     frame = pd.DataFrame(columns)
     frame["subject"] = frame["subject"].astype("category")
     known = frame["answer"].to_numpy() >= 0
-    frame["choice"] = np.int8(-1)
+    frame["choice"] = np.int16(-1)
     frame["credit"] = frame["score"]
-    for place in range(logprobs.shape[1]):
-        frame[f"logprob_{place}"] = logprobs[:, place]
+    names = [f"logprob_{place}" for place in range(logprobs.shape[1])]
+    frame = pd.concat([frame, pd.DataFrame(logprobs, columns=names)], axis=1)
     if logprobs.shape[1] and known.any():
         best = np.nanmax(logprobs, axis=1, keepdims=True)
         tied = logprobs == best
         rows = np.arange(len(frame))
-        frame["choice"] = np.nanargmax(logprobs, axis=1).astype(np.int8)
+        frame["choice"] = np.nanargmax(logprobs, axis=1).astype(np.int16)
         right = tied[rows, frame["answer"].to_numpy()]
         frame["credit"] = right / tied.sum(axis=1)
     return frame
+
+
+def _without_choices(frame: pd.DataFrame) -> pd.DataFrame:
+    """Drops the choices where only some questions have them."""
+    if (frame["answer"] >= 0).all():
+        return frame
+    choices = [name for name in frame.columns if str(name).startswith("logprob_")]
+    return frame.drop(columns=choices).assign(answer=-1, choice=-1, credit=frame["score"])
 
 
 def logprobs_of(frame: pd.DataFrame) -> NDArray[np.float64]:
@@ -327,9 +345,13 @@ def align(
             "Score them on the same questions, or leave one out",
         )
     aligned = {}
+    choices = all((frame["answer"] >= 0).all() for frame in parts)
+    most = max(logprobs_of(frame).shape[1] for frame in parts)
     for label, frame, key in zip(labels, parts, keys, strict=True):
-        order = key.get_indexer(common)
-        aligned[label] = frame.iloc[order].reset_index(drop=True)
+        frame = frame if choices else _without_choices(frame.assign(answer=-1))
+        missing = [f"logprob_{k}" for k in range(most if choices else 0)]
+        padded = frame.reindex(columns=[*dict.fromkeys([*frame.columns, *missing])])
+        aligned[label] = padded.iloc[key.get_indexer(common)].reset_index(drop=True)
     first = aligned[labels[0]]
     for label in labels[1:]:
         _check_same(labels[0], first, label, aligned[label])

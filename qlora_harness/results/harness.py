@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_harness.results.scored import FAMILIES, Scored, Subject, category_of
+from qlora_harness.results.scored import FAMILIES, HarnessFile, Scored, Subject, category_of
 from qlora_harness.errors import ResultsError, shown
 from qlora_harness.record import nested, read_json
 from qlora_harness.schema.section import flatten
@@ -22,23 +21,6 @@ _LARGEST = 1e100
 # Where a task has several metrics and none is asked for.
 _METRICS = ("acc", "exact_match", "pass@1", "pass_at_1")
 _FILTERS = ("none", "strict-match")
-
-
-@dataclass(frozen=True)
-class HarnessFile:
-    """One results file of lm_eval.
-
-    Attributes:
-        path: The file.
-        date: The date in its name; "" without one.
-        record: Its content.
-        tasks: Leaves by task: a task of its own is its only leaf, a group has those below it.
-    """
-
-    path: Path
-    date: str
-    record: Mapping[str, Any]
-    tasks: Mapping[str, tuple[str, ...]]
 
 
 def read_file(path: Path) -> HarnessFile:
@@ -55,11 +37,12 @@ def read_file(path: Path) -> HarnessFile:
                 "Name a results_*.json, or the folder of a run; remove foreign results_*.json",
             )
     date = _DATE.search(path.name)
-    return HarnessFile(path, date[1] if date else "", record, _tasks(record))
+    tasks, roots = _tasks(record)
+    return HarnessFile(path, date[1] if date else "", record, tasks, roots)
 
 
-def _tasks(record: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    leaves = list(record["n-samples"])
+def _tasks(record: Mapping[str, Any]) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    every = leaves = list(record["n-samples"])
     found: dict[str, tuple[str, ...]] = {}
     # Our subtasks are known by their names; lm_eval puts groups before inline definitions: "a::b".
     for family in sorted(FAMILIES, key=len, reverse=True):
@@ -76,29 +59,37 @@ def _tasks(record: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         if not isinstance(parts, list) or depth > 20:
             parts = []
         inner = [leaf for part in parts for leaf in below(str(part), depth + 1)]
-        return inner or ([name] if name in leaves else [])
+        return list(dict.fromkeys(inner)) or ([name] if name in every else [])
 
     children = {str(part) for parts in groups.values() if isinstance(parts, list) for part in parts}
-    for name in [*groups, *leaves]:
-        if name not in children and name not in found and (mine := tuple(below(name))):
+    roots, children = list(found), children.union(*found.values())
+    for name in [*groups, *every]:
+        if name not in found and (mine := tuple(below(name))):
             found[name] = mine
-    return found
+            roots += [name] if name not in children else []
+    return found, tuple(roots)
 
 
-def newest(files: Sequence[HarnessFile], task: str) -> HarnessFile | None:
+def newest(files: Sequence[HarnessFile], task: str, *, one_model: bool) -> HarnessFile | None:
     """Returns the file with the newest date in its name that holds a task; None without any.
 
     Args:
         files: Results files of one run.
         task: For example hellaswag.
+        one_model: Whether nothing else says that the files are of one model.
 
     Raises:
-        ResultsError: Two files that differ share the newest date.
+        ResultsError: Two files that differ share the newest date, or are of different models.
     """
     holding = sorted((f for f in files if task in f.tasks), key=lambda f: f.date, reverse=True)
     if not holding:
         return None
     for rival in holding[1:]:
+        if one_model and _model(rival.record) != _model(holding[0].record):
+            raise ResultsError(
+                f"{holding[0].path} and {rival.path} are of different models, and both hold {task}",
+                "Name the folder of one model, or one of the two files",
+            )
         if rival.date == holding[0].date and rival.record != holding[0].record:
             raise ResultsError(
                 f"{holding[0].path} and {rival.path} both hold {task} and have the same date "
@@ -123,9 +114,10 @@ def read_scored(file: HarnessFile, task: str, metric: str | None = None) -> Scor
     name, chosen = choose_metric(file, leaves[0], metric)
     key = f"{name},{chosen}"
     subjects, total = {}, 0
+    names = subject_names(task, leaves)
     for leaf in leaves:
         n = _count(record, path, "n-samples", leaf, "effective")
-        subjects[_subject(task, leaf)] = Subject(_number(record, path, "results", leaf, key), n)
+        subjects[names[leaf]] = Subject(_number(record, path, "results", leaf, key), n)
         total += _count(record, path, "n-samples", leaf, "original")
     n = sum(subject.n for subject in subjects.values())
     if n == 0 or n > total:
@@ -133,13 +125,20 @@ def read_scored(file: HarnessFile, task: str, metric: str | None = None) -> Scor
     by_question = sum(s.value * s.n for s in subjects.values()) / n
     whole = next((k for k in record["results"] if k.rsplit("::", 1)[-1] == task), task)
     value, stderr = by_question, None
-    if isinstance(nested(record, "results", whole, key), int | float):
+    if key in (nested(record, "results", whole) or {}):
         value = _number(record, path, "results", whole, key)
         error = nested(record, "results", whole, f"{name}_stderr,{chosen}")
         if error not in (None, "N/A"):
             stderr = _number(record, path, "results", whole, f"{name}_stderr,{chosen}")
-    if name == "acc" and not 0 <= value <= 1:
-        raise ResultsError(f"{path}: results.{whole}.{key} is {value}, not from 0 to 1", _DAMAGED)
+    values = [subject.value for subject in subjects.values()]
+    if not min(values) - 1e-6 <= value <= max(values) + 1e-6 or (stderr or 0) < 0:
+        raise ResultsError(
+            f"{path}: results.{whole}: {key} is {value:g} ± {stderr}, but its tasks have "
+            f"{min(values):g} to {max(values):g}",
+            _DAMAGED,
+        )
+    if name == "acc" and not 0 <= min(values) <= max(values) <= 1:
+        raise ResultsError(f"{path}: results: {key} of {task} is not from 0 to 1", _DAMAGED)
     if task in FAMILIES and abs(value - by_question) > 1e-6:
         raise ResultsError(
             f"{path}: {whole}: {key} is {value:.6f}, but its subjects give {by_question:.6f}",
@@ -154,7 +153,7 @@ def read_scored(file: HarnessFile, task: str, metric: str | None = None) -> Scor
         metric=name,
         filter=chosen,
         higher_is_better=better is not False,
-        value=by_question,
+        value=value,
         stderr=stderr,
         n=n,
         n_total=total,
@@ -163,12 +162,15 @@ def read_scored(file: HarnessFile, task: str, metric: str | None = None) -> Scor
         base=base,
         quant=_quant(record),
         tuned=peft is not None,
-        version=(
-            nested(record, "versions", leaves[0]) or nested(record, "versions", task),
-            nested(record, "n-shot", leaves[0]),
-        ),
+        versions={
+            f"{what} of {leaf}": found
+            for what, part in (("version", "versions"), ("shots", "n-shot"))
+            for leaf in (*leaves, task)
+            if (found := nested(record, part, leaf)) is not None
+        },
         conditions=_conditions(record, base, peft),
         notes=_notes(record),
+        harness=file,
     )
 
 
@@ -238,9 +240,11 @@ def read_samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ResultsError(f"{path} can't be read: {error.strerror}", "Check the file") from None
 
 
-def _subject(task: str, leaf: str) -> str:
-    name = leaf.rsplit("::", 1)[-1]
-    return name if name == task else name.removeprefix(f"{task}_")
+def subject_names(task: str, leaves: Sequence[str]) -> dict[str, str]:
+    """Returns the leaves' names without that of the task, where this tells them apart."""
+    last = {leaf: leaf.rsplit("::", 1)[-1] for leaf in leaves}
+    short = {leaf: name.removeprefix(f"{task}_") for leaf, name in last.items()}
+    return short if len(set(short.values())) == len(leaves) else {leaf: leaf for leaf in leaves}
 
 
 def _number(record: Mapping[str, Any], path: Path, *keys: str) -> float:
@@ -266,12 +270,12 @@ def _categories(record: Mapping[str, Any], task: str, leaves: Sequence[str]) -> 
     parts = groups.get(task) if isinstance(groups, Mapping) else None
     if not isinstance(parts, list):
         return {}
-    found = {}
+    found, names = {}, subject_names(task, leaves)
     for part in map(str, parts):
         members = groups.get(part) if isinstance(groups, Mapping) else None
         for leaf in members if isinstance(members, list) else []:
             if leaf in leaves:
-                found[_subject(task, str(leaf))] = part.removeprefix(f"{task}_")
+                found[names[str(leaf)]] = part.removeprefix(f"{task}_")
     return found
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_harness.results.harness import HarnessFile, newest, read_file, read_scored
-from qlora_harness.results.scored import Scored, read_evaluation
+from qlora_harness.results.harness import newest, read_file, read_scored
+from qlora_harness.results.scored import HarnessFile, Scored, read_evaluation
 from qlora_harness.errors import ComparisonError, ResultsError
 from qlora_harness.record import EVALUATION_FILE, LOGS_FILE, SUMMARY_FILE
 from qlora_harness.schema.section import flatten, read_record
@@ -30,16 +32,23 @@ class Run:
         label: Its name.
         training: Its training summary, if it was trained here.
         log: Its step log, if there is one.
-        scored: Results by task.
-        harness: The lm_eval file behind a result, by task, where there is one.
+        tasks: What it was scored on; groups stand for their parts.
+        scored: Results by task, also by the parts of groups; each is read when it is asked for.
+        files: Results files of lm_eval.
     """
 
     path: Path
     label: str
     training: TrainingSummary | None
     log: TrainingLog | None
+    tasks: tuple[str, ...]
     scored: Mapping[str, Scored]
-    harness: Mapping[str, HarnessFile]
+    files: Sequence[HarnessFile] = ()
+
+    def on(self, task: str | None) -> Run:
+        """Returns the run with the result on one task alone, which then says what was scored."""
+        scored = {task: self.scored[task]} if task is not None and task in self.scored else {}
+        return replace(self, scored=scored)
 
     def answers(self, task: str) -> pd.DataFrame | None:
         """Reads the answers to the questions of a task; None where they aren't recorded.
@@ -52,8 +61,8 @@ class Run:
         scored, frame = self.scored[task], None
         if scored.path.name == EVALUATION_FILE:
             frame = read_progress(scored)
-        if frame is None and task in self.harness:
-            frame = read_logged(self.harness[task], scored)
+        if frame is None and scored.harness is not None:
+            frame = read_logged(scored.harness, scored)
         return frame
 
     @property
@@ -132,32 +141,62 @@ def load_run(path: str | Path, *, label: str | None = None, metric: str | None =
     if path.is_file():
         files = [read_file(path)]
     else:
-        if (path / SUMMARY_FILE).exists():
+        if os.path.lexists(path / SUMMARY_FILE):
             training = read_record(path / SUMMARY_FILE, TrainingSummary)
             _check_status(training, path / SUMMARY_FILE)
             log = read_log(path / LOGS_FILE, training)
-        if (path / EVALUATION_FILE).exists():
+        if os.path.lexists(path / EVALUATION_FILE):
             ours = read_evaluation(path / EVALUATION_FILE)
         if training is None and not ours:
             _refuse_parent_folder(path)
         files = [read_file(p) for p in sorted(path.rglob("results_*.json")) if p.is_file()]
-    scored: dict[str, Scored] = {}
-    harness: dict[str, HarnessFile] = {}
-    for task in dict.fromkeys([*ours, *(task for file in files for task in file.tasks)]):
-        file = newest(files, task)
-        scored[task], used = _join(ours.get(task), file, task, metric)
-        if file is not None and used:
-            harness[task] = file
-            rivals = sum(task in other.tasks for other in files)
-            if rivals > 1:
-                note = f"{file.path} is the newest of {rivals} lm_eval files with {task}: used"
-                scored[task] = replace(scored[task], notes=(*scored[task].notes, note))
-    if training is None and not scored:
+    if training is None and not ours and not any(file.tasks for file in files):
         raise ComparisonError(
             f"{path} holds no {SUMMARY_FILE}, no {EVALUATION_FILE} and no result of lm_eval",
             "Name the folder of a run, for example results/4bit",
         )
-    return Run(path, label, training, log, scored, harness)
+    tasks = tuple(dict.fromkeys([*ours, *(task for file in files for task in file.roots)]))
+    names = dict.fromkeys([*tasks, *(task for file in files for task in file.tasks)])
+    read = partial(_read_scored, ours, files, metric=metric, known=training is not None)
+    return Run(path, label, training, log, tasks, _Lazy(names, read), files)
+
+
+class _Lazy(Mapping[str, Scored]):
+    """Results by task, each read when it is asked for."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Scored]) -> None:
+        self._names, self._read = list(names), read
+        self._known: dict[str, Scored] = {}
+
+    def __getitem__(self, task: str) -> Scored:
+        if task not in self._names:
+            raise KeyError(task)
+        if task not in self._known:
+            self._known[task] = self._read(task)
+        return self._known[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _read_scored(
+    ours: Mapping[str, Scored],
+    files: Sequence[HarnessFile],
+    task: str,
+    *,
+    metric: str | None,
+    known: bool,
+) -> Scored:
+    file = newest(files, task, one_model=not known and task not in ours)
+    scored = _join(ours.get(task), file, task, metric)
+    rivals = sum(task in other.tasks for other in files)
+    if file is None or scored.harness is None or rivals == 1:
+        return scored
+    note = f"{file.path} is the newest of {rivals} lm_eval files with {task}: used"
+    return replace(scored, notes=(*scored.notes, note))
 
 
 def _check_status(training: TrainingSummary, path: Path) -> None:
@@ -180,7 +219,7 @@ def read_log(path: Path, training: TrainingSummary) -> TrainingLog | None:
         ResultsError: The file is broken, has not all steps of a completed run, or another
             evaluation loss than the summary.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     log = read_record(path, TrainingLog)
     steps, found = training.results.steps, len(log.steps)
@@ -217,22 +256,23 @@ def _refuse_parent_folder(path: Path) -> None:
 
 def _join(
     ours: Scored | None, file: HarnessFile | None, task: str, metric: str | None
-) -> tuple[Scored, bool]:
-    """Joins our record of a task with lm_eval's.
-
-    Returns:
-        The result, and whether lm_eval's file is a part of it.
-    """
+) -> Scored:
+    """Joins our record of a task with lm_eval's."""
+    if ours is not None and metric not in (None, "acc", "acc,none"):
+        raise ResultsError(
+            f"{ours.path}: {task} has no metric {metric}, only acc", "Leave --metric out"
+        )
     if file is None:
         assert ours is not None  # the task came from one of the two
-        return ours, False
+        return ours
     theirs = read_scored(file, task, metric)
     if ours is None:
-        return theirs, True
+        return theirs
     same = ours.n == theirs.n and ours.subjects.keys() == theirs.subjects.keys()
     if same and abs(ours.value - theirs.value) <= _AGREEMENT:
         joined = {**theirs.conditions, **ours.conditions}
-        return replace(ours, conditions=joined, notes=(*ours.notes, *theirs.notes)), True
+        notes = (*ours.notes, *theirs.notes)
+        return replace(ours, conditions=joined, notes=notes, harness=file)
     if ours.ended is None or theirs.ended is None or theirs.ended >= ours.ended:
         raise ResultsError(
             f"{ours.path} and {theirs.path} contradict each other on {task}: acc {ours.value:.6f} "
@@ -240,7 +280,7 @@ def _join(
             "Remove the one that is out of date, or score again",
         )
     note = f"{theirs.path} is older than {ours.path} and says otherwise: the newer one is used"
-    return replace(ours, notes=(*ours.notes, note)), False
+    return replace(ours, notes=(*ours.notes, note))
 
 
 def find_runs(folder: str | Path = "results") -> list[Path]:

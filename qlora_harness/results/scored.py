@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from qlora_harness.errors import ResultsError
 from qlora_harness.families import families
@@ -20,6 +21,25 @@ FAMILIES = (
     "mmlu_qlora_0shot_val",
     DEMO_TASK,
 )
+
+
+@dataclass(frozen=True)
+class HarnessFile:
+    """One results file of lm_eval.
+
+    Attributes:
+        path: The file.
+        date: The date in its name; "" without one.
+        record: Its content.
+        tasks: Leaves by task: a task of its own is its only leaf, a group has those below it.
+        roots: Tasks that are no part of another.
+    """
+
+    path: Path
+    date: str
+    record: Mapping[str, Any]
+    tasks: Mapping[str, tuple[str, ...]]
+    roots: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -46,7 +66,7 @@ class Scored:
         metric: For example acc or exact_match.
         filter: Of lm_eval, "none" for most tasks.
         higher_is_better: Whether more of the metric is better.
-        value: The metric over all questions, by question.
+        value: The metric over all questions, as recorded.
         stderr: Its standard error, if known.
         n: Questions answered.
         n_total: Questions there are.
@@ -59,9 +79,10 @@ class Scored:
         unquantised_share: Share of the layers' weights that 4 bits left in 16, if recorded.
         prompts_sha256: Hash over all prompts, if recorded.
         truncated: Prompts that were cut to fit, if counted.
-        version: Of the task, and its number of shots, if recorded.
+        versions: Of the tasks, and their numbers of shots, as far as they are recorded.
         conditions: Every recorded setting by dotted name.
         notes: What a reader has to know.
+        harness: The lm_eval file behind it, if there is one.
     """
 
     task: str
@@ -83,9 +104,10 @@ class Scored:
     unquantised_share: float | None = None
     prompts_sha256: str | None = None
     truncated: int | None = None
-    version: tuple[object, ...] = ()
+    versions: Mapping[str, object] = field(default_factory=dict)
     conditions: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    harness: HarnessFile | None = None
 
     @property
     def limited(self) -> bool:
