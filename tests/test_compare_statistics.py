@@ -11,6 +11,7 @@ from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
+from qlora_harness.compare import choices
 from qlora_harness.compare import statistics as st
 from qlora_harness.compare.figures import wilson
 from qlora_harness.study_plan import plan
@@ -197,20 +198,22 @@ def test_holm_and_wilson_are_those_of_statsmodels() -> None:
 def test_probabilities_and_what_follows_from_them() -> None:
     logprobs = np.log(np.array([[0.4, 0.1, 0.3, 0.2], [0.1, 0.1, 0.1, 0.1]])) - 3
     logprobs[1, 3] = np.nan  # a question with three choices
-    shares = st.probabilities(logprobs)
+    shares = choices.probabilities(logprobs)
     assert shares == pytest.approx(np.array([[0.4, 0.1, 0.3, 0.2], [1 / 3, 1 / 3, 1 / 3, 0]]))
     answer = np.array([2, 0], dtype=np.int8)
-    assert st.nll_of(shares, answer) == pytest.approx([-math.log(0.3), math.log(3)])
-    assert st.brier_of(shares, answer) == pytest.approx([0.16 + 0.01 + 0.49 + 0.04, 4 / 9 + 2 / 9])
+    assert choices.nll_of(shares, answer) == pytest.approx([-math.log(0.3), math.log(3)])
+    assert choices.brier_of(shares, answer) == pytest.approx(
+        [0.16 + 0.01 + 0.49 + 0.04, 4 / 9 + 2 / 9]
+    )
     other = np.full((2, 4), 0.25)
     expected = np.mean([stats.entropy(row, [0.25] * 4) for row in shares])
-    assert st.divergence(shares, other) == pytest.approx(expected)
-    assert st.divergence(shares, shares) == 0
+    assert choices.divergence(shares, other) == pytest.approx(expected)
+    assert choices.divergence(shares, shares) == 0
     # Confidences of 0.65 and 0.61 share a bin, 0.9 has one of its own; ends are right or wrong.
     sure = np.array([[0.65, 0.35], [0.39, 0.61], [0.9, 0.1]])
     right = np.array([0, 0, 0], dtype=np.int8)
-    assert st.calibration_error(sure, right) == pytest.approx((abs(1 - 0.65 - 0.61) + 0.1) / 3)
-    best = st.best_choices(np.array([[-1.0, -1.0, -2.0], [-3.0, np.nan, -1.0]]))
+    assert choices.calibration_error(sure, right) == pytest.approx((abs(1 - 0.65 - 0.61) + 0.1) / 3)
+    best = choices.best_choices(np.array([[-1.0, -1.0, -2.0], [-3.0, np.nan, -1.0]]))
     assert best.tolist() == [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
 
 
@@ -218,14 +221,16 @@ def test_letter_preference_is_taken_out() -> None:
     n = 4000
     answer = RNG.integers(0, 4, n).astype(np.int8)
     ignorant = RNG.normal(size=(n, 4)) + np.array([3.0, 0.0, 1.0, 0.0])
-    values = st.letter_centred(ignorant, answer)
+    values = choices.letter_centred(ignorant, answer)
     assert abs(values.mean()) < 3 * values.std() / math.sqrt(n)
     knowing = ignorant.copy()
     knowing[np.arange(n), answer] += 0.5
-    assert st.letter_centred(knowing, answer).mean() > 0.08
+    assert choices.letter_centred(knowing, answer).mean() > 0.08
     # The same whatever is added to a letter.
     shifted = knowing + np.array([5.0, -2.0, 0.0, 1.0])
-    assert st.letter_centred(shifted, answer) == pytest.approx(st.letter_centred(knowing, answer))
+    assert choices.letter_centred(shifted, answer) == pytest.approx(
+        choices.letter_centred(knowing, answer)
+    )
 
 
 @pytest.mark.parametrize(("sd", "seeds"), [(0.002, 3), (0.003, 3), (0.002, 5), (0.0004, 2)])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
+from qlora_harness.compare import choices
 from qlora_harness.compare import statistics as st
 from qlora_harness.compare.arms import Arm
 from qlora_harness.compare.endpoint import SPECS, Endpoint, Result, Spec, measured
@@ -143,12 +144,12 @@ def _table(frames: Frames, values: Callable[[pd.DataFrame], Floats]) -> Floats:
 
 def nll_of(frame: pd.DataFrame) -> Floats:
     """Returns the NLL of the right choice among the choices, nats, [n]."""
-    return st.nll_of(st.probabilities(logprobs_of(frame)), frame["answer"].to_numpy())
+    return choices.nll_of(choices.probabilities(logprobs_of(frame)), frame["answer"].to_numpy())
 
 
 def brier_of(frame: pd.DataFrame) -> Floats:
     """Returns the Brier score of the choices, [n]."""
-    return st.brier_of(st.probabilities(logprobs_of(frame)), frame["answer"].to_numpy())
+    return choices.brier_of(choices.probabilities(logprobs_of(frame)), frame["answer"].to_numpy())
 
 
 def subject_codes(frame: pd.DataFrame) -> NDArray[np.intp]:
@@ -229,7 +230,7 @@ def centred_items(frames: Frames) -> Floats:
     tables = [logprobs_of(frame) for frame in frames]
     if not all(table.shape[1] and np.isfinite(table).all() for table in tables):
         return np.zeros((0, 0))
-    return _table(frames, lambda f: st.letter_centred(logprobs_of(f), f["answer"].to_numpy()))
+    return _table(frames, lambda f: choices.letter_centred(logprobs_of(f), f["answer"].to_numpy()))
 
 
 def chance(name: str, frames: Frames) -> Chance | None:
@@ -252,9 +253,9 @@ def detail(one: Frames, two: Frames) -> Detail | None:
     tables = [[logprobs_of(f) for f in part] for part in (one, two)]
     if not tables[0][0].shape[1]:
         return None
-    shares = [[st.probabilities(t) for t in part] for part in tables]
-    best = [[st.best_choices(t) for t in part] for part in tables]
-    choices = [[f["choice"].to_numpy() for f in part] for part in (one, two)]
+    shares = [[choices.probabilities(t) for t in part] for part in tables]
+    best = [[choices.best_choices(t) for t in part] for part in tables]
+    picked = [[f["choice"].to_numpy() for f in part] for part in (one, two)]
     across = [((0, i), (1, j)) for i in range(len(one)) for j in range(len(two))]
     floor = [
         ((part, i), (part, j))
@@ -263,16 +264,16 @@ def detail(one: Frames, two: Frames) -> Detail | None:
     ]
 
     def flips(run: tuple[int, int], other: tuple[int, int]) -> float:
-        return float((choices[run[0]][run[1]] != choices[other[0]][other[1]]).mean())
+        return float((picked[run[0]][run[1]] != picked[other[0]][other[1]]).mean())
 
     def divergence(run: tuple[int, int], other: tuple[int, int]) -> float:
-        return st.divergence(shares[other[0]][other[1]], shares[run[0]][run[1]])
+        return choices.divergence(shares[other[0]][other[1]], shares[run[0]][run[1]])
 
     scores = [np.mean(_table(part, lambda f: f["score"].to_numpy())) for part in (one, two)]
     credits = [np.mean(_table(part, lambda f: f["credit"].to_numpy())) for part in (one, two)]
     first, second = one[0]["score"].to_numpy() > 0, two[0]["score"].to_numpy() > 0
     won, lost = int((first & ~second).sum()), int((second & ~first).sum())
-    errors = [float(np.mean([st.calibration_error(s, answer) for s in p])) for p in shares]
+    errors = [float(np.mean([choices.calibration_error(s, answer) for s in p])) for p in shares]
     ties = [float(np.mean([(b > 0).sum(axis=1) > 1 for b in part])) for part in best]
     alike = all(np.isfinite(t).all() for part in tables for t in part)
     mixes = [np.mean([b.mean(axis=0) for b in part], axis=0) for part in best]
