@@ -282,7 +282,7 @@ def test_equal_limits_and_different_data_where_allowed(pair: tuple[Path, Path]) 
     in_summary("data/train/fingerprint", "sha256:" + "9" * 64)(pair[1])
     assert main(*pair, "--allow-limit", "--allow-different-data") == 0
     markdown = (pair[0].parent / "comparison.md").read_text()
-    assert "training data" in markdown and "Only 20 of 40 questions" in markdown
+    assert "these differ: data" in markdown and "Only 20 of 40 questions" in markdown
     rescored(FIRST, n_total=50)(pair[1])
     with pytest.raises(ComparisonError, match="different limits"):
         main(*pair, "--allow-limit", "--allow-different-data")

@@ -106,7 +106,10 @@ def _names(groups: Sequence[Sequence[Run]], *, by_label: bool) -> list[str]:
         if len({names[place] for place in places}) < len(places):
             for place in places:
                 names[place] = groups[place][0].label
-    return names
+    return [
+        f"{name} ({group[0].label})" if names.count(name) > 1 else name
+        for name, group in zip(names, groups, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

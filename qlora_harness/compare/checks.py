@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import BaseModel
 
-from qlora_harness.compare.arms import Arm, settings_of
+from qlora_harness.compare.arms import Arm
 from qlora_harness.errors import ComparisonError
 from qlora_harness.results.runs import Run
 from qlora_harness.results.scored import DEFAULT_TASK, DEMO_TASK, Scored
@@ -23,7 +23,7 @@ _FOLLOWS = re.compile(
     r"unquantised_share|parameter_dtypes\..+|(memory|plan)\..+)$"
 )
 # What two arms and their seeds are meant to differ in.
-_INTENDED = ("quant", "double_quant", "seed")
+_INTENDED = ("quant", "double_quant", "seed", "expanded_once")
 _NOTABLE_TIES = 0.001
 _SAME_QUESTIONS = "Score all runs with the same task, data folder and template"
 _INTERSECT = "--intersect to compare the questions that all answered"
@@ -252,29 +252,22 @@ def differing(runs: Sequence[Run], task: str | None) -> tuple[list[Setting], lis
     return different, same
 
 
-def besides_quantisation(arms: Sequence[Arm]) -> list[str]:
-    """Returns in what training settings, data and models arms differ, but for quantisation."""
-    runs = [run for arm in arms for run in arm.runs]
-    found = [settings_of(run) for run in runs if run.training is not None]
-    names = [
-        name
-        for name in dict.fromkeys(name for settings in found for name in settings)
-        if name not in _INTENDED and any(s.get(name) != found[0].get(name) for s in found)
-    ]
-    for what, values in (
-        ("model", {run.model for run in runs if run.model is not None}),
-        ("device", {
-            str(name) for run in runs if run.training
-            if (name := (run.training.environment.device or {}).get("name")) is not None
-        }),
-        ("training data", {run.training.data.train.fingerprint for run in runs if run.training}),
-    ):  # fmt: skip
-        if len(values) > 1 and what not in names:
-            names.append(what)
+def besides_quantisation(arms: Sequence[Arm], task: str | None) -> list[str]:
+    """Returns in short what differs between arms but for quantisation and seed."""
+    different, _ = differing([run for arm in arms for run in arm.runs], task)
+    names = [_short_name(setting.name.split(".")) for setting in different]
     seeds = [set(arm.seeds) - {None} for arm in arms if arm.tuned]
     if any(one != seeds[0] for one in seeds):
         names.append("seeds")
-    return names
+    return [name for name in dict.fromkeys(names) if name not in _INTENDED]
+
+
+def _short_name(parts: Sequence[str]) -> str:
+    if "versions" in parts:
+        return f"{parts[-1]} version"
+    if parts[1] in ("data", "model"):
+        return parts[-1] if parts[-1] in _INTENDED else parts[1]
+    return "machine" if parts[1] == "environment" else parts[-1]
 
 
 def notes_on(

@@ -220,7 +220,7 @@ def compare(
     ]
     arm_of = {run.label: arm.name for arm in arms for run in arm.runs}
     different, same = checks.differing(loaded, task)
-    leading = [arm for p in plan.primary for arm in p]
+    leading = [arm for arm in arms if any(arm in p for p in plan.primary)]
     first = next(iter(scored.values()), None)
     sizes = [len(frame) for frame in frames.values()] or [s.n for s in scored.values()]
     comparison = Comparison(
@@ -237,7 +237,7 @@ def compare(
         contrasts=contrasts,
         effects=_effects(arms, frames, task, margin),
         chance=_chances(arms, frames),
-        besides=checks.besides_quantisation(leading),
+        besides=checks.besides_quantisation(leading, task),
         different=[checks.Setting(**scrub_all(item.model_dump())) for item in different],
         same=[checks.Setting(**scrub_all(item.model_dump())) for item in same],
         notes=[scrub(note) for note in [*notes, *checks.notes_on(loaded, task, frames)]],

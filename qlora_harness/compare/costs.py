@@ -33,6 +33,8 @@ def costs(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
         level: Two-sided, of the intervals.
     """
     one, two = ([run.training for run in a.runs if run.training] for a in (arm, baseline))
+    if not one and not two:
+        return []
     if len(one) < len(arm.runs) or len(two) < len(baseline.runs):
         return [absent(key, "not trained here") for key in ("memory", "time", "eval_loss")]
     return [

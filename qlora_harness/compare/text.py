@@ -61,7 +61,7 @@ def differences_line(comparison: Comparison) -> str:
     """Returns what differs besides quantisation, in a line."""
     if not comparison.besides:
         return "Nothing recorded differs besides quantisation and seed."
-    return _cut(f"Besides quantisation: {', '.join(comparison.besides)} differ.", 2 * COLUMNS)
+    return _cut(f"Besides quantisation, these differ: {', '.join(comparison.besides)}.")
 
 
 def _cut(line: str, columns: int = COLUMNS) -> str:

@@ -74,9 +74,11 @@ def _costs(item: Contrast) -> str:
     text = f"{item.arm} {', and '.join(said)} against {item.baseline}"
     if not said:
         text = f"{item.arm} against {item.baseline}: no difference in cost is shown"
-    if item.seeds == (1, 1):
+    if not said and "memory" not in item.endpoints:
+        return ""  # neither was trained here
+    if item.seeds == (1, 1) and "memory" in item.endpoints:
         return f"These two runs: {text}. A second seed would show what the seed does."
-    if 1 in item.seeds:
+    if min(item.seeds) == 1 < max(item.seeds):
         text += "; the arm of one seed is taken to vary as the other does"
     return f"{text}."
 
