@@ -19,7 +19,7 @@ def train(settings: Settings | Mapping[str, Any], *, recipe: str | None = None) 
 
     Args:
         settings: Flags of launch/train.py by name, such as {"quant": "nf4", "max_steps": 100}.
-        recipe: Recipe whose values count where `settings` says nothing.
+        recipe: Recipe that supplies every value missing from `settings`.
 
     Raises:
         HarnessError: Anything the user can mend; the run's record then says "failed".
@@ -67,5 +67,7 @@ def score(
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise RunError(f"lm_eval failed with status {done.returncode}: {lines[-1]}", "See above")
+        raise RunError(
+            f"lm_eval failed with status {done.returncode}: {lines[-1]}", "Run it in a shell"
+        )
     return load_run(folder)

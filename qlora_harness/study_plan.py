@@ -22,7 +22,7 @@ SEEDS = (1, 2, 3, 5, 10)
 
 @dataclass(frozen=True)
 class Need:
-    """What a number of seeds an arm takes.
+    """How many questions a study with a given number of seeds per arm needs.
 
     Attributes:
         seeds: Of each arm.
@@ -64,7 +64,7 @@ def plan(margin: float, discordance: float, seed_sd: float, seeds: Sequence[int]
 def power(
     margin: float, discordance: float, seed_sd: float, seeds: int, questions: int, *, same: bool
 ) -> float:
-    """Returns in how many studies it is shown that arms are the same, or differ by the margin.
+    """Returns the share of studies that show that two arms are the same, or that they differ.
 
     The variances between seeds are themselves estimated: over their distribution the power is
     summed, with the interval that `compare` gives for each.
@@ -134,7 +134,7 @@ def report(
         spreads = [statistics.variance(part) for part in deviations if len(part) > 1]
         if seed_sd is None and spreads:
             seed_sd = 100 * math.sqrt(statistics.fmean(spreads))
-        source = " (from the pilot where it tells)"
+        source = " (from the pilot where not given)"
     discordance = 0.1 if discordance is None else discordance
     seed_sd = 0.2 if seed_sd is None else seed_sd
     if not 0 < margin < 100:
@@ -156,5 +156,5 @@ def report(
             for n in (need.equivalence, need.detection)
         )
         lines.append(f"{need.seeds:>12}   {same:>35}   {differ:>34}")
-    lines += ["", "MMLU has 14,042 questions. One seed an arm is about those two adapters only."]
+    lines += ["", "MMLU has 14,042 questions. One seed per arm compares those two adapters only."]
     return "\n".join(lines)

@@ -144,7 +144,7 @@ def test_command_writes_where_it_is_told_and_over_nothing_foreign(
         ("--html", mine),
         ("--markdown", tmp_path),
     ):
-        with pytest.raises(SettingsError, match="exists and is not a comparison of ours"):
+        with pytest.raises(SettingsError, match="was not written by qlora-harness compare"):
             main(*pair, flag, path)
     assert mine.read_text() == "# Mine\n"
     with pytest.raises(SettingsError, match="--markdown and --json are both"):
@@ -279,7 +279,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
 def test_each_run_is_a_line(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["runs"]) == 0
     head, *lines = printed(capsys)
-    assert head == ["run", "model", "data", "base", "status", "GiB", "loss", "MMLU", "%"]
+    assert head == ["run", "model", "data", "quant", "status", "GiB", "loss", "MMLU", "%"]
     assert [line[0] for line in lines] == ["16bit", "4bit", "base"]
     by_name = {line[0]: line for line in lines}
     assert by_name["4bit"][3:] == ["nf4", "completed", "6.50", "1.500", "60.00"]

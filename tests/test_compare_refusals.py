@@ -70,7 +70,7 @@ def failed(folder: Path) -> None:
 
 
 REFUSALS: dict[str, tuple[Spoil, type[HarnessError], str]] = {
-    "failed": (failed, ComparisonError, r'status is "failed": loss is nan. Mend the cause'),
+    "failed": (failed, ComparisonError, r'status is "failed": loss is nan. Fix the cause'),
     "running": (in_summary("status", "running"), ComparisonError, r'status is "running"'),
     "status": (in_summary("status", "done"), ResultsError, r"json: status is 'done'"),
     "half": (in_text("training_summary.json", half), ResultsError, r"line 1: not valid JSON"),
@@ -221,7 +221,7 @@ QUESTIONS = [("law", i % 4, [-1.0 - (i + k) % 4 for k in range(4)]) for i in ran
     [
         (in_progress(3, "prediction", "A"), r"\[3\]: prediction is A .*logprobs and answer give"),
         (in_progress(3, "correct", True), r"\[3\]: .*correct is True"),
-        (in_progress(3, "index", 2), "an index is there twice"),
+        (in_progress(3, "index", 2), "an index is repeated"),
         (in_progress(3, "index", 99), "not below 12"),
         (in_progress(3, "answer", "E"), r"3.answer is 'E'"),
         (in_progress(3, "logprobs/A", 0.5), r"3.logprobs.A is 0.5"),
@@ -263,8 +263,8 @@ def test_which_runs(pair: tuple[Path, Path], tmp_path: Path) -> None:
         ([*pair, "--task", "mmlu_qlora_0shot"], ComparisonError, "--task mmlu_qlora_0shot: .*4bit"),
         ([*pair, "--metric", "bleu"], ResultsError, "has no metric bleu, only acc"),
         ([*pair, "--labels", "a"], SettingsError, "1 names for 2 runs"),
-        ([*pair, "--labels", "a,a"], SettingsError, "there twice"),
-        ([*pair, "--baseline", "c"], SettingsError, "--baseline c is no arm and no run"),
+        ([*pair, "--labels", "a,a"], SettingsError, "repeated"),
+        ([*pair, "--baseline", "c"], SettingsError, "--baseline c is neither arm nor run"),
         ([*pair, "--margin", "0"], SettingsError, "--margin 0"),
         ([scored, trained, "--intersect"], ComparisonError, "no numbers of the same sort"),
     ]

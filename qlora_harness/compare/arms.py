@@ -139,7 +139,7 @@ def pair(arms: Sequence[Arm], baseline: str | None = None) -> Plan:
         chosen += [a for a in arms if baseline in [run.label for run in a.runs]]
         if not chosen:
             names = ", ".join(arm.name for arm in arms)
-            raise SettingsError(f"--baseline {baseline} is no arm and no run", f"Arms are {names}")
+            raise SettingsError(f"--baseline {baseline} is neither arm nor run", f"Arms: {names}")
         return Plan(tuple((arm, chosen[0]) for arm in arms if arm is not chosen[0]), ())
     stages = [[a for a in arms if a.tuned], [a for a in arms if not a.tuned]]
     pairs = [_against_bf16(stage) for stage in stages]

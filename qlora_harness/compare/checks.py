@@ -73,7 +73,7 @@ def choose_task(runs: Sequence[Run], asked: str | None) -> str | None:
 def _refuse_task(runs: Sequence[Run], problem: str) -> NoReturn:
     held = "; ".join(f"{run.path}: {', '.join(run.tasks[:4]) or 'none'}" for run in runs[:4])
     raise ComparisonError(
-        f"{problem} (there are {held})",
+        f"{problem} (scored tasks: {held})",
         "Score every run with the same task, or name one that all have with --task",
     )
 
@@ -118,7 +118,7 @@ def check_data(runs: Sequence[Run], allow_different: bool) -> list[str]:
         if not allow_different:
             raise ComparisonError(
                 f"different data: data.{part}.fingerprint is {values}",
-                "Train on the same data, or pass --allow-different-data to compare all the same",
+                "Train on the same data, or pass --allow-different-data to compare them anyway",
             )
         notes.append(f"Different data (data.{part}.fingerprint: {values}).")
     return notes
@@ -217,7 +217,7 @@ def check_results(
                 f"{_SAME_QUESTIONS}; with logged samples of both, --intersect compares a part",
             )
         notes.append(
-            f"{both} are compared unpaired, which is cautious: the answers of one are not recorded."
+            f"{both} are compared unpaired, which is conservative: not all answers are recorded."
         )
     return notes
 
@@ -267,7 +267,7 @@ def _short_name(parts: Sequence[str]) -> str:
         return f"{parts[-1]} version"
     if parts[1] in ("data", "model"):
         return parts[-1] if parts[-1] in _INTENDED else parts[1]
-    return "machine" if parts[1] == "environment" else parts[-1]
+    return "environment" if parts[1] == "environment" else parts[-1]
 
 
 def notes_on(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Places = NDArray[np.integer]
 
 _BINS = 15  # of the calibration error, of equal width (Guo et al. 2017)
-_SMALLEST = 1e-300  # probability, of which there is a logarithm
+_SMALLEST = 1e-300  # floor under probabilities, so that logarithms stay finite
 
 
 def probabilities(logprobs: Floats) -> Floats:

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="POINTS",
-        help="accuracies within ± so many percentage points are the same (default %(default)g)",
+        help="accuracies within ± this many percentage points count as equal (default %(default)g)",
     )
     parser.add_argument(
         "--allow-limit",
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--html",
         type=Path,
         metavar="FILE",
-        help="write one page with figures here, which needs no network (about 5 MB)",
+        help="also write a self-contained HTML page with figures to this file (about 5 MB)",
     )
 
 
@@ -166,7 +166,7 @@ def _check_outputs(outputs: dict[str, Path]) -> None:
         taken[path.resolve()] = flag
         if path.exists() and not _is_ours(path, _MARKS[flag]):
             raise SettingsError(
-                f"{flag} {path} exists and is not a comparison of ours",
+                f"{flag} {path} exists and was not written by qlora-harness compare",
                 "Name another file, or move it away",
             )
 

@@ -278,7 +278,7 @@ def _checked_labels(labels: Sequence[str], runs: int) -> list[str]:
     if len(names) != runs or len(set(names)) < runs or not all(names):
         raise SettingsError(
             f"--labels {','.join(labels)}: {len(names)} names for {runs} runs, or one is empty or "
-            "there twice",
+            "repeated",
             "Give one name for each run, separated by commas",
         )
     return names

@@ -51,7 +51,7 @@ def _memory(one: list[TrainingSummary], two: list[TrainingSummary], level: float
         return absent("memory", "different devices" if len(kinds) > 1 else "not recorded")
     a, b = (np.array(part, dtype=np.float64) for part in peaks)
     estimate = _ratio(a, b, level)
-    if 1 in (len(a), len(b)):  # what one run's memory would vary by is not that of another arm
+    if 1 in (len(a), len(b)):  # one arm's spread in memory says nothing about the other's
         estimate = st.Estimate(estimate.difference)
     spec = SPECS["memory"]
     if kinds == {"cpu"}:

@@ -95,7 +95,7 @@ class Endpoint(Result):
     letters: bool = False
     """Whether most of an accuracy difference is a preference for letters."""
     reason: str | None = None
-    """Why there is no measurement or no interval."""
+    """Why there is no measurement, or what limits it."""
     n: int | None = None
     """Questions, conversations or groups of steps."""
     clustered_stderr: float | None = None
@@ -117,7 +117,7 @@ def measured(
     clustered: float | None = None,
     reason: str | None = None,
 ) -> Endpoint:
-    """Puts an estimate into words.
+    """Returns the endpoint of an estimate, with the word for what it shows.
 
     Args:
         key: Of SPECS.

@@ -1,4 +1,4 @@
-"""Numbers as text. Nothing is formatted before a renderer asks for it here."""
+"""Formats the numbers of endpoints for every renderer."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from qlora_harness.units import NOTHING
 
 _FLIPS = 200  # shown on the page
 _TILES = ("memory", "time", "eval_loss", "accuracy")
-# Plotly's button downloads a picture; the others only change the view.
+# No Plotly logo and no selection tools: nothing here reacts to a selection.
 _BUTTONS = {
     "displaylogo": False,
     "responsive": True,
@@ -83,7 +83,7 @@ def tiles(comparison: Comparison) -> list[Tile]:
 
 
 def flips(comparison: Comparison) -> tuple[int, list[Flip]]:
-    """Returns how many answers of the leading contrast changed, and the first of them."""
+    """Returns how many questions only one arm of the leading contrast got right, and the first."""
     item = comparison.primary[0] if comparison.primary else None
     arms = {run.label: run.arm for run in comparison.runs if run.label in comparison._answers}
     labels = [

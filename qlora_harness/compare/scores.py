@@ -42,7 +42,7 @@ class Detail(Result):
     letters: tuple[list[float], list[float]] | None = None
     """How often each letter was chosen."""
     explained: float | None = None
-    """Part of the accuracy difference that the letter mixes alone make."""
+    """Accuracy difference that the letter mixes alone would make, a share of the questions."""
     ties: tuple[float, float]
     """Share of questions with tied best choices."""
     tie_effect: float

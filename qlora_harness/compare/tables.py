@@ -129,7 +129,7 @@ def _effects(comparison: Comparison) -> Table:
 def _chance(comparison: Comparison) -> Table:
     rows = tuple(
         (one.arm, f"{signed(100 * one.centred, 2)} ± {100 * one.stderr:.2f} pts",
-         "at chance" if one.at_chance else "above chance")
+         "not shown above chance" if one.at_chance else "above chance")
         for one in comparison.chance
     )  # fmt: skip
     return Table("Accuracy without letter preference, above that of the letters alone",

@@ -86,19 +86,24 @@ def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
 def _one(item: Contrast) -> list[str]:
     """The two arms side by side."""
     endpoints = [item.endpoints[key] for key in HEADLINES if key in item.endpoints]
-    rows = [["", _cut(item.arm, 11), _cut(item.baseline, 11), "difference", "95% interval", ""]]
-    for one in endpoints:
-        shown = word(one) if one.word == "same" or one.letters else one.word
-        values = [value(one, one.arm), value(one, one.baseline)]
-        rows.append([one.name, *values, difference(one), interval(one), shown])
-        if one.word == "no measurement":
-            rows[-1][5] = ""
-    lines = _aligned(rows, (0, 4, 5))
+    lines = _side_by_side(item, endpoints, [word(one) for one in endpoints])
+    if max(map(len, lines)) == COLUMNS:  # cut: without the margins there is more room
+        lines = _side_by_side(item, endpoints, [one.word for one in endpoints])
     for place, one in enumerate(endpoints, start=1):
         if one.word == "no measurement":
             start = lines[place][: lines[0].index("difference")]
             lines[place] = _cut(f"{start}no measurement: {one.reason}")
     return lines
+
+
+def _side_by_side(item: Contrast, endpoints: Sequence[Endpoint], words: Sequence[str]) -> list[str]:
+    rows = [["", _cut(item.arm, 11), _cut(item.baseline, 11), "difference", "95% interval", ""]]
+    for one, shown in zip(endpoints, words, strict=True):
+        values = [value(one, one.arm), value(one, one.baseline)]
+        rows.append([one.name, *values, difference(one), interval(one), shown])
+        if one.word == "no measurement":
+            rows[-1][5] = ""
+    return _aligned(rows, (0, 4, 5))
 
 
 def _many(items: Sequence[Contrast]) -> list[str]:
@@ -139,7 +144,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def details(comparison: Comparison) -> str:
-    """Returns notes and all tables but the longest for a terminal."""
+    """Returns notes and all tables for a terminal."""
     from io import StringIO
 
     from rich.console import Console

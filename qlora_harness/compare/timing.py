@@ -33,7 +33,7 @@ def disturbance(runs: Sequence[Run]) -> str | None:
         if None not in (mine.cpu_threads, theirs.cpu_threads) and (
             mine.cpu_threads != theirs.cpu_threads
         ):
-            return f"{mine.cpu_threads} CPU threads, and {theirs.cpu_threads} ({label}, {name})"
+            return f"{mine.cpu_threads} vs {theirs.cpu_threads} CPU threads ({label}, {name})"
         if _device(one, "name") != _device(other, "name"):
             return f"different devices ({label}, {name})"
         if _same_device(one, other) and _overlap(one, other):

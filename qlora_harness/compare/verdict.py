@@ -34,7 +34,7 @@ def sentences(comparison: Comparison) -> list[str]:
 
 
 def _validity(comparison: Comparison) -> str:
-    """What takes the meaning from all that follows stands first."""
+    """States first what would make everything after it meaningless."""
     if any("random weights" in note for note in comparison.notes):
         return "The base has random weights: loss and accuracy say nothing."
     leading = {name for item in comparison.primary for name in (item.arm, item.baseline)}
@@ -55,7 +55,7 @@ def _costs(item: Contrast) -> str:
     for key, less, more, name in (
         ("memory", "{} of memory", "{} more memory", "memory"),
         ("time", "{} of training time", "{} more training time", "training time"),
-        ("eval_loss", "{} of evaluation loss", "{} of evaluation loss", "evaluation loss"),
+        ("eval_loss", "{} nats of eval loss", "{} nats of eval loss", "eval loss"),
         ("nll", "{} nats of NLL", "{} nats of NLL", "NLL"),
     ):
         endpoint = item.endpoints.get(key)
@@ -70,7 +70,7 @@ def _costs(item: Contrast) -> str:
             parts["costs"].append(more.format(size))
     said = [f"{verb} {_listed(parts[verb])}" for verb in ("saves", "costs") if parts[verb]]
     if parts["same"]:
-        said.append(f"takes the same {_listed(parts['same'])} within the margin")
+        said.append(f"has the same {_listed(parts['same'])} within the margin")
     text = f"{item.arm} {', and '.join(said)} against {item.baseline}"
     if not said:
         text = f"{item.arm} against {item.baseline}: no difference in cost is shown"
@@ -79,7 +79,7 @@ def _costs(item: Contrast) -> str:
     if item.seeds == (1, 1) and "memory" in item.endpoints:
         return f"These two runs: {text}. A second seed would show what the seed does."
     if min(item.seeds) == 1 < max(item.seeds):
-        text += "; the arm of one seed is taken to vary as the other does"
+        text += "; the single-seed arm is assumed to vary as much as the other"
     return f"{text}."
 
 
@@ -96,9 +96,9 @@ def _counts(primary: list[Contrast]) -> str:
     nll = [item for item in primary if "nll" in item.endpoints]
     if nll:
         best = min(nll, key=lambda item: item["nll"].difference or 0)
-        text += f" The best NLL is that of {best.arm} ({difference(best['nll'])})."
-    if any(1 in item.seeds for item in primary):
-        text += " Arms of one seed are about their adapters alone."
+        text += f" NLL compares best for {best.arm} ({difference(best['nll'])})."
+    if any(item.seeds == (1, 1) for item in primary):
+        text += " Where both arms have one seed, the result is about those two adapters only."
     return text.strip()
 
 
@@ -148,7 +148,7 @@ def _needed(item: Contrast, comparison: Comparison) -> str:
     if need <= endpoint.n:
         return ""
     step = 10 ** max(0, len(str(need)) - 2)
-    return f"; if there is none, {margin} takes about {-(-need // step) * step:,} questions"
+    return f"; if there is none, showing {margin} takes about {-(-need // step) * step:,} questions"
 
 
 def _letters(item: Contrast) -> str:
@@ -158,12 +158,12 @@ def _letters(item: Contrast) -> str:
         return ""
     text = ""
     if endpoint.letters and detail.explained is not None:
-        text = f"; preference for letters alone would make {signed(100 * detail.explained, 2)}"
+        text = f"; preference for letters alone accounts for {signed(100 * detail.explained, 2)}"
         centred = item.endpoints.get("letter_centred")
         if centred is not None:
             text += f", and without it the arms differ by {difference(centred)} ({centred.word})"
     if abs(detail.tie_effect) > _MOSTLY * abs(endpoint.difference):
-        text += f"; the first of tied letters would move it by {signed(100 * detail.tie_effect, 2)}"
+        text += f"; counting the first of tied letters adds {signed(100 * detail.tie_effect, 2)}"
     return text
 
 

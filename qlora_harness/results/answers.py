@@ -63,7 +63,7 @@ def read_progress(scored: Scored) -> pd.DataFrame | None:
     index = np.array([row.index for row in rows])
     if len(set(index.tolist())) < len(index) or index.max() >= scored.n_total:
         raise ResultsError(
-            f"{where}: an index is there twice, or is not below {scored.n_total}", _OTHER_RUN
+            f"{where}: an index is repeated, or is not below {scored.n_total}", _OTHER_RUN
         )
     # The hash is of the place of the right answer as text, as lm_eval's target_hash is.
     targets = [hashlib.sha256(str(place).encode()).hexdigest() for place in range(len(LETTERS))]
@@ -183,7 +183,7 @@ def _read_leaf(path: Path, subject: str, scored: Scored) -> pd.DataFrame:
     if not responses:
         raise ResultsError(f"{path} holds no sample of the filter {scored.filter}", _OTHER_RUN)
     if len(set(columns["item"])) < len(columns["item"]):
-        raise ResultsError(f"{path}: a doc_id is there twice", "Score again")
+        raise ResultsError(f"{path}: a doc_id is repeated", "Score again")
     matrix, answer = _choices(responses, columns, path, ours, scored.metric)
     return _frame(
         subject=[subject] * len(responses),
@@ -235,7 +235,7 @@ def _choices(
     if len(wrong) and ours:
         raise ResultsError(
             f"{path}, line {wrong[0] + 1}: acc is {columns['score'][wrong[0]]:g}, but the best "
-            f"log-probability is not in keeping with the target, {answer[wrong[0]]}",
+            f"log-probability says otherwise for the target {answer[wrong[0]]}",
             "The file was changed or is damaged; score again",
         )
     return nothing if len(wrong) else (matrix, answer)

@@ -205,7 +205,7 @@ def choose_metric(file: HarnessFile, leaf: str, asked: str | None) -> tuple[str,
     if not known:
         there = ", ".join(str(key) for key in results if "," in str(key))
         raise ResultsError(
-            f"{file.path}: results.{leaf} holds no number for {asked or 'acc,none'}"
+            f"{file.path}: results.{leaf} holds no number for {asked or 'the usual metric'}"
             f" ({there or 'no metric at all'})",
             "Choose a metric that is there with --metric" if there else _DAMAGED,
         )

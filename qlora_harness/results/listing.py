@@ -19,7 +19,7 @@ from qlora_harness.schema.section import read_record
 from qlora_harness.schema.training import TrainingSummary
 from qlora_harness.units import GIB, NOTHING, duration
 
-_COLUMNS = ("run", "model", "data", "base", "status", "GiB", "loss", "MMLU %")
+_COLUMNS = ("run", "model", "data", "quant", "status", "GiB", "loss", "MMLU %")
 _NUMBERS = ("GiB", "loss", "MMLU %")
 
 

@@ -203,7 +203,7 @@ def _check_status(training: TrainingSummary, path: Path) -> None:
     if training.status == "failed":
         reason = (training.failure or {}).get("problem") or "no reason recorded"
         raise ComparisonError(
-            f'{path}: status is "failed": {reason}', "Mend the cause and train again"
+            f'{path}: status is "failed": {reason}', "Fix the cause and train again"
         )
     if training.status == "running":
         raise ComparisonError(

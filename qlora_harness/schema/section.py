@@ -103,7 +103,7 @@ def check(where: Path | str, model: type[_Model], value: object) -> _Model:
         seen = "" if isinstance(first["input"], Mapping) else f" is {shown(first['input'])}"
         raise ResultsError(
             f"{where}:{f' {field}' if field else ''}{seen} ({first['msg']:.200})",
-            "The file is damaged or comes from another program; make it anew or remove it",
+            "The file is damaged or comes from another program; recreate or remove it",
         ) from None
 
 
