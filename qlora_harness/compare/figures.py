@@ -112,7 +112,7 @@ def _forest(comparison: Comparison, key: str) -> Figure | None:
     figure.add_vline(x=0, line={"color": "rgba(128,128,128,0.8)", "width": 1})
     said = []
     for item, one in items:
-        colour = _WORDS.get(one.word, _BASELINE)
+        colour = _BASELINE if one.letters else _WORDS.get(one.word, _BASELINE)
         text = f"{difference(one)} ({interval(one)}): {word(one)}"
         values = [scale * (one.difference or 0)]
         bars = _error_bars(values, [(scale * (one.low or 0), scale * (one.high or 0))], colour)
