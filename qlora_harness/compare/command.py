@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="two or more runs: a folder such as results/4bit, a results_*.json of lm_eval, or a "
         "folder that holds one; runs that differ in their seed alone are one arm",
     )
-    parser.add_argument("--details", action="store_true", help="print all tables, too")
+    parser.add_argument(
+        "--details", action="store_true", help="print all tables, too, 120 columns wide"
+    )
     parser.add_argument(
         "--task",
         metavar="NAME",

@@ -191,5 +191,12 @@ def _steps(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
         )
         seeds = st.over_seeds(one, two, blocks=True)
         estimate = st.combine(float((one - two).mean()), None, seeds, level=level)
-        found.append(measured(key, (one, two), estimate, reason="over seeds only"))
+        found.append(
+            measured(
+                key,
+                (one, two),
+                estimate,
+                reason="one seed each" if len(one) == 1 else "over seeds only",
+            )
+        )
     return found

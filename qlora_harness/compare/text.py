@@ -15,6 +15,7 @@ from qlora_harness.results.scored import DEFAULT_TASK
 from qlora_harness.units import NOTHING
 
 LINES, COLUMNS = 12, 80
+_DETAILS = 120  # columns that the widest table takes
 MARKDOWN_TITLE = "# What do the 4 bits cost?"
 HEADLINES = ("memory", "time", "eval_loss", "accuracy", "nll")
 _MARKS = {"better": "✓", "worse": "✗", "same": "≈", "unclear": "?", "no measurement": ""}
@@ -152,7 +153,7 @@ def details(comparison: Comparison) -> str:
     from rich.text import Text
 
     stream = StringIO()
-    console = Console(file=stream, width=max(COLUMNS, Console().width), highlight=False)
+    console = Console(file=stream, width=max(_DETAILS, Console().width), highlight=False)
     for note in comparison.notes:
         console.print(Text(f"Note: {note}"))
     for table in tables(comparison):
