@@ -145,6 +145,8 @@ def test_answer_of_compare_is_that_of_the_published_runs() -> None:
     from qlora_harness.compare.text import differences_line
 
     folder = ROOT / "results" / "published" / "smollm2"
+    if not folder.is_dir():
+        pytest.skip("results/published is not part of this copy")
     names = [f"{arm}{seed}" for arm in ("4bit", "16bit") for seed in ("", "_seed1", "_seed2")]
     comparison = qh.compare([folder / name for name in (*names, "base_4bit", "base_16bit")])
     printed = f"{comparison}\n{differences_line(comparison)}"

@@ -135,29 +135,23 @@ def measured(
     if (estimate.low or 0) > 0 or (estimate.high or 0) < 0:
         word = "better" if (estimate.difference < 0) == spec.lower_is_better else "worse"
 
-    def shown(value: float | None) -> float | None:
-        return math.expm1(min(value, 700.0)) if spec.relative and value is not None else value
-
+    names = ("difference", "low", "high", "inner_low", "inner_high")
+    ends = {name: getattr(estimate, name) for name in names}
+    if spec.relative:
+        known = {name: end for name, end in ends.items() if end is not None}
+        ends = {name: math.expm1(min(end, 700.0)) for name, end in known.items()}
     return Endpoint(
         key=key,
-        name=spec.name,
-        unit=spec.unit,
         arm=float(values[0].mean()),
         baseline=float(values[1].mean()),
-        difference=shown(estimate.difference),
-        relative=spec.relative,
         stderr=estimate.stderr,
-        low=shown(estimate.low),
-        high=shown(estimate.high),
-        inner_low=shown(estimate.inner_low),
-        inner_high=shown(estimate.inner_high),
         p=estimate.p,
         freedom=estimate.freedom,
-        margin=spec.margin,
-        lower_is_better=spec.lower_is_better,
         word=word,
         within=within,
         reason=reason,
         n=n,
         clustered_stderr=clustered,
+        **ends,
+        **spec._asdict(),
     )
