@@ -95,12 +95,7 @@ def check_substance(runs: Sequence[Run]) -> None:
 def check_data(runs: Sequence[Run], allow_different: bool) -> list[str]:
     """Checks that the runs were trained and evaluated on the same data.
 
-    Args:
-        runs: The runs; those that were not trained here don't take part.
-        allow_different: The value of --allow-different-data.
-
-    Returns:
-        Notes for the reader.
+    Returns notes for the reader; runs that were not trained here don't take part.
 
     Raises:
         ComparisonError: A fingerprint differs and that was not allowed.
@@ -127,13 +122,7 @@ def check_data(runs: Sequence[Run], allow_different: bool) -> list[str]:
 def check_limit(scored: Mapping[str, Scored], allow: bool, intersect: bool) -> list[str]:
     """Checks that no run answered only a part of the questions.
 
-    Args:
-        scored: Results on one task by label of the run.
-        allow: The value of --allow-limit.
-        intersect: The value of --intersect, with which limits may differ.
-
-    Returns:
-        Notes for the reader.
+    Returns notes for the reader.
 
     Raises:
         ComparisonError: A run was limited and that was not allowed, or the limits differ.
@@ -163,13 +152,8 @@ def check_results(
 ) -> list[str]:
     """Checks what results say of the questions beside the answers themselves.
 
-    Args:
-        scored: Results on one task by label of the run.
-        paired: Labels of the runs whose answers are known, and so are checked one by one.
-        intersect: Whether runs may have answered different questions.
-
-    Returns:
-        Notes for the reader.
+    Answers of the runs in `paired` are known, and so are checked one by one. Returns notes for the
+    reader.
 
     Raises:
         ComparisonError: Metric, version, shots, prompts or numbers of questions differ.
