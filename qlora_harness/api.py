@@ -11,7 +11,7 @@ from typing import Any
 from qlora_harness.errors import RunError
 from qlora_harness.record import ADAPTER_DIR
 from qlora_harness.results.runs import Run, load_run
-from qlora_harness.settings import Settings, build_settings, find_recipe, read_recipe
+from qlora_harness.settings import Settings, build_settings, with_recipe
 
 
 def train(settings: Settings | Mapping[str, Any], *, recipe: str | None = None) -> Run:
@@ -27,11 +27,7 @@ def train(settings: Settings | Mapping[str, Any], *, recipe: str | None = None) 
     from qlora_harness.train.run import run_training
 
     if isinstance(settings, Mapping):
-        values = read_recipe(find_recipe(recipe))[0] if recipe is not None else {}
-        for mine, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
-            if mine in settings:
-                values.pop(other, None)
-        settings = build_settings({**values, **settings})
+        settings = build_settings(with_recipe(recipe, settings)[0])
     run_training(settings, resume_given=False)
     return load_run(settings.run_dir)
 

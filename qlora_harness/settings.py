@@ -535,6 +535,28 @@ def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
     return values, sources
 
 
+def with_recipe(
+    recipe: str | None, given: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Puts what is given in place of a recipe's values.
+
+    Args:
+        recipe: Its name or path, or None.
+        given: Settings by name; epochs replace the recipe's max_steps, and the other way round.
+
+    Returns:
+        The values, and for each of the recipe the place it came from.
+
+    Raises:
+        SettingsError: There is no such recipe, or it is damaged.
+    """
+    values, sources = ({}, {}) if recipe is None else read_recipe(find_recipe(recipe))
+    for name, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
+        if name in given and other not in given:
+            values.pop(other, None)
+    return {**values, **given}, sources
+
+
 def find_recipe(name: str, place: str = "--recipe") -> Path:
     """Returns the file of a recipe given by path, or by name if it comes along.
 

@@ -11,7 +11,6 @@ from qlora_harness.results.runs import Run
 from qlora_harness.settings import BOOKKEEPING
 
 _NAMES = {"nf4": "NF4", "fp4": "FP4", "int4": "int4", "int8": "int8", "bf16": "bf16"}
-_SETTINGS = "training.settings."
 # What follows from the quantisation, or names the run.
 _FOLLOWING = ("double_quant", "quant", "seed")
 

@@ -213,15 +213,15 @@ def differing(runs: Sequence[Run], task: str | None) -> tuple[list[Setting], lis
         Settings that differ, without those that only follow from others, and those that agree.
     """
     conditions = [run.conditions(task) for run in runs]
+    parts = [{name.partition(".")[0] for name in one} for one in conditions]
     different: list[Setting] = []
     same: list[Setting] = []
     seen: set[str] = set()
     for name in dict.fromkeys(name for one in conditions for name in one):
-        part = name.partition(".")[0]
         holders = [
             one.get(name)
-            for one in conditions
-            if name in one or any(key.startswith(f"{part}.") for key in one)
+            for one, known in zip(conditions, parts, strict=True)
+            if name.partition(".")[0] in known
         ]
         if all(value == holders[0] for value in holders):
             if holders[0] is not None and len(holders) > 1:

@@ -23,13 +23,12 @@ from qlora_harness.families import LETTERS
 from qlora_harness.question_hashes import PROMPT_DIGITS, prompts_hash
 from qlora_harness.record import EVALUATION_FILE
 from qlora_harness.schema.evaluation import Evaluation, Progress
-from qlora_harness.schema.section import read_record
+from qlora_harness.schema.section import LARGEST, read_record
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _OTHER_RUN = "The file is half written or belongs to another run; score again or remove it"
-_LARGEST = 1e100
 _SHOWN_CHARACTERS = 600  # of a question
 
 
@@ -148,7 +147,7 @@ def _read_leaf(path: Path, subject: str, scored: Scored) -> pd.DataFrame:
         if sample.get("filter", scored.filter) != scored.filter:
             continue
         score = sample.get(scored.metric)
-        if not isinstance(score, int | float) or not abs(score) <= _LARGEST:
+        if not isinstance(score, int | float) or not abs(score) <= LARGEST:
             raise ResultsError(
                 f"{where}: {scored.metric} is {shown(score)}, not one number a question",
                 "Choose another metric with --metric, or score again",
@@ -204,7 +203,7 @@ def _logprobs(responses: object) -> list[float] | None:
         values = [float(response[0]) for response in responses if not isinstance(response, str)]
     except (IndexError, KeyError, TypeError, ValueError, OverflowError):
         return None
-    whole = len(values) == len(responses) and all(-_LARGEST < value <= 0 for value in values)
+    whole = len(values) == len(responses) and all(-LARGEST < value <= 0 for value in values)
     return values if whole else None
 
 

@@ -10,14 +10,13 @@ from typing import Any
 from qlora_harness.results.scored import FAMILIES, HarnessFile, Scored, Subject, category_of
 from qlora_harness.errors import ResultsError, shown
 from qlora_harness.record import nested, read_json
-from qlora_harness.schema.section import flatten
+from qlora_harness.schema.section import LARGEST, flatten
 
 # results_2026-11-24T08-14-04.277787.json; isoformat() leaves the fraction out when it is zero.
 _DATE = re.compile(r"_(\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?)\.json$")
 _TORCH_VERSION = re.compile(r"^PyTorch version: (.+)$", re.MULTILINE)
 _GPU_NAME = re.compile(r"^(?:GPU models and configuration: )?GPU 0: (.+)$", re.MULTILINE)
 _DAMAGED = "The file is damaged or comes from another program; score again or remove it"
-_LARGEST = 1e100
 # Where a task has several metrics and none is asked for.
 _METRICS = ("acc", "exact_match", "pass@1", "pass_at_1")
 _FILTERS = ("none", "strict-match")
@@ -252,7 +251,7 @@ def _number(record: Mapping[str, Any], path: Path, *keys: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         problem = "is missing" if value is None else f"is {shown(value)}, not a number"
         raise ResultsError(f"{path}: {'.'.join(keys)} {problem}", _DAMAGED)
-    if not abs(value) <= _LARGEST:
+    if not abs(value) <= LARGEST:
         raise ResultsError(f"{path}: {'.'.join(keys)} is {value}, not a finite number", _DAMAGED)
     return float(value)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from qlora_harness.question_hashes import PROMPT_DIGITS
-from qlora_harness.schema.section import Count, Environment, Header, Number, Section, Share
+from qlora_harness.schema.section import LARGEST, Count, Environment, Header, Number, Section, Share
 
 Letter = Literal["A", "B", "C", "D"]
 # Sums of a few thousand doubles differ in the last digits when they are added in another order.
@@ -119,7 +119,7 @@ class QuestionRow(Section):
     subject: Annotated[str, Field(min_length=1)]
     """For example anatomy."""
     logprobs: Annotated[
-        dict[Letter, Annotated[float, Field(le=0, ge=-1e100, allow_inf_nan=False)]],
+        dict[Letter, Annotated[float, Field(le=0, ge=-LARGEST, allow_inf_nan=False)]],
         Field(min_length=4),
     ]
     """Of the four letters, nats."""

@@ -12,13 +12,14 @@ from qlora_harness.errors import ResultsError, shown
 from qlora_harness.record import SCHEMA_VERSION, read_json
 
 # Nothing that is measured here comes near; sums and squares of smaller numbers stay finite.
-_LARGEST = 1e100
-Number = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]
-Amount = Annotated[float, Field(ge=0, le=_LARGEST, allow_inf_nan=False)]
+LARGEST = 1e100
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 
 _Model = TypeVar("_Model", bound=BaseModel)
+_Record = TypeVar("_Record", bound="Header")
 
 
 class Section(BaseModel):
@@ -32,6 +33,13 @@ class Header(Section):
 
     schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
     """Of the record; a reader refuses a newer one than it knows."""
+    kind: str
+    """What the file is."""
+
+    def content(self) -> dict[str, Any]:
+        """Returns the record as JSON: its version and kind, then what has been set."""
+        head = {"schema_version": self.schema_version, "kind": self.kind}
+        return head | self.model_dump(mode="json", exclude_unset=True)
 
 
 class Environment(Section):
@@ -57,7 +65,7 @@ class Environment(Section):
     """Processes that took part."""
 
 
-def read_record(path: Path, model: type[_Model]) -> _Model:
+def read_record(path: Path, model: type[_Record]) -> _Record:
     """Reads and checks one of this project's own records.
 
     Args:
@@ -69,7 +77,7 @@ def read_record(path: Path, model: type[_Model]) -> _Model:
             missing or wrong; the message names it.
     """
     record = read_json(path, finite=True)
-    kind = model.model_json_schema()["properties"]["kind"]["const"]
+    kind = model.model_fields["kind"].default
     if record.get("kind") != kind:
         raise ResultsError(
             f'{path}: "kind" is {shown(record.get("kind"))}, not "{kind}"',

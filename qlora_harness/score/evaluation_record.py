@@ -16,7 +16,6 @@ from qlora_harness.families import LETTERS
 from qlora_harness.question_hashes import prompts_hash
 from qlora_harness.record import (
     EVALUATION_FILE,
-    SCHEMA_VERSION,
     now,
     remove_leftovers,
     write_json,
@@ -206,20 +205,14 @@ def write_records(
         rows[name] = progress_rows(merged)
         written.append(name)
     if written:
-        common = {"schema_version": SCHEMA_VERSION, "created": now()}
-        # `now` and the header are set, as are all fields of the tasks: nothing unset is lost.
-        progress = Progress.model_validate(common | {"arm": arm, "model": model, "tasks": {}})
+        created = {"created": now()}
+        progress = Progress.model_validate(created | {"arm": arm, "model": model, "tasks": {}})
         progress.tasks = rows
-        evaluation = Evaluation.model_validate(common | dict(header) | {"tasks": {}})
+        evaluation = Evaluation.model_validate(created | dict(header) | {"tasks": {}})
         evaluation.tasks = tasks
-        write_json(folder / progress_name, _content(progress), rows_at=3)  # a question a line
-        write_json(folder / EVALUATION_FILE, _content(evaluation))
+        write_json(folder / progress_name, progress.content(), rows_at=3)  # a question a line
+        write_json(folder / EVALUATION_FILE, evaluation.content())
     return written
-
-
-def _content(record: Progress | Evaluation) -> dict[str, Any]:
-    content = record.model_dump(mode="json", exclude_unset=True)
-    return {"schema_version": None, "created": None, "kind": record.kind} | content
 
 
 def check_folder(folder: Path, progress_name: str) -> None:

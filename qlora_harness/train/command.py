@@ -14,9 +14,8 @@ from qlora_harness.settings import (
     Settings,
     build_settings,
     field_kind,
-    find_recipe,
-    read_recipe,
     setting_fields,
+    with_recipe,
 )
 
 _EPILOG = """\
@@ -108,18 +107,8 @@ def parse_settings(
         SettingsError: A flag, recipe key or value is wrong.
     """
     flags = vars(build_parser(prog).parse_args(argv))
-    recipe = flags.pop("recipe")
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    if recipe is not None:
-        values, sources = read_recipe(find_recipe(recipe))
-    # --epochs on the command line replaces the recipe's steps, and the other way round.
-    for given, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
-        if given in flags and other not in flags:
-            values.pop(other, None)
-    for name, value in flags.items():
-        values[name] = value
-        sources[name] = f"--{name.replace('_', '-')}"
+    values, sources = with_recipe(flags.pop("recipe"), flags)
+    sources |= {name: f"--{name.replace('_', '-')}" for name in flags}
     return build_settings(values, sources), "resume" in flags
 
 

@@ -20,7 +20,6 @@ from qlora_harness.model.base import (
     unquantised_share,
 )
 from qlora_harness.record import (
-    SCHEMA_VERSION,
     SUMMARY_FILE,
     environment,
     nested,
@@ -86,10 +85,8 @@ class RunRecord:
     @property
     def content(self) -> dict[str, Any]:
         """The summary as JSON, without what isn't known yet."""
-        content: dict[str, Any] = scrub_all(
-            self._summary.model_dump(mode="json", exclude_unset=True)
-        )
-        return {"schema_version": SCHEMA_VERSION, "kind": self._summary.kind} | content
+        content: dict[str, Any] = scrub_all(self._summary.content())
+        return content
 
     def begin(
         self,

@@ -355,9 +355,7 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
             log = TrainingLog(steps=[StepRow(**row) for row in self.rows])
             if self.evaluation is not None:
                 log.evaluation = self.evaluation
-            record = log.model_dump(mode="json", exclude_unset=True)
-            head = {"schema_version": log.schema_version, "kind": log.kind}
-            write_json(self._path, head | record, rows_at=2)  # a step a line
+            write_json(self._path, log.content(), rows_at=2)  # a step a line
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to mypy
