@@ -198,11 +198,7 @@ def _curves(comparison: Comparison, colours: dict[str, str]) -> Figure | None:
             x=numbers, y=smooth, mode="lines", name=arm, line={"color": colour, "width": 2.5},
             hovertemplate=f"{arm}, smoothed, step %{{x}}: %{{y:.4f}}<extra></extra>",
         )  # fmt: skip
-        before = [
-            sum(log.evaluation.nll_before) / sum(log.evaluation.tokens)
-            for log in logs
-            if log.evaluation.nll_before
-        ]
+        before = [log.evaluation.loss_before for log in logs if log.evaluation.nll_before]
         start = float(np.mean(before)) if before else float(losses[:, 0].mean())
         what = "evaluation loss before training" if before else "first step, before any update"
         figure.add_scatter(

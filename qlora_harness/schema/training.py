@@ -278,6 +278,11 @@ class EvaluationLosses(Section):
         """Loss after training, nats per token."""
         return math.fsum(self.nll) / sum(self.tokens)
 
+    @property
+    def loss_before(self) -> float:
+        """Loss before the first step, nats per token."""
+        return math.fsum(self.nll_before) / sum(self.tokens)
+
 
 class TrainingLog(Header):
     """training_logs.json: every step, and the held-out conversations."""

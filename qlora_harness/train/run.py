@@ -450,7 +450,7 @@ class _Run:
                 losses.tokens = [tokens for _, tokens in untrained.conversations]
         if losses.nll_before:
             log.evaluation = losses
-            self.record.evaluated_before(math.fsum(losses.nll_before) / sum(losses.tokens))
+            self.record.evaluated_before(losses.loss_before)
         if checkpoint is not None and checkpoint_step(checkpoint) >= steps:
             # It was stopped after its last step: Trainer would take one more.
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
