@@ -358,32 +358,3 @@ def nested(value: Mapping[str, Any], *keys: str) -> Any:
             return None
         current = current[key]
     return current
-
-
-def write_measurements(
-    path: Path,
-    kind: str,
-    version: int,
-    title: str,
-    measurements: Iterable[Mapping[str, Any]],
-    device: str,
-) -> None:
-    """Writes the record of a benchmark.
-
-    Args:
-        path: The file.
-        kind: "training_benchmark" or "scoring_benchmark".
-        version: Of the record's schema.
-        title: What was measured, on which device.
-        measurements: One object each.
-        device: Name of the device.
-    """
-    record = {
-        "schema_version": version,
-        "kind": kind,
-        "created": now(),
-        "title": title,
-        "measurements": list(measurements),
-        "environment": environment() | {"device": device},
-    }
-    write_json(path, record)
