@@ -12,7 +12,16 @@ from typing import Any, NoReturn
 
 from qlora_harness import __version__
 from qlora_harness.benchmark.command import add_commands, run_benchmark
+from qlora_harness.compare.command import add_arguments
 from qlora_harness.errors import SettingsError, run_command
+
+_SCHEMAS = {
+    "training_summary": "schema.training:TrainingSummary",
+    "training_logs": "schema.training:TrainingLog",
+    "evaluation_results": "schema.evaluation:Evaluation",
+    "mmlu_progress": "schema.evaluation:Progress",
+    "comparison": "compare.comparison:Comparison",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -21,15 +30,14 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of all subcommands; nothing heavy is imported for it."""
+    """Returns the parser of all subcommands; imports nothing heavy."""
     parser = _Parser(
         prog="qlora-harness",
-        description="What do the 4 bits of QLoRA cost? Compares runs, and makes models to measure "
-        "with. Training is launch/train.py, scoring is lm_eval --model qlora_adapter.",
+        description="What do the 4 bits of QLoRA cost? Compares runs. Training is launch/train.py, "
+        "scoring is lm_eval --model qlora_adapter.",
     )
     parser.add_argument("--version", action="version", version=f"qlora-harness {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-
     compare = commands.add_parser(
         "compare",
         help="two or more runs side by side: memory, runtime, loss, MMLU",
@@ -37,15 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
         "with --limit, or on different data are refused.",
         allow_abbrev=False,
     )
-    from qlora_harness.compare.command import add_arguments
-
     add_arguments(compare)
     _add_study_plan(commands)
-    schema = commands.add_parser(
-        "schema", help="print the JSON schema of a record", allow_abbrev=False
+    commands.add_parser(
+        "plan",
+        help="predict a training run's GPU memory from the model's configuration",
+        add_help=False,  # its flags are those of launch/train.py
     )
-    schema.add_argument("kind", choices=sorted(_SCHEMAS), metavar="KIND", help=", ".join(_SCHEMAS))
-
     runs = commands.add_parser(
         "runs",
         help="list the runs below a folder",
@@ -57,42 +63,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     show = commands.add_parser(
         "show",
-        help="print what is recorded of one run",
+        help="print the record of one run",
         description="Prints a run's results, how it was computed, and its settings.",
         allow_abbrev=False,
     )
     show.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as results/4bit")
-
-    commands.add_parser(
-        "plan",
-        help="predict a training run's GPU memory, from the model's configuration alone",
-        add_help=False,
+    schema = commands.add_parser(
+        "schema", help="print the JSON schema of a record", allow_abbrev=False
     )
+    schema.add_argument("kind", choices=sorted(_SCHEMAS), metavar="KIND", help=", ".join(_SCHEMAS))
     add_commands(commands)
     return parser
-
-
-_SCHEMAS = {
-    "training_summary": "schema.training:TrainingSummary",
-    "training_logs": "schema.training:TrainingLog",
-    "evaluation_results": "schema.evaluation:Evaluation",
-    "mmlu_progress": "schema.evaluation:Progress",
-    "comparison": "compare.comparison:Comparison",
-}
-
-
-def _print_schema(kind: str) -> None:
-    module, _, name = _SCHEMAS[kind].partition(":")
-    model = getattr(import_module(f"qlora_harness.{module}"), name)
-    print(json.dumps(model.model_json_schema(), indent=1))
 
 
 def _add_study_plan(commands: Any) -> None:
     parser = commands.add_parser(
         "plan-study",
-        help="how many questions and seeds a comparison takes, before the runs",
-        description="Prints for several numbers of seeds how many questions show, at 5% and in "
-        "80% of studies, that two arms are the same within a margin, or that they differ by it.",
+        help="how many questions and seeds a comparison takes, before you run it",
+        description="Prints, for several numbers of seeds, how many questions show that "
+        "two arms are the same within a margin, or that they differ by it (5% level, 80% power).",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -103,7 +92,7 @@ def _add_study_plan(commands: Any) -> None:
         "--discordance",
         type=float,
         metavar="SHARE",
-        help="of questions that one arm gets right and the other wrong (default 0.1)",
+        help="share of questions that one arm gets right and the other wrong (default 0.1)",
     )
     parser.add_argument(
         "--seed-sd",
@@ -113,8 +102,14 @@ def _add_study_plan(commands: Any) -> None:
     )
 
 
-def _plan(words: Sequence[str]) -> int:
-    """Takes the flags of launch/train.py and prints the plan of every way to save memory."""
+def _print_schema(kind: str) -> None:
+    module, _, name = _SCHEMAS[kind].partition(":")
+    model = getattr(import_module(f"qlora_harness.{module}"), name)
+    print(json.dumps(model.model_json_schema(), indent=1))
+
+
+def _plan(words: Sequence[str]) -> None:
+    """Takes the flags of launch/train.py and prints the memory of every way to train."""
     from qlora_harness.model.base import find_base
     from qlora_harness.train.command import parse_settings
     from qlora_harness.train.memory_choice import choose
@@ -124,15 +119,14 @@ def _plan(words: Sequence[str]) -> int:
     settings, _ = parse_settings(words, prog="qlora-harness plan")
     source = find_base(settings.model.model, settings.model.revision)
     shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
-    # Without the data: as many tokens as each pass of a step can have.
+    # Without the data, every example is taken to be as long as it may be.
     examples = settings.optimization.batch_size * settings.optimization.grad_accum
     chosen, _, tokens = choose(shape, settings, [settings.data.max_length] * examples)
     print(table(shape, settings, chosen, tokens))
-    return 0
 
 
-def _read_runs(args: argparse.Namespace) -> int:
-    """Runs a command that only reads; its reader may close the pipe when it has seen enough."""
+def _read_runs(args: argparse.Namespace) -> None:
+    """Runs a command that only reads; its output may be cut short by `head` or a pager."""
     from qlora_harness.results.output import PipedConsole, close_quietly
 
     try:
@@ -155,30 +149,26 @@ def _read_runs(args: argparse.Namespace) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         close_quietly()
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command.
-
-    Args:
-        argv: The arguments, or None for those of this process.
-
-    Returns:
-        The exit status: 0, or 2 for a mistake in the input.
-    """
+    """Runs the command and returns its exit status: 0, or 2 for a mistake in the input."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal without UTF-8 gets "?" for what it lacks
+            stream.reconfigure(errors="replace")
     words = list(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: _run(words))
 
 
 def _run(words: Sequence[str]) -> int:
     if words[:1] == ["plan"]:
-        return _plan(words[1:])
+        _plan(words[1:])
+        return 0
     args = build_parser().parse_args(words)
     if args.command in ("compare", "plan-study", "runs", "show"):
-        return _read_runs(args)
-    if args.command == "schema":
+        _read_runs(args)
+    elif args.command == "schema":
         _print_schema(args.kind)
-        return 0
-    run_benchmark(args)
+    else:
+        run_benchmark(args)
     return 0
