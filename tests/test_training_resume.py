@@ -199,7 +199,7 @@ def test_folder_that_another_process_trains_in_is_refused(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(quant="bf16", output_dir="run", max_steps=1) == 0
-    held = run_folder.lock(Path("run"))
+    held = run_folder.lock_run_folder(Path("run"))
     assert "still training" in refused(train, capsys, overwrite=True)
     held.release()
 
@@ -210,9 +210,9 @@ def test_folder_that_another_process_takes_while_the_model_is_loaded_is_refused(
     held = []
 
     def begun(*args: Any) -> None:
-        held.append(run_folder.lock(Path("run")))
+        held.append(run_folder.lock_run_folder(Path("run")))
 
-    monkeypatch.setattr("qlora_harness.train.run._Run._describe", begun)
+    monkeypatch.setattr("qlora_harness.train.run._description", begun)
     assert train(quant="bf16", output_dir="run") == 2
     assert "still training" in capsys.readouterr().err
     assert not Path("run/training_summary.json").exists()

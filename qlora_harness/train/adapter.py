@@ -15,15 +15,7 @@ if TYPE_CHECKING:
 
 
 def attach_adapter(base: PreTrainedModel, settings: Settings) -> PeftModel:
-    """Attaches the adapter that settings describe; its first weights follow their seed.
-
-    Args:
-        base: From `model.base.load_base`.
-        settings: Of the run.
-
-    Raises:
-        SettingsError: No layer has a name of --lora-targets.
-    """
+    """Attaches the adapter that settings describe; its first weights follow their seed."""
     torch.manual_seed(settings.optimization.seed)
     lora = settings.lora
     return attach_lora(

@@ -1,4 +1,4 @@
-"""Our stable setting names to the arguments of the installed transformers: the only such place."""
+"""Our setting names to the arguments of the installed transformers: the only such place."""
 
 from __future__ import annotations
 
@@ -22,13 +22,7 @@ OPTIMIZERS = {
 
 
 def planned_steps(optimization: OptimizationSettings, examples: int, processes: int) -> int:
-    """Returns the number of optimizer steps.
-
-    Args:
-        optimization: Holds either max_steps or epochs.
-        examples: Training examples.
-        processes: Data-parallel processes.
-    """
+    """Returns the number of optimizer steps of a run over so many examples."""
     if optimization.max_steps is not None:
         return optimization.max_steps
     assert optimization.epochs is not None
@@ -61,14 +55,14 @@ def training_arguments(
     Args:
         optimization: Steps, batches, optimizer.
         checkpoint_dir: Where Trainer keeps its checkpoints.
-        steps: From `planned_steps`.
+        steps: Optimizer steps of the whole run.
         save_steps: Steps between checkpoints.
         report_to: "none", "tensorboard" or "wandb".
         compute_dtype: "bfloat16" (autocast) or "float32".
         use_cpu: Whether to stay on the CPU.
         fused: Whether fused layers do the checkpointing themselves.
-        kind: A class made from TrainingArguments to build in its place.
-        changes: Arguments besides, or in place of those here.
+        kind: A subclass of TrainingArguments to build instead.
+        changes: Arguments that are added, or replace those here.
     """
     from transformers import TrainingArguments
 
@@ -91,7 +85,8 @@ def training_arguments(
         "fp16": False,
         "seed": optimization.seed,
         "data_seed": optimization.seed,
-        "logging_strategy": "steps",
+        # Trainer would wait for the device at each step; StepLog logs all of them later.
+        "logging_strategy": "no",
         "logging_steps": 1,
         # A NaN loss must be seen, not replaced by the mean of its neighbours.
         "logging_nan_inf_filter": False,
@@ -104,7 +99,7 @@ def training_arguments(
         "label_names": ["labels"],
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": not use_cpu,
-        # The next batch is copied while the device works, without waiting for it.
+        # The next batch is copied while the device works.
         "accelerator_config": {"non_blocking": not use_cpu},
         "use_cpu": use_cpu,
         # Trainer's own tracker would reset the peak counters that we read.

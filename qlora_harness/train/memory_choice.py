@@ -21,7 +21,7 @@ LADDER: tuple[dict[str, str], ...] = (
 _PRESETS = {"fast": 0, "balanced": 1, "lean": -1}
 
 
-def choose(
+def choose_memory_plan(
     shape: Shape, settings: Settings, lengths: Sequence[int]
 ) -> tuple[Settings, MemoryPlan, int]:
     """Applies `--memory`: a way to save memory, and how much of a step goes into one pass.

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from qlora_harness.settings import Settings
-from qlora_harness.train.memory_choice import choose, rungs_of, with_rung
+from qlora_harness.train.memory_choice import choose_memory_plan, rungs_of, with_rung
 from qlora_harness.train.memory_prediction import GIB, MemoryPlan, predict
 from qlora_harness.train.model_shape import Shape, uses_fused
 
@@ -67,7 +67,9 @@ def one_pass(shape: Shape, settings: Settings, lengths: Sequence[int], free: int
         return None
     for word in ("fast", "balanced"):
         asked = dataclasses.replace(optimization, memory=word)
-        _, plan, _ = choose(shape, dataclasses.replace(settings, optimization=asked), lengths)
+        _, plan, _ = choose_memory_plan(
+            shape, dataclasses.replace(settings, optimization=asked), lengths
+        )
         if plan.peak * _MARGIN <= free:
             return (
                 f"{optimization.grad_accum} passes a step; --memory {word} computes the same "
