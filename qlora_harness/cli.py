@@ -278,7 +278,7 @@ def _plan(words: Sequence[str]) -> int:
     """Takes the flags of launch/train.py and prints the plan of every way to save memory."""
     from qlora_harness.model.base import find_base
     from qlora_harness.train.command import parse_settings
-    from qlora_harness.train.memory_choice import choose
+    from qlora_harness.train.memory_choice import choose_memory_plan
     from qlora_harness.train.model_shape import measure_shape
     from qlora_harness.train.plan_text import table
 
@@ -287,7 +287,7 @@ def _plan(words: Sequence[str]) -> int:
     shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
     # Without the data: as many tokens as each pass of a step can have.
     examples = settings.optimization.batch_size * settings.optimization.grad_accum
-    chosen, _, tokens = choose(shape, settings, [settings.data.max_length] * examples)
+    chosen, _, tokens = choose_memory_plan(shape, settings, [settings.data.max_length] * examples)
     print(table(shape, settings, chosen, tokens))
     return 0
 
