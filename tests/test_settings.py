@@ -18,7 +18,6 @@ from qlora_harness.errors import SettingsError
 from qlora_harness.locations import recipes_dir
 from qlora_harness.settings import (
     BOOKKEEPING,
-    GROUPS,
     Quant,
     Settings,
     build_settings,
@@ -531,8 +530,8 @@ def test_examples_in_the_help_are_valid(help_output: str) -> None:
 
 def values_of(name: str) -> st.SearchStrategy[Any]:
     """Values of a setting as `flat()` gives them."""
-    group, f = setting_fields()[name]
-    kind, optional = field_kind(GROUPS[group], name)
+    f = setting_fields()[name][1]
+    kind = field_kind(f)
     choices = f.metadata["choices"]
     spans = {"lora_dropout": 0.99, "warmup_ratio": 1.0, "eval_fraction": 0.5, "adam_beta2": 0.99}
     if choices:
@@ -547,7 +546,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         strategy = st.integers(8, 10**6)
     else:
         strategy = st.floats(1e-9, spans.get(name, 1e6))
-    return st.one_of(st.none(), strategy) if optional else strategy
+    return st.one_of(st.none(), strategy) if f.default is None else strategy
 
 
 @given(st.fixed_dictionaries({name: values_of(name) for name in setting_fields()}))
