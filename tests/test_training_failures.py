@@ -23,18 +23,16 @@ def test_non_finite_loss_stops_the_run(train: Train, capsys: pytest.CaptureFixtu
     assert train(quant="bf16", output_dir="run", learning_rate=1e30) == 3
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("qlora-harness: error: step 2: loss nan, gradient norm nan; ")
+    assert [row["step"] for row in steps("run")] == [1]
+    assert math.isfinite(steps("run")[0]["loss"])
     record = summary("run")
     assert record["status"] == "failed"
     assert record["finished"] is not None
     assert record["failure"]["problem"].startswith("step 2: loss nan")
     assert record["memory"]["cpu_peak_rss_bytes"] > 0
     assert not Path("run/adapter").exists()
-
-
-def test_failed_run_keeps_the_steps_before_as_its_message_says(train: Train) -> None:
-    assert train(quant="bf16", output_dir="run", learning_rate=1e30) == 3
-    assert [row["step"] for row in steps("run")] == [1]
-    assert all(math.isfinite(row["loss"]) for row in steps("run"))
+    assert train(quant="bf16", output_dir="run") == 0  # the same folder is started again
+    assert summary("run")["status"] == "completed"
 
 
 def test_poisoned_base_weight_stops_the_run_at_once(
@@ -66,14 +64,8 @@ def test_evaluation_loss_without_a_finite_perplexity_is_no_crash(
     from qlora_harness.train.evaluation import EvaluationLoss
 
     monkeypatch.setattr(run, "evaluate_loss", lambda *_, **__: EvaluationLoss(800.0, 5))
-    assert train(quant="bf16", output_dir="run", max_steps=1) in (0, 3)
-    assert summary("run")["status"] in ("completed", "failed")
-
-
-def test_failed_run_is_started_again(train: Train) -> None:
-    assert train(quant="bf16", output_dir="run", learning_rate=1e30) == 3
-    assert train(quant="bf16", output_dir="run") == 0
-    assert summary("run")["status"] == "completed"
+    assert train(quant="bf16", output_dir="run", max_steps=1) == 3
+    assert summary("run")["status"] == "failed"
 
 
 def test_unexpected_error_is_noted_and_raised(
@@ -82,7 +74,7 @@ def test_unexpected_error_is_noted_and_raised(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("boom")
 
-    monkeypatch.setattr(trainer.StepLog, "on_log", broken)
+    monkeypatch.setattr(trainer.StepLog, "add_row", broken)
     with pytest.raises(ZeroDivisionError):
         train(quant="bf16", output_dir="run")
     record = summary("run")
@@ -104,7 +96,7 @@ def test_step_that_is_done_is_logged_when_the_next_one_fails(
         return train_step(self, *args, **kwargs)
 
     monkeypatch.setattr(trainer.CountingTrainer, "training_step", full)
-    monkeypatch.setattr(trainer.CountingTrainer, "_runs_ahead", True)
+    monkeypatch.setattr(trainer, "_runs_ahead", lambda device: True)
     assert train(quant="bf16", output_dir="run", save_steps=100) == 3
     assert [row["step"] for row in steps("run")] == [1, 2]
 
@@ -115,13 +107,12 @@ def test_out_of_memory_gives_advice(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(trainer.StepLog, "on_log", full)
+    monkeypatch.setattr(trainer.StepLog, "add_row", full)
     assert train(quant="bf16", output_dir="run") == 3
-    assert capsys.readouterr().err.strip().splitlines()[-1] == (
-        "qlora-harness: error: cpu ran out of memory with --batch-size 4 and --max-length 96. "
-        "Use --memory balanced or lean, halve --batch-size and double --grad-accum, lower "
-        "--max-length, or use --quant nf4."
-    )
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cpu ran out of memory with --batch-size 4 and --max-length 96. " in line
+    for flag in ("--memory", "--grad-accum", "--quant nf4"):
+        assert flag in line
     assert summary("run")["status"] == "failed"
 
 

@@ -36,8 +36,8 @@ def summary(run_dir: str | Path) -> dict[str, Any]:
 
 
 def steps(run_dir: str | Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = read(Path(run_dir) / "training_logs.json")["steps"]
-    return found
+    rows: list[dict[str, Any]] = read(Path(run_dir) / "training_logs.json")["steps"]
+    return rows
 
 
 def losses(run_dir: str | Path) -> list[float]:
@@ -54,14 +54,8 @@ def everything_in(folder: Path) -> dict[str, bytes]:
 
 def data_of(model: Path, rows: Path) -> TrainingData:
     encoder = ChatEncoder(load_tokenizer(find_base(str(model))), "guanaco", 96, "prompt")
-    return load_training_data(
-        encoder,
-        str(rows),
-        revision=None,
-        languages="en",
-        paths="best-path",
-        eval_fraction=0.25,
-    )
+    options = {"revision": None, "languages": "en", "paths": "best-path", "eval_fraction": 0.25}
+    return load_training_data(encoder, str(rows), **options)
 
 
 def base(model: Path, quant: str = "bf16") -> Any:

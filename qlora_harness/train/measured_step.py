@@ -39,8 +39,9 @@ class Clock:
 class MeasuredStep:
     """An optimizer step whose numbers may still be on their way.
 
-    `numbers`, [4] float64 on the host, are the loss, the gradient norm, the tokens and the learned
-    tokens; they are complete once `ended` is reached.
+    `numbers`, [4] float64 on the host, are the mean loss over the learned tokens in nats, the
+    gradient norm before clipping, and the tokens and learned tokens of all processes, without
+    padding. They are complete once `ended` is reached.
     """
 
     step: int
@@ -49,31 +50,6 @@ class MeasuredStep:
     begun: Clock
     ended: Clock
     numbers: torch.Tensor
-
-    @property
-    def loss(self) -> float:
-        """Mean over the learned tokens, nats."""
-        return float(self.numbers[0])
-
-    @property
-    def grad_norm(self) -> float:
-        """Before clipping."""
-        return float(self.numbers[1])
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all processes, without padding."""
-        return int(self.numbers[2])
-
-    @property
-    def supervised_tokens(self) -> int:
-        """Learned tokens of all processes."""
-        return int(self.numbers[3])
-
-    @property
-    def seconds(self) -> float:
-        """From its beginning to its end on the device."""
-        return self.ended.seconds_since(self.begun)
 
 
 def to_host(numbers: torch.Tensor) -> torch.Tensor:

@@ -78,7 +78,7 @@ def table(shape: Shape, settings: Settings, chosen: Settings, tokens: int) -> st
         "optimizer": chosen.optimization.optimizer,
         "adapter_dtype": chosen.lora.adapter_dtype,
     }
-    plans = {}
+    plans: dict[tuple[str, str, str], MemoryPlan] = {}
     for rung in (own, *rungs_of(fused)):
         plan = predict(shape, with_rung(settings, rung), tokens)
         plans.setdefault((plan.checkpointing, plan.optimizer, plan.adapter_dtype), plan)

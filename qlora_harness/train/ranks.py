@@ -34,10 +34,9 @@ def start_processes() -> PartialState:
 
 def device_of(state: PartialState) -> torch.device:
     """Returns the device of this process."""
-    if state.device.type != "cuda":
-        return state.device
     # The LOCAL rank: the global one would name a GPU that a second machine does not have.
-    return torch.device("cuda", state.local_process_index)
+    index = state.local_process_index if state.device.type == "cuda" else None
+    return torch.device(state.device.type, index)
 
 
 def on_main(state: PartialState, work: Callable[[], _Result]) -> _Result:

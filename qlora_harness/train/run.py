@@ -55,7 +55,6 @@ from qlora_harness.train.plan_text import describe, host_shortage, one_pass
 from qlora_harness.train.ranks import device_of, on_main, say, start_processes
 from qlora_harness.train.run_folder import (
     StartingPoint,
-    check_unchanged,
     clear_run_folder,
     earlier_steps,
     find_start,
@@ -158,12 +157,13 @@ class _Run:
         # The main process goes first: it fills the cache that the others read.
         with self.record.timed("data"), self.state.main_process_first():
             data = load_chosen_data(tokenizer, self.settings.data)
-        self._check_same_data(data)
+        fingerprint = data.report["train"]["fingerprint"]
+        self.start.check_same(self.run_dir, fingerprint, "data", "train", "fingerprint")
         say(self.state, _description(self.settings, source, data, self.device))
         self._plan_memory(source, [len(example.input_ids) for example in data.train])
         with self.record.timed("load"), self.memory.phase("load"):
             model = self._load_model(source)
-        self._check_same_computation(source, model)
+        self._check_same_computation(model)
         try:
             self._begin(source, data, model)
             try:
@@ -182,20 +182,6 @@ class _Run:
             if self.lock is not None:
                 self.lock.release()
         return self.record.content
-
-    def _check_same_data(self, data: TrainingData) -> None:
-        """A resumed run must continue with the tokens that it began with."""
-        now = data.report["train"]["fingerprint"]
-        before = self.start.recorded("data", "train", "fingerprint") or now
-        what, remedy = "holds a run on other data", "Restore the data, use --overwrite to start"
-        check_unchanged(
-            self.run_dir,
-            what,
-            "fingerprint",
-            before,
-            now,
-            f"{remedy} again, or another --output-dir",
-        )
 
     def _plan_memory(self, source: BaseSource, lengths: Sequence[int]) -> None:
         """Applies --memory, and says what the peak on a GPU will be."""
@@ -261,28 +247,13 @@ class _Run:
             "grad_accum": self.chosen.optimization.grad_accum,
         }
 
-    def _check_same_computation(self, source: BaseSource, model: Any) -> None:
+    def _check_same_computation(self, model: Any) -> None:
         """A resumed run must continue on the same weights, by the same steps."""
-        if self.start.checkpoint is None:
-            return
-        recorded = self.start.recorded("computation") or self.computation
-        for name, now in self.computation.items():
-            check_unchanged(
-                self.run_dir,
-                "was begun in another way",
-                name,
-                recorded.get(name),
-                now,
-                "Continue with the version of qlora-harness that began it, use --overwrite, or "
-                "another --output-dir",
-            )
-        weights = self.start.recorded("model", "weights_fingerprint") or self.base_fingerprint
-        what = f"was begun on other weights of {source.name}"
-        remedy = "Restore the base, or use another --output-dir"
-        check_unchanged(
-            self.run_dir, what, "weights_fingerprint", weights, self.base_fingerprint, remedy
-        )
-        check_fits(self.start.checkpoint, model)
+        for name, value in self.computation.items():
+            self.start.check_same(self.run_dir, value, "computation", name)
+        self.start.check_same(self.run_dir, self.base_fingerprint, "model", "weights_fingerprint")
+        if self.start.checkpoint is not None:
+            check_fits(self.start.checkpoint, model)
 
     def _begin(self, source: BaseSource, data: TrainingData, model: Any) -> None:
         """From here on the run folder is ours."""
@@ -360,7 +331,6 @@ class _Run:
                 self.losses.tokens = [tokens for _, tokens in untrained.conversations]
         if self.losses.nll_before:
             self.log.evaluation = self.losses
-            self.record.evaluated_before(self.losses.loss_before)
 
     def _train(self) -> None:
         """Trains to the last step; raises TrainingError if a signal ends the run before it."""
@@ -382,7 +352,9 @@ class _Run:
         log.write()
         if self.state.is_main_process:
             _save_state(trainer.state, self.run_dir / TRAINER_STATE_FILE)
-        self.record.trained(log.rows, last)
+        self.record.trained(
+            log.rows, last, self.losses.loss_before if self.losses.nll_before else None
+        )
         if self.stop.received and last < self.steps:
             self.record.finish("interrupted", log.rows, self.earlier_rows)
             raise TrainingError(

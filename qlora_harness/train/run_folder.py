@@ -63,6 +63,16 @@ class StartingPoint:
         """Returns what the resumed run recorded under nested keys; None on a fresh start."""
         return None if self.checkpoint is None else nested(self.previous or {}, *keys)
 
+    def check_same(self, run_dir: Path, now: object, *keys: str) -> None:
+        """Raises RunError if the resumed run recorded another value than `now` under the keys."""
+        before = self.recorded(*keys)
+        if before not in (None, now):
+            raise RunError(
+                f"{run_dir} holds a run whose {'.'.join(keys)} was {before}, and is now {now}",
+                "Restore what has changed (it may be the version of qlora-harness), use "
+                "--overwrite to start again, or another --output-dir",
+            )
+
 
 def find_start(
     run_dir: Path, settings: Settings, *, resume_given: bool, has_lock: bool = False
@@ -224,14 +234,6 @@ def _check_same_experiment(run_dir: Path, previous: Mapping[str, Any], settings:
                 f"{run_dir} holds a run with --{name.replace('_', '-')} {seen}, not {value}",
                 "Give the same value to resume it, or use another --output-dir",
             )
-
-
-def check_unchanged(
-    run_dir: Path, what: str, name: str, before: object, now: object, remedy: str
-) -> None:
-    """Raises RunError if a resumed run recorded another value than `now`; `what` says of what."""
-    if before != now:
-        raise RunError(f"{run_dir} {what}: {name} was {before}, and is now {now}", remedy)
 
 
 def _is_locked(run_dir: Path) -> bool:

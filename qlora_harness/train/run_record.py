@@ -59,7 +59,6 @@ class RunRecord:
         self._settings, self._state, self._device = settings, state, device
         self._memory, self._previous = memory, previous
         self._seconds: dict[str, float] = {}
-        self._loss_before: float | None = None
         self._began = time.perf_counter()
         self._summary = TrainingSummary(
             status="running",
@@ -123,12 +122,13 @@ class RunRecord:
         self._summary.failure = None
         self.write()
 
-    def evaluated_before(self, loss: float) -> None:
-        """Notes the evaluation loss before the first step, nats per token; precedes `trained`."""
-        self._loss_before = loss
+    def trained(
+        self, rows: Sequence[Mapping[str, Any]], steps: int, loss_before: float | None
+    ) -> None:
+        """Notes the losses of training, and the evaluation loss before it, nats per token.
 
-    def trained(self, rows: Sequence[Mapping[str, Any]], steps: int) -> None:
-        """Notes the losses of training; Trainer's own mean leaves out the steps before a resume."""
+        Trainer's own mean leaves out the steps before a resume.
+        """
         losses = [row["loss"] for row in rows]
         last = losses[-10:]
         self._summary.results = Results(
@@ -139,7 +139,7 @@ class RunRecord:
             eval_loss=None,
             perplexity=None,
             eval_tokens=None,
-            eval_loss_before=self._loss_before,
+            eval_loss_before=loss_before,
         )
 
     def evaluated(self, evaluation: EvaluationLoss) -> None:

@@ -121,44 +121,40 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
             self._operations = float(super().floating_point_ops(one))
         return self._operations * float(inputs["input_ids"].numel())
 
-    def measured_step(self, learning_rate: float) -> MeasuredStep:
+    def measured_step(self, learning_rate: float | None) -> MeasuredStep:
         """Sends the numbers of the step just launched to the host, and returns it.
 
         Raises:
             TrainingError: Trainer went past one of the methods that count.
         """
         device, step = self.args.device, self.state.global_step
-        if self._begun is None or self._counts is None or self._loss is None or self._norm is None:
-            raise _unknown_release(f"no token count, loss or gradient norm for step {step}")
-        norm = torch.as_tensor(self._norm, device=device)
-        means = torch.stack([self._loss.detach().double(), norm.detach().double()])
-        counts = self._counts.double()
+        begun, counts, loss, grad_norm = self._begun, self._counts, self._loss, self._norm
+        if begun is None or counts is None or loss is None:
+            raise _unknown_release(f"there are no tokens or no loss for step {step}")
+        if grad_norm is None or learning_rate is None:
+            raise _unknown_release(f"there is no gradient norm or learning rate for step {step}")
+        norm = torch.as_tensor(grad_norm, device=device)
+        means = torch.stack([loss.detach().double(), norm.detach().double()])
+        counts = counts.double()
         if self.accelerator.num_processes > 1:
             means = self.accelerator.reduce(means, reduction="mean")
             counts = self.accelerator.reduce(counts, reduction="sum")
         numbers = to_host(torch.cat([means, counts]))
-        begun, ended = self._begun, Clock(device)
-        self._begun = ended
+        self._begun = ended = Clock(device)
         return MeasuredStep(step, self.state.epoch, learning_rate, begun, ended, numbers)
 
     def pause(self) -> None:
         """Leaves the time until the next batch out of the next step."""
         self._begun = None
 
-    def log_step(self, step: MeasuredStep) -> None:
-        """Logs a step, maybe a later one has been launched, under its own number and epoch."""
-        self._losses.append(step.loss)
+    def log_step(self, step: MeasuredStep, loss: float, grad_norm: float) -> None:
+        """Logs a step under its own number and epoch; a later one may have been launched."""
+        self._losses.append(loss)
         state = self.state
         now = state.global_step, state.epoch
         state.global_step, state.epoch = step.step, step.epoch
         try:
-            self.log(
-                {
-                    "loss": step.loss,
-                    "learning_rate": step.learning_rate,
-                    "grad_norm": step.grad_norm,
-                }
-            )
+            self.log({"loss": loss, "learning_rate": step.learning_rate, "grad_norm": grad_norm})
         finally:
             state.global_step, state.epoch = now
 
@@ -240,7 +236,7 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
         self._path = run_dir / LOGS_FILE
         self._memory = memory
         self._written = time.monotonic()
-        self._learning_rate = math.nan
+        self._learning_rate: float | None = None
         self._pending: deque[MeasuredStep] = deque()
 
     def on_optimizer_step(
@@ -259,6 +255,7 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
     ) -> None:
         """Takes the step over, makes the rows that are due, and prepares a checkpoint."""
         self._pending.append(self.trainer.measured_step(self._learning_rate))
+        self._learning_rate = None
         pauses = control.should_save or control.should_training_stop
         self.log_pending(leave=1 if _runs_ahead(args.device) and not pauses else 0)
         if pauses:
@@ -286,24 +283,26 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
     def add_row(self, step: MeasuredStep) -> None:
         """Waits for a step and logs it; raises TrainingError if its numbers are not finite."""
         step.ended.wait()
-        self.trainer.log_step(step)
-        if not math.isfinite(step.loss) or not math.isfinite(step.grad_norm):
+        loss, norm, tokens, supervised_tokens = step.numbers.tolist()
+        self.trainer.log_step(step, loss, norm)
+        if not math.isfinite(loss) or not math.isfinite(norm):
             raise TrainingError(
-                f"step {step.step}: loss {step.loss}, gradient norm {step.grad_norm}; the run was "
-                f"stopped and {self._path.name} keeps the steps before",
+                f"step {step.step}: loss {loss}, gradient norm {norm}; the run was stopped and "
+                f"{self._path.name} keeps the steps before",
                 "Lower --learning-rate, or look at the data of this step",
             )
+        seconds = step.ended.seconds_since(step.begun)
         self.rows.append(
             {
                 "step": step.step,
                 "epoch": step.epoch,
-                "loss": step.loss,
+                "loss": loss,
                 "learning_rate": step.learning_rate,
-                "grad_norm": step.grad_norm,
-                "tokens": step.tokens,
-                "supervised_tokens": step.supervised_tokens,
-                "seconds": step.seconds,
-                "tokens_per_second": step.tokens / step.seconds,
+                "grad_norm": norm,
+                "tokens": int(tokens),
+                "supervised_tokens": int(supervised_tokens),
+                "seconds": seconds,
+                "tokens_per_second": int(tokens) / seconds,
                 **self._memory.sample(),
             }
         )
