@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from qlora_harness.errors import HarnessError
 from qlora_harness.settings import build_settings
 from qlora_harness.train.checkpoints import checkpoint_step
-from qlora_harness.train.run_folder import inspect, read_steps, run_of
+from qlora_harness.train.run_folder import earlier_steps, find_start
 
 ZIPPED = (".pt", ".pth")
 VALUES = {"max_steps": 8, "lora_r": 2}
@@ -60,17 +60,17 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def json_paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     yield path
     if isinstance(value, list):
         value = dict(enumerate(value))
     for key, item in value.items() if isinstance(value, dict) else ():
-        yield from places(item, (*path, key))
+        yield from json_paths(item, (*path, key))
 
 
 def other_json(content: bytes, numbers: random.Random) -> bytes:
     value = json.loads(content)
-    path = numbers.choice(list(places(value)))
+    path = numbers.choice(list(json_paths(value)))
     if not path:
         return json.dumps(numbers.choice(VALUES_OF_JSON)).encode()
     inner = value
@@ -84,28 +84,25 @@ def other_json(content: bytes, numbers: random.Random) -> bytes:
 
 
 def other_bytes(content: bytes, numbers: random.Random) -> bytes:
-    place = numbers.randrange(len(content))
+    at = numbers.randrange(len(content))
     kind = numbers.randrange(5)
     if kind == 0:
-        return content[:place]
+        return content[:at]
     if kind == 1:
-        return (
-            content[:place]
-            + bytes([content[place] ^ 1 << numbers.randrange(8)])
-            + content[place + 1 :]
-        )
+        flipped = content[at] ^ 1 << numbers.randrange(8)
+        return content[:at] + bytes([flipped]) + content[at + 1 :]
     if kind == 2:
         return content + numbers.randbytes(20)
     if kind == 3:
         return b"[" * 100_000 if numbers.random() < 0.1 else numbers.randbytes(50)
-    return content[:place] + numbers.randbytes(8) + content[place + 8 :]
+    return content[:at] + numbers.randbytes(8) + content[at + 8 :]
 
 
 def loads(path: Path) -> bool:
     """Whether torch can load a file that was taken for whole; then it holds what was saved."""
     try:
         state = torch.load(path)["state"]
-    except Exception:
+    except Exception:  # noqa: BLE001  # torch raises many kinds
         return False
     assert state.equal(torch.arange(20))
     return True
@@ -125,16 +122,17 @@ def test_damaged_run_folder_is_resumed_or_refused_in_one_line(run_dir: Path, inp
         damaged = change(content, numbers)
         path.write_bytes(damaged)
         try:
-            start = inspect(run_dir, settings, resume_given=False)
+            start = find_start(run_dir, settings, resume_given=False)
             assert start.checkpoint is not None
             step = checkpoint_step(start.checkpoint)
-            read_steps(run_of(start.checkpoint), step)
+            earlier_steps(start.checkpoint)
             outcomes["resumed" if step == 4 else "stepped back"] += 1
             if step == 4 and path.parent.name == "checkpoint-4" and path.suffix in ZIPPED:
                 outcomes["not loaded"] += not loads(path)
         except HarnessError as error:
             text = str(error)
-            assert len(text) <= 500 and "\n" not in text, (path, damaged[:200])
+            assert len(text) <= 500, (path, damaged[:200])
+            assert "\n" not in text, (path, damaged[:200])
             outcomes["refused"] += 1
         finally:
             path.write_bytes(content)
@@ -145,6 +143,6 @@ def test_damaged_run_folder_is_resumed_or_refused_in_one_line(run_dir: Path, inp
 
 def test_undamaged_folder_is_resumed(run_dir: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
-    start = inspect(copy, build_settings(VALUES), resume_given=False)
+    start = find_start(copy, build_settings(VALUES), resume_given=False)
     assert start.checkpoint == copy / "checkpoints" / "checkpoint-4"
-    assert [row["step"] for row in read_steps(copy, 1)] == [1]
+    assert [row["step"] for row in earlier_steps(start.checkpoint)[0]] == [1, 2]

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -22,20 +21,16 @@ from qlora_harness.train.checkpoints import fault, newest_whole
 from qlora_harness.train.run_folder import (
     LOCK_FILE,
     StartingPoint,
-    clear,
-    inspect,
-    lock,
+    clear_run_folder,
+    find_start,
+    lock_run_folder,
     remove_temporary_files,
 )
 
 CHECKPOINT_FILES = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
-    "trainer_state.json",
-)
+    "adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt",
+    "rng_state.pth", "trainer_state.json",
+)  # fmt: skip
 VALUES = {"max_steps": 8, "learning_rate": 1e-3}
 SETTINGS = build_settings(VALUES)
 
@@ -46,7 +41,7 @@ def start(
     before = listing(run_dir)
     settings = build_settings(VALUES | values)
     try:
-        return inspect(run_dir, settings, resume_given=resume_given, has_lock=has_lock)
+        return find_start(run_dir, settings, resume_given=resume_given, has_lock=has_lock)
     finally:
         assert listing(run_dir) == before
 
@@ -139,22 +134,14 @@ def test_output_dir_that_is_a_file(tmp_path: Path) -> None:
     path = tmp_path / "results"
     path.write_text("a file")
     for run_dir in (path, path / "4bit"):
-        assert refusal(run_dir) == (
-            f"--output-dir {run_dir}: {path} is a file. Name another folder."
-        )
+        assert refusal(run_dir).startswith(f"--output-dir {run_dir}: {path} is a file")
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
 def test_output_dir_where_nobody_can_write(tmp_path: Path) -> None:
-    with pytest.raises(RunError) as caught:
-        inspect(Path("/proc/x"), SETTINGS, resume_given=False)
-    assert str(caught.value).startswith("--output-dir /proc/x: /proc can't be written (")
-    assert str(caught.value).endswith("). Name another folder.")
-
-
-def test_output_dir_with_a_name_too_long(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"can't be written \(File name too long\)\. Name another"):
-        inspect(tmp_path / ("x" * 300), SETTINGS, resume_given=False)
+    folders = [tmp_path / ("x" * 300)] + [Path("/proc/x")] * Path("/proc/self").is_dir()
+    for run_dir in folders:
+        with pytest.raises(RunError, match="^--output-dir .* can't be written"):
+            find_start(run_dir, SETTINGS, resume_given=False)
 
 
 DAMAGED = {
@@ -190,9 +177,7 @@ def test_damaged_summary_is_named_and_never_replaced(
 def test_completed_run_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     write_summary(tmp_path, "completed")
     write_checkpoint(tmp_path, 8)
-    assert refusal(tmp_path, **options) == (
-        f"{tmp_path} holds a completed run. Use --overwrite to replace it, or another --output-dir."
-    )
+    assert "--overwrite" in refusal(tmp_path, **options)
 
 
 def test_completed_run_is_replaced_with_overwrite(tmp_path: Path) -> None:
@@ -207,10 +192,7 @@ def test_resuming_a_completed_run_has_nothing_to_do(tmp_path: Path) -> None:
 
 def test_resuming_a_completed_run_with_other_settings_is_refused(tmp_path: Path) -> None:
     write_summary(tmp_path, "completed", learning_rate=5e-4)
-    assert refusal(tmp_path, resume_given=True) == (
-        f"{tmp_path} holds a run with --learning-rate 0.0005, not 0.001. Give the same value to "
-        "resume it, or use another --output-dir."
-    )
+    assert "--learning-rate 0.0005, not 0.001" in refusal(tmp_path, resume_given=True)
 
 
 # --- unfinished runs ------------------------------------------------------------------------------
@@ -231,24 +213,23 @@ def test_half_written_checkpoint_is_passed_over(tmp_path: Path, name: str) -> No
     whole = write_checkpoint(tmp_path, 4)
     half = write_checkpoint(tmp_path, 8, without=name)
     assert fault(half) == f"{name} is missing"
-    found = start(tmp_path)
-    assert found.checkpoint == whole
-    assert found.notes == (f"checkpoint-8: {name} is missing",)
+    assert start(tmp_path).checkpoint == whole
+    assert start(tmp_path).notes == (f"checkpoint-8: {name} is missing",)
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[:-20],
+    "half": lambda content: content[: len(content) // 2],
+    "zeros": lambda content: bytes(len(content)),
+}
 
 
 def damage(path: Path, how: str) -> None:
-    content = path.read_bytes()
-    if how == "empty":
-        path.write_bytes(b"")
-    elif how == "truncated":
-        path.write_bytes(content[: len(content) - 20])
-    elif how == "half":
-        path.write_bytes(content[: len(content) // 2])
-    else:
-        path.write_bytes(b"\0" * len(content))
+    path.write_bytes(DAMAGES[how](path.read_bytes()))
 
 
-@pytest.mark.parametrize("how", ["empty", "truncated", "half", "zeros"])
+@pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
 def test_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, how: str) -> None:
     write_summary(tmp_path, "running")
@@ -256,9 +237,8 @@ def test_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, how: str) 
     damage(write_checkpoint(tmp_path, 8) / name, how)
     if name == "adapter_config.json" and how == "truncated":
         pytest.skip("shorter than that")
-    found = start(tmp_path)
-    assert found.checkpoint == whole
-    assert found.notes[0].startswith(f"checkpoint-8: {name} ")
+    assert start(tmp_path).checkpoint == whole
+    assert start(tmp_path).notes[0].startswith(f"checkpoint-8: {name} ")
 
 
 def test_changed_bit_in_an_optimizer_state_is_noticed(tmp_path: Path) -> None:
@@ -294,7 +274,8 @@ def test_saved_checkpoints_that_can_not_be_read_are_not_thrown_away(tmp_path: Pa
     for step in (4, 8):
         damage(write_checkpoint(tmp_path, step) / "optimizer.pt", "half")
     line = refusal(tmp_path)
-    assert "checkpoint-8: optimizer.pt" in line and "checkpoint-4: optimizer.pt" in line
+    for step in (4, 8):
+        assert f"checkpoint-{step}: optimizer.pt" in line
     assert start(tmp_path, overwrite=True) == StartingPoint(replace=True)
 
 
@@ -322,10 +303,9 @@ def test_unfinished_run_without_a_checkpoint_starts_again(tmp_path: Path, resume
 def test_resume_never_does_not_lose_a_checkpoint(tmp_path: Path) -> None:
     write_summary(tmp_path, "interrupted")
     write_checkpoint(tmp_path, 4)
-    assert refusal(tmp_path, resume="never", resume_given=True) == (
-        f"{tmp_path} holds a run with status 'interrupted' and checkpoint-4. Use --resume auto to "
-        "resume it, --overwrite to replace it, or another --output-dir."
-    )
+    line = refusal(tmp_path, resume="never", resume_given=True)
+    for word in ("'interrupted'", "checkpoint-4", "--resume auto", "--overwrite"):
+        assert word in line
 
 
 @pytest.mark.parametrize(
@@ -349,15 +329,12 @@ def test_unfinished_run_of_another_experiment_is_refused(
 @pytest.mark.parametrize(
     "change",
     [
-        {"save_steps": 1},
-        {"eval_batch_size": 1},
-        {"report_to": "wandb"},
-        {"output_dir": "elsewhere"},
-        {"resume": "never"},
-        {"overwrite": True},
+        {"save_steps": 1, "eval_batch_size": 1},
+        {"report_to": "wandb", "output_dir": "elsewhere"},
+        {"resume": "never", "overwrite": True},
     ],
 )
-def test_house_keeping_may_change(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_bookkeeping_may_change(tmp_path: Path, change: dict[str, Any]) -> None:
     write_summary(tmp_path, "interrupted", **change)
     checkpoint = write_checkpoint(tmp_path, 4)
     assert start(tmp_path).checkpoint == checkpoint
@@ -373,24 +350,17 @@ def test_setting_that_an_older_record_lacks_has_its_default(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("recorded", "given", "refused"),
-    [
-        ("float32", "auto", False),
-        ("bfloat16", "auto", False),
-        ("float32", "float32", False),
-        ("float32", "bfloat16", True),
-    ],
+    ("recorded", "given"),
+    [("float32", "auto"), ("bfloat16", "auto"), ("float32", "float32"), ("float32", "bfloat16")],
 )
-def test_compute_dtype_is_that_of_the_run(
-    tmp_path: Path, recorded: str, given: str, refused: bool
-) -> None:
+def test_compute_dtype_is_that_of_the_run(tmp_path: Path, recorded: str, given: str) -> None:
     write_summary(tmp_path, "interrupted")
     change_summary(tmp_path, quantization={"compute_dtype": recorded})
     write_checkpoint(tmp_path, 4)
-    if refused:
-        assert f"--compute-dtype {recorded}, not {given}" in refusal(tmp_path, compute_dtype=given)
-    else:
+    if given in ("auto", recorded):
         assert start(tmp_path, compute_dtype=given).checkpoint is not None
+    else:
+        assert f"--compute-dtype {recorded}, not {given}" in refusal(tmp_path, compute_dtype=given)
 
 
 # --- a checkpoint by its path ---------------------------------------------------------------------
@@ -466,7 +436,7 @@ def test_overwrite_does_not_delete_the_checkpoint_to_resume_from(tmp_path: Path)
     write_summary(tmp_path, "interrupted")
     checkpoint = write_checkpoint(tmp_path, 4)
     line = refusal(tmp_path, resume=str(checkpoint), resume_given=True, overwrite=True)
-    assert "--overwrite" in line and "--resume" in line
+    assert line.startswith(f"--overwrite removes the checkpoint of --resume {checkpoint}")
 
 
 # --- clearing -------------------------------------------------------------------------------------
@@ -491,7 +461,7 @@ def test_clear_removes_what_a_run_left_and_nothing_else(tmp_path: Path) -> None:
         "notes.txt",
     ):
         (tmp_path / name).write_text("x")
-    clear(tmp_path)
+    clear_run_folder(tmp_path)
     there = [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))]
     assert there == ["checkpoints", "checkpoints/mine", "notes.txt"]
 
@@ -518,7 +488,7 @@ def test_results_of_other_runs_are_left_alone(tmp_path: Path) -> None:
     before = {path.name for path in tmp_path.glob("*/**/*.json*")} - {
         "adapter_config.json", "qlora_harness.json",
     }  # fmt: skip
-    clear(tmp_path)
+    clear_run_folder(tmp_path)
     after = {path.name for path in tmp_path.rglob("*.json*")}
     stale = {f"{n}" for k in (3, 4) for n in (f"results_{k}.json", f"samples_mmlu_{k}.jsonl")}
     assert after == (before - stale) | {f"replaced_{name}" for name in stale}
@@ -528,12 +498,12 @@ def test_results_of_other_runs_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_trained_in_is_refused(tmp_path: Path) -> None:
-    held = lock(tmp_path)
+    held = lock_run_folder(tmp_path)
     assert "still training" in refusal(tmp_path)
     assert "still training" in refusal(tmp_path, overwrite=True)
     assert start(tmp_path, has_lock=True) == StartingPoint()
     with pytest.raises(RunError):
-        lock(tmp_path)
+        lock_run_folder(tmp_path)
     held.release()
     assert start(tmp_path) == StartingPoint()
 
@@ -554,55 +524,16 @@ lock.acquire(); print(flush=True); input()"""
     assert start(tmp_path) == StartingPoint()
 
 
-def test_running_is_told_by_host_number_and_start(tmp_path: Path) -> None:
-    write_summary(tmp_path, "running")
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        created = psutil.Process(other.pid).create_time()
-        own = {"id": other.pid, "host": process.host_id(), "started": created}
-        change_summary(tmp_path, process=own)
-        assert f"process {other.pid}" in refusal(tmp_path)
-        assert f"process {other.pid}" in refusal(tmp_path, overwrite=True)
-        for change in ({"started": created - 60}, {"host": "0" * 16}, {"id": 2**22 + 5}):
-            change_summary(tmp_path, process=own | change)
-            assert start(tmp_path) == StartingPoint(replace=True)
-        other.kill()
-        other.wait()
-    change_summary(tmp_path, process=own)
-    assert start(tmp_path) == StartingPoint(replace=True)
-
-
-def test_older_record_with_the_name_of_the_host(tmp_path: Path) -> None:
-    """It has no start time: a process that is younger than the record is another."""
-    write_summary(tmp_path, "running")
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        own = {"id": other.pid, "host": socket.gethostname()}
-        for begun, running in (
-            ("2040-01-01T00:00:00+00:00", True),
-            ("2020-01-01T00:00:00+00:00", False),
-        ):
-            change_summary(tmp_path, process=own, started=begun)
-            if running:
-                assert "still training" in refusal(tmp_path)
-            else:
-                assert start(tmp_path) == StartingPoint(replace=True)
-        other.kill()
-
-
 def test_host_is_not_named() -> None:
     assert socket.gethostname() not in json.dumps(process.this_process())
     assert len(process.host_id()) == 16
 
 
 def test_files_of_a_killed_write_are_removed(tmp_path: Path) -> None:
-    stale = (
-        ".training_summary.json.a1.tmp",
-        ".training_logs.json.b2.tmp",
-        ".trainer_state.json.tmp",
-    )
-    for name in (*stale, ".evaluation_results.json.c3.tmp", "notes.tmp"):
+    stale = ["training_summary.json.a1", "training_logs.json.b2", "trainer_state.json"]
+    others = {".evaluation_results.json.c3.tmp", "notes.tmp"}
+    for name in (*others, *(f".{name}.tmp" for name in stale)):
         (tmp_path / name).write_text("{")
     (tmp_path / ".adapter-x1").mkdir()
     remove_temporary_files(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        ".evaluation_results.json.c3.tmp", "notes.tmp",
-    }  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == others

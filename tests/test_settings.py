@@ -18,6 +18,7 @@ from qlora_harness.errors import SettingsError
 from qlora_harness.locations import recipes_dir
 from qlora_harness.settings import (
     BOOKKEEPING,
+    GROUPS,
     Quant,
     Settings,
     build_settings,
@@ -30,51 +31,22 @@ from qlora_harness.train.command import main, parse_settings
 
 # The published recipe (artidoro/qlora, scripts/finetune_llama2_guanaco_7b.sh), by our names.
 PUBLISHED = {
-    "model": "meta-llama/Llama-2-7b-hf",
-    "quant": "nf4",
-    "double_quant": True,
-    "compute_dtype": "auto",
-    "dataset": "oasst1",
-    "max_length": 512,
-    "lora_r": 64,
-    "lora_alpha": 16,
-    "lora_dropout": 0.1,
-    "lora_targets": "all-linear",
-    "max_steps": 1875,
-    "epochs": None,
-    "learning_rate": 2e-4,
-    "lr_schedule": "constant",
-    "optimizer": "paged_adamw_32bit",
-    "adam_beta2": 0.999,
-    "weight_decay": 0.0,
-    "max_grad_norm": 0.3,
-    "group_by_length": True,
-    "checkpointing": "full",
-    "seed": 0,
-}
+    "model": "meta-llama/Llama-2-7b-hf", "quant": "nf4", "double_quant": True,
+    "compute_dtype": "auto", "dataset": "oasst1", "max_length": 512, "lora_r": 64,
+    "lora_alpha": 16, "lora_dropout": 0.1, "lora_targets": "all-linear", "max_steps": 1875,
+    "epochs": None, "learning_rate": 2e-4, "lr_schedule": "constant",
+    "optimizer": "paged_adamw_32bit", "adam_beta2": 0.999, "weight_decay": 0.0,
+    "max_grad_norm": 0.3, "group_by_length": True, "checkpointing": "full", "seed": 0,
+}  # fmt: skip
 
 # The two deliberate differences to it, and what it does not speak of.
 OURS = {
-    "revision": None,
-    "dataset_revision": None,
-    "languages": "en",
-    "conversations": "best-path",
-    "template": "guanaco",
-    "mask": "prompt",
-    "eval_fraction": 0.05,
-    "batch_size": 1,
-    "grad_accum": 16,
-    "eval_batch_size": 8,
-    "warmup_ratio": 0.0,
-    "adapter_dtype": "float32",
-    "kernels": "auto",
-    "memory": None,
-    "output_dir": None,
-    "save_steps": 250,
-    "resume": "auto",
-    "overwrite": False,
-    "report_to": "none",
-}
+    "revision": None, "dataset_revision": None, "languages": "en", "conversations": "best-path",
+    "template": "guanaco", "mask": "prompt", "eval_fraction": 0.05, "batch_size": 1,
+    "grad_accum": 16, "eval_batch_size": 8, "warmup_ratio": 0.0, "adapter_dtype": "float32",
+    "kernels": "auto", "memory": None, "output_dir": None, "save_steps": 250, "resume": "auto",
+    "overwrite": False, "report_to": "none",
+}  # fmt: skip
 
 
 def parse(*words: str) -> Settings:
@@ -97,16 +69,8 @@ def recipe(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-# --- defaults and the recipes that come along -----------------------------------------------------
-
-
 def test_defaults_are_the_published_recipe() -> None:
     assert build_settings({}).flat() == PUBLISHED | OURS
-
-
-def test_effective_batch_of_the_defaults_is_16() -> None:
-    optimization = build_settings({}).optimization
-    assert optimization.batch_size * optimization.grad_accum == 16
 
 
 def test_published_recipe_states_the_defaults_in_every_value() -> None:
@@ -139,60 +103,32 @@ def test_demo_recipe_trains_the_embedded_model_on_the_embedded_data() -> None:
 )
 def test_arms(quant: str, is_4bit: bool, folder: str, file_arm: str) -> None:
     assert parse("--quant", quant).run_dir == Path(folder)
+    assert parse("--quant", quant, "--output-dir", "runs/a").run_dir == Path("runs/a")
     assert Quant(quant).is_4bit is is_4bit
     assert Quant(quant).file_arm == file_arm
 
 
-def test_output_dir_wins_over_the_arm() -> None:
-    assert parse("--quant", "bf16", "--output-dir", "runs/a").run_dir == Path("runs/a")
-
-
 def test_experiment_leaves_out_what_does_not_change_the_result() -> None:
+    names = {"output_dir", "resume", "overwrite", "report_to", "save_steps", "eval_batch_size"}
     settings = build_settings({})
-    assert set(settings.flat()) - set(settings.experiment()) == {
-        "output_dir",
-        "resume",
-        "overwrite",
-        "report_to",
-        "save_steps",
-        "eval_batch_size",
-    }
-
-
-# --- flags ----------------------------------------------------------------------------------------
+    assert names == BOOKKEEPING
+    assert settings.experiment().keys() == settings.flat().keys() - BOOKKEEPING
 
 
 def test_every_flag_of_the_mission_is_understood() -> None:
-    # fmt: off
     flat = parse(
         "--quant", "bf16", "--model", "m", "--revision", "r", "--dataset", "d",
         "--languages", "all", "--output-dir", "o", "--max-steps", "7", "--max-length", "99",
         "--batch-size", "2", "--grad-accum", "3", "--learning-rate", "1e-5", "--lora-r", "4",
         "--lora-alpha", "8", "--lora-dropout", "0", "--seed", "5", "--save-steps", "6",
         "--resume", "never", "--overwrite", "--report-to", "wandb",
-    ).flat()
-    # fmt: on
+    ).flat()  # fmt: skip
     assert {name: value for name, value in flat.items() if value != (PUBLISHED | OURS)[name]} == {
-        "quant": "bf16",
-        "model": "m",
-        "revision": "r",
-        "dataset": "d",
-        "languages": "all",
-        "output_dir": "o",
-        "max_steps": 7,
-        "max_length": 99,
-        "batch_size": 2,
-        "grad_accum": 3,
-        "learning_rate": 1e-5,
-        "lora_r": 4,
-        "lora_alpha": 8.0,
-        "lora_dropout": 0.0,
-        "seed": 5,
-        "save_steps": 6,
-        "resume": "never",
-        "overwrite": True,
-        "report_to": "wandb",
-    }
+        "quant": "bf16", "model": "m", "revision": "r", "dataset": "d", "languages": "all",
+        "output_dir": "o", "max_steps": 7, "max_length": 99, "batch_size": 2, "grad_accum": 3,
+        "learning_rate": 1e-5, "lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "seed": 5,
+        "save_steps": 6, "resume": "never", "overwrite": True, "report_to": "wandb",
+    }  # fmt: skip
 
 
 def test_epochs_replace_the_default_steps() -> None:
@@ -209,9 +145,6 @@ def test_whether_resume_was_given_is_known() -> None:
     assert parse_settings(["--resume", "auto"])[1] is True
 
 
-# --- recipes --------------------------------------------------------------------------------------
-
-
 def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(
     recipe: Callable[..., Path],
 ) -> None:
@@ -219,10 +152,6 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(
     flat = parse("--recipe", str(path), "--seed", "4").flat()
     assert (flat["lora_r"], flat["seed"], flat["learning_rate"]) == (8, 4, 5e-4)
     assert flat["max_grad_norm"] == 0.3
-
-
-def test_recipe_keys_may_be_written_like_flags(recipe: Callable[..., Path]) -> None:
-    assert parse("--recipe", str(recipe("lora-r: 8\n"))).lora.lora_r == 8
 
 
 def test_flag_replaces_the_other_way_to_say_how_long(recipe: Callable[..., Path]) -> None:
@@ -234,17 +163,13 @@ def test_flag_replaces_the_other_way_to_say_how_long(recipe: Callable[..., Path]
     assert (optimization.max_steps, optimization.epochs) == (9, None)
 
 
-def test_recipe_extends_another_one_beside_it(recipe: Callable[..., Path]) -> None:
+def test_recipe_extends_one_beside_it_or_one_that_comes_along(recipe: Callable[..., Path]) -> None:
     recipe("lora_r: 8\nseed: 3\n", "base.yaml")
     middle = recipe("extends: base\nseed: 4\n", "middle.yaml")
     top = recipe("extends: middle.yaml\nlora_alpha: 2\n", "top.yaml")
     assert read_recipe(middle)[0] == {"lora_r": "8", "seed": "4"}
     assert read_recipe(top)[0] == {"lora_r": "8", "seed": "4", "lora_alpha": "2"}
-
-
-def test_recipe_elsewhere_extends_one_that_comes_along(recipe: Callable[..., Path]) -> None:
-    path = recipe("extends: lora-llama2-7b\nlora_r: 8\n")
-    flat = parse("--recipe", str(path)).flat()
+    flat = parse("--recipe", str(recipe("extends: lora-llama2-7b\nlora-r: 8\n"))).flat()
     assert (flat["quant"], flat["lora_r"], flat["lora_alpha"]) == ("bf16", 8, 16)
 
 
@@ -270,19 +195,17 @@ def test_recipe_that_extends_itself(
     recipe: Callable[..., Path], tmp_path: Path, reference: str
 ) -> None:
     path = recipe(f"extends: {reference.format(folder=tmp_path.name)}\n")
-    with pytest.raises(SettingsError, match="extends itself. Remove its 'extends' key.$"):
+    with pytest.raises(SettingsError, match="extends itself"):
         read_recipe(path)
 
 
-def test_source_of_each_value_is_kept_for_messages(recipe: Callable[..., Path]) -> None:
+def test_message_names_the_recipe_or_the_flag_that_a_value_came_from(
+    recipe: Callable[..., Path],
+) -> None:
     base = recipe("lora_r: 0\n", "base.yaml")
     top = recipe("extends: base\nseed: 1\n", "top.yaml")
-    assert mistake("--recipe", str(top)) == (
-        f"recipe {base}, key 'lora_r': 0 is out of range. It must be at least 1."
-    )
-    assert mistake("--recipe", str(top), "--lora-r", "-1") == (
-        "--lora-r: -1 is out of range. It must be at least 1."
-    )
+    assert mistake("--recipe", str(top)).startswith(f"recipe {base}, key 'lora_r': 0 is out of ")
+    assert mistake("--recipe", str(top), "--lora-r", "-1").startswith("--lora-r: -1 is out of ")
 
 
 def test_recipes_are_found_by_name_or_path(recipe: Callable[..., Path]) -> None:
@@ -292,42 +215,23 @@ def test_recipes_are_found_by_name_or_path(recipe: Callable[..., Path]) -> None:
     assert find_recipe(str(path)) == path
 
 
-# --- mistakes, each with its exact line -----------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         (
             ["--learing-rate", "1"],
-            "flag --learing-rate is not known. did you mean '--learning-rate'? "
-            "`launch/train.py --help` lists every setting.",
+            "flag --learing-rate is not known. did you mean '--learning-rate'",
         ),
-        (
-            ["--zzz"],
-            "flag --zzz is not known. `launch/train.py --help` lists every setting.",
-        ),
-        (
-            ["stray"],
-            "flag stray is not known. `launch/train.py --help` lists every setting.",
-        ),
-        (
-            ["--quant", "int8"],
-            "--quant: 'int8' is not one of nf4, fp4, bf16. Choose one of these.",
-        ),
-        (
-            ["--quant"],
-            "argument --quant: expected one argument. `launch/train.py --help` lists every flag.",
-        ),
-        (
-            ["--report-to", "mlflow"],
-            "--report-to: 'mlflow' is not one of none, tensorboard, wandb. Choose one of these.",
-        ),
-        (["--max-steps", "1.5"], "--max-steps: '1.5' is not a whole number. Correct the value."),
-        (["--learning-rate", "x"], "--learning-rate: 'x' is not a number. Correct the value."),
-        (["--learning-rate", "nan"], "--learning-rate: 'nan' is not a number. Correct the value."),
-        (["--learning-rate", "inf"], "--learning-rate: 'inf' is not a number. Correct the value."),
-        (["--languages", ""], "--languages: '' is not a text. Correct the value."),
+        (["--zzz"], "flag --zzz is not known. `launch/train.py --help` "),
+        (["stray"], "flag stray is not known. "),
+        (["--quant", "int8"], "--quant: 'int8' is not one of nf4, fp4, bf16. "),
+        (["--quant"], "argument --quant: expected one argument. `launch/train.py --help` "),
+        (["--report-to", "mlflow"], "--report-to: 'mlflow' is not one of none, tensorboard, wandb"),
+        (["--max-steps", "1.5"], "--max-steps: '1.5' is not a whole number. "),
+        (["--learning-rate", "x"], "--learning-rate: 'x' is not a number. "),
+        (["--learning-rate", "nan"], "--learning-rate: 'nan' is not a number. "),
+        (["--learning-rate", "inf"], "--learning-rate: 'inf' is not a number. "),
+        (["--languages", ""], "--languages: '' is not a text. "),
         (["--max-steps", "0"], "--max-steps: 0 is out of range. It must be at least 1."),
         (["--max-length", "7"], "--max-length: 7 is out of range. It must be at least 8."),
         (["--epochs", "0"], "--epochs: 0.0 is out of range. It must be above 0."),
@@ -337,56 +241,30 @@ def test_recipes_are_found_by_name_or_path(recipe: Callable[..., Path]) -> None:
         ),
         (
             ["--eval-fraction", "0.6"],
-            "--eval-fraction: 0.6 is out of range. It must be from 0 to 0.5.",
+            "--eval-fraction: 0.6 is out of range. It must be from 0 to 0.5",
         ),
-        (
-            ["--epochs", "1", "--max-steps", "2"],
-            "--max-steps (2) and --epochs (1.0) exclude each other. Give one of the two.",
-        ),
+        (["--seed", str(2**32)], "--seed: 4294967296 is out of range"),
+        (["--epochs", "1", "--max-steps", "2"], "--max-steps (2) and --epochs (1.0) exclude each "),
     ],
 )
 def test_mistakes_on_the_command_line(words: list[str], line: str) -> None:
-    assert mistake(*words) == line
+    assert mistake(*words).startswith(line)
 
 
-@pytest.mark.parametrize(
-    "name",
-    # fmt: off
-    [
-        "max_steps",
-        "epochs",
-        "batch_size",
-        "grad_accum",
-        "eval_batch_size",
-        "learning_rate",
-        "lora_r",
-        "lora_alpha",
-        "lora_dropout",
-        "max_length",
-        "save_steps",
-        "seed",
-        "weight_decay",
-        "max_grad_norm",
-        "warmup_ratio",
-        "adam_beta2",
-        "eval_fraction",
-    ],
-    # fmt: on
-)
+NUMBERS = [name for name, (_, f) in setting_fields().items() if field_kind(f) in (int, float)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
 def test_every_number_has_a_lower_limit(name: str) -> None:
     flag = f"--{name.replace('_', '-')}"
     assert mistake(f"{flag}=-1").startswith(f"{flag}: -1")
     assert "is out of range. It must be " in mistake(f"{flag}=-1")
 
 
-def test_seed_is_one_that_numpy_takes_too() -> None:
-    assert mistake("--seed", str(2**32)).startswith("--seed: 4294967296 is out of range")
-
-
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("learing_rate: 1\n", "key 'learing_rate' is not known"),
+        ("learing_rate: 1\n", "key 'learing_rate' is not known. did you mean 'learning_rate'?"),
         ("7: 1\n", "key '7' is not known"),
         ("quant: int4\n", "key 'quant': 'int4' is not one of nf4, fp4, bf16"),
         ("languages: {en: de}\n", "key 'languages': {'en': 'de'} is not a text"),
@@ -395,68 +273,40 @@ def test_seed_is_one_that_numpy_takes_too() -> None:
         ("max_steps: [1]\n", "key 'max_steps': ['1'] is not a whole number"),
         ("seed: null\n", "key 'seed': None is not a whole number"),
         ("batch_size: 0\n", "key 'batch_size': 0 is out of range"),
+        (f"max_steps: {10**400}\n", "key 'max_steps': "),
+        ("extends: nope\n", "key 'extends': there is no recipe 'nope'"),
     ],
 )
 def test_mistakes_in_a_recipe_name_file_key_and_value(
     recipe: Callable[..., Path], text: str, problem: str
 ) -> None:
     path = recipe(text)
-    assert mistake("--recipe", str(path)).startswith(f"recipe {path}, {problem}. ")
-
-
-def test_numbers_too_large_for_a_float_are_one_line_too(recipe: Callable[..., Path]) -> None:
-    path = recipe(f"max_steps: {10**400}\n")
-    assert mistake("--recipe", str(path)).startswith(f"recipe {path}, key 'max_steps': ")
+    assert mistake("--recipe", str(path)).startswith(f"recipe {path}, {problem}")
 
 
 def test_steps_and_epochs_in_one_recipe(recipe: Callable[..., Path]) -> None:
     path = recipe("max_steps: 5\nepochs: 2\n")
-    assert mistake("--recipe", str(path)) == (
-        f"recipe {path}, key 'max_steps' (5) and recipe {path}, key 'epochs' (2.0) exclude each "
-        "other. Give one of the two."
-    )
-
-
-def test_recipe_suggests_the_nearest_key(recipe: Callable[..., Path]) -> None:
-    path = recipe("learing_rate: 1\n")
-    assert mistake("--recipe", str(path)) == (
-        f"recipe {path}, key 'learing_rate' is not known. did you mean 'learning_rate'? "
-        "`launch/train.py --help` lists every setting."
-    )
+    line = mistake("--recipe", str(path))
+    for key in ("'max_steps' (5)", "'epochs' (2.0)"):
+        assert f"recipe {path}, key {key}" in line
 
 
 def test_recipe_that_is_missing_or_not_a_mapping(recipe: Callable[..., Path]) -> None:
-    assert mistake("--recipe", "nope") == (
-        "--recipe: there is no recipe 'nope'. Name a YAML file or one of demo, lora-llama2-7b, "
-        "qlora-llama2-7b."
-    )
+    line = mistake("--recipe", "nope")
+    assert line.startswith("--recipe: there is no recipe 'nope'. ")
+    assert "demo, lora-llama2-7b, qlora-llama2-7b" in line
     path = recipe("- 1\n")
-    assert mistake("--recipe", str(path)) == (
-        f"recipe {path} holds a list, not 'name: value' lines. Correct the file."
-    )
+    assert mistake("--recipe", str(path)).startswith(f"recipe {path} holds a list, ")
     path = recipe("a: [\n")
-    line = mistake("--recipe", str(path))
-    assert line.startswith(f"recipe {path} is not YAML: ")
-    assert "line 2" in line and "\n" not in line
-
-
-def test_missing_extends_names_the_recipe_and_its_key(recipe: Callable[..., Path]) -> None:
-    path = recipe("extends: nope\n")
-    assert mistake("--recipe", str(path)).startswith(
-        f"recipe {path}, key 'extends': there is no recipe 'nope'. "
-    )
+    assert re.match(f"recipe {path} is not YAML: .*line 2", mistake("--recipe", str(path)))
 
 
 def test_main_prints_one_line_and_returns_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--quant", "int8"]) == 2
-    assert capsys.readouterr() == (
-        "",
-        "qlora-harness: error: --quant: 'int8' is not one of nf4, fp4, bf16. Choose one of "
-        "these.\n",
-    )
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("qlora-harness: error: --quant: 'int8' is not one of nf4, fp4, bf16. ")
 
-
-# --- help -----------------------------------------------------------------------------------------
 
 _HELP = """
 import json, sys
@@ -490,13 +340,7 @@ def test_help_imports_nothing_heavy(help_output: str) -> None:
 
 def test_help_is_grouped(help_output: str) -> None:
     titles = re.findall(r"^(\w+ settings):$", help_output, flags=re.MULTILINE)
-    assert titles == [
-        "model settings",
-        "data settings",
-        "lora settings",
-        "optimization settings",
-        "run settings",
-    ]
+    assert titles == [f"{group} settings" for group in GROUPS]
 
 
 @pytest.mark.parametrize("name", list(setting_fields()))
@@ -523,9 +367,6 @@ def test_examples_in_the_help_are_valid(help_output: str) -> None:
     assert len(commands) == 4
     for command in commands:
         parse(*command.split())
-
-
-# --- what a recipe may write ----------------------------------------------------------------------
 
 
 def values_of(name: str) -> st.SearchStrategy[Any]:
@@ -646,11 +487,3 @@ def test_numbers_for_texts_keep_their_digits(value: float, text: str) -> None:
 def test_texts_that_no_record_can_hold_are_refused(value: object) -> None:
     with pytest.raises(SettingsError):
         build_settings({"revision": value})
-
-
-def test_bookkeeping_is_what_a_resumed_run_may_change() -> None:
-    settings = build_settings({})
-    assert {
-        *("output_dir", "resume", "overwrite", "report_to", "save_steps", "eval_batch_size")
-    } == BOOKKEEPING
-    assert settings.experiment().keys() == settings.flat().keys() - BOOKKEEPING
