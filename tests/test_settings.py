@@ -470,7 +470,8 @@ def test_recipe_that_is_no_plain_yaml_is_one_line(tmp_path: Path, text: str) -> 
     with pytest.raises(SettingsError) as caught:
         build_settings(*read_recipe(path))
     line = str(caught.value)
-    assert line.isprintable() and len(line) <= 480
+    assert line.isprintable()
+    assert len(line) <= 480
 
 
 @pytest.mark.parametrize(
