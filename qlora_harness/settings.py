@@ -53,21 +53,26 @@ class Quant(str, Enum):
         return f"{self.arm}_{'qlora' if self.is_4bit else 'lora'}"
 
 
+_ABOVE_ZERO = math.ulp(0.0)  # the smallest number above it
+
+
 def _setting(
     default: Any,
     help_text: str,
     unit: str = "",
+    *,
     choices: Iterable[str] | None = None,
     listed: bool = False,
+    low: float = 0,
+    high: float = math.inf,
 ) -> Any:
-    """A dataclass field that carries what the help and the checks need."""
-    meta = {
-        "help": help_text,
-        "unit": unit,
-        "choices": tuple(choices) if choices else None,
-        "listed": listed,  # whether a recipe may give a list
-    }
-    return field(default=default, metadata=meta)
+    """A dataclass field with what the help and the checks need; a recipe may list what is `listed`.
+
+    Numbers go from `low` to `high`.
+    """
+    choices = tuple(choices) if choices else None
+    rules = {"choices": choices, "listed": listed, "low": low, "high": high}
+    return field(default=default, metadata={"help": help_text, "unit": unit, **rules})
 
 
 @dataclass(frozen=True)
@@ -120,9 +125,12 @@ class DataSettings:
         "prompt: learn assistant tokens only; none: learn every token, as the original QLoRA did",
         choices=["prompt", "none"],
     )
-    max_length: int = _setting(512, "longest example, BOS and EOS included", "tokens")
+    max_length: int = _setting(512, "longest example, BOS and EOS included", "tokens", low=8)
     eval_fraction: float = _setting(
-        0.05, "share of trees held out where the data set has no validation split", "0 to 0.5"
+        0.05,
+        "share of trees held out where the data set has no validation split",
+        "0 to 0.5",
+        high=0.5,
     )
 
 
@@ -130,9 +138,11 @@ class DataSettings:
 class LoraSettings:
     """The adapter."""
 
-    lora_r: int = _setting(64, "rank", "dimensions")
-    lora_alpha: float = _setting(16, "scale: the update is multiplied by alpha / r")
-    lora_dropout: float = _setting(0.1, "dropout on the adapter's input", "probability")
+    lora_r: int = _setting(64, "rank", "dimensions", low=1)
+    lora_alpha: float = _setting(
+        16, "scale: the update is multiplied by alpha / r", low=_ABOVE_ZERO
+    )
+    lora_dropout: float = _setting(0.1, "dropout on the adapter's input", "probability", high=0.99)
     lora_targets: str = _setting(
         "all-linear",
         "layers that get an adapter: all-linear (no output head) or a comma list",
@@ -150,25 +160,32 @@ class OptimizationSettings:
     """Steps, batches and the optimizer."""
 
     max_steps: int | None = _setting(
-        None, f"optimizer steps (default {DEFAULT_MAX_STEPS} unless --epochs is given)", "steps"
+        None,
+        f"optimizer steps (default {DEFAULT_MAX_STEPS} unless --epochs is given)",
+        "steps",
+        low=1,
     )
-    epochs: float | None = _setting(None, "passes over the data, instead of --max-steps", "epochs")
-    batch_size: int = _setting(1, "examples in one forward pass, per process", "examples")
-    grad_accum: int = _setting(16, "forward passes per optimizer step", "passes")
-    eval_batch_size: int = _setting(8, "examples in one evaluation pass, per process", "examples")
-    learning_rate: float = _setting(2e-4, "peak learning rate")
+    epochs: float | None = _setting(
+        None, "passes over the data, instead of --max-steps", "epochs", low=_ABOVE_ZERO
+    )
+    batch_size: int = _setting(1, "examples in one forward pass, per process", "examples", low=1)
+    grad_accum: int = _setting(16, "forward passes per optimizer step", "passes", low=1)
+    eval_batch_size: int = _setting(
+        8, "examples in one evaluation pass, per process", "examples", low=1
+    )
+    learning_rate: float = _setting(2e-4, "peak learning rate", low=_ABOVE_ZERO)
     lr_schedule: str = _setting(
         "constant", "learning rate over time", choices=["constant", "linear", "cosine"]
     )
-    warmup_ratio: float = _setting(0.0, "share of steps with a rising rate", "0 to 1")
+    warmup_ratio: float = _setting(0.0, "share of steps with a rising rate", "0 to 1", high=1)
     optimizer: str = _setting(
         "paged_adamw_32bit",
         "optimizer, the same for both arms",
         choices=["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw_torch"],
     )
-    adam_beta2: float = _setting(0.999, "decay of the second moment", "0 to 1")
+    adam_beta2: float = _setting(0.999, "decay of the second moment", "0 to 1", high=0.999999)
     weight_decay: float = _setting(0.0, "decoupled weight decay")
-    max_grad_norm: float = _setting(0.3, "gradients are clipped to this norm")
+    max_grad_norm: float = _setting(0.3, "gradients are clipped to this norm", low=_ABOVE_ZERO)
     group_by_length: bool = _setting(True, "put examples of like length into one batch")
     checkpointing: str = _setting(
         "full",
@@ -189,7 +206,7 @@ class OptimizationSettings:
         "modules and padded batches",
         choices=["auto", "none"],
     )
-    seed: int = _setting(0, "seed of adapter weights, dropout and data order")
+    seed: int = _setting(0, "seed of adapter weights, dropout and data order", high=2**32 - 1)
 
 
 @dataclass(frozen=True)
@@ -199,7 +216,7 @@ class RunSettings:
     output_dir: str | None = _setting(
         None, "run folder (default results/4bit for nf4, results/16bit, results/4bit_fp4)"
     )
-    save_steps: int = _setting(250, "steps between checkpoints", "steps")
+    save_steps: int = _setting(250, "steps between checkpoints", "steps", low=1)
     resume: str = _setting(
         "auto",
         "auto: resume an unfinished run from its newest whole checkpoint; never; or a checkpoint "
@@ -292,9 +309,7 @@ def build_settings(values: Mapping[str, Any], sources: Mapping[str, str] | None 
     _check_exclusions(optimization, where, given)
     if optimization.get("max_steps") is None and optimization.get("epochs") is None:
         optimization["max_steps"] = DEFAULT_MAX_STEPS
-    settings = Settings(**{group: GROUPS[group](**grouped[group]) for group in GROUPS})
-    _check_ranges(settings.flat(), where)
-    return settings
+    return Settings(**{group: GROUPS[group](**grouped[group]) for group in GROUPS})
 
 
 def _check_exclusions(
@@ -352,6 +367,8 @@ def _typed(f: dataclasses.Field[Any], value: Any, source: str) -> Any:
         raise SettingsError(f"{source}: {shown(value)} is not {_KINDS[kind]}", "Correct the value")
     if kind is str:
         _check_text(typed, f.metadata["choices"], source)
+    elif kind is not bool:
+        _check_range(typed, f.metadata["low"], f.metadata["high"], source)
     return typed
 
 
@@ -397,37 +414,13 @@ def _check_text(text: str, choices: tuple[str, ...] | None, source: str) -> None
         )
 
 
-_ABOVE_ZERO = math.ulp(0.0)
-_RANGES: dict[str, tuple[float, float]] = {
-    "max_length": (8, math.inf),
-    "eval_fraction": (0, 0.5),
-    "lora_r": (1, math.inf),
-    "lora_alpha": (_ABOVE_ZERO, math.inf),
-    "lora_dropout": (0, 0.99),
-    "max_steps": (1, math.inf),
-    "epochs": (_ABOVE_ZERO, math.inf),
-    "batch_size": (1, math.inf),
-    "grad_accum": (1, math.inf),
-    "eval_batch_size": (1, math.inf),
-    "learning_rate": (_ABOVE_ZERO, math.inf),
-    "warmup_ratio": (0, 1),
-    "adam_beta2": (0, 0.999999),
-    "weight_decay": (0, math.inf),
-    "max_grad_norm": (_ABOVE_ZERO, math.inf),
-    "seed": (0, 2**32 - 1),  # what numpy takes
-    "save_steps": (1, math.inf),
-}
-
-
-def _check_ranges(values: Mapping[str, Any], where: Mapping[str, str]) -> None:
-    for name, (low, high) in _RANGES.items():
-        value = values[name]
-        if value is None or low <= value <= high:
-            continue
-        rule = "above 0" if low == _ABOVE_ZERO else f"at least {low:g}"
-        if high < math.inf:
-            rule = f"from {low:.10g} to {high:.10g}"
-        raise SettingsError(f"{where[name]}: {value} is out of range", f"It must be {rule}")
+def _check_range(value: float, low: float, high: float, source: str) -> None:
+    if low <= value <= high:
+        return
+    rule = "above 0" if low == _ABOVE_ZERO else f"at least {low:g}"
+    if high < math.inf:
+        rule = f"from {low:.10g} to {high:.10g}"
+    raise SettingsError(f"{source}: {value} is out of range", f"It must be {rule}")
 
 
 _LARGEST_RECIPE = 100_000  # bytes

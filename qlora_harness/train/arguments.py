@@ -52,17 +52,9 @@ def training_arguments(
 ) -> TrainingArguments:
     """Builds the TrainingArguments of a run; every value that matters is stated, none inherited.
 
-    Args:
-        optimization: Steps, batches, optimizer.
-        checkpoint_dir: Where Trainer keeps its checkpoints.
-        steps: Optimizer steps of the whole run.
-        save_steps: Steps between checkpoints.
-        report_to: "none", "tensorboard" or "wandb".
-        compute_dtype: "bfloat16" (autocast) or "float32".
-        use_cpu: Whether to stay on the CPU.
-        fused: Whether fused layers do the checkpointing themselves.
-        kind: A subclass of TrainingArguments to build instead.
-        changes: Arguments that are added, or replace those here.
+    `steps` are those of the whole run, `save_steps` those between checkpoints. `fused` says that
+    fused layers do the checkpointing themselves. `kind` is a subclass to build instead, `changes`
+    are arguments that are added or replace those here.
     """
     from transformers import TrainingArguments
 

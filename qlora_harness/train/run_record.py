@@ -87,13 +87,9 @@ class RunRecord:
     ) -> None:
         """Describes the run and writes the summary for the first time.
 
-        Args:
-            source: The base.
-            model: The base with its adapter.
-            data: What it is trained on.
-            fingerprint: Of the base's weights; None for a checkpoint without safetensors files.
-            computation: How the steps are computed.
-            plan: Of the memory, if one was made.
+        `model` is the base of `source` with its adapter. `fingerprint` is that of the base's
+        weights, None for a checkpoint without safetensors files; `computation` says how the steps
+        are computed, and `plan` how much memory that takes.
         """
         settings, quant = self._settings, self._settings.quant
         self._summary.model = TrainedModel(

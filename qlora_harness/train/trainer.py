@@ -52,10 +52,9 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Trains; a checkpoint that torch can't load raises RunError."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # replaces the parameters
         self._checkpoint = resume_from_checkpoint
         try:
-            with contextlib.nullcontext() if sharded else listed_modules(self.model):
+            with listed_modules(self.model):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except (HarnessError, torch.OutOfMemoryError):
             raise
@@ -122,10 +121,9 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
         return self._operations * float(inputs["input_ids"].numel())
 
     def measured_step(self, learning_rate: float | None) -> MeasuredStep:
-        """Sends the numbers of the step just launched to the host, and returns it.
+        """Returns the step just launched, with its numbers on their way to the host.
 
-        Raises:
-            TrainingError: Trainer went past one of the methods that count.
+        Raises TrainingError if Trainer went past one of the methods that count.
         """
         device, step = self.args.device, self.state.global_step
         begun, counts, loss, grad_norm = self._begun, self._counts, self._loss, self._norm
