@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from training_runs import change_summary, write_checkpoint, write_summary
 
 from qlora_harness.errors import HarnessError
 from qlora_harness.settings import build_settings
@@ -28,35 +28,22 @@ VALUES_OF_JSON: list[Any] = [
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz") / "run"
-    settings = build_settings(VALUES).flat()
-    summary = {
-        "schema_version": 1,
-        "kind": "training_summary",
-        "status": "interrupted",
-        "started": "2026-11-28T05:00:00+00:00",
-        "process": {"id": 2, "host": "0" * 16, "started": 1.0},
-        "settings": json.loads(json.dumps(settings)),
-        "model": {"weights_fingerprint": "sha256:0"},
-        "quantization": {"compute_dtype": "float32"},
-        "computation": {"padding": "none"},
-        "data": {"train": {"fingerprint": "x"}},
-        "runtime": {"train_seconds": 1.5},
-    }
+    write_summary(folder, "interrupted", build_settings(VALUES).flat())
+    change_summary(
+        folder,
+        started="2026-11-28T05:00:00+00:00",
+        process={"id": 2, "host": "0" * 16, "started": 1.0},
+        model={"weights_fingerprint": "sha256:0"},
+        quantization={"compute_dtype": "float32"},
+        computation={"padding": "none"},
+        data={"train": {"fingerprint": "x"}},
+        runtime={"train_seconds": 1.5},
+    )
     step = {"step": 1, "loss": 1.0, "seconds": 0.5, "tokens": 5, "supervised_tokens": 2}
-    state: dict[str, Any] = {"epoch": 1.0, "max_steps": 8, "num_train_epochs": 1}
-    state |= {"total_flos": 0.0, "log_history": [{"loss": 1.0}], "stateful_callbacks": {}}
-    folder.mkdir()
-    (folder / "training_summary.json").write_text(json.dumps(summary))
     log = {"schema_version": 1, "kind": "training_logs", "steps": [step, step | {"step": 2}]}
     (folder / "training_logs.json").write_text(json.dumps(log))
     for number in (2, 4):
-        checkpoint = folder / "checkpoints" / f"checkpoint-{number}"
-        checkpoint.mkdir(parents=True)
-        save_file({"lora_A": torch.ones(2, 3)}, checkpoint / "adapter_model.safetensors")
-        (checkpoint / "adapter_config.json").write_text('{"r": 2, "peft_type": "LORA"}')
-        (checkpoint / "trainer_state.json").write_text(json.dumps(state | {"global_step": number}))
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            torch.save({"state": torch.arange(20)}, checkpoint / name)
+        write_checkpoint(folder, number)
     return folder
 
 
@@ -104,12 +91,12 @@ def loads(path: Path) -> bool:
         state = torch.load(path)["state"]
     except Exception:  # noqa: BLE001  # torch raises many kinds
         return False
-    assert state.equal(torch.arange(20))
+    assert state.equal(torch.arange(50))
     return True
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("inputs", [150, pytest.param(5000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("inputs", [400, pytest.param(5000, marks=pytest.mark.long)])
 def test_damaged_run_folder_is_resumed_or_refused_in_one_line(run_dir: Path, inputs: int) -> None:
     numbers = random.Random(3)
     paths = sorted(path for path in run_dir.rglob("*") if path.is_file())
