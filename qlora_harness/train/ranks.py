@@ -34,9 +34,10 @@ def start_processes() -> PartialState:
 
 def device_of(state: PartialState) -> torch.device:
     """Returns the device of this process."""
+    if state.device.type != "cuda":
+        return torch.device(state.device.type)
     # The LOCAL rank: the global one would name a GPU that a second machine does not have.
-    index = state.local_process_index if state.device.type == "cuda" else None
-    return torch.device(state.device.type, index)
+    return torch.device("cuda", state.local_process_index)
 
 
 def on_main(state: PartialState, work: Callable[[], _Result]) -> _Result:

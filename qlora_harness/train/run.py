@@ -209,7 +209,7 @@ class _Run:
         model = attach_adapter(model, settings)
         # PEFT writes this into every adapter folder, which people upload: no path of this machine.
         model.peft_config["default"].base_model_name_or_path = public_name(source.name)
-        model.config._name_or_path = public_name(source.name)  # noqa: SLF001  # transformers' field
+        model.config.name_or_path = public_name(source.name)
         # The vocabulary never grows; "auto" asks the Hub about that name at every checkpoint.
         model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
         # Else PEFT replaces bfloat16 parameters by float32 ones, which fused layers don't know of.
