@@ -76,11 +76,8 @@ def test_unexpected_error_is_noted_and_raised(
     monkeypatch.setattr(trainer.StepLog, "add_row", broken)
     with pytest.raises(ZeroDivisionError):
         train(quant="bf16", output_dir="run")
-    record = summary("run")
-    assert (record["status"], record["failure"]) == (
-        "failed",
-        {"problem": "ZeroDivisionError: boom"},
-    )
+    assert summary("run")["status"] == "failed"
+    assert summary("run")["failure"] == {"problem": "ZeroDivisionError: boom"}
 
 
 def test_step_that_is_done_is_logged_when_the_next_one_fails(

@@ -97,26 +97,21 @@ def _check_report_to(name: str) -> None:
 def _with_compute_dtype(settings: Settings, state: PartialState, start: StartingPoint) -> Settings:
     """Puts a dtype in place of "auto", and says how the CPU computes."""
     on_cpu = state.device.type == "cpu"
-    notes = []
     if on_cpu and use_all_cores():
-        notes.append(
-            f"{torch.get_num_threads()} threads (accelerate launch "
-            "--num_cpu_threads_per_process N sets another number)"
-        )
+        flag = "accelerate launch --num_cpu_threads_per_process N"
+        say(state, f"on the CPU: {torch.get_num_threads()} threads ({flag} sets another number)")
     dtype = settings.model.compute_dtype
-    if dtype == "auto":
-        recorded = start.recorded("quantization", "compute_dtype")
-        if recorded in ("bfloat16", "float32"):
-            dtype = recorded
-        elif not on_cpu:
-            dtype = "bfloat16"
-        else:
-            slowdown = on_main(state, bfloat16_slowdown)
-            # Clearly faster: a choice at the edge could give the arms of a comparison two dtypes.
-            dtype = "bfloat16" if slowdown < 2 / 3 else "float32"
-            notes.insert(0, f"{dtype} (bfloat16 takes {slowdown:.1f} times as long as float32)")
-    if notes:
-        say(state, f"on the CPU: {', '.join(notes)}")
+    recorded = start.recorded("quantization", "compute_dtype")
+    if dtype == "auto" and recorded in ("bfloat16", "float32"):
+        dtype = recorded
+    elif dtype == "auto" and on_cpu:
+        slowdown = on_main(state, bfloat16_slowdown)
+        # Clearly faster: a choice at the edge could give the arms of a comparison two dtypes.
+        dtype = "bfloat16" if slowdown < 2 / 3 else "float32"
+        times = f"bfloat16 takes {slowdown:.1f} times as long as float32"
+        say(state, f"on the CPU: {dtype} ({times})")
+    elif dtype == "auto":
+        dtype = "bfloat16"
     model = dataclasses.replace(settings.model, compute_dtype=dtype)
     return dataclasses.replace(settings, model=model)
 
@@ -260,13 +255,9 @@ class _Run:
         if self.start.checkpoint is not None:
             self.earlier_rows, self.losses = earlier_steps(self.start.checkpoint)
         on_main(self.state, self._take_folder)
+        weights, computation = self.base_fingerprint, self.computation
         self.record.begin(
-            source,
-            model,
-            data,
-            fingerprint=self.base_fingerprint,
-            computation=self.computation,
-            plan=self.plan,
+            source, model, data, fingerprint=weights, computation=computation, plan=self.plan
         )
 
     def _take_folder(self) -> None:
