@@ -1,4 +1,4 @@
-"""Our setting names to the arguments of the installed transformers: the only such place."""
+"""Our settings to the arguments of transformers and PEFT: the only such place."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_harness.settings import OptimizationSettings
+from qlora_harness.model.lora import attach_lora
+from qlora_harness.settings import OptimizationSettings, Settings
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from peft import PeftModel
+    from transformers import PreTrainedModel, TrainingArguments
 
 OPTIMIZERS = {
     "paged_adamw_32bit": "paged_adamw_32bit",
@@ -106,3 +108,19 @@ def training_arguments(
     values[f"{name}_checkpointing"] = optimization.checkpointing == "full" and not fused
     values[f"{name}_checkpointing_kwargs"] = {"use_reentrant": False}
     return kind(**values | dict(changes or {}))
+
+
+def attach_adapter(base: PreTrainedModel, settings: Settings) -> PeftModel:
+    """Attaches the adapter that settings describe; its first weights follow their seed."""
+    import torch
+
+    torch.manual_seed(settings.optimization.seed)
+    lora = settings.lora
+    return attach_lora(
+        base,
+        r=lora.lora_r,
+        alpha=lora.lora_alpha,
+        dropout=lora.lora_dropout,
+        targets=lora.lora_targets,
+        dtype=lora.adapter_dtype,
+    )

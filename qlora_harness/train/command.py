@@ -34,7 +34,7 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
+class _FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = "unrecognized arguments: "
         if message.startswith(unknown):
@@ -44,13 +44,13 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(message, "`launch/train.py --help` lists every flag")
 
 
-def build_parser(prog: str = "launch/train.py") -> argparse.ArgumentParser:
+def flag_parser(prog: str = "launch/train.py") -> argparse.ArgumentParser:
     """Returns the parser of the launcher or of `qlora-harness plan`.
 
     It names flags only; defaults and checks are those of `settings`.
     """
     trains = prog == "launch/train.py"
-    parser = _Parser(
+    parser = _FlagParser(
         prog=prog,
         description="Fine-tunes a base model with LoRA, held in 4 bits (QLoRA) or in bf16."
         if trains
@@ -94,7 +94,7 @@ def parse_settings(
 
     Raises SettingsError for a wrong flag, recipe key or value.
     """
-    flags = vars(build_parser(prog).parse_args(argv))
+    flags = vars(flag_parser(prog).parse_args(argv))
     values, sources = with_recipe(flags.pop("recipe"), flags)
     sources |= {name: flag_of(name) for name in flags}
     return build_settings(values, sources), "resume" in flags

@@ -55,13 +55,13 @@ def bfloat16_slowdown() -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seconds = {dtype: _seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+        seconds = {dtype: _product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
     finally:
         torch.set_num_threads(threads)
     return seconds[torch.bfloat16] / seconds[torch.float32]
 
 
-def _seconds(dtype: torch.dtype) -> float:
+def _product_seconds(dtype: torch.dtype) -> float:
     x = torch.full((_ROWS, _WIDTH), 0.5, dtype=dtype)
     weight = torch.full((_WIDTH, _WIDTH), 0.5, dtype=dtype)
     best = float("inf")

@@ -90,14 +90,14 @@ def table(shape: Shape, settings: Settings, chosen: Settings, tokens: int) -> st
         f"{'checkpointing':<15}{'optimizer':<20}{'adapter':<10}"
         + "".join(f"{head:>12}" for head in heads)
         + "  fits GPUs of",
-        *(_line(plan, " *" if n == 0 else "") for n, plan in enumerate(plans.values())),
+        *(_plan_row(plan, " *" if n == 0 else "") for n, plan in enumerate(plans.values())),
         f"* {_why_marked(chosen)}; the others are the steps of --memory, from the fastest; host: "
         "pinned memory of the host, for each process",
     ]
     return "\n".join(lines)
 
 
-def _line(plan: MemoryPlan, mark: str) -> str:
+def _plan_row(plan: MemoryPlan, mark: str) -> str:
     parts = (plan.weights, plan.adapter, plan.states, plan.gradients, plan.kept, plan.work)
     fits = [d for d in _DEVICES_GIB if plan.peak + _CONTEXT <= d * GIB]
     return (

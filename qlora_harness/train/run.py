@@ -42,8 +42,7 @@ from qlora_harness.record import (
 )
 from qlora_harness.schema.training import EvaluationLosses
 from qlora_harness.settings import Settings
-from qlora_harness.train.adapter import attach_adapter
-from qlora_harness.train.arguments import planned_steps, training_arguments
+from qlora_harness.train.arguments import attach_adapter, planned_steps, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkpoint_step
 from qlora_harness.train.cpu import bfloat16_slowdown, use_all_cores
