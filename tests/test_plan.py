@@ -14,7 +14,7 @@ from qlora_harness.benchmark.training import WAYS
 from qlora_harness.cli import main as cli
 from qlora_harness.errors import SettingsError
 from qlora_harness.settings import Quant, build_settings
-from qlora_harness.train.memory_choice import LADDER, choose, with_rung
+from qlora_harness.train.memory_choice import LADDER, choose_memory_plan, with_rung
 from qlora_harness.train.memory_prediction import GIB, largest_pass, predict
 from qlora_harness.train.model_shape import Shape, measure_shape
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
@@ -111,7 +111,7 @@ def test_weights_and_adapter_are_counted_to_the_byte(
 def test_presets_and_amounts_choose_from_the_ladder(shape: Shape) -> None:
     def chosen(memory: str, **changes: Any) -> tuple[str, str, str, int]:
         settings = build_settings({"memory": memory, **changes})
-        settings, plan, _ = choose(shape, settings, [400] * 100)
+        settings, plan, _ = choose_memory_plan(shape, settings, [400] * 100)
         found = (
             settings.optimization.checkpointing,
             settings.optimization.optimizer,
@@ -221,7 +221,7 @@ def test_one_pass_is_offered_where_it_fits(shape: Shape) -> None:
 
 @pytest.mark.parametrize("word", ["fast", "balanced"])
 def test_benchmark_of_a_preset_computes_as_the_preset(shape: Shape, word: str) -> None:
-    chosen, _, _ = choose(shape, build_settings({"memory": word}), [400] * 100)
+    chosen, _, _ = choose_memory_plan(shape, build_settings({"memory": word}), [400] * 100)
     way = build_settings(WAYS[f"published-{word}"])
     assert dataclasses.replace(chosen.optimization, memory=None) == way.optimization
     assert (chosen.lora, chosen.data) == (way.lora, way.data)
