@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from qlora_harness.fused import triton_ops
+from qlora_harness.fused import launch
 
 _LOGITS = 2**25  # at a time
 _ROWS = 64  # and multiples of it
@@ -20,18 +20,13 @@ _ROWS = 64  # and multiples of it
 def summed_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Returns the summed negative log-likelihood, nats, a float32 scalar.
+    """Returns the summed negative log-likelihood of targets, [R] int64: nats, a float32 scalar.
 
-    Where there is Triton, the gradient is computed in the forward pass, so that no logits are
-    kept: logits and their gradient are rounded to the dtype of `hidden`, what lies between is
-    computed in float32.
-
-    Args:
-        hidden: [R, H]; differentiable.
-        weight: Of the output head, [V, H]; frozen.
-        targets: [R] int64.
+    `hidden`, [R, H], is differentiable; the head's weight, [V, H], is frozen. Where there is
+    Triton, the gradient is computed in the forward pass, so that no logits stay: logits and their
+    gradient are rounded to the dtype of `hidden`, and float32 lies between.
     """
-    if triton_ops.usable(hidden):
+    if launch.usable(hidden):
         total: torch.Tensor = _Summed.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
         return total
     return cross_entropy(linear(hidden, weight).float(), targets, reduction="sum")
@@ -40,13 +35,7 @@ def summed_cross_entropy(
 def cross_entropies(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """Returns the negative log-likelihood of each token, nats, [R] float32; not for training.
-
-    Args:
-        hidden: [R, H].
-        weight: Of the output head, [V, H].
-        targets: [R] int64.
-    """
+    """Returns the negative log-likelihood of each target, nats, [R] float32; not for training."""
     losses = hidden.new_empty(len(hidden), dtype=torch.float32)
     for part in _parts(hidden, weight):
         logits = linear(hidden[part], weight).float()
@@ -64,11 +53,13 @@ class _Summed(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
+        from qlora_harness.fused import triton_rows
+
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         ctx.gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for part in _parts(hidden, weight):
             logits = hidden[part] @ weight.t()
-            triton_ops.cross_entropy(logits, targets[part], losses[part])
+            triton_rows.cross_entropy(logits, targets[part], losses[part])
             if ctx.gradient is not None:
                 torch.mm(logits, weight, out=ctx.gradient[part])
             del logits  # before the next ones

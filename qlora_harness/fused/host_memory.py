@@ -34,51 +34,34 @@ class Blocks:
     """Pinned memory of the host, in blocks of one size that are used again and again.
 
     To pin memory takes longer than to fill it, and rows differ in length from step to step: where
-    blocks are missing, up to a quarter of what is pinned is pinned besides.
-
-    Attributes:
-        pinned: All blocks, in use or not.
+    blocks are missing, up to a quarter of what is pinned is pinned besides. `pinned` counts all
+    blocks, in use or not.
     """
 
     def __init__(self) -> None:
         self._free: list[torch.Tensor] = []
         self.pinned = 0
 
-    def new_bytes(self, wanted: int) -> int:
-        """Returns how much more memory would be pinned for so many bytes.
-
-        Args:
-            wanted: Bytes.
-        """
-        missing = _blocks(wanted) - len(self._free)
+    def new_bytes(self, size: int) -> int:
+        """Returns how much more memory would be pinned to hold so many bytes."""
+        missing = _blocks(size) - len(self._free)
         return (missing + self.pinned // 4) * _BLOCK if missing > 0 else 0
 
-    def take(self, wanted: int) -> list[torch.Tensor]:
-        """Returns blocks that hold so many bytes.
-
-        Args:
-            wanted: Bytes.
-
-        Raises:
-            NoPinnedMemory: The system gives no more.
-        """
-        for _ in range(_blocks(self.new_bytes(wanted))):
+    def take(self, size: int) -> list[torch.Tensor]:
+        """Returns blocks that hold so many bytes; raises NoPinnedMemory if the system has none."""
+        for _ in range(_blocks(self.new_bytes(size))):
             try:
                 block = torch.empty(_BLOCK, dtype=torch.uint8, pin_memory=True)
             except RuntimeError as error:
                 raise NoPinnedMemory(str(error).splitlines()[0]) from None
             self._free.append(block)
             self.pinned += 1
-        taken = self._free[: _blocks(wanted)]
+        taken = self._free[: _blocks(size)]
         del self._free[: len(taken)]
         return taken
 
     def give(self, blocks: list[torch.Tensor]) -> None:
-        """Takes blocks back. What is still copied to or from them comes before the next copy.
-
-        Args:
-            blocks: From `take`; of no use afterwards.
-        """
+        """Takes blocks back. What is still copied to or from them comes before the next copy."""
         self._free += blocks
 
 
@@ -87,32 +70,21 @@ def _blocks(size: int) -> int:
 
 
 def pinned_bytes(tensors: int, size: int) -> int:
-    """Returns the most memory that is pinned for tensors of one size.
-
-    Args:
-        tensors: How many.
-        size: Bytes of each.
-    """
+    """Returns the most memory that `Blocks` pin for so many tensors of `size` bytes each."""
     return tensors * _blocks(size) * _BLOCK * 5 // 4
 
 
 class Stored:
-    """One tensor in the host's memory.
+    """A contiguous tensor in the host's memory.
 
-    Args:
-        x: The tensor, contiguous.
-        blocks: Where its memory comes from.
-        below: The one that was stored before it, if its graph is still there.
-
-    Raises:
-        NoPinnedMemory: The system gives no more.
+    `device_copy` is the tensor on the device: until its memory is given up, and again when it comes
+    back. `below` is what was stored before it, if its graph is still there.
     """
 
     def __init__(self, x: torch.Tensor, blocks: Blocks, below: Stored | None) -> None:
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
         self.host: list[torch.Tensor] = []
-        # On the device: until its memory is given up, and again when it comes back.
-        self.there: torch.Tensor | None = x
+        self.device_copy: torch.Tensor | None = x
         self.copied: torch.cuda.Event | None = None
         self.below = None if below is None else weakref.ref(below)
         self._blocks = blocks
@@ -120,10 +92,10 @@ class Stored:
 
     def release(self) -> None:
         """Gives its memory back, on both sides."""
-        if self.there is not None and self.copied is not None:
+        if self.device_copy is not None and self.copied is not None:
             # It may still be read or written.
             torch.cuda.current_stream(self.device).wait_event(self.copied)
-        self.there = None
+        self.device_copy = None
         self._blocks.give(self.host)
         self.host = []
 
@@ -134,31 +106,24 @@ class Stored:
 
 
 class HostMemory:
-    """Shared by all layers of a model."""
+    """Where activations of all layers of a model go."""
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
         self._leaving: deque[weakref.ref[Stored]] = deque()
         self._blocks = Blocks()
         self._limit = memory_of_a_process() // 4
-        self._told = False
+        self._full_logged = False
 
     def serves(self, x: torch.Tensor) -> bool:
-        """Whether a tensor can be stored: one of a CUDA device, on which copies need no waiting.
-
-        Args:
-            x: Any.
-        """
+        """Whether a tensor can be stored: one of a CUDA device, on which copies need no waiting."""
         return x.is_cuda
 
     def put_if_room(self, x: torch.Tensor) -> Stored | None:
-        """Begins to copy a tensor to the host, if a quarter of what was available there is enough.
+        """Begins to copy a tensor to the host, as `put` does, if there is room.
 
-        Args:
-            x: As for `put`.
-
-        Returns:
-            None if it is not, or the system pins no more.
+        Room is a quarter of what was available at first. Returns None without it, or where the
+        system pins no more.
         """
         more = self._blocks.new_bytes(x.nbytes)
         if not more or self._pinned + more <= self._limit:
@@ -166,8 +131,8 @@ class HostMemory:
                 return self._put(x)
             except NoPinnedMemory:
                 self._limit = self._pinned
-        if not self._told:
-            self._told = True
+        if not self._full_logged:
+            self._full_logged = True
             logger.info(
                 "%.1f GiB of the host's memory are pinned for activations, and no more: what does "
                 "not fit is computed again",
@@ -181,13 +146,9 @@ class HostMemory:
         return self._blocks.pinned * _BLOCK
 
     def put(self, x: torch.Tensor) -> Stored:
-        """Begins to copy a tensor to the host.
+        """Begins to copy to the host a contiguous tensor that nothing writes to any more.
 
-        Args:
-            x: That it serves, contiguous; not to be written to.
-
-        Raises:
-            TrainingError: The system pins no more memory.
+        Raises TrainingError if the system pins no more memory.
         """
         try:
             return self._put(x)
@@ -208,20 +169,17 @@ class HostMemory:
             if oldest is not None and oldest.host and oldest.copied is not None:
                 # That copy has had the time of a layer or two; now the memory may be used again.
                 torch.cuda.current_stream(x.device).wait_event(oldest.copied)
-                oldest.there = None
+                oldest.device_copy = None
         return stored
 
     def get(self, stored: Stored) -> torch.Tensor:
-        """Returns a tensor to the device, and begins to fetch the one that was stored before it.
-
-        Args:
-            stored: From `put`; of no use afterwards.
-        """
+        """Returns a tensor to the device, once, and begins to fetch what was stored before it."""
         self._fetch(stored)
-        x = stored.there
-        assert x is not None and stored.copied is not None
+        x = stored.device_copy
+        assert x is not None
+        assert stored.copied is not None
         torch.cuda.current_stream(x.device).wait_event(stored.copied)
-        stored.there = None
+        stored.device_copy = None
         stored.release()
         below = None if stored.below is None else stored.below()
         if below is not None:
@@ -231,11 +189,12 @@ class HostMemory:
         return x
 
     def _fetch(self, stored: Stored) -> None:
-        if stored.there is not None or not stored.host:
+        if stored.device_copy is not None or not stored.host:
             return
         # Taken on the stream that computes, as its allocator knows when it is free again.
-        stored.there = torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
-        self._copy(stored, stored.there, back=True)
+        x = torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
+        stored.device_copy = x
+        self._copy(stored, x, back=True)
 
     def _copy(self, stored: Stored, x: torch.Tensor, *, back: bool) -> None:
         if self._stream is None or self._stream.device != stored.device:
@@ -259,12 +218,7 @@ def memory_of_a_process() -> int:
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies a tensor of the host to a device, without waiting for it.
-
-    Args:
-        values: On the host.
-        device: Where to.
-    """
+    """Copies a tensor of the host to a device, without waiting for it."""
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

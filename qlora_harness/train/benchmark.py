@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from qlora_harness.data.chat import Example
 from qlora_harness.data.corpus import load_chosen_data
 from qlora_harness.errors import SettingsError, TrainingError
-from qlora_harness.fused.model import install, uninstall, why_not_fused
+from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import (
     BaseSource,
     find_base,
@@ -280,10 +280,11 @@ def _train(
     device = next(base.parameters()).device
     optimization = settings.optimization
     model = attach_adapter(base, settings)
-    fused = optimization.kernels == "auto" and why_not_fused(model) is None
+    fused = optimization.kernels == "auto" and FusedDecoder.reason_against(model) is None
+    decoder = None
     try:
         if fused:
-            install(model, optimization.checkpointing)
+            decoder = FusedDecoder.attach(model, optimization.checkpointing)
         with tempfile.TemporaryDirectory() as folder:
             arguments = training_arguments(
                 optimization,
@@ -312,8 +313,8 @@ def _train(
         peaks = meter.phases[-1]
         _fill(measured, log.rows, warm_up, peaks.peak_allocated_bytes, peaks.peak_reserved_bytes)
     finally:
-        if fused:
-            uninstall(model)
+        if decoder is not None:
+            decoder.detach()
         if not fused and optimization.checkpointing == "full":
             # transformers 5.2x renames gradient_checkpointing to activation_checkpointing.
             newer = hasattr(base, "activation_checkpointing_disable")

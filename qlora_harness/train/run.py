@@ -33,7 +33,7 @@ from qlora_harness.errors import (
     printable,
 )
 from qlora_harness.fused.host_memory import memory_of_a_process
-from qlora_harness.fused.model import install, why_not_fused
+from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import (
     BaseSource,
     find_base,
@@ -325,9 +325,10 @@ class _Run:
     def _fuse(self, model: Any) -> bool:
         """Gives the model fused layers where it can have them."""
         optimization = self.chosen.optimization
-        reason = why_not_fused(model) if optimization.kernels == "auto" else "--kernels none"
+        auto = optimization.kernels == "auto"
+        reason = FusedDecoder.reason_against(model) if auto else "--kernels none"
         if reason is None:
-            install(model, optimization.checkpointing)
+            FusedDecoder.attach(model, optimization.checkpointing)
             return True
         if optimization.checkpointing in ("selective", "offload"):
             raise SettingsError(
@@ -335,7 +336,7 @@ class _Run:
                 f"{self.settings.model.model} has none: {reason}",
                 "Use --checkpointing full or none",
             )
-        if optimization.kernels == "auto":
+        if auto:
             _say(self.state, f"PEFT's own modules and padded batches: {reason}")
         return False
 
