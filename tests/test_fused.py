@@ -283,9 +283,14 @@ def test_row_without_a_learned_token_gives_no_gradient(checkpointing: str) -> No
         ),
         (
             transformers.MistralConfig(
-                vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                num_attention_heads=2, num_key_value_heads=2, sliding_window=16,
-            ),  # fmt: skip
+                vocab_size=VOCABULARY,
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                sliding_window=16,
+            ),
             "sliding-window",
         ),
     ],

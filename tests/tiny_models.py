@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from qlora_harness.data.chat import IGNORE
+from qlora_harness.fused.host_memory import HostMemory, Stored
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.train.batches import pack_batch, pad_batch
 
@@ -112,3 +113,16 @@ def assert_alike(step: Step, expected: Step) -> None:
     for name, gradient in expected[1].items():
         # Queries have no gradient in a text of two tokens: only rounding is left there.
         assert (step[1][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+def noted_widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that will hold the columns of every tensor that goes to the host."""
+    widths: list[int] = []
+    own = HostMemory._put
+
+    def put(host: HostMemory, x: torch.Tensor) -> Stored:
+        widths.append(x.shape[1])
+        return own(host, x)
+
+    monkeypatch.setattr(HostMemory, "_put", put)
+    return widths
