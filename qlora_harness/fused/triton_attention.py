@@ -156,7 +156,7 @@ def _store_turned_back(
 def _attend(
     total,
     weight,
-    highest,
+    top,
     q,
     keys,
     values,
@@ -175,9 +175,9 @@ def _attend(
     scores = tl.dot(q, tl.trans(k))
     if EDGE:
         scores = tl.where(key[None, :] <= query[:, None], scores, float("-inf"))
-    now = tl.maximum(highest, tl.max(scores, axis=1) * factor)
+    now = tl.maximum(top, tl.max(scores, axis=1) * factor)
     part = tl.exp2(scores * factor - now[:, None])
-    shrink = tl.exp2(highest - now)
+    shrink = tl.exp2(top - now)
     weight = weight * shrink + tl.sum(part, axis=1)
     total = total * shrink[:, None]
     v = _load(values, key, length, WIDTH, SIZE, not EDGE)
@@ -210,35 +210,22 @@ def forward_kernel(
     q = _load(line + head * SIZE, query, length, WIDTH, SIZE, False)
     total = tl.zeros([M, SIZE], tl.float32)
     weight = tl.zeros([M], tl.float32)
-    highest = tl.full([M], float("-inf"), tl.float32)
+    top = tl.full([M], float("-inf"), tl.float32)
     edge = first // N * N
     for at in range(0, edge, N):
-        total, weight, highest = _attend(
-            total,
-            weight,
-            highest,
-            q,
-            keys,
-            values,
-            query,
-            at,
-            length,
-            factor,
-            WIDTH,
-            SIZE,
-            N,
-            False,
+        total, weight, top = _attend(
+            total, weight, top, q, keys, values, query, at, length, factor, WIDTH, SIZE, N, False
         )
     for at in range(edge, tl.minimum(first + M, length), N):
-        total, weight, highest = _attend(
-            total, weight, highest, q, keys, values, query, at, length, factor, WIDTH, SIZE, N, True
+        total, weight, top = _attend(
+            total, weight, top, q, keys, values, query, at, length, factor, WIDTH, SIZE, N, True
         )
     inside = query < length
     total = total / weight[:, None]
     out = attended + start * (HEADS * SIZE) + head * SIZE
     place = out + query[:, None] * (HEADS * SIZE) + tl.arange(0, SIZE)[None, :]
     tl.store(place, total.to(attended.dtype.element_ty), mask=inside[:, None])
-    tl.store(lse + head * tokens + start + query, highest + tl.log2(weight), mask=inside)
+    tl.store(lse + head * tokens + start + query, top + tl.log2(weight), mask=inside)
 
 
 @triton.jit
@@ -306,10 +293,10 @@ def query_gradient_kernel(
     inside = query < length
     q = _load(line + head * SIZE, query, length, WIDTH, SIZE, False)
     d_rows = dout + start * dout_stride + head * SIZE
-    d_tile = _load(d_rows, query, length, dout_stride, SIZE, False)
+    d_o = _load(d_rows, query, length, dout_stride, SIZE, False)
     rows = attended + start * (HEADS * SIZE) + head * SIZE
     output = _load(rows, query, length, HEADS * SIZE, SIZE, False)
-    inner = tl.sum(d_tile.to(tl.float32) * output.to(tl.float32), axis=1)
+    inner = tl.sum(d_o.to(tl.float32) * output.to(tl.float32), axis=1)
     entry = head * tokens + start + query
     tl.store(delta + entry, inner, mask=inside)
     level = tl.load(lse + entry, mask=inside, other=0.0)
@@ -317,39 +304,11 @@ def query_gradient_kernel(
     edge = first // N * N
     for at in range(0, edge, N):
         dq = _query_step(
-            dq,
-            q,
-            d_tile,
-            level,
-            inner,
-            keys,
-            values,
-            query,
-            at,
-            length,
-            factor,
-            WIDTH,
-            SIZE,
-            N,
-            False,
+            dq, q, d_o, level, inner, keys, values, query, at, length, factor, WIDTH, SIZE, N, False
         )
     for at in range(edge, tl.minimum(first + M, length), N):
         dq = _query_step(
-            dq,
-            q,
-            d_tile,
-            level,
-            inner,
-            keys,
-            values,
-            query,
-            at,
-            length,
-            factor,
-            WIDTH,
-            SIZE,
-            N,
-            True,
+            dq, q, d_o, level, inner, keys, values, query, at, length, factor, WIDTH, SIZE, N, True
         )
     place = out + start * WIDTH + head * SIZE
     _store_turned_back(place, cos, sin, dq * scale, query, length, WIDTH, SIZE)
