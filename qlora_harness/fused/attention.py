@@ -10,6 +10,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from qlora_harness.fused import launch
@@ -18,8 +19,8 @@ from qlora_harness.fused.row import Row
 
 
 def forward(
-    projected: torch.Tensor, heads: int, key_heads: int, row: Row, scale: float
-) -> tuple[torch.Tensor, Any]:
+    projected: Tensor, heads: int, key_heads: int, row: Row, scale: float
+) -> tuple[Tensor, Any]:
     """Returns what each query attends to, [T, heads, D], and what `backward` needs besides.
 
     `projected` holds rotated queries and keys, and values, side by side,
@@ -36,13 +37,8 @@ def forward(
 
 
 def backward(
-    d_attended: torch.Tensor,
-    projected: torch.Tensor,
-    attended: torch.Tensor,
-    state: Any,
-    row: Row,
-    scale: float,
-) -> torch.Tensor:
+    d_attended: Tensor, projected: Tensor, attended: Tensor, state: Any, row: Row, scale: float
+) -> Tensor:
     """Returns the gradient of the row before it was rotated, side by side, [T, N].
 
     `attended` and `state` come from `forward`; `d_attended` is [T, heads, D].
@@ -65,7 +61,7 @@ def backward(
     return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 
-def uses_triton(projected: torch.Tensor, size: int) -> bool:
+def uses_triton(projected: Tensor, size: int) -> bool:
     """Whether the Triton kernels take a row with heads of a size."""
     return (
         launch.usable(projected)
@@ -75,21 +71,19 @@ def uses_triton(projected: torch.Tensor, size: int) -> bool:
     )
 
 
-def split_heads(
-    projected: torch.Tensor, heads: int, key_heads: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def split_heads(projected: Tensor, heads: int, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns views of queries, keys and values, [T, heads, D], that lie side by side."""
     x = projected.view(len(projected), heads + 2 * key_heads, -1)
     return x[:, :heads], x[:, heads : heads + key_heads], x[:, heads + key_heads :]
 
 
-def _uses_flash(q: torch.Tensor) -> bool:
+def _uses_flash(q: Tensor) -> bool:
     return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
 
 
 def _flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: Row, scale: float
-) -> tuple[torch.Tensor, tuple[torch.Tensor, list[torch.Tensor]]]:
+    q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float
+) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
     """Returns the output, and it again with its graph and the graph's leaves."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -101,18 +95,18 @@ def _flash(
     q, k, v = leaves
     with torch.enable_grad():
         out = varlen_attn(q, k, v, row.borders, row.borders, row.longest, row.longest, **options)
-    assert isinstance(out, torch.Tensor)
+    assert isinstance(out, Tensor)
     return out.detach(), (out, leaves)
 
 
-def _texts(tensors: tuple[torch.Tensor, ...], row: Row) -> list[tuple[torch.Tensor, ...]]:
+def _texts(tensors: tuple[Tensor, ...], row: Row) -> list[tuple[Tensor, ...]]:
     return [
         tuple(x[start:stop] for x in tensors)
         for start, stop in zip(row.starts[:-1], row.starts[1:], strict=True)
     ]
 
 
-def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """One text: [t, heads, D]."""
     grouped = q.shape[1] != k.shape[1]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
@@ -121,8 +115,8 @@ def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
 
 
 def _plain_backward(
-    d_out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, ...]:
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, ...]:
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
         out = _plain(leaves[0], leaves[1], leaves[2], scale)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qlora_harness.fused.launch import usable
 from qlora_harness.model.base import expand_4bit
@@ -41,14 +42,14 @@ class Scratch:
     """Memory that groups share, as they run one after the other."""
 
     def __init__(self) -> None:
-        self._flat: torch.Tensor | None = None
+        self._flat: Tensor | None = None
         self._count = 0
 
     def announce(self, count: int) -> None:
         """Says how many elements a group will need, so that all is allocated at once."""
         self._count = max(self._count, count)
 
-    def get(self, like: torch.Tensor) -> torch.Tensor:
+    def get(self, like: Tensor) -> Tensor:
         """Returns the memory, [elements], of a dtype and device; it holds what came last."""
         flat = self._flat
         if flat is None or flat.dtype != like.dtype or flat.device != like.device:
@@ -60,12 +61,12 @@ class Scratch:
 class Views:
     """Parts of M."""
 
-    weights: torch.Tensor  # [W, B], [N, K + R]
-    frozen: torch.Tensor  # W, [N, K]
-    up: torch.Tensor  # B, [N, R]
-    down: torch.Tensor  # s A, [R, K]
-    left: torch.Tensor  # W and below it s A, [N + R, K]
-    whole: torch.Tensor  # with the unused columns at its right, [N + R, stride]
+    weights: Tensor  # [W, B], [N, K + R]
+    frozen: Tensor  # W, [N, K]
+    up: Tensor  # B, [N, R]
+    down: Tensor  # s A, [R, K]
+    left: Tensor  # W and below it s A, [N + R, K]
+    whole: Tensor  # with the unused columns at its right, [N + R, stride]
 
 
 class Bordered:
@@ -88,7 +89,7 @@ class Bordered:
         self.stride = aligned(self.width + self.border)
         self._states = [getattr(p.layer.weight, "quant_state", None) for p in projections]
         self._loader: Any = None
-        self._memory: torch.Tensor | None = None
+        self._memory: Tensor | None = None
         self._views: Views | None = None
         self._owns = all(state is None for state in self._states)
         if self._owns:
@@ -112,7 +113,7 @@ class Bordered:
                 projection.layer.weight.data = projection.layer.weight.data.contiguous()
             self._views = None
 
-    def load(self, like: torch.Tensor, *, again: bool = False) -> Views:
+    def load(self, like: Tensor, *, again: bool = False) -> Views:
         """Fills M in a dtype and on a device; valid until another 4-bit group is loaded.
 
         `again` says that adapters haven't changed since the last time, as in a backward pass.
@@ -124,7 +125,7 @@ class Bordered:
             self._load(views.whole)
         return views
 
-    def loaded(self, like: torch.Tensor) -> Views:
+    def loaded(self, like: Tensor) -> Views:
         """Returns M as it was loaded last."""
         views = self._views
         if self._owns:
@@ -136,7 +137,7 @@ class Bordered:
             self._views = views = self._parts(memory)
         return views
 
-    def _parts(self, memory: torch.Tensor) -> Views:
+    def _parts(self, memory: Tensor) -> Views:
         rows = self.height + self.border
         whole = memory[: rows * self.stride].view(rows, self.stride)
         columns = self.width + self.border
@@ -149,7 +150,7 @@ class Bordered:
             whole=whole,
         )
 
-    def _load_in_triton(self, matrix: torch.Tensor) -> bool:
+    def _load_in_triton(self, matrix: Tensor) -> bool:
         """Returns whether the kernel takes weights such as these."""
         if self._loader is None:
             from qlora_harness.fused.triton_weights import Loader
@@ -159,7 +160,7 @@ class Bordered:
             self._loader(matrix)
         return bool(self._loader.fits)
 
-    def _load(self, matrix: torch.Tensor) -> None:
+    def _load(self, matrix: Tensor) -> None:
         parts = torch.split(matrix[: self.height], self.heights)
         for projection, state, rows, slot in zip(
             self.projections, self._states, parts, self.slots, strict=True

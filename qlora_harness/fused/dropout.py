@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from qlora_harness.fused.launch import usable
 
@@ -20,7 +21,7 @@ from qlora_harness.fused.launch import usable
 class Masks:
     """Which elements of one input each adapter of a group sees."""
 
-    keep: torch.Tensor  # [adapters, T, K] bool; or packed into bits, from `triton_dropout.draw`
+    keep: Tensor  # [adapters, T, K] bool; or packed into bits, from `triton_dropout.draw`
     factor: float  # 1 / (1 - p), of the elements that stay
 
     @property
@@ -29,7 +30,7 @@ class Masks:
         return self.keep.dtype == torch.uint8
 
 
-def can_pack(rank: int, like: torch.Tensor) -> bool:
+def can_pack(rank: int, like: Tensor) -> bool:
     """Whether the kernels take masks of adapters of a rank, on inputs such as `like`."""
     if not usable(like):
         return False
@@ -69,9 +70,7 @@ def draw(
     return masks
 
 
-def products(
-    x: torch.Tensor, down: torch.Tensor, masks: Masks, beside: torch.Tensor | None = None
-) -> torch.Tensor:
+def products(x: Tensor, down: Tensor, masks: Masks, beside: Tensor | None = None) -> Tensor:
     """Returns h, drop_i(x) A_i^T of all adapters side by side, [T, R]; writes it to `beside` too.
 
     x is [T, K]; `down` is the adapters' A with any factor, one below the other, [R, K].
@@ -87,9 +86,7 @@ def products(
     return inner
 
 
-def add_products(
-    gradient: torch.Tensor, d_inner: torch.Tensor, down: torch.Tensor, masks: Masks
-) -> None:
+def add_products(gradient: Tensor, d_inner: Tensor, down: Tensor, masks: Masks) -> None:
     """Adds sum_i drop_i(dh_i A_i), what reaches an input through the adapters, to its gradient.
 
     `gradient` is [T, K] and `d_inner`, that of h, [T, R]; `down` is as in `products`.
@@ -104,9 +101,7 @@ def add_products(
     gradient += sum((inner @ part) * keep for keep, inner, part in parts) * masks.factor
 
 
-def gradients(
-    d_inner: torch.Tensor, x: torch.Tensor, masks: Masks, scale: float, dtype: torch.dtype
-) -> torch.Tensor:
+def gradients(d_inner: Tensor, x: Tensor, masks: Masks, scale: float, dtype: torch.dtype) -> Tensor:
     """Returns the gradients of the adapters' A, s dh_i^T drop_i(x), one below the other, [R, K]."""
     factor = scale * masks.factor
     if masks.packed:

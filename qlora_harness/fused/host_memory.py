@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from qlora_harness.errors import TrainingError
 from qlora_harness.model.free_memory import available_memory
@@ -39,7 +40,7 @@ class Blocks:
     """
 
     def __init__(self) -> None:
-        self._free: list[torch.Tensor] = []
+        self._free: list[Tensor] = []
         self.pinned = 0
 
     def new_bytes(self, size: int) -> int:
@@ -47,7 +48,7 @@ class Blocks:
         missing = _blocks(size) - len(self._free)
         return (missing + self.pinned // 4) * _BLOCK if missing > 0 else 0
 
-    def take(self, size: int) -> list[torch.Tensor]:
+    def take(self, size: int) -> list[Tensor]:
         """Returns blocks that hold so many bytes; raises NoPinnedMemory if the system has none."""
         for _ in range(_blocks(self.new_bytes(size))):
             try:
@@ -60,7 +61,7 @@ class Blocks:
         del self._free[: len(taken)]
         return taken
 
-    def give(self, blocks: list[torch.Tensor]) -> None:
+    def give(self, blocks: list[Tensor]) -> None:
         """Takes blocks back. What is still copied to or from them comes before the next copy."""
         self._free += blocks
 
@@ -81,10 +82,10 @@ class Stored:
     back. `below` is what was stored before it, if its graph is still there.
     """
 
-    def __init__(self, x: torch.Tensor, blocks: Blocks, below: Stored | None) -> None:
+    def __init__(self, x: Tensor, blocks: Blocks, below: Stored | None) -> None:
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
-        self.host: list[torch.Tensor] = []
-        self.device_copy: torch.Tensor | None = x
+        self.host: list[Tensor] = []
+        self.device_copy: Tensor | None = x
         self.copied: torch.cuda.Event | None = None
         self.below = None if below is None else weakref.ref(below)
         self._blocks = blocks
@@ -115,11 +116,11 @@ class HostMemory:
         self._limit = memory_of_a_process() // 4
         self._full_logged = False
 
-    def serves(self, x: torch.Tensor) -> bool:
+    def serves(self, x: Tensor) -> bool:
         """Whether a tensor can be stored: one of a CUDA device, on which copies need no waiting."""
         return x.is_cuda
 
-    def put_if_room(self, x: torch.Tensor) -> Stored | None:
+    def put_if_room(self, x: Tensor) -> Stored | None:
         """Begins to copy a tensor to the host, as `put` does, if there is room.
 
         Room is a quarter of what was available at first. Returns None without it, or where the
@@ -145,7 +146,7 @@ class HostMemory:
         """Bytes."""
         return self._blocks.pinned * _BLOCK
 
-    def put(self, x: torch.Tensor) -> Stored:
+    def put(self, x: Tensor) -> Stored:
         """Begins to copy to the host a contiguous tensor that nothing writes to any more.
 
         Raises TrainingError if the system pins no more memory.
@@ -159,7 +160,7 @@ class HostMemory:
                 "Lower --batch-size (and raise --grad-accum), or use --checkpointing full",
             ) from None
 
-    def _put(self, x: torch.Tensor) -> Stored:
+    def _put(self, x: Tensor) -> Stored:
         before = self._leaving[-1]() if self._leaving else None
         stored = Stored(x, self._blocks, before)
         self._copy(stored, x, back=False)
@@ -172,7 +173,7 @@ class HostMemory:
                 oldest.device_copy = None
         return stored
 
-    def get(self, stored: Stored) -> torch.Tensor:
+    def get(self, stored: Stored) -> Tensor:
         """Returns a tensor to the device, once, and begins to fetch what was stored before it."""
         self._fetch(stored)
         x = stored.device_copy
@@ -196,7 +197,7 @@ class HostMemory:
         stored.device_copy = x
         self._copy(stored, x, back=True)
 
-    def _copy(self, stored: Stored, x: torch.Tensor, *, back: bool) -> None:
+    def _copy(self, stored: Stored, x: Tensor, *, back: bool) -> None:
         if self._stream is None or self._stream.device != stored.device:
             self._stream = torch.cuda.Stream(stored.device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(stored.device))
@@ -217,7 +218,7 @@ def memory_of_a_process() -> int:
     return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Copies a tensor of the host to a device, without waiting for it."""
     if device.type != "cuda":
         return values.to(device)

@@ -7,7 +7,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
-import torch
+from torch import Tensor
 
 _compiled: dict[Any, Any] = {}
 
@@ -17,7 +17,7 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def usable(x: torch.Tensor) -> bool:
+def usable(x: Tensor) -> bool:
     """Whether Triton kernels can work on a tensor."""
     return x.is_cuda and _has_triton()
 
@@ -39,7 +39,7 @@ def launch(
     values: list[Any] = []
     addresses = 0  # all bits that are set in any address
     for argument in arguments:
-        if isinstance(argument, torch.Tensor):
+        if isinstance(argument, Tensor):
             address = argument.data_ptr()
             addresses |= address
             values.append(address)
@@ -47,7 +47,7 @@ def launch(
         else:
             values.append(argument)
             key.append(_kind(argument) if isinstance(argument, int) else type(argument))
-    key.append(next(a for a in arguments if isinstance(a, torch.Tensor)).get_device())
+    key.append(next(a for a in arguments if isinstance(a, Tensor)).get_device())
     entry, aligned = tuple(key), addresses % 16 == 0
     compiled = _compiled.get(entry)
     if compiled is not None and aligned:

@@ -379,7 +379,7 @@ def _spread(rows: Tensor, read_at: Tensor | None, tokens: int) -> Tensor:
 
 
 def activation_bytes(
-    shape: Shape, rank: int, *, dropout: bool, checkpointing: str, tokens: int, size: int
+    shape: Shape, rank: int, *, has_dropout: bool, checkpointing: str, tokens: int, size: int
 ) -> tuple[int, int]:
     """Returns what all layers keep between the passes, and what the layer at work takes.
 
@@ -389,15 +389,10 @@ def activation_bytes(
     first = 2 * hidden + 2 * shape.queries + 2 * shape.keys + adapters * 4 / 7
     first += (shape.queries + shape.keys) * shape.head_norms
     second = 2 * inner + adapters * 3 / 7
-    saved = {
-        "none": first + second,
-        "selective": first,
-        "full": hidden,
-        "offload": 0,
-    }[checkpointing]
+    saved = {"none": first + second, "selective": first, "full": hidden, "offload": 0}
     # The product of the MLP, which its gradient replaces; what the norms and the stream take.
     work = float(inner + 4 * hidden)
-    if dropout:  # a bit for each element that an adapter reads
+    if has_dropout:  # a bit for each element that an adapter reads
         work += (5 * hidden + shape.queries + inner) * shape.adapted / 7 / 8 / size
     work += {
         "none": 0,
@@ -405,4 +400,4 @@ def activation_bytes(
         "full": first + second,
         "offload": first + second + hidden,  # the input of the layer below comes back
     }[checkpointing]
-    return int(saved * size * tokens * shape.layers), int(work * size * tokens)
+    return int(saved[checkpointing] * size * tokens * shape.layers), int(work * size * tokens)

@@ -19,14 +19,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from qlora_harness.fused import dropout
 from qlora_harness.fused.bordered import Bordered, Projection, Scratch, aligned
 from qlora_harness.fused.dropout import Masks
 from qlora_harness.fused.ops import copy
 
-Gradients = list[torch.Tensor | None]
-Inner = torch.Tensor | None
+Gradients = list[Tensor | None]
+Inner = Tensor | None
 
 
 class LoraGroup:
@@ -39,7 +40,7 @@ class LoraGroup:
         # Each projection with an adapter, and the adapter's slot.
         self._adapted = [(i, n) for i, n in enumerate(self._weights.slots) if n is not None]
         self._dtype = next((p.down.dtype for p in projections if p.down is not None), torch.float32)
-        self._bias: torch.Tensor | None = None
+        self._bias: Tensor | None = None
         if any(p.layer.bias is not None for p in projections):
             heights = zip(projections, self._weights.heights, strict=True)
             self._bias = torch.cat(
@@ -57,11 +58,11 @@ class LoraGroup:
         """Gives full-precision weights memory of their own again; the group is of no use then."""
         self._weights.move_out()
 
-    def input(self, tokens: int, like: torch.Tensor) -> torch.Tensor:
+    def input(self, tokens: int, like: Tensor) -> Tensor:
         """Returns memory for an input with room for h behind it, [T, K + R]."""
         return _room(tokens, self._weights.width + self._weights.border, like)
 
-    def as_input(self, x: torch.Tensor) -> torch.Tensor:
+    def as_input(self, x: Tensor) -> Tensor:
         """Returns an input, [T, K], in memory as from `input`: as it is, if it needs no room."""
         if not self._weights.border:
             return x
@@ -69,11 +70,11 @@ class LoraGroup:
         copy(x.contiguous(), wide[:, : self._weights.width])
         return wide
 
-    def output_gradient(self, tokens: int, like: torch.Tensor) -> torch.Tensor:
+    def output_gradient(self, tokens: int, like: Tensor) -> Tensor:
         """Returns memory for dy with room for dh behind it, [T, N + R]; for a group of one."""
         return _room(tokens, self._weights.height + self._weights.border, like)
 
-    def with_room(self, dy: torch.Tensor) -> torch.Tensor:
+    def with_room(self, dy: Tensor) -> Tensor:
         """Returns dy, [T, N], in memory as from `output_gradient`: as it is, if it has the room."""
         columns = self._weights.height + self._weights.border
         stride = aligned(columns)
@@ -88,7 +89,7 @@ class LoraGroup:
         wide[:, : dy.shape[1]] = dy
         return wide
 
-    def can_pack_masks(self, like: torch.Tensor) -> bool:
+    def can_pack_masks(self, like: Tensor) -> bool:
         """Whether the masks of its adapters may be packed, on inputs such as `like`."""
         return not self._adapted or dropout.can_pack(self._weights.rank, like)
 
@@ -96,7 +97,7 @@ class LoraGroup:
         """Returns how many adapters have masks, and the shape of their input: [T, K]."""
         return len(self._adapted), tokens, self._weights.width
 
-    def forward(self, wide: torch.Tensor, masks: Masks | None) -> tuple[torch.Tensor, Inner]:
+    def forward(self, wide: Tensor, masks: Masks | None) -> tuple[Tensor, Inner]:
         """Returns the outputs side by side, [T, N], and h, [T, R].
 
         `wide` comes from `input`, with the input in its first K columns. Without masks the adapters
@@ -109,9 +110,7 @@ class LoraGroup:
             return wide @ views.weights.t(), inner
         return torch.addmm(self._bias.to(wide.dtype), wide, views.weights.t()), inner
 
-    def backward(
-        self, dy: torch.Tensor, masks: Masks | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def backward(self, dy: Tensor, masks: Masks | None) -> tuple[Tensor, Tensor | None]:
         """Returns the gradients of x, [T, K], and of h, [T, R], from that of the outputs, [T, N].
 
         For a group of one with an adapter dy is the memory of `output_gradient`, whose first N
@@ -137,19 +136,14 @@ class LoraGroup:
         dropout.add_products(dx, inner, views.down, masks)
         return dx, inner
 
-    def backward_inner(self, dy: torch.Tensor) -> torch.Tensor | None:
+    def backward_inner(self, dy: Tensor) -> Tensor | None:
         """Returns the gradient of h alone, [T, R], where that of x is of no use."""
         if not self._weights.border:
             return None
         return dy @ self._weights.load(dy, again=True).up
 
     def gradients(
-        self,
-        dy: torch.Tensor,
-        d_inner: torch.Tensor | None,
-        x: torch.Tensor,
-        inner: Inner,
-        masks: Masks | None,
+        self, dy: Tensor, d_inner: Tensor | None, x: Tensor, inner: Inner, masks: Masks | None
     ) -> Gradients:
         """Returns the gradients of A and B of each projection; follows `backward`.
 
@@ -175,9 +169,7 @@ class LoraGroup:
             gradients[2 * i] = downs[slot * rank : (slot + 1) * rank]
         return gradients
 
-    def _inner(
-        self, x: torch.Tensor, down: torch.Tensor, masks: Masks | None, beside: torch.Tensor | None
-    ) -> Inner:
+    def _inner(self, x: Tensor, down: Tensor, masks: Masks | None, beside: Tensor | None) -> Inner:
         """Returns h of all adapters side by side, and writes it to `beside`; None without any."""
         if not self._weights.border:
             return None
@@ -189,16 +181,16 @@ class LoraGroup:
         return inner
 
 
-def _room(tokens: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+def _room(tokens: int, columns: int, like: Tensor) -> Tensor:
     # oneDNN multiplies what lies behind the columns by zero, on CPUs with AMX in bfloat16: a NaN
     # there would show (https://github.com/uxlfoundation/oneDNN/issues/5717).
     new = like.new_zeros if like.device.type == "cpu" else like.new_empty
     return new(tokens, aligned(columns))[:, :columns]
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """A matrix product in another dtype than its factors', without rounding in between on CUDA."""
     if a.is_cuda and dtype == torch.float32 and a.dtype == torch.bfloat16:
-        wide: torch.Tensor = torch.mm(a, b, out_dtype=dtype)
+        wide: Tensor = torch.mm(a, b, out_dtype=dtype)
         return wide
     return (a @ b).to(dtype)

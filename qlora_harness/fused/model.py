@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
 from qlora_harness.fused import cross_entropy
@@ -90,10 +91,7 @@ class FusedDecoder:
         self._base.forward = self._own_forward
 
     def __call__(
-        self,
-        input_ids: torch.Tensor | None = None,
-        borders: torch.Tensor | None = None,
-        **options: Any,
+        self, input_ids: Tensor | None = None, borders: Tensor | None = None, **options: Any
     ) -> Any:
         """Stands for the model's `forward`; returns the loss of a row, see `_row_loss`."""
         if borders is None:
@@ -105,23 +103,23 @@ class FusedDecoder:
 
     def _row_loss(
         self,
-        input_ids: torch.Tensor,
-        borders: torch.Tensor,
+        input_ids: Tensor,
+        borders: Tensor,
         *,
-        position_ids: torch.Tensor,
+        position_ids: Tensor,
         starts: tuple[int, ...],
         longest: int,
-        read_at: torch.Tensor,
-        read_token: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        read_at: Tensor,
+        read_token: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
         per_token: bool = False,
         **ignored: Any,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """The loss of the tokens that are read: of each, [R], or summed over the items' number."""
         hidden, rotation = self._embed(input_ids, position_ids)
         row = Row(rotation.cos, rotation.sin, borders, starts, longest)
         training = self._base.training
-        added: torch.Tensor | None = None
+        added: Tensor | None = None
         *below, last = self.layers
         for layer in below:
             hidden, added = layer(hidden, added, row, training=training)
@@ -137,28 +135,22 @@ class FusedDecoder:
         return total / (len(read_token) if num_items_in_batch is None else num_items_in_batch)
 
     def infer(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        attend: Attend,
-        read_at: torch.Tensor,
-    ) -> torch.Tensor:
+        self, input_ids: Tensor, position_ids: Tensor, attend: Attend, read_at: Tensor
+    ) -> Tensor:
         """Returns the normalised hidden states of the tokens at `read_at`, [R, H].
 
         Ids and positions are [1, T]. There are no gradients, and any attention.
         """
         hidden, rotation = self._embed(input_ids, position_ids)
-        added: torch.Tensor | None = None
+        added: Tensor | None = None
         *below, last = self.layers
         for layer in below:
             hidden, added = layer.infer(hidden, added, rotation, attend)
         hidden, added = last.infer(hidden, added, rotation, attend, read_at)
-        normed: torch.Tensor = self._decoder.norm(hidden + added)
+        normed: Tensor = self._decoder.norm(hidden + added)
         return normed
 
-    def _embed(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, Rotation]:
+    def _embed(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Rotation]:
         """What the first layer reads, [T, H], and how tokens are rotated."""
         hidden = self._decoder.embed_tokens(input_ids)
         cos, sin = self._decoder.rotary_emb(hidden, position_ids)

@@ -7,6 +7,7 @@ elsewhere, which the tests compare with autograd.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn.functional import silu
 
 from qlora_harness.fused.launch import usable
@@ -14,12 +15,8 @@ from qlora_harness.fused.row import Rotation
 
 
 def rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    out: torch.Tensor,
-    add: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None = None
+) -> Tensor:
     """Normalises x + add, [T, H] and contiguous, into `out` as LLaMA does; returns x + add.
 
     That is: in float32, cast back, then multiplied by the weight, [H].
@@ -36,12 +33,7 @@ def rms_norm(
 
 
 def rms_norm_backward(
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    out: torch.Tensor,
-    add: torch.Tensor | None = None,
+    gradient: Tensor, x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None = None
 ) -> None:
     """Writes the gradient of x, plus `add`, to `out`, given that of the normalised rows, [T, H].
 
@@ -62,7 +54,7 @@ def rms_norm_backward(
     gradient.copy_(weight * normed.to(x.dtype))
 
 
-def copy(source: torch.Tensor, out: torch.Tensor) -> None:
+def copy(source: Tensor, out: Tensor) -> None:
     """Copies contiguous rows into longer ones; torch's own copy takes three times as long there."""
     if usable(source):
         from qlora_harness.fused import triton_rows
@@ -72,7 +64,7 @@ def copy(source: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(source)
 
 
-def swiglu(gates: torch.Tensor, out: torch.Tensor) -> None:
+def swiglu(gates: Tensor, out: Tensor) -> None:
     """Writes silu(gate) * up, [T, I], of [gate, up] side by side, [T, 2 I] and contiguous."""
     if usable(gates):
         from qlora_harness.fused import triton_rows
@@ -83,7 +75,7 @@ def swiglu(gates: torch.Tensor, out: torch.Tensor) -> None:
     torch.mul(silu(gate), up, out=out)
 
 
-def swiglu_backward(gates: torch.Tensor, gradient: torch.Tensor) -> None:
+def swiglu_backward(gates: Tensor, gradient: Tensor) -> None:
     """Turns [gate, up] into their gradients, and the product's gradient into the product."""
     if usable(gates):
         from qlora_harness.fused import triton_rows
@@ -100,7 +92,7 @@ def swiglu_backward(gates: torch.Tensor, gradient: torch.Tensor) -> None:
     up.copy_(d_up)
 
 
-def rotate(projected: torch.Tensor, heads: int, rotation: Rotation) -> None:
+def rotate(projected: Tensor, heads: int, rotation: Rotation) -> None:
     """Rotates the first heads of queries, keys and values side by side, [T, N], in place."""
     if usable(projected):
         from qlora_harness.fused import triton_rows
@@ -112,7 +104,7 @@ def rotate(projected: torch.Tensor, heads: int, rotation: Rotation) -> None:
     turned.copy_(rotated(turned, rotation))
 
 
-def rotated(x: torch.Tensor, rotation: Rotation, *, back: bool = False) -> torch.Tensor:
+def rotated(x: Tensor, rotation: Rotation, *, back: bool = False) -> Tensor:
     """Returns heads, [T, heads, D], rotated by the positions of their tokens, or back."""
     cos, sin = rotation.cos[:, None], rotation.sin[:, None]
     first, second = x.chunk(2, dim=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from qlora_harness.fused.host_memory import to_device
 
@@ -13,20 +14,20 @@ from qlora_harness.fused.host_memory import to_device
 class Rotation:
     """Rotary cosines and sines of each token, [T, D] each; both halves of D are equal."""
 
-    cos: torch.Tensor
-    sin: torch.Tensor
+    cos: Tensor
+    sin: Tensor
 
 
 @dataclass
 class Row(Rotation):
     """Where the texts of a row begin and end, beside the rotation of its tokens."""
 
-    borders: torch.Tensor  # first token of each text and the end of the last, [N + 1] int32
+    borders: Tensor  # first token of each text and the end of the last, [N + 1] int32
     starts: tuple[int, ...]  # the same on the host
     longest: int  # tokens of the longest text
-    _tiles: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _tiles: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def tiles(self, size: int) -> torch.Tensor:
+    def tiles(self, size: int) -> Tensor:
         """Returns the texts cut into tiles of so many tokens, [tiles, 3] int32 on the device.
 
         A line holds the text's first token in the row, its length, and the tile's first token in

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from qlora_harness.fused.launch import launch
 from qlora_harness.fused.row import Row
@@ -49,8 +50,8 @@ KEY_GRADIENT = Tiling(32, 64, 4, 1)
 
 
 def forward(
-    projected: torch.Tensor, heads: int, key_heads: int, row: Row, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    projected: Tensor, heads: int, key_heads: int, row: Row, scale: float
+) -> tuple[Tensor, Tensor]:
     """See `attention.forward`; also returns L, [heads, T] float32."""
     tokens, size = row.cos.shape
     assert projected.is_contiguous()
@@ -69,13 +70,8 @@ def forward(
 
 
 def backward(
-    d_attended: torch.Tensor,
-    projected: torch.Tensor,
-    attended: torch.Tensor,
-    lse: torch.Tensor,
-    row: Row,
-    scale: float,
-) -> torch.Tensor:
+    d_attended: Tensor, projected: Tensor, attended: Tensor, lse: Tensor, row: Row, scale: float
+) -> Tensor:
     """See `attention.backward`; tokens of `d_attended` may be further apart than [heads, D]."""
     tokens, heads, size = attended.shape
     key_heads = (projected.shape[1] // size - heads) // 2
@@ -154,21 +150,9 @@ def _store_turned_back(
 
 @triton.jit
 def _attend(
-    total,
-    weight,
-    top,
-    q,
-    keys,
-    values,
-    query,
-    at,
-    length,
-    factor,
-    WIDTH: tl.constexpr,
-    SIZE: tl.constexpr,
-    N: tl.constexpr,
-    EDGE: tl.constexpr,
-):
+    total, weight, top, q, keys, values, query, at, length, factor,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
     """Adds a tile of keys to the running softmax; EDGE: some keys are behind some queries."""
     key = at + tl.arange(0, N)
     k = _load(keys, key, length, WIDTH, SIZE, not EDGE)
@@ -187,18 +171,10 @@ def _attend(
 
 @triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(
-    projected,
-    tiles,
-    attended,
-    lse,
-    tokens,
-    factor,
-    HEADS: tl.constexpr,
-    KEY_HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    M: tl.constexpr,
+    projected, tiles, attended, lse, tokens, factor,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr,
-):
+):  # fmt: skip
     """Writes O and L of a tile of queries."""
     WIDTH: tl.constexpr = (HEADS + 2 * KEY_HEADS) * SIZE
     head = tl.program_id(0) % HEADS
@@ -230,22 +206,9 @@ def forward_kernel(
 
 @triton.jit
 def _query_step(
-    dq,
-    q,
-    dout,
-    level,
-    inner,
-    keys,
-    values,
-    query,
-    at,
-    length,
-    factor,
-    WIDTH: tl.constexpr,
-    SIZE: tl.constexpr,
-    N: tl.constexpr,
-    EDGE: tl.constexpr,
-):
+    dq, q, dout, level, inner, keys, values, query, at, length, factor,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
     """Adds what a tile of keys gives to dQ, without the scale."""
     key = at + tl.arange(0, N)
     k = _load(keys, key, length, WIDTH, SIZE, not EDGE)
@@ -261,25 +224,10 @@ def _query_step(
 
 @triton.jit(do_not_specialize=["tokens"])
 def query_gradient_kernel(
-    projected,
-    cos,
-    sin,
-    tiles,
-    attended,
-    lse,
-    dout,
-    dout_stride,
-    delta,
-    out,
-    tokens,
-    scale,
-    factor,
-    HEADS: tl.constexpr,
-    KEY_HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    M: tl.constexpr,
+    projected, cos, sin, tiles, attended, lse, dout, dout_stride, delta, out, tokens, scale, factor,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr,
-):
+):  # fmt: skip
     """Writes D of a tile of queries to `delta`, and dQ, rotated back, to `out`."""
     WIDTH: tl.constexpr = (HEADS + 2 * KEY_HEADS) * SIZE
     head = tl.program_id(0) % HEADS
@@ -316,24 +264,9 @@ def query_gradient_kernel(
 
 @triton.jit
 def _key_step(
-    dk,
-    dv,
-    k,
-    v,
-    queries,
-    dout,
-    dout_stride,
-    lse,
-    delta,
-    key,
-    at,
-    length,
-    factor,
-    WIDTH: tl.constexpr,
-    SIZE: tl.constexpr,
-    M: tl.constexpr,
-    EDGE: tl.constexpr,
-):
+    dk, dv, k, v, queries, dout, dout_stride, lse, delta, key, at, length, factor,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
     """Adds what a tile of queries gives to dK, without the scale, and to dV; S is transposed."""
     query = at + tl.arange(0, M)
     inside = query < length
@@ -353,24 +286,10 @@ def _key_step(
 
 @triton.jit(do_not_specialize=["tokens"])
 def key_gradient_kernel(
-    projected,
-    cos,
-    sin,
-    tiles,
-    lse,
-    dout,
-    dout_stride,
-    delta,
-    out,
-    tokens,
-    scale,
-    factor,
-    HEADS: tl.constexpr,
-    KEY_HEADS: tl.constexpr,
-    SIZE: tl.constexpr,
-    M: tl.constexpr,
+    projected, cos, sin, tiles, lse, dout, dout_stride, delta, out, tokens, scale, factor,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr,
-):
+):  # fmt: skip
     """Writes dK, rotated back, and dV of a tile of keys, summed over the query heads they serve."""
     WIDTH: tl.constexpr = (HEADS + 2 * KEY_HEADS) * SIZE
     GROUP: tl.constexpr = HEADS // KEY_HEADS
@@ -393,44 +312,14 @@ def key_gradient_kernel(
         inners = delta + head * tokens + start
         for at in range(first, edge, M):
             dk, dv = _key_step(
-                dk,
-                dv,
-                k,
-                v,
-                queries,
-                d_rows,
-                dout_stride,
-                levels,
-                inners,
-                key,
-                at,
-                length,
-                factor,
-                WIDTH,
-                SIZE,
-                M,
-                True,
-            )
+                dk, dv, k, v, queries, d_rows, dout_stride, levels, inners, key, at, length, factor,
+                WIDTH, SIZE, M, True,
+            )  # fmt: skip
         for at in range(first + tl.cdiv(N, M) * M, length, M):
             dk, dv = _key_step(
-                dk,
-                dv,
-                k,
-                v,
-                queries,
-                d_rows,
-                dout_stride,
-                levels,
-                inners,
-                key,
-                at,
-                length,
-                factor,
-                WIDTH,
-                SIZE,
-                M,
-                False,
-            )
+                dk, dv, k, v, queries, d_rows, dout_stride, levels, inners, key, at, length, factor,
+                WIDTH, SIZE, M, False,
+            )  # fmt: skip
     place = out + start * WIDTH + (HEADS + key_head) * SIZE
     _store_turned_back(place, cos, sin, dk * scale, key, length, WIDTH, SIZE)
     place += KEY_HEADS * SIZE + key[:, None] * WIDTH + tl.arange(0, SIZE)[None, :]

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from qlora_harness.fused.launch import launch, power_of_two
 
@@ -51,7 +52,7 @@ class _Tilings(NamedTuple):
     gradient: Tiling
 
 
-def tilings(rank: int, like: torch.Tensor) -> _Tilings | None:
+def tilings(rank: int, like: Tensor) -> _Tilings | None:
     """Returns the tilings for a rank and a dtype, or None where the device has no room for one."""
     return _first_tilings(_block(rank), like.element_size(), like.get_device())
 
@@ -96,7 +97,7 @@ def _gradient_bytes(tiling: Tiling, rank: int, size: int) -> int:
 
 def draw(
     shapes: Sequence[tuple[int, int, int]], probability: float, seed: int, device: torch.device
-) -> list[torch.Tensor]:
+) -> list[Tensor]:
     """Draws packed masks, of each (adapters, T, K) one [adapters, T, 64 ceil(K / 512)] uint8.
 
     Philox-4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405) gives 16 bits to an element, so
@@ -112,13 +113,7 @@ def draw(
     return [part.view(size) for part, size in parts]
 
 
-def products(
-    x: torch.Tensor,
-    down: torch.Tensor,
-    bits: torch.Tensor,
-    factor: float,
-    beside: torch.Tensor | None,
-) -> torch.Tensor:
+def products(x: Tensor, down: Tensor, bits: Tensor, factor: float, beside: Tensor | None) -> Tensor:
     """See `dropout.products`."""
     adapters, rows, bytes_in_row = bits.shape
     columns, border = x.shape[1], len(down)
@@ -146,11 +141,7 @@ def products(
 
 
 def add_products(
-    gradient: torch.Tensor,
-    d_inner: torch.Tensor,
-    down: torch.Tensor,
-    bits: torch.Tensor,
-    factor: float,
+    gradient: Tensor, d_inner: Tensor, down: Tensor, bits: Tensor, factor: float
 ) -> None:
     """See `dropout.add_products`."""
     adapters, rows, bytes_in_row = bits.shape
@@ -169,9 +160,7 @@ def add_products(
     )
 
 
-def gradients(
-    d_inner: torch.Tensor, x: torch.Tensor, bits: torch.Tensor, factor: float
-) -> torch.Tensor:
+def gradients(d_inner: Tensor, x: Tensor, bits: Tensor, factor: float) -> Tensor:
     """See `dropout.gradients`; in float32."""
     adapters, rows, bytes_in_row = bits.shape
     columns, border = x.shape[1], d_inner.shape[1]
@@ -194,7 +183,7 @@ def gradients(
     return parts.sum(0) if splits > 1 else parts[0]
 
 
-def _chosen(rank: int, like: torch.Tensor) -> _Tilings:
+def _chosen(rank: int, like: Tensor) -> _Tilings:
     chosen = tilings(rank, like)
     assert chosen is not None  # else the masks would not be packed
     return chosen
@@ -212,7 +201,7 @@ def _block(number: int) -> int:
     return max(16, power_of_two(number))
 
 
-def _precision(x: torch.Tensor) -> str:
+def _precision(x: Tensor) -> str:
     """How products are computed: float32 stays float32."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
@@ -241,22 +230,9 @@ def _keeps(bits, row, rows, bytes_in_row, tile):
 
 @triton.jit(do_not_specialize=["rows", "share"])
 def product_kernel(
-    x,
-    x_stride,
-    down,
-    down_stride,
-    bits,
-    parts,
-    rows,
-    columns,
-    bytes_in_row,
-    share,
-    rank,
-    factor,
-    ROWS: tl.constexpr,
-    RANK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, x_stride, down, down_stride, bits, parts, rows, columns, bytes_in_row, share, rank, factor,
+    ROWS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Program (i, t, s): rows t of drop_i(x) A_i^T over the tiles of columns of share s."""
     adapter = tl.program_id(0)
     adapters = tl.num_programs(0)
@@ -281,16 +257,9 @@ def product_kernel(
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def sum_kernel(
-    parts,
-    out,
-    beside,
-    beside_stride,
-    rows,
-    border,
-    splits,
-    ROWS: tl.constexpr,
-    BORDER: tl.constexpr,
-):
+    parts, out, beside, beside_stride, rows, border, splits,
+    ROWS: tl.constexpr, BORDER: tl.constexpr,
+):  # fmt: skip
     """Sums the shares of `product_kernel`, and writes the sums to two places."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
     column = tl.arange(0, BORDER)[None, :]
@@ -305,23 +274,10 @@ def sum_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def add_kernel(
-    gradient,
-    gradient_stride,
-    inner,
-    inner_stride,
-    down,
-    down_stride,
-    bits,
-    rows,
-    columns,
-    bytes_in_row,
-    rank,
-    factor,
-    ADAPTERS: tl.constexpr,
-    ROWS: tl.constexpr,
-    RANK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    gradient, gradient_stride, inner, inner_stride, down, down_stride, bits, rows, columns,
+    bytes_in_row, rank, factor,
+    ADAPTERS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Program (c, t) adds sum_i drop_i(dh_i A_i) to a tile of the gradient."""
     tile = tl.program_id(0)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -345,22 +301,9 @@ def add_kernel(
 
 @triton.jit(do_not_specialize=["rows", "share"])
 def gradient_kernel(
-    inner,
-    inner_stride,
-    x,
-    x_stride,
-    bits,
-    parts,
-    rows,
-    columns,
-    bytes_in_row,
-    share,
-    rank,
-    factor,
-    ROWS: tl.constexpr,
-    RANK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    inner, inner_stride, x, x_stride, bits, parts, rows, columns, bytes_in_row, share, rank, factor,
+    ROWS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Program (i, c, s): a tile of columns of dh_i^T drop_i(x) over the rows of share s."""
     adapter = tl.program_id(0)
     adapters = tl.num_programs(0)

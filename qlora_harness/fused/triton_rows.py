@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from qlora_harness.fused.launch import launch, power_of_two
 
@@ -16,9 +17,7 @@ _SWIGLU_BLOCK = 1024
 _LOGITS_BLOCK = 8192  # of a row, read at once
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, add: torch.Tensor | None
-) -> torch.Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None) -> Tensor:
     """See `ops.rms_norm`."""
     assert x.is_contiguous()
     assert add is None or add.is_contiguous()
@@ -33,12 +32,7 @@ def rms_norm(
 
 
 def rms_norm_backward(
-    gradient: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    out: torch.Tensor,
-    add: torch.Tensor | None,
+    gradient: Tensor, x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None
 ) -> None:
     """See `ops.rms_norm_backward`."""
     assert x.is_contiguous()
@@ -53,7 +47,7 @@ def rms_norm_backward(
     launch(rms_norm_backward_kernel, (rows, 1, 1), arguments, *constants, num_warps=_warps(block))
 
 
-def copy(source: torch.Tensor, out: torch.Tensor) -> None:
+def copy(source: Tensor, out: Tensor) -> None:
     """See `ops.copy`."""
     rows, columns = source.shape
     block = power_of_two(columns)
@@ -62,14 +56,14 @@ def copy(source: torch.Tensor, out: torch.Tensor) -> None:
     launch(copy_kernel, (-(-rows // at_once), 1, 1), arguments, at_once, block)
 
 
-def swiglu(gates: torch.Tensor, out: torch.Tensor) -> None:
+def swiglu(gates: Tensor, out: Tensor) -> None:
     """See `ops.swiglu`."""
     rows, columns = out.shape
     grid = rows, -(-columns // _SWIGLU_BLOCK), 1
     launch(swiglu_kernel, grid, (gates, out, out.stride(0), columns), _SWIGLU_BLOCK)
 
 
-def swiglu_backward(gates: torch.Tensor, gradient: torch.Tensor) -> None:
+def swiglu_backward(gates: Tensor, gradient: Tensor) -> None:
     """See `ops.swiglu_backward`."""
     rows, columns = gradient.shape
     grid = rows, -(-columns // _SWIGLU_BLOCK), 1
@@ -77,7 +71,7 @@ def swiglu_backward(gates: torch.Tensor, gradient: torch.Tensor) -> None:
     launch(swiglu_backward_kernel, grid, arguments, _SWIGLU_BLOCK)
 
 
-def rotate(projected: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+def rotate(projected: Tensor, heads: int, cos: Tensor, sin: Tensor) -> None:
     """See `ops.rotate`."""
     size = cos.shape[1]
     arguments = projected, projected.stride(0), cos, sin, heads
@@ -85,7 +79,7 @@ def rotate(projected: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Te
     launch(rotate_kernel, (len(projected), 1, 1), arguments, *constants)
 
 
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor) -> None:
+def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
     """Turns contiguous logits, [R, V], into their gradients, softmax less one-hot.
 
     Writes the cross-entropies of the targets, [R] int64 below V, to `losses`: nats, [R] float32.
@@ -122,19 +116,9 @@ def rms_norm_kernel(
 
 @triton.jit
 def rms_norm_backward_kernel(
-    gradient,
-    gradient_stride,
-    x,
-    weight,
-    add,
-    add_stride,
-    out,
-    out_stride,
-    columns,
-    eps,
-    ADD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    gradient, gradient_stride, x, weight, add, add_stride, out, out_stride, columns, eps,
+    ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Writes the gradient of x, plus add; the normalised rows take the place of `gradient`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from qlora_harness.fused.launch import launch, power_of_two
 
@@ -60,7 +61,7 @@ class Loader:
         border = power_of_two(max(group.border, 1))
         self._constants = (*slots, group.rank, border, expand, nested, _CHUNK // _BLOCK)
 
-    def __call__(self, matrix: torch.Tensor) -> None:
+    def __call__(self, matrix: Tensor) -> None:
         """Fills M with its unused columns, [N + R, stride], contiguous."""
         weights, adapters = self._weights or [matrix] * 14, self._adapters or [matrix] * 6
         arguments = [*weights, *adapters, matrix, *self._numbers]
@@ -69,7 +70,7 @@ class Loader:
         launch(load_kernel, self._grid, arguments, *self._constants, **options)
 
 
-def _is_expandable(weights: Sequence[torch.Tensor], states: Sequence[Any]) -> bool:
+def _is_expandable(weights: Sequence[Tensor], states: Sequence[Any]) -> bool:
     if len(states) > 3:
         return False
     if all(state is None for state in states):
@@ -89,43 +90,14 @@ def _is_expandable(weights: Sequence[torch.Tensor], states: Sequence[Any]) -> bo
 
 @triton.jit
 def load_kernel(  # noqa: C901  # one kernel for every kind of group
-    packed_0,
-    absmax_0,
-    outer_0,
-    offset_0,
-    packed_1,
-    absmax_1,
-    outer_1,
-    offset_1,
-    packed_2,
-    absmax_2,
-    outer_2,
-    offset_2,
-    code,
-    outer_code,
-    down_0,
-    up_0,
-    down_1,
-    up_1,
-    down_2,
-    up_2,
-    matrix,
-    stride,
-    width,
-    border,
-    second,
-    third,
-    height,
-    scale,
-    PLACE_0: tl.constexpr,
-    PLACE_1: tl.constexpr,
-    PLACE_2: tl.constexpr,
-    RANK: tl.constexpr,
-    BORDER: tl.constexpr,
-    EXPAND: tl.constexpr,
-    NESTED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
+    packed_0, absmax_0, outer_0, offset_0,
+    packed_1, absmax_1, outer_1, offset_1,
+    packed_2, absmax_2, outer_2, offset_2,
+    code, outer_code, down_0, up_0, down_1, up_1, down_2, up_2,
+    matrix, stride, width, border, second, third, height, scale,
+    PLACE_0: tl.constexpr, PLACE_1: tl.constexpr, PLACE_2: tl.constexpr, RANK: tl.constexpr,
+    BORDER: tl.constexpr, EXPAND: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     """Fills M of `bordered`: program (m, c) writes chunk c of row m.
 
     Rows before `second` are the first projection's, those before `third` the second's. PLACE_i is

@@ -72,7 +72,7 @@ def predict(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
     if uses_fused(shape, settings):
         waiting, work = layer.activation_bytes(
             *(shape, rank),
-            dropout=bool(lora.lora_dropout),
+            has_dropout=bool(lora.lora_dropout),
             checkpointing=checkpointing,
             tokens=tokens,
             size=size,
