@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 
+_HAS_TRITON = find_spec("triton") is not None
 _compiled: dict[Any, Any] = {}
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def usable(x: Tensor) -> bool:
     """Whether Triton kernels can work on a tensor."""
-    return x.is_cuda and _has_triton()
+    return x.is_cuda and _HAS_TRITON
 
 
 def launch(

@@ -174,6 +174,9 @@ def check_fit(model: PreTrainedModel, folder: Path) -> LoraConfig:
     problem = f"peft={folder} does not fit this base model"
     _check_replication(raw.get("layer_replication") or [], header, folder)
     _check_patterns(raw, [name for name, _ in model.named_modules()], folder)
+    plain = copy.deepcopy(model.config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
     try:
         config: LoraConfig = LoraConfig.from_pretrained(str(folder))
         # Else PEFT warns that it renames the base, which is checked elsewhere.
@@ -182,8 +185,7 @@ def check_fit(model: PreTrainedModel, folder: Path) -> LoraConfig:
         shapes.init_lora_weights = False  # some start from a decomposition of the base's weights
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again when it is attached
-            skeleton = type(model)(_plain_config(model))
-            adapted = get_peft_model(skeleton, shapes, low_cpu_mem_usage=True)
+            adapted = get_peft_model(type(model)(plain), shapes, low_cpu_mem_usage=True)
             empty = {name: torch.empty(shape) for name, shape in header.items()}
             outcome = set_peft_model_state_dict(adapted, empty)
     except Exception as error:  # noqa: BLE001  # PEFT raises many kinds where a field makes no sense
@@ -210,13 +212,6 @@ def quiet_peft() -> Iterator[None]:
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         if "is_gradient_checkpointing" not in text:
             logger.warning("PEFT: %.300s", text)
-
-
-def _plain_config(model: PreTrainedModel) -> Any:
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
 
 
 def _read_header(path: Path) -> dict[str, list[int]]:
