@@ -67,7 +67,7 @@ print("equal")
 ELEMENTWISE = """
 import torch
 from qlora_harness.fused import ops, triton_rows
-from qlora_harness.fused.row import Rotation
+from qlora_harness.fused.packed_row import Rotation
 
 torch.manual_seed(0)
 def room(rows, columns):
@@ -124,7 +124,7 @@ ATTENTION = """
 from itertools import accumulate
 import torch
 from qlora_harness.fused import attention, ops, triton_attention
-from qlora_harness.fused.row import Row
+from qlora_harness.fused.packed_row import PackedRow
 from qlora_harness.fused.triton_attention import Tiling
 
 torch.manual_seed(0)
@@ -141,7 +141,7 @@ for lengths, heads, keys, size, tiling in (
     starts = tuple(accumulate(lengths, initial=0))
     tokens = starts[-1]
     angles = torch.randn(tokens, size // 2).repeat(1, 2)
-    row = Row(angles.cos(), angles.sin(), torch.tensor(starts), starts, max(lengths))
+    row = PackedRow(angles.cos(), angles.sin(), torch.tensor(starts), starts, max(lengths))
     plain = torch.randn(tokens, (heads + 2 * keys) * size, requires_grad=True)
     turned = plain.clone()
     ops.rotate(turned, heads + keys, row)

@@ -23,7 +23,7 @@ from qlora_harness.fused.bordered import Bordered, Projection, Scratch
 from qlora_harness.fused.dropout import Masks
 from qlora_harness.fused.host_memory import HostMemory
 from qlora_harness.fused.model import FusedDecoder
-from qlora_harness.fused.row import Row
+from qlora_harness.fused.packed_row import PackedRow
 from qlora_harness.model.base import find_base, load_base
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.score.packed_forward import PackedModel
@@ -234,7 +234,7 @@ def test_attention_of_short_texts_errs_no_more_than_flash_attention(
     cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
 
     def both(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        row = Row(cos.to(dtype), sin.to(dtype), borders, starts, 1000)
+        row = PackedRow(cos.to(dtype), sin.to(dtype), borders, starts, 1000)
         turned = x.to(dtype, copy=True)
         ops.rotate(turned, heads + keys, row)
         out, state = attention.forward(turned, heads, keys, row, size**-0.5)

@@ -15,11 +15,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from qlora_harness.fused import launch
 from qlora_harness.fused.ops import rotated
-from qlora_harness.fused.row import Row
+from qlora_harness.fused.packed_row import PackedRow
 
 
 def forward(
-    projected: Tensor, heads: int, key_heads: int, row: Row, scale: float
+    projected: Tensor, heads: int, key_heads: int, row: PackedRow, scale: float
 ) -> tuple[Tensor, Any]:
     """Returns what each query attends to, [T, heads, D], and what `backward` needs besides.
 
@@ -37,7 +37,12 @@ def forward(
 
 
 def backward(
-    d_attended: Tensor, projected: Tensor, attended: Tensor, state: Any, row: Row, scale: float
+    d_attended: Tensor,
+    projected: Tensor,
+    attended: Tensor,
+    state: Any,
+    row: PackedRow,
+    scale: float,
 ) -> Tensor:
     """Returns the gradient of the row before it was rotated, side by side, [T, N].
 
@@ -82,7 +87,7 @@ def _uses_flash(q: Tensor) -> bool:
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, row: Row, scale: float
+    q: Tensor, k: Tensor, v: Tensor, row: PackedRow, scale: float
 ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
     """Returns the output, and it again with its graph and the graph's leaves."""
     from torch.nn.attention.varlen import varlen_attn
@@ -94,12 +99,14 @@ def _flash(
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     q, k, v = leaves
     with torch.enable_grad():
-        out = varlen_attn(q, k, v, row.borders, row.borders, row.longest, row.longest, **options)
+        out = varlen_attn(
+            q, k, v, row.cu_seqlens, row.cu_seqlens, row.max_seqlen, row.max_seqlen, **options
+        )
     assert isinstance(out, Tensor)
     return out.detach(), (out, leaves)
 
 
-def _texts(tensors: tuple[Tensor, ...], row: Row) -> list[tuple[Tensor, ...]]:
+def _texts(tensors: tuple[Tensor, ...], row: PackedRow) -> list[tuple[Tensor, ...]]:
     return [
         tuple(x[start:stop] for x in tensors)
         for start, stop in zip(row.starts[:-1], row.starts[1:], strict=True)

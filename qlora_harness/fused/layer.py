@@ -29,7 +29,7 @@ from qlora_harness.fused import attention, dropout, ops
 from qlora_harness.fused.dropout import Masks
 from qlora_harness.fused.host_memory import HostMemory, Stored
 from qlora_harness.fused.lora_group import Gradients, Inner, LoraGroup
-from qlora_harness.fused.row import Rotation, Row
+from qlora_harness.fused.packed_row import PackedRow, Rotation
 from qlora_harness.model.shape import Shape
 
 # Attention of queries [T, heads, D] to keys and values [T, key heads, D], with the factor of the
@@ -110,7 +110,7 @@ class FusedLayer:
         self,
         x: Tensor,
         added: Tensor | None,
-        row: Row,
+        row: PackedRow,
         *,
         training: bool,
         read_at: Tensor | None = None,
@@ -143,7 +143,9 @@ class FusedLayer:
         h, y, _ = self.second_half(_at(x, read_at), y, _Drops())
         return h, y
 
-    def draw(self, row: Row, read_at: Tensor | None, seed: int | None, like: Tensor) -> _Drops:
+    def draw(
+        self, row: PackedRow, read_at: Tensor | None, seed: int | None, like: Tensor
+    ) -> _Drops:
         """Draws the masks of a layer in training; `like` gives dtype and device."""
         if seed is None:
             return _Drops()
@@ -154,7 +156,7 @@ class FusedLayer:
         return _Drops(*dropout.draw(shapes, self.dropout, seed, like.device, packed=packed))
 
     def first_half(
-        self, x: Tensor, added: Tensor | None, row: Row, read_at: Tensor | None, drops: _Drops
+        self, x: Tensor, added: Tensor | None, row: PackedRow, read_at: Tensor | None, drops: _Drops
     ) -> tuple[Tensor, Tensor, _Attention]:
         """Returns x + added, what attention adds where it is read, and what backward needs."""
         x, projected, inner_qkv, raw = self._project(x, added, row, drops)
@@ -217,7 +219,7 @@ class FusedLayer:
         return None if stored is None else _Mlp(stored, mlp.inner_gate_up, mlp.inner_down)
 
     def restore(
-        self, saved: Any, row: Row, read_at: Tensor | None, drops: _Drops
+        self, saved: Any, row: PackedRow, read_at: Tensor | None, drops: _Drops
     ) -> tuple[Tensor, Tensor, _Attention, _Mlp]:
         """Returns what `keep` was given, computing again what it left out."""
         if self.checkpointing in ("none", "selective"):
@@ -262,7 +264,7 @@ class FusedLayer:
         dh: Tensor,
         x: Tensor,
         saved: _Attention,
-        row: Row,
+        row: PackedRow,
         read_at: Tensor | None,
         drops: _Drops,
         *,
@@ -330,7 +332,7 @@ class _Layer(torch.autograd.Function):
         x: Tensor,
         added: Tensor | None,
         layer: FusedLayer,
-        row: Row,
+        row: PackedRow,
         read_at: Tensor | None,
         seed: int | None,
         keep: bool,

@@ -17,7 +17,7 @@ from qlora_harness.fused.bordered import Projection, Scratch
 from qlora_harness.fused.host_memory import HostMemory, pinned_bytes
 from qlora_harness.fused.layer import Attend, FusedLayer
 from qlora_harness.fused.lora_group import LoraGroup
-from qlora_harness.fused.row import Rotation, Row
+from qlora_harness.fused.packed_row import PackedRow, Rotation
 from qlora_harness.model.base import base_of, is_plain_linear
 from qlora_harness.model.plain_lora import is_plain
 from qlora_harness.model.shape import Shape
@@ -117,7 +117,7 @@ class FusedDecoder:
     ) -> Tensor:
         """The loss of the tokens that are read: of each, [R], or summed over the items' number."""
         hidden, rotation = self._embed(input_ids, position_ids)
-        row = Row(rotation.cos, rotation.sin, borders, starts, longest)
+        row = PackedRow(rotation.cos, rotation.sin, borders, starts, longest)
         training = self._base.training
         added: Tensor | None = None
         *below, last = self.layers

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from qlora_harness.fused.launch import usable
-from qlora_harness.fused.row import Rotation
+from qlora_harness.fused.packed_row import Rotation
 
 
 def rms_norm(

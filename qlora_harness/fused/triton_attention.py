@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qlora_harness.fused.launch import launch
-from qlora_harness.fused.row import Row
+from qlora_harness.fused.packed_row import PackedRow
 
 
 class Tiling(NamedTuple):
@@ -50,7 +50,7 @@ KEY_GRADIENT = Tiling(32, 64, 4, 1)
 
 
 def forward(
-    projected: Tensor, heads: int, key_heads: int, row: Row, scale: float
+    projected: Tensor, heads: int, key_heads: int, row: PackedRow, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `attention.forward`; also returns L, [heads, T] float32."""
     tokens, size = row.cos.shape
@@ -70,7 +70,12 @@ def forward(
 
 
 def backward(
-    d_attended: Tensor, projected: Tensor, attended: Tensor, lse: Tensor, row: Row, scale: float
+    d_attended: Tensor,
+    projected: Tensor,
+    attended: Tensor,
+    lse: Tensor,
+    row: PackedRow,
+    scale: float,
 ) -> Tensor:
     """See `attention.backward`; tokens of `d_attended` may be further apart than [heads, D]."""
     tokens, heads, size = attended.shape

@@ -19,12 +19,12 @@ class Rotation:
 
 
 @dataclass
-class Row(Rotation):
+class PackedRow(Rotation):
     """Where the texts of a row begin and end, beside the rotation of its tokens."""
 
-    borders: Tensor  # first token of each text and the end of the last, [N + 1] int32
-    starts: tuple[int, ...]  # the same on the host
-    longest: int  # tokens of the longest text
+    cu_seqlens: Tensor  # first token of each text and the end of the last, [N + 1] int32
+    starts: tuple[int, ...]  # cu_seqlens on the host
+    max_seqlen: int  # tokens of the longest text
     _tiles: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def tiles(self, size: int) -> Tensor:
