@@ -58,12 +58,12 @@ def by_hand(model: Any, example: Example) -> list[float]:
 
 
 def test_rows_without_padding_give_the_same(tiny_llama: Path, accelerator: Accelerator) -> None:
-    from qlora_harness.fused.model import install
+    from qlora_harness.fused.model import FusedDecoder
     from qlora_harness.model.lora import attach_lora
 
     model = attach_lora(base(tiny_llama, "nf4"), r=2, alpha=2, dropout=0.0, targets="all-linear")
     padded = evaluate(model, accelerator, batch_size=3)
-    install(model, "none")
+    FusedDecoder.attach(model, "none")
     packed = evaluate(model, accelerator, batch_size=3, fused=True)
     assert packed.tokens == padded.tokens
     for one, other in zip(packed.conversations, padded.conversations, strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_harness.fused.model import why_not_fused
+from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.adapter_folder import unknown_field
 from qlora_harness.model.base import base_of, fits_dequantised, is_4bit
 from qlora_harness.model.plain_lora import is_plain
@@ -57,7 +57,8 @@ def choose_path(
         reason = (
             _why_adapter_not_packed(model) if field is None else f"its adapter sets {field!r:.80}"
         )
-    fused = reason is None and kernels == "auto" and why_not_fused(model) is None
+    allowed = reason is None and kernels == "auto"
+    fused = allowed and FusedDecoder.reason_against(model) is None
     if reason is None and not fused and not _share_config(base_of(model)):
         reason = "some of its layers have a configuration of their own"
     if reason is not None:

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from qlora_harness.errors import SettingsError
+from qlora_harness.model.shape import Shape
 from qlora_harness.settings import Settings
 from qlora_harness.train.memory_prediction import GIB, MemoryPlan, largest_pass, predict
-from qlora_harness.train.model_shape import Shape, uses_fused
+from qlora_harness.train.model_shape import uses_fused
 
 # From the fastest to the leanest.
 LADDER: tuple[dict[str, str], ...] = (

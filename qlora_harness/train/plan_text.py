@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from qlora_harness.model.shape import Shape
 from qlora_harness.settings import Settings
 from qlora_harness.train.memory_choice import choose_memory_plan, rungs_of, with_rung
 from qlora_harness.train.memory_prediction import GIB, MemoryPlan, predict
-from qlora_harness.train.model_shape import Shape, uses_fused
+from qlora_harness.train.model_shape import uses_fused
 
 _CONTEXT = 0.6 * GIB  # CUDA context and libraries, beside what the allocator counts
 _MARGIN = 1.05  # of what is free: the plan is no measurement, and the allocator needs room

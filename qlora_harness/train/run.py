@@ -23,7 +23,7 @@ from qlora_harness.data.chat import chat_template, show
 from qlora_harness.data.corpus import TrainingData, load_chosen_data
 from qlora_harness.errors import AdapterError, RunError, SettingsError, TrainingError
 from qlora_harness.fused.host_memory import memory_of_a_process
-from qlora_harness.fused.model import install, why_not_fused
+from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import (
     BaseSource,
     find_base,
@@ -214,9 +214,10 @@ class _Run:
     def _fuse(self, model: Any) -> bool:
         """Gives the model fused layers where it can have them."""
         optimization = self.chosen.optimization
-        reason = why_not_fused(model) if optimization.kernels == "auto" else "--kernels none"
+        auto = optimization.kernels == "auto"
+        reason = FusedDecoder.reason_against(model) if auto else "--kernels none"
         if reason is None:
-            install(model, optimization.checkpointing)
+            FusedDecoder.attach(model, optimization.checkpointing)
             return True
         if optimization.checkpointing in ("selective", "offload"):
             raise SettingsError(
@@ -224,7 +225,7 @@ class _Run:
                 f"{self.settings.model.model} has none: {reason}",
                 "Use --checkpointing full or none",
             )
-        if optimization.kernels == "auto":
+        if auto:
             say(self.state, f"PEFT's own modules and padded batches: {reason}")
         return False
 
