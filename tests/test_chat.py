@@ -183,7 +183,7 @@ def test_chatml_is_refused_where_its_tokens_are_missing(tokenizer: Any) -> None:
         encoder(tokenizer, "chatml")
     assert str(caught.value) == (
         "--template chatml needs the token '<|im_start|>', which this model's tokenizer does not "
-        "have. Choose --template guanaco; tokens are never added to a vocabulary."
+        "have. Use --template guanaco; tokens are never added to the vocabulary."
     )
 
 
@@ -298,10 +298,12 @@ def test_last_exchange_is_kept_where_only_it_is_learned(tokenizer: Any) -> None:
     third = [*asked("u"), *learned("v")]
     room = 1 + len(SECOND) + len(third)
     whole = encoder(tokenizer, length=room + len(FIRST)).encode(last_only)
-    assert whole is not None and not whole.truncated
+    assert whole is not None
+    assert not whole.truncated
     for length, kept in ((room, SECOND), (room - 1, []), (1 + len(third), [])):
         example = encoder(tokenizer, length=length).encode(last_only)
-        assert example is not None and example.truncated
+        assert example is not None
+        assert example.truncated
         assert example.input_ids == [BOS, *kept, *third]
         assert example.labels == [*masked([BOS, *kept, *asked("u")]), *learned("v")]
 

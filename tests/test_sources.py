@@ -202,7 +202,8 @@ def test_saved_dataset_dict_with_a_validation_split(tmp_path: Path) -> None:
     ).save_to_disk(str(tmp_path / "saved"))
     splits = load_splits(str(tmp_path / "saved"))
     assert list(splits.train) == ROWS
-    assert splits.validation is not None and list(splits.validation) == ROWS[:1]
+    assert splits.validation is not None
+    assert list(splits.validation) == ROWS[:1]
     assert splits.source == str(tmp_path / "saved")
 
 
@@ -276,14 +277,16 @@ def test_every_form_gives_the_same_rows_alone_and_in_a_folder(tmp_path: Path, fo
     (folder / "README.md").write_text("about")
     splits = load_splits(str(folder))
     assert list(splits.train) == ROWS
-    assert splits.validation is not None and list(splits.validation) == ROWS[:1]
+    assert splits.validation is not None
+    assert list(splits.validation) == ROWS[:1]
 
 
 def test_files_of_a_folder_without_splits_in_their_names_are_one_split(tmp_path: Path) -> None:
     write_form(tmp_path / "a.jsonl", ROWS[:1])
     write_form(tmp_path / "b.csv", ROWS[1:])
     splits = load_splits(str(tmp_path))
-    assert list(splits.train) == ROWS and splits.validation is None
+    assert list(splits.train) == ROWS
+    assert splits.validation is None
 
 
 def test_rows_of_every_form_are_named_by_number(tmp_path: Path) -> None:
@@ -454,7 +457,8 @@ def test_other_names_are_asked_of_the_hub(
     splits = load_splits(name, "abc")
     assert asked_for == [(asked, "abc")]
     assert list(splits.train) == ROWS
-    assert splits.validation is not None and list(splits.validation) == ROWS[:1]
+    assert splits.validation is not None
+    assert list(splits.validation) == ROWS[:1]
     assert splits.source == asked
 
 
@@ -488,10 +492,9 @@ def test_local_folder_of_a_known_name_is_taken_and_said(
     rows = shadow(tmp_path, folder)
     splits = load_splits(name)
     assert (list(splits.train), splits.source) == (rows, folder)
-    assert [record.getMessage() for record in caplog.records] == [
-        f"--dataset {name}: the local folder {folder} is taken, not {hub} on the Hub; to take "
-        f"the Hub's, rename the folder; to silence this, give ./{folder}"
-    ]
+    (message,) = caplog.messages
+    for fact in (f"--dataset {name}: ", f"local folder {folder},", hub, f"./{folder}"):
+        assert fact in message
     caplog.clear()
     assert list(load_splits(f"./{folder}").train) == rows
     assert caplog.records == []
@@ -503,10 +506,9 @@ def test_local_file_of_a_known_name_is_taken_and_said(
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "oasst1", lines())
     assert list(load_splits("oasst1").train) == ROWS
-    assert [record.getMessage() for record in caplog.records] == [
-        "--dataset oasst1: the local file oasst1 is taken, not OpenAssistant/oasst1 on the Hub; "
-        "to take the Hub's, rename the file; to silence this, give ./oasst1"
-    ]
+    (message,) = caplog.messages
+    for fact in ("--dataset oasst1: ", "local file oasst1,", "OpenAssistant/oasst1", "./oasst1"):
+        assert fact in message
 
 
 def test_demo_is_the_embedded_set_also_beside_a_folder_of_that_name(
@@ -515,9 +517,9 @@ def test_demo_is_the_embedded_set_also_beside_a_folder_of_that_name(
     monkeypatch.chdir(tmp_path)
     rows = shadow(tmp_path, "demo")
     assert load_splits("demo").source == "embedded oasst_demo.jsonl"
-    assert [record.getMessage() for record in caplog.records] == [
-        "--dataset demo: the embedded set is taken, not the local folder demo; give ./demo for that"
-    ]
+    (message,) = caplog.messages
+    for fact in ("--dataset demo: ", "the embedded set", "the local folder demo", "./demo"):
+        assert fact in message
     caplog.clear()
     assert list(load_splits("./demo").train) == rows
     assert caplog.records == []

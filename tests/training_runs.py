@@ -17,10 +17,10 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from qlora_harness.data.chat import ChatEncoder, Example
+from qlora_harness.data.chat import Example
 from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.model.base import find_base, load_base, load_tokenizer
-from qlora_harness.settings import Quant
+from qlora_harness.settings import DataSettings, Quant
 from qlora_harness.train.evaluation import evaluate_loss
 
 Train = Callable[..., int]
@@ -54,9 +54,8 @@ def everything_in(folder: Path) -> dict[str, bytes]:
 
 
 def data_of(model: Path, rows: Path) -> TrainingData:
-    encoder = ChatEncoder(load_tokenizer(find_base(str(model))), "guanaco", 96, "prompt")
-    options = {"revision": None, "languages": "en", "paths": "best-path", "eval_fraction": 0.25}
-    return load_training_data(encoder, str(rows), **options)
+    settings = DataSettings(dataset=str(rows), max_length=96, eval_fraction=0.25)
+    return load_training_data(load_tokenizer(find_base(str(model))), settings)
 
 
 def base(model: Path, quant: str = "bf16") -> Any:

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from qlora_harness.benchmark.peers import PEER_WAYS, run_peer
 from qlora_harness.benchmark.record import TrainingBenchmark, TrainingMeasurement, training_row
 from qlora_harness.data.chat import Example
-from qlora_harness.data.corpus import load_chosen_data
+from qlora_harness.data.corpus import load_training_data
 from qlora_harness.errors import SettingsError, TrainingError
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import (
@@ -140,7 +140,7 @@ class _Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.device_name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         tokenizer = load_tokenizer(self.source)
-        self.examples: Sequence[Example] = load_chosen_data(tokenizer, settings.data).train
+        self.examples: Sequence[Example] = load_training_data(tokenizer, settings.data).train
         self.pad_id = padding_id(tokenizer)
         self.measurements: list[TrainingMeasurement] = []
         self._base: Any = None

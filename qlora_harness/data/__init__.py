@@ -1,1 +1,1 @@
-"""Rows to conversations to token ids and labels. Nothing here knows a model or a trainer."""
+"""Turns rows into conversations and token ids, without knowing models or trainers."""

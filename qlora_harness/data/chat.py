@@ -1,4 +1,4 @@
-"""Conversations to token ids and labels, turn by turn: no text is searched for afterwards."""
+"""Encodes conversations turn by turn, so that no reply has to be searched for in the tokens."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Protocol
 
 from qlora_harness.data.conversation import Conversation, Turn
@@ -18,26 +19,21 @@ class Tokenizer(Protocol):
     """The part of a transformers tokenizer that is used here."""
 
     chat_template: Any
-
     bos_token_id: int | None
     eos_token_id: int | None
 
-    def encode(self, text: str, **options: Any) -> list[int]:
-        """Returns the ids of a text."""
-        ...
+    def encode(self, text: str, **options: Any) -> list[int]: ...  # noqa: D102
 
-    def decode(self, ids: Sequence[int], **options: Any) -> str:
-        """Returns the text of ids."""
-        ...
+    def decode(self, ids: Sequence[int], **options: Any) -> str: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
 class Template:
     """The text around the turns of a conversation.
 
-    An exchange reads: user_start, the user's text, assistant_start, reply_lead, the reply, and the
-    end of turn, which is the tokenizer's EOS or `end_token`. `between` follows every end of turn
-    but the last. Each of `control_tokens` must be one token of the tokenizer.
+    An exchange is user_start, the user's text, assistant_start, reply_lead, the reply and the end
+    of turn: `end_token`, or the tokenizer's EOS. `between` separates exchanges. Each of
+    `control_tokens` must be a single token.
     """
 
     user_start: str
@@ -67,8 +63,8 @@ TEMPLATES: dict[str, Template] = {
 class Example:
     """One conversation as the model sees it.
 
-    `input_ids` begin with BOS if the tokenizer uses one. `labels` are the same ids where they are
-    learned and -100 elsewhere. `turns` counts those that were not cut.
+    `input_ids` begin with BOS if the tokenizer uses one. `labels` are the ids that are learned,
+    and -100 elsewhere. `turns` counts the turns that were not cut.
     """
 
     input_ids: list[int]
@@ -78,13 +74,13 @@ class Example:
 
     @property
     def supervised_tokens(self) -> int:
-        """How many tokens are learned; the first token of a row is never predicted."""
+        """The number of learned tokens; nothing predicts the first token of a row."""
         return sum(label != IGNORE for label in self.labels[1:])
 
 
 @dataclass
 class EncodedSet:
-    """The examples of a split, how many were cut, and how many had no supervised token left."""
+    """The examples of a split; `dropped` conversations had no supervised token left."""
 
     examples: list[Example] = field(default_factory=list)
     truncated: int = 0
@@ -93,13 +89,12 @@ class EncodedSet:
 
 
 def chat_template(name: str, tokenizer: Tokenizer) -> str:
-    """Returns a template of `TEMPLATES` as a Jinja chat template for transformers.
+    """Returns a template of `TEMPLATES` in Jinja, for `apply_chat_template`.
 
-    `apply_chat_template` then gives the ids of `ChatEncoder` and marks the replies as what is
-    learned. The last user turn ends where the reply begins, so `add_generation_prompt` adds
-    nothing. Two kinds of text differ: one that spells out a special token, which training reads as
-    text, and, in alpaca and chatml, a reply that begins with a newline, which some tokenizers join
-    with the template's.
+    It gives the ids and the learned spans of `ChatEncoder`. A user turn already ends with
+    assistant_start, so `add_generation_prompt` adds nothing. Ids differ in two cases: a message
+    spells out a special token, which training reads as text; or, in alpaca and chatml, a reply
+    begins with a newline, which some tokenizers merge with the template's.
     """
     template = TEMPLATES[name]
     user = [_quoted(template.user_start), "message['content']", _quoted(template.assistant_start)]
@@ -120,33 +115,29 @@ def chat_template(name: str, tokenizer: Tokenizer) -> str:
     )
 
 
-def _quoted(text: str) -> str:
-    """Jinja's string escapes are Python's."""
-    return json.dumps(text)
+_quoted = json.dumps  # Jinja reads JSON's strings
 
 
 def leading_bos(tokenizer: Tokenizer) -> list[int]:
-    """Returns the BOS that the tokenizer itself puts before a text: one id or none.
+    """Returns [BOS] if the tokenizer itself puts it before a text, else [].
 
-    LLaMA's does, Qwen's and SmolLM2's don't. Scoring leaves this to the tokenizer, so training must
-    do the same.
+    LLaMA's does, Qwen's and SmolLM2's don't. Scoring follows the tokenizer, so training must too.
     """
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and list(tokenizer.encode("a"))[:1] == [bos] else []
 
 
 class ChatEncoder:
-    """Encodes conversations; nothing is added to the tokenizer's vocabulary.
+    """Encodes conversations without adding to the tokenizer's vocabulary.
 
-    `max_length` is in tokens. `mask` "prompt" learns supervised turns and their end, "none"
-    everything but BOS. Raises SettingsError if the template needs tokens that the tokenizer doesn't
-    have, or the tokenizer has no EOS.
+    `max_length` is in tokens. With `mask` "prompt" the supervised turns and their ends are learned,
+    with "none" everything but BOS. Raises SettingsError if the tokenizer lacks EOS or a token of
+    the template.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, max_length: int, mask: str) -> None:
         self._tokenizer = tokenizer
-        self.template_name = template
-        self.mask = mask
+        self._learn_all = mask == "none"
         self._template = TEMPLATES[template]
         self._max_length = max_length
         for token in self._template.control_tokens:
@@ -154,7 +145,7 @@ class ChatEncoder:
                 raise SettingsError(
                     f"--template {template} needs the token {token!r}, which this model's "
                     "tokenizer does not have",
-                    "Choose --template guanaco; tokens are never added to a vocabulary",
+                    "Use --template guanaco; tokens are never added to the vocabulary",
                 )
         if tokenizer.eos_token_id is None:
             raise SettingsError(
@@ -165,7 +156,7 @@ class ChatEncoder:
         self.leading_bos = leading_bos(tokenizer)
 
     def encode_all(self, conversations: Iterable[Conversation]) -> EncodedSet:
-        """Encodes conversations and counts what was cut and dropped."""
+        """Encodes the conversations of a split."""
         encoded = EncodedSet()
         for conversation in conversations:
             example = self.encode(conversation)
@@ -180,39 +171,36 @@ class ChatEncoder:
     def encode(self, conversation: Conversation) -> Example | None:
         """Encodes one conversation; None if no supervised token is left.
 
-        A conversation that is too long loses whole exchanges, first from the end down to its first
-        supervised turn, then from the start up to it. If that one exchange is still too long, the
-        reply is cut, and then has no end-of-turn token.
+        One that is too long loses whole exchanges: from the end back to its first supervised turn,
+        then from the start up to it. If that exchange alone is too long, its reply is cut and has
+        no end of turn.
         """
-        pairs = [
-            self._encode_exchange(conversation.turns[i], conversation.turns[i + 1])
-            for i in range(0, len(conversation.turns), 2)
-        ]
-        anchor = next((i for i, pair in enumerate(pairs) if pair.supervised), 0)
+        turns = conversation.turns
         between = self._ids(self._template.between) if self._template.between else []
-        pairs = [
-            _Exchange(between + pair.prompt if i else pair.prompt, pair.reply, pair.supervised)
-            for i, pair in enumerate(pairs)
+        exchanges = [
+            self._encode_exchange(user, assistant, between if number else [])
+            for number, (user, assistant) in enumerate(zip(turns[::2], turns[1::2], strict=True))
         ]
-        total = len(self.leading_bos) + sum(len(pair) for pair in pairs)
+        anchor = next((i for i, exchange in enumerate(exchanges) if exchange.supervised), 0)
+        total = len(self.leading_bos) + sum(map(len, exchanges))
         truncated = total > self._max_length
-        first, last = 0, len(pairs)
+        first, last = 0, len(exchanges)
         while total > self._max_length and last > anchor + 1:
             last -= 1
-            total -= len(pairs[last])
+            total -= len(exchanges[last])
         while total > self._max_length and first < anchor:
-            total -= len(pairs[first])
+            total -= len(exchanges[first])
             first += 1
         ids = list(self.leading_bos)
         labels = [IGNORE] * len(ids)
-        for pair in pairs[first:last]:
-            ids += pair.prompt + pair.reply
-            learned = self.mask == "none"
-            labels += pair.prompt if learned else [IGNORE] * len(pair.prompt)
-            labels += pair.reply if learned or pair.supervised else [IGNORE] * len(pair.reply)
-        if first:  # what stood between the exchanges would now stand at the start
-            del ids[len(self.leading_bos) : len(self.leading_bos) + len(between)]
-            del labels[len(self.leading_bos) : len(self.leading_bos) + len(between)]
+
+        for number, exchange in enumerate(exchanges[first:last]):
+            # An exchange that has become the first loses the separator before it.
+            prompt = exchange.prompt[len(between) if first and number == 0 else 0 :]
+            ids += prompt + exchange.reply
+            labels += prompt if self._learn_all else [IGNORE] * len(prompt)
+            learn_reply = self._learn_all or exchange.supervised
+            labels += exchange.reply if learn_reply else [IGNORE] * len(exchange.reply)
         example = Example(
             ids[: self._max_length],
             labels[: self._max_length],
@@ -221,28 +209,25 @@ class ChatEncoder:
         )
         return example if example.supervised_tokens else None
 
-    def _encode_exchange(self, user: Turn, assistant: Turn) -> _Exchange:
+    def _encode_exchange(self, user: Turn, assistant: Turn, between: list[int]) -> _Exchange:
         template = self._template
-        head = self._with_control(template.user_start)
-        # User text and the marker after it are one piece, as in the training text of QLoRA.
         if template.control_tokens:
-            prompt = head + self._ids(user.text) + self._with_control(template.assistant_start)
+            prompt = self._with_control(template.user_start) + self._ids(user.text)
+            prompt += self._with_control(template.assistant_start)
         else:
+            # The markers are tokenized together with the user's text, as in QLoRA's training text.
             prompt = self._ids(template.user_start + user.text + template.assistant_start)
         reply = self._continuation(template.assistant_start, template.reply_lead + assistant.text)
-        return _Exchange(prompt, reply + self._end, assistant.supervised)
+        return _Exchange(between + prompt, reply + self._end, assistant.supervised)
 
     def _continuation(self, before: str, text: str) -> list[int]:
-        """Returns the ids of a text as it follows another.
+        """Returns the ids of `text` after `before`.
 
-        A SentencePiece tokenizer puts a space before every text it sees alone, so the two are
-        encoded together and split.
+        SentencePiece puts a space before a text on its own, so both are encoded together and split.
         """
         context = self._with_control(before)
         whole = self._with_control(before, text)
-        if whole[: len(context)] == context:
-            return whole[len(context) :]
-        return self._ids(text)
+        return whole[len(context) :] if whole[: len(context)] == context else self._ids(text)
 
     def _with_control(self, control: str, text: str = "") -> list[int]:
         """Recognises control tokens in `control` but not in `text`."""
@@ -251,7 +236,7 @@ class ChatEncoder:
         return self._ids(control, control=True) + (self._ids(text) if text else [])
 
     def _ids(self, text: str, control: bool = False) -> list[int]:
-        # A "</s>" typed by a user stays text: it must not end the turn.
+        # A "</s>" that a user typed must stay text and not end the turn.
         return list(
             self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not control)
         )
@@ -268,7 +253,7 @@ class _Exchange:
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """Returns "sha256:" and the hash of all token ids and labels, in order."""
+    """Returns "sha256:" and a hash of all token ids and labels, in order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example.input_ids).to_bytes(4, "little"))
@@ -279,14 +264,9 @@ def fingerprint(examples: Iterable[Example]) -> str:
 
 def show(example: Example, tokenizer: Tokenizer) -> str:
     """Returns an example as text, with each learned span between ⟦ and ⟧."""
-    pieces: list[str] = []
-    start = 0
-    for end in range(1, len(example.labels) + 1):
-        at_border = end == len(example.labels) or (example.labels[end] == IGNORE) != (
-            example.labels[start] == IGNORE
-        )
-        if at_border:
-            text = tokenizer.decode(example.input_ids[start:end], skip_special_tokens=False)
-            pieces.append(text if example.labels[start] == IGNORE else f"⟦{text}⟧")
-            start = end
+    pieces = []
+    pairs = zip(example.input_ids, example.labels, strict=True)
+    for learned, span in groupby(pairs, lambda pair: pair[1] != IGNORE):
+        text = tokenizer.decode([token for token, _ in span], skip_special_tokens=False)
+        pieces.append(f"⟦{text}⟧" if learned else text)
     return "".join(pieces)

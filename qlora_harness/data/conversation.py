@@ -1,4 +1,4 @@
-"""A conversation: what every data set becomes before it meets a tokenizer."""
+"""Conversations: what every data set becomes before it is tokenized."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Turn:
-    """One message, verbatim; `supervised` says whether its tokens are learned."""
+    """One message, verbatim; its tokens are learned if it is `supervised`."""
 
     role: Literal["user", "assistant"]
     text: str
@@ -18,9 +18,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Alternating turns from a user turn to an assistant turn.
+    """Alternating turns, from a user's to an assistant's.
 
-    `tree` is the id of its tree, which is never split between training and evaluation.
+    All conversations of one `tree` are either trained or evaluated on.
     """
 
     tree: str
@@ -31,8 +31,8 @@ class Conversation:
 class Corpus:
     """The conversations of a data set, in file order, and what was left out.
 
-    `dropped` counts messages (or trees, if the reason says so) by reason; `resolved` counts choices
-    that were made without a rank, by kind.
+    `dropped` counts messages (or trees, if the reason says so) by reason; `resolved` counts the
+    choices that no rank decided, by kind.
     """
 
     conversations: list[Conversation]

@@ -1,4 +1,4 @@
-"""A run's data from name to examples: read, split by tree, encode, report."""
+"""Loads the data of a run: reads, splits by tree, encodes, reports."""
 
 from __future__ import annotations
 
@@ -19,50 +19,31 @@ _SPLIT_SEED = 0
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Examples to learn, examples held out, and the report of both (JSON)."""
+    """Examples to train on, held-out examples, and a JSON report of both."""
 
     train: list[Example]
     evaluation: list[Example]
     report: dict[str, Any]
 
 
-def load_chosen_data(tokenizer: Tokenizer, chosen: DataSettings) -> TrainingData:
-    """Loads, splits and encodes the data that the settings name; see `load_training_data`."""
-    return load_training_data(
-        ChatEncoder(tokenizer, chosen.template, chosen.max_length, chosen.mask),
-        chosen.dataset,
-        revision=chosen.dataset_revision,
-        languages=chosen.languages,
-        paths=chosen.conversations,
-        eval_fraction=chosen.eval_fraction,
-    )
-
-
-def load_training_data(
-    encoder: ChatEncoder,
-    dataset: str,
-    *,
-    revision: str | None,
-    languages: str,
-    paths: str,
-    eval_fraction: float,
-) -> TrainingData:
+def load_training_data(tokenizer: Tokenizer, settings: DataSettings) -> TrainingData:
     """Loads, splits and encodes a data set.
 
-    The data set's own validation split is the evaluation set. Without one, a share of the trees is
-    held out, so that no tree is on both sides; it is the same share for every seed, so runs of
-    several seeds learn from and are evaluated on the same conversations. Raises DataError if the
-    data can't be read or nothing is left to train on.
+    A data set's own validation split is used for evaluation. Without one, `eval_fraction` of the
+    trees is held out: the same trees for every seed, so that runs of several seeds train on and
+    are evaluated on the same conversations. Raises DataError if the data can't be read or nothing
+    is left to train on.
     """
-    codes = parse_languages(languages)
-    splits = load_splits(dataset, revision)
-    corpus = _build(splits.train, codes, paths, splits.source)
+    encoder = ChatEncoder(tokenizer, settings.template, settings.max_length, settings.mask)
+    splits = load_splits(settings.dataset, settings.dataset_revision)
+    corpus = _build(splits.train, settings, splits.source)
+    validation = None
     if splits.validation is None:
-        train, held_out = split_by_tree(corpus.conversations, eval_fraction, _SPLIT_SEED)
-        evaluation_source = f"{eval_fraction:g} of the trees"
-        validation = None
+        fraction = settings.eval_fraction
+        train, held_out = split_by_tree(corpus.conversations, fraction, _SPLIT_SEED)
+        evaluation_source = f"{fraction:g} of the trees"
     else:
-        validation = _build(splits.validation, codes, paths, splits.source)
+        validation = _build(splits.validation, settings, splits.source)
         train, held_out = corpus.conversations, validation.conversations
         evaluation_source = "validation split"
     encoded = encoder.encode_all(train)
@@ -70,20 +51,20 @@ def load_training_data(
     if not encoded.examples:
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(corpus.dropped.items()))
         raise DataError(
-            f"--dataset {dataset}: no conversation is left to train on (of {corpus.messages} "
-            f"messages; dropped: {reasons or 'none'}; without a supervised token: "
-            f"{encoded.dropped})",
+            f"--dataset {settings.dataset}: no conversation is left to train on (of "
+            f"{corpus.messages} messages; dropped: {reasons or 'none'}; without a supervised "
+            f"token: {encoded.dropped})",
             "Check --languages and --max-length",
         )
     report = {
-        "dataset": dataset,
-        "revision": revision,
+        "dataset": settings.dataset,
+        "revision": settings.dataset_revision,
         "source": splits.source,
-        "languages": languages,
-        "conversations": paths,
+        "languages": settings.languages,
+        "conversations": settings.conversations,
         "evaluation_source": evaluation_source,
-        "template": encoder.template_name,
-        "mask": encoder.mask,
+        "template": settings.template,
+        "mask": settings.mask,
         "leading_bos": encoder.leading_bos,
         **_corpus_report(corpus),
         "train": _split_report(encoded),
@@ -94,10 +75,11 @@ def load_training_data(
     return TrainingData(encoded.examples, encoded_evaluation.examples, report)
 
 
-def _build(rows: Rows, languages: Sequence[str] | None, paths: str, source: str) -> Corpus:
-    """Builds conversations; errors about all rows get the data set's name."""
+def _build(rows: Rows, settings: DataSettings, source: str) -> Corpus:
+    """Builds conversations; an error that names no file gets the name of the data set."""
+    languages = parse_languages(settings.languages)
     try:
-        return build_conversations(rows, languages, paths)
+        return build_conversations(rows, languages, settings.conversations)
     except DataError as error:
         if source in str(error):
             raise
@@ -109,7 +91,7 @@ def parse_languages(languages: str) -> tuple[str, ...] | None:
     codes = tuple(code.strip() for code in languages.split(",") if code.strip())
     if "all" in codes and len(codes) > 1:
         raise DataError(
-            f"--languages {languages}: 'all' stands beside others", "Give one of the two"
+            f"--languages {languages}: 'all' can't be combined with codes", "Give one of the two"
         )
     return None if codes == ("all",) else codes
 
@@ -117,10 +99,10 @@ def parse_languages(languages: str) -> tuple[str, ...] | None:
 def split_by_tree(
     conversations: Sequence[Conversation], eval_fraction: float, seed: int
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Returns training and evaluation conversations, each in file order, no tree on both sides.
+    """Returns training and evaluation conversations, in file order, with no tree on both sides.
 
-    `eval_fraction` is rounded to whole trees, and to one at least if it is above 0 and there are
-    two.
+    `eval_fraction` is rounded to whole trees, but to no less than one if it is above 0 and there
+    are at least two.
     """
     trees = list(dict.fromkeys(c.tree for c in conversations))
     count = round(len(trees) * eval_fraction)

@@ -1,8 +1,7 @@
-"""OASST1 message rows to conversations.
+"""Builds conversations from rows in the schema of OpenAssistant/oasst1.
 
-The row schema is that of OpenAssistant/oasst1
-(https://huggingface.co/datasets/OpenAssistant/oasst1): one row a message, `parent_id` null at the
-root of a tree, `rank` 0 for the best of several siblings and null for a lone one.
+https://huggingface.co/datasets/OpenAssistant/oasst1: one row per message, `parent_id` null at the
+root of a tree, `rank` 0 for the best of several siblings and null for an only child.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _ROLES = {"prompter": "user", "assistant": "assistant"}
 _SCHEMA_REMEDY = (
     "Rows need OASST1's columns: message_id, parent_id, text, role, and lang unless --languages all"
 )
-# Other forms that people have, by columns that only they have.
+# Common other formats, each with the columns that give it away.
 _OTHER_FORMS = {
     "Alpaca's form": {"instruction", "output"},
     "ShareGPT's form": {"conversations"},
@@ -40,11 +39,11 @@ _Row = Mapping[str, Any]
 
 
 def check_row(row: object, place: str) -> _Row:
-    """Returns a row with the fields of the schema only, or raises DataError.
+    """Returns the schema's fields of a row; raises DataError, with `place`, if one is unusable.
 
-    Null is null in any form: an absent field, None, NaN or an empty text. Numbers and truth values
-    may be texts, as in csv. What can't be read in `rank`, which only orders siblings, is null and
-    noted under `unreadable`. `place` is the file and line, or the data set and row number.
+    An absent field, None, NaN and "" all become None. Numbers and booleans may be strings, as in
+    csv. An unreadable `rank` only costs the order of siblings: it becomes None, and `unreadable`
+    names it.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{place}: expected an object, found {type(row).__name__}", _SCHEMA_REMEDY)
@@ -55,9 +54,9 @@ def check_row(row: object, place: str) -> _Row:
         "parent_id": _identity(row, "parent_id", place),
         "text": _text(row, place),
         "role": row["role"],
-        "lang": None if _is_null(row.get("lang")) else row["lang"],
-        "created_date": None if _is_null(row.get("created_date")) else row["created_date"],
     }
+    for name in ("lang", "created_date"):
+        checked[name] = None if _is_null(row.get(name)) else row[name]
     if checked["message_id"] is None:
         raise DataError(f"{place}: field 'message_id' is null", _SCHEMA_REMEDY)
     if not isinstance(checked["role"], str) or checked["role"] not in _ROLES:
@@ -67,8 +66,7 @@ def check_row(row: object, place: str) -> _Row:
         )
     for name in ("review_result", "deleted"):
         checked[name] = _truth(row.get(name), name, place)
-    rank, readable = _number(row.get("rank"))
-    checked["rank"] = rank
+    checked["rank"], readable = _number(row.get("rank"))
     if not readable:
         checked["unreadable"] = "rank"
     return checked
@@ -91,7 +89,7 @@ def _is_null(value: object) -> bool:
 
 
 def _identity(row: _Row, name: str, place: str) -> str | None:
-    """Returns an identifier; whole numbers become their digits."""
+    """Returns an id as text: "7" for "7", 7 and 7.0."""
     value = row.get(name)
     if _is_null(value):
         return None
@@ -133,7 +131,7 @@ def _truth(value: Any, name: str, place: str) -> bool | None:
 
 
 def _number(value: Any) -> tuple[float | None, bool]:
-    """Returns a number or None, and whether the value was readable as one of the two."""
+    """Returns a number or None, and whether the value could be read as either."""
     if _is_null(value):
         return None, True
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
@@ -148,13 +146,14 @@ def _number(value: Any) -> tuple[float | None, bool]:
 
 
 def _moment(value: Any) -> float | None:
-    """Returns a date as seconds since 1970, or None if it isn't one.
+    """Returns a date as seconds since 1970, or None if it can't be read.
 
-    Numbers are seconds, or the milliseconds, microseconds or nanoseconds of a date of our time.
+    The size of a number tells seconds from milliseconds, microseconds and nanoseconds.
     """
-    if isinstance(value, date):
-        day = datetime(value.year, value.month, value.day)
-        moment = value if isinstance(value, datetime) else day
+    if isinstance(value, datetime):
+        moment = value
+    elif isinstance(value, date):
+        moment = datetime(value.year, value.month, value.day)
     else:
         number, _ = _number(value)
         if number is not None:
@@ -179,14 +178,14 @@ def build_conversations(
 ) -> Corpus:
     """Builds conversations from checked message rows in any order.
 
-    `best-path` walks from each root and takes at each level the best-ranked remaining message, or
-    among unranked ones the earliest. `all-paths` makes a conversation of each path from a root to
-    an assistant message and supervises its last turn only, so that shared prefixes are not learned
-    several times. `languages` are codes to keep, None for all.
+    `best-path` follows each root down through the best-ranked reply, or the earliest if none has a
+    rank. `all-paths` turns every path from a root to an assistant message into a conversation and
+    supervises only its last turn, so that shared prefixes are learned once. `languages` are the
+    codes to keep, None for all.
 
-    What is dropped is counted by reason: `duplicate row`, `deleted`, `review_result false`,
-    `language`, `empty text`, `orphan` (the parent is missing or was dropped), `role order` (two
-    turns of one role in a row), and by tree `tree without assistant reply`. Raises DataError if two
+    `dropped` counts messages as `duplicate row`, `deleted`, `review_result false`, `language`,
+    `empty text`, `orphan` (the parent is missing or was dropped) or `role order` (two turns in a
+    row have one role), and trees as `tree without assistant reply`. Raises DataError if two
     different rows share a message_id.
     """
     corpus = Corpus([])
@@ -199,7 +198,6 @@ def build_conversations(
     for siblings in children.values():
         if len(siblings) > 1:
             siblings.sort(key=lambda r: _preference(r, order, corpus))
-    walk = _best_path if paths == "best-path" else _all_paths
     reached = 0
     for root in roots:
         if root["role"] != "prompter":
@@ -207,7 +205,10 @@ def build_conversations(
             reached += 1
             continue
         reached += _count_below(root, children, corpus)
-        conversations = list(walk(root, children, corpus))
+        if paths == "best-path":
+            conversations = _best_path(root, children, corpus)
+        else:
+            conversations = list(_all_paths(root, children))
         corpus.conversations.extend(conversations)
         if not conversations:
             corpus.dropped["tree without assistant reply"] += 1
@@ -219,7 +220,7 @@ def build_conversations(
 def _select(
     rows: Iterable[_Row], languages: Sequence[str] | None, corpus: Corpus
 ) -> tuple[list[_Row], dict[str, int]]:
-    """Returns the rows to build from and the place of each message in the file."""
+    """Returns the rows that stay, and every message's position in the file."""
     remaining: list[_Row] = []
     seen: dict[str, _Row] = {}
     for row in rows:
@@ -228,8 +229,7 @@ def _select(
         if identity in seen:
             if row != seen[identity]:
                 raise DataError(
-                    f"message_id {identity!r} is in two rows that differ",
-                    "Remove one of the two rows",
+                    f"two different rows have the message_id {identity!r}", "Remove one of them"
                 )
             corpus.dropped["duplicate row"] += 1
             continue
@@ -257,7 +257,7 @@ def _drop_reason(row: _Row, languages: Sequence[str] | None) -> str | None:
 
 
 def _preference(row: _Row, order: Mapping[str, int], corpus: Corpus) -> tuple[float, float, int]:
-    """Sort key of siblings: rank (unranked last), then date, then order in the file."""
+    """Sorts siblings by rank (unranked last), then date, then position in the file."""
     rank, created = row.get("rank"), row.get("created_date")
     moment = None if created is None else _moment(created)
     if created is not None and moment is None:
@@ -275,22 +275,22 @@ def _replies(row: _Row, children: Mapping[str, list[_Row]]) -> list[_Row]:
 
 
 def _count_below(root: _Row, children: Mapping[str, list[_Row]], corpus: Corpus) -> int:
-    """Counts the messages of a tree, and as `role order` those of the wrong role and below."""
-    seen = 0
+    """Counts a tree's messages; one of the wrong role, and all below it, count as `role order`."""
+    count = 0
     stack = [(root, True)]
     while stack:
         row, in_order = stack.pop()
-        seen += 1
+        count += 1
         if not in_order:
             corpus.dropped["role order"] += 1
         for child in children.get(row["message_id"], ()):
             stack.append((child, in_order and child["role"] != row["role"]))
-    return seen
+    return count
 
 
 def _best_path(
     root: _Row, children: Mapping[str, list[_Row]], corpus: Corpus
-) -> Iterator[Conversation]:
+) -> list[Conversation]:
     path = [root]
     while replies := _replies(path[-1], children):
         if len(replies) > 1 and replies[0].get("rank") == replies[1].get("rank"):
@@ -302,15 +302,11 @@ def _best_path(
         path.pop()
         if path:
             corpus.resolved["prompter turn cut from the end"] += 1
-    if path:
-        yield _conversation(path, supervise_all=True)
+    return [_conversation(path, supervise_all=True)] if path else []
 
 
-def _all_paths(
-    root: _Row, children: Mapping[str, list[_Row]], corpus: Corpus
-) -> Iterator[Conversation]:
-    del corpus
-    stack: list[list[_Row]] = [[root]]
+def _all_paths(root: _Row, children: Mapping[str, list[_Row]]) -> Iterator[Conversation]:
+    stack = [[root]]
     while stack:
         path = stack.pop()
         if path[-1]["role"] == "assistant":
@@ -319,9 +315,10 @@ def _all_paths(
 
 
 def _conversation(path: Sequence[_Row], supervise_all: bool) -> Conversation:
-    turns = []
-    for index, row in enumerate(path):
-        assistant = row["role"] == "assistant"
-        learned = assistant and (supervise_all or index == len(path) - 1)
-        turns.append(Turn("assistant" if assistant else "user", row["text"], learned))
+    turns = [
+        Turn("assistant", row["text"], supervised=supervise_all or row is path[-1])
+        if row["role"] == "assistant"
+        else Turn("user", row["text"])
+        for row in path
+    ]
     return Conversation(path[0]["message_id"], tuple(turns))

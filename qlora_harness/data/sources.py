@@ -1,4 +1,4 @@
-"""Data sets by name, file or folder: where the rows of OASST1's schema come from."""
+"""Reads rows in OASST1's schema from a named data set, a file or a folder."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ HUB_NAMES = {"oasst1": "OpenAssistant/oasst1", "oasst2": "OpenAssistant/oasst2"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _CSV_NULLS = frozenset({"", "NA", "N/A", "n/a", "NaN", "nan", "None", "null", "NULL", "<NA>"})
 _COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
-_FORMS = (".jsonl", ".json", ".ndjson", ".parquet", *_DELIMITERS)
-_LONGEST_FIELD = 1 << 24  # characters of a cell in csv
+_FORMATS = (".jsonl", ".json", ".ndjson", ".parquet", *_DELIMITERS)
+_LONGEST_CELL = 1 << 24  # characters, in csv
 _REMEDY = "Name a file (.jsonl, .json, .csv or .parquet), a folder or a Hub id"
 _FOLDER = "It must be saved by datasets.save_to_disk, or hold .jsonl, .json, .csv or .parquet files"
 
@@ -44,7 +44,7 @@ Rows = Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set's rows; `validation` is its own validation split, or None."""
+    """The rows of a data set; `validation` is its own validation split, if it has one."""
 
     train: Rows
     validation: Rows | None
@@ -52,13 +52,13 @@ class Splits:
 
 
 def parse_line(line: str, place: str, remedy: str) -> object:
-    """Parses one line of a JSON Lines file; raises DataError with `place` and `remedy`."""
+    """Parses a line of JSON Lines; raises DataError, with `place` and `remedy`, if it can't."""
     try:
         return jsonlines.Reader([line], loads=_loads).read()
     except RecursionError:
         reason = "brackets too deep"
     except jsonlines.InvalidLineError as error:
-        # jsonlines counts lines of its own; the parser's message is its cause.
+        # The message of jsonlines has a wrong line number; that of the JSON parser is the cause.
         reason = getattr(error.__cause__, "msg", None) or str(error.__cause__ or error)
     raise DataError(f"{place}: not valid JSON ({reason:.120})", remedy) from None
 
@@ -70,18 +70,18 @@ def _loads(text: str) -> object:
 def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     """Yields the checked rows of a file: JSON Lines, a JSON array, csv or parquet.
 
-    All but parquet are UTF-8 and may be compressed (.gz, .xz, .bz2, .zst). Raises DataError, with
-    the line or number of a broken row.
+    All but parquet are UTF-8 and may be compressed (.gz, .xz, .bz2, .zst). Raises DataError with
+    the line or number of an unusable row.
     """
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSED else None
-    form = suffixes[-1] if suffixes else None
+    suffix, compression = _suffixes(path)
     try:
-        if packed is None and _is_parquet(path):
+        if not compression and _is_parquet(path):
             rows = _parquet_rows(path)
         else:
-            text = io.TextIOWrapper(_open(path, packed), encoding="utf-8-sig", newline="")
-            rows = _csv_rows(path, text, form) if form in _DELIMITERS else _json_rows(path, text)
+            file = _open(path, compression)
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+            separator = _DELIMITERS.get(suffix)
+            rows = _csv_rows(path, text, separator) if separator else _json_rows(path, text)
         for place, row in rows:
             yield check_row(row, place)
     except DataError:
@@ -90,8 +90,15 @@ def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         raise DataError(f"--dataset: {path} does not exist", _REMEDY) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason})", "Convert the file") from None
-    except Exception as error:  # noqa: BLE001  # the parsers of damaged files raise many kinds
+    except Exception as error:  # noqa: BLE001  # parsers raise many kinds for damaged files
         raise DataError(f"{path} can't be read: {first_line(error)}", "Check the file") from None
+
+
+def _suffixes(path: Path) -> tuple[str, str]:
+    """Returns ".csv" and ".gz" for rows.csv.gz; an absent one is empty."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSED else ""
+    return (suffixes[-1] if suffixes else ""), compression
 
 
 def _is_parquet(path: Path) -> bool:
@@ -99,27 +106,27 @@ def _is_parquet(path: Path) -> bool:
         return file.read(4) == b"PAR1" or path.suffix.lower() == ".parquet"
 
 
-def _open(path: Path, packed: str | None) -> IO[bytes]:
-    if packed == ".zst":
-        import pyarrow  # what datasets reads with, so it is there
+def _open(path: Path, compression: str) -> IO[bytes]:
+    if compression == ".zst":
+        import pyarrow  # installed with datasets
 
         stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
         return io.BufferedReader(cast(io.RawIOBase, stream))
-    openers: dict[str | None, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-    return cast(IO[bytes], openers.get(packed, open)(path, "rb"))
+    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+    return cast(IO[bytes], openers.get(compression, open)(path, "rb"))
 
 
 def _json_rows(path: Path, text: IO[str]) -> Iterator[tuple[str, object]]:
-    """Yields the rows of JSON Lines with their lines, or those of one JSON array."""
-    begun = False
+    """Yields the place and the value of each row of JSON Lines or of a JSON array."""
+    first = True
     with text:
         for number, line in enumerate(text, start=1):
             if not line.strip():
                 continue
-            if not begun and line.lstrip().startswith("["):
+            if first and line.lstrip().startswith("["):
                 yield from _array_rows(path, line + text.read())
                 return
-            begun = True
+            first = False
             place = f"{path}, line {number}"
             yield place, parse_line(line, place, "Correct or remove the line")
 
@@ -130,35 +137,33 @@ def _array_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
     except (ValueError, RecursionError) as error:
         reason = "brackets too deep" if isinstance(error, RecursionError) else str(error)
         raise DataError(f"{path}: not valid JSON ({reason:.120})", "Correct the file") from None
-    assert isinstance(rows, list)  # it begins with a bracket
     for number, row in enumerate(rows, start=1):
         yield f"{path}, row {number}", row
 
 
-def _csv_rows(path: Path, text: IO[str], form: str) -> Iterator[tuple[str, object]]:
-    csv.field_size_limit(_LONGEST_FIELD)
+def _csv_rows(path: Path, text: IO[str], separator: str) -> Iterator[tuple[str, object]]:
+    csv.field_size_limit(_LONGEST_CELL)
     with text:
-        reader = csv.reader(text, delimiter=_DELIMITERS[form], strict=True)
+        reader = csv.reader(text, delimiter=separator, strict=True)
         names = next(reader, [])
         without_duplicates([(name, None) for name in names])
-        for cells in reader:
+        for cells in filter(None, reader):
             place = f"{path}, line {reader.line_num}"
-            if cells and len(cells) != len(names):
+            if len(cells) != len(names):
                 raise DataError(
                     f"{place}: {len(cells)} cells in {len(names)} columns",
-                    "Put quotes around cells with commas or line ends",
+                    "Quote the cells that hold commas or line breaks",
                 )
-            if cells:
-                row = zip(names, cells, strict=True)
-                yield place, {name: _csv_cell(name, cell) for name, cell in row}
+            row = zip(names, cells, strict=True)
+            yield place, {name: _csv_cell(name, cell) for name, cell in row}
 
 
 def _csv_cell(name: str, value: str) -> str | None:
-    """Reads a cell as pandas does, with which datasets reads csv; but a reply may be "None"."""
+    """Reads a cell as pandas, and so datasets, does; but the text of a message may be "None"."""
     if name == "text":
         return value
     if name.endswith("_id") and re.fullmatch(r"\d+\.0", value):
-        return value.removesuffix(".0")  # whole numbers beside a null, as pandas writes them
+        return value.removesuffix(".0")  # pandas writes a column of integers with a null this way
     return None if value in _CSV_NULLS else value
 
 
@@ -172,30 +177,31 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
         without_duplicates([(name, None) for name in names])
         columns = [name for name in names if name in FIELDS]
         if not set(columns) >= REQUIRED:
-            yield f"{path}, row 1", dict.fromkeys(names)  # to be refused by these names
+            yield f"{path}, row 1", dict.fromkeys(names)  # refused by check_row, with these names
         for batch in file.iter_batches(batch_size=1000, columns=columns):
             table = pyarrow.Table.from_batches([batch])
-            for place, column in enumerate(table.schema):
-                # As numbers: Python's dates end earlier, and know fewer time zones.
+            for index, column in enumerate(table.schema):
+                # Dates become numbers: Python's have a smaller range and fewer time zones.
+                values = table[index]
                 if types.is_date(column.type):
-                    dates = table[place].cast(pyarrow.timestamp("s")).cast(pyarrow.int64())
-                    table = table.set_column(place, column.name, dates)
-                elif types.is_timestamp(column.type):
-                    moments = table[place].cast(pyarrow.int64())
-                    table = table.set_column(place, column.name, moments)
+                    values = values.cast(pyarrow.timestamp("s"))
+                if types.is_timestamp(values.type):
+                    table = table.set_column(index, column.name, values.cast(pyarrow.int64()))
             for row in table.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", row
 
 
 def load_splits(name: str, revision: str | None = None) -> Splits:
-    """Finds the rows of "demo", "oasst1", "oasst2", another Hub id, a file or a folder.
+    """Returns the rows of "demo", "oasst1", "oasst2", another Hub id, a file or a folder.
 
-    As in `datasets`, the working folder comes before the Hub; "demo" is always the embedded set. If
-    a known name stands for both, a log line says which is used. `revision` is a branch, tag or
+    As in `datasets`, the working folder comes before the Hub, but "demo" is always the embedded
+    set. A warning says which of two data sets of one name is used. `revision` is a branch, tag or
     commit on the Hub. Raises DataError.
     """
-    path = _local_path(name)
+    path = expanded(name)
+    if name in HUB_NAMES and not path.exists():
+        path = Path(HUB_NAMES[name])  # `OpenAssistant/oasst1` may be a local folder, too
     kind = _kind(path)
     if revision is not None and (name == DEMO or kind is not None):
         what = "the embedded set" if name == DEMO else f"a local {kind}"
@@ -204,26 +210,20 @@ def load_splits(name: str, revision: str | None = None) -> Splits:
             "Leave the revision out",
         )
     if kind is not None:
-        _say_what_is_taken(name, path, kind)
+        _warn_of_same_name(name, path, kind)
     if name == DEMO:
         return Splits(read_rows(demo_dir() / DEMO_FILE), None, f"embedded {DEMO_FILE}")
     if kind == "file":
         return Splits(read_rows(path), None, str(path))
     if kind == "folder":
         return _folder(path)
-    if path.suffix.lower() in (*_FORMS, *_COMPRESSED) or name.startswith((".", "/", "~")):
+    if path.suffix.lower() in (*_FORMATS, *_COMPRESSED) or name.startswith((".", "/", "~")):
         raise DataError(f"--dataset: {name} does not exist", _REMEDY)
     return _hub(HUB_NAMES.get(name, name), revision)
 
 
-def _local_path(name: str) -> Path:
-    """Returns where a data set of this name would be; a known word, also under its Hub id."""
-    path = expanded(name)
-    return path if name not in HUB_NAMES or path.exists() else Path(HUB_NAMES[name])
-
-
 def _kind(path: Path) -> str | None:
-    """Returns "file", "folder" or None."""
+    """Returns "file", "folder", or None if there is nothing at the path."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -237,27 +237,20 @@ def _kind(path: Path) -> str | None:
     raise DataError(f"--dataset: {path} is neither a file nor a folder", _REMEDY)
 
 
-def _say_what_is_taken(name: str, path: Path, kind: str) -> None:
-    """Warns if a known name is also that of a local file or folder."""
+def _warn_of_same_name(name: str, path: Path, kind: str) -> None:
+    """Warns if a known data set has the name of a local file or folder."""
     local = f"the local {kind} {path}"
     if name == DEMO:
-        logger.warning(
-            "--dataset %s: the embedded set is taken, not %s; give ./%s for that", name, local, path
-        )
+        logger.warning(f"--dataset {name}: uses the embedded set, not {local}; that is ./{path}")
     elif name in HUB_NAMES or name in HUB_NAMES.values():
         logger.warning(
-            "--dataset %s: %s is taken, not %s on the Hub; to take the Hub's, rename the %s; to "
-            "silence this, give ./%s",
-            name,
-            local,
-            HUB_NAMES.get(name, name),
-            kind,
-            path,
+            f"--dataset {name}: uses {local}, not {HUB_NAMES.get(name, name)} of the Hub; rename "
+            f"the {kind} to use the Hub's, or write ./{path} to silence this"
         )
 
 
 def _folder(path: Path) -> Splits:
-    """Reads a folder saved by `datasets`, or one of files, split by name as `datasets` does."""
+    """Reads a folder saved by `datasets`, or one of files, which `datasets` sorts into splits."""
     import datasets
     from datasets.data_files import DataFilesDict, get_data_patterns
 
@@ -266,33 +259,26 @@ def _folder(path: Path) -> Splits:
         if saved:
             loaded = datasets.load_from_disk(str(path))
             for part in loaded.values() if isinstance(loaded, Mapping) else [loaded]:
-                part.data.validate(full=True)  # else damage ends the process when it is read
+                part.data.validate(full=True)  # reading damaged data would crash the process
             return _splits(loaded, str(path))
         base = glob.escape(str(path))
         files_by_split = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
     except DataError:
         raise
-    except Exception as error:  # noqa: BLE001  # datasets raises many kinds; all mean an unreadable folder
+    except Exception as error:  # noqa: BLE001  # datasets raises many kinds
         raise DataError(
             f"--dataset: folder {path} can't be read: {first_line(error)}", _FOLDER
         ) from None
     splits = {}
     for name, files in files_by_split.items():
-        paths = [file for file in map(Path, files) if _has_rows(file)]
+        paths = [file for file in map(Path, files) if _suffixes(file)[0] in _FORMATS]
         if paths:
             splits[str(name)] = chain.from_iterable(map(read_rows, sorted(paths)))
     if not splits:
-        raise DataError(f"--dataset: folder {path} holds no file of rows", _FOLDER)
+        raise DataError(f"--dataset: folder {path} holds no data file", _FOLDER)
     if "train" not in splits:
         raise _no_train_split(str(path), splits)
     return Splits(splits["train"], splits.get("validation"), str(path))
-
-
-def _has_rows(path: Path) -> bool:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-    return path.is_file() and bool(suffixes) and suffixes[-1] in _FORMS
 
 
 def _hub(name: str, revision: str | None) -> Splits:
@@ -300,7 +286,7 @@ def _hub(name: str, revision: str | None) -> Splits:
 
     try:
         loaded = datasets.load_dataset(name, revision=revision)
-    except Exception as error:  # noqa: BLE001  # network, access, spelling: the Hub has many
+    except Exception as error:  # noqa: BLE001  # network, access, spelling: many kinds
         raise DataError(
             f"--dataset: {name!r} can't be loaded from the Hub: {first_line(error)}",
             "Check the name, the network and your access, or give a local file or folder",
@@ -331,7 +317,7 @@ def _no_train_split(source: str, names: Iterable[str]) -> DataError:
 def _checked(rows: Any, place: str) -> Iterator[Mapping[str, Any]]:
     number = 0
     try:
-        if hasattr(rows, "select_columns"):  # others may need packages to be decoded
+        if hasattr(rows, "select_columns"):  # other columns may need packages to decode
             present = [name for name in rows.column_names if name in FIELDS]
             if set(present) >= REQUIRED:
                 rows = rows.select_columns(present)
@@ -339,7 +325,7 @@ def _checked(rows: Any, place: str) -> Iterator[Mapping[str, Any]]:
             yield check_row(row, f"{place}, row {number}")
     except DataError:
         raise
-    except Exception as error:  # noqa: BLE001  # of a column that can't be decoded
+    except Exception as error:  # noqa: BLE001  # decoding a column raises many kinds
         raise DataError(
             f"{place}, row {number + 1} can't be read: {type(error).__name__}: {error}",
             "Check the data set",

@@ -20,7 +20,7 @@ from transformers import TrainerState
 from transformers.utils import logging as transformers_logging
 
 from qlora_harness.data.chat import chat_template, show
-from qlora_harness.data.corpus import TrainingData, load_chosen_data
+from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.errors import AdapterError, RunError, SettingsError, TrainingError
 from qlora_harness.fused.host_memory import memory_of_a_process
 from qlora_harness.fused.model import FusedDecoder
@@ -150,7 +150,7 @@ class _Run:
         tokenizer = load_tokenizer(source)
         # The main process goes first: it fills the cache that the others read.
         with self.record.timed("data"), self.state.main_process_first():
-            data = load_chosen_data(tokenizer, self.settings.data)
+            data = load_training_data(tokenizer, self.settings.data)
         fingerprint = data.report["train"]["fingerprint"]
         self.start.check_same(self.run_dir, fingerprint, "data", "train", "fingerprint")
         say(self.state, _description(self.settings, source, data, self.device))
