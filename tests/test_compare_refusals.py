@@ -258,7 +258,7 @@ def test_which_runs(pair: tuple[Path, Path], tmp_path: Path) -> None:
         ([pair[0], tmp_path / "nowhere"], ResultsError, "nowhere does not exist"),
         ([pair[0], tmp_path / "empty"], ComparisonError, "empty holds no training_summary.json"),
         ([pair[0], tmp_path / "results"], ComparisonError, "not a run but holds 2: 16bit, 4bit"),
-        ([trained, scored], ComparisonError, "no numbers of the same sort"),
+        ([trained, scored], ComparisonError, "no numbers of the same kind"),
         ([scored, other], ComparisonError, "no task in common"),
         ([*pair, "--task", "mmlu_qlora_0shot"], ComparisonError, "--task mmlu_qlora_0shot: .*4bit"),
         ([*pair, "--metric", "bleu"], ResultsError, "has no metric bleu, only acc"),
@@ -266,7 +266,7 @@ def test_which_runs(pair: tuple[Path, Path], tmp_path: Path) -> None:
         ([*pair, "--labels", "a,a"], SettingsError, "repeated"),
         ([*pair, "--baseline", "c"], SettingsError, "--baseline c is neither arm nor run"),
         ([*pair, "--margin", "0"], SettingsError, "--margin 0"),
-        ([scored, trained, "--intersect"], ComparisonError, "no numbers of the same sort"),
+        ([scored, trained, "--intersect"], ComparisonError, "no numbers of the same kind"),
     ]
     for words, error, message in cases:
         with pytest.raises(error, match=message):

@@ -13,8 +13,8 @@ from statsmodels.stats.proportion import proportion_confint
 
 from qlora_harness.compare import choices
 from qlora_harness.compare import statistics as st
-from qlora_harness.compare.figures import wilson
-from qlora_harness.study_plan import plan
+from qlora_harness.compare.statistics import wilson
+from qlora_harness.compare.power import plan
 
 RNG = np.random.default_rng(0)
 
@@ -248,7 +248,7 @@ def test_plan_is_what_simulated_studies_need(sd: float, seeds: int) -> None:
                 st.Variance(0.10 / n, n - 1),
                 st.over_seeds(one, two, blocks=False),
             )
-            shown += found.within(0.01) if same else found.low > 0
+            shown += found.is_within(0.01) if same else found.low > 0
         assert shown / draws == pytest.approx(0.8, abs=0.025)
 
 

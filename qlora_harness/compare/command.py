@@ -31,26 +31,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="two or more runs: a folder such as results/4bit, a results_*.json of lm_eval, or a "
         "folder that holds one; runs that differ in their seed alone are one arm",
     )
-    parser.add_argument(
-        "--details", action="store_true", help="print all tables, too, 120 columns wide"
-    )
-    parser.add_argument(
-        "--task",
-        metavar="NAME",
-        help=f"the task to compare, of any that lm_eval has (default: {DEFAULT_TASK} if all runs "
-        "have it, else the only one they have in common)",
-    )
-    parser.add_argument(
-        "--metric",
-        metavar="NAME[,FILTER]",
-        help="of that task, for example acc_norm or exact_match,flexible-extract",
-    )
-    parser.add_argument("--labels", metavar="A,B,…", help="names of the runs, separated by commas")
-    parser.add_argument(
-        "--baseline",
-        metavar="NAME",
-        help="the arm or run that the others are compared with (default: bf16, else the first)",
-    )
+    _add_switch(parser, "--details", "also print all tables, 120 columns wide")
+    for flag, metavar, text in (
+        (
+            "--task",
+            "NAME",
+            f"the task to compare, of any that lm_eval has (default: {DEFAULT_TASK} if all runs "
+            "have it, else the only one they have in common)",
+        ),
+        (
+            "--metric",
+            "NAME[,FILTER]",
+            "metric of that task, for example acc_norm or exact_match,flexible-extract",
+        ),
+        ("--labels", "A,B,…", "names of the runs, separated by commas"),
+        (
+            "--baseline",
+            "NAME",
+            "the arm or run that the others are compared with (default: bf16, else the first)",
+        ),
+    ):
+        parser.add_argument(flag, metavar=metavar, help=text)
     parser.add_argument(
         "--margin",
         type=float,
@@ -58,49 +59,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="POINTS",
         help="accuracies within ± this many percentage points count as equal (default %(default)g)",
     )
-    parser.add_argument(
+    _add_switch(
+        parser,
         "--allow-limit",
-        action="store_true",
-        help="compare runs scored with --limit, if all have the same limit and questions",
+        "compare runs scored with --limit, if all have the same limit and questions",
     )
-    parser.add_argument(
+    _add_switch(
+        parser,
         "--intersect",
-        action="store_true",
-        help="compare only the questions that all runs answered; what is left out is counted",
+        "compare only the questions that all runs answered, and count those left out",
     )
-    parser.add_argument(
-        "--allow-different-data",
-        action="store_true",
-        help="compare runs trained on different data; a note says so",
+    _add_switch(
+        parser, "--allow-different-data", "compare runs trained on different data; a note says so"
     )
-    for flag, name in (("--markdown", MARKDOWN_FILE), ("--json", JSON_FILE)):
-        parser.add_argument(
-            flag, type=Path, metavar="FILE", help=f"default: {name} beside the runs"
-        )
-    parser.add_argument(
-        "--html",
-        type=Path,
-        metavar="FILE",
-        help="also write a self-contained HTML page with figures to this file (about 5 MB)",
-    )
+    for flag, text in (
+        ("--markdown", f"default: {MARKDOWN_FILE} beside the runs"),
+        ("--json", f"default: {JSON_FILE} beside the runs"),
+        ("--html", "also write a self-contained HTML page with figures (about 5 MB)"),
+    ):
+        parser.add_argument(flag, type=Path, metavar="FILE", help=text)
+
+
+def _add_switch(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
+    parser.add_argument(flag, action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compares the runs, writes the comparison as Markdown and JSON, and prints the answer.
 
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        SettingsError: A flag has an unusable value.
-        ResultsError: A file is unreadable, or an output file can't be written.
-        ComparisonError: The runs can't be compared; nothing is written.
+    Returns the exit status, 0. Raises SettingsError for an unusable flag, ResultsError if a file
+    can't be read or written, and ComparisonError, with nothing written, if the runs can't be
+    compared.
     """
     if not 0 < args.margin < 100:
         raise SettingsError(
             f"--margin {args.margin:g}", "Give percentage points, above 0 and below 100"
         )
-    folder = common_folder(args.runs)
+    folder = _common_folder(args.runs)
     outputs = {
         "--markdown": args.markdown or folder / MARKDOWN_FILE,
         "--json": args.json or folder / JSON_FILE,
@@ -124,8 +119,10 @@ def run(args: argparse.Namespace) -> int:
         allow_different_data=args.allow_different_data,
         intersect=args.intersect,
     )
-    markdown = printable(text.markdown(comparison), keep="\n")
-    texts = {"--markdown": markdown, "--json": comparison.model_dump_json(indent=1) + "\n"}
+    texts = {
+        "--markdown": printable(text.markdown(comparison), keep="\n"),
+        "--json": comparison.model_dump_json(indent=1) + "\n",
+    }
     if args.html is not None:
         texts["--html"] = page.to_html(comparison)
     # Written before anything is printed: a reader that closes the pipe early loses no file.
@@ -144,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def common_folder(paths: Sequence[Path]) -> Path:
+def _common_folder(paths: Sequence[Path]) -> Path:
     """Returns the folder in which the runs lie; the working directory if that is only "/"."""
     if not paths:
         return Path()

@@ -1,120 +1,35 @@
-"""`compare`: from the paths of runs to a Comparison, which every renderer reads."""
+"""`compare`: from the paths of runs to a Comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, PrivateAttr
 
-from qlora_harness.compare import checks
-from qlora_harness.compare.arms import Arm, group, pair
-from qlora_harness.compare.contrast import Contrast, contrast, interaction
-from qlora_harness.compare.scores import Chance, chance
+from qlora_harness.compare import checks, page, text
+from qlora_harness.compare.arms import group, pair
+from qlora_harness.compare.choices import RunAnswers
+from qlora_harness.compare.contrast import answers_of, contrast, effects
+from qlora_harness.compare.record import ComparisonRecord, RunInfo, Setting
+from qlora_harness.compare.scores import chance
+from qlora_harness.compare.verdict import verdict
 from qlora_harness.errors import ComparisonError, SettingsError
 from qlora_harness.record import now, scrub, scrub_all
 from qlora_harness.results.answers import align
 from qlora_harness.results.runs import Run, default_labels, load_run
+from qlora_harness.results.scored import Scored
 
 DEFAULT_MARGIN = 0.01
 
 
-class RunInfo(BaseModel):
-    """One run, in short."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    label: str
-    """Its name."""
-    path: str
-    """As named, without the home folder."""
-    arm: str
-    """The arm that it belongs to."""
-    seed: int | None
-    """Of its training."""
-    model: str | None
-    """Base model."""
-    quant: str | None
-    """nf4, fp4, bf16 or another."""
-    device: str | None
-    """That it was trained on."""
-    status: str | None
-    """Of its training."""
-    peak_bytes: float | None
-    """Peak memory."""
-    train_seconds: float | None
-    """Training time."""
-    eval_loss: float | None
-    """Nats per token."""
-    perplexity: float | None
-    """exp(eval_loss)."""
-    value: float | None
-    """The metric as recorded."""
-    stderr: float | None
-    """Its standard error as recorded."""
-    answers: bool
-    """Whether its answers are known question by question."""
-
-
-class Comparison(BaseModel):
-    """What `compare` found; comparison.json holds exactly this."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    schema_version: Literal[2] = 2
-    """Of this record."""
-    kind: Literal["comparison"] = "comparison"
-    """What the file is."""
-    created: str
-    """ISO 8601."""
-    task: str | None
-    """What was scored."""
-    metric: str | None
-    """And how."""
-    questions: int | None
-    """Compared questions."""
-    dropped: dict[str, int]
-    """With --intersect, questions of each run that others had not answered."""
-    model: str | None
-    """The base model, where all runs have one."""
-    dataset: str | None
-    """The training data, where all runs have one."""
-    margin: float
-    """Of equivalence, a share of the questions."""
-    runs: list[RunInfo]
-    """In the order given."""
-    arms: list[str]
-    """Names."""
-    contrasts: list[Contrast]
-    """Primary ones first."""
-    effects: list[Contrast] = []
-    """Base and adapter in 4 and 16 bits: what training gains, and the interaction."""
-    chance: list[Chance]
-    """One an arm."""
-    besides: list[str]
-    """What differs besides quantisation and seed."""
-    different: list[checks.Setting]
-    """Recorded settings that differ."""
-    same: list[checks.Setting]
-    """Recorded settings that agree."""
-    notes: list[str]
-    """What a reader has to know."""
-
-    _runs: list[Run] = PrivateAttr(default_factory=list)
-    _answers: dict[str, pd.DataFrame] = PrivateAttr(default_factory=dict)
-
-    @property
-    def primary(self) -> list[Contrast]:
-        """The contrasts that answer the question."""
-        return [item for item in self.contrasts if item.primary]
+class Comparison(ComparisonRecord):
+    """What `compare` computed; print it, or let a notebook show it."""
 
     @property
     def verdict(self) -> str:
         """The answer in sentences."""
-        from qlora_harness.compare.verdict import verdict
-
         return verdict(self)
 
     def to_frame(self) -> pd.DataFrame:
@@ -132,20 +47,16 @@ class Comparison(BaseModel):
         info = {run.label: run for run in self.runs}
         parts = [
             frame.assign(run=label, arm=info[label].arm, seed=info[label].seed, task=self.task)
-            for label, frame in self._answers.items()
+            for label, frame in self.frames.items()
         ]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
     def __str__(self) -> str:
         """Returns the answer as the terminal shows it."""
-        from qlora_harness.compare.text import answer
-
-        return answer(self)
+        return text.answer(self)
 
     def _repr_html_(self) -> str:
-        from qlora_harness.compare.page import head
-
-        return head(self)
+        return page.head(self)
 
 
 def compare(
@@ -167,14 +78,14 @@ def compare(
         labels: Their names; by default as much of the path as tells them apart.
         baseline: Arm or run that all others are compared with; by default bf16.
         task: By default mmlu_qlora_5shot, or the only task that all have.
-        metric: Of other tasks, for example "acc_norm" or "exact_match,flexible-extract".
-        margin: Within which accuracies count as the same, a share of the questions.
+        metric: Metric of other tasks, for example "acc_norm" or "exact_match,flexible-extract".
+        margin: Accuracies within this share of the questions count as the same.
         allow_limit: Whether runs with the same --limit may be compared.
         allow_different_data: Whether runs on different data may be compared.
         intersect: Whether only the questions that all runs answered are compared.
 
     Raises:
-        SettingsError: The labels don't fit the runs, or the baseline is none of them.
+        SettingsError: The labels don't fit the runs, or there is no such baseline.
         ResultsError: A file is unreadable, foreign, incomplete or contradicts another one.
         ComparisonError: The runs were not made under conditions that allow a comparison.
 
@@ -185,14 +96,9 @@ def compare(
         >>> result.contrasts[0]["eval_loss"].word
         'worse'
     """
-    paths = [Path(run) for run in runs]
-    _check_paths(paths)
     if not 0 < margin < 1:
         raise SettingsError(f"margin {margin:g}", "Give a share above 0 and below 1")
-    names = default_labels(paths) if labels is None else _checked_labels(labels, len(paths))
-    # A folder's name may hold any byte.
-    names = [" ".join(name.encode(errors="backslashreplace").decode().split()) for name in names]
-    loaded = [load_run(p, label=n, metric=metric) for p, n in zip(paths, names, strict=True)]
+    loaded = _load([Path(run) for run in runs], labels, metric)
     checks.check_substance(loaded)
     notes = checks.check_data(loaded, allow_different_data)
     task = checks.choose_task(loaded, task)
@@ -200,21 +106,12 @@ def compare(
     _check_sources(loaded)
     scored = {run.label: run.scored[task] for run in loaded if task in run.scored} if task else {}
     notes += checks.check_limit(scored, allow_limit, intersect)
-    frames = {}
-    for run in loaded:
-        if run.label in scored and (frame := run.answers(str(task))) is not None:
-            frames[run.label] = frame
-    notes += checks.check_results(scored, list(frames), intersect)
-    dropped: dict[str, int] = {}
-    if len(frames) > 1:
-        frames, dropped = align(frames, intersect=intersect)
-    if any(dropped.values()):
-        counts = ", ".join(f"{count:,} of {label}" for label, count in dropped.items() if count)
-        notes.append(f"Compared on the questions that all answered; left out: {counts}.")
+    frames, dropped = _answers(loaded, scored, intersect, notes)
     arms = group(loaded, labelled=labels is not None)
     plan = pair(arms, baseline)
+    answers = {label: RunAnswers(frame) for label, frame in frames.items()}
     contrasts = [
-        contrast(a, b, frames, task, margin=margin, tests=len(plan.primary), primary=primary)
+        contrast(a, b, answers, task, margin=margin, tests=len(plan.primary), primary=primary)
         for pairs, primary in ((plan.primary, True), (plan.secondary, False))
         for a, b in pairs
     ]
@@ -223,6 +120,7 @@ def compare(
     leading = [arm for arm in arms if any(arm in p for p in plan.primary)]
     first = next(iter(scored.values()), None)
     sizes = [len(frame) for frame in frames.values()] or [s.n for s in scored.values()]
+    chances = [chance(arm.name, answers_of(arm, answers)) for arm in arms]
     comparison = Comparison(
         created=now(),
         task=task,
@@ -235,22 +133,22 @@ def compare(
         runs=[_info(run, arm_of[run.label], task, run.label in frames) for run in loaded],
         arms=[arm.name for arm in arms],
         contrasts=contrasts,
-        effects=_effects(arms, frames, task, margin),
-        chance=_chances(arms, frames),
+        effects=effects(arms, answers, task, margin),
+        chance=[result for result in chances if result is not None],
         besides=checks.besides_quantisation(leading, task),
-        different=[checks.Setting(**scrub_all(item.model_dump())) for item in different],
-        same=[checks.Setting(**scrub_all(item.model_dump())) for item in same],
+        different=[Setting(**scrub_all(item.model_dump())) for item in different],
+        same=[Setting(**scrub_all(item.model_dump())) for item in same],
         notes=[scrub(note) for note in [*notes, *checks.notes_on(loaded, task, frames)]],
     )
-    comparison._runs, comparison._answers = loaded, frames
+    comparison.attach(loaded, frames)
     return comparison
 
 
-def _check_paths(paths: Sequence[Path]) -> None:
+def _load(paths: list[Path], labels: Sequence[str] | None, metric: str | None) -> list[Run]:
     if len(paths) < 2:
-        there = f"only {paths[0]}" if paths else "none"
+        number = f"only {paths[0]}" if paths else "none"
         raise ComparisonError(
-            f"a comparison needs two or more runs, and there is {there}",
+            f"a comparison needs two or more runs, and there is {number}",
             "Name them, for example qlora-harness compare results/4bit results/16bit",
         )
     seen: set[Path] = set()
@@ -258,6 +156,21 @@ def _check_paths(paths: Sequence[Path]) -> None:
         if path.resolve() in seen:
             raise ComparisonError(f"the run {path} is named twice", "Name two different runs")
         seen.add(path.resolve())
+    names = default_labels(paths) if labels is None else _checked_labels(labels, len(paths))
+    # A folder's name may hold any byte.
+    names = [" ".join(name.encode(errors="backslashreplace").decode().split()) for name in names]
+    return [load_run(p, label=n, metric=metric) for p, n in zip(paths, names, strict=True)]
+
+
+def _checked_labels(labels: Sequence[str], runs: int) -> list[str]:
+    names = [" ".join(label.split()) for label in labels]
+    if len(names) != runs or len(set(names)) < runs or not all(names):
+        raise SettingsError(
+            f"--labels {','.join(labels)}: {len(names)} names for {runs} runs, or one is empty or "
+            "repeated",
+            "Give one name for each run, separated by commas",
+        )
+    return names
 
 
 def _check_sources(runs: Sequence[Run]) -> None:
@@ -273,15 +186,22 @@ def _check_sources(runs: Sequence[Run]) -> None:
             seen[path] = run.label
 
 
-def _checked_labels(labels: Sequence[str], runs: int) -> list[str]:
-    names = [" ".join(label.split()) for label in labels]
-    if len(names) != runs or len(set(names)) < runs or not all(names):
-        raise SettingsError(
-            f"--labels {','.join(labels)}: {len(names)} names for {runs} runs, or one is empty or "
-            "repeated",
-            "Give one name for each run, separated by commas",
-        )
-    return names
+def _answers(
+    runs: Sequence[Run], scored: Mapping[str, Scored], intersect: bool, notes: list[str]
+) -> tuple[dict[str, pd.DataFrame], dict[str, int]]:
+    """The answers of each run, aligned, and how many were left out; adds to the notes."""
+    frames: dict[str, pd.DataFrame] = {}
+    for run in runs:
+        if run.label in scored and (frame := run.answers(scored[run.label].task)) is not None:
+            frames[run.label] = frame
+    notes += checks.check_results(scored, list(frames), intersect)
+    dropped: dict[str, int] = {}
+    if len(frames) > 1:
+        frames, dropped = align(frames, intersect=intersect)
+    if any(dropped.values()):
+        counts = ", ".join(f"{count:,} of {label}" for label, count in dropped.items() if count)
+        notes.append(f"Compared on the questions that all runs answered; left out: {counts}.")
+    return frames, dropped
 
 
 def _common(values: Sequence[str | None]) -> str | None:
@@ -289,58 +209,30 @@ def _common(values: Sequence[str | None]) -> str | None:
     return scrub(" ".join(known.pop().split())) if len(known) == 1 else None
 
 
-def _chances(arms: Sequence[Arm], frames: dict[str, pd.DataFrame]) -> list[Chance]:
-    found = []
-    for arm in arms:
-        mine = [frames[run.label] for run in arm.runs if run.label in frames]
-        result = chance(arm.name, mine)
-        if result is not None:
-            found.append(result)
-    return found
-
-
-def _effects(
-    arms: Sequence[Arm], frames: dict[str, pd.DataFrame], task: str | None, margin: float
-) -> list[Contrast]:
-    """What training gains in 4 and in 16 bits, and the interaction, where all four are there."""
-    places: dict[tuple[bool, bool], list[Arm]] = {}
-    for arm in arms:
-        if arm.quant is not None:
-            places.setdefault((arm.quant != "bf16", arm.tuned), []).append(arm)
-    if task is None or len(places) < 4 or any(len(there) > 1 for there in places.values()):
-        return []
-    if any(run.label not in frames for there in places.values() for run in there[0].runs):
-        return []
-    base, base4, tuned, tuned4 = (
-        places[key][0] for key in ((False, False), (True, False), (False, True), (True, True))
-    )
-    if len({run.model for arm in (base, base4, tuned, tuned4) for run in arm.runs}) > 1:
-        return []
-    gains = [
-        contrast(a, b, frames, task, margin=margin, primary=False)
-        for a, b in ((tuned, base), (tuned4, base4))
-    ]
-    return [*gains, interaction(tuned4, base4, tuned, base, frames)]
-
-
 def _info(run: Run, arm: str, task: str | None, answers: bool) -> RunInfo:
     training, scored = run.training, run.scored.get(str(task))
-    device: Any = (training.environment.device or {}).get("name") if training else None
-    results = training.results if training else None
+    trained: dict[str, Any] = dict.fromkeys(
+        ("seed", "device", "status", "peak_bytes", "train_seconds", "eval_loss", "perplexity")
+    )
+    if training is not None:
+        device = (training.environment.device or {}).get("name")
+        trained = {
+            "seed": training.seed,
+            "device": device if isinstance(device, str) else None,
+            "status": training.status,
+            "peak_bytes": training.peak_bytes,
+            "train_seconds": training.runtime.train_seconds,
+            "eval_loss": training.results.eval_loss,
+            "perplexity": training.results.perplexity,
+        }
     return RunInfo(
         label=run.label,
         path=scrub(str(run.path).encode(errors="backslashreplace").decode()),
         arm=arm,
-        seed=training.seed if training else None,
         model=None if run.model is None else scrub(run.model),
         quant=run.quant,
-        device=device if isinstance(device, str) else None,
-        status=training.status if training else None,
-        peak_bytes=training.peak_bytes if training else None,
-        train_seconds=training.runtime.train_seconds if training else None,
-        eval_loss=results.eval_loss if results else None,
-        perplexity=results.perplexity if results else None,
         value=None if scored is None else scored.value,
         stderr=None if scored is None else scored.stderr,
         answers=answers,
+        **trained,
     )

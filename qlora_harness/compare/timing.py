@@ -8,9 +8,10 @@ from itertools import combinations
 
 from qlora_harness.results.runs import Run
 from qlora_harness.schema.training import TrainingSummary
+from qlora_harness.units import GIB
 
 # Device memory of others, bytes, that is no other program: a driver's own and a desktop's.
-_NEGLIGIBLE = 2**30
+_NEGLIGIBLE = GIB
 
 
 def disturbance(runs: Sequence[Run]) -> str | None:
@@ -18,26 +19,32 @@ def disturbance(runs: Sequence[Run]) -> str | None:
     trained = [(run.label, run.training) for run in runs if run.training is not None]
     if len(trained) < len(runs):
         return "not trained here"
-    for label, one in trained:
-        if one.status != "completed":
-            return f"{label} was interrupted"
-        if one.runtime.resumed:
-            return f"{label} was resumed from a checkpoint"
-        if one.memory.other_processes:
-            return f"{one.memory.other_processes} other processes used the GPU of {label}"
-        if (one.memory.other_bytes or 0) > _NEGLIGIBLE:
-            held = (one.memory.other_bytes or 0) / 2**30
-            return f"others held {held:.1f} GiB of the GPU of {label}"
-    for (label, one), (name, other) in combinations(trained, 2):
-        mine, theirs = one.environment, other.environment
-        if None not in (mine.cpu_threads, theirs.cpu_threads) and (
-            mine.cpu_threads != theirs.cpu_threads
-        ):
-            return f"{mine.cpu_threads} vs {theirs.cpu_threads} CPU threads ({label}, {name})"
-        if _device(one, "name") != _device(other, "name"):
-            return f"different devices ({label}, {name})"
-        if _same_device(one, other) and _overlap(one, other):
-            return f"{label}, {name} overlapped"
+    alone = [_of_one(label, one) for label, one in trained]
+    together = [_of_two(*one, *other) for one, other in combinations(trained, 2)]
+    return next((reason for reason in (*alone, *together) if reason), None)
+
+
+def _of_one(label: str, run: TrainingSummary) -> str | None:
+    if run.status != "completed":
+        return f"{label} was interrupted"
+    if run.runtime.resumed:
+        return f"{label} was resumed from a checkpoint"
+    if run.memory.other_processes:
+        return f"{run.memory.other_processes} other processes used the GPU of {label}"
+    others = run.memory.other_bytes or 0
+    if others > _NEGLIGIBLE:
+        return f"others held {others / GIB:.1f} GiB of the GPU of {label}"
+    return None
+
+
+def _of_two(label: str, one: TrainingSummary, name: str, other: TrainingSummary) -> str | None:
+    threads = one.environment.cpu_threads, other.environment.cpu_threads
+    if None not in threads and threads[0] != threads[1]:
+        return f"{threads[0]} vs {threads[1]} CPU threads ({label}, {name})"
+    if _device(one, "name") != _device(other, "name"):
+        return f"different devices ({label}, {name})"
+    if _same_device(one, other) and _overlap(one, other):
+        return f"{label}, {name} overlapped"
     return None
 
 
@@ -48,9 +55,9 @@ def _device(run: TrainingSummary, key: str) -> object:
 def _same_device(one: TrainingSummary, other: TrainingSummary) -> bool:
     if one.process.host is None or one.process.host != other.process.host:
         return False
-    # Older records name the kind of device only; then one of them may have been another.
-    known = None not in (_device(one, "id"), _device(other, "id"))
-    return not known or _device(one, "id") == _device(other, "id")
+    # Older records name the kind of device only, so it may have been the same one.
+    ids = _device(one, "id"), _device(other, "id")
+    return None in ids or ids[0] == ids[1]
 
 
 def _overlap(one: TrainingSummary, other: TrainingSummary) -> bool:
