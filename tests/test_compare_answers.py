@@ -241,9 +241,9 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "not an object": (lambda p: p.write_text("[]\n"), "line 1: not a JSON object"),
     "no metric": (lambda p: spoil(p, 3, acc=None), r"line 4: acc is None, not one number"),
-    "no hash": (lambda p: spoil(p, 3, doc_hash=7), r"line 4: doc_hash is 7, not a text"),
+    "no hash": (lambda p: spoil(p, 3, doc_hash=7), r"line 4: doc_hash is 7"),
     "twice": (lambda p: spoil(p, 3, doc_id=2), "a doc_id is repeated"),
-    "no number": (lambda p: spoil(p, 3, doc_id="x"), r"line 4: doc_id is 'x', not a number"),
+    "no number": (lambda p: spoil(p, 3, doc_id="x"), r"line 4: doc_id is 'x'"),
     "gone": (lambda p: p.rename(p.with_name("x")), ""),
 }
 

@@ -188,7 +188,7 @@ REFUSALS: dict[str, tuple[Spoil, type[HarnessError], str]] = {
         ResultsError,
         r"line 3: filtered_resps",
     ),
-    "target": (in_sample("target", "7"), ResultsError, r"a target is not a choice"),
+    "target": (in_sample("target", "7"), ResultsError, r"line 3: the target is not a choice"),
     "changed": (in_sample("target", "3"), ResultsError, r"line 3: acc is 1, but the best"),
     "document": (in_sample("doc_hash", "x"), ComparisonError, r"2 are in only one of them"),
     "prompt": (in_sample("prompt_hash", "x"), ComparisonError, r"prompt hash differs in 1 of 20"),

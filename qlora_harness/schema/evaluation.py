@@ -1,5 +1,6 @@
 """evaluation_results.json and mmlu_progress_<model>_<arm>.json."""
 
+# ruff: noqa: RUF012  # pydantic copies mutable defaults
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
@@ -41,7 +42,7 @@ class Score(Section):
     acc: Share
     """Right answers over questions; of tied best letters, the first counts."""
     acc_stderr: Number | None = None
-    """Its standard error, as lm-eval computes it."""
+    """Standard error, as lm-eval computes it."""
     n: Count | None = None
     """Questions answered."""
 
@@ -50,20 +51,17 @@ class SubjectScore(Score):
     """Accuracy of one subject."""
 
     n: Count
-    """Questions answered."""
 
 
 class TaskScores(Score):
     """One task family."""
 
     n: Count
-    """Questions answered."""
     n_total: Count
     """Questions in the file; more than n with --limit or single subjects."""
     acc_macro: Share
     """Mean of the subjects' accuracies."""
     acc_macro_stderr: Number | None = None
-    """Its standard error."""
     ties: Count | None = None
     """Questions whose best log-probability several letters share."""
     truncated: Count | None = None
@@ -71,9 +69,7 @@ class TaskScores(Score):
     prompts_sha256: str | None = None
     """Hash over all prompts and right letters."""
     subjects: Annotated[dict[str, SubjectScore], Field(min_length=1)]
-    """By name."""
     categories: dict[str, Score] = {}
-    """By name."""
     settings: dict[str, Any] = {}
     """How the family was scored."""
 
@@ -104,7 +100,7 @@ class Evaluation(Header):
     model: ScoredModel = ScoredModel()
     """What was scored."""
     settings: dict[str, Any] = {}
-    """How, when the file was written last."""
+    """Settings of the evaluation that wrote the file last."""
     environment: Environment = Environment()
     """Versions and hardware."""
     tasks: dict[str, TaskScores]
@@ -117,24 +113,22 @@ class QuestionRow(Section):
     index: Count
     """Line of the question in the data file, from 0."""
     subject: Annotated[str, Field(min_length=1)]
-    """For example anatomy."""
     logprobs: Annotated[
         dict[Letter, Annotated[float, Field(le=0, ge=-LARGEST, allow_inf_nan=False)]],
         Field(min_length=4),
     ]
     """Of the four letters, nats."""
     prediction: Letter
-    """The letter of the highest; of a tie, the first."""
+    """The likeliest letter; of a tie, the first."""
     answer: Letter
     """The right letter."""
     correct: bool
-    """Whether they are the same."""
     running_accuracy: Share | None = None
     """Accuracy over this and all questions before."""
     prompt_sha256: Annotated[str, Field(pattern=rf"^[0-9a-f]{{{PROMPT_DIGITS}}}$")]
     """Beginning of the hash of the text that was scored."""
     truncated: bool = False
-    """Whether it was cut to fit the model."""
+    """Whether the prompt was cut to fit the model."""
 
 
 class Progress(Header):

@@ -1,12 +1,15 @@
 """training_summary.json and training_logs.json."""
 
+# ruff: noqa: RUF012  # pydantic copies mutable defaults
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import model_validator
 
+from qlora_harness.record import SUMMARY_FILE
 from qlora_harness.schema.section import (
     Amount,
     Count,
@@ -15,6 +18,7 @@ from qlora_harness.schema.section import (
     Number,
     Section,
     Share,
+    read_record,
 )
 
 
@@ -24,7 +28,7 @@ class TrainedModel(Section):
     name: str | None = None
     """Hub id, name of the folder, or "smollm2"."""
     revision: str | None = None
-    """Branch, tag or commit that was asked for."""
+    """Branch, tag or commit that was named."""
     commit: str | None = None
     """Commit on the Hub, if the model came from there."""
     random_weights: bool = False
@@ -32,7 +36,6 @@ class TrainedModel(Section):
     weights_fingerprint: str | None = None
     """Hash of a sample of the base's weights."""
     trainable_parameters: Count | None = None
-    """Parameters of the adapter."""
     attention: str | None = None
     """Implementation of the attention."""
 
@@ -56,9 +59,7 @@ class DataSplit(Section):
     """The training or the evaluation conversations."""
 
     conversations: Count | None = None
-    """How many."""
     tokens: Count | None = None
-    """Of all conversations."""
     supervised_tokens: Count | None = None
     """Tokens whose loss counts."""
     fingerprint: str | None = None
@@ -71,16 +72,14 @@ class DataReport(Section):
     dataset: str | None = None
     """Its name, as given."""
     train: DataSplit = DataSplit()
-    """What was trained on."""
     eval: DataSplit | None = None
     """What was held out."""
 
 
 class Process(Section):
-    """The main process, so that a later run can tell whether it still runs."""
+    """The main process, by which a later run can tell whether it is still alive."""
 
     id: int | None = None
-    """Its number."""
     host: str | None = None
     """Hash of what tells the machine from others."""
     started: Number | None = None
@@ -138,13 +137,10 @@ class Throughput(Section):
     """Speed without the first steps, in which kernels are chosen."""
 
     tokens_per_second: Amount | None = None
-    """All tokens."""
     supervised_tokens_per_second: Amount | None = None
     """Tokens whose loss counts."""
     steps_per_second: Amount | None = None
-    """Optimizer steps."""
     steps_measured: Count | None = None
-    """Over how many steps."""
 
 
 class Results(Section):
@@ -196,7 +192,7 @@ class TrainingSummary(Header):
     data: DataReport = DataReport()
     """What was trained and evaluated on."""
     process: Process = Process()
-    """Who wrote this."""
+    """Which process wrote this."""
     environment: Environment = Environment()
     """Versions and hardware."""
     failure: dict[str, Any] | None = None
@@ -232,28 +228,34 @@ class TrainingSummary(Header):
 
     @property
     def seed(self) -> int | None:
-        """Of the adapter's weights, dropout and order of the data."""
+        """Seed of the adapter's weights, dropout and order of the data."""
         seed = self.settings.get("seed")
         return seed if isinstance(seed, int) and not isinstance(seed, bool) else None
+
+
+def read_summary(run_dir: Path) -> TrainingSummary | None:
+    """Reads the training summary of a run folder; None without one. Raises ResultsError."""
+    path = run_dir / SUMMARY_FILE
+    return read_record(path, TrainingSummary) if path.exists() or path.is_symlink() else None
 
 
 class StepRow(Section):
     """One optimizer step."""
 
     step: Count
-    """Its number, from 1."""
+    """From 1."""
     loss: Number
     """Nats per supervised token."""
     tokens: Count = 0
     """Tokens of all its conversations."""
     supervised_tokens: Count = 0
-    """Those whose loss counts."""
+    """Tokens whose loss counts."""
     seconds: Amount | None = None
-    """From step border to step border."""
+    """From the end of the step before to the end of this one."""
 
 
 class EvaluationLosses(Section):
-    """The held-out conversations, one value each, in their order."""
+    """The held-out conversations, one value for each, in their order."""
 
     nll: list[Number] = []
     """Summed loss after training, nats."""
