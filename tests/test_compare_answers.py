@@ -280,8 +280,8 @@ def test_other_prompts_are_other_questions(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"versions": {"arc": 2.0}}, r"version of arc: 1\.0 and 2\.0"),
-        ({"n-shot": {"arc": 5}}, "shots of arc: 0 and 5"),
+        ({"versions": {"arc": 2.0}}, r"version of arc is 1\.0 and 2\.0"),
+        ({"n-shot": {"arc": 5}}, "shots of arc is 0 and 5"),
     ],
 )
 def test_other_versions_and_shots_are_other_questions(
@@ -430,7 +430,7 @@ def test_values_as_recorded_of_groups_that_weigh_their_parts(tmp_path: Path) -> 
     assert accuracy(comparison).arm == 6 / 12 and accuracy(comparison).n == 12
     record["results"]["g"]["acc,none"] = 1.2
     write(path, record)
-    with pytest.raises(ResultsError, match=r"acc,none is 1\.2 ± None, but its tasks have 0\.25"):
+    with pytest.raises(ResultsError, match=r"acc,none is 1\.2 ± None, but its parts have 0\.25"):
         compare(folders)
 
 

@@ -71,7 +71,7 @@ def test_ten_arms_are_ten_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str
     end = next(i for i, line in enumerate(lines) if line.startswith("Besides quantisation"))
     assert end <= 12 and max(map(len, lines[:end])) <= 80
     assert sum(line.startswith("NF4, lora_r") for line in lines) == 7
-    assert "… and 2 more arms, with --details" in lines
+    assert "… and 2 more arms (see --details)" in lines
 
 
 def test_numbers_of_the_published_runs(published: qh.Comparison) -> None:

@@ -122,7 +122,7 @@ def test_training_wins_back_a_part_of_the_cost(pair_of_arms: Comparison) -> None
     # The 2×2 on loss: training gains more where quantising had cost something.
     assert item["loss_change"].difference == pytest.approx(0.05 - 0.2)
     assert item["loss_change"].word == "better"
-    assert "Training wins back 75% of the gap in loss" in pair_of_arms.verdict
+    assert "Training closes 75% of the gap in loss" in pair_of_arms.verdict
 
 
 def test_intervals_of_answers_are_welchs(pair_of_arms: Comparison) -> None:
@@ -168,7 +168,7 @@ def test_nll_has_errors_by_subject(tmp_path: Path) -> None:
 
 def test_one_seed_each_is_about_two_runs(tmp_path: Path) -> None:
     comparison = compare([run(tmp_path, "nf4"), run(tmp_path, "bf16")])
-    assert comparison.verdict.startswith("These two runs:")
+    assert comparison.verdict.startswith("In these two runs, ")
     assert leading(comparison)["accuracy"].freedom is None  # Tango's
 
 
@@ -254,7 +254,7 @@ def test_chance_comes_first(tmp_path: Path) -> None:
     runs = [run(tmp_path, "nf4", skill=0.0), run(tmp_path, "bf16", skill=1.0)]
     comparison = compare(runs)
     assert {one.arm: one.at_chance for one in comparison.chance} == {"NF4": True, "bf16": False}
-    assert comparison.verdict.startswith("NF4 is not shown to answer better than chance")
+    assert comparison.verdict.startswith("NF4 does not clearly beat chance")
 
 
 def test_tied_letters_share_the_credit(tmp_path: Path) -> None:

@@ -81,14 +81,11 @@ def check_data(runs: Sequence[Run], allow_different: bool) -> list[str]:
     """
     notes = []
     for part in ("train", "eval"):
-        prints = {}
-        for run in runs:
-            split = getattr(run.training.data, part) if run.training is not None else None
-            if split is not None and split.fingerprint is not None:
-                prints[run.label] = _short(split.fingerprint)
+        splits = {r.label: getattr(r.training.data, part) for r in runs if r.training is not None}
+        prints = {label: s.fingerprint for label, s in splits.items() if s and s.fingerprint}
         if len(set(prints.values())) < 2:
             continue
-        values = ", ".join(f"{label} {value}" for label, value in prints.items())
+        values = ", ".join(f"{label} {_short(value)}" for label, value in prints.items())
         if not allow_different:
             raise ComparisonError(
                 f"different data: data.{part}.fingerprint is {values}",
@@ -143,10 +140,10 @@ def check_results(
                 f"--intersect: which questions {both} answered is not recorded",
                 "Score again with lm_eval --log_samples",
             )
-        sizes = [
+        one, other = (
             {name: part.n for name, part in scored[run].subjects.items()} for run in (first, label)
-        ]
-        if sizes[0] != sizes[1]:
+        )
+        if one != other:
             raise ComparisonError(
                 f"{both} answered different questions: their subjects differ in number or size",
                 f"{_SAME_QUESTIONS}; with logged samples of both, --intersect compares a part",
@@ -158,30 +155,26 @@ def check_results(
 
 
 def _check_same_task(both: str, one: Scored, other: Scored, intersect: bool) -> None:
+    facts: dict[str, tuple[object, object]] = {
+        what: (one.versions[what], other.versions[what])
+        for what in one.versions
+        if what in other.versions
+    }
+    facts["higher_is_better"] = (one.higher_is_better, other.higher_is_better)
+    if one.prompts_sha256 and other.prompts_sha256 and not intersect:
+        facts["prompts_sha256"] = (_short(one.prompts_sha256), _short(other.prompts_sha256))
     if (one.metric, one.filter) != (other.metric, other.filter):
         raise ComparisonError(
             f"{both} have different metrics of {one.task}: {one.metric},{one.filter} and "
             f"{other.metric},{other.filter}",
             "Choose one that both have with --metric",
         )
-    for what in one.versions.keys() & other.versions.keys():
-        if one.versions[what] != other.versions[what]:
+    for what, values in facts.items():
+        if values[0] != values[1]:
             raise ComparisonError(
-                f"{both} answered different questions: {what}: {one.versions[what]} and "
-                f"{other.versions[what]}",
+                f"{both} answered different questions: {what} is {values[0]} and {values[1]}",
                 _SAME_QUESTIONS,
             )
-    if one.higher_is_better != other.higher_is_better:
-        raise ComparisonError(
-            f"{both} disagree on higher_is_better of {one.metric}", _SAME_QUESTIONS
-        )
-    hashes = one.prompts_sha256, other.prompts_sha256
-    if None not in hashes and hashes[0] != hashes[1] and not intersect:
-        raise ComparisonError(
-            f"{both} answered different questions: prompts_sha256 is {_short(str(hashes[0]))} "
-            f"and {_short(str(hashes[1]))}",
-            _SAME_QUESTIONS,
-        )
 
 
 def differing(runs: Sequence[Run], task: str | None) -> tuple[list[Setting], list[Setting]]:

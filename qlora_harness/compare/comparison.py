@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from qlora_harness.compare import checks, page, text
 from qlora_harness.compare.arms import group, pair
 from qlora_harness.compare.choices import RunAnswers
 from qlora_harness.compare.contrast import answers_of, contrast, effects
-from qlora_harness.compare.record import ComparisonRecord, RunInfo, Setting
+from qlora_harness.compare.record import ComparisonRecord, RunInfo, Setting, Source
 from qlora_harness.compare.scores import chance
 from qlora_harness.compare.verdict import verdict
 from qlora_harness.errors import ComparisonError, SettingsError
 from qlora_harness.record import now, scrub, scrub_all
-from qlora_harness.results.answers import align
+from qlora_harness.results.answers import align, read_answers
 from qlora_harness.results.runs import Run, default_labels, load_run
 from qlora_harness.results.scored import Scored
 
@@ -47,7 +48,7 @@ class Comparison(ComparisonRecord):
         info = {run.label: run for run in self.runs}
         parts = [
             frame.assign(run=label, arm=info[label].arm, seed=info[label].seed, task=self.task)
-            for label, frame in self.frames.items()
+            for label, frame in self.source.frames.items()
         ]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
@@ -103,10 +104,9 @@ def compare(
     notes = checks.check_data(loaded, allow_different_data)
     task = checks.choose_task(loaded, task)
     loaded = [run.on(task) for run in loaded]
-    _check_sources(loaded)
-    scored = {run.label: run.scored[task] for run in loaded if task in run.scored} if task else {}
+    scored = _results(loaded, task)
     notes += checks.check_limit(scored, allow_limit, intersect)
-    frames, dropped = _answers(loaded, scored, intersect, notes)
+    frames, dropped = _answers(scored, intersect, notes)
     arms = group(loaded, labelled=labels is not None)
     plan = pair(arms, baseline)
     answers = {label: RunAnswers(frame) for label, frame in frames.items()}
@@ -140,7 +140,7 @@ def compare(
         same=[Setting(**scrub_all(item.model_dump())) for item in same],
         notes=[scrub(note) for note in [*notes, *checks.notes_on(loaded, task, frames)]],
     )
-    comparison.attach(loaded, frames)
+    comparison.attach(Source(loaded, frames))
     return comparison
 
 
@@ -151,49 +151,38 @@ def _load(paths: list[Path], labels: Sequence[str] | None, metric: str | None) -
             f"a comparison needs two or more runs, and there is {number}",
             "Name them, for example qlora-harness compare results/4bit results/16bit",
         )
-    seen: set[Path] = set()
-    for path in paths:
-        if path.resolve() in seen:
-            raise ComparisonError(f"the run {path} is named twice", "Name two different runs")
-        seen.add(path.resolve())
-    names = default_labels(paths) if labels is None else _checked_labels(labels, len(paths))
+    for path, other in combinations(paths, 2):
+        if path.resolve() == other.resolve():
+            raise ComparisonError(f"the run {other} is named twice", "Name two different runs")
     # A folder's name may hold any byte.
+    names = default_labels(paths) if labels is None else labels
     names = [" ".join(name.encode(errors="backslashreplace").decode().split()) for name in names]
+    if len(names) != len(paths) or len(set(names)) < len(paths) or not all(names):
+        raise SettingsError(
+            f"--labels {','.join(names)}: {len(names)} names for {len(paths)} runs, or one is "
+            "empty or repeated",
+            "Give one name for each run, separated by commas",
+        )
     return [load_run(p, label=n, metric=metric) for p, n in zip(paths, names, strict=True)]
 
 
-def _checked_labels(labels: Sequence[str], runs: int) -> list[str]:
-    names = [" ".join(label.split()) for label in labels]
-    if len(names) != runs or len(set(names)) < runs or not all(names):
-        raise SettingsError(
-            f"--labels {','.join(labels)}: {len(names)} names for {runs} runs, or one is empty or "
-            "repeated",
-            "Give one name for each run, separated by commas",
-        )
-    return names
-
-
-def _check_sources(runs: Sequence[Run]) -> None:
-    """Refuses a result that is named twice, for example by its folder and by its file."""
-    seen: dict[Path, str] = {}
-    for run in runs:
-        for scored in run.scored.values():
-            path = scored.path.resolve()
-            if path in seen:
-                raise ComparisonError(
-                    f"{seen[path]} and {run.label} are both {scored.path}", "Name it once"
-                )
-            seen[path] = run.label
+def _results(runs: Sequence[Run], task: str | None) -> dict[str, Scored]:
+    """The result of each scored run; one that is named by its folder and its file is refused."""
+    scored = {
+        run.label: run.scored[task] for run in runs if task is not None and task in run.scored
+    }
+    for (label, one), (name, other) in combinations(scored.items(), 2):
+        if one.path.resolve() == other.path.resolve():
+            raise ComparisonError(f"{label} and {name} are both {other.path}", "Name it once")
+    return scored
 
 
 def _answers(
-    runs: Sequence[Run], scored: Mapping[str, Scored], intersect: bool, notes: list[str]
+    scored: Mapping[str, Scored], intersect: bool, notes: list[str]
 ) -> tuple[dict[str, pd.DataFrame], dict[str, int]]:
     """The answers of each run, aligned, and how many were left out; adds to the notes."""
-    frames: dict[str, pd.DataFrame] = {}
-    for run in runs:
-        if run.label in scored and (frame := run.answers(scored[run.label].task)) is not None:
-            frames[run.label] = frame
+    read = {label: read_answers(result) for label, result in scored.items()}
+    frames = {label: frame for label, frame in read.items() if frame is not None}
     notes += checks.check_results(scored, list(frames), intersect)
     dropped: dict[str, int] = {}
     if len(frames) > 1:
@@ -211,28 +200,21 @@ def _common(values: Sequence[str | None]) -> str | None:
 
 def _info(run: Run, arm: str, task: str | None, answers: bool) -> RunInfo:
     training, scored = run.training, run.scored.get(str(task))
-    trained: dict[str, Any] = dict.fromkeys(
-        ("seed", "device", "status", "peak_bytes", "train_seconds", "eval_loss", "perplexity")
-    )
-    if training is not None:
-        device = (training.environment.device or {}).get("name")
-        trained = {
-            "seed": training.seed,
-            "device": device if isinstance(device, str) else None,
-            "status": training.status,
-            "peak_bytes": training.peak_bytes,
-            "train_seconds": training.runtime.train_seconds,
-            "eval_loss": training.results.eval_loss,
-            "perplexity": training.results.perplexity,
-        }
+    device: Any = (training.environment.device or {}).get("name") if training else None
     return RunInfo(
         label=run.label,
         path=scrub(str(run.path).encode(errors="backslashreplace").decode()),
         arm=arm,
+        seed=training.seed if training else None,
         model=None if run.model is None else scrub(run.model),
         quant=run.quant,
-        value=None if scored is None else scored.value,
-        stderr=None if scored is None else scored.stderr,
+        device=device if isinstance(device, str) else None,
+        status=training.status if training else None,
+        peak_bytes=training.peak_bytes if training else None,
+        train_seconds=training.runtime.train_seconds if training else None,
+        eval_loss=training.results.eval_loss if training else None,
+        perplexity=training.results.perplexity if training else None,
+        value=scored.value if scored else None,
+        stderr=scored.stderr if scored else None,
         answers=answers,
-        **trained,
     )

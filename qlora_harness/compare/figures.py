@@ -97,8 +97,8 @@ def _forest(comparison: ComparisonRecord, key: str) -> Figure | None:
     alt = [_add_interval(figure, item, one, scale) for item, one in items]
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(title=f"difference of {first.name}{unit}")
-    shaded = ", the margin shaded" if first.margin is not None else ""
-    heading = f"{first.name[0].upper()}{first.name[1:]}, every contrast{shaded}"
+    shaded = " (margin shaded)" if first.margin is not None else ""
+    heading = f"{first.name[0].upper()}{first.name[1:]} in every contrast{shaded}"
     return Figure(heading, "; ".join(alt), _layout(figure, 110 + 46 * len(items)))
 
 
@@ -148,14 +148,14 @@ def _memory_and_loss(comparison: ComparisonRecord, colours: dict[str, str]) -> F
     ends = [min(losses) - room / 2, max(losses) + room]
     figure.update_yaxes(title="evaluation loss, nats", range=ends)
     alt = "; ".join(f"{arm} {m / GIB:.2f} GiB, loss {v:.3f}" for arm, (m, v, _) in points.items())
-    return Figure("Memory against loss", alt, _layout(figure, 320 + 12 * len(points)))
+    return Figure("Memory and loss", alt, _layout(figure, 320 + 12 * len(points)))
 
 
 def _curves(comparison: ComparisonRecord, colours: dict[str, str]) -> Figure | None:
     """Training losses: thin lines are runs, thick ones arms; points before the first step."""
     arms: dict[str, list[TrainingLog]] = {}
     arm_of = {run.label: run.arm for run in comparison.runs}
-    for run in comparison.loaded:
+    for run in comparison.source.runs:
         if run.log is not None and run.log.steps:
             arms.setdefault(arm_of[run.label], []).append(run.log)
     if not arms:
@@ -218,7 +218,8 @@ def _groups(comparison: ComparisonRecord, colours: dict[str, str]) -> list[Figur
         if groups:
             alt = (f"{g.name} {100 * g.arm:.1f} and {100 * g.baseline:.1f}%" for g in groups)
             plot = _dots(items, groups, colours, chance)
-            heading = f"Accuracy by {kind}, 95% intervals{', the line of chance' if chance else ''}"
+            line = "; dotted line: chance" if chance else ""
+            heading = f"Accuracy by {kind} (95% intervals{line})"
             made.append(Figure(heading, "; ".join(alt), plot, wide=True, folded=kind == "subject"))
     return made
 

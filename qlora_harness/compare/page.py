@@ -84,7 +84,7 @@ def flips(comparison: ComparisonRecord) -> tuple[int, list[Flip]]:
     labels = [] if item is None else _first_runs(comparison, item)
     if item is None or len(labels) < 2:
         return 0, []
-    one, two = (comparison.frames[label] for label in labels)
+    one, two = (comparison.source.frames[label] for label in labels)
     change = one["score"].to_numpy() - two["score"].to_numpy()
     if not set(np.unique(change)) <= {-1.0, 0.0, 1.0}:
         return 0, []  # neither right nor wrong
@@ -113,14 +113,15 @@ def _first_runs(comparison: ComparisonRecord, item: Contrast) -> list[str]:
     """Labels of the first runs of arm and baseline whose answers are known."""
     known = {arm: [r.label for r in comparison.runs if r.arm == arm] for arm in comparison.arms}
     labels = [
-        [n for n in known[arm] if n in comparison.frames] for arm in (item.arm, item.baseline)
+        [n for n in known[arm] if n in comparison.source.frames]
+        for arm in (item.arm, item.baseline)
     ]
     return [part[0] for part in labels if part]
 
 
 def _texts(comparison: ComparisonRecord, labels: list[str], prompts: set[str]) -> dict[str, str]:
     """Texts of questions by prompt hash, from the first of some runs that logged them."""
-    for run in comparison.loaded:
+    for run in comparison.source.runs:
         harness = next((scored.harness for scored in run.scored.values()), None)
         if run.label in labels and harness is not None:
             texts = questions_of(harness, comparison.task or "", prompts)

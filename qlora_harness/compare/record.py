@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
 
@@ -24,18 +24,15 @@ class Result(BaseModel):
 
 
 class Quantity(Result):
-    """One quantity of both arms."""
+    """One quantity of both arms: their values, each the mean over seeds."""
 
     key: str
     """For programs, for example eval_loss."""
     name: str
-    """For people."""
     unit: Unit
     """Of the values, and of the difference unless it is relative."""
     arm: float | None = None
-    """The arm's value, the mean over its seeds."""
     baseline: float | None = None
-    """The baseline's value."""
     relative: bool = False
     """Whether the difference is arm / baseline - 1."""
 
@@ -44,17 +41,14 @@ class Estimate(Result):
     """A difference, the arm's value less the baseline's, and its error; null where unknown."""
 
     difference: float | None = None
-    """Arm less baseline."""
     stderr: float | None = None
     """Standard error of the difference (of a relative one, of the ratio's logarithm)."""
     low: float | None = None
-    """Lower end of the 95% interval, which holds for all primary arms together."""
+    """The 95% interval, which holds for all primary arms together."""
     high: float | None = None
-    """Upper end of the 95% interval."""
     inner_low: float | None = None
-    """Lower end of the 90% interval, by which equivalence is judged."""
+    """The 90% interval, by which equivalence is judged."""
     inner_high: float | None = None
-    """Upper end of the 90% interval."""
     p: float | None = None
     """Two-sided p of no difference, corrected for all primary arms together as the interval is."""
     freedom: float | None = None
@@ -73,17 +67,13 @@ class Endpoint(Estimate, Quantity):
     margin: float | None = None
     """Difference within which the arms count as the same."""
     lower_is_better: bool = True
-    """Which way is better."""
     word: Word = "no measurement"
-    """What the difference shows."""
     within: bool = False
     """Whether the difference is shown to be within the margin."""
     letters: bool = False
     """Whether a preference for letters makes most of an accuracy difference."""
     reason: str | None = None
-    """Why there is no measurement, or what limits it."""
     n: int | None = None
-    """Questions, conversations or groups of steps."""
     clustered_stderr: float | None = None
     """Standard error when questions of one subject may depend on each other."""
 
@@ -100,13 +90,10 @@ class Detail(Result):
     divergence_floor: float | None = None
     """The same between two seeds of one arm."""
     calibration: tuple[float, float]
-    """Expected calibration error."""
     letters: tuple[list[float], list[float]] | None = None
-    """How often each letter was chosen."""
     explained: float | None = None
     """Accuracy difference that the letter mixes alone would make, a share of the questions."""
     ties: tuple[float, float]
-    """Share of questions with tied best choices."""
     tie_effect: float
     """Accuracy difference with the first tied choice counted, less that with shared credit."""
     lost: int
@@ -118,22 +105,16 @@ class Detail(Result):
 
 
 class GroupDifference(Result):
-    """The accuracies of one subject or category, means over seeds."""
+    """The accuracies of both arms on the n questions of a subject or category, means over seeds."""
 
     kind: Kind
-    """Whether the group is a subject or a category."""
     name: str
-    """Name of the group."""
     n: int
-    """Questions."""
     arm: float
-    """The arm's accuracy."""
     baseline: float
-    """The baseline's accuracy."""
     low: float
-    """Lower end of the 95% interval of the difference over questions, uncorrected."""
+    """The 95% interval of the difference over questions, uncorrected."""
     high: float
-    """Upper end."""
     p: float
     """Two-sided p, after Holm's correction over the groups of its kind."""
 
@@ -142,7 +123,6 @@ class Chance(Result):
     """Whether an arm's answers follow the questions at all."""
 
     arm: str
-    """Name of the arm."""
     centred: float
     """Letter-centred accuracy above that of the arm's own letters, a share."""
     stderr: float
@@ -155,9 +135,7 @@ class Contrast(Result):
     """One arm against its baseline, on every endpoint that the records have."""
 
     arm: str
-    """Name of the arm."""
     baseline: str
-    """Name of the baseline."""
     primary: bool
     """Whether this contrast answers the question of the comparison."""
     seeds: tuple[int, int]
@@ -165,11 +143,8 @@ class Contrast(Result):
     paired: bool
     """Whether answers were paired question by question."""
     endpoints: dict[str, Endpoint]
-    """By key."""
     detail: Detail | None = None
-    """What else the answers say, where the task has choices."""
     groups: list[GroupDifference] = []
-    """Subjects and categories."""
 
     def __getitem__(self, key: str) -> Endpoint:
         """Returns an endpoint by its key."""
@@ -182,47 +157,39 @@ class Contrast(Result):
 
 
 class RunInfo(Result):
-    """One run, in short."""
+    """One run: its training, its loss in nats per token, and its metric as recorded."""
 
     label: str
-    """Name of the run."""
     path: str
     """As given, without the home folder."""
     arm: str
-    """The arm that the run belongs to."""
     seed: int | None
-    """Seed of its training."""
     model: str | None
-    """Base model."""
     quant: str | None
-    """nf4, fp4, bf16 or another."""
     device: str | None
-    """Device that it was trained on."""
     status: str | None
-    """Status of its training."""
     peak_bytes: float | None
-    """Peak memory."""
     train_seconds: float | None
-    """Training time."""
     eval_loss: float | None
-    """Nats per token."""
     perplexity: float | None
-    """exp(eval_loss)."""
     value: float | None
-    """The metric as recorded."""
     stderr: float | None
-    """Its standard error as recorded."""
     answers: bool
-    """Whether its answers are known question by question."""
 
 
 class Setting(Result):
     """One recorded setting."""
 
     name: str
-    """Dotted name in the records."""
     values: list[Any]
     """The value in each run, null where it isn't recorded; one value where all agree."""
+
+
+class Source(NamedTuple):
+    """The runs as read from their files, and the aligned answers by label where they are known."""
+
+    runs: Sequence[Run]
+    frames: Mapping[str, pd.DataFrame]
 
 
 class ComparisonRecord(BaseModel):
@@ -269,22 +236,16 @@ class ComparisonRecord(BaseModel):
     notes: list[str]
     """What a reader has to know before quoting numbers."""
 
-    _loaded: Sequence[Run] = PrivateAttr(default=())
-    _frames: Mapping[str, pd.DataFrame] = PrivateAttr(default_factory=dict)
+    _source: Source = PrivateAttr(default_factory=lambda: Source((), {}))
 
-    def attach(self, runs: Sequence[Run], frames: Mapping[str, pd.DataFrame]) -> None:
-        """Keeps what the numbers were computed from: the runs, and their answers by label."""
-        self._loaded, self._frames = runs, frames
-
-    @property
-    def loaded(self) -> Sequence[Run]:
-        """The runs as read from their files; none if the record itself was read from a file."""
-        return self._loaded
+    def attach(self, source: Source) -> None:
+        """Keeps what the numbers were computed from."""
+        self._source = source
 
     @property
-    def frames(self) -> Mapping[str, pd.DataFrame]:
-        """The aligned answers of each run whose answers are known."""
-        return self._frames
+    def source(self) -> Source:
+        """What the numbers were computed from; empty if the record was read from a file."""
+        return self._source
 
     @property
     def primary(self) -> list[Contrast]:

@@ -86,24 +86,26 @@ def _endpoints(item: Contrast) -> Table:
 
 
 def _detail(item: Contrast, detail: Detail) -> Table:
-    floor = "the same between two seeds of an arm"
+    floor = "the same between two seeds of one arm"
     rows = [
-        ("best choices that differ", f"{detail.flips:.2%}"),
+        ("questions whose best choice differs", f"{detail.flips:.2%}"),
         (floor, optional(detail.flips_floor, "{:.2%}")),
         (f"KL({item.baseline} ‖ {item.arm}), nats", f"{detail.divergence:.4f}"),
         (floor, optional(detail.divergence_floor, "{:.4f}")),
         ("calibration error (ECE)", " and ".join(f"{x:.3f}" for x in detail.calibration)),
         ("questions with tied best choices", " and ".join(f"{x:.2%}" for x in detail.ties)),
-        ("first tied choice instead of fractions", points(detail.tie_effect, " pts")),
+        ("effect of counting the first tied choice only", points(detail.tie_effect, " pts")),
     ]
     if detail.letters is not None:
         for arm, mix in zip((item.arm, item.baseline), detail.letters, strict=True):
             shares = ", ".join(f"{100 * part:.0f}" for part in mix)
-            rows.append((f"choices of {arm}, in their order", f"{shares}%"))
+            rows.append((f"share of each choice, {arm}", f"{shares}%"))
         explained = points(detail.explained or 0, " pts")
-        rows.append(("accuracy difference that these mixes make", explained))
-    rows.append(("right only in the arm, only in the baseline", f"{detail.won}, {detail.lost}"))
-    rows.append(("McNemar's mid-p of these (first runs)", p_text(detail.mcnemar_midp)))
+        rows.append(("accuracy difference from these shares alone", explained))
+    rows.append(
+        (f"right only in {item.arm}, only in {item.baseline}", f"{detail.won}, {detail.lost}")
+    )
+    rows.append(("McNemar's mid-p for these (first runs)", p_text(detail.mcnemar_midp)))
     return _table(f"Answers of {item.arm} and {item.baseline}", ("", ""), rows)
 
 
@@ -115,7 +117,7 @@ def _effects(comparison: ComparisonRecord) -> Table:
         if one is not None
     ]
     heads = ("", "difference", "95% interval", "shown")
-    return _table("What training gains, and in which arm more", heads, rows)
+    return _table("What training gains, and in which arm it gains more", heads, rows)
 
 
 def _chance(comparison: ComparisonRecord) -> Table:
@@ -124,7 +126,7 @@ def _chance(comparison: ComparisonRecord) -> Table:
          "not shown above chance" if one.at_chance else "above chance")
         for one in comparison.chance
     ]  # fmt: skip
-    title = "Accuracy without letter preference, above that of the letters alone"
+    title = "Accuracy above chance, without letter preference"
     return _table(title, ("arm", "± standard error", "shown"), rows)
 
 

@@ -33,7 +33,7 @@ def title(comparison: ComparisonRecord) -> str:
     parts = [names, (comparison.model or "").rpartition("/")[2], dataset]
     seeds = {count for item in primary for count in item.seeds}
     if seeds and max(seeds) > 1:
-        parts.append(f"{'–'.join(map(str, sorted({min(seeds), max(seeds)})))} seeds an arm")
+        parts.append(f"{'–'.join(map(str, sorted({min(seeds), max(seeds)})))} seeds per arm")
     if comparison.questions is not None:
         task = "" if comparison.task == DEFAULT_TASK else f"{comparison.task}, "
         parts.append(f"{task}{comparison.questions:,} questions")
@@ -119,7 +119,7 @@ def _many(items: Sequence[Contrast]) -> list[str]:
         rows.append([item.arm, *(_cell(item.measured(key)) for key in known)])
     lines = _aligned(rows, (0,))
     if len(items) > room:
-        lines.append(f"… and {len(items) - room + 1} more arms, with --details")
+        lines.append(f"… and {len(items) - room + 1} more arms (see --details)")
     return [*lines, "✓ better  ✗ worse  ≈ same within the margin  ? unclear  – no measurement"]
 
 

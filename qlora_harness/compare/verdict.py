@@ -43,11 +43,12 @@ def _validity(comparison: ComparisonRecord) -> str:
     guessing = [one for one in comparison.chance if one.arm in leading and one.at_chance]
     if not guessing:
         return ""
-    verb = "is" if len(guessing) == 1 else "are"
+    verb = "does" if len(guessing) == 1 else "do"
     sizes = [f"{points(one.centred)} ± {100 * one.stderr:.2f}" for one in guessing]
+    names = _listed([one.arm for one in guessing])
     return (
-        f"{_listed([one.arm for one in guessing])} {verb} not shown to answer better than chance "
-        f"({_listed(sizes)} points without preference for letters): accuracy may be letters alone."
+        f"{names} {verb} not clearly beat chance ({_listed(sizes)} points without letter "
+        "preference): accuracy may come from letter preference alone."
     )
 
 
@@ -57,17 +58,17 @@ def _costs(item: Contrast) -> str:
     trained = "memory" in item.endpoints
     if not said and not trained:
         return ""
-    text = f"{item.arm} {', and '.join(said)} against {item.baseline}"
+    text = f"{item.arm} {said} compared with {item.baseline}"
     if not said:
-        text = f"{item.arm} against {item.baseline}: no difference in cost is shown"
+        text = f"{item.arm} and {item.baseline} show no difference in cost"
     if item.seeds == (1, 1) and trained:
-        return f"These two runs: {text}. A second seed would show what the seed does."
+        return f"In these two runs, {text}. A second seed would show how much seeds matter."
     if min(item.seeds) == 1 < max(item.seeds):
         text += "; the single-seed arm is assumed to vary as much as the other"
     return f"{text}."
 
 
-def _savings_and_costs(item: Contrast) -> list[str]:
+def _savings_and_costs(item: Contrast) -> str:
     saves, costs, same = [], [], []
     for key, (less, more, name) in _COSTS.items():
         endpoint = item.measured(key)
@@ -80,10 +81,10 @@ def _savings_and_costs(item: Contrast) -> list[str]:
             saves.append(less.format(size))
         elif endpoint.word == "worse":
             costs.append(more.format(size))
-    said = [
-        f"{verb} {_listed(part)}" for verb, part in (("saves", saves), ("costs", costs)) if part
-    ]
-    return said + ([f"has the same {_listed(same)} within the margin"] if same else [])
+    changes = [f"{verb} {_listed(p)}" for verb, p in (("saves", saves), ("costs", costs)) if p]
+    parts = [" but ".join(changes)] if changes else []
+    parts += [f"has the same {_listed(same)} within the margin"] if same else []
+    return ", and ".join(parts)
 
 
 def _counts(primary: list[Contrast]) -> str:
@@ -94,12 +95,12 @@ def _counts(primary: list[Contrast]) -> str:
         for word in ("better", "worse"):
             count = sum(endpoint.word == word for endpoint in known)
             if count:
-                parts.append(f"{known[0].name} {word} in {count}")
-    text = f"Of {len(primary)} arms: {_listed(parts)}." if parts else ""
+                parts.append(f"{known[0].name} is {word} in {count}")
+    text = f"Of {len(primary)} arms, {_listed(parts)}." if parts else ""
     nll = [item for item in primary if "nll" in item.endpoints]
     if nll:
         best = min(nll, key=lambda item: item["nll"].difference or 0)
-        text += f" NLL compares best for {best.arm} ({difference(best['nll'])})."
+        text += f" On NLL, {best.arm} does best ({difference(best['nll'])})."
     if any(item.seeds == (1, 1) for item in primary):
         text += " Where both arms have one seed, the result is about those two adapters only."
     return text.strip()
@@ -141,12 +142,12 @@ def _needed(item: Contrast, comparison: ComparisonRecord) -> str:
     (need,) = plan(comparison.margin, max(share, 1 / n), deviation, (min(item.seeds),))
     margin = f"±{100 * comparison.margin:g}"
     if need.equivalence is None:
-        return f"; with so few seeds no number of questions shows {margin}"
+        return f"; with so few seeds, no number of questions shows equivalence within {margin}"
     if need.equivalence <= n:
         return ""
     step = 10 ** max(0, len(str(need.equivalence)) - 2)
     count = -(-need.equivalence // step) * step
-    return f"; if there is none, showing {margin} takes about {count:,} questions"
+    return f"; if there is no difference, showing that within {margin} takes {count:,} questions"
 
 
 def _letters(item: Contrast) -> str:
@@ -156,7 +157,7 @@ def _letters(item: Contrast) -> str:
         return ""
     text = ""
     if endpoint.letters and detail.explained is not None:
-        text = f"; preference for letters alone accounts for {points(detail.explained)}"
+        text = f"; letter preference alone accounts for {points(detail.explained)}"
         centred = item.endpoints.get("letter_centred")
         if centred is not None:
             text += f", and without it the arms differ by {difference(centred)} ({centred.word})"
@@ -175,7 +176,7 @@ def _won_back(item: Contrast) -> str:
     if not 0 <= after.difference < before.difference or "better" in (before.word, after.word):
         return ""
     return (
-        f"Training wins back {100 * (1 - after.difference / before.difference):.0f}% of the gap in "
+        f"Training closes {100 * (1 - after.difference / before.difference):.0f}% of the gap in "
         f"{what}loss ({difference(before)} before it, {difference(after)} after)."
     )
 

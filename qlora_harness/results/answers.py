@@ -22,8 +22,8 @@ from qlora_harness.errors import ComparisonError, ResultsError, shown
 from qlora_harness.families import LETTERS
 from qlora_harness.question_hashes import PROMPT_DIGITS, prompts_hash
 from qlora_harness.record import EVALUATION_FILE
-from qlora_harness.results.harness import HarnessFile, read_samples, samples_path
-from qlora_harness.results.scored import FAMILIES, Scored
+from qlora_harness.results.harness import read_samples, samples_path
+from qlora_harness.results.scored import FAMILIES, HarnessFile, Scored
 from qlora_harness.schema.evaluation import Progress
 from qlora_harness.schema.section import LARGEST, first_problem, read_record
 
@@ -59,12 +59,12 @@ def _read_progress(scored: Scored) -> pd.DataFrame | None:
     logprobs = np.array([[row.logprobs[letter] for letter in LETTERS] for row in rows])  # type: ignore[index]
     answer = np.array([LETTERS.index(row.answer) for row in rows], dtype=np.int16)
     choice = logprobs.argmax(axis=1)
+    right = choice == answer
     for number, row in enumerate(rows):
-        right = bool(choice[number] == answer[number])
-        if (row.prediction, row.correct) != (LETTERS[choice[number]], right):
+        if (row.prediction, row.correct) != (LETTERS[choice[number]], bool(right[number])):
             raise ResultsError(
                 f"{where}[{number}]: prediction is {row.prediction} and correct is {row.correct}, "
-                f"but logprobs and answer give {LETTERS[choice[number]]} and {right}",
+                f"but logprobs and answer give {LETTERS[choice[number]]} and {right[number]}",
                 _OTHER_RUN,
             )
     index = np.array([row.index for row in rows])
@@ -82,7 +82,7 @@ def _read_progress(scored: Scored) -> pd.DataFrame | None:
         "prompt": [row.prompt_sha256 for row in rows],
         "target": [targets[position] for position in answer],
         "answer": answer,
-        "score": (choice == answer).astype(np.float64),
+        "score": right.astype(np.float64),
     }
     frame = _with_choices(pd.DataFrame(columns), logprobs)
     _check_totals(frame, scored, where)

@@ -12,6 +12,7 @@ from qlora_harness.errors import ComparisonError, ResultsError
 from qlora_harness.record import EVALUATION_FILE, LOGS_FILE, SUMMARY_FILE
 from qlora_harness.results.harness import newest, read_file, read_scored
 from qlora_harness.results.scored import HarnessFile, Scored, read_evaluation
+from qlora_harness.schema.evaluation import ScoredModel
 from qlora_harness.schema.section import flatten, read_record
 from qlora_harness.schema.training import TrainingLog, TrainingSummary, read_summary
 
@@ -55,9 +56,8 @@ class Run:
     @property
     def quant(self) -> str | None:
         """nf4, fp4, bf16 or another, if recorded."""
-        names = [self.training.quant] if self.training is not None else []
-        names += [scored.model.quant for scored in self.scored.values()]
-        return next((name for name in names if name is not None), None)
+        trained = self.training.quant if self.training else None
+        return trained or next((m.quant for m in self._scored_models if m.quant), None)
 
     @property
     def tuned(self) -> bool:
@@ -67,23 +67,25 @@ class Run:
     @property
     def model(self) -> str | None:
         """Name of the base model, if recorded."""
-        names = [self.training.model.name] if self.training is not None else []
-        names += [scored.model.base for scored in self.scored.values()]
-        return next((name for name in names if name is not None), None)
+        trained = self.training.model.name if self.training else None
+        return trained or next((m.base for m in self._scored_models if m.base), None)
 
     @property
     def random_weights(self) -> bool:
         """Whether a record says that the base was never trained."""
         trained = self.training is not None and self.training.model.random_weights
-        return trained or any(s.model.random_weights for s in self.scored.values())
+        return trained or any(model.random_weights for model in self._scored_models)
 
     @property
     def unquantised_share(self) -> float:
         """Largest recorded share of the layers' weights that 4 bits left in 16."""
-        shares = [s.model.unquantised_share for s in self.scored.values()]
-        if self.training is not None:
-            shares.append(self.training.quantization.unquantised_share)
-        return max((share for share in shares if share is not None), default=0.0)
+        trained = self.training.quantization.unquantised_share if self.training else None
+        shares = [model.unquantised_share for model in self._scored_models]
+        return max(share or 0.0 for share in (*shares, trained))
+
+    @property
+    def _scored_models(self) -> list[ScoredModel]:
+        return [scored.model for scored in self.scored.values()]
 
     def conditions(self, task: str | None) -> dict[str, object]:
         """Returns every recorded setting by dotted name."""

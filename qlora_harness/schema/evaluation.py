@@ -21,17 +21,13 @@ class ScoredModel(Section):
     base: str | None = None
     """Hub id, name of the folder, or "smollm2"."""
     revision: str | None = None
-    """Branch, tag or commit."""
     random_weights: bool = False
-    """Whether the base was never trained."""
     quant: str | None = None
-    """nf4, fp4 or bf16."""
     double_quant: bool | None = None
     """Whether the scales were quantised, too; null for bf16."""
     peft: str | None = None
     """Name of the adapter's folder; null for the base alone."""
     adapter_sha256: str | None = None
-    """Hash of the adapter's weights."""
     unquantised_share: Share | None = None
     """Share of the layers' weights that stay in 16 bits; null for bf16."""
 
@@ -42,9 +38,7 @@ class Score(Section):
     acc: Share
     """Right answers over questions; of tied best letters, the first counts."""
     acc_stderr: Number | None = None
-    """Standard error, as lm-eval computes it."""
     n: Count | None = None
-    """Questions answered."""
 
 
 class SubjectScore(Score):
@@ -60,7 +54,6 @@ class TaskScores(Score):
     n_total: Count
     """Questions in the file; more than n with --limit or single subjects."""
     acc_macro: Share
-    """Mean of the subjects' accuracies."""
     acc_macro_stderr: Number | None = None
     ties: Count | None = None
     """Questions whose best log-probability several letters share."""
@@ -71,7 +64,6 @@ class TaskScores(Score):
     subjects: Annotated[dict[str, SubjectScore], Field(min_length=1)]
     categories: dict[str, Score] = {}
     settings: dict[str, Any] = {}
-    """How the family was scored."""
 
     @model_validator(mode="after")
     def _totals_are_those_of_the_subjects(self) -> TaskScores:
@@ -121,14 +113,12 @@ class QuestionRow(Section):
     prediction: Letter
     """The likeliest letter; of a tie, the first."""
     answer: Letter
-    """The right letter."""
     correct: bool
     running_accuracy: Share | None = None
     """Accuracy over this and all questions before."""
     prompt_sha256: Annotated[str, Field(pattern=rf"^[0-9a-f]{{{PROMPT_DIGITS}}}$")]
     """Beginning of the hash of the text that was scored."""
     truncated: bool = False
-    """Whether the prompt was cut to fit the model."""
 
 
 class Progress(Header):

@@ -32,25 +32,19 @@ class TrainedModel(Section):
     commit: str | None = None
     """Commit on the Hub, if the model came from there."""
     random_weights: bool = False
-    """Whether the base was never trained, so that losses and accuracies say nothing."""
     weights_fingerprint: str | None = None
-    """Hash of a sample of the base's weights."""
     trainable_parameters: Count | None = None
     attention: str | None = None
-    """Implementation of the attention."""
 
 
 class Quantization(Section):
     """How the base's weights were held."""
 
     quant: str | None = None
-    """nf4, fp4 or bf16."""
     double_quant: bool | None = None
     """Whether the scales were quantised, too; null for bf16."""
     compute_dtype: str | None = None
-    """bfloat16 or float32."""
     parameter_dtypes: dict[str, Count] = {}
-    """Parameters by dtype."""
     unquantised_share: Share | None = None
     """Share of the layers' weights that stay in 16 bits; null for bf16."""
 
@@ -61,7 +55,6 @@ class DataSplit(Section):
     conversations: Count | None = None
     tokens: Count | None = None
     supervised_tokens: Count | None = None
-    """Tokens whose loss counts."""
     fingerprint: str | None = None
     """Hash of the token ids and of the mask."""
 
@@ -70,10 +63,8 @@ class DataReport(Section):
     """The data, as counted when it was read."""
 
     dataset: str | None = None
-    """Its name, as given."""
     train: DataSplit = DataSplit()
     eval: DataSplit | None = None
-    """What was held out."""
 
 
 class Process(Section):
@@ -96,7 +87,6 @@ class PhaseMemory(Section):
     peak_device_used_bytes: Amount | None = None
     """In use on the whole device, as the driver counts it."""
     peak_managed_bytes: Amount | None = None
-    """Managed memory of a paged optimizer."""
     peak_needed_bytes: Amount | None = None
     """Most allocated and managed memory together."""
     cpu_peak_rss_bytes: Amount | None = None
@@ -111,7 +101,6 @@ class Memory(PhaseMemory):
     """Peaks of the training phase over all processes, and of every phase."""
 
     device_type: str | None = None
-    """cuda or cpu."""
     phases: list[dict[str, Any]] = []
     """Each phase of each process."""
 
@@ -122,15 +111,12 @@ class Runtime(Section):
     train_seconds: Amount | None = None
     """Training, over all segments of a resumed run."""
     load_seconds: Amount | None = None
-    """Loading the base."""
     data_seconds: Amount | None = None
     """Reading and encoding the data."""
     eval_seconds: Amount | None = None
-    """Evaluation after training."""
     total_seconds: Amount | None = None
     """From the start of this process."""
     resumed: bool = False
-    """Whether the run continued from a checkpoint."""
 
 
 class Throughput(Section):
@@ -138,7 +124,6 @@ class Throughput(Section):
 
     tokens_per_second: Amount | None = None
     supervised_tokens_per_second: Amount | None = None
-    """Tokens whose loss counts."""
     steps_per_second: Amount | None = None
     steps_measured: Count | None = None
 
@@ -149,17 +134,12 @@ class Results(Section):
     steps: Count | None = None
     """Optimizer steps of the whole run."""
     final_train_loss: Number | None = None
-    """Of the last step."""
     last_10_steps_train_loss: Number | None = None
-    """Mean of the last ten steps."""
     mean_train_loss: Number | None = None
-    """Mean of all steps."""
     eval_loss: Number | None = None
     """On the held-out conversations, weighted by token."""
     perplexity: Amount | None = None
-    """exp(eval_loss)."""
     eval_tokens: Count | None = None
-    """Supervised tokens of the held-out conversations."""
     eval_loss_before: Number | None = None
     """On the held-out conversations before the first step."""
 
@@ -243,13 +223,10 @@ class StepRow(Section):
     """One optimizer step."""
 
     step: Count
-    """From 1."""
     loss: Number
     """Nats per supervised token."""
     tokens: Count = 0
-    """Tokens of all its conversations."""
     supervised_tokens: Count = 0
-    """Tokens whose loss counts."""
     seconds: Amount | None = None
     """From the end of the step before to the end of this one."""
 
@@ -260,7 +237,6 @@ class EvaluationLosses(Section):
     nll: list[Number] = []
     """Summed loss after training, nats."""
     tokens: list[Count] = []
-    """Supervised tokens."""
     nll_before: list[Number] = []
     """Summed loss before the first step, nats; empty if not evaluated then."""
 
