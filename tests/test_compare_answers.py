@@ -114,12 +114,14 @@ def test_multiple_choice_of_any_number_of_choices(tmp_path: Path) -> None:
     item = comparison.primary[0]
     assert (comparison.task, item.arm, item.baseline) == ("arc", "b", "a")
     assert item["accuracy"].difference == pytest.approx(expected.mean())
-    assert item["nll"].n == 40 and "letter_centred" not in item.endpoints
+    assert item["nll"].n == 40
+    assert "letter_centred" not in item.endpoints
     frame = load_run(one).answers("arc")
     assert frame is not None
     last = frame.iloc[3]  # five choices
     logprobs = last[[f"logprob_{k}" for k in range(5)]].to_numpy(float)
-    assert last["choice"] == logprobs.argmax() and not np.isnan(logprobs).any()
+    assert last["choice"] == logprobs.argmax()
+    assert not np.isnan(logprobs).any()
     assert math.isnan(frame.iloc[0]["logprob_2"])
 
 
@@ -148,7 +150,8 @@ def test_generated_answers_with_two_filters(tmp_path: Path) -> None:
         change = values(folders[1], "gsm", "exact_match", used) - values(
             folders[0], "gsm", "exact_match", used
         )
-        assert endpoint.difference == pytest.approx(change.mean()) and endpoint.n == 50
+        assert endpoint.difference == pytest.approx(change.mean())
+        assert endpoint.n == 50
         assert endpoint.name == "exact_match"
 
 
@@ -167,7 +170,9 @@ def test_continuous_metrics_and_those_of_which_less_is_better(tmp_path: Path) ->
     change = table[1] - table[0]
     assert endpoint.difference == pytest.approx(change.mean())
     assert endpoint.stderr == pytest.approx(change.std(ddof=1) / math.sqrt(60))
-    assert endpoint.lower_is_better and endpoint.margin is None and endpoint.unit == "metric"
+    assert endpoint.lower_is_better
+    assert endpoint.margin is None
+    assert endpoint.unit == "metric"
 
 
 def test_groups_are_tasks_with_subjects_and_categories(tmp_path: Path) -> None:
@@ -258,7 +263,8 @@ def test_spoilt_samples_are_refused_with_their_line(tmp_path: Path, kind: str) -
         return
     with pytest.raises(ResultsError, match=message) as caught:
         compare([one, two])
-    assert len(str(caught.value)) <= 500 and "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= 500
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -392,7 +398,9 @@ def test_choices_count_where_all_runs_and_questions_have_them(tmp_path: Path) ->
     spoil(path, 3, filtered_resps=["text"])
     for runs in ([one, two], [two, one]):
         item = compare(runs).primary[0]
-        assert item["accuracy"].n == 40 and "nll" not in item.endpoints and item.detail is None
+        assert item["accuracy"].n == 40
+        assert "nll" not in item.endpoints
+        assert item.detail is None
     # A part of the questions may have fewer choices.
     three = choice_task(tmp_path / "c", 2, n=2)
     assert compare([one, three], intersect=True).primary[0]["nll"].n == 2
@@ -427,7 +435,8 @@ def test_values_as_recorded_of_groups_that_weigh_their_parts(tmp_path: Path) -> 
         write(path, record)
     comparison = compare(folders)
     assert [run.value for run in comparison.runs] == [(2 / 8 + 1) / 2] * 2
-    assert accuracy(comparison).arm == 6 / 12 and accuracy(comparison).n == 12
+    assert accuracy(comparison).arm == 6 / 12
+    assert accuracy(comparison).n == 12
     record["results"]["g"]["acc,none"] = 1.2
     write(path, record)
     with pytest.raises(ResultsError, match=r"acc,none is 1\.2 ± None, but its parts have 0\.25"):
@@ -436,7 +445,7 @@ def test_values_as_recorded_of_groups_that_weigh_their_parts(tmp_path: Path) -> 
 
 def test_one_result_or_one_model_a_run(tmp_path: Path) -> None:
     one, two = choice_task(tmp_path / "a", 0), choice_task(tmp_path / "b", 1)
-    with pytest.raises(ComparisonError, match="a and .* are both "):
+    with pytest.raises(ComparisonError, match=r"a and .* are both "):
         compare([one, one / "model" / f"results_{DATE}.json"])
     both = tmp_path / "both"
     (both).mkdir()

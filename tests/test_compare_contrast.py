@@ -92,7 +92,8 @@ def leading(comparison: Comparison) -> Contrast:
 def test_arms_are_compared_and_bf16_is_the_baseline(pair_of_arms: Comparison) -> None:
     item = leading(pair_of_arms)
     assert (item.arm, item.baseline, item.seeds, item.paired) == ("NF4", "bf16", (3, 3), True)
-    assert len(pair_of_arms.contrasts) == 1 and pair_of_arms.arms == ["bf16", "NF4"]
+    assert len(pair_of_arms.contrasts) == 1
+    assert pair_of_arms.arms == ["bf16", "NF4"]
 
 
 def test_memory_is_a_ratio(pair_of_arms: Comparison) -> None:
@@ -105,14 +106,17 @@ def test_memory_is_a_ratio(pair_of_arms: Comparison) -> None:
 
 def test_time_is_paired_by_step(pair_of_arms: Comparison) -> None:
     time = leading(pair_of_arms)["time"]
-    assert time.difference == pytest.approx(0.1) and time.word == "worse"
+    assert time.difference == pytest.approx(0.1)
+    assert time.word == "worse"
     assert time.n == 8  # 80 steps after 3, in tens
 
 
 def test_loss_is_paired_by_conversation_and_seed(pair_of_arms: Comparison) -> None:
     loss = leading(pair_of_arms)["eval_loss"]
-    assert loss.difference == pytest.approx(0.05) and loss.n == 30
-    assert loss.stderr == pytest.approx(0, abs=1e-12) and loss.word == "worse"
+    assert loss.difference == pytest.approx(0.05)
+    assert loss.n == 30
+    assert loss.stderr == pytest.approx(0, abs=1e-12)
+    assert loss.word == "worse"
     assert loss.baseline == pytest.approx(sum(NLL) / sum(TOKENS) + 0.001)
 
 
@@ -283,7 +287,8 @@ def test_unpaired_where_answers_are_not_recorded(tmp_path: Path) -> None:
     accuracy = leading(comparison)["accuracy"]
     errors = [info.stderr for info in comparison.runs]
     assert accuracy.stderr == pytest.approx(math.hypot(*errors))
-    assert not leading(comparison).paired and "unpaired" in " ".join(comparison.notes)
+    assert not leading(comparison).paired
+    assert "unpaired" in " ".join(comparison.notes)
 
 
 def test_subjects_have_tangos_interval_and_holms_p(pair_of_arms: Comparison) -> None:

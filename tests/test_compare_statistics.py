@@ -13,8 +13,8 @@ from statsmodels.stats.proportion import proportion_confint
 
 from qlora_harness.compare import choices
 from qlora_harness.compare import statistics as st
-from qlora_harness.compare.statistics import wilson
 from qlora_harness.compare.power import plan
+from qlora_harness.compare.statistics import wilson
 
 RNG = np.random.default_rng(0)
 
@@ -65,7 +65,8 @@ def test_no_two_statements_contradict_each_other() -> None:
     middle = (won - lost) / n
     assert ((inner_low <= middle) & (middle <= inner_high)).all()
     mirrored_low, mirrored_high = st.tango_interval(won, lost, n, 0.05)
-    assert (mirrored_low == -high).all() and (mirrored_high == -low).all()
+    assert (mirrored_low == -high).all()
+    assert (mirrored_high == -low).all()
     # Equivalence by the two one-sided tests is the 90% interval within the margin.
     for margin in (0.01, 0.05):
         z = stats.norm.ppf(0.95)

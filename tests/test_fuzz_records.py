@@ -94,7 +94,8 @@ def comparison(folder: Path) -> tuple[dict[Path, bytes], Callable[[], object]]:
         printable(text.details(made), keep="\n").encode()
         made.model_dump_json().encode()
         answer = text.answer(made).splitlines()
-        assert len(answer) <= 12 and all(len(line) <= 80 for line in answer)
+        assert len(answer) <= 12
+        assert all(len(line) <= 80 for line in answer)
 
     return files_in(runs[0], "*.json", "*.jsonl"), read
 
