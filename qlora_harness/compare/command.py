@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from qlora_harness.errors import ResultsError, SettingsError, printable
@@ -23,7 +24,8 @@ _MARKS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `compare`."""
-    parser.add_argument(
+    add, switch = parser.add_argument, partial(parser.add_argument, action="store_true")
+    add(
         "runs",
         nargs="*",
         type=Path,
@@ -31,57 +33,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="two or more runs: a folder such as results/4bit, a results_*.json of lm_eval, or a "
         "folder that holds one; runs that differ in their seed alone are one arm",
     )
-    _add_switch(parser, "--details", "also print all tables, 120 columns wide")
-    for flag, metavar, text in (
-        (
-            "--task",
-            "NAME",
-            f"the task to compare, of any that lm_eval has (default: {DEFAULT_TASK} if all runs "
-            "have it, else the only one they have in common)",
-        ),
-        (
-            "--metric",
-            "NAME[,FILTER]",
-            "metric of that task, for example acc_norm or exact_match,flexible-extract",
-        ),
-        ("--labels", "A,B,…", "names of the runs, separated by commas"),
-        (
-            "--baseline",
-            "NAME",
-            "the arm or run that the others are compared with (default: bf16, else the first)",
-        ),
-    ):
-        parser.add_argument(flag, metavar=metavar, help=text)
-    parser.add_argument(
-        "--margin",
-        type=float,
-        default=1.0,
-        metavar="POINTS",
-        help="accuracies within ± this many percentage points count as equal (default %(default)g)",
+    switch("--details", help="also print all tables, 120 columns wide")
+    task = (
+        f"the task to compare, of any that lm_eval has (default: {DEFAULT_TASK} if all runs have "
+        "it, else the only one they have in common)"
     )
-    _add_switch(
-        parser,
-        "--allow-limit",
-        "compare runs scored with --limit, if all have the same limit and questions",
-    )
-    _add_switch(
-        parser,
-        "--intersect",
-        "compare only the questions that all runs answered, and count those left out",
-    )
-    _add_switch(
-        parser, "--allow-different-data", "compare runs trained on different data; a note says so"
-    )
+    add("--task", metavar="NAME", help=task)
+    metric = "metric of that task, for example acc_norm or exact_match,flexible-extract"
+    add("--metric", metavar="NAME[,FILTER]", help=metric)
+    add("--labels", metavar="A,B,…", help="names of the runs, separated by commas")
+    baseline = "the arm or run that the others are compared with (default: bf16, else the first)"
+    add("--baseline", metavar="NAME", help=baseline)
+    margin = "accuracies within ± this many percentage points count as equal (default %(default)g)"
+    add("--margin", type=float, default=1.0, metavar="POINTS", help=margin)
+    limit = "compare runs scored with --limit, if all have the same limit and questions"
+    switch("--allow-limit", help=limit)
+    intersect = "compare only the questions that all runs answered, and count those left out"
+    switch("--intersect", help=intersect)
+    different = "compare runs trained on different data; a note says so"
+    switch("--allow-different-data", help=different)
     for flag, text in (
         ("--markdown", f"default: {MARKDOWN_FILE} beside the runs"),
         ("--json", f"default: {JSON_FILE} beside the runs"),
         ("--html", "also write a self-contained HTML page with figures (about 5 MB)"),
     ):
-        parser.add_argument(flag, type=Path, metavar="FILE", help=text)
-
-
-def _add_switch(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
-    parser.add_argument(flag, action="store_true", help=text)
+        add(flag, type=Path, metavar="FILE", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -158,11 +134,9 @@ def _check_outputs(outputs: dict[str, Path]) -> None:
     """Refuses two outputs in one file, and to overwrite anything but an earlier comparison."""
     taken: dict[Path, str] = {}
     for flag, path in outputs.items():
-        if path.resolve() in taken:
-            raise SettingsError(
-                f"{taken[path.resolve()]} and {flag} are both {path}", "Name two files"
-            )
-        taken[path.resolve()] = flag
+        other = taken.setdefault(path.resolve(), flag)
+        if other != flag:
+            raise SettingsError(f"{other} and {flag} are both {path}", "Name two files")
         if path.exists() and not _is_ours(path, _MARKS[flag]):
             raise SettingsError(
                 f"{flag} {path} exists and was not written by qlora-harness compare",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,8 +14,9 @@ from qlora_harness.compare import statistics as st
 from qlora_harness.compare.arms import Arm
 from qlora_harness.compare.endpoint import SPECS, absent, measured
 from qlora_harness.compare.record import Endpoint, Estimate, Word
-from qlora_harness.compare.timing import disturbance
+from qlora_harness.results.runs import Run
 from qlora_harness.schema.training import TrainingLog, TrainingSummary
+from qlora_harness.units import GIB
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
 WARM_UP_STEPS = 3
 _FEWEST = 10  # conversations, below which an interval says little
 _STEPS_TOGETHER, _FEWEST_GROUPS = 10, 5  # neighbouring steps share stalls
+# Device memory of others, bytes, that is no other program: a driver's own and a desktop's.
+_NEGLIGIBLE = GIB
 
 
 def costs(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
@@ -83,7 +89,7 @@ def _same_seeds(arm: Arm, baseline: Arm) -> bool:
 
 
 def _time(arm: Arm, baseline: Arm, level: float) -> Endpoint:
-    reason = disturbance([*arm.runs, *baseline.runs])
+    reason = _disturbance([*arm.runs, *baseline.runs])
     if reason is not None:
         return absent("time", reason)
     one, two = (
@@ -103,6 +109,61 @@ def _time(arm: Arm, baseline: Arm, level: float) -> Endpoint:
     difference, items = st.over_items(table.mean(axis=0))
     seeds = st.over_seeds(table.mean(axis=1), np.zeros(len(table)), blocks=True)
     return measured("time", (one, two), st.combine(difference, items, seeds, level=level), n=size)
+
+
+def _disturbance(runs: Sequence[Run]) -> str | None:
+    """Returns why the times of runs can't be compared; None if nothing speaks against it."""
+    trained = [(run.label, run.training) for run in runs if run.training is not None]
+    if len(trained) < len(runs):
+        return "not trained here"
+    alone = [_of_one(label, one) for label, one in trained]
+    together = [_of_two(*one, *other) for one, other in combinations(trained, 2)]
+    return next((reason for reason in (*alone, *together) if reason), None)
+
+
+def _of_one(label: str, run: TrainingSummary) -> str | None:
+    if run.status != "completed":
+        return f"{label} was interrupted"
+    if run.runtime.resumed:
+        return f"{label} was resumed from a checkpoint"
+    if run.memory.other_processes:
+        return f"{run.memory.other_processes} other processes used the GPU of {label}"
+    others = run.memory.other_bytes or 0
+    if others > _NEGLIGIBLE:
+        return f"others held {others / GIB:.1f} GiB of the GPU of {label}"
+    return None
+
+
+def _of_two(label: str, one: TrainingSummary, name: str, other: TrainingSummary) -> str | None:
+    threads = one.environment.cpu_threads, other.environment.cpu_threads
+    if None not in threads and threads[0] != threads[1]:
+        return f"{threads[0]} vs {threads[1]} CPU threads ({label}, {name})"
+    if _device(one, "name") != _device(other, "name"):
+        return f"different devices ({label}, {name})"
+    if _same_device(one, other) and _overlap(one, other):
+        return f"{label}, {name} overlapped"
+    return None
+
+
+def _device(run: TrainingSummary, key: str) -> object:
+    return (run.environment.device or {}).get(key)
+
+
+def _same_device(one: TrainingSummary, other: TrainingSummary) -> bool:
+    if one.process.host is None or one.process.host != other.process.host:
+        return False
+    # Older records name the kind of device only, so it may have been the same one.
+    ids = _device(one, "id"), _device(other, "id")
+    return None in ids or ids[0] == ids[1]
+
+
+def _overlap(one: TrainingSummary, other: TrainingSummary) -> bool:
+    try:
+        begins = [datetime.fromisoformat(str(run.started)) for run in (one, other)]
+        ends = [datetime.fromisoformat(str(run.finished)) for run in (one, other)]
+        return max(begins) < min(ends)
+    except (ValueError, TypeError):  # not recorded
+        return False
 
 
 def _step_ratios(one: TrainingLog | None, two: TrainingLog | None) -> Floats:
