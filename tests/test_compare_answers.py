@@ -24,7 +24,7 @@ Sample = dict[str, Any]
 
 
 def sample(doc_id: int, metrics: dict[str, float], *, task: str = "t", **more: Any) -> Sample:
-    found = {
+    return {
         "doc_id": doc_id,
         "doc": {"question": f"q{doc_id}"},
         "target": "",
@@ -36,8 +36,8 @@ def sample(doc_id: int, metrics: dict[str, float], *, task: str = "t", **more: A
         "prompt_hash": digest("prompt", task, doc_id),
         "target_hash": digest("target", task, doc_id),
         **metrics,
+        **more,
     }
-    return found | more
 
 
 def chosen(doc_id: int, answer: int, logprobs: list[float], task: str = "t") -> Sample:

@@ -107,10 +107,8 @@ def test_files_hold_everything(pair: tuple[Path, Path], capsys: pytest.CaptureFi
     endpoint = record["contrasts"][0]["endpoints"]["accuracy"]
     # Right in the first only 3 + 2, in the second only 1 + 2, of 20.
     assert endpoint["difference"] == pytest.approx((5 - 3) / 20)
-    assert (record["contrasts"][0]["detail"]["won"], record["contrasts"][0]["detail"]["lost"]) == (
-        5,
-        3,
-    )
+    detail = record["contrasts"][0]["detail"]
+    assert (detail["won"], detail["lost"]) == (5, 3)
     markdown = (folder / "comparison.md").read_text()
     assert markdown.startswith(text.MARKDOWN_TITLE)
     for name in ("Runs", "NF4 against bf16", "Settings that differ", "Settings that agree"):
@@ -198,10 +196,8 @@ def test_page_shows_headlines_then_figures_and_folds_tables(published: qh.Compar
     for head in re.findall(r"<details><summary><h2>(.*?)</h2>", body):
         assert head
     count, shown = page.flips(published)
-    assert (count, len(shown)) == (
-        published.contrasts[0].detail.won + published.contrasts[0].detail.lost,
-        200,
-    )
+    detail = published.contrasts[0].detail
+    assert (count, len(shown)) == (detail.won + detail.lost, 200)
 
 
 def test_notebook_gets_the_head_of_the_page(published: qh.Comparison) -> None:
@@ -263,10 +259,8 @@ def test_settings_that_differ_without_what_follows(pair: tuple[Path, Path]) -> N
     names = {setting.name: setting.values for setting in different}
     assert names["training.settings.learning_rate"] == [2e-4, 1e-4]
     assert names["training.quant"] == ["nf4", "bf16"]
-    assert (
-        not {"training.arm", "training.settings.output_dir", "training.quantization.quant"}
-        & names.keys()
-    )
+    following = {"training.arm", "training.settings.output_dir", "training.quantization.quant"}
+    assert not following & names.keys()
     assert "training.settings.dataset" in {setting.name for setting in same}
     assert qh.compare(pair).besides == ["learning_rate"]
 

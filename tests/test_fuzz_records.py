@@ -57,16 +57,7 @@ def read_all(
 
 
 def damaged_recipe(rng: random.Random) -> str:
-    names = [
-        "model",
-        "lora_r",
-        "memory",
-        "languages",
-        "seed",
-        "learning_rate",
-        "extends",
-        "nothing",
-    ]
+    names = ["model", "lora_r", "memory", "languages", "seed", "learning_rate", "extends", "x"]
     lines = []
     for _ in range(rng.randint(1, 5)):
         value = rng.choice(

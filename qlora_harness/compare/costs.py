@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-WARM_UP_STEPS = 3
+_FIRST_STEPS = 3  # left out of times: kernels are chosen in them
 _FEWEST = 10  # conversations, below which an interval says little
 _STEPS_TOGETHER, _FEWEST_GROUPS = 10, 5  # neighbouring steps share stalls
 # Device memory of others, bytes, that is no other program: a driver's own and a desktop's.
@@ -171,7 +171,7 @@ def _step_ratios(one: TrainingLog | None, two: TrainingLog | None) -> Floats:
     nothing = np.zeros(0)
     if one is None or two is None or len(one.steps) != len(two.steps):
         return nothing
-    pairs = list(zip(one.steps, two.steps, strict=True))[WARM_UP_STEPS:]
+    pairs = list(zip(one.steps, two.steps, strict=True))[_FIRST_STEPS:]
     if any(a.tokens != b.tokens or not a.seconds or not b.seconds for a, b in pairs):
         return nothing
     ratios = np.array([math.log((a.seconds or 1) / (b.seconds or 1)) for a, b in pairs])

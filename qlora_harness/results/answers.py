@@ -129,8 +129,8 @@ def _read_logged(file: HarnessFile, scored: Scored) -> pd.DataFrame | None:
         for row in _read_leaf(path, subject, scored)
     ]
     frame = pd.DataFrame(rows)
-    places, logprobs = frame.pop("where"), frame.pop("logprobs")
-    frame = _with_choices(frame, _choices(frame, list(logprobs), list(places), scored))
+    lines, logprobs = frame.pop("where"), frame.pop("logprobs")
+    frame = _with_choices(frame, _choices(frame, list(logprobs), list(lines), scored))
     _check_totals(frame, scored, str(file.path))
     return frame
 
@@ -204,7 +204,7 @@ def _logprobs(responses: object) -> list[float]:
 
 
 def _choices(
-    frame: pd.DataFrame, responses: Sequence[list[float]], places: Sequence[str], scored: Scored
+    frame: pd.DataFrame, responses: Sequence[list[float]], lines: Sequence[str], scored: Scored
 ) -> Floats | None:
     """The log-probabilities, [n, most choices]; None if the best of them don't give the score."""
     ours = scored.task in FAMILIES
@@ -212,7 +212,7 @@ def _choices(
     missing = np.flatnonzero(answer < 0)
     if len(missing) and ours:
         raise ResultsError(
-            f"{places[missing[0]]}: the target is not a choice from 0 to 3", _OTHER_RUN
+            f"{lines[missing[0]]}: the target is not a choice from 0 to 3", _OTHER_RUN
         )
     # acc_norm chooses by other numbers.
     if len(missing) or scored.metric != "acc" or min(map(len, responses)) < 2:
@@ -221,7 +221,7 @@ def _choices(
     wrong = np.flatnonzero((np.nanargmax(logprobs, axis=1) == answer) != frame["score"])
     if len(wrong) and ours:
         raise ResultsError(
-            f"{places[wrong[0]]}: acc is {frame['score'].iloc[wrong[0]]:g}, but the best "
+            f"{lines[wrong[0]]}: acc is {frame['score'].iloc[wrong[0]]:g}, but the best "
             f"log-probability says otherwise for the target {answer[wrong[0]]}",
             "The file was changed or is damaged; score again",
         )
