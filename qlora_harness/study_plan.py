@@ -53,7 +53,7 @@ def report(
         "",
         "seeds per arm   questions to show they are the same   to show they differ by the margin",
     ]
-    for need in power.plan(margin / 100, discordance, seed_sd / 100, _SEEDS):
+    for need in power.questions_needed(margin / 100, discordance, seed_sd / 100, _SEEDS):
         same, differ = (
             "no number is enough" if n is None else f"{n:,}"
             for n in (need.equivalence, need.detection)

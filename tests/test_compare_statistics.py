@@ -13,7 +13,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from qlora_harness.compare import choices
 from qlora_harness.compare import statistics as st
-from qlora_harness.compare.power import plan
+from qlora_harness.compare.power import questions_needed
 from qlora_harness.compare.statistics import wilson
 
 RNG = np.random.default_rng(0)
@@ -236,7 +236,7 @@ def test_letter_preference_is_taken_out() -> None:
 
 @pytest.mark.parametrize(("sd", "seeds"), [(0.002, 3), (0.003, 3), (0.002, 5), (0.0004, 2)])
 def test_plan_is_what_simulated_studies_need(sd: float, seeds: int) -> None:
-    need = plan(0.01, 0.10, sd, (seeds,))[0]
+    need = questions_needed(0.01, 0.10, sd, (seeds,))[0]
     rng = np.random.default_rng(5)
     draws = 3000
     for same, n in ((True, need.equivalence), (False, need.detection)):
@@ -254,8 +254,11 @@ def test_plan_is_what_simulated_studies_need(sd: float, seeds: int) -> None:
 
 
 def test_plans_that_no_study_meets() -> None:
-    assert plan(0.001, 0.1, 0.006, (2,))[0].detection is None
+    assert questions_needed(0.001, 0.1, 0.006, (2,))[0].detection is None
     # Zero changes in few questions are no proof of equivalence.
-    assert plan(0.01, 1e-9, 0.0, (1,))[0].equivalence == 268
+    assert questions_needed(0.01, 1e-9, 0.0, (1,))[0].equivalence == 268
     # To differ by a point, one answer in a hundred must.
-    assert plan(0.01, 1e-9, 0.0, (1,))[0].detection == plan(0.01, 0.01, 0.0, (1,))[0].detection
+    assert (
+        questions_needed(0.01, 1e-9, 0.0, (1,))[0].detection
+        == questions_needed(0.01, 0.01, 0.0, (1,))[0].detection
+    )

@@ -31,7 +31,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Pairs:
     """Pairs of an arm and its baseline: those that answer the question, and further ones.
 
     The first primary pair leads. Secondary pairs are the untrained bases, or what training gained.
@@ -117,7 +117,7 @@ def _distinctions(runs: Sequence[Run]) -> list[list[str]]:
     return [[f"{key} {item[key]}" for key in differing[:2]] for item in settings]
 
 
-def pair(arms: Sequence[Arm], baseline: str | None = None) -> Plan:
+def pair(arms: Sequence[Arm], baseline: str | None = None) -> Pairs:
     """Decides which arms are compared; raises SettingsError if there is no such baseline.
 
     bf16 is the baseline wherever one arm is bf16: fine-tuned for fine-tuned arms, the base for
@@ -129,7 +129,7 @@ def pair(arms: Sequence[Arm], baseline: str | None = None) -> Plan:
         if not chosen:
             names = ", ".join(arm.name for arm in arms)
             raise SettingsError(f"--baseline {baseline} is neither arm nor run", f"Arms: {names}")
-        return Plan(tuple((arm, chosen[0]) for arm in arms if arm is not chosen[0]), ())
+        return Pairs(tuple((arm, chosen[0]) for arm in arms if arm is not chosen[0]), ())
     tuned, bases = [a for a in arms if a.tuned], [a for a in arms if not a.tuned]
     primary, secondary = _against_bf16(tuned), _against_bf16(bases)
     if not primary:
@@ -139,7 +139,7 @@ def pair(arms: Sequence[Arm], baseline: str | None = None) -> Plan:
     elif not secondary:
         # A base or an adapter without a partner: what training gained in its quantisation.
         secondary = [(arm, base) for arm in tuned for base in bases if base.quant == arm.quant]
-    return Plan(tuple(primary), tuple(secondary))
+    return Pairs(tuple(primary), tuple(secondary))
 
 
 def _against_bf16(arms: list[Arm]) -> list[tuple[Arm, Arm]]:

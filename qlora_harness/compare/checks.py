@@ -85,7 +85,7 @@ def check_data(runs: Sequence[Run], allow_different: bool) -> list[str]:
         prints = {label: s.fingerprint for label, s in splits.items() if s and s.fingerprint}
         if len(set(prints.values())) < 2:
             continue
-        values = ", ".join(f"{label} {_short(value)}" for label, value in prints.items())
+        values = ", ".join(f"{label} {_short_hash(value)}" for label, value in prints.items())
         if not allow_different:
             raise ComparisonError(
                 f"different data: data.{part}.fingerprint is {values}",
@@ -162,7 +162,10 @@ def _check_same_task(both: str, one: Scored, other: Scored, intersect: bool) -> 
     }
     facts["higher_is_better"] = (one.higher_is_better, other.higher_is_better)
     if one.prompts_sha256 and other.prompts_sha256 and not intersect:
-        facts["prompts_sha256"] = (_short(one.prompts_sha256), _short(other.prompts_sha256))
+        facts["prompts_sha256"] = (
+            _short_hash(one.prompts_sha256),
+            _short_hash(other.prompts_sha256),
+        )
     if (one.metric, one.filter) != (other.metric, other.filter):
         raise ComparisonError(
             f"{both} have different metrics of {one.task}: {one.metric},{one.filter} and "
@@ -268,15 +271,15 @@ def _notes_on_scores(scored: Scored, frame: pd.DataFrame | None) -> list[str]:
     shared = 0.0 if frame is None else float((frame["credit"] - frame["score"]).mean())
     if abs(shared) > _NOTABLE_TIES:
         notes.append(
-            f"{scored.metric} as recorded, counting the first of tied choices, is "
-            f"{100 * scored.value:.2f}%; here tied choices share the credit ({100 * shared:+.2f})"
+            f"{scored.metric} as recorded counts the first of tied choices "
+            f"({100 * scored.value:.2f}%); here ties share the credit ({100 * shared:+.2f})"
         )
     if scored.truncated:
         notes.append(f"{scored.truncated:,} prompts were truncated to fit the model")
     return notes
 
 
-def _short(digest: str) -> str:
+def _short_hash(digest: str) -> str:
     """The beginning of a hash, long enough to tell two apart."""
     kind, _, digits = digest.rpartition(":")
     return f"{kind}:{digits[:12]}" if kind else digits[:12]

@@ -126,6 +126,6 @@ class RunAnswers:
         return letter_centred(self.logprobs, self.answer)
 
 
-def table(runs: Sequence[RunAnswers], name: str) -> Floats:
+def stacked(runs: Sequence[RunAnswers], name: str) -> Floats:
     """Returns one of the arrays of runs, [runs, n]."""
     return np.array([getattr(run, name) for run in runs])

@@ -108,16 +108,16 @@ def compare(
     notes += checks.check_limit(scored, allow_limit, intersect)
     frames, dropped = _answers(scored, intersect, notes)
     arms = group(loaded, labelled=labels is not None)
-    plan = pair(arms, baseline)
+    pairs = pair(arms, baseline)
     answers = {label: RunAnswers(frame) for label, frame in frames.items()}
     contrasts = [
-        contrast(a, b, answers, task, margin=margin, tests=len(plan.primary), primary=primary)
-        for pairs, primary in ((plan.primary, True), (plan.secondary, False))
-        for a, b in pairs
+        contrast(a, b, answers, task, margin=margin, tests=len(pairs.primary), primary=primary)
+        for part, primary in ((pairs.primary, True), (pairs.secondary, False))
+        for a, b in part
     ]
     arm_of = {run.label: arm.name for arm in arms for run in arm.runs}
     different, same = checks.differing(loaded, task)
-    leading = [arm for arm in arms if any(arm in p for p in plan.primary)]
+    leading = [arm for arm in arms if any(arm in both for both in pairs.primary)]
     first = next(iter(scored.values()), None)
     sizes = [len(frame) for frame in frames.values()] or [s.n for s in scored.values()]
     chances = [chance(arm.name, answers_of(arm, answers)) for arm in arms]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from qlora_harness.compare import scores as sc
 from qlora_harness.compare import statistics as st
 from qlora_harness.compare.arms import Arm
-from qlora_harness.compare.choices import RunAnswers, table
+from qlora_harness.compare.choices import RunAnswers, stacked
 from qlora_harness.compare.costs import costs
 from qlora_harness.compare.record import Contrast
 
@@ -53,7 +53,7 @@ def contrast(
         detail = sc.detail(one, two)
         endpoints = [sc.mark_letters(endpoint, detail) for endpoint in endpoints]
     elif task is not None and all(task in run.scored for run in runs):
-        endpoints.append(sc.unpaired(arm, baseline, task, level, margin))
+        endpoints.append(sc.unpaired_accuracy(arm, baseline, task, level, margin))
     if primary and tests > 1:  # Bonferroni's correction, as in the intervals
         endpoints = [
             one if one.p is None else one.model_copy(update={"p": min(1.0, tests * one.p)})
@@ -103,7 +103,7 @@ def _interaction(tuned4: Arm, base4: Arm, tuned: Arm, base: Arm, answers: Answer
     endpoints = {}
     for key, name in (("accuracy", "credit"), ("nll", "nll")):
         if key == "accuracy" or runs[0][0].has_choices:
-            high4, low4, high, low = (table(part, name) for part in runs)
+            high4, low4, high, low = (stacked(part, name) for part in runs)
             gains = (high4 - low4.mean(axis=0), high - low.mean(axis=0))
             endpoints[key] = sc.paired(key, *gains, design)
     return Contrast(

@@ -111,12 +111,10 @@ def flips(comparison: ComparisonRecord) -> tuple[int, list[Flip]]:
 
 def _first_runs(comparison: ComparisonRecord, item: Contrast) -> list[str]:
     """Labels of the first runs of arm and baseline whose answers are known."""
-    known = {arm: [r.label for r in comparison.runs if r.arm == arm] for arm in comparison.arms}
-    labels = [
-        [n for n in known[arm] if n in comparison.source.frames]
-        for arm in (item.arm, item.baseline)
-    ]
-    return [part[0] for part in labels if part]
+    frames, labels = comparison.source.frames, []
+    for arm in (item.arm, item.baseline):
+        labels += [r.label for r in comparison.runs if r.arm == arm and r.label in frames][:1]
+    return labels
 
 
 def _texts(comparison: ComparisonRecord, labels: list[str], prompts: set[str]) -> dict[str, str]:

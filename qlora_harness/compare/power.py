@@ -30,7 +30,9 @@ class Need(NamedTuple):
     detection: int | None
 
 
-def plan(margin: float, discordance: float, seed_sd: float, seeds: Sequence[int]) -> list[Need]:
+def questions_needed(
+    margin: float, discordance: float, seed_sd: float, seeds: Sequence[int]
+) -> list[Need]:
     """Returns how many questions are needed, at 5% and in 80% of studies, for numbers of seeds.
 
     A difference of two arms has the variance discordance / questions + 2 seed_sd² / seeds. With

@@ -17,13 +17,13 @@ Word = Literal["better", "worse", "same", "unclear", "no measurement"]
 Kind = Literal["category", "subject"]
 
 
-class Result(BaseModel):
+class Part(BaseModel):
     """A part of a comparison."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
 
-class Quantity(Result):
+class Quantity(Part):
     """One quantity of both arms: their values, each the mean over seeds."""
 
     key: str
@@ -37,7 +37,7 @@ class Quantity(Result):
     """Whether the difference is arm / baseline - 1."""
 
 
-class Estimate(Result):
+class Estimate(Part):
     """A difference, the arm's value less the baseline's, and its error; null where unknown."""
 
     difference: float | None = None
@@ -78,7 +78,7 @@ class Endpoint(Estimate, Quantity):
     """Standard error when questions of one subject may depend on each other."""
 
 
-class Detail(Result):
+class Detail(Part):
     """What else the answers of two arms say; pairs are arm and baseline."""
 
     flips: float
@@ -104,7 +104,7 @@ class Detail(Result):
     """Mid-p of McNemar's test of lost and won."""
 
 
-class GroupDifference(Result):
+class GroupDifference(Part):
     """The accuracies of both arms on the n questions of a subject or category, means over seeds."""
 
     kind: Kind
@@ -119,7 +119,7 @@ class GroupDifference(Result):
     """Two-sided p, after Holm's correction over the groups of its kind."""
 
 
-class Chance(Result):
+class Chance(Part):
     """Whether an arm's answers follow the questions at all."""
 
     arm: str
@@ -131,7 +131,7 @@ class Chance(Result):
     """Whether it isn't shown to be above 0 (one-sided, 5%)."""
 
 
-class Contrast(Result):
+class Contrast(Part):
     """One arm against its baseline, on every endpoint that the records have."""
 
     arm: str
@@ -156,7 +156,7 @@ class Contrast(Result):
         return None if endpoint is None or endpoint.difference is None else endpoint
 
 
-class RunInfo(Result):
+class RunInfo(Part):
     """One run: its training, its loss in nats per token, and its metric as recorded."""
 
     label: str
@@ -177,7 +177,7 @@ class RunInfo(Result):
     answers: bool
 
 
-class Setting(Result):
+class Setting(Part):
     """One recorded setting."""
 
     name: str

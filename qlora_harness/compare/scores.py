@@ -13,7 +13,7 @@ import pandas as pd
 from qlora_harness.compare import choices
 from qlora_harness.compare import statistics as st
 from qlora_harness.compare.arms import Arm
-from qlora_harness.compare.choices import RunAnswers, table
+from qlora_harness.compare.choices import RunAnswers, stacked
 from qlora_harness.compare.endpoint import SPECS, Spec, measured
 from qlora_harness.compare.record import Chance, Detail, Endpoint, GroupDifference, Kind
 
@@ -43,7 +43,7 @@ def scores(
     `one` and `two` are the aligned answers of the arm and of its baseline, `margin` is the share
     of questions within which accuracies are the same.
     """
-    credit = table(one, "credit"), table(two, "credit")
+    credit = stacked(one, "credit"), stacked(two, "credit")
     spec = _accuracy_spec(arms[0], task, margin, credit)
     design = Design(one[0].subjects, level, (not arms[0].tuned, not arms[1].tuned))
     endpoints = [paired("accuracy", *credit, design, spec, counts=spec.unit == "share")]
@@ -51,10 +51,10 @@ def scores(
         endpoints.append(_macro(*credit, design, spec))
     if one[0].has_choices:
         for key in ("nll", "brier"):
-            endpoints.append(paired(key, table(one, key), table(two, key), design))
+            endpoints.append(paired(key, stacked(one, key), stacked(two, key), design))
     if all(run.alike for run in (*one, *two)):
         spec = SPECS["letter_centred"]._replace(margin=margin)
-        values = table(one, "centred"), table(two, "centred")
+        values = stacked(one, "centred"), stacked(two, "centred")
         endpoints.append(paired("letter_centred", *values, design, spec))
     return endpoints
 
@@ -125,7 +125,7 @@ def _macro(one: Floats, two: Floats, design: Design, spec: Spec) -> Endpoint:
     return measured("macro", (values[0], values[1]), estimate, spec=spec, n=len(sizes))
 
 
-def unpaired(arm: Arm, baseline: Arm, task: str, level: float, margin: float) -> Endpoint:
+def unpaired_accuracy(arm: Arm, baseline: Arm, task: str, level: float, margin: float) -> Endpoint:
     """Returns the difference of two accuracies whose answers aren't recorded."""
     results = [[run.scored[task] for run in a.runs] for a in (arm, baseline)]
     one, two = (np.array([result.value for result in part]) for part in results)
@@ -140,7 +140,7 @@ def chance(name: str, runs: Runs) -> Chance | None:
     """Tests whether an arm's answers follow the questions; None where that can't be told."""
     if not runs or not all(run.alike for run in runs):
         return None
-    centred = table(runs, "centred")
+    centred = stacked(runs, "centred")
     values = centred.mean(axis=0)
     mean, items = st.over_items(values)
     items = _by_subject(values, runs[0].subjects) or items
@@ -183,7 +183,7 @@ def detail(one: Runs, two: Runs) -> Detail | None:
     right = np.bincount(answer, minlength=mixes[0].shape[0]) / len(answer)
     alike = all(run.alike for part in parts for run in part)
     score, credit = (
-        np.mean(table(one, name)) - np.mean(table(two, name)) for name in ("score", "credit")
+        np.mean(stacked(one, name)) - np.mean(stacked(two, name)) for name in ("score", "credit")
     )
     return Detail(
         flips=_mean_over(across, _flips),
@@ -212,7 +212,7 @@ def mark_letters(endpoint: Endpoint, detail: Detail | None) -> Endpoint:
 
 def groups(one: Runs, two: Runs, category_of: Mapping[str, str]) -> list[GroupDifference]:
     """Returns categories and subjects, each with its interval; p corrected within their kind."""
-    arm, baseline = (table(part, "credit").mean(axis=0) for part in (one, two))
+    arm, baseline = (stacked(part, "credit").mean(axis=0) for part in (one, two))
     subjects = one[0].frame["subject"].astype(str)
     change = pd.DataFrame(
         {

@@ -145,15 +145,15 @@ def _groups(item: Contrast, kind: str) -> Table:
 
 def _settings(comparison: ComparisonRecord) -> list[Table]:
     labels = [run.label for run in comparison.runs]
-    different = [(one.name, *map(_plain, one.values)) for one in comparison.different]
-    same = [(one.name, _plain(one.values[0])) for one in comparison.same]
+    different = [(one.name, *map(_json, one.values)) for one in comparison.different]
+    same = [(one.name, _json(one.values[0])) for one in comparison.same]
     return [
         _table("Settings that differ", ("", *labels), different, numeric=False),
         _table("Settings that agree", ("", "value"), same, numeric=False),
     ]
 
 
-def _plain(item: object) -> str:
+def _json(item: object) -> str:
     if item is None:
         return NOTHING
     return item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_harness.compare.numbers import difference, inner_interval, points
-from qlora_harness.compare.power import discordance, plan, seed_deviation
+from qlora_harness.compare.power import discordance, questions_needed, seed_deviation
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint
 from qlora_harness.compare.scores import MOSTLY
 
@@ -139,7 +139,7 @@ def _needed(item: Contrast, comparison: ComparisonRecord) -> str:
     if share is None or not n or item["accuracy"].unit != "share":
         return ""
     deviation = seed_deviation(comparison, item) or 0.0
-    (need,) = plan(comparison.margin, max(share, 1 / n), deviation, (min(item.seeds),))
+    (need,) = questions_needed(comparison.margin, max(share, 1 / n), deviation, (min(item.seeds),))
     margin = f"±{100 * comparison.margin:g}"
     if need.equivalence is None:
         return f"; with so few seeds, no number of questions shows equivalence within {margin}"

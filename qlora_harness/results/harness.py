@@ -10,7 +10,7 @@ from typing import Any
 from qlora_harness.errors import ResultsError, shown
 from qlora_harness.record import nested, read_json
 from qlora_harness.results.scored import FAMILIES, HarnessFile, Scored, Subject, category_of
-from qlora_harness.schema.evaluation import ScoredModel
+from qlora_harness.schema.evaluation import EvaluatedModel
 from qlora_harness.schema.section import LARGEST, flatten
 
 # results_2026-11-24T08-14-04.277787.json; isoformat() leaves the fraction out when it is zero.
@@ -38,7 +38,7 @@ def read_file(path: Path) -> HarnessFile:
     return HarnessFile(path, date[1] if date else "", record, tasks, roots)
 
 
-def _short(name: str) -> str:
+def _own_name(name: str) -> str:
     """A task's own name: lm_eval puts groups before inline definitions, "a::b"."""
     return name.rsplit("::", 1)[-1]
 
@@ -56,9 +56,9 @@ def _tasks(record: Mapping[str, Any]) -> tuple[dict[str, tuple[str, ...]], tuple
     every = leaves = list(record["n-samples"])
     tasks: dict[str, tuple[str, ...]] = {}
     for family in sorted(FAMILIES, key=len, reverse=True):  # our subtasks are known by their names
-        mine = tuple(leaf for leaf in leaves if _short(leaf).startswith(f"{family}_"))
+        mine = tuple(leaf for leaf in leaves if _own_name(leaf).startswith(f"{family}_"))
         leaves = [leaf for leaf in leaves if leaf not in mine]
-        if mine and any(_short(name) == family for name in record["results"]):
+        if mine and any(_own_name(name) == family for name in record["results"]):
             tasks[family] = mine
     groups = _groups(record)
 
@@ -155,7 +155,7 @@ def _whole(
     key, record = f"{name},{chosen}", file.record
     n = sum(subject.n for subject in subjects.values())
     by_question = sum(s.value * s.n for s in subjects.values()) / n
-    whole = next((k for k in record["results"] if _short(k) == task), task)
+    whole = next((k for k in record["results"] if _own_name(k) == task), task)
     value, stderr = by_question, None
     if key in (nested(record, "results", whole) or {}):
         value = _number(file, "results", whole, key)
@@ -234,7 +234,7 @@ def read_samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _subject_names(task: str, leaves: Sequence[str]) -> dict[str, str]:
     """The leaves' names without that of the task, where this tells them apart."""
-    short = {leaf: _short(leaf).removeprefix(f"{task}_") for leaf in leaves}
+    short = {leaf: _own_name(leaf).removeprefix(f"{task}_") for leaf in leaves}
     return short if len(set(short.values())) == len(leaves) else {leaf: leaf for leaf in leaves}
 
 
@@ -286,11 +286,11 @@ def _model_args(record: Mapping[str, Any]) -> dict[str, object]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-def _model(record: Mapping[str, Any]) -> ScoredModel:
+def _model(record: Mapping[str, Any]) -> EvaluatedModel:
     arguments = _model_args(record)
     base = arguments.get("pretrained") or record.get("model_name") or record["config"].get("model")
     peft = arguments.get("peft")
-    return ScoredModel(
+    return EvaluatedModel(
         base=None if base is None else str(base),
         peft=str(peft) if peft else None,
         quant=_quant(record),
@@ -305,11 +305,11 @@ def _quant(record: Mapping[str, Any]) -> str | None:
         return arguments.get("bnb_4bit_quant_type", "fp4")
     if arguments.get("load_in_8bit", "").lower() == "true":
         return "int8"
-    dtype = _plain(record["config"].get("model_dtype"))
+    dtype = _as_recorded(record["config"].get("model_dtype"))
     return "bf16" if dtype == "bfloat16" else None
 
 
-def _conditions(record: Mapping[str, Any], model: ScoredModel) -> dict[str, object]:
+def _conditions(record: Mapping[str, Any], model: EvaluatedModel) -> dict[str, object]:
     """The settings, under the names that evaluation_results.json has for them."""
     config = {key: value for key, value in record["config"].items() if key != "model_args"}
     arguments = _model_args(record)
@@ -318,8 +318,8 @@ def _conditions(record: Mapping[str, Any], model: ScoredModel) -> dict[str, obje
     conditions: dict[str, object] = {
         "model.base": model.base,
         "model.peft": model.peft,
-        "settings.batch_size": _plain(config.pop("batch_size", None)),
-        "settings.dtype": _plain(config.pop("model_dtype", None)),
+        "settings.batch_size": _as_recorded(config.pop("batch_size", None)),
+        "settings.dtype": _as_recorded(config.pop("model_dtype", None)),
         "settings.max_length": record.get("max_length"),
         "environment.versions.lm_eval": record.get("lm_eval_version"),
         "environment.versions.transformers": record.get("transformers_version"),
@@ -335,7 +335,7 @@ def _conditions(record: Mapping[str, Any], model: ScoredModel) -> dict[str, obje
     return {f"evaluation.{name}": value for name, value in conditions.items()}
 
 
-def _plain(value: object) -> object:
+def _as_recorded(value: object) -> object:
     """Returns "torch.bfloat16" as "bfloat16" and "8" as 8, as our own record has them."""
     if not isinstance(value, str):
         return value

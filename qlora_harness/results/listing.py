@@ -13,7 +13,7 @@ from qlora_harness.record import EVALUATION_FILE, SUMMARY_FILE
 from qlora_harness.results.output import PrintableText
 from qlora_harness.results.runs import find_runs
 from qlora_harness.results.scored import DEFAULT_TASK
-from qlora_harness.schema.evaluation import Evaluation, ScoredModel, TaskScores
+from qlora_harness.schema.evaluation import EvaluatedModel, Evaluation, TaskScores
 from qlora_harness.schema.section import read_record
 from qlora_harness.schema.training import TrainingSummary, read_summary
 from qlora_harness.units import GIB, NOTHING, duration
@@ -48,7 +48,7 @@ def _read(path: Path) -> tuple[TrainingSummary | None, Evaluation | None]:
 
 def _line(path: Path, folder: Path) -> list[str]:
     summary, evaluation = _read(path)
-    scored = ScoredModel() if evaluation is None else evaluation.model
+    scored = EvaluatedModel() if evaluation is None else evaluation.model
     model, quant, random = scored.base, scored.quant, scored.random_weights
     data, loss, status = None, None, "scored"
     if summary is not None:

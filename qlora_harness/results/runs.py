@@ -12,7 +12,7 @@ from qlora_harness.errors import ComparisonError, ResultsError
 from qlora_harness.record import EVALUATION_FILE, LOGS_FILE, SUMMARY_FILE
 from qlora_harness.results.harness import newest, read_file, read_scored
 from qlora_harness.results.scored import HarnessFile, Scored, read_evaluation
-from qlora_harness.schema.evaluation import ScoredModel
+from qlora_harness.schema.evaluation import EvaluatedModel
 from qlora_harness.schema.section import flatten, read_record
 from qlora_harness.schema.training import TrainingLog, TrainingSummary, read_summary
 
@@ -84,7 +84,7 @@ class Run:
         return max(share or 0.0 for share in (*shares, trained))
 
     @property
-    def _scored_models(self) -> list[ScoredModel]:
+    def _scored_models(self) -> list[EvaluatedModel]:
         return [scored.model for scored in self.scored.values()]
 
     def conditions(self, task: str | None) -> dict[str, object]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from qlora_harness.errors import ResultsError
 from qlora_harness.families import families
-from qlora_harness.schema.evaluation import Evaluation, ScoredModel
+from qlora_harness.schema.evaluation import EvaluatedModel, Evaluation
 from qlora_harness.schema.section import flatten, read_record
 
 DEFAULT_TASK = "mmlu_qlora_5shot"
@@ -70,7 +70,7 @@ class Scored:
     n_total: int
     subjects: Mapping[str, Subject]
     category_of: Mapping[str, str]
-    model: ScoredModel
+    model: EvaluatedModel
     conditions: Mapping[str, object]
     arm: str | None = None
     prompts_sha256: str | None = None

@@ -15,7 +15,7 @@ Letter = Literal["A", "B", "C", "D"]
 _TOLERANCE = 1e-6
 
 
-class ScoredModel(Section):
+class EvaluatedModel(Section):
     """The model that was scored."""
 
     base: str | None = None
@@ -89,7 +89,7 @@ class Evaluation(Header):
     """What the file is."""
     arm: str | None = None
     """4bit or 16bit."""
-    model: ScoredModel = ScoredModel()
+    model: EvaluatedModel = EvaluatedModel()
     """What was scored."""
     settings: dict[str, Any] = {}
     """Settings of the evaluation that wrote the file last."""
@@ -130,7 +130,7 @@ class Progress(Header):
     """What the file is."""
     arm: str | None = None
     """4bit or 16bit."""
-    model: ScoredModel = ScoredModel()
+    model: EvaluatedModel = EvaluatedModel()
     """What was scored."""
     tasks: dict[str, list[QuestionRow]]
     """By family, in the order of the file."""
