@@ -112,7 +112,7 @@ def _time(arm: Arm, baseline: Arm, level: float) -> Endpoint:
 
 
 def _disturbance(runs: Sequence[Run]) -> str | None:
-    """Returns why the times of runs can't be compared; None if nothing speaks against it."""
+    """Why the times of runs can't be compared; None if nothing speaks against it."""
     trained = [(run.label, run.training) for run in runs if run.training is not None]
     if len(trained) < len(runs):
         return "not trained here"
