@@ -14,17 +14,11 @@ _SEEDS = (1, 2, 3, 5, 10)
 def report(
     runs: Sequence[Path], margin: float, discordance: float | None, seed_sd: float | None
 ) -> str:
-    """Returns the plan as text.
+    """Returns the plan as text, for two or more pilot runs or none.
 
-    Args:
-        runs: Pilot runs, two or more, or none.
-        margin: Percentage points.
-        discordance: A share; by default that of the pilot runs, or else 0.1.
-        seed_sd: Percentage points; by default that of the pilot runs, or else 0.2.
-
-    Raises:
-        SettingsError: A number is out of its range.
-        ComparisonError: The pilot runs can't be compared.
+    `margin` and `seed_sd` are percentage points, `discordance` is a share; the last two are by
+    default those of the pilot runs, or else 0.2 and 0.1. Raises SettingsError if a number is out
+    of its range, and ComparisonError if the pilot runs can't be compared.
     """
     source = ""
     if runs:

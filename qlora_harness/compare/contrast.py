@@ -31,14 +31,9 @@ def contrast(
 ) -> Contrast:
     """Compares an arm with its baseline.
 
-    Args:
-        arm: The arm.
-        baseline: The arm that it is compared with.
-        answers: Aligned answers by label of the run, without runs whose answers aren't recorded.
-        task: The task that was scored, if any.
-        margin: Share of the questions within which accuracies count as the same.
-        tests: Primary arms of the comparison; intervals hold for all of them together.
-        primary: Whether this contrast is one of the primary ones.
+    `answers` are aligned, by label of the run, without runs whose answers aren't recorded. `margin`
+    is the share of the questions within which accuracies count as the same. `tests` is the number
+    of primary arms, whose intervals hold for all of them together.
     """
     level = st.LEVEL / (tests if primary else 1)
     endpoints = costs(arm, baseline, level)

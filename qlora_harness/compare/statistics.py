@@ -70,18 +70,14 @@ def over_strata(differences: Floats, strata: NDArray[np.intp]) -> tuple[float, V
 def over_seeds(
     first: Floats, second: Floats, *, blocks: bool, fixed: tuple[bool, bool] = (False, False)
 ) -> list[Variance]:
-    """Returns what other seeds would do to the difference of two arms' means.
+    """Returns what other seeds would do to the difference of two arms' means, a value each seed.
 
-    Args:
-        first: One value for each seed.
-        second: The other arm's values; with blocks, of the same seeds in the same order.
-        blocks: Whether runs of one seed move together, as losses do, which share batches, first
-            weights and dropout. Otherwise each arm has its own variance (Welch).
-        fixed: Whether an arm has no seed, as an untrained base has none.
+    With `blocks`, the values are of the same seeds in the same order, and runs of one seed move
+    together, as losses do, which share batches, first weights and dropout. Otherwise each arm has
+    its own variance (Welch). `fixed` arms have no seed, as an untrained base has none.
 
-    Returns:
-        One variance for each arm. One in all with blocks, and where one arm has a single seed and
-        is assumed to vary as the other does. None where nothing tells how seeds vary.
+    Returns one variance for each arm. One in all with blocks, and where one arm has a single seed
+    and is assumed to vary as the other does. None where nothing tells how seeds vary.
     """
     arms = [arm for arm, no_seed in zip((first, second), fixed, strict=True) if not no_seed]
     if max((len(arm) for arm in arms), default=0) < 2:

@@ -28,7 +28,6 @@ class TrainedModel(Section):
     name: str | None = None
     """Hub id, name of the folder, or "smollm2"."""
     revision: str | None = None
-    """Branch, tag or commit that was named."""
     commit: str | None = None
     """Commit on the Hub, if the model came from there."""
     random_weights: bool = False
@@ -42,11 +41,9 @@ class Quantization(Section):
 
     quant: str | None = None
     double_quant: bool | None = None
-    """Whether the scales were quantised, too; null for bf16."""
     compute_dtype: str | None = None
     parameter_dtypes: dict[str, Count] = {}
     unquantised_share: Share | None = None
-    """Share of the layers' weights that stay in 16 bits; null for bf16."""
 
 
 class DataSplit(Section):
@@ -74,7 +71,6 @@ class Process(Section):
     host: str | None = None
     """Hash of what tells the machine from others."""
     started: Number | None = None
-    """Seconds since 1970."""
 
 
 class PhaseMemory(Section):
@@ -83,7 +79,6 @@ class PhaseMemory(Section):
     peak_allocated_bytes: Amount | None = None
     """In live tensors on the GPU."""
     peak_reserved_bytes: Amount | None = None
-    """Held by torch's allocator."""
     peak_device_used_bytes: Amount | None = None
     """In use on the whole device, as the driver counts it."""
     peak_managed_bytes: Amount | None = None
@@ -102,7 +97,6 @@ class Memory(PhaseMemory):
 
     device_type: str | None = None
     phases: list[dict[str, Any]] = []
-    """Each phase of each process."""
 
 
 class Runtime(Section):
@@ -112,10 +106,8 @@ class Runtime(Section):
     """Training, over all segments of a resumed run."""
     load_seconds: Amount | None = None
     data_seconds: Amount | None = None
-    """Reading and encoding the data."""
     eval_seconds: Amount | None = None
     total_seconds: Amount | None = None
-    """From the start of this process."""
     resumed: bool = False
 
 
@@ -132,7 +124,6 @@ class Results(Section):
     """Losses, nats per supervised token."""
 
     steps: Count | None = None
-    """Optimizer steps of the whole run."""
     final_train_loss: Number | None = None
     last_10_steps_train_loss: Number | None = None
     mean_train_loss: Number | None = None
