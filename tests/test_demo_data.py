@@ -13,6 +13,8 @@ from qlora_harness.data.oasst1 import build_conversations
 from qlora_harness.data.sources import DEMO_FILE
 from qlora_harness.locations import demo_dir
 
+Row = dict[str, Any]
+
 # The columns of OpenAssistant/oasst1 that say something about a message.
 COLUMNS = {
     "message_id", "parent_id", "user_id", "created_date", "text", "role", "lang", "review_count",
@@ -22,25 +24,25 @@ COLUMNS = {
 QUESTION = re.compile(r"\A.+(?:\n.+)*?\nA\. .+\nB\. .+\nC\. .+\nD\. .+\nAnswer:(?: [ABCD])?\Z")
 
 
-def json_lines(name: str) -> list[dict[str, Any]]:
+def json_lines(name: str) -> list[Row]:
     text = (demo_dir() / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
+def rows() -> list[Row]:
     return json_lines(DEMO_FILE)
 
 
 @pytest.fixture(scope="module")
-def questions() -> list[dict[str, Any]]:
+def questions() -> list[Row]:
     return json_lines("five_shot_mmlu_demo.json")
 
 
 # --- conversations --------------------------------------------------------------------------------
 
 
-def test_rows_have_the_schema_of_oasst1(rows: list[dict[str, Any]]) -> None:
+def test_rows_have_the_schema_of_oasst1(rows: list[Row]) -> None:
     assert all(set(row) == COLUMNS for row in rows)
     by_id = {row["message_id"]: row for row in rows}
     assert len(by_id) == len(rows)
@@ -52,9 +54,7 @@ def test_rows_have_the_schema_of_oasst1(rows: list[dict[str, Any]]) -> None:
             assert parent["role"] != row["role"]
 
 
-def test_conversations_and_a_drop_for_every_reason_a_newcomer_should_see(
-    rows: list[dict[str, Any]],
-) -> None:
+def test_conversations_and_a_drop_for_every_reason_a_newcomer_should_see(rows: list[Row]) -> None:
     corpus = build_conversations(rows)
     assert len(corpus.conversations) >= 60
     assert max(len(c.turns) for c in corpus.conversations) >= 4
@@ -67,9 +67,7 @@ def test_conversations_and_a_drop_for_every_reason_a_newcomer_should_see(
     }
 
 
-def test_siblings_have_the_ranks_0_to_n_and_lone_replies_none(
-    rows: list[dict[str, Any]],
-) -> None:
+def test_siblings_have_the_ranks_0_to_n_and_lone_replies_none(rows: list[Row]) -> None:
     siblings = defaultdict(list)
     for row in rows:
         if row["parent_id"] is not None:
@@ -83,14 +81,14 @@ def test_siblings_have_the_ranks_0_to_n_and_lone_replies_none(
 # --- questions ------------------------------------------------------------------------------------
 
 
-def test_eight_subjects_of_twelve_questions(questions: list[dict[str, Any]]) -> None:
+def test_eight_subjects_of_twelve_questions(questions: list[Row]) -> None:
     assert all(set(question) == {"subject", "input", "output"} for question in questions)
     counts = Counter(question["subject"] for question in questions)
     assert len(counts) == 8
     assert set(counts.values()) == {12}
 
 
-def test_every_prompt_has_the_form_of_qloras_files(questions: list[dict[str, Any]]) -> None:
+def test_every_prompt_has_the_form_of_qloras_files(questions: list[Row]) -> None:
     for question in questions:
         header, *blocks = question["input"].split("\n\n")
         subject = question["subject"].replace("_", " ")
@@ -105,9 +103,7 @@ def test_every_prompt_has_the_form_of_qloras_files(questions: list[dict[str, Any
         assert question["output"] in {"A", "B", "C", "D"}
 
 
-def test_the_five_shots_are_those_of_the_subject_and_no_test_question(
-    questions: list[dict[str, Any]],
-) -> None:
+def test_the_five_shots_are_those_of_the_subject_and_no_test_question(questions: list[Row]) -> None:
     shots = defaultdict(set)
     stems = defaultdict(set)
     for question in questions:
@@ -120,7 +116,7 @@ def test_the_five_shots_are_those_of_the_subject_and_no_test_question(
         assert not stems[subject] & {block.split("\nA. ")[0] for block in prefix}
 
 
-def test_answers_are_spread_over_the_letters(questions: list[dict[str, Any]]) -> None:
+def test_answers_are_spread_over_the_letters(questions: list[Row]) -> None:
     counts = Counter(question["output"] for question in questions)
     assert set(counts) == {"A", "B", "C", "D"}
     assert min(counts.values()) >= 0.15 * len(questions)

@@ -11,7 +11,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import date, datetime, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from qlora_harness.data.conversation import Conversation, Corpus, Turn
-from qlora_harness.data.oasst1 import build_conversations, check_row
+from qlora_harness.data.oasst1 import build_conversations as build
+from qlora_harness.data.oasst1 import check_row
 from qlora_harness.data.sources import read_rows
 from qlora_harness.errors import DataError
 
@@ -60,10 +61,6 @@ def rows(*lines: str, **changes: Mapping[str, Any]) -> list[Row]:
 
 def paths(corpus: Corpus) -> list[str]:
     return [" ".join(turn.text for turn in c.turns) for c in corpus.conversations]
-
-
-def build(made: Iterable[Row], **options: Any) -> Corpus:
-    return build_conversations(made, **options)
 
 
 def dated(**dates: object) -> dict[str, Row]:

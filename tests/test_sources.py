@@ -28,31 +28,27 @@ from qlora_harness.errors import DataError
 
 Row = dict[str, Any]
 
-ROWS: list[Row] = [
-    {
-        "message_id": "q",
-        "parent_id": None,
-        "created_date": "2023-02-05T14:23:50.983374+00:00",
-        "text": "How are you? é\u2028",
-        "role": "prompter",
-        "lang": "en",
-        "review_result": True,
-        "deleted": False,
-        "rank": None,
-    },
-    {
-        "message_id": "a",
-        "parent_id": "q",
-        "created_date": "2023-02-05T14:24:50.983374+00:00",
-        "text": "Fine.",
-        "role": "assistant",
-        "lang": "en",
-        "review_result": True,
-        "deleted": False,
-        "rank": 0,
-    },
-]
-BAD_ROLE = ROWS[1] | {"message_id": "b", "role": "user"}
+QUESTION: Row = {
+    "message_id": "q",
+    "parent_id": None,
+    "created_date": "2023-02-05T14:23:50.983374+00:00",
+    "text": "How are you? é\u2028",
+    "role": "prompter",
+    "lang": "en",
+    "review_result": True,
+    "deleted": False,
+    "rank": None,
+}
+ANSWER = QUESTION | {
+    "message_id": "a",
+    "parent_id": "q",
+    "created_date": "2023-02-05T14:24:50.983374+00:00",
+    "text": "Fine.",
+    "role": "assistant",
+    "rank": 0,
+}
+ROWS = [QUESTION, ANSWER]
+BAD_ROLE = ANSWER | {"message_id": "b", "role": "user"}
 
 
 def lines(rows: Iterable[object] = ROWS) -> str:
@@ -139,9 +135,11 @@ def test_every_form_gives_the_same_rows_alone_and_in_a_folder(tmp_path: Path, fo
     check_splits(folder, ROWS, ROWS[:1])
 
 
-def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + lines().replace("\n", "\r\n").encode("utf-8"))
+@pytest.mark.parametrize("form", ["jsonl", "json", "csv"])
+def test_byte_order_mark_and_windows_line_ends(tmp_path: Path, form: str) -> None:
+    path = write_form(tmp_path / f"rows.{form}")
+    content = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    path.write_bytes(b"\xef\xbb\xbf" + content)
     assert list(read_rows(path)) == ROWS
 
 
@@ -151,38 +149,17 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
         # Empty lines count.
         ("rows.jsonl", "\n" + lines() + "\n\n{}\n", ", line 6: field 'message_id' is missing"),
         ("rows.jsonl", lines() + '{"message_id": "b", \n' + lines(), ", line 3: not valid JSON ("),
-        ("rows.jsonl", lines() + "oops\n", ", line 3: not valid JSON ("),
         ("rows.jsonl", lines([*ROWS, {"text": "hello"}]), ", line 3: field 'message_id'"),
         ("rows.jsonl", "[1]\n", ", row 1: expected an object, found int"),
         ("rows.jsonl", lines() + "[1]\n", ", line 3: expected an object, found list"),
-        (
-            "rows.jsonl",
-            '{"message_id": "a", "message_id": "b"}\n',
-            ", line 1: not valid JSON (the key 'message_id' is repeated)",
-        ),
-        (
-            "rows.csv",
-            "message_id,role,text\nq,prompter,Hello, how are you?\n",
-            ", line 2: 4 cells in 3 columns",
-        ),
+        ("rows.jsonl", '{"text": 1, "text": 2}\n', ", line 1: not valid JSON (the key 'text' is"),
+        ("rows.csv", "message_id,role,text\nq,prompter,a, b\n", ", line 2: 4 cells in 3 columns"),
         ("rows.csv", "message_id,role,text\nq,prompter\n", ", line 2: 2 cells in 3 columns"),
-        (
-            "rows.csv",
-            "message_id,role,text,text\nq,prompter,a,b\n",
-            " can't be read: the key 'text' is repeated",
-        ),
+        ("rows.csv", "message_id,text,text\nq,a,b\n", " can't be read: the key 'text' is repeated"),
         ("rows.jsonl", b'{"text": "\xff"}\n', " is not UTF-8 (invalid start byte)"),
         ("rows.jsonl.gz", b"not compressed", " can't be read: Not a gzipped file"),
-        (
-            "rows.jsonl.gz",
-            PACKED[:-20],
-            " can't be read: Compressed file ended",
-        ),
-        (
-            "rows.jsonl.gz",
-            PACKED[:20] + b"\xaa\xbb\xcc\xdd" + PACKED[24:],
-            " can't be read: ",
-        ),
+        ("rows.jsonl.gz", PACKED[:-20], " can't be read: Compressed file ended"),
+        ("rows.jsonl.gz", PACKED[:20] + b"\xaa\xbb\xcc\xdd" + PACKED[24:], " can't be read: "),
         ("rows.jsonl.xz", b"not compressed", " can't be read: "),
     ],
 )  # fmt: skip
@@ -234,10 +211,8 @@ def test_types_and_columns_of_parquet_that_python_does_not_know(tmp_path: Path) 
     first, second = read_rows(path)
     assert (first["created_date"], second["created_date"]) == (2**62, 5)
     assert (second["rank"], set(second)) == (0.0, set(ROWS[0]))
-    rows = [
-        ROWS[0] | {"created_date": date(2023, 2, 5)},
-        ROWS[1] | {"created_date": date(2023, 2, 6)},
-    ]
+    dates = (date(2023, 2, 5), date(2023, 2, 6))
+    rows = [row | {"created_date": day} for row, day in zip(ROWS, dates, strict=True)]
     first, second = read_rows(write_form(tmp_path / "rows.parquet", rows))
     assert second["created_date"] - first["created_date"] == 86_400
 
