@@ -338,7 +338,7 @@ def test_a_damaged_record_is_named_and_not_overwritten(tmp_path: Path) -> None:
         write(tmp_path, NINE)
     assert str(error.value) == (
         f"{tmp_path / 'evaluation_results.json'}, line 1: not valid JSON (Expecting value). "
-        "The file is damaged or half written; make it anew or remove it."
+        "The file is damaged or half written; make it again or remove it."
     )
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation_results.json"]
 
