@@ -1,1 +1,1 @@
-"""Benchmarks of training steps and of scoring, against peers; their records and tables."""
+"""Times training steps and scoring against other tools, and writes records and tables."""

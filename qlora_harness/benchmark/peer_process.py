@@ -1,6 +1,6 @@
-"""The process of a peer: `python -m qlora_harness.benchmark.peer_process REQUEST RESULT`.
+"""Trains with a peer: `python -m qlora_harness.benchmark.peer_process REQUEST RESULT`.
 
-Unsloth must be imported before torch and transformers, so nothing here imports them at the top.
+Unsloth must be imported before torch and transformers, so this module imports neither at the top.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Trains as `peers.run_peer` requests, and returns what it returns."""
+    """Trains as `peers.run_peer` requests, and returns its result."""
     peer: str = request["peer"]
     if find_spec(peer) is None:
         return {"failure": f"{peer} is not installed: pip install {peer}"}
@@ -53,7 +53,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trl_trainer(request: dict[str, Any], settings: Settings, folder: Path, device: Any) -> Any:
-    """TRL's trainer on the base that all ways get, with Liger's kernels if they are installed."""
+    """Returns TRL's trainer on the common base, with Liger's kernels if they are installed."""
     from trl import SFTTrainer
 
     from qlora_harness.model.base import BaseSource, load_base, load_tokenizer
@@ -83,7 +83,7 @@ def _trl_trainer(request: dict[str, Any], settings: Settings, folder: Path, devi
 
 
 def _unsloth_trainer(request: dict[str, Any], settings: Settings, folder: Path, device: Any) -> Any:
-    """TRL's trainer as Unsloth leaves it, on a base that Unsloth loads."""
+    """Returns TRL's trainer as patched by Unsloth, on a base that Unsloth loads."""
     import torch
     from unsloth import FastLanguageModel  # isort: skip
     from trl import SFTTrainer
@@ -97,7 +97,7 @@ def _unsloth_trainer(request: dict[str, Any], settings: Settings, folder: Path, 
         dtype=getattr(torch, settings.model.compute_dtype),
         load_in_4bit=settings.quant.is_4bit,
         use_gradient_checkpointing=checkpointing,
-        # Otherwise Unsloth takes another repository that holds the model in 4 bits.
+        # Else Unsloth loads another repository, with the model already in 4 bits.
         use_exact_model_name=True,
         random_state=seed,
         trust_remote_code=False,
@@ -123,7 +123,7 @@ def _unsloth_trainer(request: dict[str, Any], settings: Settings, folder: Path, 
 def _config(
     request: dict[str, Any], settings: Settings, folder: Path, device: Any, *, liger: bool
 ) -> Any:
-    """The arguments of all ways, with the peer's own ones for layout and checkpointing."""
+    """Returns the common training arguments, with the peer's for layout and checkpointing."""
     from trl import SFTConfig
 
     from qlora_harness.train.arguments import training_arguments
@@ -140,21 +140,21 @@ def _config(
         kind=SFTConfig,
         changes={
             "save_strategy": "no",
-            # Logging would wait for each loss; they are read at the end.
+            # Logging would wait for the GPU at each loss.
             "logging_strategy": "no",
             "disable_tqdm": True,
             "use_liger_kernel": liger,
             "completion_only_loss": True,
             "packing": request["layout"] == "pack",
             "padding_free": request["layout"] == "free",
-            # No example is longer, and TRL refuses a length beside padding_free.
+            # No example is longer, and TRL refuses max_length with padding_free.
             "max_length": None if request["layout"] == "free" else settings.data.max_length,
         },
     )
 
 
 def _dataset(request: dict[str, Any]) -> Any:
-    """The examples with a mask, of which TRL makes labels; Unsloth would not pack given labels."""
+    """Returns examples with a mask instead of labels, because Unsloth doesn't pack labels."""
     from datasets import Dataset
 
     from qlora_harness.data.chat import IGNORE
@@ -164,7 +164,7 @@ def _dataset(request: dict[str, Any]) -> Any:
 
 
 def _layout(arguments: Any) -> str:
-    """The layout that the trainer was left with; Unsloth turns some off."""
+    """Returns the layout that the trainer really uses; Unsloth switches some off."""
     if arguments.packing:
         return "pack"
     return "free" if arguments.padding_free else "pad"
@@ -186,7 +186,7 @@ class _CountingCollator:
 
 
 def _time_steps(trainer: Any, device: Any) -> dict[str, Any]:
-    """Trains, and times each step on the device as our own are, without waiting for it."""
+    """Trains, and times each step on the device, without waiting for it, as for our own ways."""
     from transformers import TrainerCallback
 
     from qlora_harness.train.measured_step import Clock
@@ -216,7 +216,7 @@ def _time_steps(trainer: Any, device: Any) -> dict[str, Any]:
         trainer.train()
     clocks[-1].wait()
     seconds = [later.seconds_since(earlier) for earlier, later in pairwise(clocks)]
-    # The loader fetches ahead, so it may have collated more batches than there were steps.
+    # The loader prefetches, so it may have collated more batches than there were steps.
     tokens = collator.tokens[: len(seconds)]
     phase = meter.phases[-1]
     return {
@@ -229,15 +229,9 @@ def _time_steps(trainer: Any, device: Any) -> dict[str, Any]:
     }
 
 
-def main(request: Path, result: Path) -> int:
-    """Measures, writes the result, and returns the exit status."""
+if __name__ == "__main__":
     try:
-        write_json(result, measure(read_json(request)))
+        write_json(Path(sys.argv[2]), measure(read_json(Path(sys.argv[1]))))
     except HarnessError as error:
         print_error(error)
-        return error.exit_status
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+        sys.exit(error.exit_status)

@@ -1,7 +1,7 @@
-"""Other trainers, TRL's and Unsloth's, each in a process of its own.
+"""Runs TRL's and Unsloth's trainers, each in its own process.
 
-Unsloth replaces parts of transformers and TRL when it is imported, and a peer may need other
-versions than this package. So a peer never shares a process with anything that is measured.
+Unsloth patches transformers and TRL when it is imported, and a peer may need other versions than
+this package, so no peer shares a process with another measurement.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from qlora_harness.record import read_json, write_json
 from qlora_harness.settings import Settings
 
 PEERS = ("trl", "unsloth")
-# Batches as they are drawn, padded; the same conversations in one row without padding; or
-# conversations packed into rows of --max-length beforehand, and so many of these rows at a time.
+# Padded batches; the same batches in one row without padding; batches of rows of --max-length
+# tokens, into which whole conversations were packed.
 LAYOUTS = ("pad", "free", "pack")
 _SHOWN_LINES = 30
-_LONGEST_FAILURE = 160
+_LONGEST_FAILURE = 160  # characters
 
 
 @dataclass(frozen=True)
 class PeerWay:
-    """A way to train with a peer's trainer; its checkpointing is "none" or the peer's own."""
+    """A way to train with a peer's trainer."""
 
     peer: str
     layout: str
-    checkpointing: str
+    checkpointing: str  # "none", or "full" for the peer's own kind
 
 
 PEER_WAYS = {
@@ -50,7 +50,7 @@ PEER_WAYS = {
 
 
 def parse_paths(words: Sequence[str]) -> dict[str, Path]:
-    """Returns the folders of --peer-path by peer; raises SettingsError for one that is wrong."""
+    """Returns the folders of --peer-path by peer, or raises SettingsError."""
     paths = {}
     for word in words:
         peer, equals, folder = word.partition("=")
@@ -78,20 +78,11 @@ def run_peer(
     path: Path | None,
     timeout: float,
 ) -> dict[str, Any]:
-    """Trains with a peer's trainer in a process of its own, which loads the base anew.
+    """Trains `steps` steps with a peer's trainer in its own process, which loads the base again.
 
-    Args:
-        way: Which peer, and how.
-        settings: Of the way.
-        source: The base model.
-        examples: The data of all ways.
-        steps: Optimizer steps, the warm-up included.
-        path: Folder that comes first on the process's import path, or None.
-        timeout: Seconds.
-
-    Returns:
-        `steps` (tokens, seconds and loss of each), `peak_allocated_bytes`, `peak_reserved_bytes`
-        and `versions` by package; or `failure`, one line that says why there are none.
+    `path` comes first on the import path of that process; `timeout` is in seconds. Returns `steps`
+    (tokens, seconds and loss of each), `peak_allocated_bytes`, `peak_reserved_bytes` and the
+    `versions` of packages; or `failure`, a line that says why there are none.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -121,11 +112,11 @@ def run_peer(
 
 
 def _run_process(folder: Path, first_path: Path | None, timeout: float) -> int | None:
-    """Returns the exit status of a peer's process, or None if it took too long."""
+    """Returns the exit status, or None after a timeout."""
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if first_path is not None:
         paths.insert(0, str(first_path))
-    # Absolute, as the process works in its own folder: peers write caches into the current one.
+    # Absolute, because the process runs in its own folder: peers write caches there.
     paths = [str(Path(path).resolve()) for path in paths]
     module = "qlora_harness.benchmark.peer_process"
     with (folder / "output.txt").open("wb") as output:
@@ -144,7 +135,7 @@ def _run_process(folder: Path, first_path: Path | None, timeout: float) -> int |
         except subprocess.TimeoutExpired:
             return None
         finally:
-            # Compilers and whatever else it started end with it.
+            # Its compilers and other child processes end with it.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

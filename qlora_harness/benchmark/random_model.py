@@ -1,11 +1,11 @@
-"""Model folders of a known shape with random weights, to measure speed and memory without a hub."""
+"""Writes models of a known shape with random weights, to measure speed and memory offline."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from qlora_harness.errors import ModelError
+from qlora_harness.errors import ModelError, first_line
 from qlora_harness.model.base import RANDOM_WEIGHTS_KEY
 from qlora_harness.record import new_folder
 
@@ -36,19 +36,19 @@ def write_random_model(
 ) -> None:
     """Writes a LLaMA folder with random bfloat16 weights; its config says that they are random.
 
-    `tokenizer` is a folder or Hub id, whose files are put beside the weights; `vocab_size` replaces
-    the shape's own. Raises ModelError if the folder exists or the tokenizer can't be read.
+    `tokenizer` is a folder or Hub id, copied beside the weights; `vocab_size` replaces that of the
+    shape. Raises ModelError if the folder exists or the tokenizer can't be read.
     """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     if folder.exists():
-        raise ModelError(f"{folder} exists", "Name a folder that does not")
+        raise ModelError(f"{folder} exists", "Name a new folder")
     try:
         tok = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  # transformers raises many kinds
         raise ModelError(
-            f"--tokenizer: {tokenizer!r} can't be loaded ({str(error).splitlines()[0]})",
+            f"--tokenizer: {tokenizer!r} can't be loaded ({first_line(error)})",
             "Name a tokenizer folder or a Hub id",
         ) from None
     dims = SHAPES[shape] | ({} if vocab_size is None else {"vocab_size": vocab_size})

@@ -1,4 +1,4 @@
-"""What the benchmarks measure, how it is stored, and the tables of it."""
+"""The records of the benchmarks and their tables."""
 
 from __future__ import annotations
 
@@ -14,26 +14,18 @@ class TrainingMeasurement(BaseModel):
 
     way: str
     quant: str
-    changes: dict[str, Any]
-    """Settings that differ from the published recipe."""
-    steps: int = 0
-    """Steps that were timed; those of the warm-up are not."""
-    tokens: int = 0
-    """Real tokens of the timed steps, without padding."""
+    changes: dict[str, Any]  # from the published recipe
+    steps: int = 0  # timed, after the warm-up; so are the next four
+    tokens: int = 0  # without padding
     seconds: float = 0.0
     tokens_per_second: float = 0.0
     median_tokens_per_second: float = 0.0
-    peak_allocated_bytes: int | None = None
-    """None on a CPU, as is the next."""
+    peak_allocated_bytes: int | None = None  # None on a CPU, as is the next
     peak_reserved_bytes: int | None = None
-    losses: list[float] = []
-    """Nats, of every step, the warm-up included."""
-    ratio: float | None = None
-    """tokens_per_second over that of the first way on the same base."""
-    failure: str | None = None
-    """Why there are no numbers."""
-    versions: dict[str, str] = {}
-    """Packages of a peer's process; our own are in the record's environment."""
+    losses: list[float] = []  # nats, of every step with the warm-up
+    ratio: float | None = None  # of tokens_per_second to the first way's on the same base
+    failure: str | None = None  # why there are no numbers
+    versions: dict[str, str] = {}  # of a peer's packages; ours are in the environment
 
 
 class ScoringMeasurement(BaseModel):
@@ -42,32 +34,22 @@ class ScoringMeasurement(BaseModel):
     name: str
     questions: int
     encoding_seconds: float
-    """Texts to token ids."""
-    scoring_seconds: float
-    """Token ids to log-probabilities, planning included."""
-    prompt_tokens: int
-    """Tokens of all prompts, shared ones counted each time."""
-    computed_tokens: int
-    """Tokens that went through the model, without padding."""
+    scoring_seconds: float  # with planning
+    prompt_tokens: int  # shared ones count each time
+    computed_tokens: int  # went through the model, without padding
     peak_allocated_bytes: int | None
-    ties: int
-    """Questions whose best log-probability several letters share."""
+    ties: int  # questions for which several letters share the best log-probability
+    # Seconds of the baseline, scaled by prompt tokens if it ran on a sample, over these.
     ratio: float = 1.0
-    """Seconds of the baseline over these, encoding and scoring. A baseline that ran on a sample is
-    scaled by prompt tokens."""
-    scoring_ratio: float = 1.0
-    """The same without encoding."""
-    largest_difference: float | None = None
-    """Of any log-probability from the baseline, nats; None for the baseline itself."""
-    same_predictions: float | None = None
-    """Share of the baseline's questions with the same predicted letter."""
-    untied_predictions: float | None = None
-    """The same share, of the questions without a tie in either."""
+    scoring_ratio: float = 1.0  # without encoding
+    # The rest is over the baseline's questions; None for the baseline itself.
+    largest_difference: float | None = None  # of a log-probability, nats
+    same_predictions: float | None = None  # share of the questions
+    untied_predictions: float | None = None  # share of those without a tie in either
     accuracy_difference: float | None = None
-    float32_difference: float | None = None
-    """Mean distance of log-probabilities from those of the same weights in float32, nats."""
-    float32_predictions: float | None = None
-    """Share of the baseline's questions with the letter that float32 predicts."""
+    # Against the same weights in float32; None without --float32-reference.
+    float32_difference: float | None = None  # mean over log-probabilities, nats
+    float32_predictions: float | None = None  # share of the questions with the same letter
 
 
 class TrainingBenchmark(BaseModel):
@@ -81,7 +63,7 @@ class TrainingBenchmark(BaseModel):
     environment: dict[str, Any]
 
     def table(self) -> str:
-        """Returns a Markdown table, a way a row, and the packages of each peer below it."""
+        """Returns a Markdown table with a row per way, and below it each peer's packages."""
         head = (
             "| way | base | tokens/step | tokens/s | median | ratio | peak allocated, GiB | "
             "peak reserved, GiB | last loss |"
@@ -105,7 +87,7 @@ class ScoringBenchmark(BaseModel):
     environment: dict[str, Any]
 
     def table(self) -> str:
-        """Returns a Markdown table, a way a row."""
+        """Returns a Markdown table with a row per way."""
         head = (
             "| | questions | encoding, s | scoring, s | prompt tokens | computed tokens | ratio | "
             "ratio of scoring | peak GiB | largest difference, nats | same prediction | without "

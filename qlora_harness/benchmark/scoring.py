@@ -31,38 +31,31 @@ Logprobs = list[list[float]]  # four of each question, nats
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What `qlora-harness benchmark-scoring` was told to measure."""
+class ScoringPlan:
+    """The flags of `qlora-harness benchmark-scoring`; `folder` is --mmlu-dir, `output` --json."""
 
     model: str
     quant: str
     dtype: str
     file: str
-    """Name of an MMLU file, looked for in `folder`, or fetched."""
     folder: str | None
     subjects: Sequence[str] | None
     rows: int | None
-    """Most questions of a subject."""
     batch_size: int
-    """Of lm-eval's `hf`."""
     margin_batch_size: int | None
-    """Another batch size of `hf`, to show how far that alone moves its numbers."""
     baseline_questions: int | None
-    """Size of the random sample that `hf` scores; None for all questions."""
     pack_tokens: int | None
     adapter_rank: int | None
-    """Rank of a random unmerged adapter that is measured, too."""
     kernels: str
     float32_reference: bool
-    """Whether the weights are also scored in float32, to say how far each way is from that."""
     output: Path | None
 
 
-def measure_scoring(plan: Plan) -> str:
+def measure_scoring(plan: ScoringPlan) -> str:
     """Loads the base, measures, and returns the table.
 
-    Raises HarnessError if the model or the file can't be read, or if a float32 reference is wanted
-    of 4-bit weights.
+    Raises HarnessError if the model or the file can't be read, or if `float32_reference` is set
+    for 4-bit weights.
     """
     if plan.float32_reference and plan.quant != "bf16":
         raise SettingsError(
@@ -101,7 +94,7 @@ def choose_questions(
     """Returns the questions of an MMLU file, at most `rows` of each subject."""
     if file not in known_files():
         raise SettingsError(
-            f"--file: {file!r} is not one of {', '.join(known_files())}", "Choose one of these"
+            f"--file: {file!r} is not one of {', '.join(known_files())}", "Name one of these"
         )
     questions = load_questions(file, folder, argument="--mmlu-dir")
     known = sorted({question.subject for question in questions})
@@ -112,18 +105,18 @@ def choose_questions(
                 f"--subjects: {file} has no subject {subject!r}",
                 f"The nearest is {near[0]!r}" if near else f"It has {', '.join(known)}",
             )
-    taken: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     chosen = []
     for question in questions:
-        taken[question.subject] += 1
-        if question.subject in (subjects or known) and taken[question.subject] <= (rows or 10**9):
+        counts[question.subject] += 1
+        if question.subject in (subjects or known) and counts[question.subject] <= (rows or 10**9):
             chosen.append(question)
     return chosen
 
 
 @dataclass
 class _Way:
-    """A way of scoring: how texts are encoded and how token ids are scored."""
+    """A way to score: one function encodes texts, another scores token ids."""
 
     name: str
     encode: Callable[[Sequence[Pair]], list[Encoded]]
@@ -132,9 +125,11 @@ class _Way:
 
 
 class _Bench:
-    """Measures lm-eval's `hf`, then packed scoring, then the same with an unmerged adapter."""
+    """Measures lm-eval's `hf`, packed scoring, and packed scoring with an unmerged adapter."""
 
-    def __init__(self, lm: QloraAdapterLM, questions: Sequence[Question], plan: Plan) -> None:
+    def __init__(
+        self, lm: QloraAdapterLM, questions: Sequence[Question], plan: ScoringPlan
+    ) -> None:
         self._lm = lm
         self._sample = list(questions)
         if plan.baseline_questions is not None and plan.baseline_questions < len(questions):
@@ -147,7 +142,7 @@ class _Bench:
         self.measurements = [self._baseline]
         by_way = [(self._baseline, self._expected)]
         if plan.margin_batch_size is not None:
-            seconds = self._baseline.encoding_seconds  # it encodes alike
+            seconds = self._baseline.encoding_seconds  # encoding doesn't depend on batches
             way = _hf_way(lm, plan.margin_batch_size)
             measured, logprobs, _ = self._measure(way, self._sample, (encoded, seconds))
             by_way.append((self._add(measured, logprobs), logprobs))
@@ -173,8 +168,8 @@ class _Bench:
             self._add(self._measure(way, questions)[0], None)
         if exact is not None:
             for measured, logprobs in by_way:
-                distances = [abs(a - b) for a, b in _both(logprobs, exact)]
-                measured.float32_difference = sum(distances) / len(distances)
+                differences = list(_differences(logprobs, exact))
+                measured.float32_difference = sum(differences) / len(differences)
                 measured.float32_predictions = _agreement(logprobs, exact)
 
     def _measure(
@@ -204,7 +199,7 @@ class _Bench:
         return measured, logprobs, ids
 
     def _add(self, measured: ScoringMeasurement, logprobs: Logprobs | None) -> ScoringMeasurement:
-        """Adds a way and compares it with the baseline; `logprobs` are those of the sample."""
+        """Adds a measurement and compares it with the baseline on the sample's `logprobs`."""
         baseline, expected = self._baseline, self._expected
         scale = measured.prompt_tokens / baseline.prompt_tokens
         seconds = measured.encoding_seconds + measured.scoring_seconds
@@ -212,7 +207,7 @@ class _Bench:
         measured.ratio = scale * baseline_seconds / seconds
         measured.scoring_ratio = scale * baseline.scoring_seconds / measured.scoring_seconds
         if logprobs is not None:
-            measured.largest_difference = max(abs(a - b) for a, b in _both(logprobs, expected))
+            measured.largest_difference = max(_differences(logprobs, expected))
             measured.same_predictions = _agreement(logprobs, expected)
             untied = [
                 (a, b)
@@ -284,11 +279,11 @@ def _score(
     return logprobs, encoding, scoring, ids
 
 
-def _both(first: Logprobs, second: Logprobs) -> Iterator[tuple[float, float]]:
+def _differences(first: Logprobs, second: Logprobs) -> Iterator[float]:
     for rows in zip(first, second, strict=True):
-        yield from zip(*rows, strict=True)
+        yield from (abs(a - b) for a, b in zip(*rows, strict=True))
 
 
 def _agreement(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
-    """The share of questions with the same predicted letter."""
+    """Returns the share of questions with the same predicted letter."""
     return sum(predict(a) == predict(b) for a, b in zip(first, second, strict=True)) / len(first)

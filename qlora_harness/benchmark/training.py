@@ -1,6 +1,6 @@
-"""Times optimizer steps of several ways to train: same base, same data, same Trainer.
+"""Times optimizer steps of several ways to train on the same base, data and Trainer.
 
-Peers (`peers`) run one after the other in processes of their own, each with the device to itself.
+Peers (see `peers`) run in their own processes, one after the other, with the device to themselves.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SHARED: dict[str, Any] = {
 }
 _ONE_PASS: dict[str, Any] = {"batch_size": 16, "grad_accum": 1, "optimizer": "adamw_torch"}
 _LEAN: dict[str, Any] = {"optimizer": "paged_adamw_8bit", "adapter_dtype": "bfloat16"}
-# What each way changes of the published recipe, which is all defaults.
+# The changes of each way from the published recipe, which is all defaults.
 WAYS: dict[str, dict[str, Any]] = {
     "published": {"kernels": "none"},
     "published-fused": {},
@@ -68,34 +68,29 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What `qlora-harness benchmark-training` was told to measure."""
+class TrainingPlan:
+    """The flags of `qlora-harness benchmark-training`."""
 
     model: str
     quants: Sequence[str]
     ways: Sequence[str]
-    """Names in `WAYS`, each with @N for a batch size of N."""
     dataset: str
     max_length: int
     compute_dtype: str
     steps: int
-    """Timed steps of a way; `warm_up` steps come before them."""
     warm_up: int
-    changes: Mapping[str, Any]
-    """Settings that every way gets."""
+    changes: Mapping[str, Any]  # --batch-size and --lora-r
     peer_paths: Mapping[str, Path]
-    """By peer, a folder that comes first on its import path."""
     peer_timeout: float
-    """Seconds for one way of a peer, loading and compiling included."""
     output: Path | None
 
 
-def measure_training(plan: Plan) -> str:
+def measure_training(plan: TrainingPlan) -> str:
     """Measures every way on every base and returns the table.
 
-    Each row is printed as it comes. `plan.output` is rewritten after each, so that a benchmark that
-    is cut short keeps what it has measured. Raises HarnessError if a name is unknown, or the model
-    or the data can't be read.
+    Prints each row as it comes and rewrites `plan.output` after each, so that an interrupted
+    benchmark keeps its measurements. Raises HarnessError if a name is unknown, or the model or the
+    data can't be read.
     """
     changes = {way: changed_settings(way, plan.changes) for way in plan.ways}
     shared = {
@@ -105,13 +100,13 @@ def measure_training(plan: Plan) -> str:
         "max_length": plan.max_length,
         "compute_dtype": plan.compute_dtype,
     }
-    # Every way is checked before the first is measured.
+    # Checks every way before it measures the first.
     settings = {
         (quant, way): build_settings(shared | {"quant": quant} | changes[way])
         for quant in plan.quants
         for way in plan.ways
     }
-    bench = _Bench(plan, build_settings(shared | dict(plan.changes)))
+    bench = _TrainingBench(plan, build_settings(shared | dict(plan.changes)))
     for quant in plan.quants:
         for way in plan.ways:
             measured = TrainingMeasurement(way=way, quant=quant, changes=changes[way])
@@ -121,20 +116,20 @@ def measure_training(plan: Plan) -> str:
 
 
 def changed_settings(way: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a way. A batch size behind "@" wins over `changes`."""
+    """Returns the settings of a way; a batch size after "@" overrides that of `changes`."""
     name, at, size = way.partition("@")
     if name not in WAYS or (at and (not size.isdecimal() or int(size) == 0)):
         raise SettingsError(
-            f"--ways: {way!r} is not known",
-            f"Known are {', '.join(WAYS)}, each with @N for a batch size of N",
+            f"--ways: {way!r} is unknown",
+            f"Use {', '.join(WAYS)}; @N after a name sets the batch size to N",
         )
     return WAYS[name] | dict(changes) | ({"batch_size": int(size)} if at else {})
 
 
-class _Bench:
-    """Base, data and device that all ways share, and what has been measured with them."""
+class _TrainingBench:
+    """The base, data and device that all ways share, and the measurements so far."""
 
-    def __init__(self, plan: Plan, settings: Settings) -> None:
+    def __init__(self, plan: TrainingPlan, settings: Settings) -> None:
         self.plan = plan
         self.source: BaseSource = find_base(plan.model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -161,7 +156,7 @@ class _Bench:
         peer = PEER_WAYS.get(measured.way.partition("@")[0])
         timed, warm_up = self.plan.steps, self.plan.warm_up
         if settings.optimization.grad_accum > 1:
-            timed, warm_up = min(2, timed), 1  # a step of many passes is long enough
+            timed, warm_up = min(2, timed), 1  # a step of many passes takes long
         if peer is None:
             self._measure_own(measured, settings, timed, warm_up)
         else:
@@ -212,7 +207,7 @@ class _Bench:
             if not is_out_of_memory(error):
                 raise
             measured.failure = "out of memory"
-        self._collect()  # only now is the trainer out of reach
+        self._collect()  # nothing refers to the trainer any more
 
     def _train(
         self, measured: TrainingMeasurement, settings: Settings, timed: int, warm_up: int
