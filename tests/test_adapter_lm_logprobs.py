@@ -205,7 +205,7 @@ def test_sample_is_verified_through_the_plain_path(
 ) -> None:
     lm = make_lm(verify=5)
     evaluate(lm, manager, limit=1)
-    assert lm.largest_difference < 1e-4
+    assert lm.session.verification.largest < 1e-4
     assert any(m.startswith("verified: 5 texts") for m in caplog.messages)
 
 
@@ -229,7 +229,7 @@ def test_broken_path_is_not_verified_and_leaves_nothing_behind(
     lm = make_lm(peft=str(adapter), verify=8, kernels=kernels)
     with pytest.raises(ResultsError):
         evaluate(lm, manager, limit=2)
-    assert lm.mean_difference > 1e-2
+    assert lm.session.verification.mean > 1e-2
     assert not list((tmp_path / "records").glob("*mmlu_progress*"))
 
 
@@ -265,12 +265,12 @@ def test_fused_layers_give_the_numbers_of_the_models_own_modules(
     options = {"quant": quant, "dequantize": dequantize}
     options |= {"peft": str(adapter)} if with_adapter else {}
     own, fused = make_lm(**options, kernels="none"), make_lm(**options)
-    assert [lm._settings_record()["fused_kernels"] for lm in (own, fused)] == [False, True]
+    assert [lm.session.settings_record()["fused_kernels"] for lm in (own, fused)] == [False, True]
     expected = score(own, prompts)
-    info, identity = fused.get_model_info(), fused._identity()
+    info, identity = fused.get_model_info(), fused.session.identity()
     assert score(fused, prompts) == pytest.approx(expected, abs=1e-5)
     assert fused.get_model_info() == info
-    assert fused._identity() == identity
+    assert fused.session.identity() == identity
     # HFLM's own path over the same weights.
     fused._scoring = "hf"
     assert score(fused, prompts) == pytest.approx(expected, abs=1e-5)

@@ -130,7 +130,7 @@ def test_weights_stay_where_nothing_is_fused(
     before = [p.data_ptr() for p in lm.model.parameters()]
     score(lm, demo_prompts(1))
     assert [p.data_ptr() for p in lm.model.parameters()] == before
-    assert lm._settings_record()["fused_kernels"] is False
+    assert lm.session.settings_record()["fused_kernels"] is False
 
 
 # Kernels that are built while texts are encoded

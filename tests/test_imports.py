@@ -94,8 +94,8 @@ def test_the_training_command_imports_nothing_heavy_until_it_runs() -> None:
 
 
 def test_train_and_model_never_import_lm_eval() -> None:
-    assert reaching("train", "lm_eval", "qlora_harness.score", "qlora_harness.plugin") == []
-    assert reaching("model", "lm_eval", "qlora_harness.score", "qlora_harness.plugin") == []
+    assert reaching("train", "lm_eval", "qlora_harness.score", "qlora_harness.lm_eval_compat") == []
+    assert reaching("model", "lm_eval", "qlora_harness.score", "qlora_harness.lm_eval_compat") == []
 
 
 def test_no_stage_reaches_back() -> None:

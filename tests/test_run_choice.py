@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qlora_harness.errors import AdapterError, HarnessError, ResultsError, SettingsError
-from qlora_harness.score.run_choice import ScoringChoice, choose
+from qlora_harness.score.run_choice import ScoringChoice, choose_scored_run
 from qlora_harness.settings import Quant
 
 BASE = {
@@ -58,7 +58,7 @@ def pick(**arguments: Any) -> ScoringChoice:
         "peft_revision",
         "results_dir",
     )
-    return choose(**(dict.fromkeys(names) | arguments))
+    return choose_scored_run(**(dict.fromkeys(names) | arguments))
 
 
 @pytest.fixture(autouse=True)

@@ -7,15 +7,15 @@ import difflib
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
 
 from qlora_harness.errors import SettingsError
 from qlora_harness.families import LETTERS
+from qlora_harness.lm_eval_compat.hflm import StockHFLM
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.record import write_measurements
 from qlora_harness.score.adapter_lm import QloraAdapterLM
@@ -23,6 +23,7 @@ from qlora_harness.score.benchmark_table import Measurement, report
 from qlora_harness.score.encoding import encode_pairs
 from qlora_harness.score.mmlu import is_tie, predict
 from qlora_harness.score.mmlu_files import Question, known_files, load_questions
+from qlora_harness.score.session import TokenScores
 
 Pair = tuple[str, str]
 Encoded = tuple[Pair, list[int], list[int]]
@@ -34,8 +35,7 @@ class _Way:
 
     name: str
     encode: Callable[[Sequence[Pair]], list[Encoded]]
-    score: Callable[[list[Encoded]], list[tuple[float, bool]]]
-    computed_tokens: Callable[[], int | None] = field(default=lambda: None)
+    score: Callable[[list[Encoded]], TokenScores]
 
 
 def choose_questions(
@@ -108,7 +108,7 @@ def benchmark(
     if baseline_questions is not None and baseline_questions < len(sample):
         sample = random.Random(0).sample(sample, baseline_questions)
     warm = list(questions[:64])
-    lm.expand_base()
+    lm.session.expand_base()
     plain = _plain(lm, batch_size)
     _run(plain, warm[: 2 * batch_size])
     baseline, expected, encoded = _measure(lm, plain, sample)
@@ -158,18 +158,11 @@ def benchmark(
 
 def _plain(lm: QloraAdapterLM, batch_size: int) -> _Way:
     """lm-eval's own model around the same weights."""
-    hf = HFLM(
-        pretrained=lm.model,
-        tokenizer=lm.tokenizer,
-        batch_size=batch_size,
-        max_length=lm.max_length,
-        add_bos_token=lm.add_bos_token,
-        softmax_dtype=lm.softmax_dtype,
-    )
+    hf = StockHFLM(lm, batch_size)
     return _Way(
         f"lm-eval hf, batch size {batch_size}",
-        lambda pairs: [(pair, *hf._encode_pair(*pair)) for pair in pairs],
-        lambda encoded: hf._loglikelihood_tokens(encoded, disable_tqdm=True),
+        hf.encode,
+        lambda encoded: TokenScores(hf.score(encoded), None),
     )
 
 
@@ -179,8 +172,7 @@ def _packed(lm: QloraAdapterLM, name: str) -> _Way:
         lambda pairs: [
             (pair, *ids) for pair, ids in zip(pairs, encode_pairs(lm, pairs), strict=True)
         ],
-        lambda encoded: lm._loglikelihood_tokens(encoded, disable_tqdm=True),
-        lambda: lm.last_plan.computed_tokens if lm.last_plan is not None else None,
+        lm.session.score_tokens,
     )
 
 
@@ -199,8 +191,8 @@ def _pairs(questions: Sequence[Question]) -> list[Pair]:
 
 def _run(
     way: _Way, questions: Sequence[Question], known: tuple[list[Encoded], float] | None = None
-) -> tuple[dict[Pair, float], float, float, list[Encoded]]:
-    """Log-probabilities, seconds of encoding and of scoring, and the token ids.
+) -> tuple[dict[Pair, float], float, float, list[Encoded], int | None]:
+    """Log-probabilities, seconds of encoding and of scoring, token ids, and computed tokens.
 
     `known` are ids and seconds of a way that encodes alike.
     """
@@ -208,11 +200,11 @@ def _run(
     started = time.perf_counter()
     encoded = way.encode(pairs) if known is None else known[0]
     between = time.perf_counter()
-    scores = way.score(encoded)
+    scores, computed = way.score(encoded)
     ended = time.perf_counter()
     logprobs = {pair: logprob for pair, (logprob, _) in zip(pairs, scores, strict=True)}
     encoding = between - started if known is None else known[1]
-    return logprobs, encoding, ended - between, encoded
+    return logprobs, encoding, ended - between, encoded, computed
 
 
 def _measure(
@@ -226,7 +218,7 @@ def _measure(
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    scores, encoding, scoring, encoded = _run(way, questions, known)
+    scores, encoding, scoring, encoded, computed = _run(way, questions, known)
     peak = torch.cuda.max_memory_allocated() if cuda else None
     length = {context: len(ids) for (context, _), ids, _ in encoded}
     tokens = sum(length[q.prompt] for q in questions)
@@ -238,7 +230,7 @@ def _measure(
             encoding,
             scoring,
             tokens,
-            way.computed_tokens() or tokens,
+            computed or tokens,
             peak,
             sum(map(is_tie, logprobs)),
         ),
@@ -352,9 +344,9 @@ def run(
         float32_reference=float32_reference,
     )
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    random_weights = ", random weights" if lm._source.random_weights else ""
-    title = f"{model}{random_weights}, {quant}, {lm._compute_dtype}, {file}, {name}"
-    title += ", fused kernels" if lm._path.fused else ""
+    random_weights = ", random weights" if lm.loaded.source.random_weights else ""
+    title = f"{model}{random_weights}, {quant}, {lm.loaded.compute_dtype}, {file}, {name}"
+    title += ", fused kernels" if lm.session.path.fused else ""
     if output is not None:
         write_measurements(output, "scoring_benchmark", 3, title, map(asdict, measurements), name)
     return report(measurements, title)

@@ -15,31 +15,28 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-_SAMPLE = 32
-_ANCHOR = 24
-_PIECE = 128
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
+_SAMPLE = 32  # pairs that are encoded the plain way as well
+_ANCHOR = 24  # characters in which the word before a piece is looked for
+_PIECE = 128  # characters that a piece has at least
 _BORDER = re.compile(r"(?<=[^\s▁Ġ]) (?=[^\s▁Ġ])")
 
 Pair = tuple[str, str]
 Encoded = tuple[list[int], list[int]]
-Pieces = tuple[str, tuple[tuple[str, str], ...]]
+Pieces = tuple[str, tuple[Pair, ...]]  # the head, and the tails with the word before each
 
 
 def encode_pairs(lm: Any, pairs: Sequence[Pair]) -> list[Encoded]:
-    """Encodes (context, continuation) pairs.
+    """Encodes (context, continuation) pairs as `TemplateLM.loglikelihood` of the HFLM `lm` does.
 
-    Args:
-        lm: An HFLM; its `tok_encode` is the rule.
-        pairs: Texts; an empty context stands for the prefix token.
-
-    Returns:
-        Token ids of context and continuation, as `TemplateLM.loglikelihood` would give them.
+    An empty context stands for the prefix token.
     """
     moved = [_move_spaces(context, continuation) for context, continuation in pairs]
-    found = _by_pieces(lm, moved) if _separable(lm.tokenizer) else None
-    if found is None or not _confirmed(lm, moved, found):
-        found = _whole(lm, moved)
-    return found
+    if _is_separable(lm.tokenizer):
+        encoded = _by_pieces(lm, moved)
+        if encoded is not None and _is_confirmed(lm, moved, encoded):
+            return encoded
+    return _whole(lm, moved)
 
 
 def _whole(lm: Any, pairs: Sequence[Pair]) -> list[Encoded]:
@@ -52,58 +49,54 @@ def _whole(lm: Any, pairs: Sequence[Pair]) -> list[Encoded]:
 def _by_pieces(lm: Any, pairs: Sequence[Pair]) -> list[Encoded] | None:
     """Encodes distinct pieces and joins them; None if a piece is not what it is in its text."""
     added = _added_tokens(lm.tokenizer)
-    pieces = {c: _cut(c, added) for c in dict.fromkeys(c for c, _ in pairs) if c}
-    alone = {pair for pair in pairs if pair[0] and _splits(*pair, added)}
+    contexts = {c: _cut(c, added) for c in dict.fromkeys(c for c, _ in pairs) if c}
+    # Continuations that are a piece of their own, with the word before each.
+    alone = {pair: _word_before(pair[0]) for pair in pairs if pair[0] and _splits(*pair, added)}
     wholes = {c + k: _cut(c + k, added) for c, k in pairs if c and (c, k) not in alone}
-    texts = [*pieces.values(), *wholes.values()]
-    heads = _encode_distinct(lm, (head for head, _ in texts))
-    last = {(_anchor(c), k) for c, k in alone}
-    tails = _encode_tails(lm, [*(tail for _, cut in texts for tail in cut), *last])
+    cuts = [*contexts.values(), *wholes.values()]
+    last = [(word, k) for (_, k), word in alone.items()]
+    heads = _encode_distinct(lm, (head for head, _ in cuts))
+    tails = _encode_tails(lm, [*(tail for _, cut in cuts for tail in cut), *last])
     if tails is None:
         return None
 
-    def join(head: str, cut: Sequence[tuple[str, str]]) -> list[int]:
-        ids = list(heads[head])
-        for tail in cut:
-            ids += tails[tail]
-        return ids
+    def join(pieces: Pieces) -> list[int]:
+        head, cut = pieces
+        return [*heads[head], *(token for tail in cut for token in tails[tail])]
 
-    contexts = {text: join(*cut) for text, cut in pieces.items()}
-    both = {text: join(*cut) for text, cut in wholes.items()}
-    found = []
-    for context, continuation in pairs:
+    context_ids = {text: join(pieces) for text, pieces in contexts.items()}
+    whole_ids = {text: join(pieces) for text, pieces in wholes.items()}
+    encoded = []
+    for pair in pairs:
+        context, continuation = pair
         if not context:
-            found.append(_without_context(lm, continuation))
+            encoded.append(_without_context(lm, continuation))
             continue
-        ids = contexts[context]
-        if (context, continuation) in alone:
-            found.append((ids, tails[_anchor(context), continuation]))
+        ids = context_ids[context]
+        if pair in alone:
+            encoded.append((ids, tails[alone[pair], continuation]))
         else:
-            found.append((ids, both[context + continuation][len(ids) :]))
-    return found
+            encoded.append((ids, whole_ids[context + continuation][len(ids) :]))
+    return encoded
 
 
 def _cut(text: str, added: re.Pattern[str] | None) -> Pieces:
-    """Cuts a text at the first border of a line, where the piece is long enough.
-
-    Returns:
-        The head, and the tails with the anchor of each: the word it is encoded behind.
-    """
-    places = []
+    """Cuts a text at the first border of a line, where the piece is long enough."""
+    starts = []
     if added is None or not added.search(text):
-        at = 0
-        while (line := text.find("\n", at + _PIECE)) >= 0:
+        start = 0
+        while (line := text.find("\n", start + _PIECE)) >= 0:
             border = _BORDER.search(text, line)
             if border is None:
                 break
-            at = border.start()
-            places.append(at)
-    if not places:
+            start = border.start()
+            starts.append(start)
+    if not starts:
         return text, ()
-    ends = [*places[1:], len(text)]
-    return text[: places[0]], tuple(
-        (_anchor(text[max(0, start - _ANCHOR) : start]), text[start:stop])
-        for start, stop in zip(places, ends, strict=True)
+    ends = [*starts[1:], len(text)]
+    return text[: starts[0]], tuple(
+        (_word_before(text[max(0, start - _ANCHOR) : start]), text[start:stop])
+        for start, stop in zip(starts, ends, strict=True)
     )
 
 
@@ -116,12 +109,13 @@ def _move_spaces(context: str, continuation: str) -> Pair:
 
 
 def _splits(context: str, continuation: str, added: re.Pattern[str] | None) -> bool:
+    """Whether a continuation can be encoded apart from its context."""
     if not _BORDER.match(context[-1] + continuation[:2], 1):
         return False
     return added is None or not (added.search(continuation) or added.search(context))
 
 
-def _separable(tokenizer: Any) -> bool:
+def _is_separable(tokenizer: Any) -> bool:
     """Whether no token reaches over a border between a non-space and a space."""
     if not getattr(tokenizer, "is_fast", False):
         return False
@@ -138,14 +132,14 @@ def _added_tokens(tokenizer: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, contents))) if contents else None
 
 
-def _anchor(context: str) -> str:
-    """What a tail is encoded behind, in place of all that is before it."""
-    words = context[-_ANCHOR:].split()
-    return words[-1] if words else context[-1:]
+def _word_before(text: str) -> str:
+    """The end of a text, after which a tail is encoded in place of the whole text."""
+    words = text[-_ANCHOR:].split()
+    return words[-1] if words else text[-1:]
 
 
 def _encode_tails(lm: Any, tails: Iterable[Pair]) -> dict[Pair, list[int]] | None:
-    """The ids that texts add behind an anchor; None if the anchor's own ids change."""
+    """The ids that texts add after a word; None if the word's own ids change."""
     distinct = list(dict.fromkeys(tails))
     if not distinct:
         return {}
@@ -153,13 +147,13 @@ def _encode_tails(lm: Any, tails: Iterable[Pair]) -> dict[Pair, list[int]] | Non
     with _parallel():
         encoded = lm.tokenizer(texts, return_attention_mask=False, add_special_tokens=False)
     ids = dict(zip(texts, encoded["input_ids"], strict=True))
-    found = {}
+    added = {}
     for word, tail in distinct:
         before, whole = ids[word], ids[word + tail]
         if whole[: len(before)] != before:
             return None
-        found[word, tail] = whole[len(before) :]
-    return found
+        added[word, tail] = whole[len(before) :]
+    return added
 
 
 def _encode_distinct(lm: Any, texts: Iterable[str]) -> dict[str, list[int]]:
@@ -180,16 +174,15 @@ def _encode_distinct(lm: Any, texts: Iterable[str]) -> dict[str, list[int]]:
 @contextmanager
 def _parallel() -> Iterator[None]:
     """lm_eval switches the tokenizers library to one thread; a batch gains from all of them."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "true"
+    before = os.environ.get(_PARALLELISM)
+    os.environ[_PARALLELISM] = "true"
     try:
         yield
     finally:
         if before is None:
-            del os.environ[name]
+            del os.environ[_PARALLELISM]
         else:
-            os.environ[name] = before
+            os.environ[_PARALLELISM] = before
 
 
 def _without_context(lm: Any, continuation: str) -> Encoded:
@@ -199,8 +192,7 @@ def _without_context(lm: Any, continuation: str) -> Encoded:
     return ([prefix], ids) if prefix != ids[0] else (ids[:1], ids[1:])
 
 
-def _confirmed(lm: Any, pairs: Sequence[Pair], found: Sequence[Encoded]) -> bool:
+def _is_confirmed(lm: Any, pairs: Sequence[Pair], encoded: Sequence[Encoded]) -> bool:
     """Checks a sample against the plain rule: a tokenizer may do what its vocabulary hides."""
     chosen = random.Random(0).sample(range(len(pairs)), min(_SAMPLE, len(pairs)))
-    sample = [pairs[i] for i in chosen]
-    return _whole(lm, sample) == [found[i] for i in chosen]
+    return _whole(lm, [pairs[i] for i in chosen]) == [encoded[i] for i in chosen]

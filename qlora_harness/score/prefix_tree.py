@@ -4,7 +4,7 @@ Pure planning: no torch, no lm_eval. Sorted lexicographically, sequences that sh
 side by side, and what a sequence shares with the one before it is all it shares with any earlier
 one. So a pack is a run of the sorted order: each sequence adds the tokens past its common prefix
 with the one before, in depth-first order of the trie. In that order the ancestors of token q are
-the tokens k <= q with q < end[k], where end[k] is the place after the subtree of k.
+the tokens k <= q with q < end[k], where end[k] is the index after the subtree of k.
 """
 
 from __future__ import annotations
@@ -20,12 +20,7 @@ IntArray = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Query:
-    """What is asked of one sequence: the log-probabilities of its last tokens.
-
-    Attributes:
-        context: Token ids before the continuation; at least one.
-        continuation: Token ids whose log-probability is asked; at least one.
-    """
+    """Asks for the log-probabilities of the last token ids of a sequence; each part has one or more."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -33,77 +28,55 @@ class Query:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of new tokens in a pack and the tokens it continues.
-
-    Attributes:
-        start: First token of the run in the pack.
-        stop: One past its last token.
-        ancestors: Ranges (start, stop) of the pack that are before it on its path, from the root.
-    """
+    """A run of new tokens in a pack, [start, stop), and the tokens it continues."""
 
     start: int
     stop: int
     ancestors: tuple[tuple[int, int], ...]
+    """Ranges [start, stop) of the pack that come before it on its path, from the root."""
 
 
 @dataclass(frozen=True)
 class Pack:
-    """One forward pass.
+    """One forward pass over T tokens, of which R next-token distributions are read."""
 
-    Attributes:
-        tokens: Token ids in depth-first order, [T] int32.
-        positions: Distance of each token from its root, [T] int32.
-        end: Place after the subtree of each token, [T] int32.
-        segments: The runs of new tokens, in order; they cover the pack.
-        read_at: Places whose next-token distribution is read, [R] int32.
-        read_token: The token asked about at each of them, [R] int32.
-        read_query: The query that asked, [R] int32; its reads stand in the order of its tokens.
-    """
-
-    tokens: IntArray
-    positions: IntArray
-    end: IntArray
-    segments: tuple[Segment, ...]
-    read_at: IntArray
-    read_token: IntArray
-    read_query: IntArray
+    tokens: IntArray  # ids in depth-first order, [T]
+    positions: IntArray  # distance of each token from its root, [T]
+    end: IntArray  # index after the subtree of each token, [T]
+    segments: tuple[Segment, ...]  # in order; they cover the pack
+    read_at: IntArray  # indices of tokens, [R]
+    read_token: IntArray  # the token whose log-probability is read there, [R]
+    read_query: IntArray  # its query, [R]; the reads of a query are in the order of its tokens
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All packs of a set of queries.
-
-    Attributes:
-        packs: The forward passes.
-        asked_tokens: Input tokens of all queries, each counted as often as it is asked.
-        distinct_tokens: Nodes of the trie of all queries.
-        computed_tokens: Tokens of all packs; above `distinct_tokens` by the prefixes that a pack
-            repeats from the one before.
-        truncated: Queries that were longer than the window and lost tokens on the left.
-    """
+    """All packs of a set of queries."""
 
     packs: tuple[Pack, ...]
-    asked_tokens: int
+    input_tokens: int
+    """Of all queries, one by one."""
     distinct_tokens: int
+    """Nodes of the trie of all queries."""
     computed_tokens: int
+    """Of all packs; more than `distinct_tokens` by the prefixes that a pack repeats."""
     truncated: tuple[int, ...]
+    """Queries that were longer than the window and lost tokens on the left."""
 
 
 @dataclass(frozen=True)
 class _Row:
-    """The input of one or more queries: what they ask of equal input tokens."""
+    """Input tokens, and the queries that have them in common."""
 
     tokens: IntArray
     queries: tuple[int, ...]
 
 
 def plan(queries: Sequence[Query], *, pack_tokens: int, window: int) -> Plan:
-    """Plans the forward passes that answer all queries.
+    """Plans the forward passes that answer all queries, in any order; duplicates cost nothing.
 
-    Args:
-        queries: In any order; duplicates cost nothing.
-        pack_tokens: Most tokens in a pack; a longer single sequence gets a pack of its own.
-        window: Longest input of the model; longer ones lose tokens on the left, as HFLM does.
+    A pack has at most `pack_tokens` tokens; a longer sequence gets a pack of its own. Inputs longer
+    than `window` lose tokens on the left, as with HFLM.
     """
     rows, truncated = _distinct_rows(queries, window)
     # What each row shares with the one before it; the first has none.
@@ -174,14 +147,14 @@ def _pack(rows: Sequence[_Row], shared: Sequence[int], queries: Sequence[Query])
     tokens = np.empty(size, dtype=np.int32)
     positions = np.empty(size, dtype=np.int32)
     end = np.full(size, size, dtype=np.int32)
-    path = np.empty(longest, dtype=np.int32)  # place in the pack of each token of the current row
+    path = np.empty(longest, dtype=np.int32)  # index in the pack of each token of the current row
     depth = filled = 0
     segments: list[Segment] = []
     read_at: list[int] = []
     read_token: list[int] = []
     read_query: list[int] = []
-    for place, row in enumerate(rows):
-        common = shared[place] if place else 0
+    for number, row in enumerate(rows):
+        common = shared[number] if number else 0
         length = len(row.tokens)
         end[path[common:depth]] = filled
         stop = filled + length - common
@@ -191,11 +164,11 @@ def _pack(rows: Sequence[_Row], shared: Sequence[int], queries: Sequence[Query])
         if stop > filled:
             segments.append(Segment(filled, stop, _ranges(path[:common])))
         depth, filled = length, stop
-        for number in row.queries:
-            continuation = queries[number].continuation
+        for query in row.queries:
+            continuation = queries[query].continuation
             read_at += path[length - len(continuation) : length].tolist()
             read_token += continuation
-            read_query += [number] * len(continuation)
+            read_query += [query] * len(continuation)
     return Pack(
         tokens,
         positions,
@@ -208,7 +181,7 @@ def _pack(rows: Sequence[_Row], shared: Sequence[int], queries: Sequence[Query])
 
 
 def _ranges(path: IntArray) -> tuple[tuple[int, int], ...]:
-    """Joins consecutive places into (start, stop) ranges."""
+    """Joins consecutive indices into [start, stop) ranges."""
     if not len(path):
         return ()
     breaks = np.flatnonzero(np.diff(path) != 1) + 1

@@ -29,26 +29,20 @@ _MOST_COMPILED = 1000
 
 @dataclass
 class TreeAttention:
-    """Attention of one pack.
-
-    Attributes:
-        segments: The runs of tokens, in order; they cover the pack.
-        block_mask: Of FlexAttention, or None to attend segment by segment.
-    """
+    """Attention of one pack."""
 
     segments: tuple[Segment, ...]
+    """In order; they cover the pack."""
     block_mask: BlockMask | None
+    """Of FlexAttention; None attends segment by segment."""
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
-        """Returns what each token finds among its ancestors and itself, [T, H, D].
+        """Returns the attention [T, H, D] of each token to its ancestors and itself.
 
-        Args:
-            q: [T, H, D], in any layout whose last dimension is dense.
-            k: [T, K, D]; H is a multiple of K.
-            v: [T, K, D].
-            scale: Factor of the scores, or None for 1 / sqrt(D).
+        q is [T, H, D], in any layout whose last dimension is dense; k and v are [T, K, D], and H is
+        a multiple of K. `scale` None is 1 / sqrt(D).
         """
         query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
         if self.block_mask is None:
@@ -87,15 +81,10 @@ _active: TreeAttention | None = None
 
 @contextmanager
 def attending(model: Any, tree: TreeAttention) -> Iterator[None]:
-    """Lets a model's own layers attend along a tree inside the `with` block.
-
-    Args:
-        model: A transformers causal language model.
-        tree: Of the pack that it computes.
-    """
+    """Lets a transformers model's own layers attend along a tree inside the `with` block."""
     global _active
     _register()
-    before = model.config._attn_implementation
+    before = model.config._attn_implementation  # noqa: SLF001  # there is a public setter only
     model.set_attn_implementation(_NAME)
     _active = tree
     try:
@@ -121,19 +110,10 @@ def _active_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of the active pack, as transformers' attention interface wants it.
+    """Attention of the active pack, in the form of transformers' attention interface.
 
-    Args:
-        module: The attention layer.
-        query: [1, H, T, D].
-        key: [1, K, T, D]; H is a multiple of K.
-        value: [1, K, T, D].
-        attention_mask: Not used: the tree is the mask.
-        scaling: Factor of the scores, or None for 1 / sqrt(D).
-        **options: What else the layers pass along.
-
-    Returns:
-        [1, T, H, D], and no weights.
+    query is [1, H, T, D], key and value are [1, K, T, D]; the tree is the mask. Returns
+    [1, T, H, D] and no weights.
     """
     assert _active is not None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -180,7 +160,7 @@ def keep_compiling() -> None:
     Packs of another length or another model are compiled anew. Beyond a limit torch would compute
     them without a kernel instead, in memory for the scores of all pairs.
     """
-    limits = torch._dynamo.config
+    limits = torch._dynamo.config  # noqa: SLF001  # the documented place of these limits
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         if getattr(limits, name) < _MOST_COMPILED:
             setattr(limits, name, _MOST_COMPILED)
@@ -229,7 +209,7 @@ def block_mask(end: Any, device: torch.device) -> BlockMask:
 
 
 def _ordered(blocks: Any) -> tuple[Any, Any]:
-    """Number of blocks of keys of each block of queries, and their places, those first."""
+    """Counts the key blocks of each query block, and lists the key blocks with those first."""
     return (
         blocks.sum(axis=1).astype(np.int32),
         np.argsort(~blocks, axis=1, kind="stable").astype(np.int32),
