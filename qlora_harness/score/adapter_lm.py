@@ -81,8 +81,8 @@ class QloraAdapterLM(LoadedHFLM):
         )
         if pretrained is None and peft is None:
             logger.warning("scoring the newest completed run: %s", choice.results_dir)
-        source = find_base(choice.base, choice.revision, argument="--model_args pretrained=")
         compute_dtype = resolve_dtype(dtype, choice.compute_dtype)
+        source = find_base(choice.base, choice.revision, argument="--model_args pretrained=")
         tokenizer = load_scored_tokenizer(choice, source)
         super().__init__(
             partial(load_scored_model, choice, source, len(tokenizer), compute_dtype),
