@@ -85,7 +85,7 @@ def test_a_foreign_file_is_replaced(tmp_path: Path, content: bytes) -> None:
     assert Journal(path, IDENTITY).known == {"k1": (-1.0, True)}
 
 
-def test_close_removes_the_file_only_when_asked(tmp_path: Path) -> None:
+def test_close_removes_the_file_only_when_told(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal(path, IDENTITY)
     journal.append([("k1", -1.0, True)])
@@ -109,7 +109,7 @@ def test_the_key_depends_on_context_and_continuation() -> None:
 
 
 def test_the_key_is_the_hash_of_the_whole_text() -> None:
-    """What an interrupted run of an older version wrote is still found."""
+    """What an interrupted run of an older version wrote is still read."""
     pairs = [("Frage: Größe?\nAnswer:", " A"), ("Frage: Größe?\nAnswer:", " B"), ("", " A")]
     assert question_keys(pairs) == {
         (context, continuation): hashlib.sha256(f"{context}\0{continuation}".encode()).hexdigest()[

@@ -159,7 +159,9 @@ def test_tasks_are_in_the_index() -> None:
     assert "mmlu_qlora_5shot_anatomy" in names
 
 
-@pytest.mark.parametrize(("value", "is_on"), [("1", False), ("yes", False), ("", True), ("0", True)])
+@pytest.mark.parametrize(
+    ("value", "is_on"), [("1", False), ("yes", False), ("", True), ("0", True)]
+)
 def test_variable_switches_the_hook_off(value: str, is_on: bool) -> None:
     extra = ["qlora_adapter"] if is_on else []
     assert run(REGISTERED, QLORA_HARNESS_NO_HOOK=value)[0] == {"extra": extra, "missing": []}
@@ -214,22 +216,21 @@ def test_release_that_discovers_plugins_gets_tasks_and_no_registration() -> None
 
 
 def test_unknown_release_keeps_working_and_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    class Loader:
-        executed: list[ModuleType] = []
+    executed: list[ModuleType] = []
 
+    class Loader:
         def create_module(self, spec: ModuleSpec) -> None:
             return None
 
         def exec_module(self, module: ModuleType) -> None:
-            self.executed.append(module)
+            executed.append(module)
 
     for name, patch in hook._PATCHES.items():
-        module = ModuleType(name)  # without anything to patch
-        loader = Loader()
         if name == "lm_eval.models":
-            continue  # all that is needed is in another module
-        hook._Loader(loader, patch).exec_module(module)
-        assert loader.executed.pop() is module
+            continue  # what is needed is in another module
+        module = ModuleType(name)  # without anything to patch
+        hook._Loader(Loader(), patch).exec_module(module)
+        assert executed.pop() is module
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert error.startswith("qlora-harness: ")

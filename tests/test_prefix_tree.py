@@ -14,14 +14,14 @@ SMALL = st.lists(st.integers(0, 2), min_size=1, max_size=8)
 QUERIES = st.lists(st.builds(Query, SMALL, SMALL), min_size=1, max_size=25)
 
 
-def ancestors(pack: Pack, place: int) -> list[int]:
+def ancestors(pack: Pack, q: int) -> list[int]:
     """What a token sees, by the rule k <= q < end[k]."""
-    return [k for k in range(place + 1) if place < pack.end[k]]
+    return [k for k in range(q + 1) if q < pack.end[k]]
 
 
-def text(pack: Pack, place: int) -> list[int]:
-    """The tokens from the root to a place."""
-    return [int(pack.tokens[k]) for k in ancestors(pack, place)]
+def text(pack: Pack, q: int) -> list[int]:
+    """The tokens from the root to token q."""
+    return [int(pack.tokens[k]) for k in ancestors(pack, q)]
 
 
 def trie_size(queries: list[Query], window: int) -> int:
@@ -37,8 +37,8 @@ def check(queries: list[Query], planned: Plan, window: int) -> None:
     for pack in planned.packs:
         for at, token, number in zip(pack.read_at, pack.read_token, pack.read_query, strict=True):
             seen.setdefault(int(number), []).append((text(pack, int(at)), int(token)))
-        for place in range(len(pack.tokens)):
-            assert pack.positions[place] == len(ancestors(pack, place)) - 1
+        for q in range(len(pack.tokens)):
+            assert pack.positions[q] == len(ancestors(pack, q)) - 1
         covered = [i for s in pack.segments for i in range(s.start, s.stop)]
         assert covered == list(range(len(pack.tokens)))
         for segment in pack.segments:
@@ -47,9 +47,8 @@ def check(queries: list[Query], planned: Plan, window: int) -> None:
     assert sorted(seen) == list(range(len(queries)))
     for number, query in enumerate(queries):
         whole = [*query.context, *query.continuation][-(window + 1) :]
-        asked = len(query.continuation)
-        first = len(whole) - asked
-        assert seen[number] == [(whole[: first + i], query.continuation[i]) for i in range(asked)]
+        first = len(whole) - len(query.continuation)
+        assert seen[number] == [(whole[: first + i], t) for i, t in enumerate(query.continuation)]
 
 
 @settings(max_examples=300, deadline=None)
@@ -100,7 +99,7 @@ def test_a_pack_worked_out_by_hand() -> None:
 def test_counts_of_a_plan() -> None:
     queries = [Query([1, 2, 3], [i]) for i in range(4)] + [Query([1, 2, 9], [0])]
     planned = plan(queries, pack_tokens=3, window=100)
-    assert planned.asked_tokens == 15
+    assert planned.input_tokens == 15
     assert planned.distinct_tokens == 4
     assert planned.computed_tokens == 6  # the prefix 1 2 stands in both packs
     assert len(planned.packs) == 2
@@ -121,7 +120,7 @@ def test_the_plan_is_pure() -> None:
 def test_the_real_test_set_shrinks_sevenfold(mmlu_test_ids: list[list[int]]) -> None:
     queries = [Query(ids, [letter]) for ids in mmlu_test_ids for letter in (319, 350, 315, 360)]
     planned = plan(queries, pack_tokens=16384, window=4096)
-    assert planned.asked_tokens == 4 * 10_882_111
+    assert planned.input_tokens == 4 * 10_882_111
     assert planned.distinct_tokens == 1_542_533
     assert planned.computed_tokens <= 1.07 * planned.distinct_tokens
     assert planned.truncated == ()

@@ -6,6 +6,7 @@ Nothing is loaded here: an adapter is its folder.
 from __future__ import annotations
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ RECORD = {
     "double_quant": False,
     "compute_dtype": "bfloat16",
 }
-ARGUMENTS = "pretrained peft quant double_quant revision peft_revision results_dir".split()
 
 
 def write_adapter(folder: Path, record: dict[str, Any] | None = None, **config: Any) -> Path:
@@ -51,7 +51,8 @@ def write_run(folder: Path, *, finished: str | None, status: str = "completed") 
 
 
 def pick(**arguments: Any) -> ScoringChoice:
-    return choose_scored_run(**(dict.fromkeys(ARGUMENTS) | arguments))
+    names = [name for name in signature(choose_scored_run).parameters if name != "results_root"]
+    return choose_scored_run(**(dict.fromkeys(names) | arguments))
 
 
 @pytest.fixture(autouse=True)

@@ -304,12 +304,12 @@ def process_tasks(no_mmlu_files: None, monkeypatch: pytest.MonkeyPatch) -> Calla
 def test_a_wrong_folder_is_refused_as_soon_as_the_tasks_are_known(
     process_tasks: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="^--metadata mmlu_dir: folder /no/such/folder does not"):
+    with pytest.raises(DataError, match=r"^--metadata mmlu_dir: folder /no/such/folder does not"):
         process_tasks("mmlu_qlora_5shot", mmlu_dir="/no/such/folder")
     with pytest.raises(DataError, match=f"holds neither {VAL} nor {VAL}.xz"):
         process_tasks("mmlu_qlora_5shot_val_stem", mmlu_dir=str(tmp_path))
     monkeypatch.setenv("QLORA_MMLU_DIR", "/no/such/folder")
-    with pytest.raises(DataError, match="^QLORA_MMLU_DIR: folder /no/such/folder does not exist"):
+    with pytest.raises(DataError, match=r"^QLORA_MMLU_DIR: folder /no/such/folder does not exist"):
         process_tasks("mmlu_qlora_demo,mmlu_qlora_5shot_val_anatomy")
     process_tasks("mmlu_qlora_demo")  # which is in no folder
     mine = tmp_path / "mine.yaml"
