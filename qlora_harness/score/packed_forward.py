@@ -35,9 +35,8 @@ _SMALLEST_HEAD = 16  # that FlexAttention takes
 
 # Decoders whose whole attention goes through transformers' attention interface, causal, with
 # positions given by position_ids. Others fall back to HFLM's own path.
-PACKED_MODEL_TYPES = frozenset(
-    ["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "smollm3", "olmo2", "granite", "phi3"]
-)
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "granite", "phi3")
+PACKED_MODEL_TYPES = frozenset([*_LLAMA_LIKE, "gpt2", "gpt_neox"])
 
 
 class Reads(NamedTuple):

@@ -20,7 +20,7 @@ IntArray = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Query:
-    """Asks for the log-probabilities of the last token ids of a sequence; each part has one or more."""
+    """Token ids, at least one, and those after them whose log-probability is read, at least one."""
 
     context: Sequence[int]
     continuation: Sequence[int]
