@@ -281,7 +281,7 @@ def known_answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     asked: list[str] = []
 
-    def answer(self: ScoringSession, scorer: Any, encoded: Any, *args: Any) -> TokenScores:
+    def answer(self: ScoringSession, scorer: Any, encoded: Any, *options: Any) -> TokenScores:
         asked.extend(context for (context, _), _, _ in encoded)
         return TokenScores([(KNOWN[more], False) for (_, more), _, _ in encoded], None)
 

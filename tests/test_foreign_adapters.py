@@ -179,7 +179,7 @@ def test_what_depends_on_the_text_is_left_to_peft(
     paths = {}
     for kind in ("plain", "lora_bias", "dora", "alora"):
         adapter = write_adapter(base, tmp_path / kind, **KINDS[kind][1])
-        path = make_lm(pretrained=str(base), peft=str(adapter), quant="bf16")._path
+        path = make_lm(pretrained=str(base), peft=str(adapter), quant="bf16").session.path
         paths[kind] = (path.packed, path.fused)
     assert paths == {
         "plain": (True, True),
@@ -198,7 +198,7 @@ def test_field_of_a_newer_peft_is_left_to_peft(
     config = json.loads(path.read_text())
     options = {"pretrained": str(base), "peft": str(adapter), "quant": "bf16"}
     path.write_text(json.dumps(config | {"use_novel_gate": False}))
-    assert make_lm(**options)._path.packed
+    assert make_lm(**options).session.path.packed
     path.write_text(json.dumps(config | {"use_novel_gate": True}))
     lm = make_lm(**options)
     assert lm.session.path.reason == "its adapter sets 'use_novel_gate'"

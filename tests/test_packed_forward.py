@@ -113,7 +113,7 @@ def test_blocks_of_the_mask_are_those_that_torch_finds(queries: list[Query], fil
     longer = [
         Query([*q.context, *range(i, i + filling)], q.continuation) for i, q in enumerate(queries)
     ]
-    (pack,) = plan(longer, pack_tokens=10**6, window=10**6).packs
+    (pack,) = plan(longer, pack_tokens=10**6, window=10**6)
     ends = torch.from_numpy(pack.end)
 
     def sees(batch: Any, head: Any, q: Any, k: Any) -> Any:
@@ -196,7 +196,7 @@ def test_what_was_built_ahead_serves_the_packs(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("qlora_harness.score.tree_attention._flex", lambda on_gpu: compiled)
     model = tiny("llama")
     query = Query([1, 2, 3], [4])
-    (pack,) = plan([query], pack_tokens=256, window=WINDOW).packs
+    (pack,) = plan([query], pack_tokens=256, window=WINDOW)
     packed = PackedModel(model, torch.float32, flex=True)
     packed.build_ahead(256)
     packed.wait()
@@ -211,7 +211,7 @@ def test_what_was_built_ahead_serves_the_packs(monkeypatch: pytest.MonkeyPatch) 
 def test_first_pack_waits_for_what_is_built_ahead() -> None:
     model = tiny("llama")
     packed = PackedModel(model, torch.float32)
-    (pack,) = plan([Query([1, 2, 3], [4])], pack_tokens=256, window=WINDOW).packs
+    (pack,) = plan([Query([1, 2, 3], [4])], pack_tokens=256, window=WINDOW)
     goes_on = threading.Event()
     seen: list[tuple[str, int]] = []
 
@@ -235,7 +235,7 @@ def test_what_can_not_be_built_ahead_is_left_to_the_first_pack(
     model = tiny("llama")
     packed = PackedModel(model, torch.float32)
     query = Query([1, 2, 3], [4])
-    (pack,) = plan([query], pack_tokens=256, window=WINDOW).packs
+    (pack,) = plan([query], pack_tokens=256, window=WINDOW)
     failures = iter([torch.OutOfMemoryError("CUDA out of memory"), ValueError("broken")])
 
     def forward(module: Any, args: Any) -> None:

@@ -16,18 +16,9 @@ from qlora_harness.score.evaluation_record import unwritable
 logger = logging.getLogger("qlora_harness")
 
 
-def question_keys(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """Returns a hash for each (context, continuation): equal texts are the same question."""
-    digests: dict[str, Any] = {}
-    keys = {}
-    for context, continuation in pairs:
-        # Choices of one question have the long part in common.
-        if context not in digests:
-            digests[context] = hashlib.sha256(f"{context}\0".encode())
-        digest = digests[context].copy()
-        digest.update(continuation.encode())
-        keys[context, continuation] = digest.hexdigest()[:32]
-    return keys
+def question_key(context: str, continuation: str) -> str:
+    """Returns the key of a scored text, a hash: equal texts are the same question."""
+    return hashlib.sha256(f"{context}\0{continuation}".encode()).hexdigest()[:32]
 
 
 class Journal:

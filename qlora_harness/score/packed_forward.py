@@ -21,7 +21,7 @@ from qlora_harness.fused.model import FusedDecoder, why_not_fused
 from qlora_harness.model.base import base_of, head_size
 from qlora_harness.model.plain_lora import FastLora
 from qlora_harness.score.output_head import OutputHead
-from qlora_harness.score.prefix_tree import Pack, Segment
+from qlora_harness.score.prefix_tree import Pack, Query, Segment, plan
 from qlora_harness.score.tree_attention import (
     BLOCK,
     TreeAttention,
@@ -139,7 +139,8 @@ class PackedModel:
             try:
                 if device is not None:
                     torch.cuda.set_device(device)  # each thread has its own
-                self._start(_one_token(), size).reads()
+                (one_token,) = plan([Query([0], [0])], pack_tokens=1, window=1)
+                self._start(one_token, size).reads()
             except Exception as error:  # noqa: BLE001  # the first pack raises it again
                 logger.info("kernels could not be built ahead (%s)", type(error).__name__)
 
@@ -203,8 +204,3 @@ class PackedModel:
     def _moved(self, values: Any) -> torch.Tensor:
         """Integers on the device, as int64; without waiting for the device."""
         return to_device(torch.from_numpy(values.astype(np.int64)), self._device)
-
-
-def _one_token() -> Pack:
-    zero, one = np.zeros(1, dtype=np.int32), np.ones(1, dtype=np.int32)
-    return Pack(zero, zero, one, (Segment(0, 1, ()),), zero, zero, zero)

@@ -78,8 +78,8 @@ class PackedScorer:
                     pack_tokens=self.pack_tokens,
                     window=self._window,
                 )
-                computed_tokens = computed_tokens or planned.computed_tokens
-                packs = _share(planned.packs, *share)
+                computed_tokens = computed_tokens or sum(len(pack.tokens) for pack in planned)
+                packs = _share(planned, *share)
                 mine = [pending[n] for pack in packs for n in np.unique(pack.read_query)]
                 bar.total = len(scores) + len(mine)
                 for pack, reads in self._computed(packs):

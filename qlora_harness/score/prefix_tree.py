@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,86 +50,54 @@ class Pack:
     read_query: IntArray  # its query, [R]; the reads of a query are in the order of its tokens
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All packs of a set of queries."""
-
-    packs: tuple[Pack, ...]
-    input_tokens: int
-    """Of all queries, one by one."""
-    distinct_tokens: int
-    """Nodes of the trie of all queries."""
-    computed_tokens: int
-    """Of all packs; more than `distinct_tokens` by the prefixes that a pack repeats."""
-    truncated: tuple[int, ...]
-    """Queries that were longer than the window and lost tokens on the left."""
-
-
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """Input tokens, and the queries that have them in common."""
 
     tokens: IntArray
-    queries: tuple[int, ...]
+    queries: list[int]
 
 
-def plan(queries: Sequence[Query], *, pack_tokens: int, window: int) -> Plan:
+def plan(queries: Sequence[Query], *, pack_tokens: int, window: int) -> list[Pack]:
     """Plans the forward passes that answer all queries, in any order; duplicates cost nothing.
 
     A pack has at most `pack_tokens` tokens; a longer sequence gets a pack of its own. Inputs longer
     than `window` lose tokens on the left, as with HFLM.
     """
-    rows, truncated = _distinct_rows(queries, window)
-    # What each row shares with the one before it; the first has none.
-    shared = [_common(rows[i - 1].tokens, row.tokens) if i else 0 for i, row in enumerate(rows)]
+    rows = _distinct_rows(queries, window)
     packs = []
-    first = 0
-    while first < len(rows):
-        last, size = first + 1, len(rows[first].tokens)
-        while last < len(rows):
-            added = len(rows[last].tokens) - shared[last]
-            if size + added > pack_tokens:
-                break
-            size += added
-            last += 1
-        packs.append(_pack(rows[first:last], shared[first:last], queries))
-        first = last
-    return Plan(
-        tuple(packs),
-        sum(min(window, len(q.context) + len(q.continuation) - 1) for q in queries),
-        sum(len(row.tokens) - common for row, common in zip(rows, shared, strict=True)),
-        sum(len(pack.tokens) for pack in packs),
-        truncated,
-    )
+    group: list[_Row] = []
+    shared: list[int] = []  # what each row shares with the one before it; nothing in the first
+    size = 0
+    for row in rows:
+        common = _common(group[-1].tokens, row.tokens) if group else 0
+        if group and size + len(row.tokens) - common > pack_tokens:
+            packs.append(_pack(group, shared, queries))
+            group, shared, size, common = [], [], 0, 0
+        group.append(row)
+        shared.append(common)
+        size += len(row.tokens) - common
+    if group:
+        packs.append(_pack(group, shared, queries))
+    return packs
 
 
-def _input(query: Query, window: int) -> Sequence[int]:
-    """What the model reads: all but the last token, cut on the left to the window."""
-    whole = [*query.context, *query.continuation[:-1]]
-    return whole[-window:]
-
-
-def _distinct_rows(queries: Sequence[Query], window: int) -> tuple[list[_Row], tuple[int, ...]]:
-    """The distinct inputs in lexicographic order of their tokens."""
+def _distinct_rows(queries: Sequence[Query], window: int) -> list[_Row]:
+    """The distinct inputs in lexicographic order: all but the last token, cut to the window."""
     by_input: dict[bytes, list[int]] = {}
-    truncated = []
     # Choices of one token have the input in common, and mostly the very list of its tokens.
     known: dict[tuple[int, tuple[int, ...]], bytes] = {}
     for number, query in enumerate(queries):
-        if len(query.context) + len(query.continuation) > window + 1:
-            truncated.append(number)
-        short = (id(query.context), tuple(query.continuation[:-1]))
-        key = known.get(short)
+        read = tuple(query.continuation[:-1])
+        key = known.get((id(query.context), read))
         if key is None:
             # Big-endian, so that bytes sort as the token ids do.
-            key = np.asarray(_input(query, window), dtype=">u4").tobytes()
-            known[short] = key
+            key = np.asarray([*query.context, *read][-window:], dtype=">u4").tobytes()
+            known[id(query.context), read] = key
         by_input.setdefault(key, []).append(number)
-    rows = [
-        _Row(np.frombuffer(key, dtype=">u4").astype(np.int32), tuple(by_input[key]))
+    return [
+        _Row(np.frombuffer(key, dtype=">u4").astype(np.int32), by_input[key])
         for key in sorted(by_input)
     ]
-    return rows, tuple(truncated)
 
 
 def _common(a: IntArray, b: IntArray) -> int:
@@ -139,27 +108,20 @@ def _common(a: IntArray, b: IntArray) -> int:
 
 
 def _pack(rows: Sequence[_Row], shared: Sequence[int], queries: Sequence[Query]) -> Pack:
-    """Lays sorted rows out as one pack; the first row shares nothing with what is before it."""
-    longest = max(len(row.tokens) for row in rows)
-    size = len(rows[0].tokens) + sum(
-        len(row.tokens) - common for row, common in zip(rows[1:], shared[1:], strict=True)
-    )
-    tokens = np.empty(size, dtype=np.int32)
-    positions = np.empty(size, dtype=np.int32)
+    """Lays sorted rows out as one pack."""
+    spans = [(common, len(row.tokens)) for row, common in zip(rows, shared, strict=True)]
+    size = sum(length - common for common, length in spans)
     end = np.full(size, size, dtype=np.int32)
-    path = np.empty(longest, dtype=np.int32)  # index in the pack of each token of the current row
+    # Index in the pack of each token of the current row.
+    path = np.empty(max(length for _, length in spans), dtype=np.int32)
     depth = filled = 0
     segments: list[Segment] = []
     read_at: list[int] = []
     read_token: list[int] = []
     read_query: list[int] = []
-    for number, row in enumerate(rows):
-        common = shared[number] if number else 0
-        length = len(row.tokens)
+    for row, (common, length) in zip(rows, spans, strict=True):
         end[path[common:depth]] = filled
         stop = filled + length - common
-        tokens[filled:stop] = row.tokens[common:]
-        positions[filled:stop] = np.arange(common, length, dtype=np.int32)
         path[common:length] = np.arange(filled, stop, dtype=np.int32)
         if stop > filled:
             segments.append(Segment(filled, stop, _ranges(path[:common])))
@@ -170,13 +132,11 @@ def _pack(rows: Sequence[_Row], shared: Sequence[int], queries: Sequence[Query])
             read_token += continuation
             read_query += [query] * len(continuation)
     return Pack(
-        tokens,
-        positions,
+        np.concatenate([row.tokens[common:] for row, common in zip(rows, shared, strict=True)]),
+        np.concatenate([np.arange(*span, dtype=np.int32) for span in spans]),
         end,
         tuple(segments),
-        np.asarray(read_at, dtype=np.int32),
-        np.asarray(read_token, dtype=np.int32),
-        np.asarray(read_query, dtype=np.int32),
+        *(np.asarray(values, dtype=np.int32) for values in (read_at, read_token, read_query)),
     )
 
 

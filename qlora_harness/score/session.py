@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +16,7 @@ from qlora_harness.lm_eval_compat.hflm import Encoded, LoadedHFLM, Pair, Score
 from qlora_harness.model.base import dequantise
 from qlora_harness.record import environment, scrub_all
 from qlora_harness.score.encoding import encode_pairs
-from qlora_harness.score.journal import Journal, question_keys
+from qlora_harness.score.journal import Journal, question_key
 from qlora_harness.score.mmlu_recorder import MmluRecorder
 from qlora_harness.score.model_arguments import ScoringOptions
 from qlora_harness.score.packed_forward import PackedModel
@@ -83,15 +83,8 @@ class ScoringSession:
         journal = self._open_journal(requests)
         expected = self._score_sample_as_hflm(pairs)
         scores, truncated = self._score_pairs(pairs, journal, show_progress)
-        if expected and not self._is_verified(expected, scores):
-            assert self.verification is not None
-            if journal is not None:
-                journal.close(remove=True)
-            raise ResultsError(
-                f"verify={self.options.verify}: packed scoring differs from HFLM's path by "
-                f"{self.verification.mean:.2g} nats on average",
-                "Score with scoring=hf in --model_args, and report this",
-            )
+        if expected:
+            self._verify(expected, scores, journal)
         results = [scores[pair] for pair in pairs]
         answered = self._recorder.collect(requests, results, truncated)
         parts = self.lm.gather_object(answered, dst=0)
@@ -102,16 +95,10 @@ class ScoringSession:
             journal.close(remove=self.lm.rank == 0)
         return results
 
-    def score_tokens(
-        self,
-        encoded: Sequence[Encoded],
-        *,
-        show_progress: bool = False,
-        note: Callable[[Iterable[tuple[Pair, Score]]], None] = lambda scored: None,
-    ) -> TokenScores:
-        """Scores token ids, packed where the path says so; `note` is called after each pack."""
-        scorer = self._scorer() if self.path.packed and encoded else None
-        return self._score_with(scorer, encoded, show_progress, note)
+    def score_tokens(self, encoded: Sequence[Encoded]) -> TokenScores:
+        """Scores token ids, packed where the path says so, and records nothing."""
+        scorer = self._scorer() if self.path.packed else None
+        return self._score_with(scorer, encoded, journal=None, show_progress=False)
 
     def expand_base(self) -> None:
         """Expands a 4-bit base to the values that it computes with, where the path says so."""
@@ -185,13 +172,6 @@ class ScoringSession:
         pending = self._union([pair for pair in distinct if pair not in known])
         if not pending:
             return known, set()
-        # Other processes may have been given texts that this one was not.
-        keys = {} if journal is None else question_keys(pending)
-
-        def note(scored: Iterable[tuple[Pair, Score]]) -> None:
-            if journal is not None:
-                journal.append((keys[pair], *score) for pair, score in scored)
-
         scorer = self._scorer() if self.path.packed else None
         if scorer is not None:
             # Fewer texts may fit into one short pack, for which other kernels are built.
@@ -200,7 +180,7 @@ class ScoringSession:
                 scorer.build_ahead()
         try:
             encoded = self._encode(pending)
-            scores = self._score_with(scorer, encoded, show_progress, note).scores
+            scores = self._score_with(scorer, encoded, journal, show_progress).scores
         finally:
             if scorer is not None:
                 scorer.wait()
@@ -225,16 +205,22 @@ class ScoringSession:
         self,
         scorer: PackedScorer | None,
         encoded: Sequence[Encoded],
+        journal: Journal | None,
         show_progress: bool,
-        note: Callable[[Iterable[tuple[Pair, Score]]], None],
     ) -> TokenScores:
+        """Through HFLM's own path without a scorer."""
         if scorer is None:
             return TokenScores(self.lm.score_plainly(encoded, show_progress=show_progress), None)
+
+        def note(scored: Sequence[tuple[int, Score]]) -> None:
+            if journal is not None:
+                journal.append((question_key(*encoded[n][0]), *score) for n, score in scored)
+
         mine = scorer.score(
             [Query(context, continuation) for _, context, continuation in encoded],
             share=(self.lm.rank, self.lm.world_size),
             show_progress=show_progress,
-            on_scored=lambda scored: note((encoded[n][0], score) for n, score in scored),
+            on_scored=note,
         )
         by_number = {n: score for part in self._gather(mine.scores) for n, score in part.items()}
         for number, (pair, _, _) in enumerate(encoded):
@@ -264,24 +250,38 @@ class ScoringSession:
         scores = self.lm.score_as_hflm(self._encode(sample))
         return {pair: logprob for pair, (logprob, _) in zip(sample, scores, strict=True)}
 
-    def _is_verified(self, expected: Mapping[Pair, float], scores: Mapping[Pair, Score]) -> bool:
-        """Whether the two ways differ by rounding only."""
+    def _verify(
+        self,
+        expected: Mapping[Pair, float],
+        scores: Mapping[Pair, Score],
+        journal: Journal | None,
+    ) -> None:
+        """Ends the run where the two ways differ by more than rounding."""
         differences = [abs(scores[pair][0] - logprob) for pair, logprob in expected.items()]
-        mean = sum(differences) / len(differences)
-        self.verification = Verification(mean, max(differences))
+        mean, largest = sum(differences) / len(differences), max(differences)
+        self.verification = Verification(mean, largest)
         logger.warning(
             "verified: %d texts scored through HFLM's path as well; difference %.2g nats on "
             "average, %.2g at most",
             len(differences),
             mean,
-            max(differences),
+            largest,
         )
-        return mean <= _TOLERANCES[self.lm.loaded.compute_dtype]
+        if mean > _TOLERANCES[self.lm.loaded.compute_dtype]:
+            if journal is not None:
+                journal.close(remove=True)
+            raise ResultsError(
+                f"verify={self.options.verify}: packed scoring differs from HFLM's path by "
+                f"{mean:.2g} nats on average",
+                "Score with scoring=hf in --model_args, and report this",
+            )
 
 
 def _known(journal: Journal, pairs: Sequence[Pair]) -> dict[Pair, Score]:
     """What an interrupted run has scored."""
-    keys = question_keys(pairs)
+    if not journal.known:
+        return {}
+    keys = {pair: question_key(*pair) for pair in pairs}
     known = {pair: journal.known[key] for pair, key in keys.items() if key in journal.known}
     if known:
         logger.warning("%d texts were scored before the interruption", len(known))

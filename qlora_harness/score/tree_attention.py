@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 BLOCK = 128
 _NAME = "qlora_harness_tree"  # in transformers' attention interface
-# Tile sizes of FlexAttention on CUDA, or None for its own choice.
-FLEX_OPTIONS: dict[str, int] | None = None
 _MOST_COMPILED = 1000
 
 
@@ -51,13 +49,7 @@ class TreeAttention:
         if on_gpu:
             keep_compiling()
         out = _flex(on_gpu)(
-            query,
-            key,
-            value,
-            block_mask=self.block_mask,
-            scale=scale,
-            enable_gqa=True,
-            kernel_options=FLEX_OPTIONS if on_gpu else None,
+            query, key, value, block_mask=self.block_mask, scale=scale, enable_gqa=True
         )
         return out[0].transpose(0, 1)
 
@@ -169,12 +161,8 @@ def keep_compiling() -> None:
 def block_mask(end: Any, device: torch.device) -> BlockMask:
     """Returns FlexAttention's mask of a pack: q sees k when k <= q < end[k].
 
-    What create_block_mask would find by trying all pairs follows from the largest and the smallest
-    end in each block of keys.
-
-    Args:
-        end: Place after the subtree of each token, [T] int32.
-        device: Where the mask is used.
+    `end` [T] int32 is the index after the subtree of each token. What create_block_mask learns by
+    trying all pairs follows from the largest and the smallest end in each block of keys.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -193,24 +181,12 @@ def block_mask(end: Any, device: torch.device) -> BlockMask:
     def sees(batch: Any, head: Any, q: Any, k: Any) -> Any:
         return (k <= q) & (q < ends[k])
 
-    partial, whole = (
-        [to_device(torch.from_numpy(values)[None, None], device) for values in _ordered(blocks)]
+    # For each block of queries the number of its key blocks, and all key blocks with those first.
+    numbers = [
+        to_device(torch.from_numpy(values.astype(np.int32))[None, None], device)
         for blocks in (some & ~every, every)
-    )
+        for values in (blocks.sum(axis=1), np.argsort(~blocks, axis=1, kind="stable"))
+    ]
     return BlockMask.from_kv_blocks(
-        partial[0],
-        partial[1],
-        whole[0],
-        whole[1],
-        BLOCK_SIZE=BLOCK,
-        mask_mod=sees,
-        seq_lengths=(size, size),
-    )
-
-
-def _ordered(blocks: Any) -> tuple[Any, Any]:
-    """Counts the key blocks of each query block, and lists the key blocks with those first."""
-    return (
-        blocks.sum(axis=1).astype(np.int32),
-        np.argsort(~blocks, axis=1, kind="stable").astype(np.int32),
+        *numbers, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(size, size)
     )
