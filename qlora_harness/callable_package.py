@@ -18,9 +18,5 @@ class CallablePackage(ModuleType):
 
 
 def make_callable(package: str) -> None:
-    """Makes a package callable; the import system would replace a function of the same name by it.
-
-    Args:
-        package: Its full name; it is being imported.
-    """
+    """Makes the package callable that is being imported; a function of its name would hide it."""
     sys.modules[package].__class__ = CallablePackage

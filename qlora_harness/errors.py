@@ -4,18 +4,18 @@
     ├── SettingsError     a flag, a recipe key or a combination of them
     ├── DataError         a data file: missing, broken, empty after filtering
     ├── ModelError        a base model: missing, gated, unreadable, unsuitable
-    ├── AdapterError      an adapter: broken, foreign, untrained
+    ├── AdapterError      an adapter: broken, untrained, or for another base
     ├── RunError          a run folder: occupied, unfinished, not resumable
     ├── ResultsError      a results file: missing, unreadable, contradicting itself
-    ├── ComparisonError   runs that cannot be compared
+    ├── ComparisonError   runs that can't be compared
     └── TrainingError     a run that went wrong while training (non-finite loss)
 
 Every message is one line of at most 500 characters that says what is wrong, where (file, key,
-flag, value seen) and what to do. The command lines print it without a traceback; a caller from
-Python gets the exception.
+flag, value) and what to do. The commands print it without a traceback; Python callers get the
+exception.
 
-Names and values come from files of strangers. Whatever is printed of them passes through
-`printable`, so that no control character reaches a terminal.
+Names and values may come from a stranger's file, so whatever is printed of them passes through
+`printable`: no control character reaches a terminal.
 """
 
 from __future__ import annotations
@@ -35,13 +35,9 @@ _SHOWN_CHARACTERS = 80
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Returns a text with an escape in place of every character that isn't printable.
+    """Escapes every character that isn't printable, but those in `keep`.
 
-    Those are control characters, marks that turn the direction of writing, and lone surrogates.
-
-    Args:
-        text: May come from anybody.
-        keep: Characters that stay as they are, such as a line's end.
+    Control characters, marks that change the direction of writing, and lone surrogates are escaped.
     """
     if text.isprintable():
         return text
@@ -51,19 +47,23 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def shown(value: object, limit: int = _SHOWN_CHARACTERS) -> str:
-    """Returns a value as an error message shows it: its repr, cut in the middle if it is long.
-
-    Args:
-        value: As it was read.
-        limit: Most characters.
-    """
+    """Returns the repr of a value for a message, cut in the middle to `limit` characters."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = limit
     try:
         text = short.repr(value)
-    except ValueError:  # Python refuses to write whole numbers of thousands of digits
+    except ValueError:  # Python refuses to write integers of thousands of digits
         text = f"a {type(value).__name__} too long to show"
     return _cut(printable(text), limit)
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of another library's message; a bare KeyError gets its name."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    terse = isinstance(error, KeyError | TypeError | AttributeError | IndexError)
+    return f"{type(error).__name__}: {lines[0]}" if terse else lines[0]
 
 
 def _cut(text: str, limit: int) -> str:
@@ -75,8 +75,6 @@ def _cut(text: str, limit: int) -> str:
 
 
 class _Printable(logging.Filter):
-    """Lets no control character into a log line."""
-
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = printable(record.getMessage(), keep="\n"), ()
         return True
@@ -86,11 +84,9 @@ logging.getLogger("qlora_harness").addFilter(_Printable())
 
 
 class HarnessError(Exception):
-    """Base of every error that a user can cause and mend.
+    """Base of every error that a user can cause and fix.
 
-    Args:
-        problem: What is wrong and where, with the value seen.
-        remedy: What to do about it.
+    `problem` says what is wrong and where, with the value; `remedy` says what to do.
     """
 
     exit_status = 2
@@ -137,17 +133,17 @@ class ResultsError(HarnessError):
 
 
 class ComparisonError(HarnessError):
-    """The runs were not made under conditions that allow a comparison."""
+    """The runs were made under conditions that don't allow a comparison."""
 
 
 class TrainingError(HarnessError):
-    """Training went wrong in a way that more steps can't mend."""
+    """Training went wrong in a way that more steps can't fix."""
 
     exit_status = 3
 
 
 _REMEDIES = {
-    errno.ENAMETOOLONG: "Name it shorter",
+    errno.ENAMETOOLONG: "Use a shorter name",
     errno.EACCES: "Check the permissions there, or name another place",
     errno.EPERM: "Check the permissions there, or name another place",
     errno.EROFS: "Name another place",
@@ -157,61 +153,47 @@ _REMEDIES = {
 
 
 def of_system(error: OSError) -> HarnessError | None:
-    """Returns the error to print for one of the system that a user can mend, or None for others.
-
-    Args:
-        error: Of the system; the place is left out where it names none.
-    """
+    """Returns the message for a system error that a user can fix, or None."""
     remedy = _REMEDIES.get(error.errno or 0)
     if remedy is None:
         return None
-    place = "" if error.filename is None else os.fsdecode(error.filename)
-    place = _cut(place, _SHOWN_CHARACTERS)
+    place = "" if error.filename is None else _cut(os.fsdecode(error.filename), _SHOWN_CHARACTERS)
     return HarnessError(": ".join(filter(None, (place, os.strerror(error.errno or 0)))), remedy)
 
 
 def print_error(error: HarnessError) -> None:
-    """Prints the error as one line on standard error.
-
-    Args:
-        error: What the user is told.
-    """
+    """Prints an error as one line on standard error."""
     print(f"{_PREFIX}{error}", file=sys.stderr, flush=True)
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Runs a command; what a user can mend ends it with one line instead of a traceback.
+    """Runs a command and returns its exit status.
 
-    Args:
-        command: Returns its exit status.
-
-    Returns:
-        That of the command, of its error, or 130 where it was interrupted.
+    A HarnessError, or a system error that a user can fix, is printed as one line. Ctrl-C is 130.
     """
     try:
         return command()
     except KeyboardInterrupt:
         return 130
     except (HarnessError, OSError) as error:
-        told = _told(error)
-        if told is None:
+        message = _message_for(error)
+        if message is None:
             raise
-        print_error(told)
-        return told.exit_status
+        print_error(message)
+        return message.exit_status
 
 
-def _told(error: BaseException) -> HarnessError | None:
-    """What the user is told of an error, or None where that is a traceback."""
+def _message_for(error: BaseException) -> HarnessError | None:
+    """Returns what is printed instead of a traceback, or None if the traceback belongs there."""
     if isinstance(error, OSError):
         return of_system(error)
     return error if isinstance(error, HarnessError) else None
 
 
 def install_excepthook() -> None:
-    """Lets an uncaught HarnessError end the program with its one line instead of a traceback.
+    """Prints uncaught errors of a user as one line where lm_eval owns the main function.
 
-    So do those of the system that `of_system` knows; other exceptions keep their traceback. Used
-    where another program (lm_eval) owns the main function; calling it twice is harmless.
+    Other exceptions keep their traceback. Calling it twice is harmless.
     """
     previous = sys.excepthook
     if getattr(previous, "_qlora_harness", False):
@@ -220,11 +202,11 @@ def install_excepthook() -> None:
     def hook(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
-        told = _told(error)
-        if told is None:
+        message = _message_for(error)
+        if message is None:
             previous(kind, error, traceback)
         else:
-            print_error(told)
+            print_error(message)
 
-    hook._qlora_harness = True  # type: ignore[attr-defined]
+    hook._qlora_harness = True  # type: ignore[attr-defined]  # noqa: SLF001  # marks our own hook
     sys.excepthook = hook

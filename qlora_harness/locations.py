@@ -8,17 +8,13 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def _folder(name: str) -> Path:
-    """A top-level folder of the checkout, which a wheel carries inside the package."""
+    """A top-level folder of the checkout; a wheel holds it inside the package."""
     installed = _PACKAGE / name
     return installed if installed.is_dir() else _PACKAGE.parent / name
 
 
 def expanded(name: str) -> Path:
-    """Returns a path with its home folder put in; as it is where there is no such user.
-
-    Args:
-        name: As the user gave it.
-    """
+    """Returns a path with ~ expanded, or unchanged if there is no such user."""
     path = Path(name)
     try:
         return path.expanduser()

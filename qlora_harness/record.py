@@ -1,4 +1,4 @@
-"""Records of what was asked, what happened and where: JSON files written whole or not at all."""
+"""JSON records, written whole or not at all, and the environment they name."""
 
 from __future__ import annotations
 
@@ -52,21 +52,14 @@ def now() -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text to a temporary name in the same folder and renames it into place.
+    """Writes a text under a temporary name and renames it; makes the folder if missing.
 
-    A reader sees the old file or the new one, never a half; an interrupted write loses nothing.
-
-    Args:
-        path: The file; its folder is made if missing.
-        text: What to write.
-
-    Raises:
-        OSError: The folder can't be written.
+    A reader sees the old file or the new one, never half of one. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        # A folder's name may hold bytes that are not UTF-8; a "?" must do for each.
+        # Names of folders may hold bytes that aren't UTF-8; each becomes a "?".
         with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
             file.flush()
@@ -79,11 +72,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_leftovers(path: Path, seconds: float = 0.0) -> None:
-    """Removes what killed writes of a file left beside it.
+    """Removes what killed writes of a file left beside it, if at least `seconds` old.
 
-    Args:
-        path: The file; see `write_text`.
-        seconds: How old a leftover is at least; a younger one may be another process's.
+    A younger one may be another process's.
     """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(OSError):
@@ -93,17 +84,9 @@ def remove_leftovers(path: Path, seconds: float = 0.0) -> None:
 
 @contextmanager
 def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Gives a temporary folder to fill, which takes its place when the `with` block ends well.
+    """Gives a temporary folder that takes its place when the `with` block ends well.
 
-    Args:
-        folder: Appears whole or not at all; its parent is made if missing.
-        replace: Whether a folder that is there is removed first.
-
-    Yields:
-        The folder to write into.
-
-    Raises:
-        OSError: The folder can't be written, or is there and not to be replaced.
+    So the folder appears whole or not at all. Raises OSError if it exists and isn't to be replaced.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -118,17 +101,9 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: object, *, rows_at: int | None = None) -> None:
-    """Writes JSON, whole or not at all; see `write_text`.
+    """Writes JSON, whole or not at all; raises ValueError for NaN and infinity.
 
-    Args:
-        path: The file; its folder is made if missing.
-        value: What to write. NaN and infinity are refused, as JSON has neither.
-        rows_at: Depth from which on a value stands on one line, so that thousands of alike objects
-            are a table; None for no depth.
-
-    Raises:
-        ValueError: The value holds NaN or infinity.
-        OSError: The folder can't be written.
+    Values at depth `rows_at` stand on one line each, so that thousands of them read as a table.
     """
     write_text(path, _json_text(value, rows_at) + "\n")
 
@@ -152,15 +127,9 @@ def _json_text(value: object, rows_at: int | None, depth: int = 0) -> str:
 
 
 def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
-    """Reads one JSON object.
+    """Reads one JSON object, and raises ResultsError for anything else.
 
-    Args:
-        path: The file.
-        finite: Whether NaN and infinity are refused, which no record of ours holds.
-
-    Raises:
-        ResultsError: The file is missing, unreadable, not JSON (see `parse_json`), or not an
-            object.
+    `finite` refuses NaN and infinity, which none of our records holds.
     """
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
@@ -176,12 +145,12 @@ def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ResultsError(
             f"{path}, line {error.lineno}: not valid JSON ({error.msg})",
-            "The file is damaged or half written; make it anew or remove it",
+            "The file is damaged or half written; make it again or remove it",
         ) from None
     except ValueError as error:
         raise ResultsError(
             f"{path}: not valid JSON ({error})",
-            "The file is damaged; make it anew or remove it",
+            "The file is damaged; make it again or remove it",
         ) from None
     if not isinstance(value, dict):
         raise ResultsError(
@@ -193,12 +162,8 @@ def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
 def parse_json(text: str) -> Any:
     """Parses JSON, more strictly than `json.loads`.
 
-    Args:
-        text: One JSON value.
-
-    Raises:
-        ValueError: It is not JSON, or holds a key twice, a whole number of more than 308 digits,
-            brackets too deep to read, or half of a surrogate pair.
+    Raises ValueError for a repeated key, an integer of more than 308 digits, brackets too deep to
+    read, and half of a surrogate pair.
     """
     try:
         value = json.loads(text, object_pairs_hook=without_duplicates, parse_int=_whole_number)
@@ -242,19 +207,12 @@ def _whole_number(digits: str) -> int:
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns an object of JSON, whose keys must differ.
-
-    Args:
-        pairs: As `json.loads` gives them to `object_pairs_hook`.
-
-    Raises:
-        ValueError: A key stands there twice.
-    """
+    """Returns the object of `object_pairs_hook`; raises ValueError for a repeated key."""
     value = dict(pairs)
     if len(value) < len(pairs):
         counts = Counter(key for key, _ in pairs)
         twice = next(key for key, count in counts.items() if count > 1)
-        raise ValueError(f"the key {shown(twice)} stands there twice")
+        raise ValueError(f"the key {shown(twice)} is repeated")
     return value
 
 
@@ -264,11 +222,7 @@ def package_versions() -> dict[str, str]:
 
 
 def installed_versions(names: Iterable[str]) -> dict[str, str]:
-    """Returns the versions of those packages that are installed.
-
-    Args:
-        names: Of distributions.
-    """
+    """Returns the versions of the distributions that are installed."""
     versions = {}
     for name in names:
         try:
@@ -279,11 +233,7 @@ def installed_versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Returns the git revision of a folder and whether it has uncommitted changes.
-
-    Args:
-        folder: Any folder; outside a checkout (an installed wheel) both values are None.
-    """
+    """Returns revision and dirty flag of a checkout; both are None outside of one."""
 
     def git(*words: str) -> str | None:
         try:
@@ -306,7 +256,7 @@ def git_state(folder: Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Returns versions, git state, platform and command; the device is left to who knows torch."""
+    """Returns versions, git state, platform and command; callers that know torch add the device."""
     return {
         "versions": package_versions(),
         "git": git_state(Path(__file__).resolve().parent),
@@ -318,11 +268,7 @@ def environment() -> dict[str, Any]:
 
 
 def scrub(text: str) -> str:
-    """Removes Hub tokens and the home folder from a text that is about to be stored.
-
-    Args:
-        text: For example a command line.
-    """
+    """Removes Hub tokens and the home folder from a text that is about to be stored."""
     text = re.sub(r"hf_[A-Za-z0-9]{20,}", "hf_***", text)
     home = str(Path.home())
     if len(home) < 2:
@@ -331,11 +277,7 @@ def scrub(text: str) -> str:
 
 
 def scrub_all(value: Any) -> Any:
-    """Removes tokens and the home folder from every text of a record; see `scrub`.
-
-    Args:
-        value: JSON: mappings, lists and plain values.
-    """
+    """Scrubs every text of a JSON value."""
     if isinstance(value, str):
         return scrub(value)
     if isinstance(value, Mapping):
@@ -346,44 +288,10 @@ def scrub_all(value: Any) -> Any:
 
 
 def nested(value: Mapping[str, Any], *keys: str) -> Any:
-    """Returns value[key0][key1]…, or None where a key is missing on the way.
-
-    Args:
-        value: A record as read from JSON.
-        *keys: The path into it.
-    """
+    """Returns value[key0][key1]…, or None if a key is missing."""
     current: Any = value
     for key in keys:
         if not isinstance(current, Mapping) or key not in current:
             return None
         current = current[key]
     return current
-
-
-def write_measurements(
-    path: Path,
-    kind: str,
-    version: int,
-    title: str,
-    measurements: Iterable[Mapping[str, Any]],
-    device: str,
-) -> None:
-    """Writes the record of a benchmark.
-
-    Args:
-        path: The file.
-        kind: "training_benchmark" or "scoring_benchmark".
-        version: Of the record's schema.
-        title: What was measured, on which device.
-        measurements: One object each.
-        device: Name of the device.
-    """
-    record = {
-        "schema_version": version,
-        "kind": kind,
-        "created": now(),
-        "title": title,
-        "measurements": list(measurements),
-        "environment": environment() | {"device": device},
-    }
-    write_json(path, record)

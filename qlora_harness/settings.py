@@ -475,7 +475,7 @@ class _RecipeLoader(yaml.SafeLoader):
             key.value.replace("-", "_") for key, _ in node.value if isinstance(key, yaml.ScalarNode)
         )
         if twice := [key for key, count in keys.items() if count > 1]:
-            raise yaml.YAMLError(f"key {shown(twice[0])} stands there twice")
+            raise yaml.YAMLError(f"key {shown(twice[0])} is repeated")
         return super().construct_mapping(node, deep)
 
 

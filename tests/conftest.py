@@ -124,7 +124,7 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    from qlora_harness.model.random_model import write_random_model
+    from qlora_harness.benchmark.random_model import write_random_model
 
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     write_random_model(

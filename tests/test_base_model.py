@@ -14,6 +14,7 @@ import torch
 from conftest import VOCABULARY_SIZE
 from safetensors.torch import load_file, save_file
 
+from qlora_harness.benchmark.random_model import write_random_model
 from qlora_harness.errors import ModelError
 from qlora_harness.model.base import (
     dequantise,
@@ -24,7 +25,6 @@ from qlora_harness.model.base import (
     parameter_dtypes,
     weights_fingerprint,
 )
-from qlora_harness.model.random_model import write_random_model
 from qlora_harness.settings import Quant
 
 WEIGHTS = "model.safetensors"

@@ -93,7 +93,7 @@ def test_excepthook_prints_our_errors_as_one_line() -> None:
 
 def test_errors_of_the_system_that_a_user_can_mend_are_one_line() -> None:
     too_long = of_system(OSError(errno.ENAMETOOLONG, "File name too long", "a" * 300))
-    assert str(too_long) == f"{'a' * 52}…{'a' * 27}: File name too long. Name it shorter."
+    assert str(too_long) == f"{'a' * 52}…{'a' * 27}: File name too long. Use a shorter name."
     full = of_system(OSError(errno.ENOSPC, "No space left on device"))
     assert str(full) == "No space left on device. Make room there, or name another place."
     assert of_system(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None
@@ -116,7 +116,7 @@ def test_names_that_are_too_long_are_told(
     assert cli([*words, "a" * 300]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.endswith(": File name too long. Name it shorter.\n")
+    assert said.err.endswith(": File name too long. Use a shorter name.\n")
     assert "…" in said.err
     assert said.err.count("\n") == 1
 

@@ -91,7 +91,7 @@ def test_some_damaged_adapters(
     assert outcomes["read"] > 0 and outcomes["refused"] > 0
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_many_damaged_adapters(tmp_path: Path, tiny_llama: Path, adapter: Path, seed: int) -> None:

@@ -151,7 +151,7 @@ def test_some_damaged_records(tmp_path: Path, kind: str) -> None:
     assert outcomes["refused"] > 0 or kind == "journal"  # of which damaged lines are left out
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_damaged_records(tmp_path: Path, kind: str) -> None:

@@ -112,7 +112,7 @@ def loads(path: Path) -> bool:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("inputs", [150, pytest.param(5000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("inputs", [150, pytest.param(5000, marks=pytest.mark.slow)])
 def test_damaged_run_folder_is_resumed_or_refused_in_one_line(run_dir: Path, inputs: int) -> None:
     numbers = random.Random(3)
     paths = sorted(path for path in run_dir.rglob("*") if path.is_file())

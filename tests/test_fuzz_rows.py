@@ -64,7 +64,7 @@ def test_some_damaged_files(tmp_path: Path) -> None:
     assert outcomes["read"] > 50 and outcomes["refused"] > 50
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_many_damaged_files(tmp_path: Path, seed: int) -> None:

@@ -2,7 +2,7 @@
 
 Each try is a process forked from this one, which has imported everything already. Other tests
 start threads, with which a fork may hang, so these run by themselves:
-`pytest -m long tests/test_kills.py`.
+`pytest -m slow tests/test_kills.py`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from safetensors.torch import load_file
 from scoring_runs import evaluate
 from training_runs import Train, losses, read, summary
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 KILLS = 50
 
 
 @pytest.fixture(autouse=True)
 def alone(request: pytest.FixtureRequest) -> None:
     if {item.path for item in request.session.items} != {request.path}:
-        pytest.skip("run this file by itself: pytest -m long tests/test_kills.py")
+        pytest.skip("run this file by itself: pytest -m slow tests/test_kills.py")
 
 
 def forked(work: Callable[[], object], seconds: float | None = None) -> bool:

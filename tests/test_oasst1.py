@@ -274,7 +274,7 @@ def test_two_different_rows_of_one_id_are_refused() -> None:
     with pytest.raises(DataError) as caught:
         build([*made, made[1] | {"text": "something else"}])
     assert str(caught.value) == (
-        "message_id 'a' stands in two rows that differ. Remove one of the two rows."
+        "message_id 'a' is in two rows that differ. Remove one of the two rows."
     )
 
 

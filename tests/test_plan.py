@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import transformers
 
+from qlora_harness.benchmark.training import WAYS
 from qlora_harness.cli import main as cli
 from qlora_harness.errors import SettingsError
 from qlora_harness.settings import Quant, build_settings
-from qlora_harness.train.benchmark import WAYS
 from qlora_harness.train.memory_choice import LADDER, choose, with_rung
 from qlora_harness.train.memory_prediction import GIB, largest_pass, predict
 from qlora_harness.train.model_shape import Shape, measure_shape

@@ -77,7 +77,7 @@ def test_failed_replacement_keeps_the_old_file_and_leaves_nothing_behind(
         ("[1]", "{path}: expected a JSON object, found list"),
         ("[" * 100_000, "{path}: not valid JSON (brackets too deep)"),
         ('{"a": ' + "1" * 5000 + "}", "{path}: not valid JSON (a number of 5000 digits)"),
-        ('{"a": 1, "a": 2}', "{path}: not valid JSON (the key 'a' stands there twice)"),
+        ('{"a": 1, "a": 2}', "{path}: not valid JSON (the key 'a' is repeated)"),
         ('{"a": "\\ud800"}', "{path}: not valid JSON (a text holds half of a surrogate pair)"),
     ],
 )

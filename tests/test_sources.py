@@ -323,7 +323,7 @@ def test_csv_row_with_other_cells_than_columns(tmp_path: Path, text: str, reason
 
 def test_csv_column_that_stands_twice(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", "message_id,role,text,text\nq,prompter,a,b\n")
-    assert "the key 'text' stands there twice" in problem(path)
+    assert "the key 'text' is repeated" in problem(path)
 
 
 def test_types_and_columns_of_parquet_that_python_does_not_know(tmp_path: Path) -> None:
@@ -384,9 +384,7 @@ def test_damaged_saved_dataset_is_one_line(tmp_path: Path) -> None:
 
 def test_keys_that_stand_twice_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", '{"message_id": "a", "message_id": "b"}\n')
-    assert (
-        problem(path) == f"{path}, line 1: not valid JSON (the key 'message_id' stands there twice)"
-    )
+    assert problem(path) == f"{path}, line 1: not valid JSON (the key 'message_id' is repeated)"
 
 
 @pytest.mark.parametrize("name", ["ok.parquet", "array.json"])

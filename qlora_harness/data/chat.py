@@ -15,7 +15,7 @@ IGNORE = -100
 
 
 class Tokenizer(Protocol):
-    """What is needed of a transformers tokenizer."""
+    """The part of a transformers tokenizer that is used here."""
 
     chat_template: Any
 
@@ -35,16 +35,9 @@ class Tokenizer(Protocol):
 class Template:
     """The text around the turns of a conversation.
 
-    An exchange reads: user_start, the user's text, assistant_start, the reply, and the end of turn
-    (the tokenizer's EOS, or `end_token`).
-
-    Attributes:
-        user_start: Before the user's text.
-        assistant_start: Between the user's text and the reply.
-        reply_lead: Between assistant_start and the reply; belongs to the reply's tokens.
-        end_token: End of turn where it is not EOS.
-        between: After an end of turn that is not the last.
-        control_tokens: Tokens in this text that must be single tokens of the tokenizer.
+    An exchange reads: user_start, the user's text, assistant_start, reply_lead, the reply, and the
+    end of turn, which is the tokenizer's EOS or `end_token`. `between` follows every end of turn
+    but the last. Each of `control_tokens` must be one token of the tokenizer.
     """
 
     user_start: str
@@ -74,11 +67,8 @@ TEMPLATES: dict[str, Template] = {
 class Example:
     """One conversation as the model sees it.
 
-    Attributes:
-        input_ids: Token ids; BOS first, once, where the tokenizer uses one.
-        labels: The same ids where they are learned, -100 elsewhere. Same length.
-        truncated: Whether turns or tokens were cut to fit.
-        turns: Turns that are left.
+    `input_ids` begin with BOS if the tokenizer uses one. `labels` are the same ids where they are
+    learned and -100 elsewhere. `turns` counts those that were not cut.
     """
 
     input_ids: list[int]
@@ -88,19 +78,13 @@ class Example:
 
     @property
     def supervised_tokens(self) -> int:
-        """Number of tokens that are learned (the first token of a row is never predicted)."""
+        """How many tokens are learned; the first token of a row is never predicted."""
         return sum(label != IGNORE for label in self.labels[1:])
 
 
 @dataclass
 class EncodedSet:
-    """The examples of a split and what happened on the way.
-
-    Attributes:
-        examples: In the order of the conversations.
-        truncated: Number of examples that were cut.
-        dropped: Conversations left without a supervised token.
-    """
+    """The examples of a split, how many were cut, and how many had no supervised token left."""
 
     examples: list[Example] = field(default_factory=list)
     truncated: int = 0
@@ -109,17 +93,13 @@ class EncodedSet:
 
 
 def chat_template(name: str, tokenizer: Tokenizer) -> str:
-    """Returns a template as transformers' chat templates are written (Jinja).
+    """Returns a template of `TEMPLATES` as a Jinja chat template for transformers.
 
-    `apply_chat_template` then gives the ids that `ChatEncoder` gives, and marks the replies as what
-    is learned. The last user turn ends where the reply begins, so there is nothing to add for
-    `add_generation_prompt`. Two kinds of text differ: one that spells out a special token, which
-    training reads as text and a chat template can't, and, in alpaca and chatml, a reply that begins
-    with a line end, which some tokenizers join with the template's.
-
-    Args:
-        name: In `TEMPLATES`.
-        tokenizer: Of the model that was trained with it.
+    `apply_chat_template` then gives the ids of `ChatEncoder` and marks the replies as what is
+    learned. The last user turn ends where the reply begins, so `add_generation_prompt` adds
+    nothing. Two kinds of text differ: one that spells out a special token, which training reads as
+    text, and, in alpaca and chatml, a reply that begins with a newline, which some tokenizers join
+    with the template's.
     """
     template = TEMPLATES[name]
     user = [_quoted(template.user_start), "message['content']", _quoted(template.assistant_start)]
@@ -141,35 +121,26 @@ def chat_template(name: str, tokenizer: Tokenizer) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A text as a string of Jinja's, whose escapes are Python's."""
+    """Jinja's string escapes are Python's."""
     return json.dumps(text)
 
 
 def leading_bos(tokenizer: Tokenizer) -> list[int]:
-    """Returns the BOS that the tokenizer itself puts before a text: one id, or none.
+    """Returns the BOS that the tokenizer itself puts before a text: one id or none.
 
-    LLaMA's does, Qwen's and SmolLM2's do not. Scoring leaves this to the tokenizer, so training
-    must do the same.
-
-    Args:
-        tokenizer: A transformers tokenizer.
+    LLaMA's does, Qwen's and SmolLM2's don't. Scoring leaves this to the tokenizer, so training must
+    do the same.
     """
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and list(tokenizer.encode("a"))[:1] == [bos] else []
 
 
 class ChatEncoder:
-    """Encodes conversations with one tokenizer and template.
+    """Encodes conversations; nothing is added to the tokenizer's vocabulary.
 
-    Args:
-        tokenizer: The base model's tokenizer; nothing is added to its vocabulary.
-        template: Name in `TEMPLATES`.
-        max_length: Longest example in tokens.
-        mask: "prompt" learns supervised turns and their end; "none" learns everything but BOS.
-
-    Raises:
-        SettingsError: The template needs tokens that the tokenizer does not have, or the tokenizer
-            has no EOS.
+    `max_length` is in tokens. `mask` "prompt" learns supervised turns and their end, "none"
+    everything but BOS. Raises SettingsError if the template needs tokens that the tokenizer doesn't
+    have, or the tokenizer has no EOS.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, max_length: int, mask: str) -> None:
@@ -194,11 +165,7 @@ class ChatEncoder:
         self.leading_bos = leading_bos(tokenizer)
 
     def encode_all(self, conversations: Iterable[Conversation]) -> EncodedSet:
-        """Encodes conversations and counts what was cut and dropped.
-
-        Args:
-            conversations: Any number.
-        """
+        """Encodes conversations and counts what was cut and dropped."""
         encoded = EncodedSet()
         for conversation in conversations:
             example = self.encode(conversation)
@@ -211,17 +178,11 @@ class ChatEncoder:
         return encoded
 
     def encode(self, conversation: Conversation) -> Example | None:
-        """Encodes one conversation.
+        """Encodes one conversation; None if no supervised token is left.
 
         A conversation that is too long loses whole exchanges, first from the end down to its first
-        supervised turn, then from the start up to it; if that one exchange is still too long, the
-        reply is cut (and then has no end-of-turn token).
-
-        Args:
-            conversation: Alternating turns, user first, assistant last.
-
-        Returns:
-            The example, or None if no supervised token is left.
+        supervised turn, then from the start up to it. If that one exchange is still too long, the
+        reply is cut, and then has no end-of-turn token.
         """
         pairs = [
             self._encode_exchange(conversation.turns[i], conversation.turns[i + 1])
@@ -272,7 +233,7 @@ class ChatEncoder:
         return _Exchange(prompt, reply + self._end, assistant.supervised)
 
     def _continuation(self, before: str, text: str) -> list[int]:
-        """Ids of a text as it follows another one.
+        """Returns the ids of a text as it follows another.
 
         A SentencePiece tokenizer puts a space before every text it sees alone, so the two are
         encoded together and split.
@@ -284,7 +245,7 @@ class ChatEncoder:
         return self._ids(text)
 
     def _with_control(self, control: str, text: str = "") -> list[int]:
-        """Ids of template text, with control tokens recognised in `control` but not in `text`."""
+        """Recognises control tokens in `control` but not in `text`."""
         if not self._template.control_tokens:
             return self._ids(control + text)
         return self._ids(control, control=True) + (self._ids(text) if text else [])
@@ -307,15 +268,7 @@ class _Exchange:
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """Returns a hash of all token ids and labels, in order.
-
-    Args:
-        examples: The examples of a split.
-
-    Returns:
-        "sha256:" and 64 hexadecimal digits; equal for two runs exactly when they learn the same
-        tokens in the same rows.
-    """
+    """Returns "sha256:" and the hash of all token ids and labels, in order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example.input_ids).to_bytes(4, "little"))
@@ -325,12 +278,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
 
 
 def show(example: Example, tokenizer: Tokenizer) -> str:
-    """Returns an example as text, with each learned span between ⟦ and ⟧.
-
-    Args:
-        example: What to show.
-        tokenizer: The tokenizer that made it.
-    """
+    """Returns an example as text, with each learned span between ⟦ and ⟧."""
     pieces: list[str] = []
     start = 0
     for end in range(1, len(example.labels) + 1):

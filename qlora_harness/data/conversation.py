@@ -9,13 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation.
-
-    Attributes:
-        role: Who speaks.
-        text: What is said, verbatim.
-        supervised: Whether its tokens are learned (assistant turns only).
-    """
+    """One message, verbatim; `supervised` says whether its tokens are learned."""
 
     role: Literal["user", "assistant"]
     text: str
@@ -26,9 +20,7 @@ class Turn:
 class Conversation:
     """Alternating turns from a user turn to an assistant turn.
 
-    Attributes:
-        tree: Id of the tree it comes from; trees are never split between training and evaluation.
-        turns: The turns, in order.
+    `tree` is the id of its tree, which is never split between training and evaluation.
     """
 
     tree: str
@@ -37,14 +29,10 @@ class Conversation:
 
 @dataclass
 class Corpus:
-    """The conversations of a data set and what was left out of them.
+    """The conversations of a data set, in file order, and what was left out.
 
-    Attributes:
-        conversations: In the order of their trees in the file.
-        trees: Number of trees (roots) seen.
-        messages: Number of messages seen.
-        dropped: Messages (or trees, where the reason says so) left out, by reason.
-        resolved: Choices that had to be made without a rank, by kind.
+    `dropped` counts messages (or trees, if the reason says so) by reason; `resolved` counts choices
+    that were made without a rank, by kind.
     """
 
     conversations: list[Conversation]

@@ -19,13 +19,7 @@ _SPLIT_SEED = 0
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The examples of a run and the report that is stored with it.
-
-    Attributes:
-        train: Examples to learn.
-        evaluation: Examples held out; empty when there are none.
-        report: Counts, reasons and fingerprints (JSON).
-    """
+    """Examples to learn, examples held out, and the report of both (JSON)."""
 
     train: list[Example]
     evaluation: list[Example]
@@ -33,16 +27,7 @@ class TrainingData:
 
 
 def load_chosen_data(tokenizer: Tokenizer, chosen: DataSettings) -> TrainingData:
-    """Loads, splits and encodes the data that settings name.
-
-    Args:
-        tokenizer: The base model's tokenizer.
-        chosen: Which data, and what of them is trained on.
-
-    Raises:
-        SettingsError: The template does not suit the tokenizer; see `chat.ChatEncoder`.
-        DataError: See `load_training_data`.
-    """
+    """Loads, splits and encodes the data that the settings name; see `load_training_data`."""
     return load_training_data(
         ChatEncoder(tokenizer, chosen.template, chosen.max_length, chosen.mask),
         chosen.dataset,
@@ -64,30 +49,20 @@ def load_training_data(
 ) -> TrainingData:
     """Loads, splits and encodes a data set.
 
-    The data set's own validation split is the evaluation set; without one, a share of the trees is
-    held out, so that no tree stands on both sides. It is the same share whatever the seed of a run,
-    so that runs of several seeds learn from the same conversations and are evaluated on the same.
-
-    Args:
-        encoder: Tokenizer, template and length.
-        dataset: Name, file or folder; see `sources.load_splits`.
-        revision: Branch, tag or commit on the Hub.
-        languages: Comma-separated codes, or "all".
-        paths: "best-path" or "all-paths".
-        eval_fraction: Share of trees to hold out, 0 to 0.5.
-
-    Raises:
-        DataError: The data can't be read, or nothing is left to train on.
+    The data set's own validation split is the evaluation set. Without one, a share of the trees is
+    held out, so that no tree is on both sides; it is the same share for every seed, so runs of
+    several seeds learn from and are evaluated on the same conversations. Raises DataError if the
+    data can't be read or nothing is left to train on.
     """
-    wanted = parse_languages(languages)
+    codes = parse_languages(languages)
     splits = load_splits(dataset, revision)
-    corpus = _build(splits.train, wanted, paths, splits.source)
+    corpus = _build(splits.train, codes, paths, splits.source)
     if splits.validation is None:
         train, held_out = split_by_tree(corpus.conversations, eval_fraction, _SPLIT_SEED)
         evaluation_source = f"{eval_fraction:g} of the trees"
         validation = None
     else:
-        validation = _build(splits.validation, wanted, paths, splits.source)
+        validation = _build(splits.validation, codes, paths, splits.source)
         train, held_out = corpus.conversations, validation.conversations
         evaluation_source = "validation split"
     encoded = encoder.encode_all(train)
@@ -120,7 +95,7 @@ def load_training_data(
 
 
 def _build(rows: Rows, languages: Sequence[str] | None, paths: str, source: str) -> Corpus:
-    """Builds conversations; what is wrong with them as a whole is said with the file's name."""
+    """Builds conversations; errors about all rows get the data set's name."""
     try:
         return build_conversations(rows, languages, paths)
     except DataError as error:
@@ -130,14 +105,7 @@ def _build(rows: Rows, languages: Sequence[str] | None, paths: str, source: str)
 
 
 def parse_languages(languages: str) -> tuple[str, ...] | None:
-    """Returns the language codes, or None for all.
-
-    Args:
-        languages: Comma-separated codes, or "all".
-
-    Raises:
-        DataError: "all" stands beside other codes.
-    """
+    """Returns the codes of --languages, or None for "all"."""
     codes = tuple(code.strip() for code in languages.split(",") if code.strip())
     if "all" in codes and len(codes) > 1:
         raise DataError(
@@ -149,16 +117,10 @@ def parse_languages(languages: str) -> tuple[str, ...] | None:
 def split_by_tree(
     conversations: Sequence[Conversation], eval_fraction: float, seed: int
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Splits conversations so that each tree is on one side only.
+    """Returns training and evaluation conversations, each in file order, no tree on both sides.
 
-    Args:
-        conversations: In file order.
-        eval_fraction: Share of trees for evaluation; rounded to whole trees, at least one if above
-            0 and there are two trees.
-        seed: Which trees.
-
-    Returns:
-        Training and evaluation conversations, each in file order.
+    `eval_fraction` is rounded to whole trees, and to one at least if it is above 0 and there are
+    two.
     """
     trees = list(dict.fromkeys(c.tree for c in conversations))
     count = round(len(trees) * eval_fraction)

@@ -1,8 +1,8 @@
 """OASST1 message rows to conversations.
 
-The row schema is that of OpenAssistant/oasst1 (https://huggingface.co/datasets/OpenAssistant/oasst1):
-one row a message, `parent_id` null at the root of a tree, `rank` 0 for the best of several siblings
-and null for a lone one.
+The row schema is that of OpenAssistant/oasst1
+(https://huggingface.co/datasets/OpenAssistant/oasst1): one row a message, `parent_id` null at the
+root of a tree, `rank` 0 for the best of several siblings and null for a lone one.
 """
 
 from __future__ import annotations
@@ -40,22 +40,11 @@ _Row = Mapping[str, Any]
 
 
 def check_row(row: object, place: str) -> _Row:
-    """Checks one row against the schema.
+    """Returns a row with the fields of the schema only, or raises DataError.
 
-    Null is null in any form: an absent field, None, NaN, or an empty text. Numbers and truth values
-    may come as texts, as csv has them. What can't be read in a field that only orders siblings
-    (`rank`) counts as null and is noted under `unreadable`; other columns are left out.
-
-    Args:
-        row: What was read.
-        place: The file and line, or data set and row number.
-
-    Returns:
-        The row, with the fields of the schema only.
-
-    Raises:
-        DataError: A field that decides what is learned is missing or can't be understood, or a text
-            can't be encoded.
+    Null is null in any form: an absent field, None, NaN or an empty text. Numbers and truth values
+    may be texts, as in csv. What can't be read in `rank`, which only orders siblings, is null and
+    noted under `unreadable`. `place` is the file and line, or the data set and row number.
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{place}: expected an object, found {type(row).__name__}", _SCHEMA_REMEDY)
@@ -102,7 +91,7 @@ def _is_null(value: object) -> bool:
 
 
 def _identity(row: _Row, name: str, place: str) -> str | None:
-    """An identifier; those that are whole numbers stand for their digits."""
+    """Returns an identifier; whole numbers become their digits."""
     value = row.get(name)
     if _is_null(value):
         return None
@@ -144,7 +133,7 @@ def _truth(value: Any, name: str, place: str) -> bool | None:
 
 
 def _number(value: Any) -> tuple[float | None, bool]:
-    """A number or None, and whether the value could be read as one of the two."""
+    """Returns a number or None, and whether the value was readable as one of the two."""
     if _is_null(value):
         return None, True
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
@@ -159,9 +148,9 @@ def _number(value: Any) -> tuple[float | None, bool]:
 
 
 def _moment(value: Any) -> float | None:
-    """A date as seconds since 1970, or None for what is no date.
+    """Returns a date as seconds since 1970, or None if it isn't one.
 
-    Numbers are seconds, or the thousandths, millionths or billionths that make a date of our time.
+    Numbers are seconds, or the milliseconds, microseconds or nanoseconds of a date of our time.
     """
     if isinstance(value, date):
         day = datetime(value.year, value.month, value.day)
@@ -188,38 +177,58 @@ def _moment(value: Any) -> float | None:
 def build_conversations(
     rows: Iterable[_Row], languages: Sequence[str] | None = ("en",), paths: str = "best-path"
 ) -> Corpus:
-    """Builds conversations from message rows.
+    """Builds conversations from checked message rows in any order.
 
     `best-path` walks from each root and takes at each level the best-ranked remaining message, or
-    the only one where ranks are null, or among several unranked ones the earliest. `all-paths`
-    makes one conversation of each path from a root to an assistant message and supervises its
-    last turn only, so that shared prefixes are not learned several times.
+    among unranked ones the earliest. `all-paths` makes a conversation of each path from a root to
+    an assistant message and supervises its last turn only, so that shared prefixes are not learned
+    several times. `languages` are codes to keep, None for all.
 
-    Args:
-        rows: Checked rows in any order.
-        languages: Codes to keep (exact match with `lang`), or None for all.
-        paths: "best-path" or "all-paths".
-
-    Returns:
-        The conversations, with what was dropped and why: `duplicate row`, `deleted`,
-        `review_result false`, `language`, `empty text`, `orphan` (the parent is missing or was
-        dropped), `role order` (two turns of one role in a row), and by tree `tree without assistant
-        reply`.
-
-    Raises:
-        DataError: Two different rows share a message_id.
+    What is dropped is counted by reason: `duplicate row`, `deleted`, `review_result false`,
+    `language`, `empty text`, `orphan` (the parent is missing or was dropped), `role order` (two
+    turns of one role in a row), and by tree `tree without assistant reply`. Raises DataError if two
+    different rows share a message_id.
     """
     corpus = Corpus([])
-    kept: dict[str, _Row] = {}
+    remaining, order = _select(rows, languages, corpus)
+    roots = [row for row in remaining if row["parent_id"] is None]
+    children: dict[str, list[_Row]] = defaultdict(list)
+    for row in remaining:
+        if row["parent_id"] is not None:
+            children[row["parent_id"]].append(row)
+    for siblings in children.values():
+        if len(siblings) > 1:
+            siblings.sort(key=lambda r: _preference(r, order, corpus))
+    walk = _best_path if paths == "best-path" else _all_paths
+    reached = 0
+    for root in roots:
+        if root["role"] != "prompter":
+            corpus.dropped["role order"] += 1
+            reached += 1
+            continue
+        reached += _count_below(root, children, corpus)
+        conversations = list(walk(root, children, corpus))
+        corpus.conversations.extend(conversations)
+        if not conversations:
+            corpus.dropped["tree without assistant reply"] += 1
+    if orphans := len(remaining) - reached:
+        corpus.dropped["orphan"] += orphans
+    return corpus
+
+
+def _select(
+    rows: Iterable[_Row], languages: Sequence[str] | None, corpus: Corpus
+) -> tuple[list[_Row], dict[str, int]]:
+    """Returns the rows to build from and the place of each message in the file."""
+    remaining: list[_Row] = []
     seen: dict[str, _Row] = {}
-    order: dict[str, int] = {}
     for row in rows:
         identity = row["message_id"]
         corpus.messages += 1
         if identity in seen:
             if row != seen[identity]:
                 raise DataError(
-                    f"message_id {identity!r} stands in two rows that differ",
+                    f"message_id {identity!r} is in two rows that differ",
                     "Remove one of the two rows",
                 )
             corpus.dropped["duplicate row"] += 1
@@ -228,38 +237,11 @@ def build_conversations(
         if name := row.get("unreadable"):
             corpus.resolved[f"unreadable {name}"] += 1
         corpus.trees += row["parent_id"] is None
-        order[identity] = len(order)
-        reason = _drop_reason(row, languages)
-        if reason:
+        if reason := _drop_reason(row, languages):
             corpus.dropped[reason] += 1
         else:
-            kept[identity] = row
-    children: dict[str, list[_Row]] = defaultdict(list)
-    roots: list[_Row] = []
-    for row in kept.values():
-        if row["parent_id"] is None:
-            roots.append(row)
-        else:
-            children[row["parent_id"]].append(row)
-    for siblings in children.values():
-        if len(siblings) > 1:
-            siblings.sort(key=lambda r: _preference(r, order, corpus))
-    reached = 0
-    for root in roots:
-        if root["role"] != "prompter":
-            corpus.dropped["role order"] += 1
-            reached += 1
-            continue
-        reached += _count_below(root, children, corpus)
-        walk = _best_path if paths == "best-path" else _all_paths
-        found = list(walk(root, children, corpus))
-        corpus.conversations.extend(found)
-        if not found:
-            corpus.dropped["tree without assistant reply"] += 1
-    orphans = len(kept) - reached
-    if orphans:
-        corpus.dropped["orphan"] += orphans
-    return corpus
+            remaining.append(row)
+    return remaining, {identity: number for number, identity in enumerate(seen)}
 
 
 def _drop_reason(row: _Row, languages: Sequence[str] | None) -> str | None:
@@ -275,7 +257,7 @@ def _drop_reason(row: _Row, languages: Sequence[str] | None) -> str | None:
 
 
 def _preference(row: _Row, order: Mapping[str, int], corpus: Corpus) -> tuple[float, float, int]:
-    """Sort key of siblings: rank (unranked last), then date, then place in the file."""
+    """Sort key of siblings: rank (unranked last), then date, then order in the file."""
     rank, created = row.get("rank"), row.get("created_date")
     moment = None if created is None else _moment(created)
     if created is not None and moment is None:
@@ -288,12 +270,12 @@ def _preference(row: _Row, order: Mapping[str, int], corpus: Corpus) -> tuple[fl
 
 
 def _replies(row: _Row, children: Mapping[str, list[_Row]]) -> list[_Row]:
-    """The children that answer a message: those of the other role, best first."""
+    """The children of the other role, best first."""
     return [c for c in children.get(row["message_id"], ()) if c["role"] != row["role"]]
 
 
 def _count_below(root: _Row, children: Mapping[str, list[_Row]], corpus: Corpus) -> int:
-    """Counts the messages of a tree and notes those of the wrong role (and all below them)."""
+    """Counts the messages of a tree, and as `role order` those of the wrong role and below."""
     seen = 0
     stack = [(root, True)]
     while stack:
@@ -338,8 +320,8 @@ def _all_paths(
 
 def _conversation(path: Sequence[_Row], supervise_all: bool) -> Conversation:
     turns = []
-    for place, row in enumerate(path):
+    for index, row in enumerate(path):
         assistant = row["role"] == "assistant"
-        learned = assistant and (supervise_all or place == len(path) - 1)
+        learned = assistant and (supervise_all or index == len(path) - 1)
         turns.append(Turn("assistant" if assistant else "user", row["text"], learned))
     return Conversation(path[0]["message_id"], tuple(turns))

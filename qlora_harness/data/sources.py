@@ -21,7 +21,7 @@ from typing import IO, Any, cast
 import jsonlines
 
 from qlora_harness.data.oasst1 import FIELDS, REQUIRED, check_row
-from qlora_harness.errors import DataError
+from qlora_harness.errors import DataError, first_line
 from qlora_harness.locations import demo_dir, expanded
 from qlora_harness.record import without_duplicates
 
@@ -44,13 +44,7 @@ Rows = Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Splits:
-    """The rows of a data set.
-
-    Attributes:
-        train: Rows for training (and evaluation, where there is no validation split).
-        validation: Rows of the data set's own validation split, or None.
-        source: Where they came from, for the record.
-    """
+    """A data set's rows; `validation` is its own validation split, or None."""
 
     train: Rows
     validation: Rows | None
@@ -58,16 +52,7 @@ class Splits:
 
 
 def parse_line(line: str, place: str, remedy: str) -> object:
-    """Parses one line of a JSON Lines file.
-
-    Args:
-        line: The line.
-        place: The file and line number, for the message.
-        remedy: What to do about a broken line.
-
-    Raises:
-        DataError: It is not JSON.
-    """
+    """Parses one line of a JSON Lines file; raises DataError with `place` and `remedy`."""
     try:
         return jsonlines.Reader([line], loads=_loads).read()
     except RecursionError:
@@ -85,13 +70,8 @@ def _loads(text: str) -> object:
 def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     """Yields the checked rows of a file: JSON Lines, a JSON array, csv or parquet.
 
-    All but parquet may be compressed (.gz, .xz, .bz2, .zst), and is UTF-8.
-
-    Args:
-        path: The file; its name says which form it has.
-
-    Raises:
-        DataError: The file is missing or unreadable, or a row is broken (named by line or number).
+    All but parquet are UTF-8 and may be compressed (.gz, .xz, .bz2, .zst). Raises DataError, with
+    the line or number of a broken row.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSED else None
@@ -110,9 +90,8 @@ def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         raise DataError(f"--dataset: {path} does not exist", _REMEDY) from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason})", "Convert the file") from None
-    except Exception as error:  # the parsers of damaged files raise many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path} can't be read: {reason}", "Check the file") from None
+    except Exception as error:  # noqa: BLE001  # the parsers of damaged files raise many kinds
+        raise DataError(f"{path} can't be read: {first_line(error)}", "Check the file") from None
 
 
 def _is_parquet(path: Path) -> bool:
@@ -131,7 +110,7 @@ def _open(path: Path, packed: str | None) -> IO[bytes]:
 
 
 def _json_rows(path: Path, text: IO[str]) -> Iterator[tuple[str, object]]:
-    """Rows of JSON Lines, each with its line, or of one JSON array."""
+    """Yields the rows of JSON Lines with their lines, or those of one JSON array."""
     begun = False
     with text:
         for number, line in enumerate(text, start=1):
@@ -175,7 +154,7 @@ def _csv_rows(path: Path, text: IO[str], form: str) -> Iterator[tuple[str, objec
 
 
 def _csv_cell(name: str, value: str) -> str | None:
-    """A cell as pandas reads it, with which datasets reads csv; a reply may well be "None"."""
+    """Reads a cell as pandas does, with which datasets reads csv; but a reply may be "None"."""
     if name == "text":
         return value
     if name.endswith("_id") and re.fullmatch(r"\d+\.0", value):
@@ -210,18 +189,11 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def load_splits(name: str, revision: str | None = None) -> Splits:
-    """Finds the rows of a data set.
+    """Finds the rows of "demo", "oasst1", "oasst2", another Hub id, a file or a folder.
 
-    As in `datasets`, what lies in the working folder comes before the Hub; "demo" is always the
-    embedded set. Where a known name stands for both, a log line says which one is taken.
-
-    Args:
-        name: "demo", "oasst1", "oasst2", another Hub id, a file as `read_rows` takes it, or a
-            folder (saved by `datasets`, or holding such files).
-        revision: Branch, tag or commit on the Hub.
-
-    Raises:
-        DataError: It can't be found or read.
+    As in `datasets`, the working folder comes before the Hub; "demo" is always the embedded set. If
+    a known name stands for both, a log line says which is used. `revision` is a branch, tag or
+    commit on the Hub. Raises DataError.
     """
     path = _local_path(name)
     kind = _kind(path)
@@ -245,13 +217,13 @@ def load_splits(name: str, revision: str | None = None) -> Splits:
 
 
 def _local_path(name: str) -> Path:
-    """Where a data set of this name would lie: of a known word, also where its Hub id points."""
+    """Returns where a data set of this name would be; a known word, also under its Hub id."""
     path = expanded(name)
     return path if name not in HUB_NAMES or path.exists() else Path(HUB_NAMES[name])
 
 
 def _kind(path: Path) -> str | None:
-    """What lies there: "file", "folder" or None."""
+    """Returns "file", "folder" or None."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -266,7 +238,7 @@ def _kind(path: Path) -> str | None:
 
 
 def _say_what_is_taken(name: str, path: Path, kind: str) -> None:
-    """Where a known name is that of a local file or folder as well; "./NAME" is only the latter."""
+    """Warns if a known name is also that of a local file or folder."""
     local = f"the local {kind} {path}"
     if name == DEMO:
         logger.warning(
@@ -285,7 +257,7 @@ def _say_what_is_taken(name: str, path: Path, kind: str) -> None:
 
 
 def _folder(path: Path) -> Splits:
-    """A folder saved by `datasets`, or one of files, divided by their names as `datasets` does."""
+    """Reads a folder saved by `datasets`, or one of files, split by name as `datasets` does."""
     import datasets
     from datasets.data_files import DataFilesDict, get_data_patterns
 
@@ -297,14 +269,15 @@ def _folder(path: Path) -> Splits:
                 part.data.validate(full=True)  # else damage ends the process when it is read
             return _splits(loaded, str(path))
         base = glob.escape(str(path))
-        found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+        files_by_split = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
     except DataError:
         raise
-    except Exception as error:  # datasets raises many kinds; all mean an unreadable folder
-        reason = str(error).split("\n")[0]
-        raise DataError(f"--dataset: folder {path} can't be read: {reason}", _FOLDER) from None
+    except Exception as error:  # noqa: BLE001  # datasets raises many kinds; all mean an unreadable folder
+        raise DataError(
+            f"--dataset: folder {path} can't be read: {first_line(error)}", _FOLDER
+        ) from None
     splits = {}
-    for name, files in found.items():
+    for name, files in files_by_split.items():
         paths = [file for file in map(Path, files) if _has_rows(file)]
         if paths:
             splits[str(name)] = chain.from_iterable(map(read_rows, sorted(paths)))
@@ -327,10 +300,9 @@ def _hub(name: str, revision: str | None) -> Splits:
 
     try:
         loaded = datasets.load_dataset(name, revision=revision)
-    except Exception as error:  # network, access, spelling: the Hub has many
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # noqa: BLE001  # network, access, spelling: the Hub has many
         raise DataError(
-            f"--dataset: {name!r} can't be loaded from the Hub: {reason}",
+            f"--dataset: {name!r} can't be loaded from the Hub: {first_line(error)}",
             "Check the name, the network and your access, or give a local file or folder",
         ) from None
     return _splits(loaded, name)
@@ -367,7 +339,7 @@ def _checked(rows: Any, place: str) -> Iterator[Mapping[str, Any]]:
             yield check_row(row, f"{place}, row {number}")
     except DataError:
         raise
-    except Exception as error:  # of a column that can't be decoded
+    except Exception as error:  # noqa: BLE001  # of a column that can't be decoded
         raise DataError(
             f"{place}, row {number + 1} can't be read: {type(error).__name__}: {error}",
             "Check the data set",

@@ -13,13 +13,13 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from qlora_harness.benchmark import peer_process
+from qlora_harness.benchmark.peers import PEER_WAYS, run_peer
+from qlora_harness.benchmark.training import WAYS
 from qlora_harness.cli import main
 from qlora_harness.data.chat import Example
 from qlora_harness.model.base import find_base
 from qlora_harness.settings import build_settings
-from qlora_harness.train import peer_process
-from qlora_harness.train.benchmark import WAYS
-from qlora_harness.train.peers import PEER_WAYS, PeerOptions, run_peer
 
 STAND_IN = """
 from dataclasses import dataclass
@@ -105,7 +105,8 @@ def test_a_peer_that_takes_too_long_is_stopped(tiny_llama: Path, tmp_path: Path)
         find_base(str(tiny_llama)),
         [Example([1, 5, 6], [-100, 5, 6])],
         steps=1,
-        options=PeerOptions({"trl": folder}, 4),
+        path=folder,
+        timeout=4,
     )
     assert failed == {"failure": "timed out after 4 s"}
 
@@ -113,8 +114,9 @@ def test_a_peer_that_takes_too_long_is_stopped(tiny_llama: Path, tmp_path: Path)
 def test_a_missing_peer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_process, "find_spec", lambda name: None)
     for peer in ("trl", "unsloth"):
-        found = peer_process.measure({"peer": peer})
-        assert found == {"failure": f"{peer} is not installed: pip install {peer}"}
+        assert peer_process.measure({"peer": peer}) == {
+            "failure": f"{peer} is not installed: pip install {peer}"
+        }
 
 
 def test_a_layout_that_a_peer_did_not_keep_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,14 +124,14 @@ def test_a_layout_that_a_peer_did_not_keep_is_not_measured(monkeypatch: pytest.M
     monkeypatch.setattr(peer_process, "find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "trl", ModuleType("trl"))
     monkeypatch.setattr(peer_process, "_trl_trainer", lambda *_: left)
-    order = {"peer": "trl", "layout": "pack", "settings": build_settings({}).flat()}
-    assert peer_process.measure(order) == {"failure": "trl would run as trl-pad here"}
+    request = {"peer": "trl", "layout": "pack", "settings": build_settings({}).flat()}
+    assert peer_process.measure(request) == {"failure": "trl would run as trl-pad here"}
 
 
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("axolotl=.", "--peer-path: 'axolotl=.' is not PEER=FOLDER. Peers are trl, unsloth."),
+        ("axolotl=.", "--peer-path: 'axolotl=.' is not PEER=FOLDER. Peers are trl, unsloth"),
         ("trl", "--peer-path: 'trl' is not PEER=FOLDER"),
         ("trl=/not/there", "--peer-path: folder /not/there does not exist. `pip install --target"),
     ],

@@ -34,17 +34,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 def write_random_model(
     folder: Path, *, shape: str, tokenizer: str, seed: int = 0, vocab_size: int | None = None
 ) -> None:
-    """Writes a LLaMA model folder with random bfloat16 weights, which says so in its config.
+    """Writes a LLaMA folder with random bfloat16 weights; its config says that they are random.
 
-    Args:
-        folder: Must not exist.
-        shape: Name in `SHAPES`.
-        tokenizer: Folder or Hub id of the tokenizer to put beside it.
-        seed: Seed of the weights.
-        vocab_size: Rows of the embedding, if not the shape's own.
-
-    Raises:
-        ModelError: The folder exists, or the tokenizer can't be read.
+    `tokenizer` is a folder or Hub id, whose files are put beside the weights; `vocab_size` replaces
+    the shape's own. Raises ModelError if the folder exists or the tokenizer can't be read.
     """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -53,14 +46,12 @@ def write_random_model(
         raise ModelError(f"{folder} exists", "Name a folder that does not")
     try:
         tok = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # transformers raises many kinds
         raise ModelError(
             f"--tokenizer: {tokenizer!r} can't be loaded ({str(error).splitlines()[0]})",
             "Name a tokenizer folder or a Hub id",
         ) from None
-    dims = dict(SHAPES[shape])
-    if vocab_size is not None:
-        dims["vocab_size"] = vocab_size
+    dims = SHAPES[shape] | ({} if vocab_size is None else {"vocab_size": vocab_size})
     config = LlamaConfig(
         **dims,
         rms_norm_eps=1e-5,

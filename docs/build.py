@@ -1,0 +1,312 @@
+"""Writes what README.md and docs/ show from the records in results/: tables, answer, picture.
+
+    python docs/build.py            # writes them
+    python docs/build.py --check    # exits with 1 and names the files that would change
+
+A block begins with `<!-- table: NAME -->` or `<!-- answer -->` and ends with `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import qlora_harness as qh
+from qlora_harness.benchmark.record import (
+    ScoringBenchmark,
+    ScoringMeasurement,
+    TrainingBenchmark,
+    TrainingMeasurement,
+)
+from qlora_harness.compare.text import differences_line
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "results" / "benchmarks"
+STUDY = ROOT / "results" / "published" / "smollm2"
+STUDY_RUNS = ("4bit", "4bit_seed1", "4bit_seed2", "16bit", "16bit_seed1", "16bit_seed2")
+BASES = ("base_4bit", "base_16bit")
+
+TRAINING_ROWS = {
+    "published": "published recipe: PEFT, 1 × 16, full checkpointing, dropout 0.1",
+    "published-fused": "the same recipe through fused layers",
+    "published-fast": "the recipe with `--memory fast` (no checkpointing)",
+    "published-balanced": "the recipe with `--memory balanced` (selective)",
+    "peft-full": "PEFT, padded, full checkpointing",
+    "fused-none": "fused, no checkpointing",
+    "fused-none@28": "fused, no checkpointing, 28 conversations a step",
+    "fused-none@31": "fused, no checkpointing, 31 conversations a step",
+    "fused-selective": "fused, selective checkpointing",
+    "fused-full": "fused, full checkpointing",
+    "fused-offload": "fused, offload",
+    "fused-lean": "fused, `--memory lean` (offload, paged 8-bit AdamW, bf16 adapter)",
+    "fused-lean-1": "fused, one conversation a step, full, paged 8-bit AdamW, bf16 adapter",
+}
+PEER_ROWS = {
+    "fused-none": "fused layers",
+    "fused-none@28": "fused layers, 28 conversations a step",
+    "unsloth-pad": "Unsloth, padded",
+    "trl-pad": "TRL with Liger's kernels, padded",
+}
+
+
+def training(name: str) -> dict[str, TrainingMeasurement]:
+    """The measurements of a training record by way."""
+    record = TrainingBenchmark.model_validate_json((RECORDS / name).read_text(encoding="utf-8"))
+    return {m.way: m for m in record.measurements if m.failure is None}
+
+
+def scoring(name: str) -> list[ScoringMeasurement]:
+    """The measurements of a scoring record."""
+    text = (RECORDS / name).read_text(encoding="utf-8")
+    return ScoringBenchmark.model_validate_json(text).measurements
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are numbers."""
+    columns = list(head)
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *map(list, rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def speed(m: TrainingMeasurement | None) -> str:
+    """Tokens a second, and the median of the steps if it is more than 2% off."""
+    if m is None:
+        return "–"
+    text = f"{m.tokens_per_second:,.0f}"
+    far = abs(m.median_tokens_per_second / m.tokens_per_second - 1) > 0.02
+    return f"{text} (median {m.median_tokens_per_second:,.0f})" if far else text
+
+
+def peak(m: TrainingMeasurement | None, digits: int = 2) -> str:
+    """Peak GiB that torch allocated; † marks a paged optimizer, whose states come on top."""
+    if m is None or m.peak_allocated_bytes is None:
+        return "–"
+    paged = m.changes.get("optimizer", "paged_adamw_32bit").startswith("paged")
+    return f"{m.peak_allocated_bytes / 2**30:.{digits}f}" + (" †" if paged else "")
+
+
+def training_table() -> str:
+    nf4, bf16 = training("training_nf4.json"), training("training_bf16.json")
+    rows = [
+        [text, speed(nf4.get(way)), peak(nf4.get(way)), speed(bf16.get(way)), peak(bf16.get(way))]
+        for way, text in TRAINING_ROWS.items()
+        if way in nf4 or way in bf16
+    ]
+    head = ["", "NF4 tokens/s", "NF4 peak, GiB", "bf16 tokens/s", "bf16 peak, GiB"]
+    return table(head, rows)
+
+
+def peers_table() -> str:
+    hosts = [training(f"training_peers_nf4_{host}.json") for host in "abc"]
+    rows = [
+        [text]
+        + [f"{host[way].median_tokens_per_second:,.0f}" for host in hosts]
+        + [peak(hosts[-1][way])]
+        for way, text in PEER_ROWS.items()
+    ]
+    return table(["NF4, median tokens/s", "host A", "host B", "host C", "peak, GiB"], rows)
+
+
+def peers_ratio(way: str) -> str:
+    """The range over hosts of a way's median speed over Unsloth's."""
+    hosts = [training(f"training_peers_nf4_{host}.json") for host in "abc"]
+    ratios = [
+        host[way].median_tokens_per_second / host["unsloth-pad"].median_tokens_per_second
+        for host in hosts
+    ]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
+def peers_sentence() -> str:
+    return (
+        f"The fused layers train {peers_ratio('fused-none')} times as fast as Unsloth with the same "
+        f"conversations a step, and {peers_ratio('fused-none@28')} times with 28, in less memory "
+        "than Unsloth takes for 16."
+    )
+
+
+def scoring_table() -> str:
+    rows = []
+    for base, name in (("bf16", "scoring_7b_bf16.json"), ("NF4", "scoring_7b_nf4.json")):
+        for m in scoring(name):
+            rows.append(
+                [
+                    f"{m.name}, {base} base",
+                    f"{m.questions:,}",
+                    f"{m.encoding_seconds:.1f}",
+                    f"{m.scoring_seconds:.1f}",
+                    f"{m.computed_tokens:,}",
+                    "–"
+                    if m.peak_allocated_bytes is None
+                    else f"{m.peak_allocated_bytes / 2**30:.2f}",
+                    f"{m.ratio:.1f}",
+                ]
+            )
+    head = ["", "questions", "encoding, s", "scoring, s", "computed tokens", "peak, GiB", "ratio"]
+    return table(head, rows)
+
+
+def agreement_table() -> str:
+    auto = {m.name: m for m in scoring("scoring_smollm2.json")}
+    plain = {m.name: m for m in scoring("scoring_smollm2_kernels_none.json")}
+    ways = [auto["lm-eval hf, batch size 16"], auto["packed"], plain["packed"]]
+
+    def row(text: str, value: Callable[[ScoringMeasurement], float | None], form: str) -> list[str]:
+        values = [value(m) for m in ways]
+        return [text] + ["–" if number is None else form.format(number) for number in values]
+
+    return table(
+        ["", "`hf`", "packed", "packed, `kernels=none`"],
+        [
+            row("mean difference from float32, nats", lambda m: m.float32_difference, "{:.3f}"),
+            row("same letter as float32", lambda m: m.float32_predictions, "{:.2%}"),
+            row("same letter as `hf`", lambda m: m.same_predictions, "{:.2%}"),
+            row("same, if neither has a tie", lambda m: m.untied_predictions, "{:.2%}"),
+            row("questions with a tie", lambda m: m.ties, "{}"),
+        ],
+    )
+
+
+def headline_table() -> str:
+    nf4, peers = training("training_nf4.json"), training("training_peers_nf4_c.json")
+    hf, packed = scoring("scoring_7b_bf16.json")[:2]
+    hf_seconds = packed.ratio * (packed.encoding_seconds + packed.scoring_seconds)
+
+    def cell(m: TrainingMeasurement, median: bool = False) -> str:
+        speed = m.median_tokens_per_second if median else m.tokens_per_second
+        return f"{speed:,.0f} tokens/s, {peak(m, 1)} GiB"
+
+    rows = [
+        [
+            "the published recipe: PEFT, 16 passes / `--memory fast`",
+            cell(nf4["published"]),
+            cell(nf4["published-fast"]),
+        ],
+        [
+            "full checkpointing: PEFT, padded / fused layers",
+            cell(nf4["peft-full"]),
+            cell(nf4["fused-full"]),
+        ],
+        [
+            "no checkpointing: Unsloth, padded / fused layers (medians)",
+            cell(peers["unsloth-pad"], True),
+            cell(peers["fused-none"], True),
+        ],
+        ["selective checkpointing", "", cell(nf4["fused-selective"])],
+        ["`--memory lean`: 8-bit AdamW, bf16 adapter", "", cell(nf4["fused-lean"])],
+        [
+            f"{packed.questions:,} five-shot MMLU prompts: lm-eval's `hf` "
+            f"(from a sample of {hf.questions}) / packed",
+            f"{hf_seconds:,.0f} s",
+            f"{packed.encoding_seconds + packed.scoring_seconds:.0f} s",
+        ],
+    ]
+    return table(["NF4, 16 conversations a step", "others", "here"], rows)
+
+
+def answer() -> str:
+    """What `qlora-harness compare` prints of the published study."""
+    comparison = qh.compare([STUDY / name for name in (*STUDY_RUNS, *BASES)])
+    printed = f"{comparison}\n{differences_line(comparison)}"
+    return "\n".join(f"    {line}".rstrip() for line in printed.splitlines())
+
+
+def picture() -> str:
+    """The differences of the published study as an SVG, for light and dark pages."""
+    contrast = qh.compare([STUDY / name for name in STUDY_RUNS]).contrasts[0]
+    rows = []
+    for number, (key, name, (factor, digits), unit) in enumerate(
+        (
+            ("memory", "peak memory", (100, 1), "%"),
+            ("eval_loss", "eval loss", (1, 3), " nats"),
+            ("nll", "NLL, MMLU", (1, 3), " nats"),
+            ("accuracy", "accuracy, MMLU", (100, 2), " points"),
+        )
+    ):
+        endpoint = contrast[key]
+        low, middle, high = (
+            factor * value for value in (endpoint.low, endpoint.difference, endpoint.high)
+        )
+        scale = 130 / max(abs(low), abs(high))
+        y = 66 + 34 * number
+        x = [290 + scale * value for value in (low, middle, high)]
+        text = f"{middle:+.{digits}f}{unit}  [{low:+.{digits}f}, {high:+.{digits}f}]"
+        rows.append(
+            f'<text x="12" y="{y + 4}">{name}</text>'
+            f'<line class="{endpoint.word}" x1="{x[0]:.1f}" x2="{x[2]:.1f}" y1="{y}" y2="{y}"/>'
+            f'<circle class="{endpoint.word}" cx="{x[1]:.1f}" cy="{y}" r="4.5"/>'
+            f'<text x="440" y="{y + 4}">{text.replace("-", "−").replace("+0.00", "0.00")}</text>'
+            f'<text class="word {endpoint.word}" x="668" y="{y + 4}">{endpoint.word}'
+            + (" (letters)</text>" if endpoint.letters else "</text>")
+        )
+    body = "\n".join(rows)
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 206" role="img"
+ aria-label="NF4 minus bf16 with 95% intervals">
+<style>
+text {{ font: 13px system-ui, sans-serif; fill: #1f2328 }}
+.note {{ fill: #59636e; font-size: 12px }}
+.title, .word {{ font-weight: 600 }}
+line {{ stroke: #59636e; stroke-width: 3; stroke-linecap: round }}
+.axis {{ stroke-width: 1; stroke-dasharray: 3 4 }}
+circle {{ fill: #59636e }}
+line.better {{ stroke: #1a7f37 }} .better {{ fill: #1a7f37 }}
+line.worse {{ stroke: #cf222e }} .worse {{ fill: #cf222e }}
+@media (prefers-color-scheme: dark) {{
+text {{ fill: #f0f6fc }} .note {{ fill: #9198a1 }}
+line.better {{ stroke: #3fb950 }} .better {{ fill: #3fb950 }}
+line.worse {{ stroke: #f85149 }} .worse {{ fill: #f85149 }}
+line, circle {{ stroke: #9198a1 }} circle {{ stroke: none }}
+}}
+</style>
+<text class="title" x="12" y="22">What NF4 costs: SmolLM2-135M on OASST1, three seeds an arm</text>
+<text class="note" x="12" y="42">NF4 minus bf16, 95% intervals; each row has its own scale</text>
+<line class="axis" x1="290" x2="290" y1="52" y2="184"/>
+{body}
+<text class="note" x="290" y="200" text-anchor="middle">0</text>
+</svg>
+"""
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "answer": answer,
+    "table: headline": headline_table,
+    "table: training": training_table,
+    "table: peers": peers_table,
+    "sentence: peers": peers_sentence,
+    "table: scoring": scoring_table,
+    "table: agreement": agreement_table,
+}
+
+
+def filled(text: str) -> str:
+    """Returns a page with its blocks written anew."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->"
+
+    names = "|".join(map(re.escape, BLOCKS))
+    return re.sub(rf"<!-- ({names}) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    """Writes or checks every page and the picture."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    contents = {page: filled(page.read_text(encoding="utf-8")) for page in pages}
+    contents[ROOT / "docs" / "answer.svg"] = picture()
+    stale = [
+        path
+        for path, text in contents.items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+    if "--check" in sys.argv[1:]:
+        print("\n".join(str(path.relative_to(ROOT)) for path in stale), end="")
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(contents[path], encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Benchmarks of training steps and of scoring, against peers; their records and tables."""

@@ -1,0 +1,287 @@
+"""Times packed scoring against lm-eval's `hf` model: one process, one base, the same prompts."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_harness.benchmark.record import ScoringBenchmark, ScoringMeasurement
+from qlora_harness.errors import SettingsError
+from qlora_harness.families import LETTERS
+from qlora_harness.lm_eval_compat.hflm import StockHFLM
+from qlora_harness.model.lora import attach_lora
+from qlora_harness.record import environment, write_json
+from qlora_harness.score.adapter_lm import QloraAdapterLM
+from qlora_harness.score.encoding import encode_pairs
+from qlora_harness.score.mmlu import is_tie, predict
+from qlora_harness.score.mmlu_files import Question, known_files, load_questions
+from qlora_harness.score.session import TokenScores
+
+Pair = tuple[str, str]
+Encoded = tuple[Pair, list[int], list[int]]
+Logprobs = list[list[float]]  # four of each question, nats
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `qlora-harness benchmark-scoring` was told to measure."""
+
+    model: str
+    quant: str
+    dtype: str
+    file: str
+    """Name of an MMLU file, looked for in `folder`, or fetched."""
+    folder: str | None
+    subjects: Sequence[str] | None
+    rows: int | None
+    """Most questions of a subject."""
+    batch_size: int
+    """Of lm-eval's `hf`."""
+    margin_batch_size: int | None
+    """Another batch size of `hf`, to show how far that alone moves its numbers."""
+    baseline_questions: int | None
+    """Size of the random sample that `hf` scores; None for all questions."""
+    pack_tokens: int | None
+    adapter_rank: int | None
+    """Rank of a random unmerged adapter that is measured, too."""
+    kernels: str
+    float32_reference: bool
+    """Whether the weights are also scored in float32, to say how far each way is from that."""
+    output: Path | None
+
+
+def measure_scoring(plan: Plan) -> str:
+    """Loads the base, measures, and returns the table.
+
+    Raises HarnessError if the model or the file can't be read, or if a float32 reference is wanted
+    of 4-bit weights.
+    """
+    if plan.float32_reference and plan.quant != "bf16":
+        raise SettingsError(
+            f"--float32-reference with --quant {plan.quant}: 4-bit weights have no float32 form",
+            "Use --quant bf16",
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    questions = choose_questions(plan.file, plan.folder, plan.subjects, plan.rows)
+    lm = QloraAdapterLM(
+        pretrained=plan.model,
+        quant=plan.quant,
+        dtype=plan.dtype,
+        batch_size=plan.batch_size,
+        device=device,
+        pack_tokens=plan.pack_tokens,
+        kernels="none",
+    )
+    measurements = _Bench(lm, questions, plan).measurements
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    random_weights = ", random weights" if lm.loaded.source.random_weights else ""
+    dtype = lm.loaded.compute_dtype
+    title = f"{plan.model}{random_weights}, {plan.quant}, {dtype}, {plan.file}, {name}"
+    title += ", fused kernels" if lm.session.path.fused else ""
+    record = ScoringBenchmark(
+        title=title,
+        measurements=measurements,
+        environment=environment() | {"device": name},
+    )
+    if plan.output is not None:
+        write_json(plan.output, record.model_dump())
+    return record.table()
+
+
+def choose_questions(
+    file: str, folder: str | None, subjects: Sequence[str] | None, rows: int | None
+) -> list[Question]:
+    """Returns the questions of an MMLU file, at most `rows` of each subject."""
+    if file not in known_files():
+        raise SettingsError(
+            f"--file: {file!r} is not one of {', '.join(known_files())}", "Choose one of these"
+        )
+    questions = load_questions(file, folder, argument="--mmlu-dir")
+    known = sorted({question.subject for question in questions})
+    for subject in subjects or ():
+        if subject not in known:
+            near = difflib.get_close_matches(subject, known, n=1)
+            raise SettingsError(
+                f"--subjects: {file} has no subject {subject!r}",
+                f"The nearest is {near[0]!r}" if near else f"It has {', '.join(known)}",
+            )
+    taken: Counter[str] = Counter()
+    chosen = []
+    for question in questions:
+        taken[question.subject] += 1
+        if question.subject in (subjects or known) and taken[question.subject] <= (rows or 10**9):
+            chosen.append(question)
+    return chosen
+
+
+@dataclass
+class _Way:
+    """A way of scoring: how texts are encoded and how token ids are scored."""
+
+    name: str
+    encode: Callable[[Sequence[Pair]], list[Encoded]]
+    score: Callable[[list[Encoded]], TokenScores]
+
+
+class _Bench:
+    """Measures lm-eval's `hf`, then packed scoring, then the same with an unmerged adapter."""
+
+    def __init__(self, lm: QloraAdapterLM, questions: Sequence[Question], plan: Plan) -> None:
+        self._lm = lm
+        self._sample = list(questions)
+        if plan.baseline_questions is not None and plan.baseline_questions < len(questions):
+            self._sample = random.Random(0).sample(self._sample, plan.baseline_questions)
+        warm = questions[:64]
+        lm.session.expand_base()
+        hf = _hf_way(lm, plan.batch_size)
+        _score(hf, warm[: 2 * plan.batch_size])
+        self._baseline, self._expected, encoded = self._measure(hf, self._sample)
+        self.measurements = [self._baseline]
+        by_way = [(self._baseline, self._expected)]
+        if plan.margin_batch_size is not None:
+            seconds = self._baseline.encoding_seconds  # it encodes alike
+            way = _hf_way(lm, plan.margin_batch_size)
+            measured, logprobs, _ = self._measure(way, self._sample, (encoded, seconds))
+            by_way.append((self._add(measured, logprobs), logprobs))
+        exact: Logprobs | None = None
+        base = lm.model
+        if plan.float32_reference:
+            lm.take(copy.deepcopy(base).float(), plan.kernels)
+            way = _packed_way(lm, "packed, weights in float32")
+            _score(way, warm)
+            measured, exact, _ = self._measure(way, self._sample)
+            by_way.append((self._add(measured, exact), exact))
+        lm.take(base, plan.kernels)
+        way = _packed_way(lm, "packed")
+        _score(way, warm)
+        measured, logprobs, _ = self._measure(way, questions)
+        by_prompt = {q.prompt: row for q, row in zip(questions, logprobs, strict=True)}
+        logprobs = [by_prompt[q.prompt] for q in self._sample]
+        by_way.append((self._add(measured, logprobs), logprobs))
+        if plan.adapter_rank is not None:
+            lm.take(_with_random_adapter(lm.model, plan.adapter_rank), plan.kernels)
+            way = _packed_way(lm, f"packed, unmerged adapter of rank {plan.adapter_rank}")
+            _score(way, warm)
+            self._add(self._measure(way, questions)[0], None)
+        if exact is not None:
+            for measured, logprobs in by_way:
+                distances = [abs(a - b) for a, b in _both(logprobs, exact)]
+                measured.float32_difference = sum(distances) / len(distances)
+                measured.float32_predictions = _agreement(logprobs, exact)
+
+    def _measure(
+        self,
+        way: _Way,
+        questions: Sequence[Question],
+        encoded: tuple[list[Encoded], float] | None = None,
+    ) -> tuple[ScoringMeasurement, Logprobs, list[Encoded]]:
+        cuda = self._lm.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        scores, encoding, scoring, ids, computed = _score(way, questions, encoded)
+        lengths = {context: len(tokens) for (context, _), tokens, _ in ids}
+        tokens = sum(lengths[q.prompt] for q in questions)
+        logprobs = [[scores[q.prompt, f" {letter}"] for letter in LETTERS] for q in questions]
+        measured = ScoringMeasurement(
+            name=way.name,
+            questions=len(questions),
+            encoding_seconds=encoding,
+            scoring_seconds=scoring,
+            prompt_tokens=tokens,
+            computed_tokens=computed or tokens,
+            peak_allocated_bytes=torch.cuda.max_memory_allocated() if cuda else None,
+            ties=sum(map(is_tie, logprobs)),
+        )
+        return measured, logprobs, ids
+
+    def _add(self, measured: ScoringMeasurement, logprobs: Logprobs | None) -> ScoringMeasurement:
+        """Adds a way and compares it with the baseline; `logprobs` are those of the sample."""
+        baseline, expected = self._baseline, self._expected
+        scale = measured.prompt_tokens / baseline.prompt_tokens
+        seconds = measured.encoding_seconds + measured.scoring_seconds
+        baseline_seconds = baseline.encoding_seconds + baseline.scoring_seconds
+        measured.ratio = scale * baseline_seconds / seconds
+        measured.scoring_ratio = scale * baseline.scoring_seconds / measured.scoring_seconds
+        if logprobs is not None:
+            measured.largest_difference = max(abs(a - b) for a, b in _both(logprobs, expected))
+            measured.same_predictions = _agreement(logprobs, expected)
+            untied = [
+                (a, b)
+                for a, b in zip(logprobs, expected, strict=True)
+                if not is_tie(a) and not is_tie(b)
+            ]
+            measured.untied_predictions = _agreement(*zip(*untied, strict=True)) if untied else None
+            own, theirs = (
+                sum(predict(row) == q.answer for row, q in zip(rows, self._sample, strict=True))
+                for rows in (logprobs, expected)
+            )
+            measured.accuracy_difference = (own - theirs) / len(self._sample)
+        self.measurements.append(measured)
+        return measured
+
+
+def _hf_way(lm: QloraAdapterLM, batch_size: int) -> _Way:
+    """lm-eval's own model around the same weights."""
+    hf = StockHFLM(lm, batch_size)
+    return _Way(
+        f"lm-eval hf, batch size {batch_size}",
+        hf.encode,
+        lambda encoded: TokenScores(hf.score(encoded), None),
+    )
+
+
+def _packed_way(lm: QloraAdapterLM, name: str) -> _Way:
+    return _Way(
+        name,
+        lambda pairs: [
+            (pair, *ids) for pair, ids in zip(pairs, encode_pairs(lm, pairs), strict=True)
+        ],
+        lm.session.score_tokens,
+    )
+
+
+def _with_random_adapter(model: Any, rank: int) -> Any:
+    adapted = attach_lora(model, r=rank, alpha=16, dropout=0.0, targets="all-linear").eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=1e-3)
+    return adapted
+
+
+def _score(
+    way: _Way, questions: Sequence[Question], encoded: tuple[list[Encoded], float] | None = None
+) -> tuple[dict[Pair, float], float, float, list[Encoded], int | None]:
+    """Returns log-probabilities, seconds of encoding and scoring, token ids, computed tokens.
+
+    `encoded` holds ids and seconds of a way that encodes alike.
+    """
+    pairs = list(dict.fromkeys((q.prompt, f" {letter}") for q in questions for letter in LETTERS))
+    started = time.perf_counter()
+    ids = way.encode(pairs) if encoded is None else encoded[0]
+    encoding = time.perf_counter() - started if encoded is None else encoded[1]
+    started = time.perf_counter()
+    scores, computed = way.score(ids)
+    scoring = time.perf_counter() - started
+    logprobs = {pair: logprob for pair, (logprob, _) in zip(pairs, scores, strict=True)}
+    return logprobs, encoding, scoring, ids, computed
+
+
+def _both(first: Logprobs, second: Logprobs) -> Iterator[tuple[float, float]]:
+    for rows in zip(first, second, strict=True):
+        yield from zip(*rows, strict=True)
+
+
+def _agreement(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
+    """The share of questions with the same predicted letter."""
+    return sum(predict(a) == predict(b) for a, b in zip(first, second, strict=True)) / len(first)

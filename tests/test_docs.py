@@ -1,0 +1,162 @@
+"""The documentation: its commands run, its tables are those of the records, its notebook works."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from qlora_harness.cli import build_parser
+from qlora_harness.train.command import parse_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "results" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+STUDY = ROOT / "results" / "published" / "smollm2"
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    language: str
+    needs: str | None
+    text: str
+
+
+def blocks() -> list[Block]:
+    fence = re.compile(r'^```(bash|python)(?: needs="(.+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+    result = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in fence.finditer(text):
+            line = text.count("\n", 0, match.start()) + 1
+            result.append(Block(page.name, line, match[1], match[2], match[3]))
+    return result
+
+
+def named(block: Block) -> str:
+    return f"{block.page}:{block.line}"
+
+
+RUN = [block for block in blocks() if block.needs is None]
+MARKED = [block for block in blocks() if block.needs is not None]
+
+
+@pytest.fixture
+def copy_of_the_repository(tmp_path: Path) -> Path:
+    """Links to the repository in which commands may write beside the published runs."""
+    for name in ("qlora_harness", "tasks", "launch", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    target = tmp_path / "results" / "published" / "smollm2"
+    for path in STUDY.rglob("*"):
+        if path.is_file() and not path.name.startswith("comparison"):
+            link = target / path.relative_to(STUDY)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("block", RUN, ids=named)
+def test_commands_run(block: Block, copy_of_the_repository: Path) -> None:
+    if "published" in block.text and not STUDY.is_dir():
+        pytest.skip("results/published is not part of this copy")
+    shell = ["bash", "-euo", "pipefail", "-c", block.text]
+    process = subprocess.run(
+        shell if block.language == "bash" else [sys.executable, "-c", block.text],
+        cwd=copy_of_the_repository,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize("block", MARKED, ids=named)
+def test_commands_that_need_more_are_well_formed(block: Block) -> None:
+    if block.language == "python":
+        compile(block.text, block.page, "exec")
+        return
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["accelerate", "launch"]:
+            while words[0] not in ("launch/train.py", "qlora_harness.train"):
+                words.pop(0)
+            parse_settings(words[1:], prog="train")
+        elif words[:2] == ["qlora-harness", "plan"]:
+            parse_settings(words[2:], prog="plan")
+        elif words[:1] == ["qlora-harness"]:
+            build_parser().parse_args(words[1:])
+        elif words[:1] == ["make"]:
+            makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
+        elif words[:1] == ["lm_eval"]:
+            flags = dict(zip(words[1::2], words[2::2], strict=False))
+            assert flags["--model"] == "qlora_adapter"
+            assert all(task.startswith("mmlu_qlora") for task in flags["--tasks"].split(","))
+        else:
+            assert not words or words[0] in {"pip", "export", "hf", "pytest"}, line
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                missing = not (page.parent / target).exists() and "published" not in target
+                assert not missing, f"{page.name}: {target}"
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_tables_answer_and_picture_are_those_of_the_records() -> None:
+    if not STUDY.is_dir():
+        pytest.skip("results/published is not part of this copy")
+    process = subprocess.run(
+        [sys.executable, ROOT / "docs" / "build.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (process.returncode, process.stdout) == (0, ""), process.stderr
+
+
+def test_notebook_runs(tiny_llama: Path, tmp_path: Path) -> None:
+    notebook: Any = nbformat.read(ROOT / "docs" / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # results belong to who runs it
+    skipped = {"needs-gpu", "setup"}
+    notebook.cells = [c for c in notebook.cells if not skipped & set(c.metadata.get("tags", ()))]
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", ()):
+            cell.source = f"MODEL = {str(tiny_llama)!r}\nSTEPS = 2\nQUESTIONS = 1"
+    NotebookClient(
+        notebook,
+        timeout=200,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()
+    shown = [
+        output["data"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if output.output_type == "execute_result"
+    ]
+    answer, frame, credit = shown
+    assert "NF4" in answer["text/html"]
+    assert "eval_loss" in frame["text/html"]
+    assert "4bit" in credit["text/plain"]
+    assert (tmp_path / "results" / "16bit" / "evaluation_results.json").is_file()
