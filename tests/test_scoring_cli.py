@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-
 BIN = Path(sys.executable).parent
 DEMO = ["--tasks", "mmlu_qlora_demo", "--model", "qlora_adapter"]
 
