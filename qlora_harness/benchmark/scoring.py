@@ -17,17 +17,15 @@ import torch
 from qlora_harness.benchmark.record import ScoringBenchmark, ScoringMeasurement
 from qlora_harness.errors import SettingsError
 from qlora_harness.families import LETTERS
-from qlora_harness.lm_eval_compat.hflm import StockHFLM
+from qlora_harness.lm_eval_compat.hflm import Encoded, StockHFLM
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.record import environment, write_json
 from qlora_harness.score.adapter_lm import QloraAdapterLM
-from qlora_harness.score.encoding import encode_pairs
+from qlora_harness.score.encoding import Pair, encode_pairs
 from qlora_harness.score.mmlu import is_tie, predict
 from qlora_harness.score.mmlu_files import Question, known_files, load_questions
 from qlora_harness.score.session import TokenScores
 
-Pair = tuple[str, str]
-Encoded = tuple[Pair, list[int], list[int]]
 Logprobs = list[list[float]]  # four of each question, nats
 
 

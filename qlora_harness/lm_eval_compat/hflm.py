@@ -10,14 +10,14 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from qlora_harness.model.base import base_of
+from qlora_harness.score.encoding import Pair
 from qlora_harness.score.output_head import float32_logits
+from qlora_harness.score.prefix_tree import Score
 
 if TYPE_CHECKING:
     from qlora_harness.score.scored_model import ScoredModel
 
-Pair = tuple[str, str]
 Encoded = tuple[Pair, list[int], list[int]]  # with the token ids of context and continuation
-Score = tuple[float, bool]  # log-probability in nats, and whether it is the greedy continuation
 
 
 class LoadedHFLM(HFLM):  # type: ignore[misc]  # HFLM has no type information

@@ -8,10 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import SettingsError, install_excepthook
-from qlora_harness.lm_eval_compat.hflm import LoadedHFLM, Score
+from qlora_harness.lm_eval_compat.hflm import LoadedHFLM
 from qlora_harness.lm_eval_compat.saving import verify_saved_results
 from qlora_harness.model.base import count_parameters, find_base
 from qlora_harness.score.model_arguments import ScoringOptions, check_arguments, resolve_dtype
+from qlora_harness.score.prefix_tree import Score
 from qlora_harness.score.run_choice import choose_scored_run
 from qlora_harness.score.scored_model import load_scored_model, load_scored_tokenizer
 from qlora_harness.score.session import ScoringSession

@@ -22,82 +22,69 @@ _PIECE = 128  # characters that a piece has at least
 _BORDER = re.compile(r"(?<=[^\s▁Ġ]) (?=[^\s▁Ġ])")
 
 Pair = tuple[str, str]
-Encoded = tuple[list[int], list[int]]
-Pieces = tuple[str, tuple[Pair, ...]]  # the head, and the tails with the word before each
+TokenIds = tuple[list[int], list[int]]  # of the context and the continuation
 
 
-def encode_pairs(lm: Any, pairs: Sequence[Pair]) -> list[Encoded]:
+def encode_pairs(lm: Any, pairs: Sequence[Pair]) -> list[TokenIds]:
     """Encodes (context, continuation) pairs as `TemplateLM.loglikelihood` of the HFLM `lm` does.
 
     An empty context stands for the prefix token.
     """
     moved = [_move_spaces(context, continuation) for context, continuation in pairs]
-    if _is_separable(lm.tokenizer):
-        encoded = _by_pieces(lm, moved)
-        if encoded is not None and _is_confirmed(lm, moved, encoded):
-            return encoded
-    return _whole(lm, moved)
+    distinct = list(dict.fromkeys(moved))
+    encoded = _by_pieces(lm, distinct) if _is_separable(lm.tokenizer) else {}
+    rest = [pair for pair in distinct if pair not in encoded]
+    encoded.update(zip(rest, _whole(lm, rest), strict=True))
+    return [encoded[pair] for pair in moved]
 
 
-def _whole(lm: Any, pairs: Sequence[Pair]) -> list[Encoded]:
+def _whole(lm: Any, pairs: Sequence[Pair]) -> list[TokenIds]:
     """The plain rule, each distinct text once."""
     texts = (text for c, k in pairs if c for text in (c, c + k))
     ids = _encode_distinct(lm, texts)
     return [(ids[c], ids[c + k][len(ids[c]) :]) if c else _without_context(lm, k) for c, k in pairs]
 
 
-def _by_pieces(lm: Any, pairs: Sequence[Pair]) -> list[Encoded] | None:
-    """Encodes distinct pieces and joins them; None if a piece is not what it is in its text."""
+def _by_pieces(lm: Any, pairs: Sequence[Pair]) -> dict[Pair, TokenIds]:
+    """Encodes distinct pieces and joins them, for pairs whose continuation is such a piece.
+
+    Returns nothing if a piece isn't what it is in its text.
+    """
     added = _added_tokens(lm.tokenizer)
-    contexts = {c: _cut(c, added) for c in dict.fromkeys(c for c, _ in pairs) if c}
-    # Continuations that are a piece of their own, with the word before each.
-    alone = {pair: _word_before(pair[0]) for pair in pairs if pair[0] and _splits(*pair, added)}
-    wholes = {c + k: _cut(c + k, added) for c, k in pairs if c and (c, k) not in alone}
-    cuts = [*contexts.values(), *wholes.values()]
-    last = [(word, k) for (_, k), word in alone.items()]
-    heads = _encode_distinct(lm, (head for head, _ in cuts))
-    tails = _encode_tails(lm, [*(tail for _, cut in cuts for tail in cut), *last])
+    words = {pair: _word_before(pair[0]) for pair in pairs if _splits(*pair, added)}
+    pieces = {context: _cut(context) for context in dict.fromkeys(c for c, _ in words)}
+    heads = _encode_distinct(lm, (head for head, _ in pieces.values()))
+    last = [(word, continuation) for (_, continuation), word in words.items()]
+    tails = _encode_tails(lm, [*(tail for _, cut in pieces.values() for tail in cut), *last])
     if tails is None:
-        return None
-
-    def join(pieces: Pieces) -> list[int]:
-        head, cut = pieces
-        return [*heads[head], *(token for tail in cut for token in tails[tail])]
-
-    context_ids = {text: join(pieces) for text, pieces in contexts.items()}
-    whole_ids = {text: join(pieces) for text, pieces in wholes.items()}
-    encoded = []
-    for pair in pairs:
-        context, continuation = pair
-        if not context:
-            encoded.append(_without_context(lm, continuation))
-            continue
-        ids = context_ids[context]
-        if pair in alone:
-            encoded.append((ids, tails[alone[pair], continuation]))
-        else:
-            encoded.append((ids, whole_ids[context + continuation][len(ids) :]))
-    return encoded
+        return {}
+    ids = {
+        context: [*heads[head], *(token for tail in cut for token in tails[tail])]
+        for context, (head, cut) in pieces.items()
+    }
+    encoded = {pair: (ids[pair[0]], tails[word, pair[1]]) for pair, word in words.items()}
+    # A tokenizer may do what its vocabulary hides.
+    sample = random.Random(0).sample(list(encoded), min(_SAMPLE, len(encoded)))
+    confirmed = _whole(lm, sample) == [encoded[pair] for pair in sample]
+    return encoded if confirmed else {}
 
 
-def _cut(text: str, added: re.Pattern[str] | None) -> Pieces:
-    """Cuts a text at the first border of a line, where the piece is long enough."""
-    starts = []
-    if added is None or not added.search(text):
-        start = 0
-        while (line := text.find("\n", start + _PIECE)) >= 0:
-            border = _BORDER.search(text, line)
-            if border is None:
-                break
-            start = border.start()
-            starts.append(start)
-    if not starts:
-        return text, ()
+def _cut(text: str) -> tuple[str, list[Pair]]:
+    """Cuts a text at the first border of a line, where the piece is long enough.
+
+    Returns the first piece, and the others with the word before each.
+    """
+    starts = [0]
+    while (line := text.find("\n", starts[-1] + _PIECE)) >= 0:
+        border = _BORDER.search(text, line)
+        if border is None:
+            break
+        starts.append(border.start())
     ends = [*starts[1:], len(text)]
-    return text[: starts[0]], tuple(
+    return text[: ends[0]], [
         (_word_before(text[max(0, start - _ANCHOR) : start]), text[start:stop])
-        for start, stop in zip(starts, ends, strict=True)
-    )
+        for start, stop in zip(starts[1:], ends[1:], strict=True)
+    ]
 
 
 def _move_spaces(context: str, continuation: str) -> Pair:
@@ -110,7 +97,7 @@ def _move_spaces(context: str, continuation: str) -> Pair:
 
 def _splits(context: str, continuation: str, added: re.Pattern[str] | None) -> bool:
     """Whether a continuation can be encoded apart from its context."""
-    if not _BORDER.match(context[-1] + continuation[:2], 1):
+    if not _BORDER.match(context[-1:] + continuation[:2], 1):
         return False
     return added is None or not (added.search(continuation) or added.search(context))
 
@@ -185,14 +172,8 @@ def _parallel() -> Iterator[None]:
             os.environ[_PARALLELISM] = before
 
 
-def _without_context(lm: Any, continuation: str) -> Encoded:
+def _without_context(lm: Any, continuation: str) -> TokenIds:
     """An empty context is the prefix token, unless the continuation begins with it."""
     ids = lm.tok_encode(continuation, add_special_tokens=False)
     prefix = lm.prefix_token_id
     return ([prefix], ids) if prefix != ids[0] else (ids[:1], ids[1:])
-
-
-def _is_confirmed(lm: Any, pairs: Sequence[Pair], encoded: Sequence[Encoded]) -> bool:
-    """Checks a sample against the plain rule: a tokenizer may do what its vocabulary hides."""
-    chosen = random.Random(0).sample(range(len(pairs)), min(_SAMPLE, len(pairs)))
-    return _whole(lm, [pairs[i] for i in chosen]) == [encoded[i] for i in chosen]

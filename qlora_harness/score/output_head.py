@@ -28,7 +28,8 @@ class OutputHead:
     """
 
     def __init__(self, head: torch.nn.Module) -> None:
-        plain = type(head) is torch.nn.Linear and not is_4bit(head) and not head._forward_hooks  # noqa: SLF001  # has no public form
+        has_hooks = bool(head._forward_hooks)  # noqa: SLF001  # has no public form
+        plain = type(head) is torch.nn.Linear and not is_4bit(head) and not has_hooks
         self._weight: Any = head.weight if plain else None
         self._bias: Any = head.bias if plain else None
         self._module = head

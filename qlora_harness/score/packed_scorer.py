@@ -13,11 +13,9 @@ from tqdm import tqdm
 
 from qlora_harness.model.base import is_out_of_memory
 from qlora_harness.score.packed_forward import PackedModel, Reads, Running
-from qlora_harness.score.prefix_tree import Pack, Query, plan
+from qlora_harness.score.prefix_tree import Pack, Query, Score, plan
 
 logger = logging.getLogger("qlora_harness")
-
-Score = tuple[float, bool]
 
 _CPU_PACK = 8192
 _GPU_PACK = 24576

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int32]
+Score = tuple[float, bool]  # log-probability in nats, and whether it is the greedy continuation
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ import torch
 
 from qlora_harness.errors import ResultsError, SettingsError
 from qlora_harness.families import LETTERS
-from qlora_harness.lm_eval_compat.hflm import Encoded, LoadedHFLM, Pair, Score
+from qlora_harness.lm_eval_compat.hflm import Encoded, LoadedHFLM
 from qlora_harness.model.base import dequantise
 from qlora_harness.record import environment, scrub_all
-from qlora_harness.score.encoding import encode_pairs
+from qlora_harness.score.encoding import Pair, encode_pairs
 from qlora_harness.score.journal import Journal, question_key
 from qlora_harness.score.mmlu_recorder import MmluRecorder
 from qlora_harness.score.model_arguments import ScoringOptions
 from qlora_harness.score.packed_forward import PackedModel
 from qlora_harness.score.packed_scorer import PackedScorer, default_pack_tokens
-from qlora_harness.score.prefix_tree import Query
+from qlora_harness.score.prefix_tree import Query, Score
 from qlora_harness.score.scoring_path import choose_path
 
 if TYPE_CHECKING:

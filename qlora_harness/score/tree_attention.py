@@ -182,11 +182,17 @@ def block_mask(end: Any, device: torch.device) -> BlockMask:
         return (k <= q) & (q < ends[k])
 
     # For each block of queries the number of its key blocks, and all key blocks with those first.
-    numbers = [
+    partial_count, partial_blocks, full_count, full_blocks = (
         to_device(torch.from_numpy(values.astype(np.int32))[None, None], device)
         for blocks in (some & ~every, every)
         for values in (blocks.sum(axis=1), np.argsort(~blocks, axis=1, kind="stable"))
-    ]
+    )
     return BlockMask.from_kv_blocks(
-        *numbers, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(size, size)
+        partial_count,
+        partial_blocks,
+        full_count,
+        full_blocks,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(size, size),
     )
