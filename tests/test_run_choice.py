@@ -51,8 +51,7 @@ def write_run(folder: Path, *, finished: str | None, status: str = "completed") 
 
 
 def pick(**arguments: Any) -> ScoringChoice:
-    names = [name for name in signature(choose_scored_run).parameters if name != "results_root"]
-    return choose_scored_run(**(dict.fromkeys(names) | arguments))
+    return choose_scored_run(**(dict.fromkeys(signature(choose_scored_run).parameters) | arguments))
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +166,7 @@ def test_newest_completed_run_is_the_one_that_finished_last() -> None:
 
 def test_run_folder_in_place_of_its_adapter_is_hinted_at() -> None:
     write_run(Path("results/4bit"), finished="2026-11-24T10:00:00+00:00")
+    assert "adapter_config.json" in refused(lambda: pick(peft=""), AdapterError)  # peft=$UNSET
     text = refused(lambda: pick(peft="results/4bit"), AdapterError)
     assert "adapter_config.json" in text
     assert "peft=results/4bit/adapter" in text

@@ -19,6 +19,7 @@ from qlora_harness.score.evaluation_record import model_slug
 from qlora_harness.settings import Quant
 
 _QUANTS = [quant.value for quant in Quant]
+_RESULTS = Path("results")
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,11 @@ def choose_scored_run(
     revision: str | None,
     peft_revision: str | None,
     results_dir: str | None,
-    results_root: Path = Path("results"),
 ) -> ScoringChoice:
     """Decides what is scored from `--model_args`; see `QloraAdapterLM`.
 
-    `results_root` is where the newest completed run is looked for without `pretrained` and `peft`,
-    and where the records of a base alone go. Raises SettingsError where an argument is missing or
-    has an unknown value, and AdapterError where the adapter can't be read.
+    Raises SettingsError where an argument is missing or has an unknown value, and AdapterError
+    where the adapter can't be read.
     """
     if quant is not None and quant not in _QUANTS:
         raise SettingsError(f"--model_args quant={quant}", f"Use one of {', '.join(_QUANTS)}")
@@ -83,9 +82,10 @@ def choose_scored_run(
             compute_dtype=None,
             adapter=None,
             recorded=None,
-            results_dir=folder or results_root / f"{model_slug(pretrained)}_base_{chosen.arm}",
+            results_dir=folder or _RESULTS / f"{model_slug(pretrained)}_base_{chosen.arm}",
         )
-    peft = peft or str(_newest_run(results_root) / ADAPTER_DIR)
+    if peft is None:
+        peft = str(_newest_run() / ADAPTER_DIR)
     adapter = _adapter_folder(peft, peft_revision)
     config = read_adapter_config(adapter)
     record = _checked_record(adapter)
@@ -113,7 +113,7 @@ def choose_scored_run(
         compute_dtype=record.get("compute_dtype"),
         adapter=adapter,
         recorded=record.get("base"),
-        results_dir=folder or _results_dir(peft, adapter, results_root, quant, record.get("quant")),
+        results_dir=folder or _results_dir(peft, adapter, quant, record.get("quant")),
     )
 
 
@@ -137,29 +137,29 @@ def _checked_record(adapter: Path) -> dict[str, Any]:
     return record
 
 
-def _results_dir(
-    peft: str, adapter: Path, root: Path, quant: str, recorded_quant: str | None
-) -> Path:
+def _results_dir(peft: str, adapter: Path, quant: str, recorded_quant: str | None) -> Path:
     """The run folder of an adapter of ours, the adapter's own folder, or one in ./results."""
     if not expanded(peft).exists():  # from the Hub: its cache is not ours to write in
-        folder = root / peft.replace("/", "__")
+        folder = _RESULTS / peft.replace("/", "__")
     else:
         folder = adapter.parent if adapter.name == ADAPTER_DIR else adapter
     # On another quantisation than it was trained with it is another model, with its own record.
     return folder if recorded_quant in (None, quant) else folder / f"on_{quant}"
 
 
-def _newest_run(root: Path) -> Path:
+def _newest_run() -> Path:
     """The completed run with an adapter that finished last."""
     runs: list[tuple[str, Path]] = []
-    for path in sorted([*root.glob(f"*/{SUMMARY_FILE}"), *root.glob(f"*/*/{SUMMARY_FILE}")]):
+    for path in sorted(
+        p for depth in ("*", "*/*") for p in _RESULTS.glob(f"{depth}/{SUMMARY_FILE}")
+    ):
         summary = read_json(path)
         has_adapter = (path.parent / ADAPTER_DIR / CONFIG_FILE).is_file()
         if summary.get("status") == "completed" and has_adapter:
             runs.append((str(summary.get("finished")), path.parent))
     if not runs:
         raise SettingsError(
-            f"--model qlora_adapter: no completed run lies under {root}/",
+            f"--model qlora_adapter: no completed run lies under {_RESULTS}/",
             "Train one, or give peft= or pretrained= in --model_args",
         )
     return max(runs)[1]
