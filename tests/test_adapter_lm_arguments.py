@@ -36,11 +36,7 @@ def test_newest_completed_run_is_scored_and_named(
 @pytest.mark.parametrize("name", ["/no/such/model", "no-such/model", 2024])
 @pytest.mark.parametrize("argument", ["pretrained", "peft"])
 def test_missing_model_is_named_with_its_argument(
-    make_lm: MakeLm,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    argument: str,
-    name: str | int,
+    make_lm: MakeLm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, name: str | int
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert f"{argument}={name}" in refused(lambda: make_lm(**{argument: name}), HarnessError)

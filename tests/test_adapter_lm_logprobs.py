@@ -80,11 +80,7 @@ def reference_logprobs(model: LlamaForCausalLM, prompt: str) -> list[float]:
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
 @pytest.mark.parametrize("quant", ["bf16", "nf4", "fp4"])
 def test_logprobs_of_a_prompt_are_those_worked_out_by_hand(
-    make_lm: MakeLm,
-    tiny_llama: Path,
-    adapter: Path,
-    quant: str,
-    with_adapter: bool,
+    make_lm: MakeLm, tiny_llama: Path, adapter: Path, quant: str, with_adapter: bool
 ) -> None:
     (prompt,) = demo_prompts(1)
     model = reference_model(tiny_llama, quant, adapter if with_adapter else None)
@@ -107,13 +103,11 @@ def test_quantisation_and_adapter_each_change_the_numbers(tiny_llama: Path, adap
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_logprobs_do_not_depend_on_the_batch(
-    make_lm: MakeLm, adapter: Path, batch_size: int
-) -> None:
+def test_packs_equal_batches_of_any_size(make_lm: MakeLm, adapter: Path, batch_size: int) -> None:
     prompts = demo_prompts(4)
-    together = score(make_lm(peft=str(adapter)), prompts)
-    apart = score(make_lm(peft=str(adapter), batch_size=batch_size), prompts)
-    assert apart == pytest.approx(together, abs=1e-5)
+    packed = score(make_lm(peft=str(adapter)), prompts)
+    batches = score(make_lm(peft=str(adapter), batch_size=batch_size, scoring="hf"), prompts)
+    assert batches == pytest.approx(packed, abs=1e-5)
 
 
 def test_logprobs_of_a_real_model_are_those_worked_out_by_hand(
@@ -175,11 +169,7 @@ def hf_lm(tiny_llama: Path, quant: str, adapter: Path | None) -> HFLM:
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
 @pytest.mark.parametrize("quant", ["bf16", "nf4"])
 def test_all_three_kinds_of_request_are_answered_as_hflm_does(
-    make_lm: MakeLm,
-    tiny_llama: Path,
-    adapter: Path,
-    quant: str,
-    with_adapter: bool,
+    make_lm: MakeLm, tiny_llama: Path, adapter: Path, quant: str, with_adapter: bool
 ) -> None:
     ours = make_lm(quant=quant, **({"peft": str(adapter)} if with_adapter else {}))
     theirs = hf_lm(tiny_llama, quant, adapter if with_adapter else None)
@@ -206,9 +196,7 @@ def test_all_three_kinds_of_request_are_answered_as_hflm_does(
 
 
 def test_sample_is_verified_through_the_plain_path(
-    make_lm: MakeLm,
-    manager: TaskManager,
-    caplog: pytest.LogCaptureFixture,
+    make_lm: MakeLm, manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     lm = make_lm(verify=5)
     evaluate(lm, manager, limit=1)
@@ -241,9 +229,7 @@ def test_broken_path_is_not_verified_and_leaves_nothing_behind(
 
 
 def test_architecture_that_cannot_be_packed_goes_the_plain_way(
-    make_lm: MakeLm,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    make_lm: MakeLm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from qlora_harness.score import scoring_path
 
@@ -262,11 +248,7 @@ def test_architecture_that_cannot_be_packed_goes_the_plain_way(
     ("quant", "dequantize"), [("bf16", "auto"), ("nf4", "auto"), ("nf4", "never")]
 )
 def test_fused_layers_give_the_numbers_of_the_models_own_modules(
-    make_lm: MakeLm,
-    adapter: Path,
-    quant: str,
-    dequantize: str,
-    with_adapter: bool,
+    make_lm: MakeLm, adapter: Path, quant: str, dequantize: str, with_adapter: bool
 ) -> None:
     prompts = demo_prompts(3)
     options = {"quant": quant, "dequantize": dequantize}

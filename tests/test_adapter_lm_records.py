@@ -121,10 +121,7 @@ def test_evaluation_results_say_what_was_scored_and_how(
 
 
 def test_accuracies_are_those_of_the_harness(
-    make_lm: MakeLm,
-    manager: TaskManager,
-    adapter: Path,
-    tmp_path: Path,
+    make_lm: MakeLm, manager: TaskManager, adapter: Path, tmp_path: Path
 ) -> None:
     """Over subjects of different sizes, so that the two means and their errors differ."""
     subjects = [s for c in families()["mmlu_qlora_demo"]["categories"].values() for s in c]
@@ -161,10 +158,7 @@ def test_stored_logprobs_are_those_that_were_scored(
 
 
 def test_single_subject_is_recorded_as_a_part_of_its_family(
-    make_lm: MakeLm,
-    manager: TaskManager,
-    tmp_path: Path,
-    known_answers: list[str],
+    make_lm: MakeLm, manager: TaskManager, tmp_path: Path, known_answers: list[str]
 ) -> None:
     evaluate(make_lm(), manager, "mmlu_qlora_demo_nutrition")
     task = read(tmp_path / "records")["tasks"]["mmlu_qlora_demo"]

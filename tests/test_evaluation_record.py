@@ -28,11 +28,7 @@ from qlora_harness.score.evaluation_record import (
     write_records,
 )
 
-CATEGORIES = {
-    "stem": ["anatomy", "astronomy"],
-    "humanities": ["philosophy"],
-    "other": ["virology"],
-}
+CATEGORIES = {"stem": ["anatomy", "astronomy"], "humanities": ["philosophy"], "other": ["virology"]}
 SAYS = {
     "A": (-0.5, -1.0, -2.0, -3.0),
     "B": (-2.5, -0.25, -2.0, -3.0),
@@ -212,11 +208,7 @@ def header(**changes: Any) -> dict[str, Any]:
 
 
 def write(
-    folder: Path,
-    questions: list[QuestionRow],
-    *,
-    family: str = "mmlu_qlora_demo",
-    **changes: Any,
+    folder: Path, questions: list[QuestionRow], *, family: str = "mmlu_qlora_demo", **changes: Any
 ) -> list[str]:
     scored = Family(questions, CATEGORIES, 9)
     return write_records(folder, PROGRESS, header(**changes), {family: scored})

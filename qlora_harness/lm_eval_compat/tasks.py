@@ -42,10 +42,7 @@ def task_entries() -> dict[str, Entry]:
                     **subject_config,
                     "task": name,
                     "task_alias": subject,
-                    "dataset_kwargs": {
-                        "mmlu_file": description["file"],
-                        "mmlu_subject": subject,
-                    },
+                    "dataset_kwargs": {"mmlu_file": description["file"], "mmlu_subject": subject},
                 }
                 entries[name] = Entry(name=name, kind=Kind.TASK, yaml_path=None, cfg=config)
     return entries

@@ -22,12 +22,7 @@ from qlora_harness.model.base import base_of, head_size
 from qlora_harness.model.plain_lora import FastLora
 from qlora_harness.score.output_head import OutputHead
 from qlora_harness.score.prefix_tree import Pack, Query, Segment, plan
-from qlora_harness.score.tree_attention import (
-    BLOCK,
-    TreeAttention,
-    attending,
-    block_mask,
-)
+from qlora_harness.score.tree_attention import BLOCK, TreeAttention, attending, block_mask
 
 logger = logging.getLogger("qlora_harness")
 
@@ -186,11 +181,7 @@ class PackedModel:
         return Running(logprobs, greedy)
 
     def _hidden(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        tree: TreeAttention,
-        at: torch.Tensor,
+        self, tokens: torch.Tensor, positions: torch.Tensor, tree: TreeAttention, at: torch.Tensor
     ) -> torch.Tensor:
         """The last hidden states at some tokens, [R, H]."""
         if self._fused is not None:

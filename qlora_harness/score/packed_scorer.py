@@ -72,9 +72,7 @@ class PackedScorer:
         with tqdm(desc="Scoring", unit=" texts", disable=not show_progress) as bar:
             while pending:
                 planned = plan(
-                    [queries[n] for n in pending],
-                    pack_tokens=self.pack_tokens,
-                    window=self._window,
+                    [queries[n] for n in pending], pack_tokens=self.pack_tokens, window=self._window
                 )
                 computed_tokens = computed_tokens or sum(len(pack.tokens) for pack in planned)
                 packs = _share(planned, *share)

@@ -69,11 +69,7 @@ def load_scored_tokenizer(choice: ScoringChoice, source: BaseSource) -> PreTrain
 
 
 def load_scored_model(
-    choice: ScoringChoice,
-    source: BaseSource,
-    tokens: int,
-    compute_dtype: str,
-    device: torch.device,
+    choice: ScoringChoice, source: BaseSource, tokens: int, compute_dtype: str, device: torch.device
 ) -> ScoredModel:
     """Loads base and adapter as they were trained; `tokens` are those of the tokenizer.
 

@@ -251,10 +251,7 @@ class ScoringSession:
         return {pair: logprob for pair, (logprob, _) in zip(sample, scores, strict=True)}
 
     def _verify(
-        self,
-        expected: Mapping[Pair, float],
-        scores: Mapping[Pair, Score],
-        journal: Journal | None,
+        self, expected: Mapping[Pair, float], scores: Mapping[Pair, Score], journal: Journal | None
     ) -> None:
         """Ends the run where the two ways differ by more than rounding."""
         differences = [abs(scores[pair][0] - logprob) for pair, logprob in expected.items()]
