@@ -98,6 +98,12 @@ def test_train_and_model_never_import_lm_eval() -> None:
     assert reaching("model", "lm_eval", "qlora_harness.score", "qlora_harness.lm_eval_compat") == []
 
 
+def test_only_one_place_imports_lm_eval() -> None:
+    parts = [path.name for path in PACKAGE.iterdir() if path.is_dir()]
+    importing = {part for part in parts if reaching(part, "lm_eval")}
+    assert importing == {"lm_eval_compat"}
+
+
 def test_no_stage_reaches_back() -> None:
     package = "qlora_harness"
     assert reaching("data", f"{package}.model", f"{package}.train", f"{package}.score") == []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from qlora_harness.model.base import base_of
@@ -17,6 +18,7 @@ from qlora_harness.score.prefix_tree import Score
 if TYPE_CHECKING:
     from qlora_harness.score.scored_model import ScoredModel
 
+Request: TypeAlias = Instance
 Encoded = tuple[Pair, list[int], list[int]]  # with the token ids of context and continuation
 
 

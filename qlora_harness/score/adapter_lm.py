@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_harness.errors import SettingsError, install_excepthook
-from qlora_harness.lm_eval_compat.hflm import LoadedHFLM
+from qlora_harness.lm_eval_compat.hflm import LoadedHFLM, Request
 from qlora_harness.lm_eval_compat.saving import verify_saved_results
 from qlora_harness.model.base import count_parameters, find_base
 from qlora_harness.score.model_arguments import ScoringOptions, check_arguments, resolve_dtype
@@ -16,9 +16,6 @@ from qlora_harness.score.prefix_tree import Score
 from qlora_harness.score.run_choice import choose_scored_run
 from qlora_harness.score.scored_model import load_scored_model, load_scored_tokenizer
 from qlora_harness.score.session import ScoringSession
-
-if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
 
 logger = logging.getLogger("qlora_harness")
 
@@ -112,7 +109,7 @@ class QloraAdapterLM(LoadedHFLM):
         self.loaded = replace(self.loaded, model=model, adapter_config=None)
         self.session = ScoringSession(self, replace(self.session.options, kernels=kernels))
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
+    def loglikelihood(self, requests: list[Request], disable_tqdm: bool = False) -> list[Score]:
         """Scores continuations as HFLM does, and records the questions of our MMLU tasks."""
         if self.enable_thinking:  # HFLM refuses this for every log-probability
             refused: list[Score] = super().loglikelihood(requests)

@@ -23,7 +23,7 @@ from qlora_harness.score.evaluation_record import (
 from qlora_harness.score.mmlu_files import rows_in
 
 if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
+    from qlora_harness.lm_eval_compat.hflm import Request
 
 logger = logging.getLogger("qlora_harness")
 
@@ -43,11 +43,11 @@ class MmluRecorder:
         """Where scored texts are until a run is done."""
         return self._folder / f".{self._progress_name}l"
 
-    def ours(self, requests: Iterable[Instance]) -> list[Instance]:
+    def ours(self, requests: Iterable[Request]) -> list[Request]:
         """Returns the requests that are questions of our tasks."""
         return [r for r in requests if self._family(r) is not None]
 
-    def check(self, requests: Sequence[Instance]) -> None:
+    def check(self, requests: Sequence[Request]) -> None:
         """Refuses questions of ours that can't be scored or recorded, before any is scored.
 
         Raises SettingsError for other prompts than those of the files, and ResultsError where
@@ -62,7 +62,7 @@ class MmluRecorder:
 
     def collect(
         self,
-        requests: Sequence[Instance],
+        requests: Sequence[Request],
         results: Sequence[tuple[float, bool]],
         truncated: set[str],
     ) -> Answered:
@@ -73,7 +73,7 @@ class MmluRecorder:
         log-probability is not a number.
         """
         logprobs: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
-        first: dict[tuple[str, int], tuple[str, Instance]] = {}
+        first: dict[tuple[str, int], tuple[str, Request]] = {}
         for request, (logprob, _) in zip(requests, results, strict=True):
             family = self._family(request)
             if family is None:
@@ -132,7 +132,7 @@ class MmluRecorder:
                     self._folder,
                 )
 
-    def _family(self, request: Instance) -> str | None:
+    def _family(self, request: Request) -> str | None:
         """The family of a request's task, or None for a task that is not ours."""
         subject = request.doc.get("subject") if isinstance(request.doc, dict) else None
         name = request.task_name or ""

@@ -6,13 +6,13 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from qlora_harness.errors import ResultsError, SettingsError
 from qlora_harness.families import LETTERS
-from qlora_harness.lm_eval_compat.hflm import Encoded, LoadedHFLM
+from qlora_harness.lm_eval_compat.hflm import Encoded, LoadedHFLM, Request
 from qlora_harness.model.base import dequantise
 from qlora_harness.record import environment, scrub_all
 from qlora_harness.score.encoding import Pair, encode_pairs
@@ -23,9 +23,6 @@ from qlora_harness.score.packed_forward import PackedModel
 from qlora_harness.score.packed_scorer import PackedScorer, default_pack_tokens
 from qlora_harness.score.prefix_tree import Query, Score
 from qlora_harness.score.scoring_path import choose_path
-
-if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
 
 logger = logging.getLogger("qlora_harness")
 
@@ -72,7 +69,7 @@ class ScoringSession:
         self._recorder = MmluRecorder(choice.results_dir, choice.progress_name)
         self._packed: PackedModel | None = None
 
-    def answer(self, requests: Sequence[Instance], *, show_progress: bool) -> list[Score]:
+    def answer(self, requests: Sequence[Request], *, show_progress: bool) -> list[Score]:
         """Scores requests of any tasks, and records those of ours.
 
         Raises SettingsError for our tasks with other prompts than their files have, or with a
@@ -140,7 +137,7 @@ class ScoringSession:
         bos = self.lm.tokenizer.bos_token_id
         return [bos] if bos is not None and self.lm.tok_encode("a")[:1] == [bos] else []
 
-    def _open_journal(self, requests: Sequence[Instance]) -> Journal | None:
+    def _open_journal(self, requests: Sequence[Request]) -> Journal | None:
         """The journal of a run with questions of ours, after checks that hours depend on."""
         ours = self._recorder.ours(requests)
         if not ours:
