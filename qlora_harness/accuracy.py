@@ -8,12 +8,9 @@ from typing import Any
 
 
 def accuracy(correct: Sequence[bool]) -> tuple[float, float | None]:
-    """Returns mean and standard error, the sample standard deviation over the root of n.
+    """Returns the mean of one or more values, and the standard error of lm-eval's `mean_stderr`.
 
-    This is lm-eval's `mean_stderr`. The error is None for fewer than two values.
-
-    Args:
-        correct: One value a question, at least one.
+    That is the sample standard deviation over the root of n; None for a single value.
     """
     n = len(correct)
     mean = sum(correct) / n
@@ -21,17 +18,15 @@ def accuracy(correct: Sequence[bool]) -> tuple[float, float | None]:
 
 
 def micro_macro(subjects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns micro and macro accuracy of some subjects; errors as lm-eval pools them for groups.
+    """Returns micro and macro accuracy of subjects; errors as lm-eval pools them for groups.
 
-    Args:
-        subjects: Of each "acc", "acc_stderr", "n" and "correct".
+    Each subject has "acc", "acc_stderr", "n" and "correct".
     """
     n = sum(s["n"] for s in subjects)
     errors = [s["acc_stderr"] for s in subjects]
     pooled = macro_error = None
-    known = [e for e in errors if e is not None]
-    if len(known) == len(errors):
-        macro_error = math.sqrt(sum(e**2 for e in known)) / len(known)
+    if None not in errors:
+        macro_error = math.sqrt(sum(e**2 for e in errors)) / len(errors)
         # lm-eval's pooled_sample_stderr: within-subject variances, weighted by their freedom.
         weighted = sum((s["n"] - 1) * s["acc_stderr"] ** 2 * s["n"] for s in subjects)
         freedom = n - len(subjects)

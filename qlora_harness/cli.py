@@ -112,7 +112,7 @@ def _plan(words: Sequence[str]) -> None:
     """Takes the flags of launch/train.py and prints the memory of every way to train."""
     from qlora_harness.model.base import find_base
     from qlora_harness.train.command import parse_settings
-    from qlora_harness.train.memory_choice import choose
+    from qlora_harness.train.memory_choice import choose_memory_plan
     from qlora_harness.train.model_shape import measure_shape
     from qlora_harness.train.plan_text import table
 
@@ -121,7 +121,7 @@ def _plan(words: Sequence[str]) -> None:
     shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
     # Without the data, every example is taken to be as long as it may be.
     examples = settings.optimization.batch_size * settings.optimization.grad_accum
-    chosen, _, tokens = choose(shape, settings, [settings.data.max_length] * examples)
+    chosen, _, tokens = choose_memory_plan(shape, settings, [settings.data.max_length] * examples)
     print(table(shape, settings, chosen, tokens))
 
 

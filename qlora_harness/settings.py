@@ -1,8 +1,7 @@
 """All settings of a training run: the only place with defaults, units and their checks.
 
 Flags and recipe keys are made from these fields (`learning_rate` is `--learning-rate` on the
-command line), so that the two arms of a comparison, the help text and the stored record can't
-drift apart.
+command line), so that the help text, the stored record and the arms of a comparison agree.
 The defaults are the published QLoRA recipe for LLaMA-2-7B on OASST1
 (https://github.com/artidoro/qlora, scripts/finetune_llama2_guanaco_7b.sh).
 """
@@ -12,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import types
-import typing
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -28,13 +25,13 @@ from qlora_harness.errors import SettingsError, shown
 from qlora_harness.locations import recipes_dir
 
 DEFAULT_MAX_STEPS = 1875
-# From here on, the share of layer weights that a 4-bit quantisation leaves in 16 bits is told.
+# A 4-bit base that keeps at least this share of its layer weights in 16 bits is worth a warning.
 NOTABLE_SHARE = 0.05
 CHECKPOINTING = ("none", "selective", "full", "offload")
 
 
 class Quant(str, Enum):
-    """How the frozen base weights are held: one word from flag to JSON key."""
+    """How the frozen base weights are held."""
 
     NF4 = "nf4"
     FP4 = "fp4"
@@ -56,21 +53,26 @@ class Quant(str, Enum):
         return f"{self.arm}_{'qlora' if self.is_4bit else 'lora'}"
 
 
+_ABOVE_ZERO = math.ulp(0.0)  # the smallest number above it
+
+
 def _setting(
     default: Any,
     help_text: str,
     unit: str = "",
+    *,
     choices: Iterable[str] | None = None,
     listed: bool = False,
+    low: float = 0,
+    high: float = math.inf,
 ) -> Any:
-    """A dataclass field that carries what the help and the checks need."""
-    meta = {
-        "help": help_text,
-        "unit": unit,
-        "choices": tuple(choices) if choices else None,
-        "listed": listed,  # whether a recipe may give a list
-    }
-    return field(default=default, metadata=meta)
+    """A dataclass field with what the help and the checks need; a recipe may list what is `listed`.
+
+    Numbers go from `low` to `high`.
+    """
+    choices = tuple(choices) if choices else None
+    rules = {"choices": choices, "listed": listed, "low": low, "high": high}
+    return field(default=default, metadata={"help": help_text, "unit": unit, **rules})
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,12 @@ class DataSettings:
         "prompt: learn assistant tokens only; none: learn every token, as the original QLoRA did",
         choices=["prompt", "none"],
     )
-    max_length: int = _setting(512, "longest example, BOS and EOS included", "tokens")
+    max_length: int = _setting(512, "longest example, BOS and EOS included", "tokens", low=8)
     eval_fraction: float = _setting(
-        0.05, "share of trees held out where the data set has no validation split", "0 to 0.5"
+        0.05,
+        "share of trees held out where the data set has no validation split",
+        "0 to 0.5",
+        high=0.5,
     )
 
 
@@ -133,9 +138,11 @@ class DataSettings:
 class LoraSettings:
     """The adapter."""
 
-    lora_r: int = _setting(64, "rank", "dimensions")
-    lora_alpha: float = _setting(16, "scale: the update is multiplied by alpha / r")
-    lora_dropout: float = _setting(0.1, "dropout on the adapter's input", "probability")
+    lora_r: int = _setting(64, "rank", "dimensions", low=1)
+    lora_alpha: float = _setting(
+        16, "scale: the update is multiplied by alpha / r", low=_ABOVE_ZERO
+    )
+    lora_dropout: float = _setting(0.1, "dropout on the adapter's input", "probability", high=0.99)
     lora_targets: str = _setting(
         "all-linear",
         "layers that get an adapter: all-linear (no output head) or a comma list",
@@ -153,25 +160,32 @@ class OptimizationSettings:
     """Steps, batches and the optimizer."""
 
     max_steps: int | None = _setting(
-        None, f"optimizer steps (default {DEFAULT_MAX_STEPS} unless --epochs is given)", "steps"
+        None,
+        f"optimizer steps (default {DEFAULT_MAX_STEPS} unless --epochs is given)",
+        "steps",
+        low=1,
     )
-    epochs: float | None = _setting(None, "passes over the data, instead of --max-steps", "epochs")
-    batch_size: int = _setting(1, "examples in one forward pass, per process", "examples")
-    grad_accum: int = _setting(16, "forward passes per optimizer step", "passes")
-    eval_batch_size: int = _setting(8, "examples in one evaluation pass, per process", "examples")
-    learning_rate: float = _setting(2e-4, "peak learning rate")
+    epochs: float | None = _setting(
+        None, "passes over the data, instead of --max-steps", "epochs", low=_ABOVE_ZERO
+    )
+    batch_size: int = _setting(1, "examples in one forward pass, per process", "examples", low=1)
+    grad_accum: int = _setting(16, "forward passes per optimizer step", "passes", low=1)
+    eval_batch_size: int = _setting(
+        8, "examples in one evaluation pass, per process", "examples", low=1
+    )
+    learning_rate: float = _setting(2e-4, "peak learning rate", low=_ABOVE_ZERO)
     lr_schedule: str = _setting(
         "constant", "learning rate over time", choices=["constant", "linear", "cosine"]
     )
-    warmup_ratio: float = _setting(0.0, "share of steps with a rising rate", "0 to 1")
+    warmup_ratio: float = _setting(0.0, "share of steps with a rising rate", "0 to 1", high=1)
     optimizer: str = _setting(
         "paged_adamw_32bit",
         "optimizer, the same for both arms",
         choices=["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw_torch"],
     )
-    adam_beta2: float = _setting(0.999, "decay of the second moment", "0 to 1")
+    adam_beta2: float = _setting(0.999, "decay of the second moment", "0 to 1", high=0.999999)
     weight_decay: float = _setting(0.0, "decoupled weight decay")
-    max_grad_norm: float = _setting(0.3, "gradients are clipped to this norm")
+    max_grad_norm: float = _setting(0.3, "gradients are clipped to this norm", low=_ABOVE_ZERO)
     group_by_length: bool = _setting(True, "put examples of like length into one batch")
     checkpointing: str = _setting(
         "full",
@@ -192,7 +206,7 @@ class OptimizationSettings:
         "modules and padded batches",
         choices=["auto", "none"],
     )
-    seed: int = _setting(0, "seed of adapter weights, dropout and data order")
+    seed: int = _setting(0, "seed of adapter weights, dropout and data order", high=2**32 - 1)
 
 
 @dataclass(frozen=True)
@@ -202,7 +216,7 @@ class RunSettings:
     output_dir: str | None = _setting(
         None, "run folder (default results/4bit for nf4, results/16bit, results/4bit_fp4)"
     )
-    save_steps: int = _setting(250, "steps between checkpoints", "steps")
+    save_steps: int = _setting(250, "steps between checkpoints", "steps", low=1)
     resume: str = _setting(
         "auto",
         "auto: resume an unfinished run from its newest whole checkpoint; never; or a checkpoint "
@@ -222,8 +236,8 @@ GROUPS: dict[str, type] = {
     "run": RunSettings,
 }
 
-# Settings that may change without making it another experiment: where and how a run is kept, and
-# how it is evaluated. A resumed run keeps the rest, and `compare` looks at the rest.
+# Settings that don't make it another experiment: where and how a run is kept, and how it is
+# evaluated. A resumed run keeps all others, and `compare` looks at all others.
 BOOKKEEPING = frozenset({f.name for f in fields(RunSettings)} | {"eval_batch_size"})
 
 
@@ -256,7 +270,7 @@ class Settings:
         }
 
     def experiment(self) -> dict[str, Any]:
-        """Returns the settings that decide what is learned, without house-keeping."""
+        """Returns the settings that decide what is learned."""
         return {k: v for k, v in self.flat().items() if k not in BOOKKEEPING}
 
 
@@ -265,186 +279,148 @@ def setting_fields() -> dict[str, tuple[str, dataclasses.Field[Any]]]:
     return {f.name: (group, f) for group, cls in GROUPS.items() for f in fields(cls)}
 
 
-def field_kind(cls: type, name: str) -> tuple[type, bool]:
-    """Returns the plain type of a setting and whether it may be None.
+def flag_of(name: str) -> str:
+    """Returns the flag of a setting: --learning-rate for learning_rate."""
+    return f"--{name.replace('_', '-')}"
 
-    Args:
-        cls: The dataclass that holds it.
-        name: The setting.
-    """
-    hint = typing.get_type_hints(cls)[name]
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        plain = [t for t in typing.get_args(hint) if t is not type(None)]
-        return plain[0], True
-    return hint, False
+
+def field_kind(f: dataclasses.Field[Any]) -> type:
+    """Returns the plain type of a setting; one whose default is None may also be None."""
+    return {"str": str, "int": int, "float": float, "bool": bool}[str(f.type).split(" ")[0]]
 
 
 def build_settings(values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> Settings:
     """Checks values by name and fills in the defaults.
 
-    Args:
-        values: Settings by name; what is missing gets its default.
-        sources: Where each value came from (a flag, or a recipe file and key), for messages.
-
-    Returns:
-        The settings.
-
-    Raises:
-        SettingsError: An unknown name, a wrong type, a value out of range, or two that exclude
-            each other.
+    `sources` says where each value came from (a flag, or a recipe file and key). Raises
+    SettingsError for an unknown name, a wrong type, a value out of range, or two that exclude each
+    other.
     """
-    where = dict(sources or {})
+    given = dict(sources or {})
+    where = {name: flag_of(name) for name in values} | given
     known = setting_fields()
     grouped: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
     for name, value in values.items():
         if name not in known:
-            raise unknown_name(name, where.get(name, f"setting '{name}'"), known)
+            raise unknown_name(name, given.get(name, f"setting '{name}'"), known)
         group, f = known[name]
-        place = where.setdefault(name, f"--{name.replace('_', '-')}")
-        grouped[group][name] = _typed(f, GROUPS[group], value, place)
+        grouped[group][name] = _typed(f, value, where[name])
     optimization = grouped["optimization"]
-    if optimization.get("max_steps") is not None and optimization.get("epochs") is not None:
-        raise SettingsError(
-            f"{where['max_steps']} ({optimization['max_steps']}) and {where['epochs']} "
-            f"({optimization['epochs']}) exclude each other",
-            "Give one of the two",
-        )
-    if optimization.get("memory") is not None:
-        _check_memory(optimization["memory"], where)
-        chosen = ("checkpointing", "optimizer", "adapter_dtype")
-        # A recipe, and a record that is read back, may state what --memory then replaces.
-        if clash := [n for n in chosen if (sources or {}).get(n, "").startswith("--")]:
-            raise SettingsError(
-                f"{where['memory']} and {where[clash[0]]} exclude each other",
-                "Give one of the two",
-            )
+    _check_exclusions(optimization, where, given)
     if optimization.get("max_steps") is None and optimization.get("epochs") is None:
         optimization["max_steps"] = DEFAULT_MAX_STEPS
-    settings = Settings(**{group: GROUPS[group](**grouped[group]) for group in GROUPS})
-    _check_ranges(settings, where)
-    return settings
+    return Settings(**{group: GROUPS[group](**grouped[group]) for group in GROUPS})
 
 
-def _check_memory(value: str, where: Mapping[str, str]) -> None:
-    if value in ("fast", "balanced", "lean"):
-        return
-    try:
-        amount = float(value)
-    except ValueError:
-        amount = 0.0
-    if not (math.isfinite(amount) and amount > 0):
+def _check_exclusions(
+    optimization: Mapping[str, Any], where: Mapping[str, str], given: Mapping[str, str]
+) -> None:
+    steps, epochs = optimization.get("max_steps"), optimization.get("epochs")
+    if steps is not None and epochs is not None:
         raise SettingsError(
-            f"{where['memory']}: {shown(value)} is not fast, balanced, lean or a number of GiB",
+            f"{where['max_steps']} ({steps}) and {where['epochs']} ({epochs}) exclude each other",
+            "Give one of the two",
+        )
+    memory = optimization.get("memory")
+    if memory is None:
+        return
+    if memory not in ("fast", "balanced", "lean") and not 0 < _as_float(memory) < math.inf:
+        raise SettingsError(
+            f"{where['memory']}: {shown(memory)} is not fast, balanced, lean or a number of GiB",
             "Choose one of these",
         )
+    # A recipe, and a record that is read back, may state what --memory then replaces.
+    for name in ("checkpointing", "optimizer", "adapter_dtype"):
+        if given.get(name, "").startswith("--"):
+            raise SettingsError(
+                f"{where['memory']} and {where[name]} exclude each other", "Give one of the two"
+            )
 
 
-def unknown_name(name: str, place: str, known: Iterable[str]) -> SettingsError:
-    """Returns the error for an unknown name, with the nearest known one.
-
-    Args:
-        name: What was given.
-        place: The flag, or recipe file and key.
-        known: The names that exist.
-    """
+def unknown_name(name: str, source: str, known: Iterable[str]) -> SettingsError:
+    """Returns the error for a name from a flag or a recipe key, with the nearest known one."""
     close = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1)
-    if close and place.startswith("flag "):
-        close = [f"--{close[0].replace('_', '-')}"]
+    if close and source.startswith("flag "):
+        close = [flag_of(close[0])]
     hint = f"did you mean {close[0]!r}? " if close else ""
     return SettingsError(
-        f"{place} is not known", f"{hint}`launch/train.py --help` lists every setting"
+        f"{source} is not known", f"{hint}`launch/train.py --help` lists every setting"
     )
 
 
-def _typed(f: dataclasses.Field[Any], cls: type, value: Any, place: str) -> Any:
-    kind, optional = field_kind(cls, f.name)
-    if value is None and optional:
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def _typed(f: dataclasses.Field[Any], value: Any, source: str) -> Any:
+    """A value in the type of its field."""
+    kind = field_kind(f)
+    if value is None and f.default is None:
         return None
-    wrong = SettingsError(f"{place}: {shown(value)} is not {_kind_name(kind)}", "Correct the value")
+    typed: Any
     if kind is bool:
-        if isinstance(value, str):
-            value = yaml.SafeLoader.bool_values.get(value.lower())
-        if isinstance(value, bool):
-            return value
-        raise wrong
+        typed = _as_bool(value)
+    elif kind is str:
+        typed = _as_text(value, f.metadata["listed"])
+    else:
+        typed = _as_number(value, whole=kind is int)
+    if typed is None:
+        raise SettingsError(f"{source}: {shown(value)} is not {_KINDS[kind]}", "Correct the value")
     if kind is str:
-        text = _as_text(value, f.metadata["listed"])
-        if not text or text != text.strip():
-            raise wrong
-        if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
-            raise SettingsError(
-                f"{place}: {shown(text)} holds a control character or bytes that are not UTF-8",
-                "Correct the value",
-            )
-        choices = f.metadata["choices"]
-        if choices and text not in choices:
-            raise SettingsError(
-                f"{place}: {shown(text)} is not one of {', '.join(choices)}", "Choose one of these"
-            )
-        return text
-    if isinstance(value, bool):
-        raise wrong
+        _check_text(typed, f.metadata["choices"], source)
+    elif kind is not bool:
+        _check_range(typed, f.metadata["low"], f.metadata["high"], source)
+    return typed
+
+
+def _as_bool(value: Any) -> bool | None:
+    if isinstance(value, str):
+        value = yaml.SafeLoader.bool_values.get(value.lower())
+    return value if isinstance(value, bool) else None
+
+
+def _as_number(value: Any, *, whole: bool) -> float | None:
+    number = math.nan if isinstance(value, bool) else _as_float(value)
+    if not math.isfinite(number) or (whole and number != int(number)):
+        return None
+    return int(number) if whole else number
+
+
+def _as_float(value: Any) -> float:
+    """A number, or NaN."""
     try:
-        number = float(value)
+        return float(value)
     except (TypeError, ValueError, OverflowError):
-        raise wrong from None
-    if not math.isfinite(number) or (kind is int and number != int(number)):
-        raise wrong
-    return int(number) if kind is int else number
+        return math.nan
 
 
 def _as_text(value: Any, listed: bool) -> str | None:
     """A text, a list of texts where a setting takes one, or a number with all of its digits."""
     if listed and isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return ",".join(value)
+        value = ",".join(value)
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100:
-        return repr(value).removesuffix(".0")
-    return value if isinstance(value, str) else None
+        value = repr(value).removesuffix(".0")
+    return value if isinstance(value, str) and value and value == value.strip() else None
 
 
-def _kind_name(kind: type) -> str:
-    return {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "a text",
-    }[kind]
+def _check_text(text: str, choices: tuple[str, ...] | None, source: str) -> None:
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+        raise SettingsError(
+            f"{source}: {shown(text)} holds a control character or bytes that are not UTF-8",
+            "Correct the value",
+        )
+    if choices and text not in choices:
+        raise SettingsError(
+            f"{source}: {shown(text)} is not one of {', '.join(choices)}", "Choose one of these"
+        )
 
 
-def _check_ranges(settings: Settings, where: Mapping[str, str]) -> None:
-    flat = settings.flat()
-    at_least: dict[str, float] = {
-        "max_length": 8,
-        "lora_r": 1,
-        "max_steps": 1,
-        "batch_size": 1,
-        "grad_accum": 1,
-        "eval_batch_size": 1,
-        "save_steps": 1,
-        "weight_decay": 0,
-    }
-    above_zero = ("epochs", "learning_rate", "lora_alpha", "max_grad_norm")
-    spans = {
-        "lora_dropout": (0.0, 0.99),
-        "warmup_ratio": (0.0, 1.0),
-        "eval_fraction": (0.0, 0.5),
-        "adam_beta2": (0.0, 0.999999),
-        "seed": (0, 2**32 - 1),  # what numpy takes
-    }
-
-    def refuse(name: str, rule: str) -> None:
-        place = where.get(name, f"--{name.replace('_', '-')}")
-        raise SettingsError(f"{place}: {flat[name]} is out of range", f"It must be {rule}")
-
-    for name, low in at_least.items():
-        if flat[name] is not None and flat[name] < low:
-            refuse(name, f"at least {low:g}")
-    for name in above_zero:
-        if flat[name] is not None and flat[name] <= 0:
-            refuse(name, "above 0")
-    for name, (low, high) in spans.items():
-        if not low <= flat[name] <= high:
-            refuse(name, f"from {low:.10g} to {high:.10g}")
+def _check_range(value: float, low: float, high: float, source: str) -> None:
+    if low <= value <= high:
+        return
+    rule = "above 0" if low == _ABOVE_ZERO else f"at least {low:g}"
+    if high < math.inf:
+        rule = f"from {low:.10g} to {high:.10g}"
+    raise SettingsError(f"{source}: {value} is out of range", f"It must be {rule}")
 
 
 _LARGEST_RECIPE = 100_000  # bytes
@@ -454,10 +430,10 @@ class _RecipeLoader(yaml.SafeLoader):
     """Plain YAML: no aliases, which can stand for gigabytes, no key twice, and no guessed types.
 
     YAML reads the revision 0123456 as 42798, 1.10 as 1.1, and the language no as false. Here only
-    null is special: everything else is text, and the setting it is for decides what it means.
+    null is special: everything else is text, of which the setting decides what it means.
     """
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers = {  # noqa: RUF012  # declared in the base class
         first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -479,22 +455,38 @@ class _RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """Reads a YAML recipe: settings by name, with `extends: NAME` for a recipe it differs from.
+def read_recipe(
+    path: Path, extending: tuple[Path, ...] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Reads a YAML recipe: settings by name, and for each the file and key it came from.
 
-    Args:
-        path: The YAML file.
-        seen: Files that extend this one, to stop at a circle.
-
-    Returns:
-        The values, and for each the place it came from.
-
-    Raises:
-        SettingsError: The file is missing, not YAML, not a mapping, or has an unknown key.
+    With `extends: NAME` a recipe holds its differences to another one; `extending` are the files
+    that extend this one. Raises SettingsError if the file is missing, not YAML, not a mapping, or
+    has an unknown key.
     """
     path = path.resolve()
-    if path in seen:
+    if path in extending:
         raise SettingsError(f"recipe {path} extends itself", "Remove its 'extends' key")
+    content = _load_yaml(path)
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    base = content.pop("extends", None)
+    if base is not None:
+        source = f"recipe {path}, key 'extends'"
+        beside = _recipe_in(path.parent, str(base)) or find_recipe(str(base), source)
+        values, sources = read_recipe(beside, (*extending, path))
+    known = setting_fields()
+    own: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        sources[name] = f"recipe {path}, key {shown(str(key))}"
+        if name not in known:
+            raise unknown_name(name, sources[name], known)
+        own[name] = value
+    return _replaced(values, own), sources
+
+
+def _load_yaml(path: Path) -> dict[Any, Any]:
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST_RECIPE + 1)
@@ -513,69 +505,44 @@ def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any]
             f"recipe {path} holds a {type(loaded).__name__}, not 'name: value' lines",
             "Correct the file",
         )
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    base = loaded.pop("extends", None)
-    if base is not None:
-        place = f"recipe {path}, key 'extends'"
-        beside = _recipe_in(path.parent, str(base)) or find_recipe(str(base), place)
-        values, sources = read_recipe(beside, (*seen, path))
-        # Steps replace inherited epochs, and the other way round.
-        for given, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
-            if given in loaded and other not in loaded:
-                values.pop(other, None)
-    known = setting_fields()
-    for key, value in loaded.items():
-        name = str(key).replace("-", "_")
-        place = f"recipe {path}, key {shown(str(key))}"
-        if name not in known:
-            raise unknown_name(name, place, known)
-        values[name] = value
-        sources[name] = place
-    return values, sources
+    return loaded
+
+
+def _replaced(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with others in their place; epochs replace max_steps, and the other way round."""
+    merged = dict(values)
+    for name, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
+        if name in own and other not in own:
+            merged.pop(other, None)
+    return {**merged, **own}
 
 
 def with_recipe(
     recipe: str | None, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Puts what is given in place of a recipe's values.
+    """Puts given settings in place of those of a recipe (its name or path, or None).
 
-    Args:
-        recipe: Its name or path, or None.
-        given: Settings by name; epochs replace the recipe's max_steps, and the other way round.
-
-    Returns:
-        The values, and for each of the recipe the place it came from.
-
-    Raises:
-        SettingsError: There is no such recipe, or it is damaged.
+    Returns all values, and for each of the recipe the file and key it came from. Raises
+    SettingsError if there is no such recipe, or it is damaged.
     """
     values, sources = ({}, {}) if recipe is None else read_recipe(find_recipe(recipe))
-    for name, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
-        if name in given and other not in given:
-            values.pop(other, None)
-    return {**values, **given}, sources
+    return _replaced(values, given), sources
 
 
-def find_recipe(name: str, place: str = "--recipe") -> Path:
-    """Returns the file of a recipe given by path, or by name if it comes along.
+def find_recipe(name: str, source: str = "--recipe") -> Path:
+    """Returns the file of a recipe given by path, or by its name in launch/recipes.
 
-    Args:
-        name: A path to a YAML file, or the name of a recipe in launch/recipes.
-        place: The flag, or recipe file and key, for messages.
-
-    Raises:
-        SettingsError: There is no such recipe.
+    Raises SettingsError if there is none; `source` is the flag, or the recipe file and key.
     """
     folder = recipes_dir()
-    found = Path(name) if _is_file(Path(name)) else _recipe_in(folder, name)
-    if found is None:
+    path = Path(name) if _is_file(Path(name)) else _recipe_in(folder, name)
+    if path is None:
         names = sorted(p.stem for p in folder.glob("*.yaml"))
         raise SettingsError(
-            f"{place}: there is no recipe {shown(name)}",
+            f"{source}: there is no recipe {shown(name)}",
             f"Name a YAML file or one of {', '.join(names)}",
         )
-    return found
+    return path
 
 
 def _recipe_in(folder: Path, name: str) -> Path | None:

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,6 @@ from qlora_harness.question_hashes import prompts_hash
 FAMILY = "mmlu_qlora_5shot"
 DATE = "2026-11-24T08-14-04.277787"
 GIB = 2**30
-CATEGORY_OF = {
-    "anatomy": "stem",
-    "law": "humanities",
-    "philosophy": "humanities",
-    "virology": "other",
-}
 # Ten questions each: right in both 4 + 3, only first 3 + 2, only second 1 + 2, neither 2 + 3.
 FIRST = {"anatomy": "1111111000", "law": "1111100000"}
 SECOND = {"anatomy": "1111000100", "law": "1110011000"}
@@ -46,44 +39,36 @@ def edit(dotted: str, new: object) -> Edit:
 
 
 def summary(quant: str = "nf4", **changes: Any) -> dict[str, Any]:
+    four = quant == "nf4"
     record: dict[str, Any] = {
         "schema_version": 1,
         "kind": "training_summary",
         "status": "completed",
-        "arm": "4bit" if quant == "nf4" else "16bit",
+        "arm": "4bit" if four else "16bit",
         "quant": quant,
-        "started": "2026-11-24T08:00:00+00:00",
-        "finished": "2026-11-24T09:00:00+00:00",
-        "model": {"name": "llama", "revision": None, "commit": "a" * 40, "random_weights": False},
-        "quantization": {"quant": quant, "double_quant": quant == "nf4"},
+        "model": {"name": "llama", "commit": "a" * 40, "random_weights": False},
+        "quantization": {"quant": quant, "double_quant": four},
         "settings": {"dataset": "oasst1", "learning_rate": 2e-4, "max_steps": 20, "seed": 0},
         "data": {
-            "dataset": "oasst1",
             "train": {"conversations": 90, "tokens": 9000, "fingerprint": "sha256:" + "1" * 64},
             "eval": {"conversations": 10, "tokens": 1000, "fingerprint": "sha256:" + "2" * 64},
-            "dropped": {"deleted": 3},
-            "truncated": 0,
         },
         "memory": {
             "device_type": "cuda",
-            "peak_allocated_bytes": 6.5 * GIB if quant == "nf4" else 14.5 * GIB,
-            "peak_reserved_bytes": 7.0 * GIB if quant == "nf4" else 15.0 * GIB,
-            "peak_device_used_bytes": None,
+            "peak_allocated_bytes": 6.5 * GIB if four else 14.5 * GIB,
             "cpu_peak_rss_bytes": 3 * GIB,
         },
-        "runtime": {"train_seconds": 5000.0 if quant == "nf4" else 4000.0, "resumed": False},
-        "throughput": {"tokens_per_second": 400.0 if quant == "nf4" else 500.0},
+        "runtime": {"train_seconds": 5000.0 if four else 4000.0, "resumed": False},
+        "throughput": {"tokens_per_second": 400.0 if four else 500.0},
         "results": {
             "steps": 20,
-            "final_train_loss": 1.25 if quant == "nf4" else 1.0,
+            "final_train_loss": 1.25 if four else 1.0,
             "eval_loss": 1.5,
             "perplexity": math.exp(1.5),
         },
         "environment": {
             "versions": {"torch": "2.13.0"},
-            "git": {"revision": "b" * 40, "dirty": False},
             "device": {"name": "NVIDIA H100", "total_memory_bytes": 80 * GIB, "count": 1},
-            "world_size": 1,
             "command": f"train.py --quant {quant}",
         },
         "failure": None,
@@ -102,42 +87,24 @@ def stderr(marks: str) -> float | None:
     return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
 
 
+def score(marks: str) -> dict[str, Any]:
+    return {"acc": accuracy(marks), "acc_stderr": stderr(marks), "n": len(marks)}
+
+
 def scores(marks: Mapping[str, str], **changes: Any) -> dict[str, Any]:
     """Returns one family of evaluation_results.json."""
     every = "".join(marks.values())
-    subject_accuracies = [accuracy(item) for item in marks.values()]
-    record: dict[str, Any] = {
-        "acc": accuracy(every),
-        "acc_stderr": stderr(every),
-        "acc_macro": sum(subject_accuracies) / len(subject_accuracies),
+    return {
+        **score(every),
+        "acc_macro": sum(map(accuracy, marks.values())) / len(marks),
         "acc_macro_stderr": 0.125,
-        "n": len(every),
         "n_total": len(every),
         "ties": 1,
         "truncated": 0,
         "prompts_sha256": "c" * 64,
-        "subjects": {
-            name: {
-                "acc": accuracy(item),
-                "acc_stderr": stderr(item),
-                "n": len(item),
-                "correct": item.count("1"),
-            }
-            for name, item in marks.items()
-        },
-        "categories": {
-            CATEGORY_OF[name]: {
-                "acc": accuracy(item),
-                "acc_stderr": stderr(item),
-                "acc_macro": accuracy(item),
-                "n": len(item),
-            }
-            for name, item in marks.items()
-            if name in CATEGORY_OF
-        },
+        "subjects": {name: score(item) for name, item in marks.items()},
+        **changes,
     }
-    record.update(changes)
-    return record
 
 
 def evaluation(
@@ -155,59 +122,35 @@ def evaluation(
     }
 
 
-def metrics(name: str, marks: str, macro: float) -> dict[str, Any]:
-    return {
-        "name": name,
-        "alias": name,
-        "sample_len": len(marks),
-        "acc,none": accuracy(marks),
-        "acc_stderr,none": stderr(marks) or "N/A",
-        "acc_macro,none": macro,
-        "acc_macro_stderr,none": "N/A",
-    }
+def harness(marks: Mapping[str, str], family: str = FAMILY) -> dict[str, Any]:
+    """Returns lm_eval's results JSON."""
 
+    def metrics(name: str, item: str) -> dict[str, Any]:
+        error = stderr(item) or "N/A"
+        return {"name": name, "alias": name, "acc,none": accuracy(item), "acc_stderr,none": error}
 
-def harness(
-    marks: Mapping[str, str],
-    family: str = FAMILY,
-    total: int | None = None,
-    nested_groups: bool = False,
-) -> dict[str, Any]:
-    """Returns lm_eval's results JSON; inline groups are named "parent::child" there."""
-    prefix = f"{family}::" if nested_groups else ""
-    macro = sum(map(accuracy, marks.values())) / len(marks)
-    results = {
-        f"{family}_{name}": metrics(f"{family}_{name}", item, accuracy(item))
-        for name, item in marks.items()
-    }
-    groups = {
-        f"{prefix}{family}_{CATEGORY_OF[name]}": metrics("category", item, accuracy(item))
-        for name, item in marks.items()
-    }
-    groups[family] = metrics(family, "".join(marks.values()), macro)
+    leaves = {f"{family}_{name}": item for name, item in marks.items()}
+    groups = {family: metrics(family, "".join(marks.values()))}
     return {
-        "results": {**results, **groups},
+        "results": {name: metrics(name, item) for name, item in leaves.items()} | groups,
         "groups": groups,
         "group_subtasks": {},
         "configs": {},
         "versions": {family: "1.0"},
         "n-samples": {
-            f"{family}_{name}": {"original": total or len(item), "effective": len(item)}
-            for name, item in marks.items()
+            name: {"original": len(item), "effective": len(item)} for name, item in leaves.items()
         },
         "config": {
             "model": "hf",
             "model_args": {"pretrained": "gpt2", "dtype": "bfloat16"},
             "model_dtype": "torch.bfloat16",
             "batch_size": "8",
-            "limit": None,
             "use_cache": None,
         },
         "pretty_env_info": "PyTorch version: 2.13.0\nGPU models and configuration: GPU 0: H100\n",
         "transformers_version": "5.23.0",
         "lm_eval_version": "0.4.13",
         "max_length": 2048,
-        "chat_template_sha": None,
     }
 
 
@@ -232,33 +175,17 @@ def sample(subject: str, doc_id: int, right: bool) -> dict[str, Any]:
     }
 
 
-def write(path: Path, value: object, seconds: float | None = None) -> Path:
+def write(path: Path, value: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
-    if seconds is not None:
-        os.utime(path, (seconds, seconds))
     return path
 
 
-def write_harness(
-    folder: Path,
-    marks: Mapping[str, str],
-    *,
-    date: str = DATE,
-    seconds: float = 2000.0,
-    samples: bool = True,
-    **options: Any,
-) -> Path:
-    family = options.get("family", FAMILY)
-    if samples:
-        for subject, item in marks.items():
-            lines = [
-                json.dumps(sample(subject, index, mark == "1")) for index, mark in enumerate(item)
-            ]
-            name = f"samples_{family}_{subject}_{date}.jsonl"
-            write(folder / "gpt2" / name, "\n".join(lines) + "\n")
-    path = folder / "gpt2" / f"results_{date}.json"
-    return write(path, harness(marks, **options), seconds)
+def write_harness(folder: Path, marks: Mapping[str, str], *, family: str = FAMILY) -> Path:
+    for subject, item in marks.items():
+        lines = [json.dumps(sample(subject, n, mark == "1")) for n, mark in enumerate(item)]
+        write(folder / "gpt2" / f"samples_{family}_{subject}_{DATE}.jsonl", "\n".join(lines) + "\n")
+    return write(folder / "gpt2" / f"results_{DATE}.json", harness(marks, family))
 
 
 def step_log(
@@ -281,8 +208,7 @@ def progress(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns evaluation_results.json and its mmlu_progress file.
 
-    Args:
-        questions: Subject, right choice and four log-probabilities of each, in file order.
+    Each question has a subject, the right choice and four log-probabilities.
     """
     rows: list[dict[str, Any]] = []
     marks: dict[str, str] = {}
@@ -302,7 +228,7 @@ def progress(
             }
         )
     hashed = prompts_hash((r["index"], r["subject"], r["prompt_sha256"], r["answer"]) for r in rows)
-    scored = evaluation(marks, prompts_sha256=hashed, categories={})
+    scored = evaluation(marks, prompts_sha256=hashed)
     scored["model"] |= {"quant": quant, "peft": peft}
     record = {"schema_version": 1, "kind": "mmlu_progress", "arm": scored["arm"]}
     record |= {"model": scored["model"], "tasks": {FAMILY: rows}}
@@ -333,16 +259,14 @@ def write_run(
         steps = (training.get("results") or {}).get("steps", 0)
         write(folder / "training_logs.json", step_log([2.0] * steps))
     if scored is not None:
-        write(folder / "evaluation_results.json", scored, 1000.0)
+        write(folder / "evaluation_results.json", scored)
     return folder
 
 
 def changed(path: Path, change: Edit) -> None:
     record = json.loads(path.read_text())
-    before = path.stat()
     change(record)
     path.write_text(json.dumps(record))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def main(*words: object) -> int:
@@ -368,13 +292,10 @@ def in_harness(dotted: str, new: object) -> Callable[[Path], object]:
 
 
 def in_progress(row: int, key: str, new: object) -> Callable[[Path], object]:
-    def spoil(folder: Path) -> None:
-        path = next(folder.glob("mmlu_progress_*.json"))
-        record = json.loads(path.read_text())
-        put(record["tasks"][FAMILY][row], key, new)
-        path.write_text(json.dumps(record))
-
-    return spoil
+    return lambda folder: changed(
+        next(folder.glob("mmlu_progress_*.json")),
+        lambda record: put(record["tasks"][FAMILY][row], key, new),
+    )
 
 
 def in_text(pattern: str, change: Callable[[str], str]) -> Callable[[Path], object]:

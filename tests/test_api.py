@@ -21,12 +21,14 @@ def test_an_arm_is_trained_scored_and_compared(
     }  # fmt: skip
     runs = [qh.train({**settings, "quant": quant}) for quant in ("nf4", "bf16")]
     assert [str(run.path) for run in runs] == ["results/4bit", "results/16bit"]
-    assert runs[0].training is not None and runs[0].training.results.steps == 2
+    assert runs[0].training is not None
+    assert runs[0].training.results.steps == 2
     item = qh.compare([run.path for run in runs]).contrasts[0]
     assert (item.arm, item.baseline) == ("NF4", "bf16")
     assert item["eval_loss"].reason == "random weights"
     log = runs[0].log
-    assert log is not None and len(log.evaluation.nll_before) == len(log.evaluation.nll) > 0
+    assert log is not None
+    assert len(log.evaluation.nll_before) == len(log.evaluation.nll) > 0
     scored = qh.score(runs[0].path, tasks="mmlu_qlora_demo", limit=1)
     assert scored.scored["mmlu_qlora_demo"].n == 8  # one of each subject
     assert scored.answers("mmlu_qlora_demo") is not None

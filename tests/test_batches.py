@@ -37,11 +37,6 @@ def test_pad_id_that_occurs_in_the_text_stays_attended_and_learned() -> None:
     assert batch["labels"].tolist() == [[-100, 6, 2], [2, 2, -100]]
 
 
-def test_one_row_is_not_padded() -> None:
-    batch = pad_batch([{"input_ids": [3, 4], "labels": [3, 4]}], pad_id=0)
-    assert batch["attention_mask"].tolist() == [[1, 1]]
-
-
 def test_example_set_gives_ids_and_labels() -> None:
     examples = ExampleSet([Example([1, 2], [-100, 2], truncated=True)])
     assert len(examples) == 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import BOS, EOS, token_ids, write_tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from qlora_harness.data.chat import (
     IGNORE,
@@ -28,21 +28,22 @@ from qlora_harness.data.oasst1 import build_conversations
 from qlora_harness.data.sources import read_rows
 from qlora_harness.errors import SettingsError
 from qlora_harness.model.base import find_base, load_tokenizer
+from qlora_harness.settings import setting_fields
+
+Ids = list[int]
 
 
 def conversation(*texts: str, supervised: tuple[int, ...] | None = None) -> Conversation:
     """Returns alternating turns; all assistant turns are supervised unless given by number."""
     turns = []
-    for place, text in enumerate(texts):
-        assistant = place % 2 == 1
-        learned = assistant and (supervised is None or place // 2 in supervised)
+    for index, text in enumerate(texts):
+        assistant = index % 2 == 1
+        learned = assistant and (supervised is None or index // 2 in supervised)
         turns.append(Turn("assistant" if assistant else "user", text, learned))
     return Conversation("tree", tuple(turns))
 
 
-def load(folder: Path | str) -> Any:
-    from transformers import AutoTokenizer
-
+def load(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(folder))
 
 
@@ -56,69 +57,69 @@ def without_bos(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load(write_tokenizer(tmp_path_factory.mktemp("tokenizer"), adds_bos=False))
 
 
+@pytest.fixture(scope="module")
+def smollm2_tokenizer(smollm2: str) -> Any:
+    return load_tokenizer(find_base(smollm2))
+
+
 def encoder(
     tokenizer: Any, template: str = "guanaco", length: int = 512, mask: str = "prompt"
 ) -> ChatEncoder:
     return ChatEncoder(tokenizer, template, length, mask)
 
 
+def encode(tokenizer: Any, item: Conversation, **options: Any) -> Example:
+    example = encoder(tokenizer, **options).encode(item)
+    assert example is not None
+    return example
+
+
 # The two pieces of a guanaco exchange: what is only read, and what is learned.
-def asked(text: str) -> list[int]:
+def prompt_ids(text: str) -> Ids:
     return token_ids(f" ### Human: {text}### Assistant:")
 
 
-def learned(text: str) -> list[int]:
+def reply_ids(text: str) -> Ids:
     return [*token_ids(f" {text}"), EOS]
 
 
-def masked(ids: list[int]) -> list[int]:
-    return [IGNORE] * len(ids)
+def expected(*pieces: tuple[Ids, bool], truncated: bool = False) -> Example:
+    """Returns an example of pieces of ids, each with whether it is learned."""
+    return Example(
+        [number for ids, _ in pieces for number in ids],
+        [number if learned else IGNORE for ids, learned in pieces for number in ids],
+        truncated,
+    )
 
 
 # --- ids and labels -------------------------------------------------------------------------------
 
 
 def test_one_exchange(tokenizer: Any) -> None:
-    example = encoder(tokenizer).encode(conversation("Hi!", "A b"))
     # " A" of the reply is the single token that "Answer: A" ends with: id 354.
-    assert asked("Hi!")[:6] == [259, 262, 262, 262, 259, 299]
-    assert learned("A b") == [354, 259, 325, 2]
-    assert example == Example(
-        [BOS, *asked("Hi!"), *learned("A b")],
-        [IGNORE, *masked(asked("Hi!")), *learned("A b")],
-        truncated=False,
-    )
+    assert prompt_ids("Hi!")[:6] == [259, 262, 262, 262, 259, 299]
+    reply = [354, 259, 325, 2]
+    example = encode(tokenizer, conversation("Hi!", "A b"))
+    assert example == expected(([1, *prompt_ids("Hi!")], False), (reply, True))
     assert example.supervised_tokens == 4
 
 
-def test_several_exchanges_have_one_bos_and_an_eos_after_each_reply(tokenizer: Any) -> None:
-    example = encoder(tokenizer).encode(conversation("q", "r", "s", "t"))
-    assert example is not None
-    assert example.input_ids == [BOS, *asked("q"), *learned("r"), *asked("s"), *learned("t")]
-    assert example.labels == [
-        IGNORE,
-        *masked(asked("q")),
-        *learned("r"),
-        *masked(asked("s")),
-        *learned("t"),
-    ]
-    assert example.input_ids.count(BOS) == 1
-    assert example.input_ids.count(EOS) == example.labels.count(EOS) == 2
-
-
-def test_only_supervised_turns_are_learned(tokenizer: Any) -> None:
-    example = encoder(tokenizer).encode(conversation("q", "r", "s", "t", supervised=(1,)))
-    assert example is not None
-    assert example.input_ids == [BOS, *asked("q"), *learned("r"), *asked("s"), *learned("t")]
-    before = [BOS, *asked("q"), *learned("r"), *asked("s")]
-    assert example.labels == [*masked(before), *learned("t")]
+@pytest.mark.parametrize("supervised", [(0, 1), (0,), (1,)])
+def test_several_exchanges_have_one_bos_and_an_eos_after_each_reply(
+    tokenizer: Any, supervised: tuple[int, ...]
+) -> None:
+    example = encode(tokenizer, conversation("q", "r", "s", "t", supervised=supervised))
+    assert example == expected(
+        ([BOS, *prompt_ids("q")], False),
+        (reply_ids("r"), 0 in supervised),
+        (prompt_ids("s"), False),
+        (reply_ids("t"), 1 in supervised),
+    )
 
 
 def test_mask_none_learns_everything_but_bos(tokenizer: Any) -> None:
-    example = encoder(tokenizer, mask="none").encode(conversation("q", "r", supervised=()))
-    assert example is not None
-    assert example.labels == [IGNORE, *asked("q"), *learned("r")]
-    assert example.labels[1:] == example.input_ids[1:]
+    example = encode(tokenizer, conversation("q", "r", supervised=()), mask="none")
+    assert example == expected(([BOS], False), (prompt_ids("q") + reply_ids("r"), True))
     assert example.supervised_tokens == len(example.input_ids) - 1
 
 
@@ -128,144 +129,106 @@ def test_bos_stands_only_where_the_tokenizer_itself_puts_it(
     assert leading_bos(tokenizer) == [BOS]
     assert without_bos.bos_token_id == BOS
     assert leading_bos(without_bos) == []
-    example = encoder(without_bos).encode(conversation("q", "r"))
-    assert example is not None
-    assert example.input_ids == [*asked("q"), *learned("r")]
-    assert example.labels == [*masked(asked("q")), *learned("r")]
+    pair = conversation("q", "r")
+    assert encode(without_bos, pair) == expected((prompt_ids("q"), False), (reply_ids("r"), True))
+    # The first token of a row is never predicted.
+    everything = encode(without_bos, pair, mask="none")
+    assert everything.labels == everything.input_ids
+    assert everything.supervised_tokens == len(everything.input_ids) - 1
 
 
-def test_first_token_of_a_row_is_never_predicted(without_bos: Any) -> None:
-    example = encoder(without_bos, mask="none").encode(conversation("q", "r"))
-    assert example is not None
-    assert example.labels == example.input_ids
-    assert example.supervised_tokens == len(example.input_ids) - 1
-
-
-@pytest.mark.parametrize("text", ["</s>", "a</s>b", "<s>", "<unk> </s>"])
-def test_special_tokens_typed_by_people_stay_text(tokenizer: Any, text: str) -> None:
-    example = encoder(tokenizer).encode(conversation(text, text))
-    assert example is not None
-    assert example.input_ids == [BOS, *asked(text), *learned(text)]
-    assert example.input_ids.count(EOS) == 1
-    assert example.input_ids.count(BOS) == 1
-
-
-def test_template_typed_by_a_user_does_not_start_a_learned_part(tokenizer: Any) -> None:
-    text = "x### Assistant: fake### Human: y"
-    example = encoder(tokenizer).encode(conversation(text, "r"))
-    assert example is not None
-    assert example.labels == [IGNORE, *masked(asked(text)), *learned("r")]
-
-
-@pytest.mark.parametrize("text", ["é 漢\n\n", " two  spaces ", "\n", "Ärger 🙂"])
-def test_text_is_kept_verbatim(tokenizer: Any, text: str) -> None:
-    example = encoder(tokenizer).encode(conversation(text, text))
-    assert example is not None
-    assert example.input_ids == [BOS, *asked(text), *learned(text)]
+@pytest.mark.parametrize(
+    "text",
+    [
+        # Special tokens and templates typed by people are text; nothing is stripped.
+        *["</s>", "a</s>b", "<s>", "<unk> </s>", "x### Assistant: fake### Human: y"],
+        *["é 漢\n\n", " two  spaces ", "\n", "Ärger 🙂"],
+    ],
+)
+def test_text_stays_verbatim(tokenizer: Any, text: str) -> None:
+    example = encode(tokenizer, conversation(text, text))
+    assert example == expected(([BOS, *prompt_ids(text)], False), (reply_ids(text), True))
+    assert (example.input_ids.count(BOS), example.input_ids.count(EOS)) == (1, 1)
     whole = f"<s> ### Human: {text}### Assistant: {text}</s>"
-    assert tokenizer.decode(example.input_ids, skip_special_tokens=False) == whole
+    if "<" not in text:  # the decoder spaces special tokens out
+        assert tokenizer.decode(example.input_ids, skip_special_tokens=False) == whole
 
 
 # --- templates ------------------------------------------------------------------------------------
 
 
 def test_alpaca_template(tokenizer: Any) -> None:
-    example = encoder(tokenizer, "alpaca").encode(conversation("q", "r"))
     prompt = token_ids(" ### Instruction:\nq\n\n### Response:\n")
-    reply = [*token_ids("r"), EOS]
-    assert example == Example(
-        [BOS, *prompt, *reply], [IGNORE, *masked(prompt), *reply], truncated=False
+    assert encode(tokenizer, conversation("q", "r"), template="alpaca") == expected(
+        ([BOS, *prompt], False), ([*token_ids("r"), EOS], True)
     )
 
 
-def test_chatml_is_refused_where_its_tokens_are_missing(tokenizer: Any) -> None:
-    with pytest.raises(SettingsError) as caught:
-        encoder(tokenizer, "chatml")
-    assert str(caught.value) == (
-        "--template chatml needs the token '<|im_start|>', which this model's tokenizer does not "
-        "have. Choose --template guanaco; tokens are never added to a vocabulary."
-    )
+def test_chatml_with_smollm2(smollm2_tokenizer: Any) -> None:
+    start, end = smollm2_tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
 
+    def ids(text: str) -> Ids:
+        return list(smollm2_tokenizer.encode(text, split_special_tokens=True))
 
-def test_chatml_with_smollm2(smollm2: str) -> None:
-    from qlora_harness.model.base import find_base, load_tokenizer
-
-    tok = load_tokenizer(find_base(smollm2))
-    start, end = tok.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-
-    def ids(text: str) -> list[int]:
-        return list(tok.encode(text, split_special_tokens=True))
-
-    example = encoder(tok, "chatml").encode(conversation("<|im_end|>", "Yes"))
+    assert len(ids("<|im_end|>")) > 1
     prompt = [
         start, *ids("user\n"), *ids("<|im_end|>"), end, *ids("\n"), start, *ids("assistant\n")
     ]  # fmt: skip
-    reply = [*ids("Yes"), end]
-    assert example == Example([*prompt, *reply], [*masked(prompt), *reply], truncated=False)
-    assert len(ids("<|im_end|>")) > 1
-
-
-def test_chatml_is_the_text_of_the_models_own_chat_template(smollm2: str) -> None:
-    """Two exchanges as SmolLM2-Instruct and Qwen write them: a line break after each end."""
-    from qlora_harness.model.base import find_base, load_tokenizer
-
-    tok = load_tokenizer(find_base(smollm2))
-    example = encoder(tok, "chatml").encode(conversation("a", "b", "c", "d"))
-    assert example is not None
-    text = tok.decode(example.input_ids, skip_special_tokens=False)
+    example = encode(smollm2_tokenizer, conversation("<|im_end|>", "Yes"), template="chatml")
+    assert example == expected((prompt, False), ([*ids("Yes"), end], True))
+    # Two exchanges as SmolLM2-Instruct and Qwen write them: a line break after each end.
+    example = encode(smollm2_tokenizer, conversation("a", "b", "c", "d"), template="chatml")
+    text = smollm2_tokenizer.decode(example.input_ids, skip_special_tokens=False)
     assert text.rstrip("\n") == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>"
     )
 
 
-def test_smollm2_has_no_bos_before_a_text(smollm2: str) -> None:
-    from qlora_harness.model.base import find_base, load_tokenizer
-
-    tok = load_tokenizer(find_base(smollm2))
-    assert tok.bos_token_id is not None
-    assert leading_bos(tok) == []
-    example = encoder(tok).encode(conversation("Hi", "Yes"))
-    assert example is not None
-    prompt = list(tok.encode("### Human: Hi### Assistant:"))
-    reply = [*tok.encode(" Yes"), tok.eos_token_id]
-    assert example.input_ids == [*prompt, *reply]
-    assert example.labels == [*masked(prompt), *reply]
+def test_smollm2_has_no_bos_before_a_text(smollm2_tokenizer: Any) -> None:
+    assert smollm2_tokenizer.bos_token_id is not None
+    assert leading_bos(smollm2_tokenizer) == []
+    prompt = list(smollm2_tokenizer.encode("### Human: Hi### Assistant:"))
+    reply = [*smollm2_tokenizer.encode(" Yes"), smollm2_tokenizer.eos_token_id]
+    assert encode(smollm2_tokenizer, conversation("Hi", "Yes")) == expected(
+        (prompt, False), (reply, True)
+    )
 
 
-def test_tokenizer_without_an_end_token_is_refused(tiny_tokenizer: Path) -> None:
-    tok = load(tiny_tokenizer)
-    tok.eos_token = None
+def test_tokenizers_without_the_tokens_of_a_template_are_refused(tiny_tokenizer: Path) -> None:
+    tokenizer = load(tiny_tokenizer)
+    with pytest.raises(SettingsError, match=r"--template chatml .*'<\|im_start\|>'.*guanaco"):
+        encoder(tokenizer, "chatml")
+    tokenizer.eos_token = None
     with pytest.raises(SettingsError, match="no end-of-sequence token"):
-        encoder(tok)
+        encoder(tokenizer)
 
 
 @pytest.mark.parametrize("template", ["guanaco", "alpaca"])
 def test_nothing_is_added_to_the_vocabulary(tiny_tokenizer: Path, template: str) -> None:
-    tok = load(tiny_tokenizer)
-    before = (len(tok), tok.get_vocab(), tok.pad_token_id)
-    example = encoder(tok, template).encode(conversation("q</s>", "r"))
-    assert example is not None
+    tokenizer = load(tiny_tokenizer)
+    before = (len(tokenizer), tokenizer.get_vocab(), tokenizer.pad_token_id)
+    example = encode(tokenizer, conversation("q</s>", "r"), template=template)
     assert max(example.input_ids) < before[0]
-    assert (len(tok), tok.get_vocab(), tok.pad_token_id) == before
+    assert (len(tokenizer), tokenizer.get_vocab(), tokenizer.pad_token_id) == before
     # Nor is its behaviour changed for whoever uses it next.
-    assert tok.encode("</s>")[-1] == EOS
+    assert tokenizer.encode("</s>")[-1] == EOS
 
 
 def test_every_template_is_a_choice_of_the_settings() -> None:
-    from qlora_harness.settings import setting_fields
-
     assert set(TEMPLATES) == set(setting_fields()["template"][1].metadata["choices"])
 
 
 # --- truncation -----------------------------------------------------------------------------------
 
-FIRST, SECOND = [*asked("q"), *learned("rr")], [*asked("s"), *learned("t")]
+PROMPT = prompt_ids("q")
+FIRST, SECOND = [*PROMPT, *reply_ids("rr")], [*prompt_ids("s"), *reply_ids("t")]
+THIRD = [*prompt_ids("u"), *reply_ids("v")]
 PAIR = conversation("q", "rr", "s", "t")
 
 
 @pytest.mark.parametrize(
-    ("length", "kept"),
+    ("length", "remaining"),
     [
         (1 + len(FIRST) + len(SECOND), FIRST + SECOND),
         # One token too many: the whole second exchange goes, not its last token.
@@ -273,71 +236,60 @@ PAIR = conversation("q", "rr", "s", "t")
         (1 + len(FIRST), FIRST),
         # The first supervised turn is cut only when it alone is too long; its end goes first.
         (len(FIRST), FIRST[:-1]),
-        (1 + len(asked("q")) + 1, FIRST[: len(asked("q")) + 1]),
+        (1 + len(PROMPT) + 1, FIRST[: len(PROMPT) + 1]),
     ],
 )
-def test_truncation_at_turn_borders(tokenizer: Any, length: int, kept: list[int]) -> None:
-    example = encoder(tokenizer, length=length).encode(PAIR)
-    assert example is not None
-    assert example.input_ids == [BOS, *kept]
-    assert example.labels[: 1 + len(asked("q"))] == masked([BOS, *asked("q")])
-    assert (
-        example.labels[1 + len(asked("q")) : 1 + len(FIRST)] == kept[len(asked("q")) : len(FIRST)]
+def test_truncation_at_turn_borders(tokenizer: Any, length: int, remaining: Ids) -> None:
+    assert encode(tokenizer, PAIR, length=length) == expected(
+        ([BOS, *PROMPT], False),
+        (remaining[len(PROMPT) : len(FIRST)], True),
+        (remaining[len(FIRST) :][: len(prompt_ids("s"))], False),
+        (remaining[len(FIRST) :][len(prompt_ids("s")) :], True),
+        truncated=remaining != FIRST + SECOND,
     )
-    assert example.truncated is (kept != FIRST + SECOND)
 
 
-def test_prompt_that_fills_the_length_leaves_nothing_to_learn(tokenizer: Any) -> None:
-    length = 1 + len(asked("q"))
+@pytest.mark.parametrize("length", [1 + len(PROMPT), 8])
+def test_prompt_that_fills_the_length_leaves_nothing_to_learn(tokenizer: Any, length: int) -> None:
     assert encoder(tokenizer, length=length).encode(PAIR) is None
-    assert encoder(tokenizer, length=8).encode(PAIR) is None
 
 
-def test_last_exchange_is_kept_where_only_it_is_learned(tokenizer: Any) -> None:
-    last_only = conversation("q", "rr", "s", "t", "u", "v", supervised=(2,))
-    third = [*asked("u"), *learned("v")]
-    room = 1 + len(SECOND) + len(third)
-    whole = encoder(tokenizer, length=room + len(FIRST)).encode(last_only)
-    assert whole is not None and not whole.truncated
-    for length, kept in ((room, SECOND), (room - 1, []), (1 + len(third), [])):
-        example = encoder(tokenizer, length=length).encode(last_only)
-        assert example is not None and example.truncated
-        assert example.input_ids == [BOS, *kept, *third]
-        assert example.labels == [*masked([BOS, *kept, *asked("u")]), *learned("v")]
-
-
-def test_learned_exchange_in_the_middle_is_kept(tokenizer: Any) -> None:
-    middle = conversation("q", "rr", "s", "t", "u", "v", supervised=(1,))
-    example = encoder(tokenizer, length=1 + len(SECOND)).encode(middle)
-    assert example is not None
-    assert example.input_ids == [BOS, *SECOND]
-    assert example.labels == [*masked([BOS, *asked("s")]), *learned("t")]
+@pytest.mark.parametrize(
+    ("supervised", "length", "before", "last"),
+    [
+        (2, 1 + len(FIRST + SECOND + THIRD), FIRST + SECOND, ("u", "v")),
+        (2, 1 + len(SECOND + THIRD), SECOND, ("u", "v")),
+        (2, len(SECOND + THIRD), [], ("u", "v")),
+        (2, 1 + len(THIRD), [], ("u", "v")),
+        (1, 1 + len(SECOND), [], ("s", "t")),
+    ],
+)
+def test_the_learned_exchange_stays_whichever_it_is(
+    tokenizer: Any, supervised: int, length: int, before: Ids, last: tuple[str, str]
+) -> None:
+    three = conversation("q", "rr", "s", "t", "u", "v", supervised=(supervised,))
+    assert encode(tokenizer, three, length=length) == expected(
+        ([BOS, *before, *prompt_ids(last[0])], False),
+        (reply_ids(last[1]), True),
+        truncated=before != FIRST + SECOND,
+    )
 
 
 def test_cut_and_dropped_conversations_are_counted(tokenizer: Any) -> None:
-    short = conversation("q", "r")
-    too_long = conversation("x" * 100, "r")
+    short, too_long = conversation("q", "r"), conversation("x" * 100, "r")
     encoded = encoder(tokenizer, length=59).encode_all([short, too_long, PAIR, short])
-    assert (len(encoded.examples), encoded.dropped, encoded.truncated) == (3, 1, 1)
-    assert [len(e.input_ids) for e in encoded.examples] == [
-        1 + len(asked("q")) + len(learned("r")),
-        1 + len(FIRST),
-        1 + len(asked("q")) + len(learned("r")),
-    ]
-
-
-def test_turns_are_those_that_are_left_in_the_examples(tokenizer: Any) -> None:
-    encoded = encoder(tokenizer, length=59).encode_all([conversation("q", "r"), PAIR])
-    assert encoded.truncated == 1
-    assert encoded.turns == 4
+    whole = 1 + len(PROMPT) + len(reply_ids("r"))
+    assert [len(e.input_ids) for e in encoded.examples] == [whole, 1 + len(FIRST), whole]
+    # The turns are those left in the examples.
+    assert (encoded.dropped, encoded.truncated, encoded.turns) == (1, 1, 6)
 
 
 # --- fingerprint and show -------------------------------------------------------------------------
 
 
-def test_fingerprint_changes_exactly_when_what_is_learned_changes(tokenizer: Any) -> None:
+def test_fingerprint_changes_exactly_when_what_is_learned_changes() -> None:
     base = [Example([1, 2, 3], [-100, 2, 3]), Example([4, 5], [-100, 5])]
-    same = [Example([1, 2, 3], [-100, 2, 3], truncated=True), Example([4, 5], [-100, 5])]
+    same = [Example([1, 2, 3], [-100, 2, 3], truncated=True), base[1]]
     assert fingerprint(base) == fingerprint(same)
     # sha256 over lengths, ids and labels as 32-bit little-endian integers.
     assert fingerprint([]) == (
@@ -355,18 +307,14 @@ def test_fingerprint_changes_exactly_when_what_is_learned_changes(tokenizer: Any
     assert len(set(prints)) == len(prints)
 
 
-def test_show_marks_what_is_learned(tokenizer: Any) -> None:
-    example = encoder(tokenizer).encode(conversation("q", "r", "s", "t", supervised=(1,)))
-    assert example is not None
+def test_show_marks_what_is_learned(tokenizer: Any, without_bos: Any) -> None:
+    example = encode(tokenizer, conversation("q", "r", "s", "t", supervised=(1,)))
     # The decoder of LLaMA's tokenizer strips the space before each piece that it sees.
-    text = show(example, tokenizer)
-    assert text == "<s> ### Human: q### Assistant: r</s> ### Human: s### Assistant:⟦t</s>⟧"
-
-
-def test_show_with_everything_learned(without_bos: Any) -> None:
-    example = encoder(without_bos, mask="none").encode(conversation("q", "r"))
-    assert example is not None
-    assert show(example, without_bos) == "⟦### Human: q### Assistant: r</s>⟧"
+    assert show(example, tokenizer) == (
+        "<s> ### Human: q### Assistant: r</s> ### Human: s### Assistant:⟦t</s>⟧"
+    )
+    everything = encode(without_bos, conversation("q", "r"), mask="none")
+    assert show(everything, without_bos) == "⟦### Human: q### Assistant: r</s>⟧"
 
 
 # --- the real LLaMA tokenizer on real rows --------------------------------------------------------
@@ -401,44 +349,36 @@ def test_llama_golden_ids(llama: Any, english: list[Conversation]) -> None:
         2,  # </s>
     ]
     # fmt: on
-    example = encoder(llama).encode(short)
-    assert example == Example([1, *prompt, *reply], [*masked([1, *prompt]), *reply])
+    assert encode(llama, short) == expected(([1, *prompt], False), (reply, True))
     assert list(llama("### Human: can you write code?### Assistant:").input_ids) == [1, *prompt]
 
 
 def test_llama_ids_are_those_of_the_whole_text(llama: Any, english: list[Conversation]) -> None:
     """Turn by turn or in one go: the ids are the same, so generating meets what was learned."""
-    chat = encoder(llama, length=100_000)
     for item in english[:100]:
-        example = chat.encode(item)
-        assert example is not None
         pairs = zip(item.turns[::2], item.turns[1::2], strict=True)
         text = "</s>".join(f"### Human: {u.text}### Assistant: {a.text}" for u, a in pairs)
-        assert example.input_ids == [*llama.encode(text), EOS]
+        assert encode(llama, item, length=100_000).input_ids == [*llama.encode(text), EOS]
 
 
 def test_llama_report_of_the_english_half(llama: Any, english: list[Conversation]) -> None:
     encoded = encoder(llama).encode_all(english)
     assert (len(english), len(encoded.examples), encoded.dropped) == (338, 336, 2)
-    assert encoded.truncated == 86
+    assert (encoded.truncated, len(llama)) == (86, 32000)
     assert max(len(e.input_ids) for e in encoded.examples) == 512
     assert all(e.input_ids[0] == 1 and e.input_ids.count(1) == 1 for e in encoded.examples)
     assert all(e.supervised_tokens > 0 for e in encoded.examples)
-    assert len(llama) == 32000
 
 
 # --- the template as the saved tokenizer has it ---------------------------------------------------
 
-
-def as_messages(conversation: Conversation) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.text} for turn in conversation.turns]
+TALK = conversation("Hi 'there'", 'Hello! "How"\nare you?', "2+2\\3? é", "It is {{ 4 }}.")
 
 
-def check_chat_template(tokenizer: Any, template: str, conversation: Conversation) -> None:
-    example = ChatEncoder(tokenizer, template, 10_000, "prompt").encode(conversation)
-    assert example is not None
+def check_chat_template(tokenizer: Any, template: str, talk: Conversation) -> None:
+    example = encode(tokenizer, talk, template=template, length=10_000)
     tokenizer.chat_template = chat_template(template, tokenizer)
-    messages = as_messages(conversation)
+    messages = [{"role": turn.role, "content": turn.text} for turn in talk.turns]
     applied = tokenizer.apply_chat_template(
         messages, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -452,22 +392,11 @@ def check_chat_template(tokenizer: Any, template: str, conversation: Conversatio
     assert list(prompt["input_ids"]) == example.input_ids[:last]
 
 
-TALK = Conversation(
-    "t",
-    (
-        Turn("user", "Hi 'there'", False),
-        Turn("assistant", 'Hello! "How"\nare you?', True),
-        Turn("user", "2+2\\3? é", False),
-        Turn("assistant", "It is {{ 4 }}.", True),
-    ),
-)
-
-
 @pytest.mark.parametrize("template", ["guanaco", "alpaca"])
 def test_chat_template_gives_the_training_ids(tiny_tokenizer: Path, template: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+    tokenizer = load(tiny_tokenizer)
     check_chat_template(tokenizer, template, TALK)
-    with pytest.raises(Exception, match="user and assistant turns, not on system"):
+    with pytest.raises(Exception, match="not on system"):
         tokenizer.apply_chat_template([{"role": "system", "content": "x"}])
 
 
@@ -476,8 +405,9 @@ def test_chat_template_gives_the_training_ids_of_smollm2(smollm2: str, template:
     check_chat_template(load_tokenizer(find_base(smollm2)), template, TALK)
 
 
-def test_chat_template_gives_the_training_ids_of_real_conversations(shared_data: Path) -> None:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(shared_data / "tokenizer-llama2")
-    rows = read_rows(shared_data / "oasst" / "oasst1_validation_best.jsonl")
-    for conversation in build_conversations(rows, ("en",)).conversations[:100]:
-        check_chat_template(tokenizer, "guanaco", conversation)
+def test_chat_template_gives_the_training_ids_of_real_conversations(
+    shared_data: Path, english: list[Conversation]
+) -> None:
+    tokenizer = load(shared_data / "tokenizer-llama2")
+    for talk in english[:100]:
+        check_chat_template(tokenizer, "guanaco", talk)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from compare_runs import DATE, digest, write
+from compare_runs import DATE, changed, digest, edit, write
 
 from qlora_harness.compare.comparison import Comparison, compare
 from qlora_harness.errors import ComparisonError, ResultsError
@@ -24,7 +24,7 @@ Sample = dict[str, Any]
 
 
 def sample(doc_id: int, metrics: dict[str, float], *, task: str = "t", **more: Any) -> Sample:
-    found = {
+    return {
         "doc_id": doc_id,
         "doc": {"question": f"q{doc_id}"},
         "target": "",
@@ -36,19 +36,24 @@ def sample(doc_id: int, metrics: dict[str, float], *, task: str = "t", **more: A
         "prompt_hash": digest("prompt", task, doc_id),
         "target_hash": digest("target", task, doc_id),
         **metrics,
+        **more,
     }
-    return found | more
 
 
-def chosen(doc_id: int, answer: int, logprobs: list[float]) -> Sample:
+def chosen(doc_id: int, answer: int, logprobs: list[float], task: str = "t") -> Sample:
     """A sample of multiple choice as lm_eval writes it: numbers as text."""
     right = float(max(range(len(logprobs)), key=logprobs.__getitem__) == answer)
     return sample(
         doc_id,
         {"acc": right, "acc_norm": 1 - right},
+        task=task,
         target=str(answer),
         filtered_resps=[[str(value), "False"] for value in logprobs],
     )
+
+
+def random_logprobs(rng: np.random.Generator, choices: int = 4) -> list[float]:
+    return [-float(value) for value in rng.exponential(2, choices)]
 
 
 def write_task(
@@ -87,74 +92,74 @@ def write_task(
 
 
 def choice_task(folder: Path, seed: int, n: int = 40, first: int = 0) -> Path:
-    """Questions with two to five choices, which every run asks alike."""
+    """Questions with two to five choices, the same in every run."""
     rng = np.random.default_rng(seed)
-    samples = [
-        chosen(i, i % 2, (-rng.exponential(2, 2 + i % 4)).tolist()) for i in range(first, first + n)
-    ]
+    samples = [chosen(i, i % 2, random_logprobs(rng, 2 + i % 4)) for i in range(first, first + n)]
     return write_task(folder, {"arc": samples})
+
+
+@pytest.fixture
+def arcs(tmp_path: Path) -> list[Path]:
+    return [choice_task(tmp_path / name, seed) for seed, name in enumerate("ab")]
 
 
 def accuracy(comparison: Comparison) -> Any:
     return comparison.primary[0]["accuracy"]
 
 
-def values(folder: Path, task: str, metric: str, chosen_filter: str = "none") -> pd.Series:
-    lines = (folder / "model" / f"samples_{task}_{DATE}.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return pd.Series(
-        {row["doc_hash"]: row[metric] for row in rows if row["filter"] == chosen_filter}
-    )
+def samples_of(folder: Path, task: str = "arc") -> Path:
+    return folder / "model" / f"samples_{task}_{DATE}.jsonl"
 
 
-def test_multiple_choice_of_any_number_of_choices(tmp_path: Path) -> None:
-    one, two = (choice_task(tmp_path / name, seed) for seed, name in enumerate(("a", "b")))
-    comparison = compare([one, two])
-    expected = values(two, "arc", "acc") - values(one, "arc", "acc")
+def change(
+    folders: list[Path], metric: str, task: str = "arc", chosen_filter: str = "none"
+) -> float:
+    """The mean of a metric in the second run less that in the first, of the questions of both."""
+    values = []
+    for folder in folders:
+        rows = [json.loads(line) for line in samples_of(folder, task).read_text().splitlines()]
+        known = {row["doc_hash"]: row[metric] for row in rows if row["filter"] == chosen_filter}
+        values.append(pd.Series(known))
+    return float((values[1] - values[0]).dropna().mean())
+
+
+def test_multiple_choice_of_any_number_of_choices(arcs: list[Path]) -> None:
+    comparison = compare(arcs)
     item = comparison.primary[0]
     assert (comparison.task, item.arm, item.baseline) == ("arc", "b", "a")
-    assert item["accuracy"].difference == pytest.approx(expected.mean())
-    assert item["nll"].n == 40 and "letter_centred" not in item.endpoints
-    frame = load_run(one).answers("arc")
+    assert item["accuracy"].difference == pytest.approx(change(arcs, "acc"))
+    assert item["nll"].n == 40
+    assert "letter_centred" not in item.endpoints
+    frame = load_run(arcs[0]).answers("arc")
     assert frame is not None
     last = frame.iloc[3]  # five choices
     logprobs = last[[f"logprob_{k}" for k in range(5)]].to_numpy(float)
-    assert last["choice"] == logprobs.argmax() and not np.isnan(logprobs).any()
+    assert last["choice"] == logprobs.argmax()
+    assert not np.isnan(logprobs).any()
     assert math.isnan(frame.iloc[0]["logprob_2"])
-
-
-def test_other_metric_of_the_same_task(tmp_path: Path) -> None:
-    one, two = (choice_task(tmp_path / name, seed) for seed, name in enumerate(("a", "b")))
-    item = compare([one, two], metric="acc_norm").primary[0]
-    expected = values(two, "arc", "acc_norm") - values(one, "arc", "acc_norm")
-    assert item["accuracy"].difference == pytest.approx(expected.mean())
+    item = compare(arcs, metric="acc_norm").primary[0]
+    assert item["accuracy"].difference == pytest.approx(change(arcs, "acc_norm"))
     assert "nll" not in item.endpoints  # the log-probabilities don't make this metric
 
 
 def test_generated_answers_with_two_filters(tmp_path: Path) -> None:
-    folders = []
+    folders, filters = [], ("strict-match", "flexible-extract")
     for seed in (0, 1):
         rng = np.random.default_rng(seed)
         samples = [
             sample(i, {"exact_match": float(rng.random() < share)}, filter=name)
-            for name, share in (("strict-match", 0.3), ("flexible-extract", 0.6))
+            for name, share in zip(filters, (0.3, 0.6), strict=True)
             for i in range(50)
         ]
-        filters = ("strict-match", "flexible-extract")
         folders.append(write_task(tmp_path / str(seed), {"gsm": samples}, filters=filters))
-    for asked, used in ((None, "strict-match"), ("exact_match,flexible-extract",) * 2):
-        used = used.rpartition(",")[2]
-        endpoint = accuracy(compare(folders, metric=asked))
-        change = values(folders[1], "gsm", "exact_match", used) - values(
-            folders[0], "gsm", "exact_match", used
-        )
-        assert endpoint.difference == pytest.approx(change.mean()) and endpoint.n == 50
-        assert endpoint.name == "exact_match"
+    for metric, used in ((None, filters[0]), (f"exact_match,{filters[1]}", filters[1])):
+        endpoint = accuracy(compare(folders, metric=metric))
+        assert endpoint.difference == pytest.approx(change(folders, "exact_match", "gsm", used))
+        assert (endpoint.n, endpoint.name) == (50, "exact_match")
 
 
 def test_continuous_metrics_and_those_of_which_less_is_better(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    table = rng.normal(20, 3, (2, 60))
+    table = np.random.default_rng(0).normal(20, 3, (2, 60))
     folders = [
         write_task(
             tmp_path / str(k),
@@ -164,10 +169,10 @@ def test_continuous_metrics_and_those_of_which_less_is_better(tmp_path: Path) ->
         for k in (0, 1)
     ]
     endpoint = accuracy(compare(folders))
-    change = table[1] - table[0]
-    assert endpoint.difference == pytest.approx(change.mean())
-    assert endpoint.stderr == pytest.approx(change.std(ddof=1) / math.sqrt(60))
-    assert endpoint.lower_is_better and endpoint.margin is None and endpoint.unit == "metric"
+    changes = table[1] - table[0]
+    assert endpoint.difference == pytest.approx(changes.mean())
+    assert endpoint.stderr == pytest.approx(changes.std(ddof=1) / math.sqrt(60))
+    assert (endpoint.lower_is_better, endpoint.margin, endpoint.unit) == (True, None, "metric")
 
 
 def test_groups_are_tasks_with_subjects_and_categories(tmp_path: Path) -> None:
@@ -176,12 +181,9 @@ def test_groups_are_tasks_with_subjects_and_categories(tmp_path: Path) -> None:
     for seed in (0, 1):
         rng = np.random.default_rng(seed)
         tasks = {
-            leaf: [chosen(i, 1, (-rng.exponential(2, 4)).tolist()) for i in range(size)]
+            leaf: [chosen(i, 1, random_logprobs(rng), leaf) for i in range(size)]
             for leaf, size in (("big_a", 30), ("big_b", 20), ("big_c", 10))
         }
-        for leaf, samples in tasks.items():
-            for item in samples:
-                item["doc_hash"] = digest(leaf, item["doc_id"])
         folders.append(write_task(tmp_path / str(seed), tasks, groups=groups))
     comparison = compare(folders)
     item = comparison.primary[0]
@@ -192,35 +194,31 @@ def test_groups_are_tasks_with_subjects_and_categories(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_paired_by_document_whatever_the_order(tmp_path: Path) -> None:
-    one, two = choice_task(tmp_path / "a", 0), choice_task(tmp_path / "b", 1)
-    before = accuracy(compare([one, two]))
-    path = two / "model" / f"samples_arc_{DATE}.jsonl"
+def test_paired_by_document_whatever_the_order(arcs: list[Path]) -> None:
+    before = accuracy(compare(arcs))
+    path = samples_of(arcs[1])
     rows = [json.loads(line) for line in path.read_text().splitlines()][::-1]
-    for number, row in enumerate(rows):
-        row["doc_id"] = number
-    path.write_text("\n".join(map(json.dumps, rows)))
-    assert accuracy(compare([one, two])) == before
+    path.write_text("\n".join(json.dumps(row | {"doc_id": n}) for n, row in enumerate(rows)))
+    assert accuracy(compare(arcs)) == before
 
 
-def test_intersection_is_an_inner_join(tmp_path: Path) -> None:
-    one, two = choice_task(tmp_path / "a", 0), choice_task(tmp_path / "b", 1, n=30, first=20)
+def test_intersection_is_an_inner_join(tmp_path: Path, arcs: list[Path]) -> None:
+    runs = [arcs[0], choice_task(tmp_path / "b", 1, n=30, first=20)]
     with pytest.raises(ComparisonError, match="different questions: 30 are in only one"):
-        compare([one, two])
-    comparison = compare([one, two], intersect=True)
-    both = pd.concat([values(one, "arc", "acc"), values(two, "arc", "acc")], axis=1).dropna()
-    assert accuracy(comparison).n == len(both) == 20
-    assert accuracy(comparison).difference == pytest.approx((both[1] - both[0]).mean())
+        compare(runs)
+    comparison = compare(runs, intersect=True)
+    assert accuracy(comparison).n == 20
+    assert accuracy(comparison).difference == pytest.approx(change(runs, "acc"))
     assert comparison.dropped == {"a": 20, "b": 10}
     with pytest.raises(ComparisonError, match="no question in common"):
-        compare([one, choice_task(tmp_path / "c", 2, first=900)], intersect=True)
+        compare([arcs[0], choice_task(tmp_path / "c", 2, first=900)], intersect=True)
 
 
 def test_same_document_twice(tmp_path: Path) -> None:
     folders = []
     for seed in (0, 1):
         rng = np.random.default_rng(seed)
-        samples = [chosen(i, 0, (-rng.exponential(2, 4)).tolist()) for i in range(10)]
+        samples = [chosen(i, 0, random_logprobs(rng)) for i in range(10)]
         for item in samples[5:]:
             item |= {k: samples[0][k] for k in ("doc_hash", "prompt_hash", "target_hash")}
         folders.append(write_task(tmp_path / str(seed), {"t": samples}))
@@ -233,76 +231,67 @@ def spoil(path: Path, line: int, **changes: Any) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
-SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
-    "half": (lambda p: p.write_text(p.read_text()[:-400]), r"line 40: not valid JSON"),
-    "fewer": (
-        lambda p: p.write_text("\n".join(p.read_text().splitlines()[:-1])),
-        r"acc is 0\.\d+ over 39 answers, but results_.* says 0\.\d+ of 40",
-    ),
-    "not an object": (lambda p: p.write_text("[]\n"), "line 1: not a JSON object"),
-    "no metric": (lambda p: spoil(p, 3, acc=None), r"line 4: acc is None, not one number"),
-    "no hash": (lambda p: spoil(p, 3, doc_hash=7), r"line 4: doc_hash is 7, not a text"),
-    "twice": (lambda p: spoil(p, 3, doc_id=2), "a doc_id is repeated"),
-    "no number": (lambda p: spoil(p, 3, doc_id="x"), r"line 4: doc_id is 'x', not a number"),
-    "gone": (lambda p: p.rename(p.with_name("x")), ""),
-}
-
-
-@pytest.mark.parametrize("kind", SPOILT)
-def test_spoilt_samples_are_refused_with_their_line(tmp_path: Path, kind: str) -> None:
-    one, two = choice_task(tmp_path / "a", 0), choice_task(tmp_path / "b", 1)
-    change, message = SPOILT[kind]
-    change(two / "model" / f"samples_arc_{DATE}.jsonl")
-    if not message:  # without samples the numbers of the results file are left
-        assert not compare([one, two]).primary[0].paired
-        return
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.write_text(p.read_text()[:-400]), r"line 40: not valid JSON"),
+        (
+            lambda p: p.write_text("\n".join(p.read_text().splitlines()[:-1])),
+            r"acc is 0\.\d+ over 39 answers, but results_.* says 0\.\d+ of 40",
+        ),
+        (lambda p: p.write_text("[]\n"), "line 1: not a JSON object"),
+        (lambda p: spoil(p, 3, acc=None), r"line 4: acc is None"),
+        (lambda p: spoil(p, 3, doc_hash=7), r"line 4: doc_hash is 7"),
+        (lambda p: spoil(p, 3, doc_id=2), "a doc_id is repeated"),
+        (lambda p: spoil(p, 3, doc_id="x"), r"line 4: doc_id is 'x'"),
+    ],
+)
+def test_spoilt_samples_are_refused_with_their_line(
+    arcs: list[Path], damage: Callable[[Path], object], message: str
+) -> None:
+    damage(samples_of(arcs[1]))
     with pytest.raises(ResultsError, match=message) as caught:
-        compare([one, two])
-    assert len(str(caught.value)) <= 500 and "\n" not in str(caught.value)
+        compare(arcs)
+    assert len(str(caught.value)) <= 500
+    assert "\n" not in str(caught.value)
+
+
+def test_unpaired_single_runs_have_an_interval(arcs: list[Path]) -> None:
+    for folder in arcs:  # without samples the numbers of the results file are left
+        samples_of(folder).unlink()
+    comparison = compare(arcs)
+    endpoint = accuracy(comparison)
+    assert not comparison.primary[0].paired
+    assert endpoint.stderr == pytest.approx(0.01 * math.sqrt(2))
+    assert endpoint.high - endpoint.difference == pytest.approx(1.959964 * endpoint.stderr)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("in_sample", "in_results", "message"),
     [
-        ({"prompt_hash": "0" * 64}, "the prompt hash differs in 1 of 40"),
-        ({"target_hash": "0" * 64}, "the target hash differs in 1 of 40"),
+        ({"prompt_hash": "0" * 64}, {}, "the prompt hash differs in 1 of 40"),
+        ({"target_hash": "0" * 64}, {}, "the target hash differs in 1 of 40"),
+        ({}, {"versions": {"arc": 2.0}}, r"version of arc is 1\.0 and 2\.0"),
+        ({}, {"n-shot": {"arc": 5}}, "shots of arc is 0 and 5"),
     ],
 )
-def test_other_prompts_are_other_questions(
-    tmp_path: Path, change: dict[str, str], message: str
+def test_other_prompts_versions_and_shots_are_other_questions(
+    arcs: list[Path], in_sample: dict[str, str], in_results: dict[str, Any], message: str
 ) -> None:
-    one, two = choice_task(tmp_path / "a", 0), choice_task(tmp_path / "b", 1)
-    spoil(two / "model" / f"samples_arc_{DATE}.jsonl", 5, **change)
+    spoil(samples_of(arcs[1]), 5, **in_sample)
+    spoil(arcs[1] / "model" / f"results_{DATE}.json", 0, **in_results)
     with pytest.raises(ComparisonError, match=message):
-        compare([one, two])
+        compare(arcs)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"versions": {"arc": 2.0}}, r"version of arc: 1\.0 and 2\.0"),
-        ({"n-shot": {"arc": 5}}, "shots of arc: 0 and 5"),
-    ],
+    "record",
+    [{}, {"results": {}, "n-samples": {}}, {"results": [], "n-samples": {}, "config": {}}],
 )
-def test_other_versions_and_shots_are_other_questions(
-    tmp_path: Path, changes: dict[str, Any], message: str
-) -> None:
-    one, two = choice_task(tmp_path / "a", 0), choice_task(tmp_path / "b", 1)
-    path = two / "model" / f"results_{DATE}.json"
-    write(path, json.loads(path.read_text()) | changes)
-    with pytest.raises(ComparisonError, match=message):
-        compare([one, two])
-
-
-def test_results_files_that_are_none(tmp_path: Path) -> None:
-    for record in (
-        {},
-        {"results": {}, "n-samples": {}},
-        {"results": [], "n-samples": {}, "config": {}},
-    ):
-        path = write(tmp_path / f"results_{DATE}.json", record)
-        with pytest.raises(ResultsError, match="not a results file of lm_eval"):
-            read_file(path)
+def test_results_files_that_are_none(tmp_path: Path, record: dict[str, object]) -> None:
+    path = write(tmp_path / f"results_{DATE}.json", record)
+    with pytest.raises(ResultsError, match="not a results file of lm_eval"):
+        read_file(path)
 
 
 TASK = """\
@@ -366,13 +355,13 @@ def test_what_lm_eval_itself_writes(real: list[Path], task: str, metric: str) ->
     assert (endpoint.baseline, endpoint.arm) == pytest.approx(tuple(means))
 
 
-def test_a_metric_is_asked_of_the_task_alone(tmp_path: Path) -> None:
+def test_a_metric_is_that_of_the_task_alone(tmp_path: Path) -> None:
     """What other tasks of the folder are like doesn't matter, and a group's parts can be chosen."""
     folders = []
     for seed in (0, 1):
         rng = np.random.default_rng(seed)
         tasks = {
-            "g_a": [chosen(i, 1, (-rng.exponential(2, 4)).tolist()) for i in range(9)],
+            "g_a": [chosen(i, 1, random_logprobs(rng)) for i in range(9)],
             "g_b": [sample(i, {"mc2": float(rng.random())}) for i in range(7)],
             "odd": [sample(i, {"f1": 0.5}) for i in range(3)],
         }
@@ -386,70 +375,58 @@ def test_a_metric_is_asked_of_the_task_alone(tmp_path: Path) -> None:
         compare(folders, task="odd", metric="acc_norm")
 
 
-def test_choices_count_where_all_runs_and_questions_have_them(tmp_path: Path) -> None:
-    one, two = choice_task(tmp_path / "a", 0), choice_task(tmp_path / "b", 1)
-    path = two / "model" / f"samples_arc_{DATE}.jsonl"
-    spoil(path, 3, filtered_resps=["text"])
-    for runs in ([one, two], [two, one]):
+def test_choices_count_where_all_runs_and_questions_have_them(
+    tmp_path: Path, arcs: list[Path]
+) -> None:
+    spoil(samples_of(arcs[1]), 3, filtered_resps=["text"])
+    for runs in (arcs, arcs[::-1]):
         item = compare(runs).primary[0]
-        assert item["accuracy"].n == 40 and "nll" not in item.endpoints and item.detail is None
+        assert item["accuracy"].n == 40
+        assert "nll" not in item.endpoints
+        assert item.detail is None
     # A part of the questions may have fewer choices.
     three = choice_task(tmp_path / "c", 2, n=2)
-    assert compare([one, three], intersect=True).primary[0]["nll"].n == 2
+    assert compare([arcs[0], three], intersect=True).primary[0]["nll"].n == 2
 
 
 def test_scores_of_true_and_false_and_more_choices_than_a_byte_holds(tmp_path: Path) -> None:
     folders = []
     for seed in (0, 1):
         rng = np.random.default_rng(seed)
-        samples = [chosen(i, i, (-rng.exponential(2, 150)).tolist()) for i in range(150)]
-        for item in samples:
-            item["acc"] = bool(item["acc"])
+        samples = [chosen(i, i, random_logprobs(rng, 150)) for i in range(150)]
+        samples = [item | {"acc": bool(item["acc"])} for item in samples]
         folders.append(write_task(tmp_path / str(seed), {"big": samples}))
     assert accuracy(compare(folders)).n == 150
 
 
 def test_values_as_recorded_of_groups_that_weigh_their_parts(tmp_path: Path) -> None:
     tasks = {
-        leaf: [chosen(i, 1, [-2.0, -1.0 - (i >= right), -1.5]) for i in range(n)]
+        leaf: [chosen(i, 1, [-2.0, -1.0 - (i >= right), -1.5], leaf) for i in range(n)]
         for leaf, n, right in (("g_a", 8, 2), ("x", 4, 4))
     }
-    for leaf, samples in tasks.items():
-        for item in samples:
-            item["doc_hash"] = digest(leaf, item["doc_id"])
-    folders = [
-        write_task(tmp_path / name, tasks, groups={"g": ["g_a", "x", "g_a"]}) for name in "ab"
-    ]
-    for folder in folders:
-        path = folder / "model" / f"results_{DATE}.json"
-        record = json.loads(path.read_text())
-        record["results"]["g"]["acc,none"] = (2 / 8 + 1) / 2
-        write(path, record)
+    groups = {"g": ["g_a", "x", "g_a"]}
+    folders = [write_task(tmp_path / name, tasks, groups=groups) for name in "ab"]
+
+    def record(value: float) -> None:
+        for folder in folders:
+            path = folder / "model" / f"results_{DATE}.json"
+            changed(path, edit("results/g/acc,none", value))
+
+    record((2 / 8 + 1) / 2)
     comparison = compare(folders)
     assert [run.value for run in comparison.runs] == [(2 / 8 + 1) / 2] * 2
-    assert accuracy(comparison).arm == 6 / 12 and accuracy(comparison).n == 12
-    record["results"]["g"]["acc,none"] = 1.2
-    write(path, record)
-    with pytest.raises(ResultsError, match=r"acc,none is 1\.2 ± None, but its tasks have 0\.25"):
+    assert (accuracy(comparison).arm, accuracy(comparison).n) == (6 / 12, 12)
+    record(1.2)
+    with pytest.raises(ResultsError, match=r"acc,none is 1\.2 ± None, but its parts have 0\.25"):
         compare(folders)
 
 
-def test_one_result_or_one_model_a_run(tmp_path: Path) -> None:
-    one, two = choice_task(tmp_path / "a", 0), choice_task(tmp_path / "b", 1)
-    with pytest.raises(ComparisonError, match="a and .* are both "):
-        compare([one, one / "model" / f"results_{DATE}.json"])
+def test_one_result_or_one_model_a_run(tmp_path: Path, arcs: list[Path]) -> None:
+    with pytest.raises(ComparisonError, match=r"a and .* are both "):
+        compare([arcs[0], arcs[0] / "model" / f"results_{DATE}.json"])
     both = tmp_path / "both"
-    (both).mkdir()
-    for folder in (one, two):
+    both.mkdir()
+    for folder in arcs:
         folder.rename(both / folder.name)
     with pytest.raises(ResultsError, match="are of different models"):
         compare([both, both / "a"])
-
-
-def test_unpaired_single_runs_have_an_interval(tmp_path: Path) -> None:
-    folders = [choice_task(tmp_path / name, seed) for seed, name in enumerate("ab")]
-    for folder in folders:
-        (folder / "model" / f"samples_arc_{DATE}.jsonl").unlink()
-    endpoint = accuracy(compare(folders))
-    assert endpoint.stderr == pytest.approx(0.01 * math.sqrt(2))
-    assert endpoint.high - endpoint.difference == pytest.approx(1.959964 * endpoint.stderr)

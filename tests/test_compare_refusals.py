@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from compare_runs import (
@@ -60,156 +59,116 @@ def rescored(marks: dict[str, str], **changes: object) -> Spoil:
     return spoil
 
 
-def no_loss(record: dict[str, Any]) -> None:
-    record["steps"][3]["loss"] = None
-
-
 def failed(folder: Path) -> None:
     change = {"status": "failed", "failure": {"problem": "loss is nan"}}
     changed(folder / "training_summary.json", lambda record: record.update(change))
 
 
-REFUSALS: dict[str, tuple[Spoil, type[HarnessError], str]] = {
-    "failed": (failed, ComparisonError, r'status is "failed": loss is nan. Fix the cause'),
-    "running": (in_summary("status", "running"), ComparisonError, r'status is "running"'),
-    "status": (in_summary("status", "done"), ResultsError, r"json: status is 'done'"),
-    "half": (in_text("training_summary.json", half), ResultsError, r"line 1: not valid JSON"),
-    "a list": (in_text("training_summary.json", lambda t: "[]"), ResultsError, r"found list"),
-    "kind": (in_summary("kind", "x"), ResultsError, r'"kind" is .?x.?, not "training_summary"'),
-    "no kind": (in_summary("kind", ...), ResultsError, r'"kind" is None, not'),
-    "newer": (in_summary("schema_version", 2), ResultsError, r"newer than this program knows"),
-    "no loss": (
-        in_summary("results/final_train_loss", None),
-        ResultsError,
-        r"results.final_train_loss is missing in a completed run",
-    ),
-    "NaN": (in_summary("results/eval_loss", math.nan), ResultsError, r"results.eval_loss is nan"),
-    "too large": (in_summary("results/eval_loss", 1e200), ResultsError, r"results.eval_loss is 1e"),
-    "text": (in_summary("runtime/train_seconds", "60"), ResultsError, r"train_seconds is '60'"),
-    "negative": (in_summary("runtime/train_seconds", -1.0), ResultsError, r"train_seconds is -1"),
-    "no text": (in_summary("model/name", 7), ResultsError, r"model.name is 7"),
-    "environment": (in_summary("environment", "x"), ResultsError, r"environment is 'x'"),
-    "digits": (in_summary("runtime/train_seconds", 10**400), ResultsError, r"401 digits"),
-    "training data": (
-        in_summary("data/train/fingerprint", "sha256:" + "9" * 64),
-        ComparisonError,
-        r"different data: data.train.fingerprint is 4bit sha256:1{12}, 16bit sha256:9{12}.*"
-        r"--allow-different-data",
-    ),
-    "evaluation data": (
-        in_summary("data/eval/fingerprint", "sha256:" + "9" * 64),
-        ComparisonError,
-        r"different data: data.eval.fingerprint",
-    ),
-    "log kind": (in_log("kind", "x"), ResultsError, r'training_logs.json: "kind" is .?x'),
-    "log steps": (
-        lambda f: changed(f / "training_logs.json", no_loss),
-        ResultsError,
-        r"steps.3.loss is None",
-    ),
-    "log short": (
-        lambda f: changed(f / "training_logs.json", lambda record: record["steps"].pop()),
-        ResultsError,
-        r"steps has 19 rows, but the summary says 20 steps",
-    ),
-    "log loss": (
-        in_log("evaluation", {"nll": [4.0], "tokens": [2]}),
-        ResultsError,
-        r"evaluation.nll gives a loss of 2.0000, but the summary says 1.5000",
-    ),
+# What is damaged, and what contradicts another file.
+DAMAGED: dict[str, tuple[Spoil, str]] = {
+    "status": (in_summary("status", "done"), r"json: status is 'done'"),
+    "half": (in_text("training_summary.json", half), r"line 1: not valid JSON"),
+    "a list": (in_text("training_summary.json", lambda t: "[]"), r"training_summary.json: .*list"),
+    "kind": (in_summary("kind", "x"), r'"kind" is .?x.?, not "training_summary"'),
+    "newer": (in_summary("schema_version", 2), r"schema_version 2 is newer"),
+    "no loss": (in_summary("results/final_train_loss", None), r"results.final_train_loss"),
+    "NaN": (in_summary("results/eval_loss", math.nan), r"results.eval_loss is nan"),
+    "too large": (in_summary("results/eval_loss", 1e200), r"results.eval_loss is 1e"),
+    "text": (in_summary("runtime/train_seconds", "60"), r"train_seconds is '60'"),
+    "negative": (in_summary("runtime/train_seconds", -1.0), r"train_seconds is -1"),
+    "digits": (in_summary("runtime/train_seconds", 10**400), r"401 digits"),
+    "log steps": (in_log("steps", [{"step": 1, "loss": None}]), r"steps.0.loss is None"),
+    "log short": (in_log("steps", [{"step": 1, "loss": 2.0}]), r"1 rows, .* 20 steps"),
+    "log loss": (in_log("evaluation", {"nll": [4.0], "tokens": [2]}), r"2\.0000, .*1\.5000"),
     "log tokens": (
         in_log("evaluation", {"nll": [4.0, 5.0], "tokens": [2]}),
-        ResultsError,
         r"evaluation .*2 and 0 losses for 1 conversations",
     ),
-    "acc": (in_evaluation(f"tasks/{FAMILY}/acc", 45.3), ResultsError, rf"tasks.{FAMILY}.acc is 45"),
-    "n": (in_evaluation(f"tasks/{FAMILY}/n", 19.5), ResultsError, rf"tasks.{FAMILY}.n is 19.5"),
-    "no macro": (
-        in_evaluation(f"tasks/{FAMILY}/acc_macro", ...),
-        ResultsError,
-        r"acc_macro .*requ",
-    ),
-    "subjects": (in_evaluation(f"tasks/{FAMILY}/subjects", {}), ResultsError, r"subjects "),
-    "micro": (
-        in_evaluation(f"tasks/{FAMILY}/acc", 0.9),
-        ResultsError,
-        r"acc is 0.900000, but its subjects give 0.500000",
-    ),
-    "macro": (
-        in_evaluation(f"tasks/{FAMILY}/acc_macro", 0.9),
-        ResultsError,
-        r"acc_macro is 0.900000, but its subjects give",
-    ),
-    "total": (in_evaluation(f"tasks/{FAMILY}/n", 21), ResultsError, r"its subjects have 20"),
-    "prompts": (
-        in_evaluation(f"tasks/{FAMILY}/prompts_sha256", "d" * 64),
-        ComparisonError,
-        r"4bit and 16bit answered different questions: prompts_sha256 is c{12} and d{12}",
-    ),
+    "acc": (in_evaluation(f"tasks/{FAMILY}/acc", 45.3), rf"tasks.{FAMILY}.acc is 45"),
+    "n": (in_evaluation(f"tasks/{FAMILY}/n", 19.5), rf"tasks.{FAMILY}.n is 19.5"),
+    "no macro": (in_evaluation(f"tasks/{FAMILY}/acc_macro", ...), r"acc_macro .*requ"),
+    "micro": (in_evaluation(f"tasks/{FAMILY}/acc", 0.9), r"acc is 0\.9.* give 0\.5"),
+    "macro": (in_evaluation(f"tasks/{FAMILY}/acc_macro", 0.9), r"acc_macro is 0\.9"),
+    "total": (in_evaluation(f"tasks/{FAMILY}/n", 21), r"its subjects have 20"),
     "contradiction": (
         lambda folder: write_harness(folder, FIRST),
-        ResultsError,
         r"evaluation_results.json and .*results_.*.json contradict each other",
     ),
-    "half a results file": (in_text("results_*.json", half), ResultsError, r"line 1: not valid"),
+    "half a results file": (in_text("results_*.json", half), r"line 1: not valid"),
     "foreign results file": (
         lambda folder: write(folder / "x" / "results_1.json", {"accuracy": 1}),
-        ResultsError,
-        r'results_1.json: not a results file of lm_eval \(no object "results"\)',
+        r'results_1.json: .*"results"',
     ),
     "two of a date": (
         lambda f: write(
             f / "x" / f"results_{DATE}.json",
             json.loads(next(f.rglob("results_*.json")).read_text()) | {"date": 1},
         ),
-        ResultsError,
         r"have the same date in their names",
     ),
-    "NaN in results": (in_harness(f"{OURS}/acc,none", math.nan), ResultsError, r"acc,none is nan"),
-    "no metric": (in_harness(f"{OURS}/acc,none", ...), ResultsError, r"_anatomy"),
+    "NaN in results": (in_harness(f"{OURS}/acc,none", math.nan), r"acc,none is nan"),
+    "no metric": (in_harness(f"{OURS}/acc,none", ...), r"_anatomy"),
     "no count": (
         in_harness(f"n-samples/{FAMILY}_law/effective", ...),
-        ResultsError,
         rf"n-samples.{FAMILY}_law.effective is missing",
-    ),
-    "limit": (
-        in_harness(f"n-samples/{FAMILY}_law/original", 100),
-        ComparisonError,
-        r"16bit answered only 20 of 110 questions of mmlu_qlora_5shot .*--allow-limit",
     ),
     "a sample file": (
         lambda folder: next(folder.rglob("samples_*_law_*.jsonl")).unlink(),
-        ResultsError,
-        r"_law_.*jsonl is missing \(1 of 2 sample files are\)",
+        r"_law_.*jsonl is missing \(1 of 2 ",
     ),
-    "generated text": (in_sample("filtered_resps", ["A"]), ResultsError, r"line 3: filtered_resps"),
+    "generated text": (in_sample("filtered_resps", ["A"]), r"line 3: filtered_resps"),
     "NaN of a choice": (
         in_sample("filtered_resps", [["nan", "False"]] * 4),
-        ResultsError,
         r"line 3: filtered_resps",
     ),
-    "target": (in_sample("target", "7"), ResultsError, r"a target is not a choice"),
-    "changed": (in_sample("target", "3"), ResultsError, r"line 3: acc is 1, but the best"),
-    "document": (in_sample("doc_hash", "x"), ComparisonError, r"2 are in only one of them"),
-    "prompt": (in_sample("prompt_hash", "x"), ComparisonError, r"prompt hash differs in 1 of 20"),
-    "fewer": (rescored({**FIRST, "law": "1111"}), ComparisonError, r"differ in number or size"),
-    "part": (
-        rescored({**FIRST, "law": "1111"}, n_total=20),
-        ComparisonError,
-        r"16bit answered only 14 of 20 questions",
+    "target": (in_sample("target", "7"), r"line 3: the target"),
+    "changed": (in_sample("target", "3"), r"line 3: acc is 1"),
+}
+# What can be read, and not compared.
+UNEQUAL: dict[str, tuple[Spoil, str]] = {
+    "failed": (failed, r'status is "failed": loss is nan'),
+    "running": (in_summary("status", "running"), r'status is "running"'),
+    "training data": (
+        in_summary("data/train/fingerprint", "sha256:" + "9" * 64),
+        r"data.train.fingerprint is 4bit sha256:1{12}, 16bit sha256:9{12}.*--allow-different-data",
     ),
+    "evaluation data": (
+        in_summary("data/eval/fingerprint", "sha256:" + "9" * 64),
+        r"data.eval.fingerprint",
+    ),
+    "prompts": (
+        in_evaluation(f"tasks/{FAMILY}/prompts_sha256", "d" * 64),
+        r"4bit and 16bit .*prompts_sha256 is c{12} and d{12}",
+    ),
+    "limit": (
+        in_harness(f"n-samples/{FAMILY}_law/original", 100),
+        r"16bit .* 20 of 110 questions of mmlu_qlora_5shot .*--allow-limit",
+    ),
+    "document": (in_sample("doc_hash", "x"), r"2 are in only one of them"),
+    "prompt": (in_sample("prompt_hash", "x"), r"prompt hash differs in 1 of 20"),
+    "fewer": (rescored({**FIRST, "law": "1111"}), r"differ in number or size"),
+    "part": (rescored({**FIRST, "law": "1111"}, n_total=20), r"16bit .* 14 of 20 questions"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSALS)
-def test_refused(pair: tuple[Path, Path], name: str) -> None:
-    spoil, error, message = REFUSALS[name]
+@pytest.mark.parametrize(
+    ("error", "spoil", "message"),
+    [
+        pytest.param(error, *case, id=name)
+        for error, cases in ((ResultsError, DAMAGED), (ComparisonError, UNEQUAL))
+        for name, case in cases.items()
+    ],
+)
+def test_refused(
+    pair: tuple[Path, Path], error: type[HarnessError], spoil: Spoil, message: str
+) -> None:
     spoil(pair[1])
     before = sorted(pair[0].parent.rglob("*"))
     with pytest.raises(error, match=message) as caught:
         main(*pair)
     assert type(caught.value) is error
-    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 500
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= 500
     assert sorted(pair[0].parent.rglob("*")) == before
 
 
@@ -242,7 +201,8 @@ def test_spoilt_progress_is_refused(tmp_path: Path, spoil: Spoil, message: str) 
     spoil(runs[0])
     with pytest.raises(ResultsError, match=message) as caught:
         main(*runs)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 500
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= 500
 
 
 def test_which_runs(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -258,7 +218,7 @@ def test_which_runs(pair: tuple[Path, Path], tmp_path: Path) -> None:
         ([pair[0], tmp_path / "nowhere"], ResultsError, "nowhere does not exist"),
         ([pair[0], tmp_path / "empty"], ComparisonError, "empty holds no training_summary.json"),
         ([pair[0], tmp_path / "results"], ComparisonError, "not a run but holds 2: 16bit, 4bit"),
-        ([trained, scored], ComparisonError, "no numbers of the same sort"),
+        ([trained, scored], ComparisonError, "no numbers of the same kind"),
         ([scored, other], ComparisonError, "no task in common"),
         ([*pair, "--task", "mmlu_qlora_0shot"], ComparisonError, "--task mmlu_qlora_0shot: .*4bit"),
         ([*pair, "--metric", "bleu"], ResultsError, "has no metric bleu, only acc"),
@@ -266,7 +226,7 @@ def test_which_runs(pair: tuple[Path, Path], tmp_path: Path) -> None:
         ([*pair, "--labels", "a,a"], SettingsError, "repeated"),
         ([*pair, "--baseline", "c"], SettingsError, "--baseline c is neither arm nor run"),
         ([*pair, "--margin", "0"], SettingsError, "--margin 0"),
-        ([scored, trained, "--intersect"], ComparisonError, "no numbers of the same sort"),
+        ([scored, trained, "--intersect"], ComparisonError, "no numbers of the same kind"),
     ]
     for words, error, message in cases:
         with pytest.raises(error, match=message):
@@ -282,9 +242,10 @@ def test_equal_limits_and_different_data_where_allowed(pair: tuple[Path, Path]) 
     in_summary("data/train/fingerprint", "sha256:" + "9" * 64)(pair[1])
     assert main(*pair, "--allow-limit", "--allow-different-data") == 0
     markdown = (pair[0].parent / "comparison.md").read_text()
-    assert "these differ: data" in markdown and "Only 20 of 40 questions" in markdown
+    assert "these differ: data" in markdown
+    assert "Only 20 of 40 questions" in markdown
     rescored(FIRST, n_total=50)(pair[1])
     with pytest.raises(ComparisonError, match="different limits"):
         main(*pair, "--allow-limit", "--allow-different-data")
-    with pytest.raises(ComparisonError, match="which questions .* is not recorded"):
+    with pytest.raises(ComparisonError, match=r"which questions .* is not recorded"):
         main(*pair, "--intersect", "--allow-different-data")

@@ -13,8 +13,8 @@ from statsmodels.stats.proportion import proportion_confint
 
 from qlora_harness.compare import choices
 from qlora_harness.compare import statistics as st
-from qlora_harness.compare.figures import wilson
-from qlora_harness.study_plan import plan
+from qlora_harness.compare.power import questions_needed
+from qlora_harness.compare.statistics import wilson
 
 RNG = np.random.default_rng(0)
 
@@ -40,8 +40,8 @@ def likelihood_score(lost: int, won: int, n: int, delta: float) -> float:
 def test_tango_score_is_that_of_the_restricted_likelihood(
     lost: int, won: int, n: int, delta: float
 ) -> None:
-    found = float(st.tango_score(lost, won, n, delta))
-    assert found == pytest.approx(likelihood_score(lost, won, n, delta), abs=2e-4)
+    score = float(st.tango_score(lost, won, n, delta))
+    assert score == pytest.approx(likelihood_score(lost, won, n, delta), abs=2e-4)
 
 
 def test_tango_interval_of_published_tables() -> None:
@@ -65,7 +65,8 @@ def test_no_two_statements_contradict_each_other() -> None:
     middle = (won - lost) / n
     assert ((inner_low <= middle) & (middle <= inner_high)).all()
     mirrored_low, mirrored_high = st.tango_interval(won, lost, n, 0.05)
-    assert (mirrored_low == -high).all() and (mirrored_high == -low).all()
+    assert (mirrored_low == -high).all()
+    assert (mirrored_high == -low).all()
     # Equivalence by the two one-sided tests is the 90% interval within the margin.
     for margin in (0.01, 0.05):
         z = stats.norm.ppf(0.95)
@@ -149,12 +150,12 @@ def test_seeds_are_welchs_or_blocks() -> None:
 
 def test_cochrans_quantile_weighs_the_parts() -> None:
     items, seeds = st.Variance(3.0, 1000), st.Variance(1.0, 1)
-    found = st.combine(0.0, items, [seeds])
+    estimate = st.combine(0.0, items, [seeds])
     quantile = (3 * stats.t.ppf(0.975, 1000) + stats.t.ppf(0.975, 1)) / 4
-    assert found.high == pytest.approx(quantile * 2, rel=1e-6)
+    assert estimate.high == pytest.approx(quantile * 2, rel=1e-6)
     inner = (3 * stats.t.ppf(0.95, 1000) + stats.t.ppf(0.95, 1)) / 4
-    assert found.inner_high == pytest.approx(inner * 2, rel=1e-6)
-    edge = st.combine(found.high, items, [seeds])
+    assert estimate.inner_high == pytest.approx(inner * 2, rel=1e-6)
+    edge = st.combine(estimate.high, items, [seeds])
     assert (edge.low, edge.p) == (pytest.approx(0, abs=1e-9), pytest.approx(0.05))
     welch = st.combine(0.0, items, [st.Variance(1.0, 1), st.Variance(0.0, 1)])
     assert welch.freedom == pytest.approx(16 / (9 / 1000 + 1))
@@ -174,10 +175,10 @@ def test_arm_intervals_cover(seeds: int, others: int, sd: float) -> None:
         mean = (won - lost) / n
         items = st.Variance(((won + lost) / n - mean**2) / (n - 1), n - 1)
         one, two = rng.normal(0, sd, seeds), rng.normal(0, sd, others)
-        found = st.combine(
+        estimate = st.combine(
             mean + float(one.mean() - two.mean()), items, st.over_seeds(one, two, blocks=False)
         )
-        covered += found.low <= 0 <= found.high
+        covered += estimate.low <= 0 <= estimate.high
     assert 0.93 <= covered / draws <= (0.97 if others == seeds else 0.98)
 
 
@@ -235,7 +236,7 @@ def test_letter_preference_is_taken_out() -> None:
 
 @pytest.mark.parametrize(("sd", "seeds"), [(0.002, 3), (0.003, 3), (0.002, 5), (0.0004, 2)])
 def test_plan_is_what_simulated_studies_need(sd: float, seeds: int) -> None:
-    need = plan(0.01, 0.10, sd, (seeds,))[0]
+    need = questions_needed(0.01, 0.10, sd, (seeds,))[0]
     rng = np.random.default_rng(5)
     draws = 3000
     for same, n in ((True, need.equivalence), (False, need.detection)):
@@ -243,18 +244,21 @@ def test_plan_is_what_simulated_studies_need(sd: float, seeds: int) -> None:
         for _ in range(draws):
             mean = rng.normal(0.0 if same else 0.01, math.sqrt(0.10 / n))
             one, two = rng.normal(0, sd, (2, seeds))
-            found = st.combine(
+            estimate = st.combine(
                 mean + float(one.mean() - two.mean()),
                 st.Variance(0.10 / n, n - 1),
                 st.over_seeds(one, two, blocks=False),
             )
-            shown += found.within(0.01) if same else found.low > 0
+            shown += estimate.is_within(0.01) if same else estimate.low > 0
         assert shown / draws == pytest.approx(0.8, abs=0.025)
 
 
 def test_plans_that_no_study_meets() -> None:
-    assert plan(0.001, 0.1, 0.006, (2,))[0].detection is None
+    assert questions_needed(0.001, 0.1, 0.006, (2,))[0].detection is None
     # Zero changes in few questions are no proof of equivalence.
-    assert plan(0.01, 1e-9, 0.0, (1,))[0].equivalence == 268
+    assert questions_needed(0.01, 1e-9, 0.0, (1,))[0].equivalence == 268
     # To differ by a point, one answer in a hundred must.
-    assert plan(0.01, 1e-9, 0.0, (1,))[0].detection == plan(0.01, 0.01, 0.0, (1,))[0].detection
+    assert (
+        questions_needed(0.01, 1e-9, 0.0, (1,))[0].detection
+        == questions_needed(0.01, 0.01, 0.0, (1,))[0].detection
+    )

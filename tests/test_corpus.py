@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from conftest import BOS, EOS, token_ids
+from transformers import AutoTokenizer
 
 from qlora_harness.data.chat import ChatEncoder, fingerprint
 from qlora_harness.data.conversation import Conversation, Turn
@@ -21,6 +23,9 @@ from qlora_harness.data.corpus import (
 )
 from qlora_harness.errors import DataError
 from qlora_harness.settings import build_settings
+
+Row = dict[str, Any]
+Loader = Callable[..., TrainingData]
 
 
 def forest(trees: int, per_tree: int = 1) -> list[Conversation]:
@@ -76,10 +81,15 @@ def test_languages(text: str, codes: tuple[str, ...] | None) -> None:
     assert parse_languages(text) == codes
 
 
+def test_all_languages_beside_others_is_refused() -> None:
+    with pytest.raises(DataError, match="--languages all,en: 'all'"):
+        parse_languages("all,en")
+
+
 # --- the report -----------------------------------------------------------------------------------
 
 
-def pair(tree: str, question: str, answer: str, **more: Any) -> list[dict[str, Any]]:
+def pair(tree: str, question: str, answer: str, **more: Any) -> list[Row]:
     common = {"lang": "en"} | more
     return [
         {"message_id": tree, "parent_id": None, "role": "prompter", "text": question} | common,
@@ -88,28 +98,26 @@ def pair(tree: str, question: str, answer: str, **more: Any) -> list[dict[str, A
     ]
 
 
-Loader = Callable[..., TrainingData]
+def numbered(*answers: str, **more: Any) -> list[Row]:
+    return [row for i, answer in enumerate(answers) for row in pair(f"t{i}", "q", answer, **more)]
 
 
 @pytest.fixture
-def load(tiny_tokenizer: Path, tmp_path: Path) -> Loader:
-    from transformers import AutoTokenizer
+def tokenizer(tiny_tokenizer: Path) -> Any:
+    return AutoTokenizer.from_pretrained(str(tiny_tokenizer))
 
-    tokenizer = AutoTokenizer.from_pretrained(str(tiny_tokenizer))
 
-    def run(rows: list[dict[str, Any]] | str, max_length: int = 64, **options: Any) -> TrainingData:
+@pytest.fixture
+def load(tokenizer: Any, tmp_path: Path) -> Loader:
+    def run(rows: list[Row] | Path, **options: Any) -> TrainingData:
+        path = rows if isinstance(rows, Path) else tmp_path / "rows.jsonl"
         if isinstance(rows, list):
-            path = tmp_path / "rows.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            rows = str(path)
-        chosen: dict[str, Any] = {
-            "revision": None,
-            "languages": "en",
-            "paths": "best-path",
-            "eval_fraction": 0.0,
-        }
-        encoder = ChatEncoder(tokenizer, "guanaco", max_length, "prompt")
-        return load_training_data(encoder, rows, **(chosen | options))
+        defaults: dict[str, Any] = {"revision": None, "languages": "en", "paths": "best-path"}
+        encoder = ChatEncoder(tokenizer, "guanaco", 64, "prompt")
+        return load_training_data(
+            encoder, str(path), **(defaults | {"eval_fraction": 0.0} | options)
+        )
 
     return run
 
@@ -130,10 +138,8 @@ def test_report_counts_everything_by_hand(load: Loader, tmp_path: Path) -> None:
     data = load(rows)
     # " ### Human: q### Assistant:" is 26 tokens, so a reply has room for 64 - 1 - 26 = 37.
     assert len(token_ids(" ### Human: q### Assistant:")) == 26
-    assert [e.input_ids for e in data.train] == [
-        example_ids("q", "yes"),
-        example_ids("q", "x" * 100)[:64],
-    ]
+    examples = [example_ids("q", "yes"), example_ids("q", "x" * 100)[:64]]
+    assert [e.input_ids for e in data.train] == examples
     assert data.evaluation == []
     split = {
         "conversations": 2,
@@ -159,77 +165,42 @@ def test_report_counts_everything_by_hand(load: Loader, tmp_path: Path) -> None:
         "dropped": {"deleted": 2, "language": 2, "tree without assistant reply": 1},
         "resolved": {},
         "train": split,
-        "eval": {
-            "conversations": 0,
-            "turns": 0,
-            "tokens": 0,
-            "supervised_tokens": 0,
-            "truncated": 0,
-            "without_supervised_token": 0,
-            "fingerprint": fingerprint([]),
-        },
+        "eval": dict.fromkeys(split, 0) | {"fingerprint": fingerprint([])},
     }
     assert json.loads(json.dumps(data.report)) == data.report
 
 
 def test_every_setting_of_the_data_is_heeded(
-    tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import datasets
-    from transformers import AutoTokenizer
+    rows = numbered(*(f"antwort {i}" for i in range(4)), lang="de")
+    requests = []
 
-    rows = [row for i in range(4) for row in pair(f"t{i}", "q", f"antwort {i}", lang="de")]
-    asked = []
-
-    def load_dataset(path: str, revision: str | None) -> dict[str, list[dict[str, Any]]]:
-        asked.append((path, revision))
+    def load_dataset(path: str, revision: str | None) -> dict[str, list[Row]]:
+        requests.append((path, revision))
         return {"train": rows}
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    tokenizer = AutoTokenizer.from_pretrained(str(tiny_tokenizer))
-    settings = build_settings(
-        {
-            "dataset": "someone/rows",
-            "dataset_revision": "abc",
-            "languages": "de",
-            "conversations": "all-paths",
-            "template": "alpaca",
-            "mask": "none",
-            "max_length": 40,
-            "eval_fraction": 0.5,
-        }
-    )
-    data = load_chosen_data(tokenizer, settings.data)
-    assert asked == [("someone/rows", "abc")]
+    encoding = {"template": "alpaca", "max_length": 40, "mask": "none"}
+    shared = {"languages": "de", "eval_fraction": 0.5}
+    source = {"dataset": "someone/rows", "dataset_revision": "abc", "conversations": "all-paths"}
+    data = load_chosen_data(tokenizer, build_settings(encoding | shared | source).data)
+    assert requests == [("someone/rows", "abc")]
+    encoder = ChatEncoder(tokenizer, "alpaca", 40, "none")
     assert data == load_training_data(
-        ChatEncoder(tokenizer, "alpaca", 40, "none"),
-        "someone/rows",
-        revision="abc",
-        languages="de",
-        paths="all-paths",
-        eval_fraction=0.5,
+        encoder, "someone/rows", revision="abc", paths="all-paths", **shared
     )
     assert (len(data.train), len(data.evaluation)) == (2, 2)
     assert data.report["train"]["truncated"] == 2
 
 
-def test_same_data_has_the_same_fingerprint_and_other_data_another(load: Loader) -> None:
-    def printed(*answers: str) -> str:
-        rows = [row for i, a in enumerate(answers) for row in pair(f"t{i}", "q", a)]
-        return str(load(rows).report["train"]["fingerprint"])
-
-    assert printed("a", "b") == printed("a", "b")
-    assert len({printed("a", "b"), printed("b", "a"), printed("a"), printed("a", "c")}) == 4
-
-
 def test_share_of_the_trees_is_held_out(load: Loader) -> None:
-    rows = [row for i in range(20) for row in pair(f"t{i}", "q", f"answer {i}")]
+    rows = numbered(*(f"answer {i}" for i in range(20)))
     data = load(rows, eval_fraction=0.1)
     assert (len(data.train), len(data.evaluation)) == (18, 2)
     assert data.report["evaluation_source"] == "0.1 of the trees"
-    again = load(rows, eval_fraction=0.1)
-    assert again.report == data.report
+    assert load(rows, eval_fraction=0.1).report == data.report
     every = {tuple(e.input_ids) for e in data.train + data.evaluation}
     assert every == {tuple(example_ids("q", f"answer {i}")) for i in range(20)}
     assert "validation" not in data.report
@@ -243,26 +214,20 @@ def test_all_paths_of_a_held_out_tree_are_held_out(load: Loader) -> None:
     data = load(rows, paths="all-paths", eval_fraction=0.2)
     assert (len(data.train), len(data.evaluation)) == (16, 4)
     held_out = {tuple(e.input_ids) for e in data.evaluation}
-    trees = [
-        i
+    both = [
+        {tuple(example_ids(f"question {i}", answer)) for answer in ("first", "second")}
         for i in range(10)
-        if tuple(example_ids(f"question {i}", "first")) in held_out
-        and tuple(example_ids(f"question {i}", "second")) in held_out
     ]
-    assert len(trees) == 2
+    assert sum(replies <= held_out for replies in both) == 2
 
 
 def test_validation_split_of_the_data_set_is_used_whole(load: Loader, tmp_path: Path) -> None:
-    import datasets
-
-    splits = {
-        "train": datasets.Dataset.from_list([*pair("t1", "q", "yes"), *pair("t2", "q", "no")]),
-        "validation": datasets.Dataset.from_list(
-            [*pair("v1", "q", "maybe"), *pair("v2", "q", "vielleicht", lang="de")]
-        ),
-    }
-    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
-    data = load(str(tmp_path / "saved"), eval_fraction=0.5)
+    german = pair("v2", "q", "vielleicht", lang="de")
+    splits = {"train": numbered("yes", "no"), "validation": [*pair("v1", "q", "maybe"), *german]}
+    datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    ).save_to_disk(str(tmp_path / "saved"))
+    data = load(tmp_path / "saved", eval_fraction=0.5)
     assert [e.input_ids for e in data.train] == [example_ids("q", "yes"), example_ids("q", "no")]
     assert [e.input_ids for e in data.evaluation] == [example_ids("q", "maybe")]
     assert data.report["evaluation_source"] == "validation split"
@@ -275,32 +240,21 @@ def test_validation_split_of_the_data_set_is_used_whole(load: Loader, tmp_path: 
     }
 
 
-def test_nothing_left_to_train_on_says_why(load: Loader, tmp_path: Path) -> None:
-    rows = [*pair("t1", "Frage", "ja", lang="de"), *pair("t2", "q" * 100, "no")]
+@pytest.mark.parametrize(
+    ("rows", "facts"),
+    [
+        (
+            [*pair("t1", "Frage", "ja", lang="de"), *pair("t2", "q" * 100, "no")],
+            ["of 4 messages", "2 language", "token: 1", "--languages", "--max-length"],
+        ),
+        ([], ["of 0 messages", "dropped: none"]),
+        # Two rows that differ share an id.
+        ([*pair("t1", "q", "yes"), pair("t1", "q", "no")[1]], ["'t1-a'"]),
+    ],
+)
+def test_data_that_cannot_be_trained_on_says_why(
+    load: Loader, tmp_path: Path, rows: list[Row], facts: list[str]
+) -> None:
     with pytest.raises(DataError) as caught:
         load(rows)
-    assert str(caught.value) == (
-        f"--dataset {tmp_path / 'rows.jsonl'}: no conversation is left to train on (of 4 messages; "
-        "dropped: 2 language; without a supervised token: 1). Check --languages and --max-length."
-    )
-
-
-def test_empty_file_says_so(load: Loader) -> None:
-    with pytest.raises(DataError, match=r"of 0 messages; dropped: none; "):
-        load([])
-
-
-def test_message_that_stands_twice_is_named_with_its_file(load: Loader, tmp_path: Path) -> None:
-    rows = pair("t1", "q", "yes")
-    with pytest.raises(DataError) as caught:
-        load([*rows, rows[1] | {"text": "no"}])
-    assert str(tmp_path / "rows.jsonl") in str(caught.value)
-    assert "'t1-a'" in str(caught.value)
-
-
-def test_all_languages_beside_others_is_refused() -> None:
-    with pytest.raises(DataError) as caught:
-        parse_languages("all,en")
-    assert str(caught.value) == (
-        "--languages all,en: 'all' stands beside others. Give one of the two."
-    )
+    assert all(fact in str(caught.value) for fact in (str(tmp_path / "rows.jsonl"), *facts))

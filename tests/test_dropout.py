@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from qlora_harness.fused import dropout
-from qlora_harness.fused.dropout import Masks
 
 CPU = torch.device("cpu")
 
@@ -14,15 +13,18 @@ CPU = torch.device("cpu")
 def test_masks_keep_a_share_and_follow_the_seed() -> None:
     shapes = [(3, 200, 300), (1, 50, 700)]
     first, second = dropout.draw(shapes, 0.25, 5, CPU, packed=False)
-    assert [m.kept.shape for m in (first, second)] == shapes
-    assert first.kept.dtype == torch.bool and first.factor == second.factor == 4 / 3
-    assert first.kept.float().mean(dim=(1, 2)).tolist() == [pytest.approx(0.75, abs=0.01)] * 3
-    assert second.kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
+    assert [m.keep.shape for m in (first, second)] == shapes
+    assert first.keep.dtype == torch.bool
+    assert first.factor == second.factor == 4 / 3
+    assert not first.packed
+    assert first.keep.float().mean(dim=(1, 2)).tolist() == [pytest.approx(0.75, abs=0.01)] * 3
+    assert second.keep.float().mean().item() == pytest.approx(0.75, abs=0.01)
     again = dropout.draw(shapes, 0.25, 5, CPU, packed=False)
-    assert torch.equal(first.kept, again[0].kept) and torch.equal(second.kept, again[1].kept)
+    assert torch.equal(first.keep, again[0].keep)
+    assert torch.equal(second.keep, again[1].keep)
     (other,) = dropout.draw(shapes[:1], 0.25, 9, CPU, packed=False)
-    for mask in (*first.kept[1:], *other.kept):  # as far from the first as independent masks are
-        differing = (mask != first.kept[0]).float().mean().item()
+    for mask in (*first.keep[1:], *other.keep):  # as far from the first as independent masks are
+        differing = (mask != first.keep[0]).float().mean().item()
         assert differing == pytest.approx(2 * 0.25 * 0.75, abs=0.01)
 
 
@@ -33,25 +35,21 @@ def test_products_are_those_of_autograd(adapters: int) -> None:
     x = torch.randn(rows, columns, dtype=torch.float64, requires_grad=True)
     down = torch.randn(adapters * rank, columns, dtype=torch.float64, requires_grad=True)
     (masks,) = dropout.draw([(adapters, rows, columns)], 0.4, 1, CPU, packed=False)
-    keep = masks.kept / 0.6
+    keep = masks.keep / 0.6
     parts = down.chunk(adapters)
-    wanted = torch.cat([scale * (x * k) @ a.t() for k, a in zip(keep, parts, strict=True)], dim=1)
-    d_inner = torch.randn_like(wanted)
-    dx, d_down = torch.autograd.grad(wanted, (x, down), d_inner)
+    expected = torch.cat([scale * (x * k) @ a.t() for k, a in zip(keep, parts, strict=True)], dim=1)
+    d_inner = torch.randn_like(expected)
+    dx, d_down = torch.autograd.grad(expected, (x, down), d_inner)
     with torch.no_grad():
         beside = torch.full((rows, adapters * rank + 3), 9.0, dtype=torch.float64)
         scaled = scale * down
         inner = dropout.products(x, scaled, masks, beside[:, :-3])
-        torch.testing.assert_close(inner, wanted)
-        assert torch.equal(beside[:, :-3], inner) and (beside[:, -3:] == 9).all()
+        torch.testing.assert_close(inner, expected)
+        assert torch.equal(beside[:, :-3], inner)
+        assert (beside[:, -3:] == 9).all()
         before = torch.randn(rows, columns, dtype=torch.float64)
         after = before.clone()
         dropout.add_products(after, d_inner, scaled, masks)
         torch.testing.assert_close(after, before + dx)
-        found = dropout.gradients(d_inner, x, masks, scale, torch.float64)
-        torch.testing.assert_close(found, d_down)
-
-
-def test_only_bytes_are_taken_for_packed() -> None:
-    assert Masks(torch.zeros(1, 1, 1, dtype=torch.uint8), 1.0).packed
-    assert not Masks(torch.zeros(1, 1, 1, dtype=torch.bool), 1.0).packed
+        d_scaled = dropout.gradients(d_inner, x, masks, scale, torch.float64)
+        torch.testing.assert_close(d_scaled, d_down)

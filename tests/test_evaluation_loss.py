@@ -58,12 +58,12 @@ def by_hand(model: Any, example: Example) -> list[float]:
 
 
 def test_rows_without_padding_give_the_same(tiny_llama: Path, accelerator: Accelerator) -> None:
-    from qlora_harness.fused.model import install
+    from qlora_harness.fused.model import FusedDecoder
     from qlora_harness.model.lora import attach_lora
 
     model = attach_lora(base(tiny_llama, "nf4"), r=2, alpha=2, dropout=0.0, targets="all-linear")
     padded = evaluate(model, accelerator, batch_size=3)
-    install(model, "none")
+    FusedDecoder.attach(model, "none")
     packed = evaluate(model, accelerator, batch_size=3, fused=True)
     assert packed.tokens == padded.tokens
     for one, other in zip(packed.conversations, padded.conversations, strict=True):
@@ -74,16 +74,16 @@ def test_rows_without_padding_give_the_same(tiny_llama: Path, accelerator: Accel
 def test_loss_is_the_mean_over_learned_tokens(model: Any, accelerator: Accelerator) -> None:
     losses = [loss for example in EXAMPLES for loss in by_hand(model, example)]
     assert len(losses) == LEARNED
-    found = evaluate(model, accelerator, batch_size=2)
-    assert found.tokens == LEARNED
-    assert found.loss == pytest.approx(sum(losses) / LEARNED, abs=1e-5)
-    for example, (nll, tokens) in zip(EXAMPLES, found.conversations, strict=True):
+    evaluation = evaluate(model, accelerator, batch_size=2)
+    assert evaluation.tokens == LEARNED
+    assert evaluation.loss == pytest.approx(sum(losses) / LEARNED, abs=1e-5)
+    for example, (nll, tokens) in zip(EXAMPLES, evaluation.conversations, strict=True):
         assert tokens == sum(label != -100 for label in example.labels[1:])
         assert nll == pytest.approx(sum(by_hand(model, example)), abs=1e-4)
     # The mean of the rows' means is another number, so the weighting shows.
     per_row = [by_hand(model, example) for example in EXAMPLES]
     unweighted = sum(sum(row) / len(row) for row in per_row) / len(per_row)
-    assert abs(found.loss - unweighted) > 1e-3
+    assert abs(evaluation.loss - unweighted) > 1e-3
 
 
 def test_loss_does_not_depend_on_batch_size_or_padding(
@@ -92,9 +92,9 @@ def test_loss_does_not_depend_on_batch_size_or_padding(
     alone = evaluate(model, accelerator, batch_size=1)
     for batch_size in (2, 3, 100):
         for pad_id in (0, PAD, 331):
-            found = evaluate(model, accelerator, batch_size, pad_id=pad_id)
-            assert found.tokens == alone.tokens
-            assert found.loss == pytest.approx(alone.loss, abs=1e-5)
+            evaluation = evaluate(model, accelerator, batch_size, pad_id=pad_id)
+            assert evaluation.tokens == alone.tokens
+            assert evaluation.loss == pytest.approx(alone.loss, abs=1e-5)
 
 
 def test_autocast_is_close_but_not_the_same(model: Any, accelerator: Accelerator) -> None:
@@ -132,13 +132,13 @@ def test_each_process_takes_its_share(
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", exchange)
     model = base(tiny_llama, "bf16")
-    found = evaluate(model, Played(), batch_size=2)  # type: ignore[arg-type]
+    evaluation = evaluate(model, Played(), batch_size=2)  # type: ignore[arg-type]
     losses = {i: by_hand(model, EXAMPLES[i]) for i in mine}
     total = sum(map(sum, losses.values())) + sum(map(float, others))
     tokens = sum(map(len, losses.values())) + 5 * len(others)
-    assert found.tokens == tokens
-    assert found.loss == pytest.approx(total / tokens, abs=1e-5)
-    assert [found.conversations[i] for i in others] == [(float(i), 5) for i in others]
+    assert evaluation.tokens == tokens
+    assert evaluation.loss == pytest.approx(total / tokens, abs=1e-5)
+    assert [evaluation.conversations[i] for i in others] == [(float(i), 5) for i in others]
 
 
 def test_perplexity_is_exp_of_the_loss() -> None:

@@ -19,8 +19,8 @@ LOAD = """
 from types import SimpleNamespace
 import torch
 from bitsandbytes.functional import quantize_4bit
-from qlora_harness.fused import triton_ops
 from qlora_harness.fused.bordered import Bordered, Projection, Scratch
+from qlora_harness.fused.triton_weights import Loader
 
 def layer(height, width, kind, nested):
     weight = torch.nn.Parameter(torch.randn(height, width) * torch.rand(height, 1), False)
@@ -48,26 +48,26 @@ for kind, nested in (("nf4", True), ("nf4", False), ("fp4", True), (None, False)
                 Scratch(),
             )
             states = [getattr(p.layer.weight, "quant_state", None) for p in group.projections]
-            wanted = group.load(torch.empty(0)).whole.clone()
+            expected = group.load(torch.empty(0)).whole.clone()
             matrix = group.loaded(torch.empty(0)).whole
             matrix[: group.height, width:] = float("nan")
             matrix[group.height :] = float("nan")
             if kind is not None:
                 matrix[: group.height, :width] = float("nan")
-            loader = triton_ops.Loader(group, states)
+            loader = Loader(group, states)
             assert loader.fits
             loader(matrix)
             rows, columns = group.height, width + group.border
-            a, b = matrix[:rows, :columns], wanted[:rows, :columns]
+            a, b = matrix[:rows, :columns], expected[:rows, :columns]
             assert torch.equal(a, b), (kind, nested, width, adapted)
-            assert torch.allclose(matrix[rows:, :width], wanted[rows:, :width], rtol=1e-6)
+            assert torch.allclose(matrix[rows:, :width], expected[rows:, :width], rtol=1e-6)
 print("equal")
 """
 
 ELEMENTWISE = """
 import torch
-from qlora_harness.fused import ops, triton_ops
-from qlora_harness.fused.row import Rotation
+from qlora_harness.fused import ops, triton_rows
+from qlora_harness.fused.packed_row import Rotation
 
 torch.manual_seed(0)
 def room(rows, columns):
@@ -80,31 +80,31 @@ for columns in (8, 96, 300):
     weight = torch.randn(columns)
     for other in (None, add):
         a, b = room(5, columns), room(5, columns)
-        total = triton_ops.rms_norm(x, weight, 1e-5, a, other)
+        total = triton_rows.rms_norm(x, weight, 1e-5, a, other)
         near(total, ops.rms_norm(x, weight, 1e-5, b, other))
         near(a, b)
         a, b = room(5, columns), room(5, columns)
         first, second = room(5, columns).copy_(dy), dy.clone()
         more = None if other is None else room(5, columns).copy_(other)
-        triton_ops.rms_norm_backward(first, x, weight, 1e-5, a, more)
+        triton_rows.rms_norm_backward(first, x, weight, 1e-5, a, more)
         ops.rms_norm_backward(second, x, weight, 1e-5, b, more)
         near(a, b)
         near(first, second)
 
 for columns in (5, 192):
     source, out = torch.randn(70, columns), room(70, columns)
-    triton_ops.copy(source, out)
+    triton_rows.copy(source, out)
     assert torch.equal(out, source)
 
 for columns in (8, 1500):
     gates, dy = torch.randn(4, 2 * columns), torch.randn(4, columns)
     a, b = room(4, columns), torch.empty(4, columns)
-    triton_ops.swiglu(gates, a)
+    triton_rows.swiglu(gates, a)
     ops.swiglu(gates, b)
     near(a, b)
     first, second = gates.clone(), gates.clone()
     a, b = room(4, columns).copy_(dy), dy.clone()
-    triton_ops.swiglu_backward(first, a)
+    triton_rows.swiglu_backward(first, a)
     ops.swiglu_backward(second, b)
     near(first, second)
     near(a, b)
@@ -114,7 +114,7 @@ for heads, keys, size in ((4, 4, 8), (6, 2, 12), (3, 1, 2)):
     row = Rotation(angles.cos(), angles.sin())
     first = torch.randn(5, (heads + 2 * keys) * size)
     second = first.clone()
-    triton_ops.rotate(first, heads + keys, row.cos, row.sin)
+    triton_rows.rotate(first, heads + keys, row.cos, row.sin)
     ops.rotate(second, heads + keys, row)
     near(first, second)
 print("equal")
@@ -123,8 +123,8 @@ print("equal")
 ATTENTION = """
 from itertools import accumulate
 import torch
-from qlora_harness.fused import ops, triton_attention
-from qlora_harness.fused.row import Row
+from qlora_harness.fused import attention, ops, triton_attention
+from qlora_harness.fused.packed_row import PackedRow
 from qlora_harness.fused.triton_attention import Tiling
 
 torch.manual_seed(0)
@@ -141,56 +141,56 @@ for lengths, heads, keys, size, tiling in (
     starts = tuple(accumulate(lengths, initial=0))
     tokens = starts[-1]
     angles = torch.randn(tokens, size // 2).repeat(1, 2)
-    row = Row(angles.cos(), angles.sin(), torch.tensor(starts), starts, max(lengths))
+    row = PackedRow(angles.cos(), angles.sin(), torch.tensor(starts), starts, max(lengths))
     plain = torch.randn(tokens, (heads + 2 * keys) * size, requires_grad=True)
     turned = plain.clone()
     ops.rotate(turned, heads + keys, row)
-    wanted, _ = ops.attention(turned, heads, keys, row, 0.3)
+    expected, _ = attention.forward(turned, heads, keys, row, 0.3)
     gradient = torch.randn(tokens, heads * size + 3)[:, :-3].unflatten(1, (heads, size))
-    (wanted_back,) = torch.autograd.grad(wanted, plain, gradient)
-    found, lse = triton_attention.forward(turned.detach(), heads, keys, row, 0.3)
-    assert torch.allclose(found, wanted, atol=1e-4), lengths
+    (expected_back,) = torch.autograd.grad(expected, plain, gradient)
+    out, lse = triton_attention.forward(turned.detach(), heads, keys, row, 0.3)
+    assert torch.allclose(out, expected, atol=1e-4), lengths
     for back in (
-        triton_attention.backward(gradient, turned.detach(), found, lse, row, 0.3),
-        ops.attention_backward(gradient, turned.detach(), wanted.detach(), None, row, 0.3),
+        triton_attention.backward(gradient, turned.detach(), out, lse, row, 0.3),
+        attention.backward(gradient, turned.detach(), expected.detach(), None, row, 0.3),
     ):
-        assert torch.allclose(back, wanted_back, atol=1e-4), lengths
+        assert torch.allclose(back, expected_back, atol=1e-4), lengths
 print("equal")
 """
 
 CROSS_ENTROPY = """
 import torch
 from torch.nn.functional import cross_entropy
-from qlora_harness.fused import triton_ops
+from qlora_harness.fused import launch, triton_rows
 import qlora_harness.fused.cross_entropy as head
 
 torch.manual_seed(0)
 for vocabulary in (5, 96, 9000):
     logits = (10 * torch.randn(7, vocabulary)).requires_grad_()
     targets = torch.tensor([0, vocabulary - 1, 1, 2, 3, 2, 0])
-    wanted = cross_entropy(logits, targets, reduction="none")
-    (gradient,) = torch.autograd.grad(wanted.sum(), logits)
-    found, losses = logits.detach().clone(), torch.full((7,), float("nan"))
-    triton_ops.cross_entropy(found, targets, losses)
-    assert torch.allclose(losses, wanted, rtol=1e-5, atol=1e-6), vocabulary
-    assert torch.allclose(found, gradient, rtol=1e-4, atol=1e-6), vocabulary
+    expected = cross_entropy(logits, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), logits)
+    turned, losses = logits.detach().clone(), torch.full((7,), float("nan"))
+    triton_rows.cross_entropy(turned, targets, losses)
+    assert torch.allclose(losses, expected, rtol=1e-5, atol=1e-6), vocabulary
+    assert torch.allclose(turned, gradient, rtol=1e-4, atol=1e-6), vocabulary
 
 logits = 10 * torch.randn(7, 300)
 half = logits.bfloat16()
-wanted = half.float().softmax(dim=1)
-wanted[torch.arange(7), torch.tensor([0, 299, 1, 2, 3, 2, 0])] -= 1
-triton_ops.cross_entropy(half, torch.tensor([0, 299, 1, 2, 3, 2, 0]), torch.empty(7))
-assert torch.allclose(half.float(), wanted, rtol=2**-7, atol=1e-6)
+expected = half.float().softmax(dim=1)
+expected[torch.arange(7), torch.tensor([0, 299, 1, 2, 3, 2, 0])] -= 1
+triton_rows.cross_entropy(half, torch.tensor([0, 299, 1, 2, 3, 2, 0]), torch.empty(7))
+assert torch.allclose(half.float(), expected, rtol=2**-7, atol=1e-6)
 
 hidden = torch.randn(200, 16, requires_grad=True)
 weight, targets = torch.randn(64, 16), torch.randint(64, (200,))
-wanted = head.summed_cross_entropy(hidden, weight, targets)
-(gradient,) = torch.autograd.grad(wanted / 3, hidden)
-triton_ops.usable = lambda x: True
+expected = head.summed_cross_entropy(hidden, weight, targets)
+(gradient,) = torch.autograd.grad(expected / 3, hidden)
+launch.usable = lambda x: True
 for head._LOGITS in (1, 2 * 64 * 64, 2**25):  # 64 rows at a time, 128, all
-    found = head.summed_cross_entropy(hidden, weight, targets)
-    (other,) = torch.autograd.grad(found / 3, hidden)
-    assert torch.allclose(found, wanted, rtol=1e-5), head._LOGITS
+    total = head.summed_cross_entropy(hidden, weight, targets)
+    (other,) = torch.autograd.grad(total / 3, hidden)
+    assert torch.allclose(total, expected, rtol=1e-5), head._LOGITS
     assert torch.allclose(other, gradient, rtol=1e-4, atol=1e-6), head._LOGITS
 print("equal")
 """
@@ -241,8 +241,8 @@ for shapes, probability, seed in (
             continue
         words = philox(seed, place, 0)
         drawn = [part for word in words for part in (word & 0xFFFF, word >> 16)]
-        wanted = sum((n >= round(probability * 2**16)) << j for j, n in enumerate(drawn))
-        assert int(flat[place]) == wanted
+        expected = sum((n >= round(probability * 2**16)) << j for j, n in enumerate(drawn))
+        assert int(flat[place]) == expected
 (many,) = triton_dropout.draw([(2, 64, 1024)], 0.1, 3, cpu)
 many = unpack(many, 1024)
 assert abs(many.float().mean() - 0.9) < 0.003
@@ -257,17 +257,17 @@ for rows, columns, adapters, rank, tiling in (
 ):
     if tiling is not None:
         triton_dropout.PRODUCT = triton_dropout.ADD = triton_dropout.GRADIENT = (tiling,)
-        triton_dropout._tilings.cache_clear()
+        triton_dropout._first_tilings.cache_clear()
     (bits,) = triton_dropout.draw([(adapters, rows, columns)], 0.2, 11, cpu)
     packed, plain = Masks(bits, 1.25), Masks(unpack(bits, columns), 1.25)
     x = room(rows, columns).copy_(torch.randn(rows, columns))
     down = room(adapters * rank, columns).copy_(torch.randn(adapters * rank, columns))
     d_inner = room(rows, adapters * rank).copy_(torch.randn(rows, adapters * rank))
     beside = room(rows, adapters * rank)
-    found = dropout.products(x, down, packed, beside)
-    torch.testing.assert_close(found, dropout.products(x, down, plain), rtol=1e-4, atol=1e-4)
-    assert torch.equal(found, beside) and beside._base[:, -5:].isnan().all()
-    assert torch.equal(dropout.products(x, down, packed), found)
+    inner = dropout.products(x, down, packed, beside)
+    torch.testing.assert_close(inner, dropout.products(x, down, plain), rtol=1e-4, atol=1e-4)
+    assert torch.equal(inner, beside) and beside._base[:, -5:].isnan().all()
+    assert torch.equal(dropout.products(x, down, packed), inner)
     first, second = (room(rows, columns).copy_(x) for _ in range(2))
     dropout.add_products(first, d_inner, down, packed)
     dropout.add_products(second, d_inner, down, plain)
@@ -302,7 +302,7 @@ SHARED_MEMORY = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from qlora_harness.fused import dropout_kernels, triton_dropout
+from qlora_harness.fused import triton_dropout
 
 KERNELS = {
     "product": ("x x_stride down down_stride bits parts rows columns bytes_in_row share rank "
@@ -314,7 +314,7 @@ KERNELS = {
 }
 
 def shared(name, tiling, rank, dtype, capability):
-    kernel = getattr(dropout_kernels, f"{name}_kernel")
+    kernel = getattr(triton_dropout, f"{name}_kernel")
     kinds = {"bits": "*u8", "parts": "*fp32", "factor": "fp32"}
     kinds |= dict.fromkeys(("x", "down", "inner", "gradient"), f"*{dtype}")
     types = {a: kinds.get(a, "i32") for a in KERNELS[name].split()}
@@ -335,7 +335,7 @@ def shared(name, tiling, rank, dtype, capability):
     return compile(source, target=target, options=options).metadata.shared
 
 # Shared memory of an H100, an A100, and an RTX 30 or 40.
-for capability, room, rank, dtype, places in (
+for capability, room, rank, dtype, numbers in (
     (90, 232448, 64, "bf16", (0, 0, 0)),
     (90, 232448, 256, "bf16", (0, 0, 1)),
     (90, 232448, 128, "fp32", (0, 0, 1)),
@@ -344,13 +344,13 @@ for capability, room, rank, dtype, places in (
     (86, 101376, 256, "fp32", (3, 1, 3)),
 ):
     size = 4 if dtype == "fp32" else 2
-    for name, place in zip(KERNELS, places):
+    for name, number in zip(KERNELS, numbers):
         tilings = getattr(triton_dropout, name.upper())
         predicted = [getattr(triton_dropout, f"_{name}_bytes")(t, rank, size) for t in tilings]
         chosen = next(i for i, n in enumerate(predicted) if n <= room)
         taken = shared(name, tilings[chosen], rank, dtype, capability)
         print(capability, rank, dtype, name, chosen, predicted[chosen], taken)
-        assert taken <= predicted[chosen] and chosen == place
+        assert taken <= predicted[chosen] and chosen == number
 """
 
 

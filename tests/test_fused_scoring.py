@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_fused import VOCABULARY, adapted, tiny
+from tiny_models import VOCABULARY, adapted, tiny
 
 from qlora_harness.fused import ops
-from qlora_harness.fused.model import why_not_fused
+from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import count_parameters
 from qlora_harness.score.packed_forward import PackedModel
 from qlora_harness.score.prefix_tree import Pack, Query, plan
@@ -60,7 +60,7 @@ def test_packs_equal_the_models_own_modules(
     model = model_of(kind, quantised, keys, targets)
     pack = one_pack(queries(9))
     wanted = logprobs(model, pack, fused=False)
-    assert why_not_fused(model) is None
+    assert FusedDecoder.reason_against(model) is None
     for flex in (False, True):
         assert logprobs(model, pack, flex=flex) == pytest.approx(wanted, abs=1e-5)
 
@@ -221,7 +221,7 @@ REFUSED = {
 def test_adapters_that_are_not_fused_go_the_models_own_way(name: str) -> None:
     make, reason = REFUSED[name]
     model = make()
-    assert why_not_fused(model) == reason
+    assert FusedDecoder.reason_against(model) == reason
     query = Query([1, 2, 3], [4])
     (found,) = logprobs(model, one_pack([query]))
     with torch.no_grad():
@@ -230,6 +230,6 @@ def test_adapters_that_are_not_fused_go_the_models_own_way(name: str) -> None:
 
 
 def test_weights_of_other_dtypes_are_not_fused() -> None:
-    assert why_not_fused(partly_in_float16()) == (
+    assert FusedDecoder.reason_against(partly_in_float16()) == (
         "its weights are neither 4-bit nor of its own dtype"
     )

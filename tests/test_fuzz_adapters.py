@@ -28,23 +28,10 @@ def damaged_config(rng: random.Random, path: Path) -> str:
 
 
 PATTERNS = ("(a+)+$", "(.*)*(.*)*(.*)*!", {"(.*)*x": 2}, {"q_proj": 10**9}, [[0, 10**6]])
-
-
-EXTRA = (
-    "use_dora",
-    "lora_bias",
-    "layer_replication",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "target_parameters",
-    "trainable_token_indices",
-    "init_lora_weights",
-    "exclude_modules",
-    "alora_invocation_tokens",
-    "layers_to_transform",
-    "layers_pattern",
-    "bias",
+EXTRA = [*sorted(adapter_folder._KNOWN_FIELDS), "alora_invocation_tokens"]
+WEIGHTS = "adapter_model.safetensors"
+ARGUMENTS = (
+    *("pretrained", "peft", "quant", "double_quant", "revision", "peft_revision", "results_dir"),
 )
 
 
@@ -71,24 +58,12 @@ def fuzz(folder: Path, tiny_llama: Path, adapter: Path, seed: int, count: int) -
     return reader.outcomes
 
 
-WEIGHTS = "adapter_model.safetensors"
-ARGUMENTS = (
-    "pretrained",
-    "peft",
-    "quant",
-    "double_quant",
-    "revision",
-    "peft_revision",
-    "results_dir",
-)
-
-
 def test_some_damaged_adapters(
     tmp_path: Path, tiny_llama: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adapter_folder, "_PATTERN_SECONDS", 0.2)
     outcomes = fuzz(tmp_path, tiny_llama, adapter, seed=0, count=60)
-    assert outcomes["read"] > 0 and outcomes["refused"] > 0
+    assert min(outcomes.values()) > 0  # some read, some refused
 
 
 @pytest.mark.slow

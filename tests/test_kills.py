@@ -33,11 +33,7 @@ def alone(request: pytest.FixtureRequest) -> None:
 
 
 def forked(work: Callable[[], object], seconds: float | None = None) -> bool:
-    """Runs `work` in a forked process, which is killed after so many seconds.
-
-    Returns:
-        Whether it ended by itself; then it did so without an error.
-    """
+    """Runs `work` in a forked process, killed after so many seconds; whether it ended by itself."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -119,13 +115,13 @@ def test_killed_scoring_goes_on_to_the_same_numbers(
         return read(path)["tasks"]
 
     duration = seconds_of(run("whole"))
-    done = tries = kept = 0
+    done = tries = journals = 0
     while done < KILLS:
         folder = f"run{tries}"
         tries += 1
         while not forked(run(folder), numbers.uniform(0, duration) if done < KILLS else None):
             done += 1
-            kept += any((tmp_path / folder).glob(".mmlu_progress_*.jsonl*"))
+            journals += any((tmp_path / folder).glob(".mmlu_progress_*.jsonl*"))
         assert questions(folder) == questions("whole")
-    print(f"{done} kills in {tries} runs, {kept} of them with answers in the journal")
-    assert kept > 0
+    print(f"{done} kills in {tries} runs, {journals} of them with answers in the journal")
+    assert journals > 0

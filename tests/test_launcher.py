@@ -5,7 +5,6 @@ Each run is a subprocess that imports torch anew (about 6 seconds), so there are
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -13,11 +12,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from conftest import REPOSITORY, tiny_rows
+from training_runs import losses, read, summary
 
 ACCELERATE = Path(sys.executable).parent / "accelerate"
 ONE_PROCESS = [
@@ -47,14 +46,8 @@ def flags(tiny_llama: Path, tmp_path: Path) -> list[str]:
 
 def start(folder: Path, *words: str, **more: str) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"} | more
-    return subprocess.Popen(
-        words,
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, cwd=folder, env=environment, **pipes)
 
 
 def run(folder: Path, *words: str, **more: str) -> tuple[int, str, str]:
@@ -63,31 +56,20 @@ def run(folder: Path, *words: str, **more: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def read(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
-
-
-def losses(run_dir: Path) -> list[float]:
-    rows = read(run_dir / "training_logs.json")["steps"]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    return [row["loss"] for row in rows]
-
-
 def test_the_command_of_the_mission(checkout: Path, flags: list[str]) -> None:
     status, out, err = run(
         checkout, str(ACCELERATE), "launch", *ONE_PROCESS, "launch/train.py", "--quant", "nf4",
         *flags, "--max-steps", "2",
     )  # fmt: skip
     assert (status, "Traceback" in err) == (0, False), err
-    summary = read(checkout / "results" / "4bit" / "training_summary.json")
-    assert (summary["status"], summary["quant"]) == ("completed", "nf4")
-    assert summary["environment"]["command"].startswith("train.py --quant nf4 --model ")
+    record = summary(checkout / "results" / "4bit")
+    assert (record["status"], record["quant"]) == ("completed", "nf4")
+    assert record["environment"]["command"].startswith("train.py --quant nf4 --model ")
     assert len(losses(checkout / "results" / "4bit")) == 2
     # The numbers that a user looks for are the last lines.
     last = out.strip().splitlines()[-2:]
     assert last[0].startswith("nf4: 2 steps in ")
-    assert f"evaluation loss {summary['results']['eval_loss']:.3f}, perplexity " in last[0]
+    assert f"evaluation loss {record['results']['eval_loss']:.3f}, perplexity " in last[0]
     assert last[1] == "adapter: results/4bit/adapter   record: results/4bit"
 
 
@@ -97,9 +79,8 @@ def test_mistake_through_the_launcher_is_one_line(checkout: Path) -> None:
     )
     assert status != 0
     assert out == ""
-    assert err == (
-        "qlora-harness: error: --quant: 'int8' is not one of nf4, fp4, bf16. Choose one of these.\n"
-    )
+    assert err.count("\n") == 1
+    assert err.startswith("qlora-harness: error: --quant: 'int8' is not one of nf4, fp4, bf16. ")
     assert not (checkout / "results").exists()
 
 
@@ -110,8 +91,8 @@ def test_mistake_through_the_launcher_is_one_line(checkout: Path) -> None:
 def test_launcher_runs_without_accelerate_too(
     checkout: Path, program: list[str], words: list[str], status: int
 ) -> None:
-    found, out, err = run(checkout, sys.executable, *program, *words)
-    assert found == status
+    ended, out, err = run(checkout, sys.executable, *program, *words)
+    assert ended == status
     assert (err.count("\n"), bool(out)) == ((0, True) if status == 0 else (1, False))
 
 
@@ -126,12 +107,13 @@ def test_kill_leaves_valid_files_and_the_same_command_goes_on(
     process = start(checkout, *words)
     deadline = time.monotonic() + 120
     while not (run_dir / "checkpoints" / "checkpoint-20").exists():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=30)
 
-    record = read(run_dir / "training_summary.json")
+    record = summary(run_dir)
     assert (record["status"], record["finished"]) == ("running", None)
     before = losses(run_dir)
     assert 10 <= len(before) < 60
@@ -140,7 +122,7 @@ def test_kill_leaves_valid_files_and_the_same_command_goes_on(
 
     status, _, err = run(checkout, *words)
     assert status == 0, err
-    record = read(run_dir / "training_summary.json")
+    record = summary(run_dir)
     assert (record["status"], record["runtime"]["resumed"]) == ("completed", True)
     assert len(losses(run_dir)) == 60
     assert losses(run_dir)[:10] == before[:10]
@@ -158,16 +140,17 @@ def test_sigterm_to_accelerate_launch_ends_the_run_with_a_checkpoint(
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(run_dir.glob("checkpoints/*")):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    trains = psutil.Process(read(run_dir / "training_summary.json")["process"]["id"])
+    trains = psutil.Process(summary(run_dir)["process"]["id"])
     assert trains.parent() == psutil.Process(process.pid)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == -signal.SIGTERM
     psutil.wait_procs([trains], timeout=60)
     assert not trains.is_running()
     process.communicate()
-    record = read(run_dir / "training_summary.json")
+    record = summary(run_dir)
     assert record["status"] == "interrupted"
     assert (run_dir / "checkpoints" / f"checkpoint-{record['results']['steps']}").is_dir()
 
@@ -188,7 +171,7 @@ def test_two_processes_give_the_numbers_of_one(checkout: Path, flags: list[str])
         checkout, sys.executable, *common, "--grad-accum", "2", "--output-dir", "one"
     )
     assert status == 0, err
-    one, two = (read(checkout / name / "training_summary.json") for name in ("one", "two"))
+    one, two = (summary(checkout / name) for name in ("one", "two"))
     assert losses(checkout / "two") == pytest.approx(losses(checkout / "one"), abs=1e-5)
     for name in ("eval_loss", "perplexity"):
         assert two["results"][name] == pytest.approx(one["results"][name], rel=1e-5)

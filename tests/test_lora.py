@@ -49,8 +49,8 @@ def learned(folder: Path, quant: str = "bf16") -> Any:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(IDS).logits
-    return found
+        output: torch.Tensor = model(IDS).logits
+    return output
 
 
 def refusal(action: Callable[[], object]) -> str:
@@ -128,18 +128,10 @@ def test_layers_by_name(tiny_llama: Path) -> None:
     assert {name.split(".lora_")[0].split(".")[-1] for name in trainable} == {"q_proj", "v_proj"}
 
 
-def test_unknown_layer_names(tiny_llama: Path) -> None:
-    with pytest.raises(SettingsError) as caught:
-        attach(tiny_llama, targets="typo")
-    assert str(caught.value) == (
-        "--lora-targets: the model has no layers named typo. "
-        "Name layers such as q_proj,v_proj, or all-linear."
-    )
-
-
-def test_one_unknown_layer_name_among_known_ones_is_not_passed_over(tiny_llama: Path) -> None:
-    with pytest.raises(SettingsError, match="typo_proj"):
-        attach(tiny_llama, targets="q_proj,typo_proj")
+@pytest.mark.parametrize("targets", ["typo", "q_proj,typo"])
+def test_unknown_layer_names_are_refused(tiny_llama: Path, targets: str) -> None:
+    with pytest.raises(SettingsError, match="--lora-targets: the model has no layers named typo"):
+        attach(tiny_llama, targets=targets)
 
 
 # --- saved and loaded -----------------------------------------------------------------------------
@@ -160,6 +152,7 @@ def test_saved_adapter_gives_the_same_logits(tiny_llama: Path, tmp_path: Path, q
 def test_folder_holds_the_adapter_the_tokenizer_and_the_record_but_no_base(
     saved: Path, tiny_llama: Path
 ) -> None:
+    assert [path.name for path in saved.parent.iterdir()] == ["adapter"]  # nothing half written
     assert {path.name for path in saved.iterdir()} == {
         WEIGHTS_FILE,
         CONFIG_FILE,
@@ -173,15 +166,9 @@ def test_folder_holds_the_adapter_the_tokenizer_and_the_record_but_no_base(
     numbers = sum(value.numel() for value in weights.values())
     assert (saved / WEIGHTS_FILE).stat().st_size < 4 * numbers + 8192
     assert read_adapter_record(saved) == {"quant": "bf16"}
-    again = load_tokenizer(find_base(str(tiny_llama)))
-    from transformers import AutoTokenizer
-
-    beside = AutoTokenizer.from_pretrained(str(saved))
-    assert beside.encode("Answer: A") == again.encode("Answer: A")
-
-
-def test_nothing_half_written_is_left_beside_it(saved: Path) -> None:
-    assert [path.name for path in saved.parent.iterdir()] == ["adapter"]
+    source = find_base(str(tiny_llama))
+    own, beside = load_tokenizer(source), load_tokenizer(source, saved)
+    assert beside.encode("Answer: A") == own.encode("Answer: A")
 
 
 def test_saving_replaces_an_older_adapter_whole(tiny_llama: Path, adapter: Path) -> None:
@@ -202,23 +189,17 @@ def test_non_finite_adapter_is_not_saved_and_the_old_one_stays(
     model = learned(tiny_llama)
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n)[0, 0] = float("inf")
-    line = refusal(
-        lambda: save_adapter(model, load_tokenizer(find_base(str(tiny_llama))), adapter, {})
-    )
-    assert "lora_B" in line and "non-finite" in line
+    tokenizer = load_tokenizer(find_base(str(tiny_llama)))
+    assert "lora_B" in refusal(lambda: save_adapter(model, tokenizer, adapter, {}))
     assert adapter_digest(adapter) == before
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
-
-
-def test_adapter_from_elsewhere_has_no_record(adapter: Path) -> None:
-    (adapter / RECORD_FILE).unlink()
-    assert read_adapter_record(adapter) is None
 
 
 def test_digest_is_that_of_weights_and_configuration(adapter: Path) -> None:
     before = adapter_digest(adapter)
     assert len(before) == 64
-    (adapter / "tokenizer.json").unlink()
+    (adapter / RECORD_FILE).unlink()
+    assert read_adapter_record(adapter) is None  # as of an adapter from elsewhere
     assert adapter_digest(adapter) == before
     (adapter / CONFIG_FILE).write_text((adapter / CONFIG_FILE).read_text() + "\n")
     assert adapter_digest(adapter) != before
@@ -247,105 +228,86 @@ def loading(tiny_llama: Path, adapter: Path) -> str:
     return refusal(lambda: load_adapter(base(tiny_llama), adapter))
 
 
-def test_missing_weights(tiny_llama: Path, adapter: Path) -> None:
-    rewrite(adapter, lambda w: {name: v for name, v in w.items() if name != FIRST_A})
+Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+OTHER = FIRST_A.replace("layers.0", "layers.9")
+MISFITS: dict[str, tuple[Change, str]] = {
+    "missing": (
+        lambda w: {name: v for name, v in w.items() if name != FIRST_A},
+        "1 adapter weights missing, 0 unexpected (first: "
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.",
+    ),
+    "unexpected": (
+        lambda w: w | {OTHER: w[FIRST_A].clone()},
+        f"0 adapter weights missing, 1 unexpected (first: {OTHER})",
+    ),
+    "renamed": (
+        lambda w: {n.replace("base_model.model.", "m."): v for n, v in w.items()},
+        "28 adapter weights missing, 28 unexpected",
+    ),
+    "shape": (lambda w: w | {FIRST_A: torch.ones(RANK, 65)}, "[4, 65]"),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_weights_that_do_not_fit_the_base(tiny_llama: Path, adapter: Path, kind: str) -> None:
+    change, problem = MISFITS[kind]
+    rewrite(adapter, change)
     line = loading(tiny_llama, adapter)
-    assert line.startswith(
-        f"peft={adapter} does not fit this base model: 1 adapter weights missing, 0 unexpected "
-        "(first: base_model.model.model.layers.0.self_attn.q_proj.lora_A."
-    )
+    assert line.startswith(f"peft={adapter} does not fit this base model")
+    assert problem in line
     assert line.endswith("It was trained on tiny-llama; give that as pretrained=.")
-
-
-def test_unexpected_weights(tiny_llama: Path, adapter: Path) -> None:
-    other = FIRST_A.replace("layers.0", "layers.9")
-    rewrite(adapter, lambda w: w | {other: w[FIRST_A].clone()})
-    assert loading(tiny_llama, adapter).startswith(
-        f"peft={adapter} does not fit this base model: 0 adapter weights missing, 1 unexpected "
-        f"(first: {other})"
-    )
-
-
-def test_weights_under_other_names(tiny_llama: Path, adapter: Path) -> None:
-    rewrite(adapter, lambda w: {n.replace("base_model.model.", "m."): v for n, v in w.items()})
-    assert "28 adapter weights missing, 28 unexpected" in loading(tiny_llama, adapter)
-
-
-def test_weights_of_another_shape(tiny_llama: Path, adapter: Path) -> None:
-    rewrite(adapter, lambda w: w | {FIRST_A: torch.ones(RANK, 65)})
-    line = loading(tiny_llama, adapter)
-    assert line.startswith(f"peft={adapter} does not fit this base model (size mismatch for ")
-    assert "[4, 65]" in line and "[4, 64]" in line
 
 
 def test_adapter_that_was_never_trained(tiny_llama: Path, adapter: Path) -> None:
     rewrite(adapter, lambda w: {n: v * 0 if "lora_B" in n else v for n, v in w.items()})
-    assert loading(tiny_llama, adapter) == (
-        f"{adapter / WEIGHTS_FILE}: every trained tensor equals its start, so the adapter was "
-        "never trained. Name the adapter of a completed run."
-    )
+    line = loading(tiny_llama, adapter)
+    assert line.startswith(f"{adapter / WEIGHTS_FILE}: every trained tensor equals its start")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_weights(tiny_llama: Path, adapter: Path, value: float) -> None:
-    def poison(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        weights[FIRST_A][0, 0] = value
-        return weights
-
-    rewrite(adapter, poison)
-    assert loading(tiny_llama, adapter) == (
-        f"{adapter / WEIGHTS_FILE}, tensor {FIRST_A}: non-finite values. Train the adapter anew."
-    )
-
-
-def test_pickled_weights(tiny_llama: Path, adapter: Path) -> None:
-    torch.save(load_file(adapter / WEIGHTS_FILE), adapter / "adapter_model.bin")
-    (adapter / WEIGHTS_FILE).unlink()
-    assert loading(tiny_llama, adapter) == (
-        f"{adapter / 'adapter_model.bin'} is pickled, and unpickling runs code. "
-        "Convert it to adapter_model.safetensors."
-    )
+    rewrite(adapter, lambda w: w | {FIRST_A: torch.full_like(w[FIRST_A], value)})
+    line = loading(tiny_llama, adapter)
+    assert line.startswith(f"{adapter / WEIGHTS_FILE}, tensor {FIRST_A}: non-finite")
 
 
 def test_damaged_and_cut_off_weights(tiny_llama: Path, adapter: Path) -> None:
     whole = (adapter / WEIGHTS_FILE).read_bytes()
     for content in (b"x" * 50, whole[:-100], b""):
         (adapter / WEIGHTS_FILE).write_bytes(content)
-        line = loading(tiny_llama, adapter)
-        assert line.startswith(f"{adapter / WEIGHTS_FILE} is damaged (")
-        assert line.endswith("Save the adapter anew.")
+        assert loading(tiny_llama, adapter).startswith(f"{adapter / WEIGHTS_FILE} is damaged (")
 
 
-def test_no_weights_no_configuration_no_folder(tiny_llama: Path, adapter: Path) -> None:
+def test_pickled_weights_no_weights_no_configuration_no_folder(
+    tiny_llama: Path, adapter: Path
+) -> None:
+    torch.save(load_file(adapter / WEIGHTS_FILE), adapter / "adapter_model.bin")
     (adapter / WEIGHTS_FILE).unlink()
-    assert loading(tiny_llama, adapter) == (
-        f"{adapter} holds no {WEIGHTS_FILE}. Save the adapter anew."
-    )
+    assert f"{adapter / 'adapter_model.bin'} is pickled" in loading(tiny_llama, adapter)
+    (adapter / "adapter_model.bin").unlink()
+    assert loading(tiny_llama, adapter).startswith(f"{adapter} holds no {WEIGHTS_FILE}")
     (adapter / CONFIG_FILE).unlink()
-    assert loading(tiny_llama, adapter) == (
-        f"peft={adapter} holds no {CONFIG_FILE}. Name a PEFT adapter folder."
-    )
-    assert loading(tiny_llama, adapter.parent) == (
-        f"peft={adapter.parent} holds no {CONFIG_FILE}. Did you mean peft={adapter}."
-    )
+    assert loading(tiny_llama, adapter).startswith(f"peft={adapter} holds no {CONFIG_FILE}")
+    line = loading(tiny_llama, adapter.parent)
+    assert line.startswith(f"peft={adapter.parent} holds no {CONFIG_FILE}")
+    assert line.endswith(f"peft={adapter}.")  # what may be meant
     shutil.rmtree(adapter)
-    assert loading(tiny_llama, adapter) == f"peft={adapter} does not exist. Name an adapter folder."
+    assert loading(tiny_llama, adapter).startswith(f"peft={adapter} does not exist")
 
 
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("{", "{path}, line 1: not valid JSON"),
-        ("[]", "{path}: expected a JSON object, found list"),
-        ("{}", "{path}, key 'peft_type': None. Only LoRA adapters"),
-        ('{"peft_type": "IA3"}', "{path}, key 'peft_type': 'IA3'. Only LoRA adapters"),
+        ("{", "{path}, line 1: "),
+        ("[]", "{path}: "),
+        ("{}", "{path}, key 'peft_type': None"),
+        ('{"peft_type": "IA3"}', "{path}, key 'peft_type': 'IA3'"),
     ],
 )
 def test_broken_configuration(adapter: Path, content: str, problem: str) -> None:
     path = adapter / CONFIG_FILE
     path.write_text(content)
-    line = refusal(lambda: read_adapter_config(adapter))
-    assert line.startswith(problem.format(path=path))
+    assert refusal(lambda: read_adapter_config(adapter)).startswith(problem.format(path=path))
 
 
 @pytest.mark.parametrize("change", [{"r": "x"}, {"r": 0}, {"target_modules": ["nope"]}])

@@ -16,8 +16,8 @@ from qlora_harness.train.memory import (
     MemoryMeter,
     OtherProcesses,
     PhasePeak,
+    largest_peaks,
     managed_bytes,
-    summarise,
 )
 
 MIB = 2**20
@@ -35,76 +35,38 @@ linux_only = pytest.mark.skipif(
 )
 
 
-def meter() -> MemoryMeter:
-    return MemoryMeter(torch.device("cpu"), rank=0)
-
-
 def test_cpu_run_has_resident_memory_only() -> None:
-    memory = meter()
-    with memory.phase("train"):
-        pass
-    (peak,) = memory.phases
-    found = asdict(peak)
-    rss = found.pop("cpu_peak_rss_bytes")
-    assert found == {
-        "phase": "train",
-        "rank": 0,
-        "peak_allocated_bytes": None,
-        "peak_reserved_bytes": None,
-        "peak_device_used_bytes": None,
-        "peak_managed_bytes": None,
-        "peak_needed_bytes": None,
-        "other_processes": None,
-        "other_bytes": None,
-    }
+    memory = MemoryMeter(torch.device("cpu"), rank=0)
+    with pytest.raises(RuntimeError), memory.phase("train"):  # a phase that fails is measured, too
+        raise RuntimeError("boom")
+    peaks = asdict(memory.phases[0])
+    rss = peaks.pop("cpu_peak_rss_bytes")
+    assert (peaks.pop("phase"), peaks.pop("rank")) == ("train", 0)
+    assert set(peaks.values()) == {None}
     # This process with torch in it: more than 50 MiB, less than the machine.
     assert 50 * MIB < rss < 2**40
 
 
 @linux_only
-def test_peak_is_that_of_its_phase() -> None:
+def test_peak_is_that_of_its_phase_and_a_sample_that_of_the_running_one() -> None:
     """In a process of its own: what other tests have freed would be used again here."""
     code = """
 import torch
 from qlora_harness.train.memory import MemoryMeter
 memory = MemoryMeter(torch.device("cpu"), 0)
-for phase, size in (("load", 200), ("train", 20)):
+for phase, size in (("load", 400), ("train", 20)):
     with memory.phase(phase):
+        before = memory.sample()["cpu_peak_rss_bytes"]
         block = bytearray(b"x") * (size << 20)
+        (after,) = memory.sample().values()
         del block
-print(*(peak.cpu_peak_rss_bytes for peak in memory.phases))
+    print(before, after, memory.phases[-1].cpu_peak_rss_bytes)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
-    load, train = map(int, done.stdout.split())
-    assert load - train > 100 * MIB
-
-
-@linux_only
-def test_sample_reads_the_phase_that_is_running() -> None:
-    code = """
-import torch
-from qlora_harness.train.memory import MemoryMeter
-memory = MemoryMeter(torch.device("cpu"), 0)
-with memory.phase("train"):
-    before = memory.sample()
-    block = bytearray(b"x") * (400 << 20)
-    after = memory.sample()
-assert set(before) == set(after) == {"cpu_peak_rss_bytes"}
-print(after["cpu_peak_rss_bytes"] - before["cpu_peak_rss_bytes"])
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert int(done.stdout) > 300 * MIB
-
-
-def test_phase_that_fails_is_measured_too() -> None:
-    memory = meter()
-    with pytest.raises(RuntimeError), memory.phase("train"):
-        raise RuntimeError("boom")
-    assert memory.phases[0].cpu_peak_rss_bytes
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+    load, train = ([int(word) for word in line.split()] for line in done.stdout.splitlines())
+    assert load[1] - load[0] > 300 * MIB
+    assert load[2] - train[2] > 200 * MIB
 
 
 def test_headline_is_the_largest_over_ranks_of_the_training_phase() -> None:
@@ -114,7 +76,7 @@ def test_headline_is_the_largest_over_ranks_of_the_training_phase() -> None:
         asdict(PhasePeak("train", 1, 600, 650, None, None, 20, 620, 3, 5)),
         asdict(PhasePeak("evaluate", 0, 999, 999, 999, None)),
     ]
-    assert summarise(phases, "cuda") == {
+    assert largest_peaks(phases, "cuda") == {
         "device_type": "cuda",
         "peak_allocated_bytes": 600,
         "peak_reserved_bytes": 700,
@@ -126,6 +88,11 @@ def test_headline_is_the_largest_over_ranks_of_the_training_phase() -> None:
         "other_bytes": 10,
         "phases": phases,
     }
+
+
+def test_run_that_never_trained_has_no_peak() -> None:
+    peaks = largest_peaks([asdict(PhasePeak("load", 0, cpu_peak_rss_bytes=5))], "cpu")
+    assert peaks["cpu_peak_rss_bytes"] is None
 
 
 def test_paged_states_are_counted_and_others_are_not() -> None:
@@ -159,9 +126,3 @@ def test_other_processes_on_a_device(
     assert others.count() == expected
     others._nvml = None
     assert others.count() == (None, None)
-
-
-def test_headline_of_a_run_that_never_trained() -> None:
-    summary = summarise([asdict(PhasePeak("load", 0, cpu_peak_rss_bytes=5))], "cpu")
-    assert summary["cpu_peak_rss_bytes"] is None
-    assert summary["peak_allocated_bytes"] is None

@@ -11,7 +11,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import date, datetime, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -20,11 +20,17 @@ from typing import Any
 import pytest
 
 from qlora_harness.data.conversation import Conversation, Corpus, Turn
-from qlora_harness.data.oasst1 import build_conversations, check_row
+from qlora_harness.data.oasst1 import build_conversations as build
+from qlora_harness.data.oasst1 import check_row
 from qlora_harness.data.sources import read_rows
 from qlora_harness.errors import DataError
 
 Row = dict[str, Any]
+
+NO_REPLY = "tree without assistant reply"
+UNRANKED = "earliest of several unranked siblings"
+SAME_RANK = "earliest of several siblings of the same best rank"
+CUT = "prompter turn cut from the end"
 
 
 def message(
@@ -47,15 +53,9 @@ def rows(*lines: str, **changes: Mapping[str, Any]) -> list[Row]:
     made = []
     for line in lines:
         identity, parent, role, *rank = line.split()
-        made.append(
-            message(
-                identity,
-                None if parent == "-" else parent,
-                role,
-                int(rank[0]) if rank and rank[0] != "-" else None,
-            )
-            | changes.get(identity, {})
-        )
+        number = int(rank[0]) if rank else None
+        row = message(identity, None if parent == "-" else parent, role, number)
+        made.append(row | changes.get(identity, {}))
     return made
 
 
@@ -63,8 +63,8 @@ def paths(corpus: Corpus) -> list[str]:
     return [" ".join(turn.text for turn in c.turns) for c in corpus.conversations]
 
 
-def build(made: Iterable[Row], **options: Any) -> Corpus:
-    return build_conversations(made, **options)
+def dated(**dates: object) -> dict[str, Row]:
+    return {identity: {"created_date": moment} for identity, moment in dates.items()}
 
 
 # --- best-path ------------------------------------------------------------------------------------
@@ -76,93 +76,43 @@ def test_lone_pair_becomes_one_supervised_conversation() -> None:
         Conversation("q", (Turn("user", "q", False), Turn("assistant", "a", True)))
     ]
     assert (corpus.trees, corpus.messages) == (1, 2)
-    assert (dict(corpus.dropped), dict(corpus.resolved)) == ({}, {})
 
 
-def test_best_rank_is_taken_at_every_level() -> None:
-    corpus = build(
-        rows(
-            "q - P",
-            "a2 q A 2",
-            "a0 q A 0",
-            "a1 q A 1",
-            "p1 a0 P 1",
-            "p0 a0 P 0",
-            "b1 p0 A 1",
-            "b0 p0 A 0",
-            "better a1 P 0",
-        )
-    )
-    assert paths(corpus) == ["q a0 p0 b0"]
-    assert [turn.supervised for turn in corpus.conversations[0].turns] == [False, True, False, True]
-    assert dict(corpus.resolved) == {}
-
-
-def test_without_rank_0_the_lowest_remaining_rank_wins() -> None:
-    deleted = rows("q - P", "a0 q A 0", "a2 q A 2", "a1 q A 1", a0={"deleted": True})
-    assert paths(build(deleted)) == ["q a1"]
-    assert paths(build(rows("q - P", "a3 q A 3", "a2 q A 2"))) == ["q a2"]
-
-
-def test_ranked_reply_goes_before_unranked_ones() -> None:
-    corpus = build(
-        rows("q - P", "x q A -", "y q A 2", x={"created_date": "2020"}, y={"created_date": "2024"})
-    )
-    assert paths(corpus) == ["q y"]
-    assert dict(corpus.resolved) == {}
-
-
-def test_lone_unranked_reply_is_not_counted_as_a_choice() -> None:
-    corpus = build(rows("q - P", "a q A -", "p a P -", "b p A -"))
-    assert paths(corpus) == ["q a p b"]
-    assert dict(corpus.resolved) == {}
-
-
-def test_several_unranked_replies_give_the_earliest_counted() -> None:
-    made = rows(
-        "q - P",
-        "late q A",
-        "early q A",
-        "later q A",
-        late={"created_date": "2023-02-05T14:23:50.983374+00:00"},
-        early={"created_date": "2023-02-05T14:23:49.999999+00:00"},
-        later={"created_date": "2023-02-06T00:00:00.000000+00:00"},
-    )
+@pytest.mark.parametrize(
+    ("made", "path", "resolved"),
+    [
+        # The best rank wins at every level; without rank 0 the lowest that remains.
+        (
+            rows("q - P", "a2 q A 2", "a0 q A 0", "a1 q A 1", "p1 a0 P 1", "p0 a0 P 0",
+                 "b1 p0 A 1", "b0 p0 A 0", "better a1 P 0"),
+            "q a0 p0 b0",
+            {},
+        ),
+        (rows("q - P", "a0 q A 0", "a2 q A 2", "a1 q A 1", a0={"deleted": True}), "q a1", {}),
+        (rows("q - P", "a3 q A 3", "a2 q A 2"), "q a2", {}),
+        # A ranked reply goes before unranked ones; a lone unranked one is no choice.
+        (rows("q - P", "x q A", "y q A 2", **dated(x="2020", y="2024")), "q y", {}),
+        (rows("q - P", "a q A", "p a P", "b p A"), "q a p b", {}),
+        (
+            rows("q - P", "late q A", "early q A", "later q A",
+                 **dated(late="2023-02-05T14:23:50.983374+00:00",
+                         early="2023-02-05T14:23:49.999999+00:00",
+                         later="2023-02-06T00:00:00.000000+00:00")),
+            "q early",
+            {UNRANKED: 1},
+        ),
+        (rows("q - P", "b q A 0", "a q A 0", **dated(b="2", a="1")), "q a", {SAME_RANK: 1}),
+        # Only choices on the path count.
+        (rows("q - P", "a q A 0", "b q A 1", "p1 b P", "p2 b P"), "q a", {}),
+        (rows("q - P", "a q A", "thanks a P"), "q a", {CUT: 1}),
+    ],
+)  # fmt: skip
+def test_best_path(made: list[Row], path: str, resolved: dict[str, int]) -> None:
     corpus = build(made)
-    assert paths(corpus) == ["q early"]
-    assert dict(corpus.resolved) == {"earliest of several unranked siblings": 1}
-
-
-def test_siblings_of_one_best_rank_give_the_earliest_counted() -> None:
-    made = rows("q - P", "b q A 0", "a q A 0", b={"created_date": "2"}, a={"created_date": "1"})
-    corpus = build(made)
-    assert paths(corpus) == ["q a"]
-    assert dict(corpus.resolved) == {"earliest of several siblings of the same best rank": 1}
-
-
-def test_only_choices_on_the_path_are_counted() -> None:
-    made = rows("q - P", "a q A 0", "b q A 1", "p1 b P", "p2 b P")
-    assert dict(build(made).resolved) == {}
-
-
-def test_prompter_turn_at_the_end_is_cut() -> None:
-    corpus = build(rows("q - P", "a q A", "thanks a P"))
-    assert paths(corpus) == ["q a"]
-    assert dict(corpus.resolved) == {"prompter turn cut from the end": 1}
-
-
-def test_tree_without_a_reply_is_dropped_and_counted() -> None:
-    corpus = build(rows("q - P", "r - P", "a r A"))
-    assert paths(corpus) == ["r a"]
-    assert corpus.trees == 2
-    assert dict(corpus.dropped) == {"tree without assistant reply": 1}
-    assert dict(corpus.resolved) == {}
-
-
-def test_tree_whose_only_reply_was_deleted_is_one_without_reply() -> None:
-    corpus = build(rows("q - P", "a q A", a={"deleted": True}))
-    assert paths(corpus) == []
-    assert dict(corpus.dropped) == {"deleted": 1, "tree without assistant reply": 1}
+    assert paths(corpus) == [path]
+    assert dict(corpus.resolved) == resolved
+    turns = corpus.conversations[0].turns
+    assert [turn.supervised for turn in turns] == [False, True] * (len(turns) // 2)
 
 
 def test_conversations_come_in_the_order_of_their_roots() -> None:
@@ -193,12 +143,9 @@ def test_a_message_is_dropped_for_one_reason(change: Row, reason: str) -> None:
     assert dict(corpus.dropped) == {reason: 1}
 
 
-@pytest.mark.parametrize("change", [{"review_result": None}, {"deleted": None}])
-def test_unreviewed_messages_stay(change: Row) -> None:
-    assert paths(build(rows("q - P", "a q A", a=change))) == ["q a"]
-
-
-def test_fields_that_rows_may_lack() -> None:
+def test_messages_without_a_review_stay() -> None:
+    for change in ({"review_result": None}, {"deleted": None}):
+        assert paths(build(rows("q - P", "a q A", a=change))) == ["q a"]
     made = rows("q - P", "a q A")
     for row in made:
         for name in ("review_result", "deleted", "rank"):
@@ -206,87 +153,70 @@ def test_fields_that_rows_may_lack() -> None:
     assert paths(build(made)) == ["q a"]
 
 
-def test_languages() -> None:
+@pytest.mark.parametrize(
+    ("languages", "expected"),
+    [
+        (("en",), ["q a"]),
+        (("pt-BR",), ["f b"]),
+        (("pt",), []),
+        (("pt-BR", "en"), ["q a", "f b"]),
+        (None, ["q a", "f b"]),
+    ],
+)
+def test_languages(languages: tuple[str, ...] | None, expected: list[str]) -> None:
     made = rows("q - P", "a q A", "f - P", "b f A", f={"lang": "pt-BR"}, b={"lang": "pt-BR"})
-    assert paths(build(made)) == ["q a"]
-    assert paths(build(made, languages=("pt-BR",))) == ["f b"]
-    assert paths(build(made, languages=("pt",))) == []
-    assert paths(build(made, languages=("pt-BR", "en"))) == ["q a", "f b"]
-    everything = build(made, languages=None)
-    assert paths(everything) == ["q a", "f b"]
-    assert dict(everything.dropped) == {}
-
-
-def test_orphans_cascade() -> None:
-    corpus = build(
-        rows(
-            "q - P",
-            "a q A 1",
-            "gone q A 0",
-            "p gone P",
-            "b p A",
-            "lost nowhere A",
-            "deeper lost P",
-            gone={"deleted": True},
-        )
-    )
-    assert paths(corpus) == ["q a"]
-    # p and b lie below a deleted message; lost and deeper below one that is not there.
-    assert dict(corpus.dropped) == {"deleted": 1, "orphan": 4}
-
-
-def test_replies_to_a_dropped_root_are_orphans() -> None:
-    corpus = build(rows("q - P", "a q A", q={"review_result": False}))
-    assert paths(corpus) == []
-    assert corpus.trees == 1
-    assert dict(corpus.dropped) == {"review_result false": 1, "orphan": 1}
+    corpus = build(made, languages=languages)
+    assert paths(corpus) == expected
+    assert corpus.dropped["language"] == 4 - 2 * len(expected)
 
 
 @pytest.mark.parametrize("rule", ["best-path", "all-paths"])
-def test_cycles_are_orphans(rule: str) -> None:
-    corpus = build(rows("q - P", "a q A", "x y A", "y x P", "me me A"), paths=rule)
-    assert paths(corpus) == ["q a"]
-    assert dict(corpus.dropped) == {"orphan": 3}
-
-
-def test_two_turns_of_one_role_in_a_row_are_dropped_with_all_below() -> None:
-    corpus = build(rows("q - P", "q2 q P 0", "a2 q2 A", "a q A 1", "b a A", "c b P"))
-    assert paths(corpus) == ["q a"]
-    assert dict(corpus.dropped) == {"role order": 4}
-
-
-def test_tree_that_starts_with_an_assistant_is_dropped() -> None:
-    corpus = build(rows("a - A", "q - P", "b q A"))
-    assert paths(corpus) == ["q b"]
-    assert dict(corpus.dropped) == {"role order": 1}
-
-
-def test_the_same_row_twice_counts_once() -> None:
-    made = rows("q - P", "a q A")
-    corpus = build([*made, dict(made[1]), dict(made[0])])
-    assert paths(corpus) == ["q a"]
-    assert (corpus.trees, corpus.messages) == (1, 4)
-    assert dict(corpus.dropped) == {"duplicate row": 2}
+@pytest.mark.parametrize(
+    ("made", "expected", "trees", "dropped"),
+    [
+        (rows("q - P", "r - P", "a r A"), ["r a"], 2, {NO_REPLY: 1}),
+        (rows("q - P", "a q A", a={"deleted": True}), [], 1, {"deleted": 1, NO_REPLY: 1}),
+        # p and b lie below a deleted message; lost and deeper below one that is not there.
+        (
+            rows("q - P", "a q A 1", "gone q A 0", "p gone P", "b p A", "lost nowhere A",
+                 "deeper lost P", gone={"deleted": True}),
+            ["q a"],
+            1,
+            {"deleted": 1, "orphan": 4},
+        ),
+        (
+            rows("q - P", "a q A", q={"review_result": False}),
+            [],
+            1,
+            {"review_result false": 1, "orphan": 1},
+        ),
+        # Cycles never end at a root.
+        (rows("q - P", "a q A", "x y A", "y x P", "me me A"), ["q a"], 1, {"orphan": 3}),
+        # Two turns of one role in a row go with all below; so does a tree begun by an assistant.
+        (
+            rows("q - P", "q2 q P 0", "a2 q2 A", "a q A 1", "b a A", "c b P"),
+            ["q a"],
+            1,
+            {"role order": 4},
+        ),
+        (rows("a - A", "q - P", "b q A"), ["q b"], 2, {"role order": 1}),
+        # The same row twice counts once.
+        (rows("q - P", "a q A", "a q A", "q - P"), ["q a"], 1, {"duplicate row": 2}),
+    ],
+)  # fmt: skip
+def test_what_is_dropped_is_counted(
+    made: list[Row], expected: list[str], trees: int, dropped: dict[str, int], rule: str
+) -> None:
+    corpus = build(made, paths=rule)
+    assert paths(corpus) == expected
+    assert (corpus.trees, corpus.messages) == (trees, len(made))
+    assert (dict(corpus.dropped), dict(corpus.resolved)) == (dropped, {})
 
 
 def test_two_different_rows_of_one_id_are_refused() -> None:
     made = rows("q - P", "a q A")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match="message_id 'a'"):
         build([*made, made[1] | {"text": "something else"}])
-    assert str(caught.value) == (
-        "message_id 'a' is in two rows that differ. Remove one of the two rows."
-    )
-
-
-def test_every_message_is_kept_or_counted_once() -> None:
-    made = rows(
-        "q - P", "a q A 0", "b q A 1", "c nowhere A", "d q P", "e d A", "f q A 2", "g f P",
-        f={"deleted": True},
-    )  # fmt: skip
-    corpus = build(made, paths="all-paths")
-    in_paths = {turn.text for c in corpus.conversations for turn in c.turns}
-    assert in_paths == {"q", "a", "b"}
-    assert sum(corpus.dropped.values()) == len(made) - len(in_paths)
 
 
 # --- all-paths ------------------------------------------------------------------------------------
@@ -305,53 +235,54 @@ def test_all_paths_supervise_each_reply_once_as_the_last_turn() -> None:
     assert dict(corpus.resolved) == {}
 
 
-def test_all_paths_without_reply() -> None:
-    corpus = build(rows("q - P"), paths="all-paths")
-    assert (paths(corpus), dict(corpus.dropped)) == ([], {"tree without assistant reply": 1})
-
-
-# --- order of the rows ----------------------------------------------------------------------------
+def test_every_message_is_in_a_path_or_counted_once() -> None:
+    made = rows(
+        "q - P", "a q A 0", "b q A 1", "c nowhere A", "d q P", "e d A", "f q A 2", "g f P",
+        f={"deleted": True},
+    )  # fmt: skip
+    corpus = build(made, paths="all-paths")
+    in_paths = {turn.text for c in corpus.conversations for turn in c.turns}
+    assert in_paths == {"q", "a", "b"}
+    assert sum(corpus.dropped.values()) == len(made) - len(in_paths)
 
 
 @pytest.mark.parametrize("rule", ["best-path", "all-paths"])
 def test_order_of_the_rows_below_a_root_does_not_matter(rule: str) -> None:
-    made = rows("q - P", "a0 q A 0", "a1 q A 1", "p a0 P -", "o a0 P -", "b p A", "c o A",
-                p={"created_date": "2"}, o={"created_date": "1"})  # fmt: skip
+    made = rows("q - P", "a0 q A 0", "a1 q A 1", "p a0 P", "o a0 P", "b p A", "c o A",
+                **dated(p="2", o="1"))  # fmt: skip
     expected = build(made, paths=rule)
     for order in itertools.permutations(made):
-        corpus = build(order, paths=rule)
-        assert corpus == expected
+        assert build(order, paths=rule) == expected
 
 
 # --- the schema of a row --------------------------------------------------------------------------
 
+QUESTION = message("q", None, "P")
+PLACE = "rows.jsonl, line 7"
 
-@pytest.mark.parametrize("name", ["message_id", "text", "role"])
-def test_missing_field_is_told_with_those_that_are_there(name: str) -> None:
-    row = message("q", None, "P")
-    del row[name]
-    with pytest.raises(DataError) as caught:
-        check_row(row, "rows.jsonl, line 7")
-    assert caught.value.problem == (
-        f"rows.jsonl, line 7: field '{name}' is missing; the fields are {', '.join(row)}"
-    )
+
+def without(row: Row, name: str) -> Row:
+    return {key: value for key, value in row.items() if key != name}
 
 
 @pytest.mark.parametrize(
-    ("row", "form"),
+    ("row", "facts"),
     [
-        ({"instruction": "", "input": "", "output": ""}, "Alpaca's form"),
-        ({"conversations": [], "id": 1}, "ShareGPT's form"),
-        ({"messages": []}, "chat messages"),
-        ({"prompt": "", "completion": ""}, "prompts with completions"),
-        ({"chosen": "", "rejected": ""}, "pairs of preference"),
-        ({"text": "", "source": ""}, "plain text"),
+        *((without(QUESTION, name), [name]) for name in ("message_id", "text", "role")),
+        ({"instruction": "", "input": "", "output": ""}, ["message_id", "Alpaca"]),
+        ({"conversations": [], "id": 1}, ["message_id", "ShareGPT"]),
+        ({"messages": []}, ["message_id", "chat messages"]),
+        ({"prompt": "", "completion": ""}, ["message_id", "prompts with completions"]),
+        ({"chosen": "", "rejected": ""}, ["message_id", "preference"]),
+        ({"text": "", "source": ""}, ["message_id", "plain text"]),
     ],
 )
-def test_rows_of_another_form_are_told_by_its_name(row: Row, form: str) -> None:
+def test_missing_field_is_told_with_those_that_are_there(row: Row, facts: list[str]) -> None:
     with pytest.raises(DataError) as caught:
-        check_row(row, "rows.jsonl, line 7")
-    assert caught.value.problem.endswith(f"the fields are {', '.join(row)}, as in {form}")
+        check_row(row, PLACE)
+    problem = caught.value.problem
+    assert problem.startswith(f"{PLACE}: field '{facts[0]}' ")
+    assert all(text in problem for text in (*facts, ", ".join(row)))
 
 
 @pytest.mark.parametrize("null", [None, math.nan, ""])
@@ -359,10 +290,9 @@ def test_rows_of_another_form_are_told_by_its_name(row: Row, form: str) -> None:
     "name", ["parent_id", "lang", "rank", "deleted", "review_result", "created_date"]
 )
 def test_null_is_null_in_any_form(name: str, null: object) -> None:
-    row = message("q", None, "P")
-    absent = {key: value for key, value in row.items() if key != name}
-    assert check_row(row | {name: null}, "")[name] is None
-    assert check_row(row | {name: null}, "") == check_row(absent, "")
+    checked = check_row(QUESTION | {name: null}, "")
+    assert checked[name] is None
+    assert checked == check_row(without(QUESTION, name), "")
 
 
 @pytest.mark.parametrize(
@@ -389,40 +319,45 @@ def test_null_is_null_in_any_form(name: str, null: object) -> None:
     ],
 )
 def test_values_as_other_forms_have_them(change: Row, field: str, value: object) -> None:
-    checked = check_row(message("q", None, "P") | change, "")
-    assert checked[field] == value and type(checked[field]) is type(value)
+    checked = check_row(QUESTION | change, "")
+    assert checked[field] == value
+    assert type(checked[field]) is type(value)
 
 
 @pytest.mark.parametrize(
-    ("change", "problem"),
+    ("row", "facts"),
     [
-        ({"text": 5}, "field 'text' is 5"),
-        ({"message_id": None}, "field 'message_id' is null"),
-        ({"message_id": ["q"]}, "field 'message_id' is ['q']"),
-        ({"message_id": 10**400}, "field 'message_id' is 10"),
-        ({"parent_id": 1.5}, "field 'parent_id' is 1.5"),
-        ({"deleted": "perhaps"}, "field 'deleted' is 'perhaps'"),
-        ({"review_result": 2}, "field 'review_result' is 2"),
-        ({"text": "ab\ud800"}, "character 3 of field 'text' is half of a surrogate pair"),
+        (QUESTION | {"text": 5}, "field 'text' is 5"),
+        (QUESTION | {"message_id": None}, "field 'message_id' is null"),
+        (QUESTION | {"message_id": ["q"]}, "field 'message_id' is ['q']"),
+        (QUESTION | {"message_id": 10**400}, "field 'message_id' is 10"),
+        (QUESTION | {"parent_id": 1.5}, "field 'parent_id' is 1.5"),
+        (QUESTION | {"deleted": "perhaps"}, "field 'deleted' is 'perhaps'"),
+        (QUESTION | {"review_result": 2}, "field 'review_result' is 2"),
+        (QUESTION | {"role": "user"}, "field 'role' is 'user'"),
+        (QUESTION | {"text": "ab\ud800"}, "character 3 of field 'text'"),
+        (["q"], "expected an object, found list"),
     ],
 )
-def test_field_that_cannot_be_understood(change: Row, problem: str) -> None:
+def test_field_that_cannot_be_understood(row: object, facts: str) -> None:
     with pytest.raises(DataError) as caught:
-        check_row(message("q", None, "P") | change, "rows.jsonl, line 7")
-    assert caught.value.problem.startswith(f"rows.jsonl, line 7: {problem}")
+        check_row(row, PLACE)
+    assert caught.value.problem.startswith(f"{PLACE}: {facts}")
     assert len(str(caught.value)) <= 500
 
 
-def test_nan_rank_is_no_rank() -> None:
-    rows = [
-        message("q", None, "P"),
-        message("bad", "q", "A") | {"rank": 1},
-        message("unranked", "q", "A") | {"rank": math.nan},
-        message("best", "q", "A") | {"rank": 0},
+def replies(*changes: Row) -> list[Row]:
+    """Returns a question and unranked replies a, b, … with these changes, checked."""
+    made = [
+        QUESTION,
+        *(message(c, "q", "A") | more for c, more in zip("abc", changes, strict=False)),
     ]
-    for order in itertools.permutations(rows):
-        corpus = build([check_row(row, "") for row in order])
-        assert corpus.conversations[0].turns[1].text == rows[3]["text"]
+    return [dict(check_row(row, "")) for row in made]
+
+
+def test_nan_rank_is_no_rank() -> None:
+    for order in itertools.permutations(replies({"rank": 1}, {"rank": math.nan}, {"rank": 0})):
+        assert paths(build(order)) == ["q c"]
 
 
 @pytest.mark.parametrize(
@@ -442,41 +377,18 @@ def test_nan_rank_is_no_rank() -> None:
     ],
 )
 def test_dates_of_any_kind_order_siblings_by_the_moment(early: object, late: object) -> None:
-    def rows(first: object, second: object) -> list[Row]:
-        replies = [message("a", "q", "A"), message("b", "q", "A")]
-        return [
-            message("q", None, "P"),
-            replies[0] | {"created_date": first, "rank": None},
-            replies[1] | {"created_date": second, "rank": None},
-        ]
-
-    for given, best in ((rows(early, late), "a"), (rows(late, early), "b")):
-        corpus = build([check_row(row, "") for row in given])
-        assert corpus.conversations[0].turns[1].text == message(best, "q", "A")["text"]
-        assert corpus.resolved == {"earliest of several unranked siblings": 1}
+    for first, second, best in ((early, late, "q a"), (late, early, "q b")):
+        corpus = build(replies({"created_date": first}, {"created_date": second}))
+        assert paths(corpus) == [best]
+        assert corpus.resolved == {UNRANKED: 1}
 
 
 def test_what_cannot_be_read_where_it_only_orders_is_null_and_counted() -> None:
-    rows = [
-        message("q", None, "P"),
-        message("a", "q", "A") | {"rank": "first", "created_date": "yesterday"},
-        message("b", "q", "A") | {"rank": None, "created_date": {"day": 1}},
-    ]
-    corpus = build([check_row(row, "") for row in rows])
+    unreadable = {"rank": "first", "created_date": "yesterday"}
+    corpus = build(replies(unreadable, {"created_date": {"day": 1}}))
     assert corpus.resolved["unreadable rank"] == 1
     assert corpus.resolved["unreadable created_date"] == 2
-    assert corpus.conversations[0].turns[1].text == rows[1]["text"]
-
-
-def test_unknown_role_and_no_object() -> None:
-    with pytest.raises(DataError) as role:
-        check_row(message("q", None, "P") | {"role": "user"}, "rows.jsonl, line 7")
-    assert str(role.value) == (
-        "rows.jsonl, line 7: field 'role' is 'user'. It must be 'prompter' or 'assistant'."
-    )
-    with pytest.raises(DataError) as kind:
-        check_row(["q"], "rows.jsonl, line 7")
-    assert kind.value.problem == "rows.jsonl, line 7: expected an object, found list"
+    assert paths(corpus) == ["q a"]
 
 
 # --- real rows ------------------------------------------------------------------------------------
@@ -512,14 +424,14 @@ def test_real_oasst1_validation(shared_data: Path) -> None:
         above = by_id.get(row["parent_id"])
         return (*(texts_up_to(above) if above else ()), row["text"])
 
-    replies = [row for row in made if row["role"] == "assistant"]
-    assert len(every.conversations) == len(replies) == 1388
+    assistants = [row for row in made if row["role"] == "assistant"]
+    assert len(every.conversations) == len(assistants) == 1388
     assert Counter(tuple(t.text for t in c.turns) for c in every.conversations) == Counter(
-        texts_up_to(row) for row in replies
+        texts_up_to(row) for row in assistants
     )
     # Each of the 953 leaves is a reply, so none of the file's conversations is missing.
     inner = {row["parent_id"] for row in made}
-    assert sum(row["message_id"] not in inner for row in replies) == 953
+    assert sum(row["message_id"] not in inner for row in assistants) == 953
 
     english = build(read_rows(path))
     assert len(english.conversations) == 338
@@ -535,11 +447,11 @@ def test_real_oasst2_trees(shared_data: Path) -> None:
         "deleted": 12,
         "review_result false": 16,
         "duplicate row": 27,
-        "tree without assistant reply": 200,
+        NO_REPLY: 200,
     }
     assert dict(corpus.resolved) == {
-        "earliest of several unranked siblings": 9,
-        "prompter turn cut from the end": 18,
+        UNRANKED: 9,
+        CUT: 18,
     }
     for conversation in corpus.conversations:
         roles = [turn.role for turn in conversation.turns]

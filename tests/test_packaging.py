@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from email.parser import HeaderParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,6 +19,7 @@ from qlora_harness import __version__
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HOOK = "qlora_harness_hook.pth"
+INFO = f"qlora_harness-{__version__}.dist-info"
 
 
 def build(kind: str, folder: Path) -> Path:
@@ -47,41 +48,45 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def run_installed(installed: Path, code: str, folder: Path) -> Any:
-    """Runs code with the installed wheel from another folder; returns its variable `result`."""
-    process = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport json; print(json.dumps(result, default=str))"],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
+@pytest.fixture
+def run_installed(installed: Path, tmp_path: Path) -> Callable[..., str]:
+    """Runs Python with the installed wheel from another folder; returns what it prints."""
+
+    def run(*words: str, silent: bool = False) -> str:
+        process = subprocess.run(
+            [sys.executable, *words],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(installed)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert process.returncode == 0, process.stderr
+        assert not (silent and process.stderr)
+        return process.stdout
+
+    return run
 
 
-def tracked_files(folder: str) -> set[str]:
-    """The files of a folder as they must be packaged, by their path in the repository."""
-    found = (path for path in (REPOSITORY / folder).rglob("*") if path.is_file())
+def tracked_files(*folders: str) -> set[str]:
+    """The files of folders as they must be packaged, by their path in the repository."""
     return {
-        path.relative_to(REPOSITORY).as_posix() for path in found if "__pycache__" not in path.parts
+        path.relative_to(REPOSITORY).as_posix()
+        for folder in folders
+        for path in (REPOSITORY / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     }
 
 
 def test_wheel_holds_package_tasks_recipes_and_hook(wheel: Path) -> None:
     assert wheel.name == f"qlora_harness-{__version__}-py3-none-any.whl"
-    names = zipfile.ZipFile(wheel).namelist()
-    assert len(names) == len(set(names))
-    info = f"qlora_harness-{__version__}.dist-info"
-    expected = tracked_files("qlora_harness")
-    expected |= {
-        f"qlora_harness/{name}" for name in tracked_files("tasks") | tracked_files("launch")
-    }
-    expected |= {HOOK}
-    expected |= {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt")}
-    expected |= {f"{info}/licenses/LICENSE"}
-    assert set(names) == expected
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
+    info = f"{INFO}/METADATA {INFO}/RECORD {INFO}/WHEEL {INFO}/entry_points.txt".split()
+    inside = {f"qlora_harness/{name}" for name in tracked_files("tasks", "launch")}
+    assert sorted(names) == sorted(
+        {HOOK, *info, f"{INFO}/licenses/LICENSE"} | tracked_files("qlora_harness") | inside
+    )
     assert {
         "qlora_harness/py.typed",
         "qlora_harness/tasks/mmlu_qlora/families.yaml",
@@ -94,26 +99,19 @@ def test_wheel_holds_package_tasks_recipes_and_hook(wheel: Path) -> None:
         "qlora_harness/data/demo/oasst_demo.jsonl",
         "qlora_harness/data/demo/five_shot_mmlu_demo.json",
     } <= set(names)
-
-
-def test_wheel_carries_the_hook_as_it_is_in_the_repository(wheel: Path) -> None:
-    assert zipfile.ZipFile(wheel).read(HOOK) == (REPOSITORY / HOOK).read_bytes()
-
-
-def test_wheel_holds_nothing_large(wheel: Path) -> None:
-    assert max(item.file_size for item in zipfile.ZipFile(wheel).infolist()) < 1_000_000
+    assert archive.read(HOOK) == (REPOSITORY / HOOK).read_bytes()
+    assert max(item.file_size for item in archive.infolist()) < 1_000_000
 
 
 def test_metadata(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
-    info = f"qlora_harness-{__version__}.dist-info"
     entries = configparser.ConfigParser()
-    entries.read_string(archive.read(f"{info}/entry_points.txt").decode())
+    entries.read_string(archive.read(f"{INFO}/entry_points.txt").decode())
     assert {name: dict(entries[name]) for name in entries.sections()} == {
         "console_scripts": {"qlora-harness": "qlora_harness.cli:main"},
         "lm_eval.models": {"qlora_adapter": "qlora_harness.score.adapter_lm:QloraAdapterLM"},
     }
-    metadata = HeaderParser().parsestr(archive.read(f"{info}/METADATA").decode())
+    metadata = HeaderParser().parsestr(archive.read(f"{INFO}/METADATA").decode())
     assert metadata["Name"] == "qlora-harness"
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "MIT"
@@ -131,19 +129,18 @@ def test_source_distribution_can_build_the_wheel(
     source = build("sdist", tmp_path_factory.mktemp("sdist"))
     with tarfile.open(source) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    needed = tracked_files("qlora_harness") | tracked_files("tasks") | tracked_files("launch")
-    assert needed | {HOOK, "pyproject.toml", "README.md", "LICENSE", "setup.cfg"} <= names
-    assert tracked_files("docs") | tracked_files("tests") | {"Makefile", ".ci/run"} <= names
+    single = {HOOK, "pyproject.toml", "README.md", "LICENSE", "setup.cfg", "Makefile", ".ci/run"}
+    assert single | tracked_files("qlora_harness", "tasks", "launch", "docs", "tests") <= names
     # The published runs are too large.
     results = {name for name in names if name.startswith("results")}
     assert results == tracked_files("results/benchmarks") | {"results/README.md"}
 
 
 def test_installed_wheel_finds_its_tasks_recipes_and_demo_data(
-    installed: Path, tmp_path: Path
+    installed: Path, run_installed: Callable[..., str]
 ) -> None:
     code = """
-import qlora_harness
+import json, qlora_harness
 from qlora_harness import locations
 from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
 from qlora_harness.families import families
@@ -158,9 +155,10 @@ result = {
     "questions": len(load_questions(DEMO_FILE)),
     "conversations": (locations.demo_dir() / "oasst_demo.jsonl").is_file(),
 }
+print(json.dumps(result, default=str))
 """
     package = installed / "qlora_harness"
-    assert run_installed(installed, code, tmp_path) == {
+    assert json.loads(run_installed("-c", code)) == {
         "package": str(package / "__init__.py"),
         "tasks": str(package / "tasks"),
         "recipes": str(package / "launch" / "recipes"),
@@ -177,9 +175,11 @@ result = {
     }
 
 
-def test_installed_wheel_extends_lm_eval_by_its_own_hook(installed: Path, tmp_path: Path) -> None:
+def test_installed_wheel_extends_lm_eval_by_its_own_hook(
+    installed: Path, tmp_path: Path, run_installed: Callable[..., str]
+) -> None:
     code = f"""
-import os, site, sys
+import json, os, site, sys
 os.environ["XDG_CACHE_HOME"] = {str(tmp_path)!r}  # the index is not one that was kept before
 sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "QloraHarnessHook"]
 site.addsitedir({str(installed)!r})
@@ -191,39 +191,17 @@ import lm_eval.models
 TaskIndex._iter_yaml_files = staticmethod(lambda root: [])  # reading them all takes long
 manager = TaskManager()
 loaded = manager.load("mmlu_qlora_demo")["tasks"]
-result = [
+print(json.dumps([
     os.path.dirname(os.path.dirname(qlora_harness.__file__)),
     "qlora_adapter" in model_registry, "hf" in model_registry,
     len(manager.all_tasks), sum(len(task.test_docs()) for task in loaded.values()),
-]
+]))
 """
-    assert run_installed(installed, code, tmp_path) == [str(installed), True, True, 261, 96]
+    assert json.loads(run_installed("-c", code)) == [str(installed), True, True, 261, 96]
 
 
-def test_installed_command_runs(installed: Path, tmp_path: Path) -> None:
-    process = subprocess.run(
-        [sys.executable, str(installed / "bin" / "qlora-harness"), "--version"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (process.returncode, process.stdout, process.stderr) == (
-        0,
-        f"qlora-harness {__version__}\n",
-        "",
-    )
-
-
-def test_training_command_runs_from_the_installed_wheel(installed: Path, tmp_path: Path) -> None:
-    process = subprocess.run(
-        [sys.executable, str(installed / "qlora_harness" / "launch" / "train.py"), "--help"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert process.returncode == 0, process.stderr
-    assert "--quant" in process.stdout
+def test_installed_commands_run(installed: Path, run_installed: Callable[..., str]) -> None:
+    command = str(installed / "bin" / "qlora-harness")
+    assert run_installed(command, "--version", silent=True) == f"qlora-harness {__version__}\n"
+    launcher = str(installed / "qlora_harness" / "launch" / "train.py")
+    assert "--quant" in run_installed(launcher, "--help")

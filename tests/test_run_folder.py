@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from safetensors.torch import save_file
+from training_runs import CHECKPOINT_FILES, change_summary, write_checkpoint, write_summary
 
 from qlora_harness.errors import RunError
 from qlora_harness.settings import build_settings
@@ -22,20 +21,12 @@ from qlora_harness.train.checkpoints import fault, newest_whole
 from qlora_harness.train.run_folder import (
     LOCK_FILE,
     StartingPoint,
-    clear,
-    inspect,
-    lock,
+    clear_run_folder,
+    find_start,
+    lock_run_folder,
     remove_temporary_files,
 )
 
-CHECKPOINT_FILES = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
-    "trainer_state.json",
-)
 VALUES = {"max_steps": 8, "learning_rate": 1e-3}
 SETTINGS = build_settings(VALUES)
 
@@ -46,7 +37,7 @@ def start(
     before = listing(run_dir)
     settings = build_settings(VALUES | values)
     try:
-        return inspect(run_dir, settings, resume_given=resume_given, has_lock=has_lock)
+        return find_start(run_dir, settings, resume_given=resume_given, has_lock=has_lock)
     finally:
         assert listing(run_dir) == before
 
@@ -62,51 +53,66 @@ def refusal(run_dir: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-def write_summary(run_dir: Path, status: str, **settings: Any) -> dict[str, Any]:
-    summary: dict[str, Any] = {
-        "schema_version": 1,
-        "kind": "training_summary",
-        "status": status,
-        "settings": json.loads(json.dumps(SETTINGS.flat())) | settings,
-    }
-    if status == "completed":
-        summary |= {
-            "data": {"train": {"fingerprint": "sha256:0"}, "dataset": "oasst1"},
-            "results": {"final_train_loss": 1.0},
-            "runtime": {"train_seconds": 1.0},
-            "throughput": {"tokens_per_second": 1.0},
-        }
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "training_summary.json").write_text(json.dumps(summary))
-    return summary
+def write_run(run_dir: Path, status: str, *steps: int, **settings: Any) -> dict[str, Any]:
+    """A run with the settings of `start`, but for these, and checkpoints of so many steps."""
+    for step in steps:
+        write_checkpoint(run_dir, step)
+    return write_summary(run_dir, status, SETTINGS.flat() | settings)
 
 
-def change_summary(run_dir: Path, **keys: Any) -> None:
-    path = run_dir / "training_summary.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+# --- what is decided ------------------------------------------------------------------------------
+
+# Status of the run in the folder, steps of its checkpoints, flags, and where a run starts.
+STARTS: list[tuple[str, tuple[int, ...], dict[str, Any], str]] = [
+    ("completed", (8,), {"overwrite": True}, "anew"),
+    ("completed", (8,), {"resume_given": True}, "nowhere"),
+    ("running", (4, 10, 9), {}, "checkpoint-10"),
+    ("interrupted", (4, 10, 9), {}, "checkpoint-10"),
+    ("failed", (4, 10, 9), {"resume_given": True}, "checkpoint-10"),
+    ("interrupted", (4,), {"overwrite": True}, "anew"),
+    ("interrupted", (), {}, "anew"),
+    ("interrupted", (), {"resume": "never"}, "anew"),
+]
+# The same, and words of the line that refuses it.
+REFUSALS: list[tuple[str, tuple[int, ...], dict[str, Any], list[str]]] = [
+    ("completed", (8,), {}, ["--overwrite", "--output-dir"]),
+    ("completed", (8,), {"resume": "never", "resume_given": True}, ["--overwrite"]),
+    ("completed", (8,), {"resume_given": True, "seed": 1}, ["--seed 0, not 1"]),
+    ("interrupted", (4,), {"resume": "never"}, ["'interrupted'", "checkpoint-4", "--resume auto"]),
+    ("interrupted", (4,), {"learning_rate": 5e-4}, ["--learning-rate 0.001, not 0.0005"]),
+    ("interrupted", (4,), {"quant": "bf16"}, ["--quant nf4, not bf16"]),
+    ("interrupted", (4,), {"max_steps": 100}, ["--max-steps 8, not 100"]),
+    ("interrupted", (4,), {"dataset": "demo"}, ["--dataset oasst1, not demo"]),
+    ("running", (4,), {"lora_r": 8}, ["--lora-r 64, not 8"]),
+]
 
 
-def write_checkpoint(run_dir: Path, step: int, without: str = "") -> Path:
-    folder = run_dir / "checkpoints" / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    save_file({"lora_A.weight": torch.ones(2, 3)}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text('{"r": 2}')
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        torch.save({"state": torch.arange(50)}, folder / name)
-    state = {"epoch": 1.0, "global_step": step, "max_steps": 8, "num_train_epochs": 1}
-    state |= {"total_flos": 0.0, "log_history": [], "stateful_callbacks": {}}
-    (folder / "trainer_state.json").write_text(json.dumps(state))
-    if without:
-        (folder / without).unlink()
-    return folder
+@pytest.mark.parametrize(("status", "steps", "options", "expected"), STARTS)
+def test_where_a_run_starts(
+    tmp_path: Path, status: str, steps: tuple[int, ...], options: dict[str, Any], expected: str
+) -> None:
+    summary = write_run(tmp_path, status, *steps)
+    checkpoint = tmp_path / "checkpoints" / expected
+    assert start(tmp_path, **options) == {
+        "anew": StartingPoint(replace=True),
+        "nowhere": StartingPoint(previous=summary, nothing_to_do=True),
+    }.get(expected, StartingPoint(checkpoint, summary))
 
 
-# --- fresh starts ---------------------------------------------------------------------------------
+@pytest.mark.parametrize(("status", "steps", "options", "words"), REFUSALS)
+def test_what_is_refused(
+    tmp_path: Path, status: str, steps: tuple[int, ...], options: dict[str, Any], words: list[str]
+) -> None:
+    write_run(tmp_path, status, *steps)
+    line = refusal(tmp_path, **options)
+    assert line.startswith(f"{tmp_path} holds a ")
+    assert [word for word in words if word not in line] == []
 
 
-def test_missing_or_empty_folder_is_a_fresh_start(tmp_path: Path) -> None:
+def test_folder_without_a_run_is_a_fresh_start(tmp_path: Path) -> None:
     assert start(tmp_path / "new") == StartingPoint()
     assert not (tmp_path / "new").exists()
+    (tmp_path / "notes.txt").write_text("mine")
     assert start(tmp_path) == StartingPoint()
 
 
@@ -124,37 +130,24 @@ def test_what_no_summary_speaks_of_is_never_replaced(
 def test_adapter_of_others_in_a_run_folder_is_never_replaced(
     tmp_path: Path, overwrite: bool
 ) -> None:
-    write_summary(tmp_path, "interrupted")
+    write_run(tmp_path, "interrupted")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     assert str(tmp_path / "adapter") in refusal(tmp_path, overwrite=overwrite)
-
-
-def test_folder_with_other_things_in_it_is_a_fresh_start(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    assert start(tmp_path) == StartingPoint()
 
 
 def test_output_dir_that_is_a_file(tmp_path: Path) -> None:
     path = tmp_path / "results"
     path.write_text("a file")
     for run_dir in (path, path / "4bit"):
-        assert refusal(run_dir) == (
-            f"--output-dir {run_dir}: {path} is a file. Name another folder."
-        )
+        assert refusal(run_dir).startswith(f"--output-dir {run_dir}: {path} is a file")
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
 def test_output_dir_where_nobody_can_write(tmp_path: Path) -> None:
-    with pytest.raises(RunError) as caught:
-        inspect(Path("/proc/x"), SETTINGS, resume_given=False)
-    assert str(caught.value).startswith("--output-dir /proc/x: /proc can't be written (")
-    assert str(caught.value).endswith("). Name another folder.")
-
-
-def test_output_dir_with_a_name_too_long(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"can't be written \(File name too long\)\. Name another"):
-        inspect(tmp_path / ("x" * 300), SETTINGS, resume_given=False)
+    folders = [tmp_path / ("x" * 300)] + [Path("/proc/x")] * Path("/proc/self").is_dir()
+    for run_dir in folders:
+        with pytest.raises(RunError, match=r"^--output-dir .* can't be written"):
+            find_start(run_dir, SETTINGS, resume_given=False)
 
 
 DAMAGED = {
@@ -181,84 +174,33 @@ def test_damaged_summary_is_named_and_never_replaced(
     assert str(path) in refusal(tmp_path, overwrite=overwrite)
 
 
-# --- completed runs -------------------------------------------------------------------------------
+# --- checkpoints that can't be read ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"resume": "never"}, {"resume": "never", "resume_given": True}]
-)
-def test_completed_run_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
-    write_summary(tmp_path, "completed")
-    write_checkpoint(tmp_path, 8)
-    assert refusal(tmp_path, **options) == (
-        f"{tmp_path} holds a completed run. Use --overwrite to replace it, or another --output-dir."
-    )
-
-
-def test_completed_run_is_replaced_with_overwrite(tmp_path: Path) -> None:
-    write_summary(tmp_path, "completed")
-    assert start(tmp_path, overwrite=True) == StartingPoint(replace=True)
-
-
-def test_resuming_a_completed_run_has_nothing_to_do(tmp_path: Path) -> None:
-    summary = write_summary(tmp_path, "completed")
-    assert start(tmp_path, resume_given=True) == StartingPoint(previous=summary, nothing_to_do=True)
-
-
-def test_resuming_a_completed_run_with_other_settings_is_refused(tmp_path: Path) -> None:
-    write_summary(tmp_path, "completed", learning_rate=5e-4)
-    assert refusal(tmp_path, resume_given=True) == (
-        f"{tmp_path} holds a run with --learning-rate 0.0005, not 0.001. Give the same value to "
-        "resume it, or use another --output-dir."
-    )
-
-
-# --- unfinished runs ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
-def test_unfinished_run_goes_on_from_its_newest_checkpoint(tmp_path: Path, status: str) -> None:
-    summary = write_summary(tmp_path, status)
-    write_checkpoint(tmp_path, 4)
-    newest = write_checkpoint(tmp_path, 10)
-    write_checkpoint(tmp_path, 9)
-    assert start(tmp_path) == StartingPoint(newest, summary)
-
-
-@pytest.mark.parametrize("name", CHECKPOINT_FILES)
-def test_half_written_checkpoint_is_passed_over(tmp_path: Path, name: str) -> None:
-    write_summary(tmp_path, "running")
-    whole = write_checkpoint(tmp_path, 4)
-    half = write_checkpoint(tmp_path, 8, without=name)
-    assert fault(half) == f"{name} is missing"
-    found = start(tmp_path)
-    assert found.checkpoint == whole
-    assert found.notes == (f"checkpoint-8: {name} is missing",)
+DAMAGES = {
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[:-20],
+    "half": lambda content: content[: len(content) // 2],
+    "zeros": lambda content: bytes(len(content)),
+}
 
 
 def damage(path: Path, how: str) -> None:
-    content = path.read_bytes()
-    if how == "empty":
-        path.write_bytes(b"")
-    elif how == "truncated":
-        path.write_bytes(content[: len(content) - 20])
-    elif how == "half":
-        path.write_bytes(content[: len(content) // 2])
+    if how == "missing":
+        path.unlink()
     else:
-        path.write_bytes(b"\0" * len(content))
+        path.write_bytes(DAMAGES[how](path.read_bytes()))
 
 
-@pytest.mark.parametrize("how", ["empty", "truncated", "half", "zeros"])
+@pytest.mark.parametrize("how", [*DAMAGES, "missing"])
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
 def test_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, how: str) -> None:
-    write_summary(tmp_path, "running")
-    whole = write_checkpoint(tmp_path, 4)
-    damage(write_checkpoint(tmp_path, 8) / name, how)
-    if name == "adapter_config.json" and how == "truncated":
-        pytest.skip("shorter than that")
-    found = start(tmp_path)
-    assert found.checkpoint == whole
-    assert found.notes[0].startswith(f"checkpoint-8: {name} ")
+    write_run(tmp_path, "running", 4, 8)
+    checkpoints = tmp_path / "checkpoints"
+    damage(checkpoints / "checkpoint-8" / name, how)
+    assert start(tmp_path).checkpoint == checkpoints / "checkpoint-4"
+    (note,) = start(tmp_path).notes
+    assert note.startswith(f"checkpoint-8: {name} {'is missing' if how == 'missing' else ''}")
 
 
 def test_changed_bit_in_an_optimizer_state_is_noticed(tmp_path: Path) -> None:
@@ -290,11 +232,12 @@ def test_nothing_is_unpickled_on_trial(tmp_path: Path) -> None:
 
 
 def test_saved_checkpoints_that_can_not_be_read_are_not_thrown_away(tmp_path: Path) -> None:
-    write_summary(tmp_path, "interrupted")
+    write_run(tmp_path, "interrupted")
     for step in (4, 8):
         damage(write_checkpoint(tmp_path, step) / "optimizer.pt", "half")
     line = refusal(tmp_path)
-    assert "checkpoint-8: optimizer.pt" in line and "checkpoint-4: optimizer.pt" in line
+    for step in (4, 8):
+        assert f"checkpoint-{step}: optimizer.pt" in line
     assert start(tmp_path, overwrite=True) == StartingPoint(replace=True)
 
 
@@ -311,162 +254,105 @@ def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
     assert newest_whole(tmp_path / "missing") == (None, [])
 
 
-@pytest.mark.parametrize("resume", ["auto", "never"])
-def test_unfinished_run_without_a_checkpoint_starts_again(tmp_path: Path, resume: str) -> None:
-    write_summary(tmp_path, "interrupted")
+def test_checkpoint_that_was_never_finished_is_nothing_to_lose(tmp_path: Path) -> None:
+    write_run(tmp_path, "interrupted")
     write_checkpoint(tmp_path, 4, without="trainer_state.json")  # Trainer writes it last
     notes = ("checkpoint-4: trainer_state.json is missing",)
-    assert start(tmp_path, resume=resume) == StartingPoint(replace=True, notes=notes)
+    assert start(tmp_path) == StartingPoint(replace=True, notes=notes)
 
 
-def test_resume_never_does_not_lose_a_checkpoint(tmp_path: Path) -> None:
-    write_summary(tmp_path, "interrupted")
-    write_checkpoint(tmp_path, 4)
-    assert refusal(tmp_path, resume="never", resume_given=True) == (
-        f"{tmp_path} holds a run with status 'interrupted' and checkpoint-4. Use --resume auto to "
-        "resume it, --overwrite to replace it, or another --output-dir."
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "before", "shown"),
-    [
-        ("learning_rate", 5e-4, "--learning-rate 0.0005, not 0.001"),
-        ("quant", "bf16", "--quant bf16, not nf4"),
-        ("seed", 1, "--seed 1, not 0"),
-        ("max_steps", 100, "--max-steps 100, not 8"),
-        ("dataset", "demo", "--dataset demo, not oasst1"),
-    ],
-)
-def test_unfinished_run_of_another_experiment_is_refused(
-    tmp_path: Path, name: str, before: object, shown: str
-) -> None:
-    write_summary(tmp_path, "interrupted", **{name: before})
-    write_checkpoint(tmp_path, 4)
-    assert refusal(tmp_path).startswith(f"{tmp_path} holds a run with {shown}. ")
+# --- the settings of a resumed run ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"save_steps": 1},
-        {"eval_batch_size": 1},
-        {"report_to": "wandb"},
-        {"output_dir": "elsewhere"},
-        {"resume": "never"},
-        {"overwrite": True},
+        {"save_steps": 1, "eval_batch_size": 1},
+        {"report_to": "wandb", "output_dir": "elsewhere"},
+        {"resume": "never", "overwrite": True},
     ],
 )
-def test_house_keeping_may_change(tmp_path: Path, change: dict[str, Any]) -> None:
-    write_summary(tmp_path, "interrupted", **change)
+def test_bookkeeping_may_change(tmp_path: Path, change: dict[str, Any]) -> None:
+    write_run(tmp_path, "interrupted", **change)
     checkpoint = write_checkpoint(tmp_path, 4)
     assert start(tmp_path).checkpoint == checkpoint
 
 
 def test_setting_that_an_older_record_lacks_has_its_default(tmp_path: Path) -> None:
-    summary = write_summary(tmp_path, "interrupted")
-    del summary["settings"]["kernels"]
-    change_summary(tmp_path, settings=summary["settings"])
+    settings = write_run(tmp_path, "interrupted")["settings"]
+    del settings["kernels"]
+    change_summary(tmp_path, settings=settings)
     checkpoint = write_checkpoint(tmp_path, 4)
     assert start(tmp_path).checkpoint == checkpoint
     assert "--kernels auto, not none" in refusal(tmp_path, kernels="none")
 
 
 @pytest.mark.parametrize(
-    ("recorded", "given", "refused"),
-    [
-        ("float32", "auto", False),
-        ("bfloat16", "auto", False),
-        ("float32", "float32", False),
-        ("float32", "bfloat16", True),
-    ],
+    ("recorded", "given"),
+    [("float32", "auto"), ("bfloat16", "auto"), ("float32", "float32"), ("float32", "bfloat16")],
 )
-def test_compute_dtype_is_that_of_the_run(
-    tmp_path: Path, recorded: str, given: str, refused: bool
-) -> None:
-    write_summary(tmp_path, "interrupted")
+def test_compute_dtype_is_that_of_the_run(tmp_path: Path, recorded: str, given: str) -> None:
+    write_run(tmp_path, "interrupted")
     change_summary(tmp_path, quantization={"compute_dtype": recorded})
     write_checkpoint(tmp_path, 4)
-    if refused:
-        assert f"--compute-dtype {recorded}, not {given}" in refusal(tmp_path, compute_dtype=given)
-    else:
+    if given in ("auto", recorded):
         assert start(tmp_path, compute_dtype=given).checkpoint is not None
+    else:
+        assert f"--compute-dtype {recorded}, not {given}" in refusal(tmp_path, compute_dtype=given)
 
 
 # --- a checkpoint by its path ---------------------------------------------------------------------
 
 
-def resumed_from(checkpoint: Path, run_dir: Path, **values: Any) -> StartingPoint:
-    return start(run_dir, resume=str(checkpoint), resume_given=True, **values)
+def resume(checkpoint: Path, **values: Any) -> dict[str, Any]:
+    return {"resume": str(checkpoint), "resume_given": True, **values}
 
 
 def test_resume_from_a_path(tmp_path: Path) -> None:
-    summary = write_summary(tmp_path / "elsewhere", "completed")
-    checkpoint = write_checkpoint(tmp_path / "elsewhere", 4)
-    assert resumed_from(checkpoint, tmp_path / "new") == StartingPoint(checkpoint, summary)
+    for folder, status in (("own", "interrupted"), ("elsewhere", "completed")):
+        summary = write_run(tmp_path / folder, status, 4, 8)
+        older = tmp_path / folder / "checkpoints" / "checkpoint-4"
+        run_dir = tmp_path / ("own" if folder == "own" else "new")
+        assert start(run_dir, **resume(older)) == StartingPoint(older, summary)
 
 
-def test_resume_from_an_older_checkpoint_of_the_same_run(tmp_path: Path) -> None:
-    summary = write_summary(tmp_path, "interrupted")
-    older = write_checkpoint(tmp_path, 4)
-    write_checkpoint(tmp_path, 8)
-    assert resumed_from(older, tmp_path) == StartingPoint(older, summary)
-
-
-@pytest.mark.parametrize(
-    "before", [{"learning_rate": 5e-4}, {"seed": 1}, {"lora_r": 8}, {"model": "x"}]
-)
-def test_resume_from_a_path_checks_the_settings_of_its_run(
-    tmp_path: Path, before: dict[str, Any]
-) -> None:
-    write_summary(tmp_path / "elsewhere", "interrupted", **before)
-    checkpoint = write_checkpoint(tmp_path / "elsewhere", 4)
-    ((name, value),) = before.items()
+def test_resume_from_a_path_checks_the_settings_of_its_run(tmp_path: Path) -> None:
+    write_run(tmp_path / "elsewhere", "interrupted", 4, seed=1)
+    checkpoint = tmp_path / "elsewhere" / "checkpoints" / "checkpoint-4"
     for run_dir in (tmp_path / "new", tmp_path / "elsewhere"):
-        line = refusal(run_dir, resume=str(checkpoint), resume_given=True)
-        assert f"--{name.replace('_', '-')} {value}, not " in line
-
-
-def test_resume_from_a_path_without_a_record_of_its_run_is_refused(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "elsewhere", 4)
-    line = refusal(tmp_path / "new", resume=str(checkpoint), resume_given=True)
-    assert "holds no training_summary.json" in line
+        assert "--seed 1, not 0" in refusal(run_dir, **resume(checkpoint))
 
 
 def test_resume_from_a_path_does_not_replace_a_run(tmp_path: Path) -> None:
-    write_summary(tmp_path / "done", "completed")
-    own = write_checkpoint(tmp_path / "done", 4)
-    summary = write_summary(tmp_path / "other", "interrupted")
-    foreign = write_checkpoint(tmp_path / "other", 4)
+    write_run(tmp_path / "done", "completed", 4)
+    summary = write_run(tmp_path / "other", "interrupted", 4)
+    own, foreign = (tmp_path / name / "checkpoints/checkpoint-4" for name in ("done", "other"))
     for checkpoint in (own, foreign):
-        line = refusal(tmp_path / "done", resume=str(checkpoint), resume_given=True)
-        assert "another --output-dir" in line
-    replaced = resumed_from(foreign, tmp_path / "done", overwrite=True)
+        assert "another --output-dir" in refusal(tmp_path / "done", **resume(checkpoint))
+    replaced = start(tmp_path / "done", **resume(foreign, overwrite=True))
     assert replaced == StartingPoint(foreign, summary, replace=True)
 
 
-def test_resume_from_a_path_that_is_no_whole_checkpoint(tmp_path: Path) -> None:
-    write_summary(tmp_path, "interrupted")
+def test_paths_that_are_no_checkpoint_of_a_run(tmp_path: Path) -> None:
+    write_run(tmp_path, "interrupted")
     half = write_checkpoint(tmp_path, 4, without="optimizer.pt")
-    assert f"{half} is no whole checkpoint (optimizer.pt is missing)" in refusal(
-        tmp_path, resume=str(half), resume_given=True
-    )
-    gone = tmp_path / "checkpoint-1"
-    assert "is no whole checkpoint (" in refusal(tmp_path, resume=str(gone), resume_given=True)
-
-
-def test_resume_from_a_path_needs_a_folder_named_checkpoint_n(tmp_path: Path) -> None:
-    """Trainer, and our step log, read the step from the name."""
-    write_summary(tmp_path, "interrupted")
-    renamed = write_checkpoint(tmp_path, 4).rename(tmp_path / "best")
-    assert "Name a checkpoint-N folder" in refusal(tmp_path, resume=str(renamed), resume_given=True)
+    # Trainer, and our step log, read the step from the name.
+    renamed = write_checkpoint(tmp_path, 8).rename(tmp_path / "best")
+    unrecorded = write_checkpoint(tmp_path / "elsewhere", 4)
+    for checkpoint, words in {
+        half: "is no whole checkpoint (optimizer.pt is missing)",
+        tmp_path / "checkpoint-1": "is no whole checkpoint (",
+        renamed: "Name a checkpoint-N folder",
+        unrecorded: "holds no training_summary.json",
+    }.items():
+        assert words in refusal(tmp_path, **resume(checkpoint))
 
 
 def test_overwrite_does_not_delete_the_checkpoint_to_resume_from(tmp_path: Path) -> None:
-    write_summary(tmp_path, "interrupted")
-    checkpoint = write_checkpoint(tmp_path, 4)
-    line = refusal(tmp_path, resume=str(checkpoint), resume_given=True, overwrite=True)
-    assert "--overwrite" in line and "--resume" in line
+    write_run(tmp_path, "interrupted", 4)
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-4"
+    line = refusal(tmp_path, **resume(checkpoint, overwrite=True))
+    assert line.startswith(f"--overwrite removes the checkpoint of --resume {checkpoint}")
 
 
 # --- clearing -------------------------------------------------------------------------------------
@@ -479,26 +365,21 @@ def own_adapter(run_dir: Path) -> None:
 
 
 def test_clear_removes_what_a_run_left_and_nothing_else(tmp_path: Path) -> None:
-    write_summary(tmp_path, "completed")
+    write_run(tmp_path, "completed")
     write_checkpoint(tmp_path, 4)
     (tmp_path / "checkpoints" / "mine").mkdir()
     own_adapter(tmp_path)
-    for name in (
-        "training_logs.json",
-        "trainer_state.json",
-        "evaluation_results.json",
-        "mmlu_progress_llama_4bit_qlora.json",
-        "notes.txt",
-    ):
+    names = ("training_logs", "trainer_state", "evaluation_results", "mmlu_progress_llama_4bit")
+    for name in (*(f"{name}.json" for name in names), "notes.txt"):
         (tmp_path / name).write_text("x")
-    clear(tmp_path)
+    clear_run_folder(tmp_path)
     there = [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))]
     assert there == ["checkpoints", "checkpoints/mine", "notes.txt"]
 
 
 def test_results_of_other_runs_are_left_alone(tmp_path: Path) -> None:
     """A run whose folder holds those of others, as in `--output-dir results --overwrite`."""
-    write_summary(tmp_path, "completed")
+    write_run(tmp_path, "completed")
     own_adapter(tmp_path)
     digest = hashlib.sha256(b"{}{}").hexdigest()
     about = {
@@ -518,7 +399,7 @@ def test_results_of_other_runs_are_left_alone(tmp_path: Path) -> None:
     before = {path.name for path in tmp_path.glob("*/**/*.json*")} - {
         "adapter_config.json", "qlora_harness.json",
     }  # fmt: skip
-    clear(tmp_path)
+    clear_run_folder(tmp_path)
     after = {path.name for path in tmp_path.rglob("*.json*")}
     stale = {f"{n}" for k in (3, 4) for n in (f"results_{k}.json", f"samples_mmlu_{k}.jsonl")}
     assert after == (before - stale) | {f"replaced_{name}" for name in stale}
@@ -528,12 +409,12 @@ def test_results_of_other_runs_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_trained_in_is_refused(tmp_path: Path) -> None:
-    held = lock(tmp_path)
+    held = lock_run_folder(tmp_path)
     assert "still training" in refusal(tmp_path)
     assert "still training" in refusal(tmp_path, overwrite=True)
     assert start(tmp_path, has_lock=True) == StartingPoint()
     with pytest.raises(RunError):
-        lock(tmp_path)
+        lock_run_folder(tmp_path)
     held.release()
     assert start(tmp_path) == StartingPoint()
 
@@ -554,55 +435,16 @@ lock.acquire(); print(flush=True); input()"""
     assert start(tmp_path) == StartingPoint()
 
 
-def test_running_is_told_by_host_number_and_start(tmp_path: Path) -> None:
-    write_summary(tmp_path, "running")
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        created = psutil.Process(other.pid).create_time()
-        own = {"id": other.pid, "host": process.host_id(), "started": created}
-        change_summary(tmp_path, process=own)
-        assert f"process {other.pid}" in refusal(tmp_path)
-        assert f"process {other.pid}" in refusal(tmp_path, overwrite=True)
-        for change in ({"started": created - 60}, {"host": "0" * 16}, {"id": 2**22 + 5}):
-            change_summary(tmp_path, process=own | change)
-            assert start(tmp_path) == StartingPoint(replace=True)
-        other.kill()
-        other.wait()
-    change_summary(tmp_path, process=own)
-    assert start(tmp_path) == StartingPoint(replace=True)
-
-
-def test_older_record_with_the_name_of_the_host(tmp_path: Path) -> None:
-    """It has no start time: a process that is younger than the record is another."""
-    write_summary(tmp_path, "running")
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        own = {"id": other.pid, "host": socket.gethostname()}
-        for begun, running in (
-            ("2040-01-01T00:00:00+00:00", True),
-            ("2020-01-01T00:00:00+00:00", False),
-        ):
-            change_summary(tmp_path, process=own, started=begun)
-            if running:
-                assert "still training" in refusal(tmp_path)
-            else:
-                assert start(tmp_path) == StartingPoint(replace=True)
-        other.kill()
-
-
 def test_host_is_not_named() -> None:
     assert socket.gethostname() not in json.dumps(process.this_process())
     assert len(process.host_id()) == 16
 
 
 def test_files_of_a_killed_write_are_removed(tmp_path: Path) -> None:
-    stale = (
-        ".training_summary.json.a1.tmp",
-        ".training_logs.json.b2.tmp",
-        ".trainer_state.json.tmp",
-    )
-    for name in (*stale, ".evaluation_results.json.c3.tmp", "notes.tmp"):
+    stale = ["training_summary.json.a1", "training_logs.json.b2", "trainer_state.json"]
+    others = {".evaluation_results.json.c3.tmp", "notes.tmp"}
+    for name in (*others, *(f".{name}.tmp" for name in stale)):
         (tmp_path / name).write_text("{")
     (tmp_path / ".adapter-x1").mkdir()
     remove_temporary_files(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        ".evaluation_results.json.c3.tmp", "notes.tmp",
-    }  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == others

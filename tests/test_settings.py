@@ -31,51 +31,22 @@ from qlora_harness.train.command import main, parse_settings
 
 # The published recipe (artidoro/qlora, scripts/finetune_llama2_guanaco_7b.sh), by our names.
 PUBLISHED = {
-    "model": "meta-llama/Llama-2-7b-hf",
-    "quant": "nf4",
-    "double_quant": True,
-    "compute_dtype": "auto",
-    "dataset": "oasst1",
-    "max_length": 512,
-    "lora_r": 64,
-    "lora_alpha": 16,
-    "lora_dropout": 0.1,
-    "lora_targets": "all-linear",
-    "max_steps": 1875,
-    "epochs": None,
-    "learning_rate": 2e-4,
-    "lr_schedule": "constant",
-    "optimizer": "paged_adamw_32bit",
-    "adam_beta2": 0.999,
-    "weight_decay": 0.0,
-    "max_grad_norm": 0.3,
-    "group_by_length": True,
-    "checkpointing": "full",
-    "seed": 0,
-}
+    "model": "meta-llama/Llama-2-7b-hf", "quant": "nf4", "double_quant": True,
+    "compute_dtype": "auto", "dataset": "oasst1", "max_length": 512, "lora_r": 64,
+    "lora_alpha": 16, "lora_dropout": 0.1, "lora_targets": "all-linear", "max_steps": 1875,
+    "epochs": None, "learning_rate": 2e-4, "lr_schedule": "constant",
+    "optimizer": "paged_adamw_32bit", "adam_beta2": 0.999, "weight_decay": 0.0,
+    "max_grad_norm": 0.3, "group_by_length": True, "checkpointing": "full", "seed": 0,
+}  # fmt: skip
 
 # The two deliberate differences to it, and what it does not speak of.
 OURS = {
-    "revision": None,
-    "dataset_revision": None,
-    "languages": "en",
-    "conversations": "best-path",
-    "template": "guanaco",
-    "mask": "prompt",
-    "eval_fraction": 0.05,
-    "batch_size": 1,
-    "grad_accum": 16,
-    "eval_batch_size": 8,
-    "warmup_ratio": 0.0,
-    "adapter_dtype": "float32",
-    "kernels": "auto",
-    "memory": None,
-    "output_dir": None,
-    "save_steps": 250,
-    "resume": "auto",
-    "overwrite": False,
-    "report_to": "none",
-}
+    "revision": None, "dataset_revision": None, "languages": "en", "conversations": "best-path",
+    "template": "guanaco", "mask": "prompt", "eval_fraction": 0.05, "batch_size": 1,
+    "grad_accum": 16, "eval_batch_size": 8, "warmup_ratio": 0.0, "adapter_dtype": "float32",
+    "kernels": "auto", "memory": None, "output_dir": None, "save_steps": 250, "resume": "auto",
+    "overwrite": False, "report_to": "none",
+}  # fmt: skip
 
 
 def parse(*words: str) -> Settings:
@@ -98,16 +69,8 @@ def recipe(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-# --- defaults and the recipes that come along -----------------------------------------------------
-
-
 def test_defaults_are_the_published_recipe() -> None:
     assert build_settings({}).flat() == PUBLISHED | OURS
-
-
-def test_effective_batch_of_the_defaults_is_16() -> None:
-    optimization = build_settings({}).optimization
-    assert optimization.batch_size * optimization.grad_accum == 16
 
 
 def test_published_recipe_states_the_defaults_in_every_value() -> None:
@@ -140,77 +103,40 @@ def test_demo_recipe_trains_the_embedded_model_on_the_embedded_data() -> None:
 )
 def test_arms(quant: str, is_4bit: bool, folder: str, file_arm: str) -> None:
     assert parse("--quant", quant).run_dir == Path(folder)
+    assert parse("--quant", quant, "--output-dir", "runs/a").run_dir == Path("runs/a")
     assert Quant(quant).is_4bit is is_4bit
     assert Quant(quant).file_arm == file_arm
 
 
-def test_output_dir_wins_over_the_arm() -> None:
-    assert parse("--quant", "bf16", "--output-dir", "runs/a").run_dir == Path("runs/a")
-
-
 def test_experiment_leaves_out_what_does_not_change_the_result() -> None:
+    names = {"output_dir", "resume", "overwrite", "report_to", "save_steps", "eval_batch_size"}
     settings = build_settings({})
-    assert set(settings.flat()) - set(settings.experiment()) == {
-        "output_dir",
-        "resume",
-        "overwrite",
-        "report_to",
-        "save_steps",
-        "eval_batch_size",
-    }
-
-
-# --- flags ----------------------------------------------------------------------------------------
+    assert names == BOOKKEEPING
+    assert settings.experiment().keys() == settings.flat().keys() - BOOKKEEPING
 
 
 def test_every_flag_of_the_mission_is_understood() -> None:
-    # fmt: off
     flat = parse(
         "--quant", "bf16", "--model", "m", "--revision", "r", "--dataset", "d",
         "--languages", "all", "--output-dir", "o", "--max-steps", "7", "--max-length", "99",
         "--batch-size", "2", "--grad-accum", "3", "--learning-rate", "1e-5", "--lora-r", "4",
         "--lora-alpha", "8", "--lora-dropout", "0", "--seed", "5", "--save-steps", "6",
         "--resume", "never", "--overwrite", "--report-to", "wandb",
-    ).flat()
-    # fmt: on
+    ).flat()  # fmt: skip
     assert {name: value for name, value in flat.items() if value != (PUBLISHED | OURS)[name]} == {
-        "quant": "bf16",
-        "model": "m",
-        "revision": "r",
-        "dataset": "d",
-        "languages": "all",
-        "output_dir": "o",
-        "max_steps": 7,
-        "max_length": 99,
-        "batch_size": 2,
-        "grad_accum": 3,
-        "learning_rate": 1e-5,
-        "lora_r": 4,
-        "lora_alpha": 8.0,
-        "lora_dropout": 0.0,
-        "seed": 5,
-        "save_steps": 6,
-        "resume": "never",
-        "overwrite": True,
-        "report_to": "wandb",
-    }
+        "quant": "bf16", "model": "m", "revision": "r", "dataset": "d", "languages": "all",
+        "output_dir": "o", "max_steps": 7, "max_length": 99, "batch_size": 2, "grad_accum": 3,
+        "learning_rate": 1e-5, "lora_r": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "seed": 5,
+        "save_steps": 6, "resume": "never", "overwrite": True, "report_to": "wandb",
+    }  # fmt: skip
 
 
-def test_epochs_replace_the_default_steps() -> None:
-    optimization = parse("--epochs", "1.5").optimization
+def test_flags_that_are_not_values_of_their_own() -> None:
+    optimization = parse("--epochs", "1.5", "--no-group-by-length").optimization
     assert (optimization.epochs, optimization.max_steps) == (1.5, None)
-
-
-def test_booleans_can_be_switched_off() -> None:
-    assert parse("--no-group-by-length").optimization.group_by_length is False
-
-
-def test_whether_resume_was_given_is_known() -> None:
-    assert parse_settings([])[1] is False
+    assert optimization.group_by_length is False
+    assert parse_settings([])[1] is False  # --resume was not given
     assert parse_settings(["--resume", "auto"])[1] is True
-
-
-# --- recipes --------------------------------------------------------------------------------------
 
 
 def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(
@@ -222,10 +148,6 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(
     assert flat["max_grad_norm"] == 0.3
 
 
-def test_recipe_keys_may_be_written_like_flags(recipe: Callable[..., Path]) -> None:
-    assert parse("--recipe", str(recipe("lora-r: 8\n"))).lora.lora_r == 8
-
-
 def test_flag_replaces_the_other_way_to_say_how_long(recipe: Callable[..., Path]) -> None:
     steps = str(recipe("max_steps: 5\n", "steps.yaml"))
     epochs = str(recipe("epochs: 2\n", "epochs.yaml"))
@@ -235,17 +157,13 @@ def test_flag_replaces_the_other_way_to_say_how_long(recipe: Callable[..., Path]
     assert (optimization.max_steps, optimization.epochs) == (9, None)
 
 
-def test_recipe_extends_another_one_beside_it(recipe: Callable[..., Path]) -> None:
+def test_recipe_extends_one_beside_it_or_one_that_comes_along(recipe: Callable[..., Path]) -> None:
     recipe("lora_r: 8\nseed: 3\n", "base.yaml")
     middle = recipe("extends: base\nseed: 4\n", "middle.yaml")
     top = recipe("extends: middle.yaml\nlora_alpha: 2\n", "top.yaml")
     assert read_recipe(middle)[0] == {"lora_r": "8", "seed": "4"}
     assert read_recipe(top)[0] == {"lora_r": "8", "seed": "4", "lora_alpha": "2"}
-
-
-def test_recipe_elsewhere_extends_one_that_comes_along(recipe: Callable[..., Path]) -> None:
-    path = recipe("extends: lora-llama2-7b\nlora_r: 8\n")
-    flat = parse("--recipe", str(path)).flat()
+    flat = parse("--recipe", str(recipe("extends: lora-llama2-7b\nlora-r: 8\n"))).flat()
     assert (flat["quant"], flat["lora_r"], flat["lora_alpha"]) == ("bf16", 8, 16)
 
 
@@ -271,19 +189,17 @@ def test_recipe_that_extends_itself(
     recipe: Callable[..., Path], tmp_path: Path, reference: str
 ) -> None:
     path = recipe(f"extends: {reference.format(folder=tmp_path.name)}\n")
-    with pytest.raises(SettingsError, match="extends itself. Remove its 'extends' key.$"):
+    with pytest.raises(SettingsError, match="extends itself"):
         read_recipe(path)
 
 
-def test_source_of_each_value_is_kept_for_messages(recipe: Callable[..., Path]) -> None:
+def test_message_names_the_recipe_or_the_flag_that_a_value_came_from(
+    recipe: Callable[..., Path],
+) -> None:
     base = recipe("lora_r: 0\n", "base.yaml")
     top = recipe("extends: base\nseed: 1\n", "top.yaml")
-    assert mistake("--recipe", str(top)) == (
-        f"recipe {base}, key 'lora_r': 0 is out of range. It must be at least 1."
-    )
-    assert mistake("--recipe", str(top), "--lora-r", "-1") == (
-        "--lora-r: -1 is out of range. It must be at least 1."
-    )
+    assert mistake("--recipe", str(top)).startswith(f"recipe {base}, key 'lora_r': 0 is out of ")
+    assert mistake("--recipe", str(top), "--lora-r", "-1").startswith("--lora-r: -1 is out of ")
 
 
 def test_recipes_are_found_by_name_or_path(recipe: Callable[..., Path]) -> None:
@@ -293,101 +209,46 @@ def test_recipes_are_found_by_name_or_path(recipe: Callable[..., Path]) -> None:
     assert find_recipe(str(path)) == path
 
 
-# --- mistakes, each with its exact line -----------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (
-            ["--learing-rate", "1"],
-            "flag --learing-rate is not known. did you mean '--learning-rate'? "
-            "`launch/train.py --help` lists every setting.",
-        ),
-        (
-            ["--zzz"],
-            "flag --zzz is not known. `launch/train.py --help` lists every setting.",
-        ),
-        (
-            ["stray"],
-            "flag stray is not known. `launch/train.py --help` lists every setting.",
-        ),
-        (
-            ["--quant", "int8"],
-            "--quant: 'int8' is not one of nf4, fp4, bf16. Choose one of these.",
-        ),
-        (
-            ["--quant"],
-            "argument --quant: expected one argument. `launch/train.py --help` lists every flag.",
-        ),
-        (
-            ["--report-to", "mlflow"],
-            "--report-to: 'mlflow' is not one of none, tensorboard, wandb. Choose one of these.",
-        ),
-        (["--max-steps", "1.5"], "--max-steps: '1.5' is not a whole number. Correct the value."),
-        (["--learning-rate", "x"], "--learning-rate: 'x' is not a number. Correct the value."),
-        (["--learning-rate", "nan"], "--learning-rate: 'nan' is not a number. Correct the value."),
-        (["--learning-rate", "inf"], "--learning-rate: 'inf' is not a number. Correct the value."),
-        (["--languages", ""], "--languages: '' is not a text. Correct the value."),
+        (["--learing-rate", "1"], "flag --learing-rate is not known. did you mean '--learning-"),
+        (["--zzz"], "flag --zzz is not known. `launch/train.py --help` "),
+        (["stray"], "flag stray is not known. "),
+        (["--quant", "int8"], "--quant: 'int8' is not one of nf4, fp4, bf16. "),
+        (["--quant"], "argument --quant: expected one argument. `launch/train.py --help` "),
+        (["--report-to", "mlflow"], "--report-to: 'mlflow' is not one of none, tensorboard, wandb"),
+        (["--max-steps", "1.5"], "--max-steps: '1.5' is not a whole number. "),
+        (["--learning-rate", "x"], "--learning-rate: 'x' is not a number. "),
+        (["--learning-rate", "nan"], "--learning-rate: 'nan' is not a number. "),
+        (["--learning-rate", "inf"], "--learning-rate: 'inf' is not a number. "),
+        (["--languages", ""], "--languages: '' is not a text. "),
         (["--max-steps", "0"], "--max-steps: 0 is out of range. It must be at least 1."),
         (["--max-length", "7"], "--max-length: 7 is out of range. It must be at least 8."),
         (["--epochs", "0"], "--epochs: 0.0 is out of range. It must be above 0."),
-        (
-            ["--lora-dropout", "1"],
-            "--lora-dropout: 1.0 is out of range. It must be from 0 to 0.99.",
-        ),
-        (
-            ["--eval-fraction", "0.6"],
-            "--eval-fraction: 0.6 is out of range. It must be from 0 to 0.5.",
-        ),
-        (
-            ["--epochs", "1", "--max-steps", "2"],
-            "--max-steps (2) and --epochs (1.0) exclude each other. Give one of the two.",
-        ),
+        (["--lora-dropout", "1"], "--lora-dropout: 1.0 is out of range. It must be from 0 to 0."),
+        (["--seed", str(2**32)], "--seed: 4294967296 is out of range"),
+        (["--epochs", "1", "--max-steps", "2"], "--max-steps (2) and --epochs (1.0) exclude each "),
     ],
 )
 def test_mistakes_on_the_command_line(words: list[str], line: str) -> None:
-    assert mistake(*words) == line
+    assert mistake(*words).startswith(line)
 
 
-@pytest.mark.parametrize(
-    "name",
-    # fmt: off
-    [
-        "max_steps",
-        "epochs",
-        "batch_size",
-        "grad_accum",
-        "eval_batch_size",
-        "learning_rate",
-        "lora_r",
-        "lora_alpha",
-        "lora_dropout",
-        "max_length",
-        "save_steps",
-        "seed",
-        "weight_decay",
-        "max_grad_norm",
-        "warmup_ratio",
-        "adam_beta2",
-        "eval_fraction",
-    ],
-    # fmt: on
-)
+NUMBERS = [name for name, (_, f) in setting_fields().items() if field_kind(f) in (int, float)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
 def test_every_number_has_a_lower_limit(name: str) -> None:
     flag = f"--{name.replace('_', '-')}"
     assert mistake(f"{flag}=-1").startswith(f"{flag}: -1")
     assert "is out of range. It must be " in mistake(f"{flag}=-1")
 
 
-def test_seed_is_one_that_numpy_takes_too() -> None:
-    assert mistake("--seed", str(2**32)).startswith("--seed: 4294967296 is out of range")
-
-
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("learing_rate: 1\n", "key 'learing_rate' is not known"),
+        ("learing_rate: 1\n", "key 'learing_rate' is not known. did you mean 'learning_rate'?"),
         ("7: 1\n", "key '7' is not known"),
         ("quant: int4\n", "key 'quant': 'int4' is not one of nf4, fp4, bf16"),
         ("languages: {en: de}\n", "key 'languages': {'en': 'de'} is not a text"),
@@ -396,68 +257,40 @@ def test_seed_is_one_that_numpy_takes_too() -> None:
         ("max_steps: [1]\n", "key 'max_steps': ['1'] is not a whole number"),
         ("seed: null\n", "key 'seed': None is not a whole number"),
         ("batch_size: 0\n", "key 'batch_size': 0 is out of range"),
+        (f"max_steps: {10**400}\n", "key 'max_steps': "),
+        ("extends: nope\n", "key 'extends': there is no recipe 'nope'"),
     ],
 )
 def test_mistakes_in_a_recipe_name_file_key_and_value(
     recipe: Callable[..., Path], text: str, problem: str
 ) -> None:
     path = recipe(text)
-    assert mistake("--recipe", str(path)).startswith(f"recipe {path}, {problem}. ")
-
-
-def test_numbers_too_large_for_a_float_are_one_line_too(recipe: Callable[..., Path]) -> None:
-    path = recipe(f"max_steps: {10**400}\n")
-    assert mistake("--recipe", str(path)).startswith(f"recipe {path}, key 'max_steps': ")
+    assert mistake("--recipe", str(path)).startswith(f"recipe {path}, {problem}")
 
 
 def test_steps_and_epochs_in_one_recipe(recipe: Callable[..., Path]) -> None:
     path = recipe("max_steps: 5\nepochs: 2\n")
-    assert mistake("--recipe", str(path)) == (
-        f"recipe {path}, key 'max_steps' (5) and recipe {path}, key 'epochs' (2.0) exclude each "
-        "other. Give one of the two."
-    )
-
-
-def test_recipe_suggests_the_nearest_key(recipe: Callable[..., Path]) -> None:
-    path = recipe("learing_rate: 1\n")
-    assert mistake("--recipe", str(path)) == (
-        f"recipe {path}, key 'learing_rate' is not known. did you mean 'learning_rate'? "
-        "`launch/train.py --help` lists every setting."
-    )
+    line = mistake("--recipe", str(path))
+    for key in ("'max_steps' (5)", "'epochs' (2.0)"):
+        assert f"recipe {path}, key {key}" in line
 
 
 def test_recipe_that_is_missing_or_not_a_mapping(recipe: Callable[..., Path]) -> None:
-    assert mistake("--recipe", "nope") == (
-        "--recipe: there is no recipe 'nope'. Name a YAML file or one of demo, lora-llama2-7b, "
-        "qlora-llama2-7b."
-    )
+    line = mistake("--recipe", "nope")
+    assert line.startswith("--recipe: there is no recipe 'nope'. ")
+    assert "demo, lora-llama2-7b, qlora-llama2-7b" in line
     path = recipe("- 1\n")
-    assert mistake("--recipe", str(path)) == (
-        f"recipe {path} holds a list, not 'name: value' lines. Correct the file."
-    )
+    assert mistake("--recipe", str(path)).startswith(f"recipe {path} holds a list, ")
     path = recipe("a: [\n")
-    line = mistake("--recipe", str(path))
-    assert line.startswith(f"recipe {path} is not YAML: ")
-    assert "line 2" in line and "\n" not in line
-
-
-def test_missing_extends_names_the_recipe_and_its_key(recipe: Callable[..., Path]) -> None:
-    path = recipe("extends: nope\n")
-    assert mistake("--recipe", str(path)).startswith(
-        f"recipe {path}, key 'extends': there is no recipe 'nope'. "
-    )
+    assert re.match(f"recipe {path} is not YAML: .*line 2", mistake("--recipe", str(path)))
 
 
 def test_main_prints_one_line_and_returns_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--quant", "int8"]) == 2
-    assert capsys.readouterr() == (
-        "",
-        "qlora-harness: error: --quant: 'int8' is not one of nf4, fp4, bf16. Choose one of "
-        "these.\n",
-    )
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("qlora-harness: error: --quant: 'int8' is not one of nf4, fp4, bf16. ")
 
-
-# --- help -----------------------------------------------------------------------------------------
 
 _HELP = """
 import json, sys
@@ -473,14 +306,9 @@ print(json.dumps({"status": status, "heavy": [m for m in heavy if m in sys.modul
 
 @pytest.fixture(scope="module")
 def help_output() -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", _HELP],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-        env={"COLUMNS": "10000", "PATH": ""},
-    )
+    environment = {"COLUMNS": "10000", "PATH": ""}
+    words = [sys.executable, "-c", _HELP]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
     assert done.stderr == ""
     return done.stdout
 
@@ -491,13 +319,7 @@ def test_help_imports_nothing_heavy(help_output: str) -> None:
 
 def test_help_is_grouped(help_output: str) -> None:
     titles = re.findall(r"^(\w+ settings):$", help_output, flags=re.MULTILINE)
-    assert titles == [
-        "model settings",
-        "data settings",
-        "lora settings",
-        "optimization settings",
-        "run settings",
-    ]
+    assert titles == [f"{group} settings" for group in GROUPS]
 
 
 @pytest.mark.parametrize("name", list(setting_fields()))
@@ -526,13 +348,10 @@ def test_examples_in_the_help_are_valid(help_output: str) -> None:
         parse(*command.split())
 
 
-# --- what a recipe may write ----------------------------------------------------------------------
-
-
 def values_of(name: str) -> st.SearchStrategy[Any]:
     """Values of a setting as `flat()` gives them."""
-    group, f = setting_fields()[name]
-    kind, optional = field_kind(GROUPS[group], name)
+    f = setting_fields()[name][1]
+    kind = field_kind(f)
     choices = f.metadata["choices"]
     spans = {"lora_dropout": 0.99, "warmup_ratio": 1.0, "eval_fraction": 0.5, "adam_beta2": 0.99}
     if choices:
@@ -547,7 +366,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         strategy = st.integers(8, 10**6)
     else:
         strategy = st.floats(1e-9, spans.get(name, 1e6))
-    return st.one_of(st.none(), strategy) if optional else strategy
+    return st.one_of(st.none(), strategy) if f.default is None else strategy
 
 
 @given(st.fixed_dictionaries({name: values_of(name) for name in setting_fields()}))
@@ -559,78 +378,49 @@ def test_settings_come_back_from_their_flat_form(values: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(
-    ("line", "name", "value"),
+    ("line", "value"),
     [
-        ("memory: 16", "memory", "16"),
-        ("memory: 7.5", "memory", "7.5"),
-        ("memory: fast", "memory", "fast"),
-        ("lora_targets: [q_proj, v_proj]", "lora_targets", "q_proj,v_proj"),
-        ("lora-targets: q_proj,v_proj", "lora_targets", "q_proj,v_proj"),
-        ("languages: [en, de]", "languages", "en,de"),
-        ("revision: 1234567", "revision", "1234567"),
-        ("revision: 2024-01-01", "revision", "2024-01-01"),
-        ("revision: 0123456", "revision", "0123456"),
-        ("revision: 1.10", "revision", "1.10"),
-        ("revision: 12:30", "revision", "12:30"),
-        ("revision: 1_000", "revision", "1_000"),
-        ("revision: off", "revision", "off"),
-        ("revision: null", "revision", None),
-        ("memory: 16.125", "memory", "16.125"),
-        ("languages: [no, en]", "languages", "no,en"),
-        ("lora_r: 010", "lora_r", 10),
-        ("double_quant: Off", "double_quant", False),
-        ("output_dir: 2024", "output_dir", "2024"),
-        ("learning_rate: 2e-4", "learning_rate", 2e-4),
-        ("group_by_length: no", "group_by_length", False),
-        ("epochs: 3", "epochs", 3.0),
-        ("lora_r: 16", "lora_r", 16),
+        ("memory: 16", "16"), ("memory: 7.5", "7.5"), ("memory: fast", "fast"),
+        ("memory: 16.125", "16.125"), ("output_dir: 2024", "2024"),
+        ("lora_targets: [q_proj, v_proj]", "q_proj,v_proj"),
+        ("lora-targets: q_proj,v_proj", "q_proj,v_proj"),
+        ("languages: [en, de]", "en,de"), ("languages: [no, en]", "no,en"),
+        ("revision: 1234567", "1234567"), ("revision: 2024-01-01", "2024-01-01"),
+        ("revision: 0123456", "0123456"), ("revision: 1.10", "1.10"),
+        ("revision: 12:30", "12:30"), ("revision: 1_000", "1_000"),
+        ("revision: off", "off"), ("revision: null", None),
+        ("lora_r: 010", 10), ("lora_r: 16", 16), ("learning_rate: 2e-4", 2e-4),
+        ("epochs: 3", 3.0), ("double_quant: Off", False), ("group_by_length: no", False),
     ],
-)
-def test_recipe_values_in_the_form_of_yaml(
-    tmp_path: Path, line: str, name: str, value: object
-) -> None:
+)  # fmt: skip
+def test_recipe_values_in_the_form_of_yaml(tmp_path: Path, line: str, value: object) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(line)
+    name = line.split(":")[0].replace("-", "_")
     assert build_settings(*read_recipe(path)).flat()[name] == value
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "a: &x [1]\nlora_r: *x",
-        "lora_r: &x 8",
-        "lora_r: 8\nlora_r: 9",
-        "lora-r: 8\nlora_r: 9",
-        "<<: {lora_r: 9}",
-        "seed: 1:30",
-        "lora_r: 0x10",
-        'output_dir: "a\\0b"',
-        'model: "\\ud800"',
-        'dataset: "\\e[31m"',
-        "a: &a [x]\nb: &b [*a,*a]\nc: &c [*b,*b]\nd: [*c,*c]",
-        "lora_r: " + "9" * 5000,
-        "lora_r: " + "[" * 3000,
-        "model: \x00",
-        "model: {a: {b: c}}",
-        "languages: [[en]]",
-        "lora_r: .nan",
-        "seed: 2024-01-01",
-        "model: [a, b]",
-        "x" * 200_000,
-        "? [a]\n: b",
-        "!!python/object/apply:os.system ['true']",
-        "model: !!binary aGk=",
+        "a: &x [1]\nlora_r: *x", "lora_r: &x 8", "lora_r: 8\nlora_r: 9", "lora-r: 8\nlora_r: 9",
+        "<<: {lora_r: 9}", "seed: 1:30", "lora_r: 0x10", 'output_dir: "a\\0b"', 'model: "\\ud800"',
+        'dataset: "\\e[31m"', "a: &a [x]\nb: &b [*a,*a]\nc: &c [*b,*b]\nd: [*c,*c]",
+        "lora_r: " + "9" * 5000, "lora_r: " + "[" * 3000, "model: \x00", "model: {a: {b: c}}",
+        "languages: [[en]]", "lora_r: .nan", "seed: 2024-01-01", "model: [a, b]", "x" * 200_000,
+        "? [a]\n: b", "!!python/object/apply:os.system ['true']", "model: !!binary aGk=",
         "\x1b]0;owned\x07: 1",
     ],
     ids=range(24),
-)
+)  # fmt: skip
 def test_recipe_that_is_no_plain_yaml_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(SettingsError) as caught:
         build_settings(*read_recipe(path))
     line = str(caught.value)
-    assert line.isprintable() and len(line) <= 480
+    assert line.isprintable()
+    assert len(line) <= 480
 
 
 @pytest.mark.parametrize(
@@ -647,11 +437,3 @@ def test_numbers_for_texts_keep_their_digits(value: float, text: str) -> None:
 def test_texts_that_no_record_can_hold_are_refused(value: object) -> None:
     with pytest.raises(SettingsError):
         build_settings({"revision": value})
-
-
-def test_bookkeeping_is_what_a_resumed_run_may_change() -> None:
-    settings = build_settings({})
-    assert {
-        *("output_dir", "resume", "overwrite", "report_to", "save_steps", "eval_batch_size")
-    } == BOOKKEEPING
-    assert settings.experiment().keys() == settings.flat().keys() - BOOKKEEPING

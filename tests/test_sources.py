@@ -9,235 +9,61 @@ import io
 import json
 import lzma
 import os
+import random
 from collections.abc import Iterable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
 import pytest
+from mutations import Reader, damaged_bytes, damaged_value
+from pyarrow import parquet
 
-from qlora_harness.data import sources
 from qlora_harness.data.oasst1 import build_conversations
 from qlora_harness.data.sources import load_splits, read_rows
 from qlora_harness.errors import DataError
 
-ROWS: list[dict[str, Any]] = [
-    {
-        "message_id": "q",
-        "parent_id": None,
-        "created_date": "2023-02-05T14:23:50.983374+00:00",
-        "text": "How are you? é\u2028",
-        "role": "prompter",
-        "lang": "en",
-        "review_result": True,
-        "deleted": False,
-        "rank": None,
-    },
-    {
-        "message_id": "a",
-        "parent_id": "q",
-        "created_date": "2023-02-05T14:24:50.983374+00:00",
-        "text": "Fine.",
-        "role": "assistant",
-        "lang": "en",
-        "review_result": True,
-        "deleted": False,
-        "rank": 0,
-    },
-]
+Row = dict[str, Any]
+
+QUESTION: Row = {
+    "message_id": "q",
+    "parent_id": None,
+    "created_date": "2023-02-05T14:23:50.983374+00:00",
+    "text": "How are you? é\u2028",
+    "role": "prompter",
+    "lang": "en",
+    "review_result": True,
+    "deleted": False,
+    "rank": None,
+}
+ANSWER = QUESTION | {
+    "message_id": "a",
+    "parent_id": "q",
+    "created_date": "2023-02-05T14:24:50.983374+00:00",
+    "text": "Fine.",
+    "role": "assistant",
+    "rank": 0,
+}
+ROWS = [QUESTION, ANSWER]
+BAD_ROLE = ANSWER | {"message_id": "b", "role": "user"}
 
 
 def lines(rows: Iterable[object] = ROWS) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def write(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
+PACKED = gzip.compress(lines().encode() * 50)
 
 
-def problem(path: Path) -> str:
-    with pytest.raises(DataError) as caught:
-        list(read_rows(path))
-    assert "\n" not in str(caught.value)
-    return caught.value.problem
+FORMS = ["jsonl", "jsonl.gz", "jsonl.xz", "jsonl.bz2", "jsonl.zst", "json", "json.gz", "csv"]
+FORMS += ["csv.zst", "parquet"]
 
 
-# --- JSON Lines -----------------------------------------------------------------------------------
-
-
-def test_rows_come_back_as_they_are(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", lines())
-    splits = load_splits(str(path))
-    assert (list(splits.train), splits.validation, splits.source) == (ROWS, None, str(path))
-
-
-@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
-def test_compressed_files(tmp_path: Path, suffix: str, compress: Any) -> None:
-    path = tmp_path / f"rows.jsonl{suffix}"
-    path.write_bytes(compress(lines().encode("utf-8")))
-    assert list(load_splits(str(path)).train) == ROWS
-
-
-def test_empty_lines_are_skipped_but_counted(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", "\n" + lines() + "\n\n{}\n")
-    assert problem(path) == f"{path}, line 6: field 'message_id' is missing; the fields are none"
-
-
-def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + lines().replace("\n", "\r\n").encode("utf-8"))
-    assert list(read_rows(path)) == ROWS
-
-
-def test_broken_line_is_named_by_its_number_only(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", lines() + '{"message_id": "b", \n' + lines())
-    found = problem(path)
-    assert found.startswith(f"{path}, line 3: not valid JSON (")
-    assert "line 1" not in found
-
-
-def test_row_of_the_wrong_schema_is_named_by_its_number(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", lines([*ROWS, {"text": "hello"}]))
-    assert problem(path) == (
-        f"{path}, line 3: field 'message_id' is missing; the fields are text, as in plain text"
-    )
-    path = write(tmp_path / "list.jsonl", "[1]\n")
-    assert problem(path) == f"{path}, row 1: expected an object, found int"
-    path = write(tmp_path / "lists.jsonl", lines() + "[1]\n")
-    assert problem(path) == f"{path}, line 3: expected an object, found list"
-
-
-def test_good_rows_before_a_bad_one_are_not_silently_used(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", lines() + "oops\n")
-    with pytest.raises(DataError):
-        list(load_splits(str(path)).train)
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.gz", "./rows", "~/rows"])
-def test_missing_file_is_not_asked_of_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with pytest.raises(DataError) as caught:
-        load_splits(name)
-    assert str(caught.value) == (
-        f"--dataset: {name} does not exist. Name a file (.jsonl, .json, .csv or .parquet), a "
-        "folder or a Hub id."
-    )
-
-
-def refusal(name: str) -> str:
-    with pytest.raises(DataError) as caught:
-        load_splits(name)
-    return str(caught.value)
-
-
-def test_names_that_no_file_can_have_are_one_line() -> None:
-    remedy = "Name a file (.jsonl, .json, .csv or .parquet), a folder or a Hub id."
-    assert refusal("~nosuchuser/x") == f"--dataset: ~nosuchuser/x does not exist. {remedy}"
-    name = "x" * 300
-    assert refusal(name) == f"--dataset: {name} can't be read: File name too long. {remedy}"
-
-
-def test_what_is_neither_a_file_nor_a_folder(tmp_path: Path) -> None:
-    pipe = tmp_path / "rows.jsonl"
-    os.mkfifo(pipe)
-    for path in (pipe, Path("/dev/null")):
-        assert refusal(str(path)) == (
-            f"--dataset: {path} is neither a file nor a folder. Name a file (.jsonl, .json, .csv "
-            "or .parquet), a folder or a Hub id."
-        )
-
-
-def test_home_folder_is_understood_as_it_is_for_models(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    write(tmp_path / "rows.jsonl", lines())
-    assert list(load_splits("~/rows.jsonl").train) == ROWS
-
-
-def test_unreadable_files_are_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"text": "\xff"}\n')
-    assert problem(path) == f"{path} is not UTF-8 (invalid start byte)"
-    path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(b"not compressed")
-    assert problem(path).startswith(f"{path} can't be read: Not a gzipped file")
-    path.write_bytes(gzip.compress(lines().encode())[:-20])
-    assert problem(path).startswith(f"{path} can't be read: Compressed file ended")
-    path = tmp_path / "rows.jsonl.xz"
-    path.write_bytes(b"not compressed")
-    assert problem(path).startswith(f"{path} can't be read: ")
-
-
-def test_damaged_gzip_is_one_line(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl.gz"
-    packed = bytearray(gzip.compress(lines().encode() * 50))
-    packed[20:24] = b"\xaa\xbb\xcc\xdd"
-    path.write_bytes(bytes(packed))
-    assert problem(path).startswith(f"{path} can't be read: ")
-
-
-# --- folders --------------------------------------------------------------------------------------
-
-
-def test_saved_dataset(tmp_path: Path) -> None:
-    import datasets
-
-    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
-    splits = load_splits(str(tmp_path / "saved"))
-    assert (list(splits.train), splits.validation) == (ROWS, None)
-
-
-def test_saved_dataset_dict_with_a_validation_split(tmp_path: Path) -> None:
-    import datasets
-
-    datasets.DatasetDict(
-        {
-            "train": datasets.Dataset.from_list(ROWS),
-            "validation": datasets.Dataset.from_list(ROWS[:1]),
-        }
-    ).save_to_disk(str(tmp_path / "saved"))
-    splits = load_splits(str(tmp_path / "saved"))
-    assert list(splits.train) == ROWS
-    assert splits.validation is not None and list(splits.validation) == ROWS[:1]
-    assert splits.source == str(tmp_path / "saved")
-
-
-def test_saved_dataset_without_a_train_split(tmp_path: Path) -> None:
-    import datasets
-
-    folder = tmp_path / "saved"
-    datasets.DatasetDict({"test": datasets.Dataset.from_list(ROWS)}).save_to_disk(str(folder))
-    with pytest.raises(DataError) as caught:
-        load_splits(str(folder))
-    assert str(caught.value) == (
-        f"--dataset: {folder} has the splits test but no 'train'. Name a data set with a train "
-        "split."
-    )
-
-
-def test_bad_row_of_a_saved_dataset_is_named_by_its_number(tmp_path: Path) -> None:
-    import datasets
-
-    folder = tmp_path / "saved"
-    rows = [ROWS[0], ROWS[1] | {"role": "user"}]
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(folder))
-    with pytest.raises(DataError) as caught:
-        list(load_splits(str(folder)).train)
-    assert caught.value.problem == f"{folder}, split train, row 2: field 'role' is 'user'"
-
-
-# One reader for every form, alone or in a folder
-
-
-def write_form(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+def write_form(path: Path, rows: list[Row] = ROWS) -> Path:
     """Writes rows in the form that the file's name says."""
-    import pyarrow
-    from pyarrow import parquet
-
     name = path.name.split(".", 1)[1]
     if name == "parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -247,100 +73,136 @@ def write_form(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
         writer = csv.DictWriter(out, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-        content = out.getvalue().encode()
+        text = out.getvalue()
+    elif name.startswith("jsonl"):
+        text = lines(rows)
     else:
-        content = (json.dumps(rows, indent=1) if name.startswith("json.") else lines(rows)).encode()
-        if name == "json":
-            content = json.dumps(rows).encode()
+        text = json.dumps(rows, indent=None if name == "json" else 1)
     if name.endswith(".zst"):
-        with pyarrow.CompressedOutputStream(str(path), "zstd") as out:
-            out.write(content)
+        with pyarrow.CompressedOutputStream(str(path), "zstd") as stream:
+            stream.write(text.encode())
         return path
     compress = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}
-    path.write_bytes(compress.get(name.rsplit(".", 1)[-1], bytes)(content))
+    path.write_bytes(compress.get(name.rsplit(".", 1)[-1], bytes)(text.encode()))
     return path
 
 
-FORMS = ["jsonl", "jsonl.gz", "jsonl.xz", "jsonl.bz2", "jsonl.zst", "json", "json.gz", "csv"]
-FORMS += ["csv.zst", "parquet"]
+def save(folder: Path, rows: list[Row] | None = None, **splits: list[Row]) -> Path:
+    """Saves rows, or splits of rows, as `datasets` does."""
+    saved: Any = datasets.Dataset.from_list(rows or ROWS)
+    if splits:
+        saved = datasets.DatasetDict(
+            {name: datasets.Dataset.from_list(part) for name, part in splits.items()}
+        )
+    saved.save_to_disk(str(folder))
+    return folder
+
+
+def check_splits(name: object, train: list[Row], validation: list[Row] | None = None) -> None:
+    splits = load_splits(str(name))
+    assert list(splits.train) == train
+    assert (splits.validation and list(splits.validation)) == validation
+    assert splits.source == str(name)
+
+
+def problem(name: object, revision: str | None = None) -> str:
+    """What is wrong with a data set, in one line."""
+    with pytest.raises(DataError) as caught:
+        list(load_splits(str(name), revision).train)
+    assert "\n" not in str(caught.value)
+    return caught.value.problem
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder and the home folder, empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_rows_alone_and_in_a_folder(tmp_path: Path, form: str) -> None:
-    alone = write_form(tmp_path / f"rows.{form}")
-    assert list(load_splits(str(alone)).train) == ROWS
-    folder = tmp_path / "folder"
+    check_splits(write_form(tmp_path / f"rows.{form}"), ROWS)
+    folder = tmp_path / "rows[1]*"  # whose name is a pattern
     folder.mkdir()
     write_form(folder / f"train.{form}")
     write_form(folder / f"validation.{form}", ROWS[:1])
     (folder / "README.md").write_text("about")
-    splits = load_splits(str(folder))
-    assert list(splits.train) == ROWS
-    assert splits.validation is not None and list(splits.validation) == ROWS[:1]
+    check_splits(folder, ROWS, ROWS[:1])
 
 
-def test_files_of_a_folder_without_splits_in_their_names_are_one_split(tmp_path: Path) -> None:
-    write_form(tmp_path / "a.jsonl", ROWS[:1])
-    write_form(tmp_path / "b.csv", ROWS[1:])
-    splits = load_splits(str(tmp_path))
-    assert list(splits.train) == ROWS and splits.validation is None
+@pytest.mark.parametrize("form", ["jsonl", "json", "csv"])
+def test_byte_order_mark_and_windows_line_ends(tmp_path: Path, form: str) -> None:
+    path = write_form(tmp_path / f"rows.{form}")
+    content = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    path.write_bytes(b"\xef\xbb\xbf" + content)
+    assert list(read_rows(path)) == ROWS
 
 
-def test_rows_of_every_form_are_named_by_number(tmp_path: Path) -> None:
-    bad = [*ROWS, ROWS[1] | {"message_id": "b", "role": "user"}]
-    for form, place in (
-        ("jsonl", "line 3"),
-        ("json", "row 3"),
-        ("csv", "line 4"),
-        ("parquet", "row 3"),
-    ):
-        path = write_form(tmp_path / f"rows.{form}", bad)
-        assert problem(path) == f"{path}, {place}: field 'role' is 'user'"
+@pytest.mark.parametrize(
+    ("name", "content", "facts"),
+    [
+        # Empty lines count.
+        ("rows.jsonl", "\n" + lines() + "\n\n{}\n", ", line 6: field 'message_id' is missing"),
+        ("rows.jsonl", lines() + '{"message_id": "b", \n' + lines(), ", line 3: not valid JSON ("),
+        ("rows.jsonl", lines([*ROWS, {"text": "hello"}]), ", line 3: field 'message_id'"),
+        ("rows.jsonl", "[1]\n", ", row 1: expected an object, found int"),
+        ("rows.jsonl", lines() + "[1]\n", ", line 3: expected an object, found list"),
+        ("rows.jsonl", '{"text": 1, "text": 2}\n', ", line 1: not valid JSON (the key 'text' is"),
+        ("rows.csv", "message_id,role,text\nq,prompter,a, b\n", ", line 2: 4 cells in 3 columns"),
+        ("rows.csv", "message_id,role,text\nq,prompter\n", ", line 2: 2 cells in 3 columns"),
+        ("rows.csv", "message_id,text,text\nq,a,b\n", " can't be read: the key 'text' is repeated"),
+        ("rows.jsonl", b'{"text": "\xff"}\n', " is not UTF-8 (invalid start byte)"),
+        ("rows.jsonl.gz", b"not compressed", " can't be read: Not a gzipped file"),
+        ("rows.jsonl.gz", PACKED[:-20], " can't be read: Compressed file ended"),
+        ("rows.jsonl.gz", PACKED[:20] + b"\xaa\xbb\xcc\xdd" + PACKED[24:], " can't be read: "),
+        ("rows.jsonl.xz", b"not compressed", " can't be read: "),
+    ],
+)  # fmt: skip
+def test_damaged_file_is_told_with_its_line(
+    tmp_path: Path, name: str, content: str | bytes, facts: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    told = problem(path)
+    assert told.startswith(f"{path}{facts}")
+    assert told.removeprefix(str(path)).count("line") <= 1  # jsonlines would count from 1 again
+
+
+@pytest.mark.parametrize(
+    ("form", "place"),
+    [("jsonl", "line 3"), ("json", "row 3"), ("csv", "line 4"), ("parquet", "row 3")],
+)
+def test_bad_row_of_every_form_is_named_by_number(tmp_path: Path, form: str, place: str) -> None:
+    # Line 1 of a csv file is its header.
+    path = write_form(tmp_path / f"rows.{form}", [*ROWS, BAD_ROLE])
+    assert problem(path) == f"{path}, {place}: field 'role' is 'user'"
 
 
 def test_nulls_as_csv_has_them(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "rows.csv",
+    path = tmp_path / "rows.csv"
+    path.write_text(
         "message_id,parent_id,text,role,lang,rank,deleted\n"
-        "1,None,None,prompter,en,NaN,false\n2,1.0,N/A,assistant,en,0.0,\n",
+        "1,None,None,prompter,en,NaN,false\n2,1.0,N/A,assistant,en,0.0,\n"
     )
     first, second = read_rows(path)
     assert (first["parent_id"], first["text"], first["rank"]) == (None, "None", None)
     assert (second["parent_id"], second["text"], second["rank"]) == ("1", "N/A", 0.0)
 
 
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("message_id,role,text\nq,prompter,Hello, how are you?\n", "line 2: 4 cells in 3 columns"),
-        ("message_id,role,text\nq,prompter\n", "line 2: 2 cells in 3 columns"),
-    ],
-)
-def test_csv_row_with_other_cells_than_columns(tmp_path: Path, text: str, reason: str) -> None:
-    path = write(tmp_path / "rows.csv", text)
-    assert problem(path) == f"{path}, {reason}"
-
-
-def test_csv_column_that_stands_twice(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.csv", "message_id,role,text,text\nq,prompter,a,b\n")
-    assert "the key 'text' is repeated" in problem(path)
-
-
 def test_types_and_columns_of_parquet_that_python_does_not_know(tmp_path: Path) -> None:
-    import decimal
-
-    import pyarrow
-    from pyarrow import parquet
-
-    late = pyarrow.array([2**62, 5], pyarrow.timestamp("us"))
     columns = {
         "message_id": ["q", "a"],
         "parent_id": [None, "q"],
         "text": ["Q", "A"],
         "role": ["prompter", "assistant"],
         "lang": ["en", "en"],
-        "rank": [None, decimal.Decimal("0.0")],
-        "created_date": late,
+        "rank": [None, Decimal("0.0")],
+        "created_date": pyarrow.array([2**62, 5], pyarrow.timestamp("us")),
         "seen": pyarrow.array([1, 2], pyarrow.timestamp("s", tz="Nowhere/None")),
         "raw": pyarrow.array([b"\xff", b"\xfe"]).cast(pyarrow.binary()),
     }
@@ -349,42 +211,10 @@ def test_types_and_columns_of_parquet_that_python_does_not_know(tmp_path: Path) 
     first, second = read_rows(path)
     assert (first["created_date"], second["created_date"]) == (2**62, 5)
     assert (second["rank"], set(second)) == (0.0, set(ROWS[0]))
-
-
-def test_parquet_dates_are_moments(tmp_path: Path) -> None:
-    import datetime
-
-    rows = [
-        row | {"created_date": datetime.date(2023, 2, day)}
-        for row, day in zip(ROWS, (5, 6), strict=True)
-    ]
+    dates = (date(2023, 2, 5), date(2023, 2, 6))
+    rows = [row | {"created_date": day} for row, day in zip(ROWS, dates, strict=True)]
     first, second = read_rows(write_form(tmp_path / "rows.parquet", rows))
     assert second["created_date"] - first["created_date"] == 86_400
-
-
-def test_folder_whose_name_is_a_pattern(tmp_path: Path) -> None:
-    folder = tmp_path / "rows[1]*"
-    folder.mkdir()
-    write_form(folder / "train.jsonl")
-    assert list(load_splits(str(folder)).train) == ROWS
-
-
-def test_damaged_saved_dataset_is_one_line(tmp_path: Path) -> None:
-    import datasets
-
-    folder = tmp_path / "saved"
-    datasets.Dataset.from_list(ROWS * 20).save_to_disk(str(folder))
-    (arrow,) = folder.glob("*.arrow")
-    content = arrow.read_bytes()
-    at = content.index(b"How are you")
-    arrow.write_bytes(content[:at] + b"\xff\xfe" + content[at + 2 :])
-    with pytest.raises(DataError):
-        list(load_splits(str(folder)).train)
-
-
-def test_keys_that_stand_twice_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", '{"message_id": "a", "message_id": "b"}\n')
-    assert problem(path) == f"{path}, line 1: not valid JSON (the key 'message_id' is repeated)"
 
 
 @pytest.mark.parametrize("name", ["ok.parquet", "array.json"])
@@ -399,76 +229,154 @@ def test_shared_files_give_a_conversation(shared_cases: Path, name: str) -> None
     assert "BAD" not in str(corpus.conversations)
 
 
-@pytest.mark.parametrize("date", ["2023-02-05T14:23:50.983374+00:00", "2023-02-05T14:23:50"])
-def test_folder_of_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, date: str) -> None:
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    rows = [row | {"created_date": date} for row in ROWS]
-    write(folder / "train.jsonl", lines(rows))
-    write(folder / "validation.jsonl", lines(rows[:1]))
-    splits = load_splits(str(folder))
-    assert [row["message_id"] for row in splits.train] == ["q", "a"]
-    assert splits.validation is not None
-    assert [row["message_id"] for row in splits.validation] == ["q"]
+# --- damaged files: conversations or one line, in bounded time ------------------------------------
 
 
-def test_folder_without_data(tmp_path: Path) -> None:
-    with pytest.raises(DataError) as caught:
-        load_splits(str(tmp_path))
-    assert caught.value.problem.startswith(f"--dataset: folder {tmp_path} can't be read: ")
+def random_rows(rng: random.Random) -> list[Row]:
+    made: list[Row] = []
+    for number in range(rng.randint(1, 6)):
+        parent = rng.choice(made)["message_id"] if made and rng.random() < 0.8 else None
+        made.append(
+            {
+                "message_id": f"m{number}",
+                "parent_id": parent,
+                "text": rng.choice(["Hi", "What?", "é\u2028", "x" * 300]),
+                "role": rng.choice(["prompter", "assistant"]),
+                "lang": rng.choice(["en", "de"]),
+                "rank": rng.choice([None, 0, 1, 2.0]),
+                "created_date": rng.choice([None, "2023-02-05T14:23:50+00:00", 1675607030983]),
+                "deleted": rng.choice([None, False, True]),
+                "review_result": rng.choice([None, True]),
+            }
+        )
+    return made
+
+
+def fuzz(folder: Path, seed: int, count: int) -> dict[str, int]:
+    rng = random.Random(seed)
+    reader = Reader()
+    for number in range(count):
+        form = rng.choice(FORMS)
+        made = random_rows(rng)
+        if rng.random() < 0.6 and form != "parquet":  # whose columns have one type
+            made[rng.randrange(len(made))][rng.choice(list(made[0]))] = damaged_value(rng)
+        try:
+            path = write_form(folder / f"rows.{form}", made)
+        except (ValueError, TypeError):
+            continue  # no program can write such a file
+        if rng.random() < 0.5:
+            path.write_bytes(damaged_bytes(rng, path.read_bytes()))
+        languages = rng.choice([None, ("en",)])
+        reader.read(
+            lambda path=path, languages=languages: build_conversations(
+                load_splits(str(path)).train, languages
+            ),
+            (seed, number, form),
+        )
+        path.unlink()
+    return reader.outcomes
+
+
+def test_some_damaged_files(tmp_path: Path) -> None:
+    outcomes = fuzz(tmp_path, seed=0, count=400)
+    assert min(outcomes["read"], outcomes["refused"]) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_many_damaged_files(tmp_path: Path, seed: int) -> None:
+    fuzz(tmp_path, seed=seed, count=10_000)
+
+
+# --- folders --------------------------------------------------------------------------------------
+
+
+def test_saved_datasets(tmp_path: Path) -> None:
+    check_splits(save(tmp_path / "one"), ROWS)
+    check_splits(save(tmp_path / "two", train=ROWS, validation=ROWS[:1]), ROWS, ROWS[:1])
+    bad = save(tmp_path / "bad", train=[ROWS[0], BAD_ROLE])
+    assert problem(bad) == f"{bad}, split train, row 2: field 'role' is 'user'"
+    other = save(tmp_path / "other", test=ROWS)
+    told = problem(other)
+    assert all(fact in told for fact in ("--dataset", str(other), "splits test", "'train'"))
+
+
+def test_damaged_saved_dataset_is_one_line(tmp_path: Path) -> None:
+    folder = save(tmp_path / "saved", ROWS * 20)
+    (arrow,) = folder.glob("*.arrow")
+    content = arrow.read_bytes()
+    at = content.index(b"How are you")
+    arrow.write_bytes(content[:at] + b"\xff\xfe" + content[at + 2 :])
+    assert str(folder) in problem(folder)
+
+
+def test_files_of_a_folder_without_splits_in_their_names_are_one_split(tmp_path: Path) -> None:
+    assert problem(tmp_path).startswith(f"--dataset: folder {tmp_path} can't be read: ")
+    write_form(tmp_path / "a.jsonl", ROWS[:1])
+    write_form(tmp_path / "b.csv", ROWS[1:])
+    check_splits(tmp_path, ROWS)
 
 
 # --- names ----------------------------------------------------------------------------------------
 
 
-def test_demo_is_the_embedded_set() -> None:
-    splits = load_splits("demo")
-    assert splits.source == "embedded oasst_demo.jsonl"
-    assert len(list(splits.train)) == 291
+@pytest.mark.parametrize(
+    ("name", "fact"),
+    [
+        *((name, "does not exist") for name in ("rows.jsonl", "rows.json", "rows.jsonl.gz")),
+        *((name, "does not exist") for name in ("./rows", "~/rows", "~nosuchuser/x")),
+        ("x" * 300, "File name too long"),
+        ("/dev/null", "neither a file nor a folder"),
+        ("pipe", "neither a file nor a folder"),
+    ],
+)
+def test_what_can_be_no_data_set_is_not_looked_up_on_the_hub(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, fact: str
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the Hub"))
+    os.mkfifo(folder / "pipe")
+    told = problem(name)
+    assert told.startswith(f"--dataset: {name} ")
+    assert fact in told
+
+
+def test_home_folder_is_understood_as_it_is_for_models(folder: Path) -> None:
+    write_form(folder / "rows.jsonl")
+    assert list(load_splits("~/rows.jsonl").train) == ROWS
 
 
 @pytest.mark.parametrize(
-    ("name", "asked"),
+    ("name", "hub"),
     [
         ("oasst1", "OpenAssistant/oasst1"),
         ("oasst2", "OpenAssistant/oasst2"),
         ("someone/rows", "someone/rows"),
     ],
 )
-def test_other_names_are_asked_of_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, asked: str
+def test_other_names_are_loaded_from_the_hub(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, hub: str
 ) -> None:
-    import datasets
+    requests = []
 
-    asked_for = []
-
-    def load_dataset(path: str, revision: str | None) -> dict[str, list[dict[str, Any]]]:
-        asked_for.append((path, revision))
+    def load_dataset(path: str, revision: str | None) -> dict[str, list[Row]]:
+        requests.append((path, revision))
         return {"train": ROWS, "validation": ROWS[:1]}
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     splits = load_splits(name, "abc")
-    assert asked_for == [(asked, "abc")]
-    assert list(splits.train) == ROWS
-    assert splits.validation is not None and list(splits.validation) == ROWS[:1]
-    assert splits.source == asked
+    assert requests == [(hub, "abc")]
+    assert splits.validation is not None
+    assert (list(splits.train), list(splits.validation)) == (ROWS, ROWS[:1])
+    assert splits.source == hub
 
 
-def shadow(tmp_path: Path, name: str) -> list[dict[str, Any]]:
-    """Puts a folder of this name into the working folder; returns its rows."""
-    import datasets
-
-    rows = [row | {"lang": "de"} for row in ROWS]
-    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / name))
-    return rows
+def test_hub_that_cannot_be_reached_is_one_line(folder: Path) -> None:
+    assert problem("someone/rows").startswith("--dataset: 'someone/rows' can't be loaded")
 
 
 @pytest.mark.parametrize(
-    ("name", "folder", "hub"),
+    ("name", "local", "hub"),
     [
         ("oasst1", "oasst1", "OpenAssistant/oasst1"),
         ("oasst2", "oasst2", "OpenAssistant/oasst2"),
@@ -476,93 +384,49 @@ def shadow(tmp_path: Path, name: str) -> list[dict[str, Any]]:
         ("oasst1", "OpenAssistant/oasst1", "OpenAssistant/oasst1"),
     ],
 )
-def test_local_folder_of_a_known_name_is_taken_and_said(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    name: str,
-    folder: str,
-    hub: str,
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_local_data_of_a_known_name_is_taken_and_said(
+    folder: Path, caplog: pytest.LogCaptureFixture, name: str, local: str, hub: str, kind: str
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    rows = shadow(tmp_path, folder)
+    if kind == "folder":
+        save(folder / local)
+    else:
+        (folder / local).parent.mkdir(exist_ok=True)
+        (folder / local).write_text(lines(), encoding="utf-8")
     splits = load_splits(name)
-    assert (list(splits.train), splits.source) == (rows, folder)
-    assert [record.getMessage() for record in caplog.records] == [
-        f"--dataset {name}: the local folder {folder} is taken, not {hub} on the Hub; to take "
-        f"the Hub's, rename the folder; to silence this, give ./{folder}"
-    ]
+    assert (list(splits.train), splits.source) == (ROWS, local)
+    (said,) = caplog.messages
+    facts = (f"--dataset {name}:", f"local {kind} {local} is taken", f"not {hub} on", f"./{local}")
+    assert all(fact in said for fact in facts)
     caplog.clear()
-    assert list(load_splits(f"./{folder}").train) == rows
-    assert caplog.records == []
-
-
-def test_local_file_of_a_known_name_is_taken_and_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "oasst1", lines())
-    assert list(load_splits("oasst1").train) == ROWS
-    assert [record.getMessage() for record in caplog.records] == [
-        "--dataset oasst1: the local file oasst1 is taken, not OpenAssistant/oasst1 on the Hub; "
-        "to take the Hub's, rename the file; to silence this, give ./oasst1"
-    ]
+    assert list(load_splits(f"./{local}").train) == ROWS
+    assert caplog.messages == []
 
 
 def test_demo_is_the_embedded_set_also_beside_a_folder_of_that_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    rows = shadow(tmp_path, "demo")
-    assert load_splits("demo").source == "embedded oasst_demo.jsonl"
-    assert [record.getMessage() for record in caplog.records] == [
-        "--dataset demo: the embedded set is taken, not the local folder demo; give ./demo for that"
-    ]
-    caplog.clear()
-    assert list(load_splits("./demo").train) == rows
-    assert caplog.records == []
-
-
-def test_names_that_stand_for_one_thing_need_no_word(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shadow(tmp_path, "mine")
-    write(tmp_path / "rows.jsonl", lines())
-    for name in ("demo", "mine", "rows.jsonl"):
+    save(folder / "mine")
+    write_form(folder / "rows.jsonl")
+    for name in ("demo", "mine", "rows.jsonl"):  # which stand for one thing each
         load_splits(name)
-    assert caplog.records == []
+    assert caplog.messages == []
+    save(folder / "demo")
+    splits = load_splits("demo")
+    assert (len(list(splits.train)), splits.source) == (291, "embedded oasst_demo.jsonl")
+    (said,) = caplog.messages
+    assert all(fact in said for fact in ("--dataset demo:", "embedded set is taken", "./demo"))
+    caplog.clear()
+    assert list(load_splits("./demo").train) == ROWS
+    assert caplog.messages == []
 
 
-def test_revision_of_what_is_not_on_the_hub_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    shadow(tmp_path, "oasst1")
-    write(tmp_path / "rows.jsonl", lines())
-    for name, what in (
-        ("oasst1", "a local folder"),
-        ("rows.jsonl", "a local file"),
-        ("demo", "the embedded set"),
-    ):
-        with pytest.raises(DataError) as caught:
-            load_splits(name, "abc")
-        assert str(caught.value) == (
-            f"--dataset-revision abc: --dataset {name} is {what}, which has no revisions. Leave "
-            "the revision out."
-        )
-
-
-def test_hub_that_cannot_be_reached_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError) as caught:
-        load_splits("someone/rows")
-    assert caught.value.problem.startswith(
-        "--dataset: 'someone/rows' can't be loaded from the Hub: "
-    )
-    assert caught.value.remedy == (
-        "Check the name, the network and your access, or give a local file or folder"
-    )
-    assert sources.HUB_NAMES["oasst1"] == "OpenAssistant/oasst1"
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("oasst1", "local folder"), ("rows.jsonl", "local file"), ("demo", "embedded set")],
+)
+def test_revision_of_what_is_not_on_the_hub_is_refused(folder: Path, name: str, kind: str) -> None:
+    save(folder / "oasst1")
+    write_form(folder / "rows.jsonl")
+    told = problem(name, "abc")
+    assert all(fact in told for fact in ("--dataset-revision abc", f"--dataset {name} ", kind))

@@ -15,10 +15,17 @@ import torch
 from safetensors.torch import load_file
 from scoring_runs import demo_prompts, score
 from training_runs import Train, base, data_of, loss_of, losses, read, steps, summary
-from transformers import AutoTokenizer
+from transformers import (
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from qlora_harness.data.chat import chat_template
-from qlora_harness.model.adapter_folder import read_adapter_record
 from qlora_harness.model.fingerprint import checkpoint_fingerprint
 from qlora_harness.model.lora import load_adapter
 from qlora_harness.score.adapter_lm import QloraAdapterLM
@@ -53,13 +60,9 @@ def test_run_and_all_it_leaves(
     out = capsys.readouterr().out
     run_dir = Path(folder)
     assert {path.name for path in run_dir.iterdir()} == {
-        ".qlora_harness.lock",
-        "adapter",
-        "checkpoints",
-        "trainer_state.json",
-        "training_logs.json",
-        "training_summary.json",
-    }
+        ".qlora_harness.lock", "adapter", "checkpoints", "trainer_state.json",
+        "training_logs.json", "training_summary.json",
+    }  # fmt: skip
     data = data_of(tiny_llama, rows)
     record = summary(run_dir)
     is_4bit = quant == "nf4"
@@ -162,9 +165,8 @@ def test_run_and_all_it_leaves(
     assert (state["global_step"], state["max_steps"]) == (4, 4)
     assert [row["loss"] for row in state["log_history"] if "loss" in row] == losses(run_dir)
 
-    # What a newcomer sees: where from, how much of it, and the first example with its masked part.
-    assert f"data: {rows}: 16 trees, 32 messages; dropped: none" in out
-    assert "(random weights)" in out
+    # What a newcomer sees: how much data, and the first example with its masked part.
+    assert f"{rows}: 16 trees, 32 messages" in out
     assert "<s> ### Human: What is 1 plus 1?### Assistant:⟦It is 2. ok</s>⟧" in out
 
 
@@ -210,11 +212,10 @@ def test_compute_dtype_is_measured_and_a_resumed_run_keeps_it(
     Path("run/training_summary.json").write_text(json.dumps(record | {"status": "interrupted"}))
     monkeypatch.setattr("qlora_harness.train.run.bfloat16_slowdown", lambda: 1 / slowdown)
     assert train(**options) == 0
-    for found in (record, summary("run")):
-        assert found["quantization"]["compute_dtype"] == dtype
-        assert found["settings"]["compute_dtype"] == dtype
-    adapter = read_adapter_record(Path("run/adapter"))
-    assert adapter is not None and adapter["compute_dtype"] == dtype
+    for run in (record, summary("run")):
+        assert run["quantization"]["compute_dtype"] == dtype
+        assert run["settings"]["compute_dtype"] == dtype
+    assert read("run/adapter/qlora_harness.json")["compute_dtype"] == dtype
 
 
 @pytest.mark.parametrize("quant", ["nf4", "bf16"])
@@ -237,8 +238,7 @@ def test_adapter_of_a_run_is_trained_and_scores_as_the_record_says(
     )
     tokenizer = AutoTokenizer.from_pretrained("run/adapter")
     assert tokenizer.chat_template == chat_template("guanaco", tokenizer)
-    record = read_adapter_record(Path("run/adapter"))
-    assert record is not None
+    record = read("run/adapter/qlora_harness.json")
     fingerprint = record["base"].pop("weights_fingerprint")
     assert fingerprint.startswith("sha256:")
     assert record == {
@@ -272,17 +272,8 @@ def test_both_arms_learn_the_same_tokens_in_the_same_order(train: Train) -> None
 
 
 def test_published_optimizer_and_dtype_run_on_the_cpu(train: Train) -> None:
-    assert (
-        train(
-            quant="nf4",
-            output_dir="run",
-            compute_dtype="bfloat16",
-            optimizer="paged_adamw_32bit",
-            checkpointing="full",
-            max_steps=2,
-        )
-        == 0
-    )
+    way = {"optimizer": "paged_adamw_32bit", "checkpointing": "full", "compute_dtype": "bfloat16"}
+    assert train(quant="nf4", output_dir="run", max_steps=2, **way) == 0
     assert summary("run")["quantization"]["parameter_dtypes"] == {
         "bfloat16": 46144,
         "float32": 8192,
@@ -295,45 +286,40 @@ def test_fp4_arm(train: Train) -> None:
     assert summary("results/4bit_fp4")["quantization"]["quant"] == "fp4"
 
 
-def test_epochs(train: Train) -> None:
-    assert train(quant="bf16", output_dir="run", max_steps=None, epochs=1.5) == 0
-    # 1.5 x 12 examples in batches of 4: 4.5, so 5 steps.
-    assert len(losses("run")) == 5
-
-
-def test_without_evaluation(train: Train) -> None:
-    assert train(quant="bf16", output_dir="run", eval_fraction=0) == 0
+def test_epochs_without_evaluation(train: Train) -> None:
+    assert train(quant="bf16", output_dir="run", max_steps=None, epochs=1.5, eval_fraction=0) == 0
+    assert summary("run")["data"]["train"]["conversations"] == 16
+    assert len(losses("run")) == 6  # 1.5 x 16 examples in batches of 4
     results = summary("run")["results"]
     assert results["eval_loss"] is results["perplexity"] is results["eval_tokens"] is None
-    assert summary("run")["data"]["train"]["conversations"] == 16
 
 
 # Models that are not held in 4 bits as a whole
 
 
-@pytest.fixture(scope="module")
-def tiny_mixtral(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+SIZES = {"vocab_size": 358, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
 
-    sizes = {"vocab_size": 358, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    config = MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2)
-    folder = tmp_path_factory.mktemp("models") / "tiny-mixtral"
+
+def save_random(folder: Path, make: type, config: PreTrainedConfig, tokenizer: Path) -> Path:
     torch.manual_seed(0)
-    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer).save_pretrained(folder)
+    make(config).to(torch.bfloat16).save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(tokenizer).save_pretrained(folder)
     return folder
 
 
 def test_mixture_of_experts_trains_and_is_scored(
     train: Train,
-    tiny_mixtral: Path,
+    tiny_tokenizer: Path,
+    tmp_path: Path,
     make_lm: Callable[..., QloraAdapterLM],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert train(model=tiny_mixtral, output_dir="run", lora_dropout=0.1) == 2
+    config = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    model = save_random(tmp_path / "mixtral", MixtralForCausalLM, config, tiny_tokenizer)
+    assert train(model=model, output_dir="run", lora_dropout=0.1) == 2
     assert "Use --lora-dropout 0" in capsys.readouterr().err
-    assert train(model=tiny_mixtral, output_dir="run", lora_dropout=0) == 0
+    assert train(model=model, output_dir="run", lora_dropout=0) == 0
     share = summary("run")["quantization"]["unquantised_share"]
     assert share == pytest.approx(37120 / 43264)
     lm = make_lm(peft="run/adapter")
@@ -347,21 +333,11 @@ def test_mixture_of_experts_trains_and_is_scored(
 
 
 def test_base_without_sdpa_trains_with_eager_attention(
-    train: Train,
-    tiny_tokenizer: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    train: Train, tiny_tokenizer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
-
-    sizes = {"vocab_size": 358, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    torch.manual_seed(0)
-    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, head_dim=16)).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "gemma2")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer)
-    tokenizer.save_pretrained(tmp_path / "gemma2")
-    assert train(model=tmp_path / "gemma2", output_dir="run") == 0
+    config = Gemma2Config(**SIZES, head_dim=16)
+    model = save_random(tmp_path / "gemma2", Gemma2ForCausalLM, config, tiny_tokenizer)
+    assert train(model=model, output_dir="run") == 0
     attention = summary("run")["model"]["attention"]
     assert attention == ("sdpa" if Gemma2ForCausalLM._supports_sdpa else "eager")
     told = [m for m in caplog.messages if m.endswith(f"has {attention} attention only")]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+import transformers
 from training_runs import Train, base, data_of, loss_of, losses, read, steps
 
-from qlora_harness.settings import OptimizationSettings
+from qlora_harness.settings import OptimizationSettings, setting_fields
 from qlora_harness.train import trainer
 from qlora_harness.train.arguments import OPTIMIZERS, planned_steps, training_arguments
-
-# --- losses ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quant", ["nf4", "bf16"])
@@ -27,29 +27,16 @@ def test_first_loss_is_that_of_the_base_model(
 
 
 @pytest.mark.parametrize("quant", ["nf4", "bf16"])
-def test_accumulation_equals_one_large_batch(train: Train, quant: str) -> None:
-    found = {}
-    for batch_size, grad_accum in ((4, 1), (1, 4), (2, 2)):
-        folder = f"run-{batch_size}"
-        assert (
-            train(
-                quant=quant,
-                output_dir=folder,
-                batch_size=batch_size,
-                grad_accum=grad_accum,
-                group_by_length=False,
-            )
-            == 0
-        )
-        found[batch_size] = losses(folder)
-    assert found[1] == pytest.approx(found[4], abs=1e-5)
-    assert found[2] == pytest.approx(found[4], abs=1e-5)
-
-
-def test_checkpointing_changes_memory_not_numbers(train: Train) -> None:
-    assert train(quant="nf4", output_dir="with", checkpointing="full") == 0
-    assert train(quant="nf4", output_dir="without", checkpointing="none") == 0
-    assert losses("with") == pytest.approx(losses("without"), abs=1e-5)
+def test_accumulation_and_checkpointing_change_no_number(train: Train, quant: str) -> None:
+    ways = [(4, 1, "none"), (1, 4, "none"), (2, 2, "none"), (4, 1, "full")]
+    runs = []
+    for number, (batch_size, grad_accum, checkpointing) in enumerate(ways):
+        batches = {"batch_size": batch_size, "grad_accum": grad_accum, "group_by_length": False}
+        way = {"checkpointing": checkpointing, **batches}
+        assert train(quant=quant, output_dir=f"run{number}", **way) == 0
+        runs.append(losses(f"run{number}"))
+    for run in runs[1:]:
+        assert run == pytest.approx(runs[0], abs=1e-5)
 
 
 def test_same_seed_same_losses_other_seed_others(train: Train) -> None:
@@ -65,61 +52,89 @@ def test_steps_read_one_step_later_leave_the_same_records(
     """As on a GPU, where a step's numbers are read when the next one is under way."""
     run = {"quant": "bf16", "max_steps": 5, "save_steps": 2, "grad_accum": 2, "batch_size": 2}
     assert train(output_dir="at_once", **run) == 0
-    log, logged = trainer.StepLog.on_log, []
+    rows: list[tuple[int, int]] = []  # a step, and the one that had been launched by then
+    add_row = trainer.StepLog.add_row
 
-    def on_log(
-        self: Any, args: Any, state: Any, control: Any, logs: Any = None, **more: Any
-    ) -> None:
-        if logs and "loss" in logs:
-            logged.append((state.global_step, self.trainer.state.global_step))
-            assert len(self.trainer._held) <= 1
-        log(self, args, state, control, logs, **more)
+    def noted(self: Any, step: Any) -> None:
+        rows.append((step.step, self.trainer.state.global_step))
+        add_row(self, step)
 
-    held: list[int] = []
-    hold = trainer.CountingTrainer._hold
-
-    def counted(self: Any, *args: Any) -> None:
-        hold(self, *args)
-        held.append(len(self._held))
-
-    monkeypatch.setattr(trainer.StepLog, "on_log", on_log)
-    monkeypatch.setattr(trainer.CountingTrainer, "_hold", counted)
-    monkeypatch.setattr(trainer.CountingTrainer, "_runs_ahead", True)
+    monkeypatch.setattr(trainer.StepLog, "add_row", noted)
+    monkeypatch.setattr(trainer, "_runs_ahead", lambda device: True)
     assert train(output_dir="later", **run) == 0
     # Steps 1 and 3 wait for the next; 2, 4 and 5 are saved or the last, so that all is read.
-    assert held == [1, 2, 1, 2, 1]
-    assert [step for step, _ in logged] == [1, 2, 3, 4, 5]
+    assert rows == [(1, 2), (2, 2), (3, 4), (4, 4), (5, 5)]
     timed = {"seconds", "tokens_per_second", "cpu_peak_rss_bytes"}
-    rows = [
+    logs = [
         [{k: v for k, v in row.items() if k not in timed} for row in steps(folder)]
         for folder in ("at_once", "later")
     ]
-    assert rows[0] == rows[1]
+    assert logs[0] == logs[1]
     states = [read(f"{folder}/trainer_state.json") for folder in ("at_once", "later")]
     for state in states:
         history = state["log_history"]
         assert [row["step"] for row in history] == [1, 2, 3, 4, 5, 5]
+        mean = sum(row["loss"] for row in history[:5]) / 5
+        assert history[-1]["train_loss"] == pytest.approx(mean, abs=1e-12)
         for name in ("train_runtime", "train_samples_per_second", "train_steps_per_second"):
             del history[-1][name]
     assert states[0]["log_history"] == states[1]["log_history"]
     assert states[0]["total_flos"] == states[1]["total_flos"] > 0
 
 
+# What `train.trainer` replaces, all of it public.
+HOOKS = {
+    transformers.Trainer: [
+        "train", "get_train_dataloader", "get_batch_samples", "training_step",
+        "floating_point_ops", "log",
+    ],
+    transformers.TrainerCallback: ["on_optimizer_step", "on_step_end", "on_save"],
+    accelerate.Accelerator: ["clip_grad_norm_"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("owner", HOOKS)
+def test_release_still_has_the_methods_that_are_replaced(owner: type) -> None:
+    assert [name for name in HOOKS[owner] if not hasattr(owner, name)] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["get_batch_samples", "training_step", "clip_grad_norm_", "on_optimizer_step", "on_step_end"],
+)
+def test_release_that_no_longer_calls_a_method_fails_the_run(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Without this a run would complete without the rows of its steps."""
+    if name == "clip_grad_norm_":
+        monkeypatch.setattr(
+            trainer.CountingTrainer, "_clip_gradients", lambda self, *args: self._clip(*args)
+        )
+    else:
+        owner = trainer.StepLog if name.startswith("on_") else trainer.CountingTrainer
+        monkeypatch.delattr(owner, name)
+    assert train(quant="bf16", output_dir="run", max_steps=2) == 3
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"transformers {transformers.__version__} " in line
+    missing = "training_logs.json lacks step 1 of 2" if name == "on_step_end" else "for step 1"
+    assert missing in line
+    assert read("run/training_summary.json")["status"] == "failed"
+
+
 def test_listed_modules_answer_as_before() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Dropout(0.5))
     model[1].eval()  # as a base model is when an adapter has been put around it
-    wanted = list(model.parameters())
-    with trainer._listed(model):
-        assert model.train() is model and model[1].training
-        assert model.train() is model
-        assert model.eval() is model and not model[1].training
-        assert model.train() is model and model[1].training
-        assert [a is b for a, b in zip(model.parameters(), wanted, strict=True)] == [True] * 2
+    parameters = list(model.parameters())
+    with trainer.listed_modules(model):
+        for mode in (True, True, False, True):
+            assert model.train(mode) is model
+            assert model[1].training is mode
+        assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
         assert list(model.parameters(recurse=False)) == []
-        wanted[0].grad = torch.ones(3, 2)
+        parameters[0].grad = torch.ones(3, 2)
         model.zero_grad()
-        assert wanted[0].grad is None
-    assert "train" not in vars(model) and "parameters" not in vars(model)
+        assert parameters[0].grad is None
+    assert not {"train", "parameters"} & set(vars(model))
 
 
 @pytest.mark.parametrize("kernels", ["auto", "none"])
@@ -142,22 +157,16 @@ def test_dropout_acts_and_checkpointing_is_on_in_training(
     assert all(a != b for a, b in zip(dropped[1:], plain[1:], strict=True))
 
 
-# --- the learning rate and the arguments ----------------------------------------------------------
-
-
-def test_linear_schedule_with_warm_up(train: Train) -> None:
-    assert train(quant="bf16", output_dir="run", lr_schedule="linear", warmup_ratio=0.5) == 0
-    rates = [row["learning_rate"] for row in steps("run")]
-    assert rates == pytest.approx([0.0, 0.005, 0.01, 0.005])
-
-
-def test_warm_up_of_a_constant_rate_is_not_silently_left_out(train: Train) -> None:
-    status = train(quant="bf16", output_dir="run", lr_schedule="constant", warmup_ratio=0.5)
-    if status == 0:
-        rates = [row["learning_rate"] for row in steps("run")]
-        assert rates == pytest.approx([0.0, 0.005, 0.01, 0.01])
-    else:
-        assert status == 2  # refusing the combination is right, too
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("linear", [0.0, 0.005, 0.01, 0.005]),
+        ("constant", [0.0, 0.005, 0.01, 0.01]),  # Trainer's own "constant" has no warm-up
+    ],
+)
+def test_learning_rate_with_warm_up(train: Train, schedule: str, rates: list[float]) -> None:
+    assert train(quant="bf16", output_dir="run", lr_schedule=schedule, warmup_ratio=0.5) == 0
+    assert [row["learning_rate"] for row in steps("run")] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize(
@@ -201,18 +210,15 @@ def test_arguments_of_the_published_recipe(tmp_path: Path) -> None:
         "bf16": True,
         "fp16": False,
         "seed": 0,
-        "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "report_to": [],
     }
-    found = {name: getattr(arguments, name) for name in stated}
-    assert {n: getattr(v, "value", v) for n, v in found.items()} == stated
+    values = {name: getattr(arguments, name) for name in stated}
+    assert {n: getattr(v, "value", v) for n, v in values.items()} == stated
 
 
 def test_every_optimizer_is_one_of_the_installed_transformers() -> None:
     from transformers.training_args import OptimizerNames
-
-    from qlora_harness.settings import setting_fields
 
     assert set(OPTIMIZERS) == set(setting_fields()["optimizer"][1].metadata["choices"])
     assert set(OPTIMIZERS.values()) <= {name.value for name in OptimizerNames}

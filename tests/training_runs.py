@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
 from qlora_harness.data.chat import ChatEncoder, Example
 from qlora_harness.data.corpus import TrainingData, load_training_data
@@ -36,8 +37,8 @@ def summary(run_dir: str | Path) -> dict[str, Any]:
 
 
 def steps(run_dir: str | Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = read(Path(run_dir) / "training_logs.json")["steps"]
-    return found
+    rows: list[dict[str, Any]] = read(Path(run_dir) / "training_logs.json")["steps"]
+    return rows
 
 
 def losses(run_dir: str | Path) -> list[float]:
@@ -54,14 +55,8 @@ def everything_in(folder: Path) -> dict[str, bytes]:
 
 def data_of(model: Path, rows: Path) -> TrainingData:
     encoder = ChatEncoder(load_tokenizer(find_base(str(model))), "guanaco", 96, "prompt")
-    return load_training_data(
-        encoder,
-        str(rows),
-        revision=None,
-        languages="en",
-        paths="best-path",
-        eval_fraction=0.25,
-    )
+    options = {"revision": None, "languages": "en", "paths": "best-path", "eval_fraction": 0.25}
+    return load_training_data(encoder, str(rows), **options)
 
 
 def base(model: Path, quant: str = "bf16") -> Any:
@@ -84,3 +79,50 @@ def loss_of(model: Any, examples: list[Example]) -> float:
         accelerator=Accelerator(cpu=True),
         autocast_dtype=None,
     ).loss
+
+
+# Run folders made by hand, for tests that only read them.
+
+CHECKPOINT_FILES = (
+    "adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt",
+    "rng_state.pth", "trainer_state.json",
+)  # fmt: skip
+
+
+def write_summary(run_dir: Path, status: str, settings: dict[str, Any]) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "schema_version": 1,
+        "kind": "training_summary",
+        "status": status,
+        "settings": json.loads(json.dumps(settings)),
+    }
+    if status == "completed":
+        record |= {
+            "data": {"train": {"fingerprint": "sha256:0"}, "dataset": "oasst1"},
+            "results": {"final_train_loss": 1.0},
+            "runtime": {"train_seconds": 1.0},
+            "throughput": {"tokens_per_second": 1.0},
+        }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "training_summary.json").write_text(json.dumps(record))
+    return record
+
+
+def change_summary(run_dir: Path, **keys: Any) -> None:
+    path = run_dir / "training_summary.json"
+    path.write_text(json.dumps(read(path) | keys))
+
+
+def write_checkpoint(run_dir: Path, step: int, without: str = "") -> Path:
+    folder = run_dir / "checkpoints" / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    save_file({"lora_A.weight": torch.ones(2, 3)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"r": 2, "peft_type": "LORA"}')
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": torch.arange(50)}, folder / name)
+    state = {"epoch": 1.0, "global_step": step, "max_steps": 8, "num_train_epochs": 1}
+    state |= {"total_flos": 0.0, "log_history": [{"loss": 1.0}], "stateful_callbacks": {}}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    if without:
+        (folder / without).unlink()
+    return folder

@@ -22,7 +22,7 @@ from qlora_harness.benchmark.record import TrainingBenchmark, TrainingMeasuremen
 from qlora_harness.data.chat import Example
 from qlora_harness.data.corpus import load_chosen_data
 from qlora_harness.errors import SettingsError, TrainingError
-from qlora_harness.fused.model import install, uninstall, why_not_fused
+from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import (
     BaseSource,
     find_base,
@@ -32,8 +32,7 @@ from qlora_harness.model.base import (
 )
 from qlora_harness.record import environment, write_json
 from qlora_harness.settings import Settings, build_settings
-from qlora_harness.train.adapter import attach_adapter
-from qlora_harness.train.arguments import training_arguments
+from qlora_harness.train.arguments import attach_adapter, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.memory import MemoryMeter
 from qlora_harness.train.trainer import CountingTrainer, StepLog
@@ -220,10 +219,11 @@ class _Bench:
     ) -> None:
         optimization = settings.optimization
         model = attach_adapter(self._base, settings)
-        fused = optimization.kernels == "auto" and why_not_fused(model) is None
+        decoder: FusedDecoder | None = None
+        if optimization.kernels == "auto" and FusedDecoder.reason_against(model) is None:
+            decoder = FusedDecoder.attach(model, optimization.checkpointing)
+        fused = decoder is not None
         try:
-            if fused:
-                install(model, optimization.checkpointing)
             with tempfile.TemporaryDirectory() as folder:
                 arguments = training_arguments(
                     optimization,
@@ -254,8 +254,8 @@ class _Bench:
                 measured, log.rows, warm_up, phase.peak_allocated_bytes, phase.peak_reserved_bytes
             )
         finally:
-            if fused:
-                uninstall(model)
+            if decoder is not None:
+                decoder.detach()
             elif optimization.checkpointing == "full":
                 # transformers 5.2x renames gradient_checkpointing to activation_checkpointing.
                 newer = hasattr(self._base, "activation_checkpointing_disable")

@@ -17,14 +17,7 @@ _FOLLOWING = ("double_quant", "quant", "seed")
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs of one kind.
-
-    Attributes:
-        name: For example NF4.
-        runs: One a seed.
-        quant: nf4, fp4, bf16 or another, if recorded.
-        tuned: Whether the runs have adapters.
-    """
+    """Runs that differ in their seed alone; `tuned` says that they have adapters."""
 
     name: str
     runs: tuple[Run, ...]
@@ -33,8 +26,19 @@ class Arm:
 
     @property
     def seeds(self) -> tuple[int | None, ...]:
-        """Of each run; None where it isn't recorded."""
+        """The seed of each run; None where it isn't recorded."""
         return tuple(None if run.training is None else run.training.seed for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of an arm and its baseline: those that answer the question, and further ones.
+
+    The first primary pair leads. Secondary pairs are the untrained bases, or what training gained.
+    """
+
+    primary: tuple[tuple[Arm, Arm], ...]
+    secondary: tuple[tuple[Arm, Arm], ...]
 
 
 def settings_of(run: Run) -> dict[str, object]:
@@ -47,29 +51,27 @@ def settings_of(run: Run) -> dict[str, object]:
 def group(runs: Sequence[Run], *, labelled: bool = False) -> list[Arm]:
     """Groups runs into arms, in the order of their first runs.
 
-    Args:
-        runs: The runs.
-        labelled: Whether the user named the runs, so that an arm of one run has its name.
+    `labelled` says that the user named the runs; an arm of one run then has the run's name.
     """
     groups: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
         key = _key(run)
         seeds = {r.training.seed for r in groups.get(key, []) if r.training is not None}
         if run.training is None or run.training.seed in seeds:
-            key = (*key, run.label)  # no further seed of an arm
+            key = (*key, run.label)  # not a further seed of the arm
         groups.setdefault(key, []).append(run)
     if len(groups) == 1:  # seeds of one arm, compared with each other
         groups = {(run.label,): [run] for run in runs}
     members = list(groups.values())
     names = _names(members, by_label=labelled)
     return [
-        Arm(name, tuple(sorted(group, key=_seed)), group[0].quant, group[0].tuned)
-        for name, group in zip(names, members, strict=True)
+        Arm(name, tuple(sorted(part, key=_seed)), part[0].quant, part[0].tuned)
+        for name, part in zip(names, members, strict=True)
     ]
 
 
 def _seed(run: Run) -> int:
-    """For the order of an arm's runs, so that those of two arms with the same seeds are pairs."""
+    """Orders an arm's runs, so that those of two arms with the same seeds are pairs."""
     return (run.training.seed if run.training is not None else None) or 0
 
 
@@ -83,7 +85,7 @@ def _key(run: Run) -> tuple[object, ...]:
 
 
 def _names(groups: Sequence[Sequence[Run]], *, by_label: bool) -> list[str]:
-    """The quantisation; beside it what tells two arms of the same apart."""
+    """The quantisation, and what tells two arms of the same quantisation apart."""
     names = []
     for group in groups:
         run = group[0]
@@ -91,47 +93,35 @@ def _names(groups: Sequence[Sequence[Run]], *, by_label: bool) -> list[str]:
         name = name if run.tuned or run.quant is None else f"{name} base"
         names.append(run.label if by_label and len(group) == 1 else name)
     for name in {name for name in names if names.count(name) > 1}:
-        places = [place for place, other in enumerate(names) if other == name]
-        settings = [settings_of(groups[place][0]) for place in places]
-        differing = [
-            key
-            for key in dict.fromkeys(key for item in settings for key in item)
-            if key not in _FOLLOWING and all(key in item for item in settings)
-            if len({repr(item[key]) for item in settings}) > 1
-        ]
-        for place, item in zip(places, settings, strict=True):
-            parts = [f"{key} {item.get(key)}" for key in differing[:2]]
-            names[place] = ", ".join([name, *parts]) if parts else groups[place][0].label
-        if len({names[place] for place in places}) < len(places):
-            for place in places:
-                names[place] = groups[place][0].label
+        rows = [row for row, other in enumerate(names) if other == name]
+        for row, part in zip(rows, _distinctions([groups[row][0] for row in rows]), strict=True):
+            names[row] = ", ".join([name, *part]) if part else groups[row][0].label
+        if len({names[row] for row in rows}) < len(rows):
+            for row in rows:
+                names[row] = groups[row][0].label
     return [
         f"{name} ({group[0].label})" if names.count(name) > 1 else name
         for name, group in zip(names, groups, strict=True)
     ]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Which arms are compared with which.
+def _distinctions(runs: Sequence[Run]) -> list[list[str]]:
+    """The first two settings in which runs differ, for each run."""
+    settings = [settings_of(run) for run in runs]
+    differing = [
+        key
+        for key in dict.fromkeys(key for item in settings for key in item)
+        if key not in _FOLLOWING and all(key in item for item in settings)
+        if len({repr(item[key]) for item in settings}) > 1
+    ]
+    return [[f"{key} {item[key]}" for key in differing[:2]] for item in settings]
 
-    Attributes:
-        primary: Arm and baseline of the question that is asked; the first pair leads.
-        secondary: Further pairs: the untrained bases, or what training gained.
-    """
 
-    primary: tuple[tuple[Arm, Arm], ...]
-    secondary: tuple[tuple[Arm, Arm], ...]
-
-
-def pair(arms: Sequence[Arm], baseline: str | None = None) -> Plan:
-    """Decides which arms are compared.
+def pair(arms: Sequence[Arm], baseline: str | None = None) -> Pairs:
+    """Decides which arms are compared; raises SettingsError if there is no such baseline.
 
     bf16 is the baseline wherever one arm is bf16: fine-tuned for fine-tuned arms, the base for
-    bases, and of several the one with the most settings in common. Else the first arm is.
-
-    Raises:
-        SettingsError: There is no such arm.
+    bases, and of several the one with the most settings in common. Otherwise the first arm is.
     """
     if baseline is not None:
         chosen = [a for a in arms if a.name == baseline]
@@ -139,17 +129,17 @@ def pair(arms: Sequence[Arm], baseline: str | None = None) -> Plan:
         if not chosen:
             names = ", ".join(arm.name for arm in arms)
             raise SettingsError(f"--baseline {baseline} is neither arm nor run", f"Arms: {names}")
-        return Plan(tuple((arm, chosen[0]) for arm in arms if arm is not chosen[0]), ())
-    stages = [[a for a in arms if a.tuned], [a for a in arms if not a.tuned]]
-    pairs = [_against_bf16(stage) for stage in stages]
-    primary, secondary = pairs if pairs[0] else (pairs[1], [])
+        return Pairs(tuple((arm, chosen[0]) for arm in arms if arm is not chosen[0]), ())
+    tuned, bases = [a for a in arms if a.tuned], [a for a in arms if not a.tuned]
+    primary, secondary = _against_bf16(tuned), _against_bf16(bases)
+    if not primary:
+        primary, secondary = secondary, []
     if not primary:
         primary = _against_bf16(list(arms))
     elif not secondary:
         # A base or an adapter without a partner: what training gained in its quantisation.
-        for tuned in stages[0]:
-            secondary += [(tuned, base) for base in stages[1] if base.quant == tuned.quant]
-    return Plan(tuple(primary), tuple(secondary))
+        secondary = [(arm, base) for arm in tuned for base in bases if base.quant == arm.quant]
+    return Pairs(tuple(primary), tuple(secondary))
 
 
 def _against_bf16(arms: list[Arm]) -> list[tuple[Arm, Arm]]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
-
-from pydantic import BaseModel
+from typing import TYPE_CHECKING, NoReturn
 
 from qlora_harness.compare.arms import Arm
+from qlora_harness.compare.record import Setting
 from qlora_harness.errors import ComparisonError
 from qlora_harness.results.runs import Run
 from qlora_harness.results.scored import DEFAULT_TASK, DEMO_TASK, Scored
@@ -26,37 +25,24 @@ _FOLLOWS = re.compile(
 _INTENDED = ("quant", "double_quant", "seed", "expanded_once")
 _NOTABLE_TIES = 0.001
 _SAME_QUESTIONS = "Score all runs with the same task, data folder and template"
-_INTERSECT = "--intersect to compare the questions that all answered"
+_INTERSECT = "--intersect to compare the questions that all runs answered"
 
 
-class Setting(BaseModel):
-    """One recorded setting."""
+def choose_task(runs: Sequence[Run], name: str | None) -> str | None:
+    """Returns the task to compare: the one named with --task, or else one that all runs have.
 
-    name: str
-    """Dotted name in the records."""
-    values: list[Any]
-    """In each run, null where it isn't recorded; one value where all agree."""
-
-
-def choose_task(runs: Sequence[Run], asked: str | None) -> str | None:
-    """Chooses the task to compare; None if no run was scored.
-
-    Args:
-        runs: The runs; those that were not scored don't take part, unless a task is asked for.
-        asked: The value of --task.
-
-    Raises:
-        ComparisonError: The task asked for isn't in every run, none is, or several are.
+    None if no run was scored; runs that were not scored take part only without --task. Raises
+    ComparisonError if a run lacks the named task, or if no task or several are common to all.
     """
-    if asked is not None:
+    if name is not None:
         for run in runs:
-            if asked not in run.scored:
-                _refuse_task(runs, f"--task {asked}: {run.path} has no such result")
-        return asked
+            if name not in run.scored:
+                _refuse_task(runs, f"--task {name}: {run.path} has no such result")
+        return name
     scored = [run for run in runs if run.scored]
     if not scored:
         return None
-    # Parts of a group are compared if they are asked for.
+    # Parts of a group are compared only when named.
     common = [task for task in scored[0].tasks if all(task in run.tasks for run in scored)]
     if DEFAULT_TASK in common:
         return DEFAULT_TASK
@@ -71,45 +57,35 @@ def choose_task(runs: Sequence[Run], asked: str | None) -> str | None:
 
 
 def _refuse_task(runs: Sequence[Run], problem: str) -> NoReturn:
-    held = "; ".join(f"{run.path}: {', '.join(run.tasks[:4]) or 'none'}" for run in runs[:4])
+    tasks = "; ".join(f"{run.path}: {', '.join(run.tasks[:4]) or 'none'}" for run in runs[:4])
     raise ComparisonError(
-        f"{problem} (scored tasks: {held})",
-        "Score every run with the same task, or name one that all have with --task",
+        f"{problem} (scored tasks: {tasks})",
+        "Score every run with the same task, or name one that all runs have with --task",
     )
 
 
 def check_substance(runs: Sequence[Run]) -> None:
-    """Checks that at least two runs hold the same sort of numbers.
-
-    Raises:
-        ComparisonError: One run was only trained and the other only scored.
-    """
+    """Raises ComparisonError unless two runs were trained or two were scored."""
     trained = sum(run.training is not None for run in runs)
     if trained < 2 and sum(bool(run.scored) for run in runs) < 2:
-        held = "; ".join(f"{r.path}: {'training' if r.training else 'scores'} only" for r in runs)
+        kinds = "; ".join(f"{r.path}: {'training' if r.training else 'scores'} only" for r in runs)
         raise ComparisonError(
-            f"the runs have no numbers of the same sort ({held})", "Score the trained run"
+            f"the runs have no numbers of the same kind ({kinds})", "Score the trained run"
         )
 
 
 def check_data(runs: Sequence[Run], allow_different: bool) -> list[str]:
-    """Checks that the runs were trained and evaluated on the same data.
+    """Checks that the runs trained here used the same data, and returns notes for the reader.
 
-    Returns notes for the reader; runs that were not trained here don't take part.
-
-    Raises:
-        ComparisonError: A fingerprint differs and that was not allowed.
+    Raises ComparisonError if a fingerprint differs and that was not allowed.
     """
     notes = []
     for part in ("train", "eval"):
-        prints = {}
-        for run in runs:
-            split = getattr(run.training.data, part) if run.training is not None else None
-            if split is not None and split.fingerprint is not None:
-                prints[run.label] = _short(split.fingerprint)
+        splits = {r.label: getattr(r.training.data, part) for r in runs if r.training is not None}
+        prints = {label: s.fingerprint for label, s in splits.items() if s and s.fingerprint}
         if len(set(prints.values())) < 2:
             continue
-        values = ", ".join(f"{label} {value}" for label, value in prints.items())
+        values = ", ".join(f"{label} {_short_hash(value)}" for label, value in prints.items())
         if not allow_different:
             raise ComparisonError(
                 f"different data: data.{part}.fingerprint is {values}",
@@ -120,22 +96,19 @@ def check_data(runs: Sequence[Run], allow_different: bool) -> list[str]:
 
 
 def check_limit(scored: Mapping[str, Scored], allow: bool, intersect: bool) -> list[str]:
-    """Checks that no run answered only a part of the questions.
+    """Checks that every run answered all questions, and returns notes for the reader.
 
-    Returns notes for the reader.
-
-    Raises:
-        ComparisonError: A run was limited and that was not allowed, or the limits differ.
+    Raises ComparisonError if a run was limited and that was not allowed, or if the limits differ.
     """
-    limited = {label: item for label, item in scored.items() if item.limited}
+    limited = [(label, item) for label, item in scored.items() if item.limited]
     if not limited:
         return []
-    label, item = next(iter(limited.items()))
+    label, item = limited[0]
     part = f"{item.n:,} of {item.n_total:,} questions of {item.task}"
     if not allow and not intersect:
         raise ComparisonError(
             f"{label} answered only {part} (--limit or single subjects; {item.path})",
-            "Score all questions, or pass --allow-limit where all runs have the same limit, or "
+            "Score all questions, or pass --allow-limit if all runs have the same limit, or "
             f"{_INTERSECT}",
         )
     if not intersect and len({(other.n, other.n_total) for other in scored.values()}) > 1:
@@ -144,58 +117,33 @@ def check_limit(scored: Mapping[str, Scored], allow: bool, intersect: bool) -> l
             f"the runs have different limits: {counts}",
             f"Score all runs with the same --limit, or pass {_INTERSECT}",
         )
-    return [f"Only {part} were asked: this is not a result on {item.task}."]
+    return [f"Only {part} were answered: this is not a result on {item.task}."]
 
 
 def check_results(
     scored: Mapping[str, Scored], paired: Sequence[str], intersect: bool
 ) -> list[str]:
-    """Checks what results say of the questions beside the answers themselves.
+    """Checks what results record of their questions, and returns notes for the reader.
 
-    Answers of the runs in `paired` are known, and so are checked one by one. Returns notes for the
-    reader.
-
-    Raises:
-        ComparisonError: Metric, version, shots, prompts or numbers of questions differ.
+    `paired` names the runs whose answers are known and so are checked one by one. Raises
+    ComparisonError if metric, version, shots, prompts or numbers of questions differ.
     """
-    labels = list(scored)
-    notes = []
+    labels, notes = list(scored), []
     for label in labels[1:]:
-        one, other = scored[labels[0]], scored[label]
-        both = f"{labels[0]} and {label}"
-        if (one.metric, one.filter) != (other.metric, other.filter):
-            raise ComparisonError(
-                f"{both} have different metrics of {one.task}: {one.metric},{one.filter} and "
-                f"{other.metric},{other.filter}",
-                "Choose one that both have with --metric",
-            )
-        for what in one.versions.keys() & other.versions.keys():
-            if one.versions[what] != other.versions[what]:
-                raise ComparisonError(
-                    f"{both} answered different questions: {what}: {one.versions[what]} and "
-                    f"{other.versions[what]}",
-                    _SAME_QUESTIONS,
-                )
-        if one.higher_is_better != other.higher_is_better:
-            raise ComparisonError(
-                f"{both} disagree on higher_is_better of {one.metric}", _SAME_QUESTIONS
-            )
-        hashes = one.prompts_sha256, other.prompts_sha256
-        if None not in hashes and hashes[0] != hashes[1] and not intersect:
-            raise ComparisonError(
-                f"{both} answered different questions: prompts_sha256 is {_short(str(hashes[0]))} "
-                f"and {_short(str(hashes[1]))}",
-                _SAME_QUESTIONS,
-            )
-        if labels[0] in paired and label in paired:
+        first = labels[0]
+        both = f"{first} and {label}"
+        _check_same_task(both, scored[first], scored[label], intersect)
+        if first in paired and label in paired:
             continue
         if intersect:
             raise ComparisonError(
                 f"--intersect: which questions {both} answered is not recorded",
                 "Score again with lm_eval --log_samples",
             )
-        sizes = [{name: part.n for name, part in s.subjects.items()} for s in (one, other)]
-        if sizes[0] != sizes[1]:
+        one, other = (
+            {name: part.n for name, part in scored[run].subjects.items()} for run in (first, label)
+        )
+        if one != other:
             raise ComparisonError(
                 f"{both} answered different questions: their subjects differ in number or size",
                 f"{_SAME_QUESTIONS}; with logged samples of both, --intersect compares a part",
@@ -206,11 +154,36 @@ def check_results(
     return notes
 
 
-def differing(runs: Sequence[Run], task: str | None) -> tuple[list[Setting], list[Setting]]:
-    """Compares every recorded setting of the runs.
+def _check_same_task(both: str, one: Scored, other: Scored, intersect: bool) -> None:
+    facts: dict[str, tuple[object, object]] = {
+        what: (one.versions[what], other.versions[what])
+        for what in one.versions
+        if what in other.versions
+    }
+    facts["higher_is_better"] = (one.higher_is_better, other.higher_is_better)
+    if one.prompts_sha256 and other.prompts_sha256 and not intersect:
+        facts["prompts_sha256"] = (
+            _short_hash(one.prompts_sha256),
+            _short_hash(other.prompts_sha256),
+        )
+    if (one.metric, one.filter) != (other.metric, other.filter):
+        raise ComparisonError(
+            f"{both} have different metrics of {one.task}: {one.metric},{one.filter} and "
+            f"{other.metric},{other.filter}",
+            "Choose one that both have with --metric",
+        )
+    for what, values in facts.items():
+        if values[0] != values[1]:
+            raise ComparisonError(
+                f"{both} answered different questions: {what} is {values[0]} and {values[1]}",
+                _SAME_QUESTIONS,
+            )
 
-    Returns:
-        Settings that differ, without those that only follow from others, and those that agree.
+
+def differing(runs: Sequence[Run], task: str | None) -> tuple[list[Setting], list[Setting]]:
+    """Returns the recorded settings that differ between runs, and those that agree.
+
+    Settings that only follow from others are left out of those that differ.
     """
     conditions = [run.conditions(task) for run in runs]
     parts = [{name.partition(".")[0] for name in one} for one in conditions]
@@ -218,17 +191,17 @@ def differing(runs: Sequence[Run], task: str | None) -> tuple[list[Setting], lis
     same: list[Setting] = []
     seen: set[str] = set()
     for name in dict.fromkeys(name for one in conditions for name in one):
-        holders = [
+        recorded = [
             one.get(name)
             for one, known in zip(conditions, parts, strict=True)
             if name.partition(".")[0] in known
         ]
-        if all(value == holders[0] for value in holders):
-            if holders[0] is not None and len(holders) > 1:
-                same.append(Setting(name=name, values=holders[:1]))
+        if all(value == recorded[0] for value in recorded):
+            if recorded[0] is not None and len(recorded) > 1:
+                same.append(Setting(name=name, values=recorded[:1]))
             continue
         values = [one.get(name) for one in conditions]
-        # The records hold `quant` and others in several places.
+        # The records repeat `quant` and others in several sections.
         echo = repr((name.rpartition(".")[2], values))
         if echo not in seen and not _FOLLOWS.search(name):
             different.append(Setting(name=name, values=values))
@@ -237,7 +210,7 @@ def differing(runs: Sequence[Run], task: str | None) -> tuple[list[Setting], lis
 
 
 def besides_quantisation(arms: Sequence[Arm], task: str | None) -> list[str]:
-    """Returns in short what differs between arms but for quantisation and seed."""
+    """Returns short names of what differs between arms besides quantisation and seed."""
     different, _ = differing([run for arm in arms for run in arm.runs], task)
     names = [_short_name(setting.name.split(".")) for setting in different]
     seeds = [set(arm.seeds) - {None} for arm in arms if arm.tuned]
@@ -260,33 +233,15 @@ def notes_on(
     """Returns what a reader has to know about the runs before quoting numbers."""
     notes = []
     for run in runs:
-        training, scored = run.training, run.scored.get(str(task))
-        said = []
-        if training is not None:
-            if training.status == "interrupted":
-                said.append("training was interrupted: its numbers are those up to that step")
-            if training.memory.device_type == "cpu":
-                said.append("trained on the CPU: not a GPU measurement")
-            elif training.memory.peak_needed_bytes is None or _unmeasured_pages(run):
-                said.append("the managed memory of its paged optimizer is not in its peak")
+        remarks = _notes_on_training(run)
         if run.random_weights:
-            said.append("random weights: loss and accuracy say nothing")
+            remarks.append("random weights: loss and accuracy say nothing")
         if run.unquantised_share > NOTABLE_SHARE:
-            said.append(
-                f"{100 * run.unquantised_share:.0f}% of the weights of its layers stay in 16 bits"
-            )
-        if scored is not None:
-            said += scored.notes
-            frame = answers.get(run.label)
-            shared = 0.0 if frame is None else float((frame["credit"] - frame["score"]).mean())
-            if abs(shared) > _NOTABLE_TIES:
-                said.append(
-                    f"{scored.metric} as recorded, with the first of tied choices, is "
-                    f"{100 * scored.value:.2f}%; here they share the credit ({100 * shared:+.2f})"
-                )
-            if scored.truncated:
-                said.append(f"{scored.truncated:,} prompts were truncated to fit the model")
-        notes += [f"{run.label}: {note}." for note in said]
+            percent = f"{100 * run.unquantised_share:.0f}%"
+            remarks.append(f"{percent} of the weights of its layers stay in 16 bits")
+        if task in run.scored:
+            remarks += _notes_on_scores(run.scored[str(task)], answers.get(run.label))
+        notes += [f"{run.label}: {remark}." for remark in remarks]
     demo = any(r.training is not None and r.training.data.dataset == "demo" for r in runs)
     if task == DEMO_TASK or demo:
         notes.append("The embedded demo set is small and made for this project: not a benchmark.")
@@ -296,13 +251,35 @@ def notes_on(
     return notes
 
 
-def _unmeasured_pages(run: Run) -> bool:
-    assert run.training is not None
-    paged = str(run.training.settings.get("optimizer")).startswith("paged")
-    return paged and run.training.memory.peak_managed_bytes is None
+def _notes_on_training(run: Run) -> list[str]:
+    training, notes = run.training, []
+    if training is None:
+        return []
+    if training.status == "interrupted":
+        notes.append("training was interrupted: its numbers are those up to that step")
+    paged = str(training.settings.get("optimizer")).startswith("paged")
+    unmeasured = paged and training.memory.peak_managed_bytes is None
+    if training.memory.device_type == "cpu":
+        notes.append("trained on the CPU: not a GPU measurement")
+    elif training.memory.peak_needed_bytes is None or unmeasured:
+        notes.append("its peak memory leaves out the managed memory of its paged optimizer")
+    return notes
 
 
-def _short(digest: str) -> str:
+def _notes_on_scores(scored: Scored, frame: pd.DataFrame | None) -> list[str]:
+    notes = list(scored.notes)
+    shared = 0.0 if frame is None else float((frame["credit"] - frame["score"]).mean())
+    if abs(shared) > _NOTABLE_TIES:
+        notes.append(
+            f"{scored.metric} as recorded counts the first of tied choices "
+            f"({100 * scored.value:.2f}%); here ties share the credit ({100 * shared:+.2f})"
+        )
+    if scored.truncated:
+        notes.append(f"{scored.truncated:,} prompts were truncated to fit the model")
+    return notes
+
+
+def _short_hash(digest: str) -> str:
     """The beginning of a hash, long enough to tell two apart."""
     kind, _, digits = digest.rpartition(":")
     return f"{kind}:{digits[:12]}" if kind else digits[:12]

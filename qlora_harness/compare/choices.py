@@ -1,22 +1,27 @@
 """What log-probabilities of choices say, question by question.
 
 `logprobs` are in nats, [n, choices], NaN where a question has no such choice; `shares` are the
-probabilities of the choices among each other, [n, choices], 0 there; `answer` is the place of the
-right choice, [n].
+probabilities of the choices among each other, [n, choices], 0 there; `answer` is the position of
+the right choice, [n].
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from scipy.special import softmax
+
+from qlora_harness.results.answers import logprobs_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
-    Places = NDArray[np.integer]
+    Positions = NDArray[np.integer]
 
 _BINS = 15  # of the calibration error, of equal width (Guo et al. 2017)
 _SMALLEST = 1e-300  # floor under probabilities, so that logarithms stay finite
@@ -24,22 +29,19 @@ _SMALLEST = 1e-300  # floor under probabilities, so that logarithms stay finite
 
 def probabilities(logprobs: Floats) -> Floats:
     """Returns the shares, [n, choices]."""
-    found: Floats = softmax(np.where(np.isnan(logprobs), -np.inf, logprobs), axis=1)
-    return found
+    return np.asarray(softmax(np.where(np.isnan(logprobs), -np.inf, logprobs), axis=1))
 
 
-def nll_of(shares: Floats, answer: Places) -> Floats:
+def nll_of(shares: Floats, answer: Positions) -> Floats:
     """Returns the negative log-probability of the right choice, nats, [n]."""
-    found: Floats = -np.log(np.maximum(shares[np.arange(len(shares)), answer], _SMALLEST))
-    return found
+    return np.asarray(-np.log(np.maximum(shares[np.arange(len(shares)), answer], _SMALLEST)))
 
 
-def brier_of(shares: Floats, answer: Places) -> Floats:
+def brier_of(shares: Floats, answer: Positions) -> Floats:
     """Returns the sum over choices of (probability - 1 or 0)², [n]."""
     right = np.zeros_like(shares)
     right[np.arange(len(shares)), answer] = 1
-    found: Floats = ((shares - right) ** 2).sum(axis=1)
-    return found
+    return np.asarray(((shares - right) ** 2).sum(axis=1))
 
 
 def divergence(reference: Floats, other: Floats) -> float:
@@ -48,7 +50,7 @@ def divergence(reference: Floats, other: Floats) -> float:
     return float((reference * ratio).sum(axis=1).mean())
 
 
-def calibration_error(shares: Floats, answer: Places) -> float:
+def calibration_error(shares: Floats, answer: Positions) -> float:
     """Returns the expected calibration error over 15 bins of equal width."""
     confidence, right = shares.max(axis=1), shares.argmax(axis=1) == answer
     bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
@@ -59,11 +61,10 @@ def calibration_error(shares: Floats, answer: Places) -> float:
 def best_choices(logprobs: Floats) -> Floats:
     """Returns 1 for the best choice and 0 for others; k tied best have 1/k each, [n, choices]."""
     tied = logprobs == np.nanmax(logprobs, axis=1, keepdims=True)
-    found: Floats = tied / tied.sum(axis=1, keepdims=True)
-    return found
+    return np.asarray(tied / tied.sum(axis=1, keepdims=True))
 
 
-def letter_centred(logprobs: Floats, answer: Places) -> Floats:
+def letter_centred(logprobs: Floats, answer: Positions) -> Floats:
     """Returns values, [n], whose mean is the accuracy without a preference for letters.
 
     Each letter's log-probability is taken less its mean over the questions, and the accuracy of
@@ -75,7 +76,56 @@ def letter_centred(logprobs: Floats, answer: Places) -> Floats:
     chosen_share = chosen.mean(axis=0)
     right_share = np.bincount(answer, minlength=chosen.shape[1]) / len(answer)
     credit = chosen[np.arange(len(answer)), answer]
-    found: Floats = (
+    return np.asarray(
         credit - chosen @ right_share - chosen_share[answer] + chosen_share @ right_share
     )
-    return found
+
+
+class RunAnswers:
+    """The answers of one run as arrays over questions, each computed once."""
+
+    def __init__(self, frame: pd.DataFrame) -> None:
+        self.frame = frame
+        self.logprobs = logprobs_of(frame)
+        self.answer = frame["answer"].to_numpy()
+        self.credit: Floats = frame["credit"].to_numpy()
+        self.score: Floats = frame["score"].to_numpy()
+        self.has_choices = self.logprobs.shape[1] > 0
+        self.alike = self.has_choices and bool(np.isfinite(self.logprobs).all())
+        """Whether all questions have the same number of choices."""
+
+    @cached_property
+    def subjects(self) -> NDArray[np.intp]:
+        """The number of each question's subject, in alphabetical order."""
+        codes: NDArray[np.intp] = pd.factorize(self.frame["subject"].astype(str), sort=True)[0]
+        return codes
+
+    @cached_property
+    def shares(self) -> Floats:
+        """The probabilities of the choices."""
+        return probabilities(self.logprobs)
+
+    @cached_property
+    def nll(self) -> Floats:
+        """The NLL of the right choice, nats."""
+        return nll_of(self.shares, self.answer)
+
+    @cached_property
+    def brier(self) -> Floats:
+        """The Brier score."""
+        return brier_of(self.shares, self.answer)
+
+    @cached_property
+    def best(self) -> Floats:
+        """The best choices, ties shared."""
+        return best_choices(self.logprobs)
+
+    @cached_property
+    def centred(self) -> Floats:
+        """The letter-centred values."""
+        return letter_centred(self.logprobs, self.answer)
+
+
+def stacked(runs: Sequence[RunAnswers], name: str) -> Floats:
+    """Returns one of the arrays of runs, [runs, n]."""
+    return np.array([getattr(run, name) for run in runs])

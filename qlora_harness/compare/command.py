@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from qlora_harness.errors import ResultsError, SettingsError, printable
@@ -23,7 +24,8 @@ _MARKS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `compare`."""
-    parser.add_argument(
+    add, switch = parser.add_argument, partial(parser.add_argument, action="store_true")
+    add(
         "runs",
         nargs="*",
         type=Path,
@@ -31,76 +33,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="two or more runs: a folder such as results/4bit, a results_*.json of lm_eval, or a "
         "folder that holds one; runs that differ in their seed alone are one arm",
     )
-    parser.add_argument(
-        "--details", action="store_true", help="print all tables, too, 120 columns wide"
+    switch("--details", help="also print all tables, 120 columns wide")
+    task = (
+        f"the task to compare, of any that lm_eval has (default: {DEFAULT_TASK} if all runs have "
+        "it, else the only one they have in common)"
     )
-    parser.add_argument(
-        "--task",
-        metavar="NAME",
-        help=f"the task to compare, of any that lm_eval has (default: {DEFAULT_TASK} if all runs "
-        "have it, else the only one they have in common)",
-    )
-    parser.add_argument(
-        "--metric",
-        metavar="NAME[,FILTER]",
-        help="of that task, for example acc_norm or exact_match,flexible-extract",
-    )
-    parser.add_argument("--labels", metavar="A,B,…", help="names of the runs, separated by commas")
-    parser.add_argument(
-        "--baseline",
-        metavar="NAME",
-        help="the arm or run that the others are compared with (default: bf16, else the first)",
-    )
-    parser.add_argument(
-        "--margin",
-        type=float,
-        default=1.0,
-        metavar="POINTS",
-        help="accuracies within ± this many percentage points count as equal (default %(default)g)",
-    )
-    parser.add_argument(
-        "--allow-limit",
-        action="store_true",
-        help="compare runs scored with --limit, if all have the same limit and questions",
-    )
-    parser.add_argument(
-        "--intersect",
-        action="store_true",
-        help="compare only the questions that all runs answered; what is left out is counted",
-    )
-    parser.add_argument(
-        "--allow-different-data",
-        action="store_true",
-        help="compare runs trained on different data; a note says so",
-    )
-    for flag, name in (("--markdown", MARKDOWN_FILE), ("--json", JSON_FILE)):
-        parser.add_argument(
-            flag, type=Path, metavar="FILE", help=f"default: {name} beside the runs"
-        )
-    parser.add_argument(
-        "--html",
-        type=Path,
-        metavar="FILE",
-        help="also write a self-contained HTML page with figures to this file (about 5 MB)",
-    )
+    add("--task", metavar="NAME", help=task)
+    metric = "metric of that task, for example acc_norm or exact_match,flexible-extract"
+    add("--metric", metavar="NAME[,FILTER]", help=metric)
+    add("--labels", metavar="A,B,…", help="names of the runs, separated by commas")
+    baseline = "the arm or run that the others are compared with (default: bf16, else the first)"
+    add("--baseline", metavar="NAME", help=baseline)
+    margin = "accuracies within ± this many percentage points count as equal (default %(default)g)"
+    add("--margin", type=float, default=1.0, metavar="POINTS", help=margin)
+    limit = "compare runs scored with --limit, if all have the same limit and questions"
+    switch("--allow-limit", help=limit)
+    intersect = "compare only the questions that all runs answered, and count those left out"
+    switch("--intersect", help=intersect)
+    different = "compare runs trained on different data; a note says so"
+    switch("--allow-different-data", help=different)
+    for flag, text in (
+        ("--markdown", f"default: {MARKDOWN_FILE} beside the runs"),
+        ("--json", f"default: {JSON_FILE} beside the runs"),
+        ("--html", "also write a self-contained HTML page with figures (about 5 MB)"),
+    ):
+        add(flag, type=Path, metavar="FILE", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compares the runs, writes the comparison as Markdown and JSON, and prints the answer.
 
-    Returns:
-        The exit status, 0.
-
-    Raises:
-        SettingsError: A flag has an unusable value.
-        ResultsError: A file is unreadable, or an output file can't be written.
-        ComparisonError: The runs can't be compared; nothing is written.
+    Returns the exit status, 0. Raises SettingsError for an unusable flag, ResultsError if a file
+    can't be read or written, and ComparisonError, with nothing written, if the runs can't be
+    compared.
     """
     if not 0 < args.margin < 100:
         raise SettingsError(
             f"--margin {args.margin:g}", "Give percentage points, above 0 and below 100"
         )
-    folder = common_folder(args.runs)
+    folder = _common_folder(args.runs)
     outputs = {
         "--markdown": args.markdown or folder / MARKDOWN_FILE,
         "--json": args.json or folder / JSON_FILE,
@@ -124,8 +95,10 @@ def run(args: argparse.Namespace) -> int:
         allow_different_data=args.allow_different_data,
         intersect=args.intersect,
     )
-    markdown = printable(text.markdown(comparison), keep="\n")
-    texts = {"--markdown": markdown, "--json": comparison.model_dump_json(indent=1) + "\n"}
+    texts = {
+        "--markdown": printable(text.markdown(comparison), keep="\n"),
+        "--json": comparison.model_dump_json(indent=1) + "\n",
+    }
     if args.html is not None:
         texts["--html"] = page.to_html(comparison)
     # Written before anything is printed: a reader that closes the pipe early loses no file.
@@ -144,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def common_folder(paths: Sequence[Path]) -> Path:
+def _common_folder(paths: Sequence[Path]) -> Path:
     """Returns the folder in which the runs lie; the working directory if that is only "/"."""
     if not paths:
         return Path()
@@ -161,11 +134,9 @@ def _check_outputs(outputs: dict[str, Path]) -> None:
     """Refuses two outputs in one file, and to overwrite anything but an earlier comparison."""
     taken: dict[Path, str] = {}
     for flag, path in outputs.items():
-        if path.resolve() in taken:
-            raise SettingsError(
-                f"{taken[path.resolve()]} and {flag} are both {path}", "Name two files"
-            )
-        taken[path.resolve()] = flag
+        other = taken.setdefault(path.resolve(), flag)
+        if other != flag:
+            raise SettingsError(f"{other} and {flag} are both {path}", "Name two files")
         if path.exists() and not _is_ours(path, _MARKS[flag]):
             raise SettingsError(
                 f"{flag} {path} exists and was not written by qlora-harness compare",

@@ -1,120 +1,36 @@
-"""`compare`: from the paths of runs to a Comparison, which every renderer reads."""
+"""`compare`: from the paths of runs to a Comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, PrivateAttr
 
-from qlora_harness.compare import checks
-from qlora_harness.compare.arms import Arm, group, pair
-from qlora_harness.compare.contrast import Contrast, contrast, interaction
-from qlora_harness.compare.scores import Chance, chance
+from qlora_harness.compare import checks, page, text
+from qlora_harness.compare.arms import group, pair
+from qlora_harness.compare.choices import RunAnswers
+from qlora_harness.compare.contrast import answers_of, contrast, effects
+from qlora_harness.compare.record import ComparisonRecord, RunInfo, Setting, Source
+from qlora_harness.compare.scores import chance
+from qlora_harness.compare.verdict import verdict
 from qlora_harness.errors import ComparisonError, SettingsError
 from qlora_harness.record import now, scrub, scrub_all
-from qlora_harness.results.answers import align
+from qlora_harness.results.answers import align, read_answers
 from qlora_harness.results.runs import Run, default_labels, load_run
+from qlora_harness.results.scored import Scored
 
 DEFAULT_MARGIN = 0.01
 
 
-class RunInfo(BaseModel):
-    """One run, in short."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    label: str
-    """Its name."""
-    path: str
-    """As named, without the home folder."""
-    arm: str
-    """The arm that it belongs to."""
-    seed: int | None
-    """Of its training."""
-    model: str | None
-    """Base model."""
-    quant: str | None
-    """nf4, fp4, bf16 or another."""
-    device: str | None
-    """That it was trained on."""
-    status: str | None
-    """Of its training."""
-    peak_bytes: float | None
-    """Peak memory."""
-    train_seconds: float | None
-    """Training time."""
-    eval_loss: float | None
-    """Nats per token."""
-    perplexity: float | None
-    """exp(eval_loss)."""
-    value: float | None
-    """The metric as recorded."""
-    stderr: float | None
-    """Its standard error as recorded."""
-    answers: bool
-    """Whether its answers are known question by question."""
-
-
-class Comparison(BaseModel):
-    """What `compare` found; comparison.json holds exactly this."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
-    schema_version: Literal[2] = 2
-    """Of this record."""
-    kind: Literal["comparison"] = "comparison"
-    """What the file is."""
-    created: str
-    """ISO 8601."""
-    task: str | None
-    """What was scored."""
-    metric: str | None
-    """And how."""
-    questions: int | None
-    """Compared questions."""
-    dropped: dict[str, int]
-    """With --intersect, questions of each run that others had not answered."""
-    model: str | None
-    """The base model, where all runs have one."""
-    dataset: str | None
-    """The training data, where all runs have one."""
-    margin: float
-    """Of equivalence, a share of the questions."""
-    runs: list[RunInfo]
-    """In the order given."""
-    arms: list[str]
-    """Names."""
-    contrasts: list[Contrast]
-    """Primary ones first."""
-    effects: list[Contrast] = []
-    """Base and adapter in 4 and 16 bits: what training gains, and the interaction."""
-    chance: list[Chance]
-    """One an arm."""
-    besides: list[str]
-    """What differs besides quantisation and seed."""
-    different: list[checks.Setting]
-    """Recorded settings that differ."""
-    same: list[checks.Setting]
-    """Recorded settings that agree."""
-    notes: list[str]
-    """What a reader has to know."""
-
-    _runs: list[Run] = PrivateAttr(default_factory=list)
-    _answers: dict[str, pd.DataFrame] = PrivateAttr(default_factory=dict)
-
-    @property
-    def primary(self) -> list[Contrast]:
-        """The contrasts that answer the question."""
-        return [item for item in self.contrasts if item.primary]
+class Comparison(ComparisonRecord):
+    """What `compare` computed; print it, or let a notebook show it."""
 
     @property
     def verdict(self) -> str:
         """The answer in sentences."""
-        from qlora_harness.compare.verdict import verdict
-
         return verdict(self)
 
     def to_frame(self) -> pd.DataFrame:
@@ -132,20 +48,16 @@ class Comparison(BaseModel):
         info = {run.label: run for run in self.runs}
         parts = [
             frame.assign(run=label, arm=info[label].arm, seed=info[label].seed, task=self.task)
-            for label, frame in self._answers.items()
+            for label, frame in self.source.frames.items()
         ]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
     def __str__(self) -> str:
         """Returns the answer as the terminal shows it."""
-        from qlora_harness.compare.text import answer
-
-        return answer(self)
+        return text.answer(self)
 
     def _repr_html_(self) -> str:
-        from qlora_harness.compare.page import head
-
-        return head(self)
+        return page.head(self)
 
 
 def compare(
@@ -167,14 +79,14 @@ def compare(
         labels: Their names; by default as much of the path as tells them apart.
         baseline: Arm or run that all others are compared with; by default bf16.
         task: By default mmlu_qlora_5shot, or the only task that all have.
-        metric: Of other tasks, for example "acc_norm" or "exact_match,flexible-extract".
-        margin: Within which accuracies count as the same, a share of the questions.
+        metric: Metric of other tasks, for example "acc_norm" or "exact_match,flexible-extract".
+        margin: Accuracies within this share of the questions count as the same.
         allow_limit: Whether runs with the same --limit may be compared.
         allow_different_data: Whether runs on different data may be compared.
         intersect: Whether only the questions that all runs answered are compared.
 
     Raises:
-        SettingsError: The labels don't fit the runs, or the baseline is none of them.
+        SettingsError: The labels don't fit the runs, or there is no such baseline.
         ResultsError: A file is unreadable, foreign, incomplete or contradicts another one.
         ComparisonError: The runs were not made under conditions that allow a comparison.
 
@@ -185,44 +97,30 @@ def compare(
         >>> result.contrasts[0]["eval_loss"].word
         'worse'
     """
-    paths = [Path(run) for run in runs]
-    _check_paths(paths)
     if not 0 < margin < 1:
         raise SettingsError(f"margin {margin:g}", "Give a share above 0 and below 1")
-    names = default_labels(paths) if labels is None else _checked_labels(labels, len(paths))
-    # A folder's name may hold any byte.
-    names = [" ".join(name.encode(errors="backslashreplace").decode().split()) for name in names]
-    loaded = [load_run(p, label=n, metric=metric) for p, n in zip(paths, names, strict=True)]
+    loaded = _load([Path(run) for run in runs], labels, metric)
     checks.check_substance(loaded)
     notes = checks.check_data(loaded, allow_different_data)
     task = checks.choose_task(loaded, task)
     loaded = [run.on(task) for run in loaded]
-    _check_sources(loaded)
-    scored = {run.label: run.scored[task] for run in loaded if task in run.scored} if task else {}
+    scored = _results(loaded, task)
     notes += checks.check_limit(scored, allow_limit, intersect)
-    frames = {}
-    for run in loaded:
-        if run.label in scored and (frame := run.answers(str(task))) is not None:
-            frames[run.label] = frame
-    notes += checks.check_results(scored, list(frames), intersect)
-    dropped: dict[str, int] = {}
-    if len(frames) > 1:
-        frames, dropped = align(frames, intersect=intersect)
-    if any(dropped.values()):
-        counts = ", ".join(f"{count:,} of {label}" for label, count in dropped.items() if count)
-        notes.append(f"Compared on the questions that all answered; left out: {counts}.")
+    frames, dropped = _answers(scored, intersect, notes)
     arms = group(loaded, labelled=labels is not None)
-    plan = pair(arms, baseline)
+    pairs = pair(arms, baseline)
+    answers = {label: RunAnswers(frame) for label, frame in frames.items()}
     contrasts = [
-        contrast(a, b, frames, task, margin=margin, tests=len(plan.primary), primary=primary)
-        for pairs, primary in ((plan.primary, True), (plan.secondary, False))
-        for a, b in pairs
+        contrast(a, b, answers, task, margin=margin, tests=len(pairs.primary), primary=primary)
+        for part, primary in ((pairs.primary, True), (pairs.secondary, False))
+        for a, b in part
     ]
     arm_of = {run.label: arm.name for arm in arms for run in arm.runs}
     different, same = checks.differing(loaded, task)
-    leading = [arm for arm in arms if any(arm in p for p in plan.primary)]
+    leading = [arm for arm in arms if any(arm in both for both in pairs.primary)]
     first = next(iter(scored.values()), None)
     sizes = [len(frame) for frame in frames.values()] or [s.n for s in scored.values()]
+    chances = [chance(arm.name, answers_of(arm, answers)) for arm in arms]
     comparison = Comparison(
         created=now(),
         task=task,
@@ -235,53 +133,64 @@ def compare(
         runs=[_info(run, arm_of[run.label], task, run.label in frames) for run in loaded],
         arms=[arm.name for arm in arms],
         contrasts=contrasts,
-        effects=_effects(arms, frames, task, margin),
-        chance=_chances(arms, frames),
+        effects=effects(arms, answers, task, margin),
+        chance=[result for result in chances if result is not None],
         besides=checks.besides_quantisation(leading, task),
-        different=[checks.Setting(**scrub_all(item.model_dump())) for item in different],
-        same=[checks.Setting(**scrub_all(item.model_dump())) for item in same],
+        different=[Setting(**scrub_all(item.model_dump())) for item in different],
+        same=[Setting(**scrub_all(item.model_dump())) for item in same],
         notes=[scrub(note) for note in [*notes, *checks.notes_on(loaded, task, frames)]],
     )
-    comparison._runs, comparison._answers = loaded, frames
+    comparison.attach(Source(loaded, frames))
     return comparison
 
 
-def _check_paths(paths: Sequence[Path]) -> None:
+def _load(paths: list[Path], labels: Sequence[str] | None, metric: str | None) -> list[Run]:
     if len(paths) < 2:
-        there = f"only {paths[0]}" if paths else "none"
+        number = f"only {paths[0]}" if paths else "none"
         raise ComparisonError(
-            f"a comparison needs two or more runs, and there is {there}",
+            f"a comparison needs two or more runs, and there is {number}",
             "Name them, for example qlora-harness compare results/4bit results/16bit",
         )
-    seen: set[Path] = set()
-    for path in paths:
-        if path.resolve() in seen:
-            raise ComparisonError(f"the run {path} is named twice", "Name two different runs")
-        seen.add(path.resolve())
-
-
-def _check_sources(runs: Sequence[Run]) -> None:
-    """Refuses a result that is named twice, for example by its folder and by its file."""
-    seen: dict[Path, str] = {}
-    for run in runs:
-        for scored in run.scored.values():
-            path = scored.path.resolve()
-            if path in seen:
-                raise ComparisonError(
-                    f"{seen[path]} and {run.label} are both {scored.path}", "Name it once"
-                )
-            seen[path] = run.label
-
-
-def _checked_labels(labels: Sequence[str], runs: int) -> list[str]:
-    names = [" ".join(label.split()) for label in labels]
-    if len(names) != runs or len(set(names)) < runs or not all(names):
+    for path, other in combinations(paths, 2):
+        if path.resolve() == other.resolve():
+            raise ComparisonError(f"the run {other} is named twice", "Name two different runs")
+    # A folder's name may hold any byte.
+    names = default_labels(paths) if labels is None else labels
+    names = [" ".join(name.encode(errors="backslashreplace").decode().split()) for name in names]
+    if len(names) != len(paths) or len(set(names)) < len(paths) or not all(names):
         raise SettingsError(
-            f"--labels {','.join(labels)}: {len(names)} names for {runs} runs, or one is empty or "
-            "repeated",
+            f"--labels {','.join(names)}: {len(names)} names for {len(paths)} runs, or one is "
+            "empty or repeated",
             "Give one name for each run, separated by commas",
         )
-    return names
+    return [load_run(p, label=n, metric=metric) for p, n in zip(paths, names, strict=True)]
+
+
+def _results(runs: Sequence[Run], task: str | None) -> dict[str, Scored]:
+    """The result of each scored run; one that is named by its folder and its file is refused."""
+    scored = {
+        run.label: run.scored[task] for run in runs if task is not None and task in run.scored
+    }
+    for (label, one), (name, other) in combinations(scored.items(), 2):
+        if one.path.resolve() == other.path.resolve():
+            raise ComparisonError(f"{label} and {name} are both {other.path}", "Name it once")
+    return scored
+
+
+def _answers(
+    scored: Mapping[str, Scored], intersect: bool, notes: list[str]
+) -> tuple[dict[str, pd.DataFrame], dict[str, int]]:
+    """The answers of each run, aligned, and how many were left out; adds to the notes."""
+    read = {label: read_answers(result) for label, result in scored.items()}
+    frames = {label: frame for label, frame in read.items() if frame is not None}
+    notes += checks.check_results(scored, list(frames), intersect)
+    dropped: dict[str, int] = {}
+    if len(frames) > 1:
+        frames, dropped = align(frames, intersect=intersect)
+    if any(dropped.values()):
+        counts = ", ".join(f"{count:,} of {label}" for label, count in dropped.items() if count)
+        notes.append(f"Compared on the questions that all runs answered; left out: {counts}.")
+    return frames, dropped
 
 
 def _common(values: Sequence[str | None]) -> str | None:
@@ -289,44 +198,9 @@ def _common(values: Sequence[str | None]) -> str | None:
     return scrub(" ".join(known.pop().split())) if len(known) == 1 else None
 
 
-def _chances(arms: Sequence[Arm], frames: dict[str, pd.DataFrame]) -> list[Chance]:
-    found = []
-    for arm in arms:
-        mine = [frames[run.label] for run in arm.runs if run.label in frames]
-        result = chance(arm.name, mine)
-        if result is not None:
-            found.append(result)
-    return found
-
-
-def _effects(
-    arms: Sequence[Arm], frames: dict[str, pd.DataFrame], task: str | None, margin: float
-) -> list[Contrast]:
-    """What training gains in 4 and in 16 bits, and the interaction, where all four are there."""
-    places: dict[tuple[bool, bool], list[Arm]] = {}
-    for arm in arms:
-        if arm.quant is not None:
-            places.setdefault((arm.quant != "bf16", arm.tuned), []).append(arm)
-    if task is None or len(places) < 4 or any(len(there) > 1 for there in places.values()):
-        return []
-    if any(run.label not in frames for there in places.values() for run in there[0].runs):
-        return []
-    base, base4, tuned, tuned4 = (
-        places[key][0] for key in ((False, False), (True, False), (False, True), (True, True))
-    )
-    if len({run.model for arm in (base, base4, tuned, tuned4) for run in arm.runs}) > 1:
-        return []
-    gains = [
-        contrast(a, b, frames, task, margin=margin, primary=False)
-        for a, b in ((tuned, base), (tuned4, base4))
-    ]
-    return [*gains, interaction(tuned4, base4, tuned, base, frames)]
-
-
 def _info(run: Run, arm: str, task: str | None, answers: bool) -> RunInfo:
     training, scored = run.training, run.scored.get(str(task))
     device: Any = (training.environment.device or {}).get("name") if training else None
-    results = training.results if training else None
     return RunInfo(
         label=run.label,
         path=scrub(str(run.path).encode(errors="backslashreplace").decode()),
@@ -338,9 +212,9 @@ def _info(run: Run, arm: str, task: str | None, answers: bool) -> RunInfo:
         status=training.status if training else None,
         peak_bytes=training.peak_bytes if training else None,
         train_seconds=training.runtime.train_seconds if training else None,
-        eval_loss=results.eval_loss if results else None,
-        perplexity=results.perplexity if results else None,
-        value=None if scored is None else scored.value,
-        stderr=None if scored is None else scored.stderr,
+        eval_loss=training.results.eval_loss if training else None,
+        perplexity=training.results.perplexity if training else None,
+        value=scored.value if scored else None,
+        stderr=scored.stderr if scored else None,
         answers=answers,
     )

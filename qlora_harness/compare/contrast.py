@@ -1,49 +1,28 @@
-"""`Contrast`: one arm against its baseline on every endpoint that the records have."""
+"""One arm against its baseline on every endpoint, and what training gains in more bits or fewer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import numpy as np
-import pandas as pd
+from collections.abc import Mapping, Sequence
 
 from qlora_harness.compare import scores as sc
 from qlora_harness.compare import statistics as st
 from qlora_harness.compare.arms import Arm
+from qlora_harness.compare.choices import RunAnswers, stacked
 from qlora_harness.compare.costs import costs
-from qlora_harness.compare.endpoint import Endpoint, Result
-from qlora_harness.results.answers import logprobs_of
+from qlora_harness.compare.record import Contrast
+
+Answers = Mapping[str, RunAnswers]
 
 
-class Contrast(Result):
-    """One arm against its baseline."""
-
-    arm: str
-    """Name of the arm."""
-    baseline: str
-    """Name of the baseline."""
-    primary: bool
-    """Whether it is the question that was asked."""
-    seeds: tuple[int, int]
-    """Runs of arm and baseline."""
-    paired: bool
-    """Whether answers were paired question by question."""
-    endpoints: dict[str, Endpoint]
-    """By key."""
-    detail: sc.Detail | None = None
-    """Of the answers, where the task has choices."""
-    groups: list[sc.GroupDifference] = []
-    """Subjects and categories."""
-
-    def __getitem__(self, key: str) -> Endpoint:
-        """Returns an endpoint by its key."""
-        return self.endpoints[key]
+def answers_of(arm: Arm, answers: Answers) -> list[RunAnswers]:
+    """Returns the answers of an arm's runs, without runs whose answers aren't recorded."""
+    return [answers[run.label] for run in arm.runs if run.label in answers]
 
 
 def contrast(
     arm: Arm,
     baseline: Arm,
-    answers: Mapping[str, pd.DataFrame],
+    answers: Answers,
     task: str | None,
     *,
     margin: float,
@@ -52,14 +31,9 @@ def contrast(
 ) -> Contrast:
     """Compares an arm with its baseline.
 
-    Args:
-        arm: The arm.
-        baseline: What it is compared with.
-        answers: Of each run by label, aligned; without runs whose answers aren't recorded.
-        task: What was scored, or None.
-        margin: Within which accuracies are the same, a share.
-        tests: Primary arms of the comparison; intervals hold for all of them together.
-        primary: Whether this is one of them.
+    `answers` are aligned, by label of the run, without runs whose answers aren't recorded. `margin`
+    is the share of the questions within which accuracies count as the same. `tests` is the number
+    of primary arms, whose intervals hold for all of them together.
     """
     level = st.LEVEL / (tests if primary else 1)
     endpoints = costs(arm, baseline, level)
@@ -67,15 +41,15 @@ def contrast(
     runs = [*arm.runs, *baseline.runs]
     paired = task is not None and all(run.label in answers for run in runs)
     if task is not None and paired:
-        one, two = ([answers[run.label] for run in a.runs] for a in (arm, baseline))
+        one, two = answers_of(arm, answers), answers_of(baseline, answers)
         endpoints += sc.scores(one, two, (arm, baseline), task, level, margin)
         if any((e.key, e.unit) == ("accuracy", "share") for e in endpoints):
             groups = sc.groups(one, two, arm.runs[0].scored[task].category_of)
         detail = sc.detail(one, two)
         endpoints = [sc.mark_letters(endpoint, detail) for endpoint in endpoints]
     elif task is not None and all(task in run.scored for run in runs):
-        endpoints.append(sc.unpaired(arm, baseline, task, level, margin))
-    if primary and tests > 1:  # Bonferroni's correction, which the intervals have as well
+        endpoints.append(sc.unpaired_accuracy(arm, baseline, task, level, margin))
+    if primary and tests > 1:  # Bonferroni's correction, as in the intervals
         endpoints = [
             one if one.p is None else one.model_copy(update={"p": min(1.0, tests * one.p)})
             for one in endpoints
@@ -92,19 +66,41 @@ def contrast(
     )
 
 
-def interaction(
-    tuned4: Arm, base4: Arm, tuned: Arm, base: Arm, answers: Mapping[str, pd.DataFrame]
-) -> Contrast:
-    """Returns how much more training gains in 4 bits: (tuned4 - base4) - (tuned - base)."""
-    frames = [[answers[run.label] for run in arm.runs] for arm in (tuned4, base4, tuned, base)]
+def effects(
+    arms: Sequence[Arm], answers: Answers, task: str | None, margin: float
+) -> list[Contrast]:
+    """Returns what training gains in 4 and in 16 bits, and the interaction.
+
+    Empty unless there is just one base and one adapter of each, all with known answers.
+    """
+    by_kind: dict[tuple[bool, bool], list[Arm]] = {}
+    for arm in arms:
+        if arm.quant is not None:
+            by_kind.setdefault((arm.quant != "bf16", arm.tuned), []).append(arm)
+    if task is None or sorted(map(len, by_kind.values())) != [1, 1, 1, 1]:
+        return []
+    four = [by_kind[key][0] for key in ((False, False), (True, False), (False, True), (True, True))]
+    runs = [run for arm in four for run in arm.runs]
+    if any(run.label not in answers for run in runs) or len({run.model for run in runs}) > 1:
+        return []
+    base, base4, tuned, tuned4 = four
+    gains = [
+        contrast(a, b, answers, task, margin=margin, primary=False)
+        for a, b in ((tuned, base), (tuned4, base4))
+    ]
+    return [*gains, _interaction(tuned4, base4, tuned, base, answers)]
+
+
+def _interaction(tuned4: Arm, base4: Arm, tuned: Arm, base: Arm, answers: Answers) -> Contrast:
+    """How much more training gains in 4 bits: (tuned4 - base4) - (tuned - base)."""
+    runs = [answers_of(arm, answers) for arm in (tuned4, base4, tuned, base)]
+    design = sc.Design(runs[0][0].subjects, st.LEVEL, (False, False))
     endpoints = {}
-    for key, values in (("accuracy", lambda f: f["credit"].to_numpy()), ("nll", sc.nll_of)):
-        if key == "nll" and not logprobs_of(frames[0][0]).shape[1]:
-            continue
-        high4, low4, high, low = (np.array([values(f) for f in part]) for part in frames)
-        gains = (high4 - low4.mean(axis=0), high - low.mean(axis=0))
-        asked = sc.Questions(sc.subject_codes(frames[0][0]), st.LEVEL, (False, False))
-        endpoints[key] = sc.paired(key, gains, asked)
+    for key, name in (("accuracy", "credit"), ("nll", "nll")):
+        if key == "accuracy" or runs[0][0].has_choices:
+            high4, low4, high, low = (stacked(part, name) for part in runs)
+            gains = (high4 - low4.mean(axis=0), high - low.mean(axis=0))
+            endpoints[key] = sc.paired(key, *gains, design)
     return Contrast(
         arm=f"gain in {tuned4.name}",
         baseline=f"gain in {tuned.name}",

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import combinations
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qlora_harness.compare import statistics as st
 from qlora_harness.compare.arms import Arm
-from qlora_harness.compare.endpoint import SPECS, Endpoint, absent, measured
-from qlora_harness.compare.timing import disturbance
+from qlora_harness.compare.endpoint import SPECS, absent, measured
+from qlora_harness.compare.record import Endpoint, Estimate, Word
+from qlora_harness.results.runs import Run
 from qlora_harness.schema.training import TrainingLog, TrainingSummary
+from qlora_harness.units import GIB
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
 
-WARM_UP_STEPS = 3
-_LOSSES = ("nll", "nll_before")
+_FIRST_STEPS = 3  # left out of times: kernels are chosen in them
 _FEWEST = 10  # conversations, below which an interval says little
 _STEPS_TOGETHER, _FEWEST_GROUPS = 10, 5  # neighbouring steps share stalls
+# Device memory of others, bytes, that is no other program: a driver's own and a desktop's.
+_NEGLIGIBLE = GIB
 
 
 def costs(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
-    """Returns memory, time and losses, arm less baseline.
-
-    Args:
-        arm: The arm.
-        baseline: What it is compared with.
-        level: Two-sided, of the intervals.
-    """
-    one, two = ([run.training for run in a.runs if run.training] for a in (arm, baseline))
+    """Returns memory, time and losses, arm less baseline, with intervals at a two-sided level."""
+    one, two = _summaries(arm), _summaries(baseline)
     if not one and not two:
         return []
     if len(one) < len(arm.runs) or len(two) < len(baseline.runs):
@@ -44,6 +44,17 @@ def costs(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
     ]
 
 
+def _summaries(arm: Arm) -> list[TrainingSummary]:
+    return [run.training for run in arm.runs if run.training]
+
+
+def _logs(arm: Arm, baseline: Arm) -> tuple[list[TrainingLog], list[TrainingLog]] | None:
+    """The step logs of both arms; None if one is missing."""
+    one, two = ([run.log for run in a.runs if run.log] for a in (arm, baseline))
+    complete = (len(one), len(two)) == (len(arm.runs), len(baseline.runs))
+    return (one, two) if complete else None
+
+
 def _memory(one: list[TrainingSummary], two: list[TrainingSummary], level: float) -> Endpoint:
     peaks = [[run.peak_bytes for run in runs] for runs in (one, two)]
     kinds = {run.memory.device_type for run in (*one, *two)}
@@ -51,21 +62,22 @@ def _memory(one: list[TrainingSummary], two: list[TrainingSummary], level: float
         return absent("memory", "different devices" if len(kinds) > 1 else "not recorded")
     a, b = (np.array(part, dtype=np.float64) for part in peaks)
     estimate = _ratio(a, b, level)
+    difference = estimate.difference or 0.0
     if 1 in (len(a), len(b)):  # one arm's spread in memory says nothing about the other's
-        estimate = st.Estimate(estimate.difference)
+        estimate = Estimate(difference=difference)
     spec = SPECS["memory"]
     if kinds == {"cpu"}:
         return measured("memory", (a, b), estimate, spec=spec._replace(name="peak CPU memory"))
     endpoint = measured("memory", (a, b), estimate)
     if estimate.low is not None:
         return endpoint
-    # What is allocated is the same each time, so that one run tells it.
-    same = abs(estimate.difference) < math.log1p(spec.margin or 0)
-    word: Literal["same", "better", "worse"] = "better" if estimate.difference < 0 else "worse"
-    return endpoint.model_copy(update={"word": "same" if same else word, "within": same})
+    # A run allocates the same each time, so that one is enough.
+    same = abs(difference) < math.log1p(spec.margin or 0)
+    word: Word = "same" if same else "better" if difference < 0 else "worse"
+    return endpoint.model_copy(update={"word": word, "within": same})
 
 
-def _ratio(one: Floats, two: Floats, level: float) -> st.Estimate:
+def _ratio(one: Floats, two: Floats, level: float) -> Estimate:
     """Of the logarithm of the ratio of geometric means, over seeds."""
     a, b = np.log(one), np.log(two)
     seeds = st.over_seeds(a, b, blocks=False)
@@ -77,11 +89,11 @@ def _same_seeds(arm: Arm, baseline: Arm) -> bool:
 
 
 def _time(arm: Arm, baseline: Arm, level: float) -> Endpoint:
-    reason = disturbance([*arm.runs, *baseline.runs])
+    reason = _disturbance([*arm.runs, *baseline.runs])
     if reason is not None:
         return absent("time", reason)
     one, two = (
-        np.array([run.training.runtime.train_seconds for run in a.runs if run.training], float)
+        np.array([run.runtime.train_seconds for run in _summaries(a)], float)
         for a in (arm, baseline)
     )
     if not one.all() or not two.all():
@@ -99,39 +111,85 @@ def _time(arm: Arm, baseline: Arm, level: float) -> Endpoint:
     return measured("time", (one, two), st.combine(difference, items, seeds, level=level), n=size)
 
 
+def _disturbance(runs: Sequence[Run]) -> str | None:
+    """Why the times of runs can't be compared; None if nothing speaks against it."""
+    trained = [(run.label, run.training) for run in runs if run.training is not None]
+    if len(trained) < len(runs):
+        return "not trained here"
+    alone = [_of_one(label, one) for label, one in trained]
+    together = [_of_two(*one, *other) for one, other in combinations(trained, 2)]
+    return next((reason for reason in (*alone, *together) if reason), None)
+
+
+def _of_one(label: str, run: TrainingSummary) -> str | None:
+    if run.status != "completed":
+        return f"{label} was interrupted"
+    if run.runtime.resumed:
+        return f"{label} was resumed from a checkpoint"
+    if run.memory.other_processes:
+        return f"{run.memory.other_processes} other processes used the GPU of {label}"
+    others = run.memory.other_bytes or 0
+    if others > _NEGLIGIBLE:
+        return f"others held {others / GIB:.1f} GiB of the GPU of {label}"
+    return None
+
+
+def _of_two(label: str, one: TrainingSummary, name: str, other: TrainingSummary) -> str | None:
+    threads = one.environment.cpu_threads, other.environment.cpu_threads
+    if None not in threads and threads[0] != threads[1]:
+        return f"{threads[0]} vs {threads[1]} CPU threads ({label}, {name})"
+    if _device(one, "name") != _device(other, "name"):
+        return f"different devices ({label}, {name})"
+    if _same_device(one, other) and _overlap(one, other):
+        return f"{label}, {name} overlapped"
+    return None
+
+
+def _device(run: TrainingSummary, key: str) -> object:
+    return (run.environment.device or {}).get(key)
+
+
+def _same_device(one: TrainingSummary, other: TrainingSummary) -> bool:
+    if one.process.host is None or one.process.host != other.process.host:
+        return False
+    # Older records name the kind of device only, so it may have been the same one.
+    ids = _device(one, "id"), _device(other, "id")
+    return None in ids or ids[0] == ids[1]
+
+
+def _overlap(one: TrainingSummary, other: TrainingSummary) -> bool:
+    try:
+        begins = [datetime.fromisoformat(str(run.started)) for run in (one, other)]
+        ends = [datetime.fromisoformat(str(run.finished)) for run in (one, other)]
+        return max(begins) < min(ends)
+    except (ValueError, TypeError):  # not recorded
+        return False
+
+
 def _step_ratios(one: TrainingLog | None, two: TrainingLog | None) -> Floats:
     """Log ratios of the seconds of the same steps after warm-up, neighbours together."""
     nothing = np.zeros(0)
     if one is None or two is None or len(one.steps) != len(two.steps):
         return nothing
-    pairs = list(zip(one.steps, two.steps, strict=True))[WARM_UP_STEPS:]
+    pairs = list(zip(one.steps, two.steps, strict=True))[_FIRST_STEPS:]
     if any(a.tokens != b.tokens or not a.seconds or not b.seconds for a, b in pairs):
         return nothing
     ratios = np.array([math.log((a.seconds or 1) / (b.seconds or 1)) for a, b in pairs])
     size = min(_STEPS_TOGETHER, len(ratios) // _FEWEST_GROUPS)
     if size == 0:
         return nothing
-    means: Floats = ratios[: len(ratios) // size * size].reshape(-1, size).mean(axis=1)
-    return means
+    return np.asarray(ratios[: len(ratios) // size * size].reshape(-1, size).mean(axis=1))
 
 
 def _losses(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
     """Losses before, during and after training."""
-    runs = [run for run in (*arm.runs, *baseline.runs)]
-    records = [run.training for run in runs if run.training is not None]
-    prints = {record.data.eval.fingerprint if record.data.eval else None for record in records}
-    if any(record.status != "completed" for record in records):
-        return [absent("eval_loss", "a run was interrupted")]
-    if len(prints) > 1:
-        return [absent("eval_loss", "different evaluation data")]
-    if any(record.results.eval_loss is None for record in records):
-        return [absent("eval_loss", "no held-out conversations")]
-    if any(run.random_weights for run in runs):
-        return [absent("eval_loss", "random weights")]
+    reason = _no_loss(arm, baseline)
+    if reason is not None:
+        return [absent("eval_loss", reason)]
     after = _conversations(arm, baseline, "eval_loss", level)
     if after is None:
         one, two = (
-            np.array([run.training.results.eval_loss for run in a.runs if run.training], float)
+            np.array([run.results.eval_loss for run in _summaries(a)], float)
             for a in (arm, baseline)
         )
         seeds = st.over_seeds(one, two, blocks=_same_seeds(arm, baseline))
@@ -142,38 +200,50 @@ def _losses(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
     return [after, *(other for other in others if other), *_steps(arm, baseline, level)]
 
 
+def _no_loss(arm: Arm, baseline: Arm) -> str | None:
+    """Why the evaluation losses of two arms can't be compared, if so."""
+    records = [*_summaries(arm), *_summaries(baseline)]
+    if any(record.status != "completed" for record in records):
+        return "a run was interrupted"
+    if len({record.data.eval.fingerprint if record.data.eval else None for record in records}) > 1:
+        return "different evaluation data"
+    if any(record.results.eval_loss is None for record in records):
+        return "no held-out conversations"
+    if any(run.random_weights for run in (*arm.runs, *baseline.runs)):
+        return "random weights"
+    return None
+
+
 def _conversations(arm: Arm, baseline: Arm, key: str, level: float) -> Endpoint | None:
     """Paired by conversation, weighted by token, seeds as blocks; None without such a record."""
-    logs = [[run.log.evaluation for run in a.runs if run.log] for a in (arm, baseline)]
-    after, before = ([[getattr(log, k) for log in part] for part in logs] for k in _LOSSES)
-    tokens = {tuple(log.tokens) for part in logs for log in part}
-    complete = (len(logs[0]), len(logs[1])) == (len(arm.runs), len(baseline.runs))
+    logs = _logs(arm, baseline)
+    if logs is None:
+        return None
+    tokens = {tuple(log.evaluation.tokens) for part in logs for log in part}
+    after = [[log.evaluation.nll for log in part] for part in logs]
+    before = [[log.evaluation.nll_before for log in part] for part in logs]
     needed = {"eval_loss": [after], "loss_before": [before]}.get(key, [after, before])
-    known = all(nll for tables in needed for part in tables for nll in part)
-    if not complete or len(tokens) > 1 or not known:
+    if len(tokens) > 1 or not all(nll for losses in needed for part in losses for nll in part):
         return None
     weights = np.array(tokens.pop(), dtype=np.float64)
     one, two = (np.array(part) / weights for part in needed[0])
     if len(needed) > 1:
-        one, two = (
-            x - np.array(part) / weights for x, part in zip((one, two), before, strict=True)
-        )
+        one, two = one - np.array(before[0]) / weights, two - np.array(before[1]) / weights
     share = weights / weights.sum()
     means = (one @ share, two @ share)
     difference, items = st.over_items(one.mean(axis=0) - two.mean(axis=0), weights)
-    if len(weights) < _FEWEST:
-        return measured(
-            key, means, st.Estimate(difference), n=len(weights), reason="too few conversations"
-        )
+    n = len(weights)
+    if n < _FEWEST:
+        few = Estimate(difference=difference)
+        return measured(key, means, few, n=n, reason="too few conversations")
     seeds = st.over_seeds(*means, blocks=_same_seeds(arm, baseline))
-    return measured(key, means, st.combine(difference, items, seeds, level=level), n=len(weights))
+    return measured(key, means, st.combine(difference, items, seeds, level=level), n=n)
 
 
 def _steps(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
     """Training losses of the same batches: at the first step, before any update, and at the end."""
-    logs = [[run.log for run in a.runs if run.log] for a in (arm, baseline)]
-    complete = (len(logs[0]), len(logs[1])) == (len(arm.runs), len(baseline.runs))
-    if not complete or not _same_seeds(arm, baseline):
+    logs = _logs(arm, baseline)
+    if logs is None or not _same_seeds(arm, baseline):
         return []
     for one, two in zip(*logs, strict=True):
         tokens = [row.supervised_tokens for row in one.steps]
@@ -183,20 +253,14 @@ def _steps(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
         return []
     steps = min(len(log.steps) for log in logs[0])
     last = slice(steps - max(1, steps // 10), steps)
-    found = []
+    reason = "one seed each" if len(logs[0]) == 1 else "over seeds only"
+    endpoints = []
     for key, part in (("first_step_loss", slice(0, 1)), ("last_steps_loss", last)):
-        one, two = (
+        first, second = (
             np.array([np.mean([row.loss for row in log.steps[part]]) for log in arm_logs])
             for arm_logs in logs
         )
-        seeds = st.over_seeds(one, two, blocks=True)
-        estimate = st.combine(float((one - two).mean()), None, seeds, level=level)
-        found.append(
-            measured(
-                key,
-                (one, two),
-                estimate,
-                reason="one seed each" if len(one) == 1 else "over seeds only",
-            )
-        )
-    return found
+        seeds = st.over_seeds(first, second, blocks=True)
+        estimate = st.combine(float((first - second).mean()), None, seeds, level=level)
+        endpoints.append(measured(key, (first, second), estimate, reason=reason))
+    return endpoints

@@ -1,32 +1,21 @@
-"""An endpoint: one quantity of two arms, their difference, and what is shown."""
+"""Endpoints: what is known of each beforehand, and how an estimate becomes one."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
-
-from qlora_harness.compare.statistics import Estimate
+from qlora_harness.compare.record import Endpoint, Estimate, Unit, Word
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-Unit = Literal["bytes", "seconds", "nats", "share", "metric"]
-Word = Literal["better", "worse", "same", "unclear", "no measurement"]
-
-
-class Result(BaseModel):
-    """A part of a comparison."""
-
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
-
 
 class Spec(NamedTuple):
-    """What is known of an endpoint beforehand; the margin is that within which arms are the same.
+    """An endpoint's name, unit and margin, the difference within which arms count as the same.
 
-    Of relative endpoints the difference is arm / baseline - 1, and so is the margin.
+    A relative endpoint's difference is arm / baseline - 1, and so is its margin.
     """
 
     name: str
@@ -53,55 +42,6 @@ SPECS = {
 }
 
 
-class Endpoint(Result):
-    """One quantity of both arms and their difference, the arm's less the baseline's."""
-
-    key: str
-    """For programs, for example eval_loss."""
-    name: str
-    """For people."""
-    unit: Unit
-    """Of the values, and of the difference unless it is relative."""
-    arm: float | None = None
-    """The arm's value, the mean over its seeds."""
-    baseline: float | None = None
-    """The baseline's."""
-    difference: float | None = None
-    """Arm less baseline."""
-    relative: bool = False
-    """Whether the difference is arm / baseline - 1."""
-    stderr: float | None = None
-    """Standard error of the difference (of a relative one, of the ratio's logarithm)."""
-    low: float | None = None
-    """Lower end of the 95% interval, which holds for all primary arms together."""
-    high: float | None = None
-    """Upper end."""
-    inner_low: float | None = None
-    """Lower end of the 90% interval, by which equivalence is judged."""
-    inner_high: float | None = None
-    """Upper end."""
-    p: float | None = None
-    """Two-sided, of no difference, corrected for the primary arms together as the interval is."""
-    freedom: float | None = None
-    """Degrees of freedom; null for Tango's interval."""
-    margin: float | None = None
-    """Within which the arms count as the same."""
-    lower_is_better: bool = True
-    """Which way is better."""
-    word: Word = "no measurement"
-    """What is shown."""
-    within: bool = False
-    """Whether the difference is shown to be within the margin."""
-    letters: bool = False
-    """Whether most of an accuracy difference is a preference for letters."""
-    reason: str | None = None
-    """Why there is no measurement, or what limits it."""
-    n: int | None = None
-    """Questions, conversations or groups of steps."""
-    clustered_stderr: float | None = None
-    """Standard error with questions of one subject depending on each other."""
-
-
 def absent(key: str, reason: str) -> Endpoint:
     """Returns an endpoint without a measurement."""
     return Endpoint(key=key, name=SPECS[key].name, unit=SPECS[key].unit, reason=reason)
@@ -119,39 +59,29 @@ def measured(
 ) -> Endpoint:
     """Returns the endpoint of an estimate, with the word for what it shows.
 
-    Args:
-        key: Of SPECS.
-        values: Of arm and baseline; their means are shown.
-        estimate: Of the difference, or of the logarithm of the ratio where it is relative.
-        spec: In place of that of SPECS.
-        n: Questions, conversations or groups of steps.
-        clustered: Standard error by subject.
-        reason: What limits the estimate.
+    `values` are those of arm and baseline, whose means are reported. Where the endpoint is
+    relative, the estimate is of the logarithm of their ratio. `spec` replaces that of the key.
     """
     spec = spec or SPECS[key]
     limit = spec.margin if not spec.relative or spec.margin is None else math.log1p(spec.margin)
-    within = limit is not None and estimate.within(limit)
+    within = limit is not None and estimate.is_within(limit)
     word: Word = "same" if within else "unclear"
     if (estimate.low or 0) > 0 or (estimate.high or 0) < 0:
-        word = "better" if (estimate.difference < 0) == spec.lower_is_better else "worse"
-
-    names = ("difference", "low", "high", "inner_low", "inner_high")
-    ends = {name: getattr(estimate, name) for name in names}
+        word = "better" if ((estimate.difference or 0) < 0) == spec.lower_is_better else "worse"
+    numbers = estimate.model_dump()
     if spec.relative:
-        known = {name: end for name, end in ends.items() if end is not None}
-        ends = {name: math.expm1(min(end, 700.0)) for name, end in known.items()}
+        for name in ("difference", "low", "high", "inner_low", "inner_high"):
+            if numbers[name] is not None:
+                numbers[name] = math.expm1(min(numbers[name], 700.0))
     return Endpoint(
         key=key,
         arm=float(values[0].mean()),
         baseline=float(values[1].mean()),
-        stderr=estimate.stderr,
-        p=estimate.p,
-        freedom=estimate.freedom,
         word=word,
         within=within,
         reason=reason,
         n=n,
         clustered_stderr=clustered,
-        **ends,
+        **numbers,
         **spec._asdict(),
     )

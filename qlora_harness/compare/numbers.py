@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlora_harness.compare.endpoint import Endpoint
+from qlora_harness.compare.record import Endpoint
 from qlora_harness.units import GIB, NOTHING, duration
 
 
@@ -12,6 +12,16 @@ def signed(value: float, digits: int) -> str:
     if float(text.replace(",", "")) == 0:
         return text
     return f"{'+' if value > 0 else '−'}{text}"
+
+
+def points(share: float, unit: str = "") -> str:
+    """Returns a difference of shares in percentage points."""
+    return signed(100 * share, 2) + unit
+
+
+def optional(value: float | None, form: str) -> str:
+    """Returns a number in a format such as "{:.2f}"; "–" for None."""
+    return NOTHING if value is None else form.format(value)
 
 
 def value(endpoint: Endpoint, number: float | None) -> str:
@@ -25,32 +35,33 @@ def value(endpoint: Endpoint, number: float | None) -> str:
     return f"{100 * number:.2f}%" if endpoint.unit == "share" else f"{number:.3f}"
 
 
-def difference(endpoint: Endpoint, number: float | None = None, *, unit: bool = True) -> str:
-    """Returns a difference of an endpoint."""
-    number = endpoint.difference if number is None else number
-    if number is None:
+def difference(endpoint: Endpoint) -> str:
+    """Returns the difference of an endpoint with its unit."""
+    if endpoint.difference is None:
         return NOTHING
+    unit = "%" if endpoint.relative else " pts" if endpoint.unit == "share" else ""
+    return _difference(endpoint, endpoint.difference) + unit
+
+
+def _difference(endpoint: Endpoint, number: float) -> str:
     if endpoint.relative:
-        return signed(100 * number, 1) + ("%" if unit else "")
-    if endpoint.unit == "share":
-        return signed(100 * number, 2) + (" pts" if unit else "")
-    return signed(number, 3)
+        return signed(100 * number, 1)
+    return points(number) if endpoint.unit == "share" else signed(number, 3)
 
 
 def interval(endpoint: Endpoint) -> str:
-    """Returns an interval as "+0.1 to +0.3"; "" without one."""
+    """Returns the 95% interval as "+0.1 to +0.3"; "" without one."""
     if endpoint.low is None or endpoint.high is None:
         return ""
-    low, high = (difference(endpoint, end, unit=False) for end in (endpoint.low, endpoint.high))
-    return f"{low} to {high}"
+    return f"{_difference(endpoint, endpoint.low)} to {_difference(endpoint, endpoint.high)}"
 
 
 def inner_interval(endpoint: Endpoint) -> str:
     """Returns the 90% interval, by which equivalence is judged; "" without one."""
-    ends = (endpoint.inner_low, endpoint.inner_high)
-    if None in ends:
+    low, high = endpoint.inner_low, endpoint.inner_high
+    if low is None or high is None:
         return ""
-    return " to ".join(difference(endpoint, end, unit=False) for end in ends)
+    return f"{_difference(endpoint, low)} to {_difference(endpoint, high)}"
 
 
 def word(endpoint: Endpoint) -> str:

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qlora_harness.compare.comparison import Comparison
 from qlora_harness.compare.numbers import difference, interval, value, word
+from qlora_harness.compare.record import ComparisonRecord, Contrast
 from qlora_harness.compare.tables import tables
 from qlora_harness.compare.text import differences_line, title
+from qlora_harness.compare.verdict import verdict
 from qlora_harness.errors import SettingsError
 from qlora_harness.families import LETTERS
 from qlora_harness.results.answers import questions_of
@@ -49,28 +50,23 @@ class Flip(NamedTuple):
 
 
 def check_packages() -> None:
-    """Checks before anything is computed that the page can be made.
-
-    Raises:
-        SettingsError: Plotly is missing.
-    """
+    """Raises SettingsError if Plotly is missing, before anything is computed."""
     if find_spec("plotly") is None:
         raise SettingsError("--html needs plotly", "pip install 'qlora-harness[reports]'")
 
 
-def tiles(comparison: Comparison) -> list[Tile]:
+def tiles(comparison: ComparisonRecord) -> list[Tile]:
     """Returns the headlines of the leading contrast."""
-    found = []
+    shown = []
     for key in _TILES if comparison.primary else ():
-        item = comparison.primary[0]
-        endpoint = item.endpoints.get(key)
+        endpoint = comparison.primary[0].endpoints.get(key)
         if endpoint is None:
             continue
         sizes = f"{value(endpoint, endpoint.arm)} vs {value(endpoint, endpoint.baseline)}"
         if endpoint.arm is None:
             sizes = endpoint.reason or ""
         ends = interval(endpoint)
-        found.append(
+        shown.append(
             Tile(
                 endpoint.name.capitalize(),
                 difference(endpoint),
@@ -79,38 +75,27 @@ def tiles(comparison: Comparison) -> list[Tile]:
                 "unclear" if endpoint.letters else endpoint.word.split()[0],
             )
         )
-    return found
+    return shown
 
 
-def flips(comparison: Comparison) -> tuple[int, list[Flip]]:
+def flips(comparison: ComparisonRecord) -> tuple[int, list[Flip]]:
     """Returns how many questions only one arm of the leading contrast got right, and the first."""
     item = comparison.primary[0] if comparison.primary else None
-    arms = {run.label: run.arm for run in comparison.runs if run.label in comparison._answers}
-    labels = [
-        next((label for label, arm in arms.items() if item and arm == name), None)
-        for name in ((item.arm, item.baseline) if item else ())
-    ]
-    if len(labels) < 2 or None in labels:
+    labels = [] if item is None else _first_runs(comparison, item)
+    if item is None or len(labels) < 2:
         return 0, []
-    one, two = (comparison._answers[str(label)] for label in labels)
+    one, two = (comparison.source.frames[label] for label in labels)
     change = one["score"].to_numpy() - two["score"].to_numpy()
     if not set(np.unique(change)) <= {-1.0, 0.0, 1.0}:
         return 0, []  # neither right nor wrong
-    assert item is not None
     change = -change if item["accuracy"].lower_is_better else change
     rows = np.flatnonzero(change)
-    shown = rows[:_FLIPS]
-    texts: dict[str, str] = {}
-    prompts = set(one["prompt"].iloc[shown])
-    for run in comparison._runs:
-        harness = next((scored.harness for scored in run.scored.values()), None)
-        if run.label in labels and harness is not None and not texts:
-            texts = questions_of(harness, comparison.task or "", prompts)
+    texts = _texts(comparison, labels, set(one["prompt"].iloc[rows[:_FLIPS]]))
 
-    def letter(place: int) -> str:
-        return LETTERS[place] if 0 <= place < len(LETTERS) else NOTHING
+    def letter(position: int) -> str:
+        return LETTERS[position] if 0 <= position < len(LETTERS) else NOTHING
 
-    found = [
+    shown = [
         Flip(
             str(one["subject"].iloc[row]).replace("_", " "),
             str(one["item"].iloc[row]),
@@ -119,35 +104,51 @@ def flips(comparison: Comparison) -> tuple[int, list[Flip]]:
             letter(one["answer"].iloc[row]),
             texts.get(one["prompt"].iloc[row], ""),
         )
-        for row in shown
+        for row in rows[:_FLIPS]
     ]
-    return len(rows), found
+    return len(rows), shown
 
 
-def to_html(comparison: Comparison) -> str:
+def _first_runs(comparison: ComparisonRecord, item: Contrast) -> list[str]:
+    """Labels of the first runs of arm and baseline whose answers are known."""
+    frames, labels = comparison.source.frames, []
+    for arm in (item.arm, item.baseline):
+        labels += [r.label for r in comparison.runs if r.arm == arm and r.label in frames][:1]
+    return labels
+
+
+def _texts(comparison: ComparisonRecord, labels: list[str], prompts: set[str]) -> dict[str, str]:
+    """Texts of questions by prompt hash, from the first of some runs that logged them."""
+    for run in comparison.source.runs:
+        harness = next((scored.harness for scored in run.scored.values()), None)
+        if run.label in labels and harness is not None:
+            texts = questions_of(harness, comparison.task or "", prompts)
+            if texts:
+                return texts
+    return {}
+
+
+def to_html(comparison: ComparisonRecord) -> str:
     """Returns the page."""
     import plotly.io
     import plotly.offline
 
     from qlora_harness.compare.figures import figures
 
-    plots = [
-        (
-            figure,
-            plotly.io.to_html(
-                figure.plot, full_html=False, include_plotlyjs=False, config=_BUTTONS
-            ),
+    def html(plot: Any) -> str:
+        return str(
+            plotly.io.to_html(plot, full_html=False, include_plotlyjs=False, config=_BUTTONS)
         )
-        for figure in figures(comparison)
-    ]
+
     count, shown = flips(comparison)
     return str(
         _template().render(
             comparison=comparison,
+            verdict=verdict(comparison),
             title=title(comparison),
             tiles=tiles(comparison),
             difference=differences_line(comparison),
-            plots=plots,
+            plots=[(figure, html(figure.plot)) for figure in figures(comparison)],
             tables=tables(comparison),
             flips=shown,
             flips_in_all=count,
@@ -156,17 +157,19 @@ def to_html(comparison: Comparison) -> str:
     )
 
 
-def head(comparison: Comparison) -> str:
+def head(comparison: ComparisonRecord) -> str:
     """Returns the headlines and the answer in sentences, for a notebook."""
     macros = _template().module
-    return str(macros.head(title(comparison), tiles(comparison), comparison.verdict))
+    return str(macros.head(title(comparison), tiles(comparison), verdict(comparison)))
 
 
 def _template() -> Any:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     return environment.get_template("page.html")

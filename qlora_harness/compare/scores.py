@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from itertools import combinations, product
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
@@ -13,84 +13,22 @@ import pandas as pd
 from qlora_harness.compare import choices
 from qlora_harness.compare import statistics as st
 from qlora_harness.compare.arms import Arm
-from qlora_harness.compare.endpoint import SPECS, Endpoint, Result, Spec, measured
-from qlora_harness.results.answers import logprobs_of
+from qlora_harness.compare.choices import RunAnswers, stacked
+from qlora_harness.compare.endpoint import SPECS, Spec, measured
+from qlora_harness.compare.record import Chance, Detail, Endpoint, GroupDifference, Kind
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
-    Frames = Sequence[pd.DataFrame]
+    Runs = Sequence[RunAnswers]
 
-_MOSTLY = 0.5  # of a difference, from which on its cause is named
+MOSTLY = 0.5  # share of a difference from which on its cause is named
 _FEWEST_SUBJECTS = 10  # below which a standard error by subject says little
 
 
-class Detail(Result):
-    """What else the answers of two arms say; pairs are arm and baseline."""
-
-    flips: float
-    """Share of questions whose best choice differs, mean over pairs of runs."""
-    flips_floor: float | None = None
-    """The same between two seeds of one arm."""
-    divergence: float
-    """KL(baseline ‖ arm) of the choices, nats."""
-    divergence_floor: float | None = None
-    """The same between two seeds of one arm."""
-    calibration: tuple[float, float]
-    """Expected calibration error."""
-    letters: tuple[list[float], list[float]] | None = None
-    """How often each letter was chosen."""
-    explained: float | None = None
-    """Accuracy difference that the letter mixes alone would make, a share of the questions."""
-    ties: tuple[float, float]
-    """Share of questions with tied best choices."""
-    tie_effect: float
-    """Accuracy difference with the first tied choice counted, less that with fractions."""
-    lost: int
-    """Questions that only the baseline got right, first seeds."""
-    won: int
-    """Questions that only the arm got right, first seeds."""
-    mcnemar_midp: float
-    """Mid-p of McNemar's test of these."""
-
-
-class GroupDifference(Result):
-    """The accuracy of one subject or category, means over seeds."""
-
-    kind: Literal["category", "subject"]
-    """Which."""
-    name: str
-    """Of the group."""
-    n: int
-    """Questions."""
-    arm: float
-    """The arm's accuracy."""
-    baseline: float
-    """The baseline's."""
-    low: float
-    """95% interval of the difference over questions, uncorrected."""
-    high: float
-    """Upper end."""
-    p: float
-    """Two-sided, after Holm's correction over the groups of its kind."""
-
-
-class Chance(Result):
-    """Whether an arm's answers follow the questions at all."""
-
-    arm: str
-    """Its name."""
-    centred: float
-    """Letter-centred accuracy above that of its own letters, a share."""
-    stderr: float
-    """Its standard error over subjects, or questions where subjects are few, and seeds."""
-    at_chance: bool
-    """Whether it isn't shown to be above 0 (one-sided, 5%)."""
-
-
-class Questions(NamedTuple):
-    """What is compared: each question's subject, [n], the level, and which arms have no seed."""
+class Design(NamedTuple):
+    """Each question's subject, [n], the two-sided level, and which arms have no seed."""
 
     subjects: NDArray[np.intp]
     level: float
@@ -98,38 +36,32 @@ class Questions(NamedTuple):
 
 
 def scores(
-    one: Frames, two: Frames, arms: tuple[Arm, Arm], task: str, level: float, margin: float
+    one: Runs, two: Runs, arms: tuple[Arm, Arm], task: str, level: float, margin: float
 ) -> list[Endpoint]:
     """Returns what the answers to the same questions say, arm less baseline.
 
-    Args:
-        one: The arm's answers, one frame a seed, aligned.
-        two: The baseline's.
-        arms: The arm and its baseline.
-        task: What was scored.
-        level: Two-sided, of the intervals.
-        margin: Within which accuracies are the same, a share.
+    `one` and `two` are the aligned answers of the arm and of its baseline, `margin` is the share
+    of questions within which accuracies are the same.
     """
-    credits = [_table(part, lambda frame: frame["credit"].to_numpy()) for part in (one, two)]
-    spec = _accuracy_spec(arms[0], task, margin, credits)
-    asked = Questions(subject_codes(one[0]), level, (not arms[0].tuned, not arms[1].tuned))
-    found = [paired("accuracy", credits, asked, spec, counts=spec.unit == "share")]
-    if asked.subjects.max() > 0:
-        found.append(_macro(credits, asked, spec))
-    if not logprobs_of(one[0]).shape[1]:
-        return found
-    for key, values in (("nll", nll_of), ("brier", brier_of)):
-        found.append(paired(key, [_table(part, values) for part in (one, two)], asked))
-    centred = [centred_items(part) for part in (one, two)]
-    if len(centred[0]) and len(centred[1]):
+    credit = stacked(one, "credit"), stacked(two, "credit")
+    spec = _accuracy_spec(arms[0], task, margin, credit)
+    design = Design(one[0].subjects, level, (not arms[0].tuned, not arms[1].tuned))
+    endpoints = [paired("accuracy", *credit, design, spec, counts=spec.unit == "share")]
+    if design.subjects.max() > 0:
+        endpoints.append(_macro(*credit, design, spec))
+    if one[0].has_choices:
+        for key in ("nll", "brier"):
+            endpoints.append(paired(key, stacked(one, key), stacked(two, key), design))
+    if all(run.alike for run in (*one, *two)):
         spec = SPECS["letter_centred"]._replace(margin=margin)
-        found.append(paired("letter_centred", centred, asked, spec))
-    return found
+        values = stacked(one, "centred"), stacked(two, "centred")
+        endpoints.append(paired("letter_centred", *values, design, spec))
+    return endpoints
 
 
-def _accuracy_spec(arm: Arm, task: str, margin: float, credits: Sequence[Floats]) -> Spec:
+def _accuracy_spec(arm: Arm, task: str, margin: float, values: Sequence[Floats]) -> Spec:
     scored = arm.runs[0].scored[task]
-    shares = all(c.min() >= 0 and c.max() <= 1 for c in credits)
+    shares = all(part.min() >= 0 and part.max() <= 1 for part in values)
     return Spec(
         "accuracy" if scored.metric == "acc" else scored.metric,
         "share" if shares else "metric",
@@ -138,54 +70,37 @@ def _accuracy_spec(arm: Arm, task: str, margin: float, credits: Sequence[Floats]
     )
 
 
-def _table(frames: Frames, values: Callable[[pd.DataFrame], Floats]) -> Floats:
-    return np.array([values(frame) for frame in frames])
-
-
-def nll_of(frame: pd.DataFrame) -> Floats:
-    """Returns the NLL of the right choice among the choices, nats, [n]."""
-    return choices.nll_of(choices.probabilities(logprobs_of(frame)), frame["answer"].to_numpy())
-
-
-def brier_of(frame: pd.DataFrame) -> Floats:
-    """Returns the Brier score of the choices, [n]."""
-    return choices.brier_of(choices.probabilities(logprobs_of(frame)), frame["answer"].to_numpy())
-
-
-def subject_codes(frame: pd.DataFrame) -> NDArray[np.intp]:
-    """Returns the number of each question's subject, in alphabetical order, [n]."""
-    codes: NDArray[np.intp] = pd.factorize(frame["subject"].astype(str), sort=True)[0]
-    return codes
-
-
 def paired(
     key: str,
-    tables: Sequence[Floats],
-    asked: Questions,
+    one: Floats,
+    two: Floats,
+    design: Design,
     spec: Spec | None = None,
     *,
     counts: bool = False,
 ) -> Endpoint:
-    """Compares a value a question and seed, [seeds, n]; all but accuracy with errors by subject."""
-    one, two = tables
-    differences = one.mean(axis=0) - two.mean(axis=0)
-    difference, items = st.over_items(differences)
-    groups = _by_subject(differences, asked.subjects)
+    """Compares values of questions and seeds, [seeds, n]; all but accuracy with errors by subject.
+
+    `counts` says that each value is a right or a wrong answer, or a part of one.
+    """
+    change = one.mean(axis=0) - two.mean(axis=0)
+    difference, items = st.over_items(change)
+    clustered = _by_subject(change, design.subjects)
     if counts and len(one) == len(two) == 1:
-        estimate = st.paired_proportions(differences, level=asked.level)
+        estimate = st.paired_proportions(change, level=design.level)
     else:
-        means = one.mean(axis=1), two.mean(axis=1)
-        seeds = st.over_seeds(*means, blocks=False, fixed=asked.fixed)
+        seeds = st.over_seeds(one.mean(axis=1), two.mean(axis=1), blocks=False, fixed=design.fixed)
         if counts:
-            items = _never_zero(items, len(differences))
-        over = items if key == "accuracy" or groups is None else groups
-        estimate = st.combine(difference, over, seeds, level=asked.level)
-    clustered = None if groups is None else math.sqrt(groups.value)
-    return measured(key, (one, two), estimate, spec=spec, n=len(differences), clustered=clustered)
+            items = _never_zero(items, len(change))
+        if key != "accuracy" and clustered is not None:
+            items = clustered
+        estimate = st.combine(difference, items, seeds, level=design.level)
+    error = None if clustered is None else math.sqrt(clustered.value)
+    return measured(key, (one, two), estimate, spec=spec, n=len(change), clustered=error)
 
 
 def _by_subject(values: Floats, subjects: NDArray[np.intp]) -> st.Variance | None:
-    """The variance of their mean with questions of a subject depending on each other."""
+    """The variance of their mean when questions of a subject may depend on each other."""
     if subjects.max() < _FEWEST_SUBJECTS - 1:
         return None
     return st.over_items(values, clusters=subjects)[1]
@@ -196,22 +111,21 @@ def _never_zero(items: st.Variance, n: int) -> st.Variance:
     return st.Variance(items.value + 1 / n**2, items.freedom)
 
 
-def _macro(tables: Sequence[Floats], asked: Questions, spec: Spec) -> Endpoint:
-    sizes = np.bincount(asked.subjects)
-    one, two = (
-        np.array([(np.bincount(asked.subjects, weights=row) / sizes).mean() for row in table])
-        for table in tables
-    )
-    change = tables[0].mean(axis=0) - tables[1].mean(axis=0)
-    difference, items = st.over_strata(change, asked.subjects)
-    seeds = st.over_seeds(one, two, blocks=False, fixed=asked.fixed)
-    items = _never_zero(items, len(asked.subjects))
-    estimate = st.combine(difference, items, seeds, level=asked.level)
+def _macro(one: Floats, two: Floats, design: Design, spec: Spec) -> Endpoint:
+    sizes = np.bincount(design.subjects)
+    values = [
+        np.array([(np.bincount(design.subjects, weights=row) / sizes).mean() for row in part])
+        for part in (one, two)
+    ]
+    difference, items = st.over_strata(one.mean(axis=0) - two.mean(axis=0), design.subjects)
+    seeds = st.over_seeds(values[0], values[1], blocks=False, fixed=design.fixed)
+    items = _never_zero(items, len(design.subjects))
+    estimate = st.combine(difference, items, seeds, level=design.level)
     spec = spec._replace(name=f"macro {spec.name}")
-    return measured("macro", (one, two), estimate, spec=spec, n=len(sizes))
+    return measured("macro", (values[0], values[1]), estimate, spec=spec, n=len(sizes))
 
 
-def unpaired(arm: Arm, baseline: Arm, task: str, level: float, margin: float) -> Endpoint:
+def unpaired_accuracy(arm: Arm, baseline: Arm, task: str, level: float, margin: float) -> Endpoint:
     """Returns the difference of two accuracies whose answers aren't recorded."""
     results = [[run.scored[task] for run in a.runs] for a in (arm, baseline)]
     one, two = (np.array([result.value for result in part]) for part in results)
@@ -222,72 +136,65 @@ def unpaired(arm: Arm, baseline: Arm, task: str, level: float, margin: float) ->
     return measured("accuracy", (one, two), estimate, spec=spec, n=results[0][0].n, reason=reason)
 
 
-def centred_items(frames: Frames) -> Floats:
-    """Returns the letter-centred values of an arm's answers, [seeds, n].
-
-    Empty where the questions have no choices, or not all the same number.
-    """
-    tables = [logprobs_of(frame) for frame in frames]
-    if not all(table.shape[1] and np.isfinite(table).all() for table in tables):
-        return np.zeros((0, 0))
-    return _table(frames, lambda f: choices.letter_centred(logprobs_of(f), f["answer"].to_numpy()))
-
-
-def chance(name: str, frames: Frames) -> Chance | None:
+def chance(name: str, runs: Runs) -> Chance | None:
     """Tests whether an arm's answers follow the questions; None where that can't be told."""
-    centred = centred_items(frames)
-    if not len(centred):
+    if not runs or not all(run.alike for run in runs):
         return None
+    centred = stacked(runs, "centred")
     values = centred.mean(axis=0)
     mean, items = st.over_items(values)
-    items = _by_subject(values, subject_codes(frames[0])) or items
+    items = _by_subject(values, runs[0].subjects) or items
     seeds = st.over_seeds(centred.mean(axis=1), np.zeros(1), blocks=False, fixed=(False, True))
     estimate = st.combine(mean, items, seeds)
     shown = estimate.p is not None and mean > 0 and estimate.p / 2 < st.LEVEL
     return Chance(arm=name, centred=mean, stderr=estimate.stderr or 0.0, at_chance=not shown)
 
 
-def detail(one: Frames, two: Frames) -> Detail | None:
+def _mean_over(
+    pairs: Sequence[tuple[RunAnswers, RunAnswers]], value: Callable[[RunAnswers, RunAnswers], float]
+) -> float:
+    return float(np.mean([value(run, other) for run, other in pairs]))
+
+
+def _flips(run: RunAnswers, other: RunAnswers) -> float:
+    return float((run.frame["choice"].to_numpy() != other.frame["choice"].to_numpy()).mean())
+
+
+def _divergence(run: RunAnswers, reference: RunAnswers) -> float:
+    return choices.divergence(reference.shares, run.shares)
+
+
+def detail(one: Runs, two: Runs) -> Detail | None:
     """Returns what else the answers say; None where the questions have no choices."""
-    answer = one[0]["answer"].to_numpy()
-    tables = [[logprobs_of(f) for f in part] for part in (one, two)]
-    if not tables[0][0].shape[1]:
+    if not one[0].has_choices:
         return None
-    shares = [[choices.probabilities(t) for t in part] for part in tables]
-    best = [[choices.best_choices(t) for t in part] for part in tables]
-    picked = [[f["choice"].to_numpy() for f in part] for part in (one, two)]
-    across = [((0, i), (1, j)) for i in range(len(one)) for j in range(len(two))]
-    floor = [
-        ((part, i), (part, j))
-        for part, runs in enumerate((one, two))
-        for i, j in combinations(range(len(runs)), 2)
-    ]
-
-    def flips(run: tuple[int, int], other: tuple[int, int]) -> float:
-        return float((picked[run[0]][run[1]] != picked[other[0]][other[1]]).mean())
-
-    def divergence(run: tuple[int, int], other: tuple[int, int]) -> float:
-        return choices.divergence(shares[other[0]][other[1]], shares[run[0]][run[1]])
-
-    scores = [np.mean(_table(part, lambda f: f["score"].to_numpy())) for part in (one, two)]
-    credits = [np.mean(_table(part, lambda f: f["credit"].to_numpy())) for part in (one, two)]
-    first, second = one[0]["score"].to_numpy() > 0, two[0]["score"].to_numpy() > 0
+    parts = (one, two)
+    answer = one[0].answer
+    across = list(product(one, two))
+    seeds = [pair for part in parts for pair in combinations(part, 2)]
+    first, second = one[0].score > 0, two[0].score > 0
     won, lost = int((first & ~second).sum()), int((second & ~first).sum())
-    errors = [float(np.mean([choices.calibration_error(s, answer) for s in p])) for p in shares]
-    ties = [float(np.mean([(b > 0).sum(axis=1) > 1 for b in part])) for part in best]
-    alike = all(np.isfinite(t).all() for part in tables for t in part)
-    mixes = [np.mean([b.mean(axis=0) for b in part], axis=0) for part in best]
+    errors = [
+        float(np.mean([choices.calibration_error(run.shares, answer) for run in part]))
+        for part in parts
+    ]
+    ties = [float(np.mean([(run.best > 0).sum(axis=1) > 1 for run in part])) for part in parts]
+    mixes = [np.mean([run.best.mean(axis=0) for run in part], axis=0) for part in parts]
     right = np.bincount(answer, minlength=mixes[0].shape[0]) / len(answer)
+    alike = all(run.alike for part in parts for run in part)
+    score, credit = (
+        np.mean(stacked(one, name)) - np.mean(stacked(two, name)) for name in ("score", "credit")
+    )
     return Detail(
-        flips=float(np.mean([flips(*pair) for pair in across])),
-        flips_floor=float(np.mean([flips(*pair) for pair in floor])) if floor else None,
-        divergence=float(np.mean([divergence(*pair) for pair in across])),
-        divergence_floor=float(np.mean([divergence(*pair) for pair in floor])) if floor else None,
+        flips=_mean_over(across, _flips),
+        flips_floor=_mean_over(seeds, _flips) if seeds else None,
+        divergence=_mean_over(across, _divergence),
+        divergence_floor=_mean_over(seeds, _divergence) if seeds else None,
         calibration=(errors[0], errors[1]),
         letters=(mixes[0].tolist(), mixes[1].tolist()) if alike else None,
         explained=float((mixes[0] - mixes[1]) @ right) if alike else None,
         ties=(ties[0], ties[1]),
-        tie_effect=float((scores[0] - scores[1]) - (credits[0] - credits[1])),
+        tie_effect=float(score - credit),
         won=won,
         lost=lost,
         mcnemar_midp=st.mcnemar_midp(lost, won),
@@ -299,35 +206,44 @@ def mark_letters(endpoint: Endpoint, detail: Detail | None) -> Endpoint:
     if endpoint.key != "accuracy" or detail is None or detail.explained is None:
         return endpoint
     shown = endpoint.word in ("better", "worse") and endpoint.difference
-    letters = bool(shown) and detail.explained / (endpoint.difference or 1) > _MOSTLY
+    letters = bool(shown) and detail.explained / (endpoint.difference or 1) > MOSTLY
     return endpoint.model_copy(update={"letters": letters})
 
 
-def groups(one: Frames, two: Frames, category_of: Mapping[str, str]) -> list[GroupDifference]:
+def groups(one: Runs, two: Runs, category_of: Mapping[str, str]) -> list[GroupDifference]:
     """Returns categories and subjects, each with its interval; p corrected within their kind."""
-    subjects = one[0]["subject"].astype(str)
-    credits = [_table(part, lambda f: f["credit"].to_numpy()).mean(axis=0) for part in (one, two)]
-    table = pd.DataFrame({"subject": subjects, "arm": credits[0], "baseline": credits[1]})
-    table["difference"] = table["arm"] - table["baseline"]
-    table["square"] = table["difference"] ** 2
-    table["category"] = subjects.map(dict(category_of))
-    found: list[GroupDifference] = []
-    kinds: tuple[Literal["category", "subject"], ...] = ("category", "subject")
+    arm, baseline = (stacked(part, "credit").mean(axis=0) for part in (one, two))
+    subjects = one[0].frame["subject"].astype(str)
+    change = pd.DataFrame(
+        {
+            "arm": arm,
+            "baseline": baseline,
+            "change": arm - baseline,
+            "square": (arm - baseline) ** 2,
+        }
+    )
+    labels = {"category": subjects.map(dict(category_of)), "subject": subjects}
+    differences: list[GroupDifference] = []
+    kinds: tuple[Kind, ...] = get_args(Kind)
     for kind in kinds:
-        grouped = table.groupby(kind)
+        grouped = change.groupby(labels[kind])
         if len(grouped) < 2:
             continue
-        means, sums = grouped.mean(numeric_only=True), grouped.sum(numeric_only=True)
-        sizes = grouped.size().to_numpy().astype(np.float64)
-        lost, won = st.pair_counts(sums["difference"].to_numpy(), sums["square"].to_numpy())
+        sums, sizes = grouped.sum(), grouped.size().to_numpy().astype(np.float64)
+        lost, won = st.pair_counts(sums["change"].to_numpy(), sums["square"].to_numpy())
         low, high = st.tango_interval(lost, won, sizes, st.LEVEL)
-        adjusted = st.holm(st.no_difference(lost, won, sizes))
-        for place, (name, row) in enumerate(means.iterrows()):
-            found.append(
-                GroupDifference(
-                    kind=kind, name=str(name), n=int(sizes[place]), arm=float(row["arm"]),
-                    baseline=float(row["baseline"]), low=float(low[place]),
-                    high=float(high[place]), p=float(adjusted[place]),
-                )
-            )  # fmt: skip
-    return found
+        numbers = (
+            grouped[["arm", "baseline"]]
+            .mean()
+            .assign(
+                n=sizes.astype(int),
+                low=low,
+                high=high,
+                p=st.holm(st.no_difference(lost, won, sizes)),
+            )
+        )
+        differences += [
+            GroupDifference(kind=kind, name=str(name), **row)
+            for name, row in numbers.to_dict("index").items()
+        ]
+    return differences

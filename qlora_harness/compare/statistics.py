@@ -2,18 +2,19 @@
 
 Questions and seeds are crossed: other questions and other seeds would both move a difference, and
 their variances add (the interaction is counted twice, which is cautious). Intervals over questions
-are for questions like these, or, clustered, for subjects like these.
+are for questions like these or, clustered, for subjects like these.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy.special import bdtr, gammaln, ndtr, ndtri, stdtr, stdtrit
+
+from qlora_harness.compare.record import Estimate
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -25,39 +26,7 @@ POWER = 0.8
 _NORMAL = 1e9  # degrees of freedom of the normal distribution
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A difference, first arm less second, with what is known of its error.
-
-    Attributes:
-        difference: The estimate.
-        stderr: Its standard error; None where nothing tells it.
-        low: Lower end of the 95% interval.
-        high: Upper end.
-        inner_low: Lower end of the 90% interval, by which equivalence is judged.
-        inner_high: Upper end.
-        p: Two-sided, of no difference.
-        freedom: Degrees of freedom; None where the method has none.
-    """
-
-    difference: float
-    stderr: float | None = None
-    low: float | None = None
-    high: float | None = None
-    inner_low: float | None = None
-    inner_high: float | None = None
-    p: float | None = None
-    freedom: float | None = None
-
-    def within(self, margin: float) -> bool:
-        """Returns whether the difference is shown to be within ± margin (two one-sided tests)."""
-        if self.inner_low is None or self.inner_high is None:
-            return False
-        return -margin < self.inner_low and self.inner_high < margin
-
-
-@dataclass(frozen=True)
-class Variance:
+class Variance(NamedTuple):
     """One source of error: a variance of the difference, and its degrees of freedom."""
 
     value: float
@@ -65,21 +34,13 @@ class Variance:
 
 
 def over_items(
-    differences: Floats,
-    weights: Floats | None = None,
-    *,
-    clusters: NDArray[np.intp] | None = None,
+    differences: Floats, weights: Floats | None = None, *, clusters: NDArray[np.intp] | None = None
 ) -> tuple[float, Variance]:
-    """Returns a weighted mean difference and its variance over items.
+    """Returns a weighted mean of differences [n] and its variance over items.
 
-    With weights it is a ratio of sums, whose variance is that of its linearisation (Cochran,
-    Sampling Techniques, chapter 6). With clusters, items of one cluster may depend on each other
-    (Miller 2024, "Adding error bars to evals").
-
-    Args:
-        differences: One an item, [n].
-        weights: [n]; by default all equal.
-        clusters: Number of the cluster of each item, from 0, [n].
+    With weights [n] it is a ratio of sums, whose variance is that of its linearisation (Cochran,
+    Sampling Techniques, chapter 6). With clusters (the number of each item's cluster, [n]), items
+    of one cluster may depend on each other (Miller 2024, "Adding error bars to evals").
     """
     n = len(differences)
     w = np.full(n, 1 / n) if weights is None else weights / weights.sum()
@@ -94,12 +55,7 @@ def over_items(
 
 
 def over_strata(differences: Floats, strata: NDArray[np.intp]) -> tuple[float, Variance]:
-    """Returns the mean of the strata's means, and its variance within strata.
-
-    Args:
-        differences: One an item, [n].
-        strata: Number of the stratum of each item, from 0, [n].
-    """
+    """Returns the mean of the means of strata [n], and its variance within strata."""
     sizes = np.bincount(strata).astype(np.float64)
     means = np.bincount(strata, weights=differences) / sizes
     squares = np.bincount(strata, weights=(differences - means[strata]) ** 2)
@@ -114,18 +70,14 @@ def over_strata(differences: Floats, strata: NDArray[np.intp]) -> tuple[float, V
 def over_seeds(
     first: Floats, second: Floats, *, blocks: bool, fixed: tuple[bool, bool] = (False, False)
 ) -> list[Variance]:
-    """Returns what other seeds would do to the difference of two arms' means.
+    """Returns what other seeds would do to the difference of two arms' means, a value each seed.
 
-    Args:
-        first: One value a seed.
-        second: The same of the other arm; with blocks, of the same seeds in the same order.
-        blocks: Whether runs of one seed move together, as losses do, which share batches, first
-            weights and dropout. Otherwise each arm has its own variance (Welch).
-        fixed: Whether an arm has no seed, as an untrained base has none.
+    With `blocks`, the values are of the same seeds in the same order, and runs of one seed move
+    together, as losses do, which share batches, first weights and dropout. Otherwise each arm has
+    its own variance (Welch). `fixed` arms have no seed, as an untrained base has none.
 
-    Returns:
-        One variance an arm; one in all with blocks, and where one arm has one seed, which is then
-        taken to vary as the other does; none where nothing tells the seeds' variance.
+    Returns one variance for each arm. One in all with blocks, and where one arm has a single seed
+    and is assumed to vary as the other does. None where nothing tells how seeds vary.
     """
     arms = [arm for arm, no_seed in zip((first, second), fixed, strict=True) if not no_seed]
     if max((len(arm) for arm in arms), default=0) < 2:
@@ -142,26 +94,19 @@ def over_seeds(
 def combine(
     difference: float, items: Variance | None, seeds: list[Variance], *, level: float = LEVEL
 ) -> Estimate:
-    """Returns the interval from the variances over items and over seeds.
+    """Returns the interval at a two-sided level from the variances over items and over seeds.
 
-    The degrees of freedom are Satterthwaite's. With one variance over few seeds beside that over
-    items these are too many (88% coverage at worst), so there the quantile is Cochran's weighted
-    mean of the parts' own (Biometrics 20, 1964).
-
-    Args:
-        difference: The estimate.
-        items: Over questions, conversations or steps; None where they aren't known.
-        seeds: As `over_seeds` gives them.
-        level: Two-sided; the inner interval has twice that.
+    The inner interval has twice the level. The degrees of freedom are Satterthwaite's. With one
+    variance over few seeds beside that over items these are too many (88% coverage at worst), so
+    there the quantile is Cochran's weighted mean of the parts' own (Biometrics 20, 1964).
     """
     parts = ([] if items is None else [items]) + seeds
     parts = [part for part in parts if part.freedom > 0 and math.isfinite(part.value)]
     if not parts:
-        return Estimate(difference)
+        return Estimate(difference=difference)
     total = sum(part.value for part in parts)
     if total == 0:
-        ends = (difference,) * 4
-        return Estimate(difference, 0.0, *ends, p=float(difference == 0))
+        return _estimate(difference, 0.0, 0.0, 0.0, p=float(difference == 0))
     freedom = total**2 / sum(part.value**2 / part.freedom for part in parts)
     weighted = len(seeds) == 1 and len(parts) == 2
 
@@ -171,23 +116,28 @@ def combine(
         return float(stdtrit(freedom, 1 - tail))
 
     stderr = math.sqrt(total)
-    outer, inner = quantile(level / 2) * stderr, quantile(level) * stderr
     size = abs(difference) / stderr
     p = _tail(quantile, size) if weighted else float(stdtr(freedom, -size))
+    outer, inner = quantile(level / 2) * stderr, quantile(level) * stderr
+    return _estimate(difference, stderr, outer, inner, p=2 * p, freedom=freedom)
+
+
+def _estimate(
+    difference: float, stderr: float, outer: float, inner: float, **more: float
+) -> Estimate:
     return Estimate(
-        difference,
-        stderr,
-        difference - outer,
-        difference + outer,
-        difference - inner,
-        difference + inner,
-        2 * p,
-        freedom,
+        difference=difference,
+        stderr=stderr,
+        low=difference - outer,
+        high=difference + outer,
+        inner_low=difference - inner,
+        inner_high=difference + inner,
+        **more,
     )
 
 
 def _tail(quantile: Callable[[float], float], size: float) -> float:
-    """The tail beyond which a size lies, by bisection."""
+    """The probability beyond a size, by bisection."""
     low, high = 1e-300, 0.5
     for _ in range(200):
         middle = math.sqrt(low * high)
@@ -209,8 +159,7 @@ def tango_score(lost: ArrayLike, won: ArrayLike, n: ArrayLike, difference: Array
     gap = c - b - size * delta
     with np.errstate(divide="ignore", invalid="ignore"):
         score = gap / np.sqrt(variance)
-    found: Floats = np.where(gap == 0, 0.0, score)
-    return found
+    return np.asarray(np.where(gap == 0, 0.0, score))
 
 
 def tango_interval(
@@ -218,15 +167,10 @@ def tango_interval(
 ) -> tuple[Floats, Floats]:
     """Returns the differences that the score test at a two-sided level doesn't reject.
 
-    Args:
-        lost: Right in the second only; any shape.
-        won: Right in the first only.
-        n: All pairs.
-        level: For example 0.05.
+    `lost` and `won` count the pairs that are right in the second and in the first only, `n` all
+    pairs; any shape.
     """
-    b, c, size = np.broadcast_arrays(
-        *(np.asarray(x, dtype=np.float64) for x in (lost, won, n)), subok=False
-    )
+    b, c, size = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (lost, won, n)))
     z = float(ndtri(1 - level / 2))
     # In one orientation, so that swapping the arms mirrors every digit.
     less, more = np.minimum(b, c), np.maximum(b, c)
@@ -248,18 +192,14 @@ def tango_interval(
 
 def no_difference(lost: ArrayLike, won: ArrayLike, n: ArrayLike) -> Floats:
     """Returns the two-sided p of the score test of no difference, which is McNemar's."""
-    found: Floats = 2 * ndtr(-np.abs(tango_score(lost, won, n, 0.0)))
-    return found
+    return np.asarray(2 * ndtr(-np.abs(tango_score(lost, won, n, 0.0))))
 
 
 def pair_counts(total: ArrayLike, squares: ArrayLike) -> tuple[Floats, Floats]:
     """Returns how many questions only the second and only the first arm got right.
 
-    With ties worth a part, the two numbers are those that have the same sum and sum of squares.
-
-    Args:
-        total: Sum over questions of the credit of the first less that of the second; any shape.
-        squares: Sum of the squares of the same.
+    Takes the sum over questions of the credit of the first less that of the second, and the sum of
+    its squares, of any shape. With ties worth a part, the two counts have the same two sums.
     """
     net = np.asarray(total, dtype=np.float64)
     changed = np.maximum(np.asarray(squares, dtype=np.float64), np.abs(net))
@@ -269,21 +209,24 @@ def pair_counts(total: ArrayLike, squares: ArrayLike) -> tuple[Floats, Floats]:
 def paired_proportions(differences: Floats, *, level: float = LEVEL) -> Estimate:
     """Returns the difference of two accuracies on the same questions, one run each.
 
-    Interval and tests are Tango's, which hold where hardly any answer changed; the test of no
-    difference is McNemar's without correction, which is the test that the interval inverts.
-
-    Args:
-        differences: Credit of the first less that of the second, [n], each from -1 to 1.
-        level: Two-sided.
+    Takes the credit of the first less that of the second, [n], each from -1 to 1. Interval and
+    tests are Tango's, which hold where hardly any answer changed; the test of no difference, which
+    the interval inverts, is McNemar's without correction.
     """
     n = len(differences)
     lost, won = (float(x) for x in pair_counts(differences.sum(), (differences**2).sum()))
     low, high = (float(end) for end in tango_interval(lost, won, n, level))
     inner_low, inner_high = (float(end) for end in tango_interval(lost, won, n, 2 * level))
     mean = (won - lost) / n
-    stderr = math.sqrt(max(0.0, (won + lost) / n - mean**2) / n)
-    p = float(no_difference(lost, won, n))
-    return Estimate(mean, stderr, low, high, inner_low, inner_high, p)
+    return Estimate(
+        difference=mean,
+        stderr=math.sqrt(max(0.0, (won + lost) / n - mean**2) / n),
+        low=low,
+        high=high,
+        inner_low=inner_low,
+        inner_high=inner_high,
+        p=float(no_difference(lost, won, n)),
+    )
 
 
 def holm(values: Floats) -> Floats:
@@ -303,16 +246,21 @@ def mcnemar_midp(lost: int, won: int) -> float:
     return float(min(1.0, 2 * bdtr(few, changed, 0.5) - point)) if lost != won else 1.0
 
 
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Returns Wilson's 95% interval of a share of n."""
+    z = 1.959964
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return min(share, middle - half), max(share, middle + half)
+
+
 def unpaired(
     one: Floats, two: Floats, errors: tuple[list[float], list[float]], level: float
 ) -> Estimate:
     """Returns the difference of two arms whose questions can't be paired.
 
-    Args:
-        one: The metric, one value a run.
-        two: Of the other arm.
-        errors: Standard errors of these values over questions, of each arm; the largest counts.
-        level: Two-sided.
+    Takes the metric, one value for each run, and the standard errors of each arm's values over
+    questions, of which the largest counts.
     """
     items = None
     if all(errors):

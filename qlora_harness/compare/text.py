@@ -5,23 +5,21 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from qlora_harness.compare.comparison import Comparison
-from qlora_harness.compare.contrast import Contrast
-from qlora_harness.compare.endpoint import Endpoint
 from qlora_harness.compare.numbers import difference, interval, value, word
+from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint
 from qlora_harness.compare.tables import Table, tables
-from qlora_harness.compare.verdict import sentences
+from qlora_harness.compare.verdict import sentences, verdict
 from qlora_harness.results.scored import DEFAULT_TASK
 from qlora_harness.units import NOTHING
 
 LINES, COLUMNS = 12, 80
 _DETAILS = 120  # columns that the widest table takes
 MARKDOWN_TITLE = "# What do the 4 bits cost?"
-HEADLINES = ("memory", "time", "eval_loss", "accuracy", "nll")
+_HEADLINES = ("memory", "time", "eval_loss", "accuracy", "nll")
 _MARKS = {"better": "✓", "worse": "✗", "same": "≈", "unclear": "?", "no measurement": ""}
 
 
-def title(comparison: Comparison) -> str:
+def title(comparison: ComparisonRecord) -> str:
     """Returns what was compared, in a line."""
     primary = comparison.primary
     names = "nothing"
@@ -35,14 +33,14 @@ def title(comparison: Comparison) -> str:
     parts = [names, (comparison.model or "").rpartition("/")[2], dataset]
     seeds = {count for item in primary for count in item.seeds}
     if seeds and max(seeds) > 1:
-        parts.append(f"{'–'.join(map(str, sorted({min(seeds), max(seeds)})))} seeds an arm")
+        parts.append(f"{'–'.join(map(str, sorted({min(seeds), max(seeds)})))} seeds per arm")
     if comparison.questions is not None:
         task = "" if comparison.task == DEFAULT_TASK else f"{comparison.task}, "
         parts.append(f"{task}{comparison.questions:,} questions")
     return " · ".join(part for part in parts if part)
 
 
-def answer(comparison: Comparison) -> str:
+def answer(comparison: ComparisonRecord) -> str:
     """Returns the answer: at most 12 lines of 80 columns."""
     lines = [_cut(title(comparison))]
     primary = comparison.primary
@@ -58,7 +56,7 @@ def answer(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def differences_line(comparison: Comparison) -> str:
+def differences_line(comparison: ComparisonRecord) -> str:
     """Returns what differs besides quantisation, in a line."""
     if not comparison.besides:
         return "Nothing recorded differs besides quantisation and seed."
@@ -70,30 +68,29 @@ def _cut(line: str, columns: int = COLUMNS) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
-    """Rows as lines; columns but those named stand at the right, and the first gives way."""
+    """Rows as lines; all columns but those named align right, and the first gives way."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     widths[0] = min(widths[0], max(8, COLUMNS - sum(widths[1:]) - 2 * len(widths[1:])))
-    return [
-        _cut(
-            "  ".join(
-                f"{_cut(text, width):<{width}}" if place in left else f"{text:>{width}}"
-                for place, (text, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-        )
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        cells = [
+            f"{_cut(text, width):<{width}}" if column in left else f"{text:>{width}}"
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(_cut("  ".join(cells).rstrip()))
+    return lines
 
 
 def _one(item: Contrast) -> list[str]:
     """The two arms side by side."""
-    endpoints = [item.endpoints[key] for key in HEADLINES if key in item.endpoints]
+    endpoints = [item.endpoints[key] for key in _HEADLINES if key in item.endpoints]
     lines = _side_by_side(item, endpoints, [word(one) for one in endpoints])
     if max(map(len, lines)) == COLUMNS:  # cut: without the margins there is more room
         lines = _side_by_side(item, endpoints, [one.word for one in endpoints])
-    for place, one in enumerate(endpoints, start=1):
+    for row, one in enumerate(endpoints, start=1):
         if one.word == "no measurement":
-            start = lines[place][: lines[0].index("difference")]
-            lines[place] = _cut(f"{start}no measurement: {one.reason}")
+            start = lines[row][: lines[0].index("difference")]
+            lines[row] = _cut(f"{start}no measurement: {one.reason}")
     return lines
 
 
@@ -101,39 +98,41 @@ def _side_by_side(item: Contrast, endpoints: Sequence[Endpoint], words: Sequence
     rows = [["", _cut(item.arm, 11), _cut(item.baseline, 11), "difference", "95% interval", ""]]
     for one, shown in zip(endpoints, words, strict=True):
         values = [value(one, one.arm), value(one, one.baseline)]
-        rows.append([one.name, *values, difference(one), interval(one), shown])
-        if one.word == "no measurement":
-            rows[-1][5] = ""
+        last = "" if one.word == "no measurement" else shown
+        rows.append([one.name, *values, difference(one), interval(one), last])
     return _aligned(rows, (0, 4, 5))
 
 
 def _many(items: Sequence[Contrast]) -> list[str]:
-    """One line an arm."""
-    keys = [key for key in HEADLINES if any(key in item.endpoints for item in items)]
-    known = {key: [item[key] for item in items if key in item.endpoints] for key in keys}
-    rows = [["", *(known[key][0].name.removeprefix("peak ") for key in keys)]]
+    """One line for each arm."""
+    known = {key: [item[key] for item in items if key in item.endpoints] for key in _HEADLINES}
+    known = {key: endpoints for key, endpoints in known.items() if endpoints}
+    rows = [["", *(endpoints[0].name.removeprefix("peak ") for endpoints in known.values())]]
     if len({item.baseline for item in items}) == 1:
-        values = [next((e for e in known[key] if e.baseline is not None), None) for key in keys]
-        rows.append([items[0].baseline, *(value(e, e.baseline) if e else NOTHING for e in values)])
+        values = [
+            next((value(e, e.baseline) for e in endpoints if e.baseline is not None), NOTHING)
+            for endpoints in known.values()
+        ]
+        rows.append([items[0].baseline, *values])
     room = LINES - 4
     for item in items[: room if len(items) <= room else room - 1]:
-        rows.append([item.arm, *(_cell(item.endpoints.get(key)) for key in keys)])
+        rows.append([item.arm, *(_cell(item.measured(key)) for key in known)])
     lines = _aligned(rows, (0,))
     if len(items) > room:
-        lines.append(f"… and {len(items) - room + 1} more arms, with --details")
+        lines.append(f"… and {len(items) - room + 1} more arms (see --details)")
     return [*lines, "✓ better  ✗ worse  ≈ same within the margin  ? unclear  – no measurement"]
 
 
 def _cell(endpoint: Endpoint | None) -> str:
-    if endpoint is None or endpoint.difference is None:
-        return NOTHING
-    return f"{difference(endpoint)} {_MARKS[endpoint.word]}".rstrip()
+    return (
+        NOTHING if endpoint is None else f"{difference(endpoint)} {_MARKS[endpoint.word]}".rstrip()
+    )
 
 
-def markdown(comparison: Comparison) -> str:
+def markdown(comparison: ComparisonRecord) -> str:
     """Returns everything as Markdown."""
     lines = answer(comparison).replace("```", "'''")
-    parts = [MARKDOWN_TITLE, f"```text\n{lines}\n```", _escaped(comparison.verdict),
+    parts = [MARKDOWN_TITLE, f"```text\n{lines}\n```", _escaped(verdict(comparison)),
              _escaped(differences_line(comparison))]  # fmt: skip
     if comparison.notes:
         parts.append("\n".join(f"- {_escaped(note)}" for note in comparison.notes))
@@ -144,7 +143,7 @@ def markdown(comparison: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def details(comparison: Comparison) -> str:
+def details(comparison: ComparisonRecord) -> str:
     """Returns notes and all tables for a terminal."""
     from io import StringIO
 
@@ -159,8 +158,8 @@ def details(comparison: Comparison) -> str:
     for table in tables(comparison):
         console.print(Text(f"\n{table.title}"))
         shown = RichTable(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-        for place, column in enumerate(table.columns):
-            right = table.numeric and place > 0
+        for number, column in enumerate(table.columns):
+            right = table.numeric and number > 0
             shown.add_column(Text(column), justify="right" if right else "left", overflow="fold")
         for row in table.rows:
             shown.add_row(*map(Text, row))
@@ -169,16 +168,14 @@ def details(comparison: Comparison) -> str:
 
 
 def _markdown_table(table: Table) -> str:
-    heads = [_escaped(column) for column in table.columns]
-    lines = [f"| {' | '.join(heads)} |"]
     side = "--:" if table.numeric else "---"
-    lines.append(f"| {' | '.join(['---', *[side] * (len(heads) - 1)])} |")
-    lines += [f"| {' | '.join(map(_escaped, row))} |" for row in table.rows]
-    return "\n".join(lines)
+    rules = ["---", *[side] * (len(table.columns) - 1)]
+    rows = [map(_escaped, table.columns), rules, *(map(_escaped, row) for row in table.rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _escaped(text: str) -> str:
-    """Texts of records are no Markdown."""
+    """Escapes marks of Markdown, which texts of records may hold."""
     for mark in "\\|`*_<[":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.split())

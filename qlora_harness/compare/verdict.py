@@ -2,85 +2,89 @@
 
 from __future__ import annotations
 
-import math
-import statistics
+from qlora_harness.compare.numbers import difference, inner_interval, points
+from qlora_harness.compare.power import discordance, questions_needed, seed_deviation
+from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint
+from qlora_harness.compare.scores import MOSTLY
 
-from qlora_harness.compare.comparison import Comparison
-from qlora_harness.compare.contrast import Contrast
-from qlora_harness.compare.endpoint import Endpoint
-from qlora_harness.compare.numbers import difference, inner_interval, signed
-from qlora_harness.study_plan import plan
+# How much less or more of an endpoint is said, and its name.
+_COSTS = {
+    "memory": ("{} of memory", "{} more memory", "memory"),
+    "time": ("{} of training time", "{} more training time", "training time"),
+    "eval_loss": ("{} nats of eval loss", "{} nats of eval loss", "eval loss"),
+    "nll": ("{} nats of NLL", "{} nats of NLL", "NLL"),
+}
 
-_MOSTLY = 0.5  # of a difference, from which on its cause is named
 
-
-def verdict(comparison: Comparison) -> str:
+def verdict(comparison: ComparisonRecord) -> str:
     """Returns the whole answer."""
     return " ".join(sentences(comparison))
 
 
-def sentences(comparison: Comparison) -> list[str]:
+def sentences(comparison: ComparisonRecord) -> list[str]:
     """Returns the sentences of the answer by their importance."""
     primary = comparison.primary
     if not primary:
         return ["There is nothing to compare."]
-    found = [_validity(comparison)]
+    said = [_validity(comparison)]
     if len(primary) == 1:
-        found += [_costs(primary[0]), _accuracy(primary[0], comparison), _won_back(primary[0])]
+        said += [_costs(primary[0]), _accuracy(primary[0], comparison), _won_back(primary[0])]
     else:
-        found.append(_counts(primary))
-    found += [_secondary(item) for item in comparison.contrasts if not item.primary]
-    return [sentence for sentence in found if sentence]
+        said.append(_counts(primary))
+    said += [_secondary(item) for item in comparison.contrasts if not item.primary]
+    return [sentence for sentence in said if sentence]
 
 
-def _validity(comparison: Comparison) -> str:
+def _validity(comparison: ComparisonRecord) -> str:
     """States first what would make everything after it meaningless."""
     if any("random weights" in note for note in comparison.notes):
         return "The base has random weights: loss and accuracy say nothing."
     leading = {name for item in comparison.primary for name in (item.arm, item.baseline)}
-    found = [one for one in comparison.chance if one.arm in leading and one.at_chance]
-    if not found:
+    guessing = [one for one in comparison.chance if one.arm in leading and one.at_chance]
+    if not guessing:
         return ""
-    verb = "is" if len(found) == 1 else "are"
-    sizes = [f"{signed(100 * one.centred, 2)} ± {100 * one.stderr:.2f}" for one in found]
+    verb = "does" if len(guessing) == 1 else "do"
+    sizes = [f"{points(one.centred)} ± {100 * one.stderr:.2f}" for one in guessing]
+    names = _listed([one.arm for one in guessing])
     return (
-        f"{_listed([one.arm for one in found])} {verb} not shown to answer better than chance "
-        f"({_listed(sizes)} points without preference for letters): accuracy may be letters alone."
+        f"{names} {verb} not clearly beat chance ({_listed(sizes)} points without letter "
+        "preference): accuracy may come from letter preference alone."
     )
 
 
 def _costs(item: Contrast) -> str:
     """Memory, time, loss and NLL, where something is shown."""
-    parts: dict[str, list[str]] = {"saves": [], "costs": [], "same": []}
-    for key, less, more, name in (
-        ("memory", "{} of memory", "{} more memory", "memory"),
-        ("time", "{} of training time", "{} more training time", "training time"),
-        ("eval_loss", "{} nats of eval loss", "{} nats of eval loss", "eval loss"),
-        ("nll", "{} nats of NLL", "{} nats of NLL", "NLL"),
-    ):
-        endpoint = item.endpoints.get(key)
-        if endpoint is None or endpoint.difference is None:
-            continue
-        size = difference(endpoint).lstrip("+−")
-        if endpoint.within:
-            parts["same"].append(name)
-        elif endpoint.word == "better":
-            parts["saves"].append(less.format(size))
-        elif endpoint.word == "worse":
-            parts["costs"].append(more.format(size))
-    said = [f"{verb} {_listed(parts[verb])}" for verb in ("saves", "costs") if parts[verb]]
-    if parts["same"]:
-        said.append(f"has the same {_listed(parts['same'])} within the margin")
-    text = f"{item.arm} {', and '.join(said)} against {item.baseline}"
+    said = _savings_and_costs(item)
+    trained = "memory" in item.endpoints
+    if not said and not trained:
+        return ""
+    text = f"{item.arm} {said} compared with {item.baseline}"
     if not said:
-        text = f"{item.arm} against {item.baseline}: no difference in cost is shown"
-    if not said and "memory" not in item.endpoints:
-        return ""  # neither was trained here
-    if item.seeds == (1, 1) and "memory" in item.endpoints:
-        return f"These two runs: {text}. A second seed would show what the seed does."
+        text = f"{item.arm} and {item.baseline} show no difference in cost"
+    if item.seeds == (1, 1) and trained:
+        return f"In these two runs, {text}. A second seed would show how much seeds matter."
     if min(item.seeds) == 1 < max(item.seeds):
         text += "; the single-seed arm is assumed to vary as much as the other"
     return f"{text}."
+
+
+def _savings_and_costs(item: Contrast) -> str:
+    saves, costs, same = [], [], []
+    for key, (less, more, name) in _COSTS.items():
+        endpoint = item.measured(key)
+        if endpoint is None:
+            continue
+        size = difference(endpoint).lstrip("+−")
+        if endpoint.within:
+            same.append(name)
+        elif endpoint.word == "better":
+            saves.append(less.format(size))
+        elif endpoint.word == "worse":
+            costs.append(more.format(size))
+    changes = [f"{verb} {_listed(p)}" for verb, p in (("saves", saves), ("costs", costs)) if p]
+    parts = [" but ".join(changes)] if changes else []
+    parts += [f"has the same {_listed(same)} within the margin"] if same else []
+    return ", and ".join(parts)
 
 
 def _counts(primary: list[Contrast]) -> str:
@@ -91,20 +95,20 @@ def _counts(primary: list[Contrast]) -> str:
         for word in ("better", "worse"):
             count = sum(endpoint.word == word for endpoint in known)
             if count:
-                parts.append(f"{known[0].name} {word} in {count}")
-    text = f"Of {len(primary)} arms: {_listed(parts)}." if parts else ""
+                parts.append(f"{known[0].name} is {word} in {count}")
+    text = f"Of {len(primary)} arms, {_listed(parts)}." if parts else ""
     nll = [item for item in primary if "nll" in item.endpoints]
     if nll:
         best = min(nll, key=lambda item: item["nll"].difference or 0)
-        text += f" NLL compares best for {best.arm} ({difference(best['nll'])})."
+        text += f" On NLL, {best.arm} does best ({difference(best['nll'])})."
     if any(item.seeds == (1, 1) for item in primary):
         text += " Where both arms have one seed, the result is about those two adapters only."
     return text.strip()
 
 
-def _accuracy(item: Contrast, comparison: Comparison) -> str:
-    endpoint = item.endpoints.get("accuracy")
-    if endpoint is None or endpoint.difference is None:
+def _accuracy(item: Contrast, comparison: ComparisonRecord) -> str:
+    endpoint = item.measured("accuracy")
+    if endpoint is None:
         return ""
     text = f"{endpoint.name.capitalize()} on these questions: {_shown(endpoint)}"
     macro = item.endpoints.get("macro")
@@ -129,66 +133,57 @@ def _shown(endpoint: Endpoint) -> str:
     return f"{size}, {endpoint.word}{f', though within {margin}' if endpoint.within else ''}"
 
 
-def _needed(item: Contrast, comparison: Comparison) -> str:
-    """How many questions would show equivalence; nothing where these do or nothing tells it."""
-    endpoint, detail = item.endpoints["accuracy"], item.detail
-    if detail is None or not endpoint.n or endpoint.unit != "share":
+def _needed(item: Contrast, comparison: ComparisonRecord) -> str:
+    """How many questions would show equivalence; nothing if these would, or if it isn't known."""
+    n, share = item["accuracy"].n, discordance(item)
+    if share is None or not n or item["accuracy"].unit != "share":
         return ""
-    discordance = max((detail.won + detail.lost) / endpoint.n, 1 / endpoint.n)
-    values = [
-        [run.value for run in comparison.runs if run.arm == arm and run.value is not None]
-        for arm in (item.arm, item.baseline)
-    ]
-    spreads = [statistics.variance(part) for part in values if len(part) > 1]
-    deviation = math.sqrt(statistics.fmean(spreads)) if spreads else 0.0
-    need = plan(comparison.margin, discordance, deviation, (min(item.seeds),))[0].equivalence
+    deviation = seed_deviation(comparison, item) or 0.0
+    (need,) = questions_needed(comparison.margin, max(share, 1 / n), deviation, (min(item.seeds),))
     margin = f"±{100 * comparison.margin:g}"
-    if need is None:
-        return f"; with so few seeds no number of questions shows {margin}"
-    if need <= endpoint.n:
+    if need.equivalence is None:
+        return f"; with so few seeds, no number of questions shows equivalence within {margin}"
+    if need.equivalence <= n:
         return ""
-    step = 10 ** max(0, len(str(need)) - 2)
-    return f"; if there is none, showing {margin} takes about {-(-need // step) * step:,} questions"
+    step = 10 ** max(0, len(str(need.equivalence)) - 2)
+    count = -(-need.equivalence // step) * step
+    return f"; if there is no difference, showing that within {margin} takes {count:,} questions"
 
 
 def _letters(item: Contrast) -> str:
     """How much of an accuracy difference is letters and ties."""
-    detail, endpoint = item.detail, item.endpoints["accuracy"]
+    detail, endpoint = item.detail, item["accuracy"]
     if detail is None or not endpoint.difference or endpoint.word not in ("better", "worse"):
         return ""
     text = ""
     if endpoint.letters and detail.explained is not None:
-        text = f"; preference for letters alone accounts for {signed(100 * detail.explained, 2)}"
+        text = f"; letter preference alone accounts for {points(detail.explained)}"
         centred = item.endpoints.get("letter_centred")
         if centred is not None:
             text += f", and without it the arms differ by {difference(centred)} ({centred.word})"
-    if abs(detail.tie_effect) > _MOSTLY * abs(endpoint.difference):
-        text += f"; counting the first of tied letters adds {signed(100 * detail.tie_effect, 2)}"
+    if abs(detail.tie_effect) > MOSTLY * abs(endpoint.difference):
+        text += f"; counting the first of tied letters adds {points(detail.tie_effect)}"
     return text
 
 
 def _won_back(item: Contrast) -> str:
-    before, after, what = (*(item.endpoints.get(k) for k in ("loss_before", "eval_loss")), "")
-    if before is None:
-        before, after = (item.endpoints.get(k) for k in ("first_step_loss", "last_steps_loss"))
+    before, after, what = item.measured("loss_before"), item.measured("eval_loss"), ""
+    if "loss_before" not in item.endpoints:
+        before, after = item.measured("first_step_loss"), item.measured("last_steps_loss")
         what = "training "
     if before is None or after is None or not before.difference or after.difference is None:
         return ""
     if not 0 <= after.difference < before.difference or "better" in (before.word, after.word):
         return ""
     return (
-        f"Training wins back {100 * (1 - after.difference / before.difference):.0f}% of the gap in "
+        f"Training closes {100 * (1 - after.difference / before.difference):.0f}% of the gap in "
         f"{what}loss ({difference(before)} before it, {difference(after)} after)."
     )
 
 
 def _secondary(item: Contrast) -> str:
-    parts = []
-    for key in ("accuracy", "letter_centred", "nll"):
-        endpoint = item.endpoints.get(key)
-        if endpoint is None or endpoint.difference is None:
-            continue
-        parts.append(f"{endpoint.name} {difference(endpoint)} ({endpoint.word})")
+    endpoints = [item.measured(key) for key in ("accuracy", "letter_centred", "nll")]
+    parts = [f"{one.name} {difference(one)} ({one.word})" for one in endpoints if one]
     return f"{item.arm} against {item.baseline}: {_listed(parts)}." if parts else ""
 
 

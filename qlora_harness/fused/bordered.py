@@ -18,53 +18,39 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from qlora_harness.fused import triton_ops
+from qlora_harness.fused.launch import usable
 from qlora_harness.model.base import expand_4bit
+from qlora_harness.model.shape import Shape
 
 _ALIGN = 64  # elements; rows that start on 128 bytes are read faster
 
 
 @dataclass
 class Projection:
-    """One linear layer of a group.
-
-    Attributes:
-        layer: The frozen layer.
-        down: LoRA's A, [r, K], or None for a layer without an adapter.
-        up: LoRA's B, [N, r], or None.
-        scale: alpha / r.
-        dropout: Probability, on the adapter's input.
-    """
+    """One frozen linear layer of a group, with its adapter or without."""
 
     layer: Any
-    down: torch.nn.Parameter | None
-    up: torch.nn.Parameter | None
-    scale: float
-    dropout: float
+    down: torch.nn.Parameter | None  # LoRA's A, [r, K]
+    up: torch.nn.Parameter | None  # LoRA's B, [N, r]
+    scale: float  # alpha / r
+    dropout: float  # probability, on the adapter's input
 
 
 class Scratch:
     """Memory that groups share, as they run one after the other."""
 
     def __init__(self) -> None:
-        self._flat: torch.Tensor | None = None
+        self._flat: Tensor | None = None
         self._count = 0
 
     def announce(self, count: int) -> None:
-        """Says that a group will need room, so that all is asked for at once.
-
-        Args:
-            count: Elements.
-        """
+        """Says how many elements a group will need, so that all is allocated at once."""
         self._count = max(self._count, count)
 
-    def get(self, like: torch.Tensor) -> torch.Tensor:
-        """Returns the memory, [elements]; what it holds was written last.
-
-        Args:
-            like: Gives dtype and device.
-        """
+    def get(self, like: Tensor) -> Tensor:
+        """Returns the memory, [elements], of a dtype and device; it holds what came last."""
         flat = self._flat
         if flat is None or flat.dtype != like.dtype or flat.device != like.device:
             self._flat = flat = torch.empty(self._count, dtype=like.dtype, device=like.device)
@@ -73,40 +59,21 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Views:
-    """Parts of M.
+    """Parts of M."""
 
-    Attributes:
-        weights: [W, B], [N, K + R].
-        frozen: W, [N, K].
-        up: B, [N, R].
-        down: s A, [R, K].
-        left: W and below it s A, [N + R, K].
-        whole: M with the unused columns at its right, [N + R, stride].
-    """
-
-    weights: torch.Tensor
-    frozen: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
-    left: torch.Tensor
-    whole: torch.Tensor
+    weights: Tensor  # [W, B], [N, K + R]
+    frozen: Tensor  # W, [N, K]
+    up: Tensor  # B, [N, R]
+    down: Tensor  # s A, [R, K]
+    left: Tensor  # W and below it s A, [N + R, K]
+    whole: Tensor  # with the unused columns at its right, [N + R, stride]
 
 
 class Bordered:
-    """M of a group.
+    """M of a group of projections; those with an adapter have one scale and rank.
 
-    Args:
-        projections: In the order of the outputs; those with an adapter have one scale and rank.
-        scratch: Shared by all groups of a model.
-
-    Attributes:
-        heights: N of each projection.
-        height: Their sum, N.
-        width: K.
-        rank: r of each adapter; 0 without any.
-        border: R, the ranks of all adapters.
-        places: For each projection its place among the adapters, or None.
-        scale: alpha / r.
+    `heights` are N of each and `height` their sum, `width` is K, `rank` that of each adapter,
+    `border` R, the ranks of all; `slots` holds for each projection which of the adapters is its.
     """
 
     def __init__(self, projections: Sequence[Projection], scratch: Scratch) -> None:
@@ -118,11 +85,11 @@ class Bordered:
         self.border = self.rank * len(downs)
         self.scale = next((p.scale for p in projections if p.down is not None), 1.0)
         numbers = iter(range(len(downs)))
-        self.places = [None if p.down is None else next(numbers) for p in projections]
+        self.slots = [None if p.down is None else next(numbers) for p in projections]
         self.stride = aligned(self.width + self.border)
         self._states = [getattr(p.layer.weight, "quant_state", None) for p in projections]
-        self._loader = triton_ops.Loader(self, self._states)
-        self._memory: torch.Tensor | None = None
+        self._loader: Any = None
+        self._memory: Tensor | None = None
         self._views: Views | None = None
         self._owns = all(state is None for state in self._states)
         if self._owns:
@@ -146,28 +113,20 @@ class Bordered:
                 projection.layer.weight.data = projection.layer.weight.data.contiguous()
             self._views = None
 
-    def load(self, like: torch.Tensor, *, again: bool = False) -> Views:
-        """Fills M; it is valid until another group of a 4-bit base is loaded.
+    def load(self, like: Tensor, *, again: bool = False) -> Views:
+        """Fills M in a dtype and on a device; valid until another 4-bit group is loaded.
 
-        Args:
-            like: Gives dtype and device.
-            again: Whether adapters have not changed since the last time, as in a backward pass.
+        `again` says that adapters haven't changed since the last time, as in a backward pass.
         """
         views = self.loaded(like)
         if self._owns and (again or not self.border):
             return views
-        if triton_ops.usable(views.whole) and self._loader.fits:
-            self._loader(views.whole)
-        else:
+        if not (usable(views.whole) and self._load_in_triton(views.whole)):
             self._load(views.whole)
         return views
 
-    def loaded(self, like: torch.Tensor) -> Views:
-        """Returns M as it was loaded last.
-
-        Args:
-            like: Gives dtype and device.
-        """
+    def loaded(self, like: Tensor) -> Views:
+        """Returns M as it was loaded last."""
         views = self._views
         if self._owns:
             assert views is not None
@@ -178,7 +137,7 @@ class Bordered:
             self._views = views = self._parts(memory)
         return views
 
-    def _parts(self, memory: torch.Tensor) -> Views:
+    def _parts(self, memory: Tensor) -> Views:
         rows = self.height + self.border
         whole = memory[: rows * self.stride].view(rows, self.stride)
         columns = self.width + self.border
@@ -191,10 +150,20 @@ class Bordered:
             whole=whole,
         )
 
-    def _load(self, matrix: torch.Tensor) -> None:
+    def _load_in_triton(self, matrix: Tensor) -> bool:
+        """Returns whether the kernel takes weights such as these."""
+        if self._loader is None:
+            from qlora_harness.fused.triton_weights import Loader
+
+            self._loader = Loader(self, self._states)
+        if self._loader.fits:
+            self._loader(matrix)
+        return bool(self._loader.fits)
+
+    def _load(self, matrix: Tensor) -> None:
         parts = torch.split(matrix[: self.height], self.heights)
-        for projection, state, rows, place in zip(
-            self.projections, self._states, parts, self.places, strict=True
+        for projection, state, rows, slot in zip(
+            self.projections, self._states, parts, self.slots, strict=True
         ):
             if not self._owns:
                 weight = projection.layer.weight.data
@@ -202,17 +171,36 @@ class Bordered:
                     weight if state is None else expand_4bit(weight, state, matrix.dtype)
                 )
                 rows[:, self.width :] = 0  # where no adapter of its own is
-            if projection.up is not None and projection.down is not None and place is not None:
-                at = place * self.rank
+            if projection.up is not None and projection.down is not None and slot is not None:
+                at = slot * self.rank
                 rows[:, self.width + at : self.width + at + self.rank] = projection.up.detach()
                 down = matrix[self.height + at : self.height + at + self.rank, : self.width]
                 down.copy_(projection.down.detach() * self.scale)
 
 
 def aligned(columns: int) -> int:
-    """Returns a number of columns rounded up to whole 128 bytes of bfloat16.
-
-    Args:
-        columns: At least 1.
-    """
+    """Returns a number of columns rounded up to whole 128 bytes of bfloat16."""
     return -(-columns // _ALIGN) * _ALIGN
+
+
+def matrix_sizes(shape: Shape, rank: int) -> list[int]:
+    """Returns the elements of M of each group of a decoder layer, for memory predictions."""
+    groups = [
+        (shape.queries + 2 * shape.keys, shape.hidden, 3),
+        (shape.hidden, shape.queries, 1),
+        (2 * shape.inner, shape.hidden, 2),
+        (shape.hidden, shape.inner, 1),
+    ]
+    share = rank * shape.adapted / 7
+    return [int(n + share * count) * aligned(int(k + share * count)) for n, k, count in groups]
+
+
+def matrix_bytes(shape: Shape, rank: int, size: int, *, is_4bit: bool) -> int:
+    """Returns what the matrices take beside the base, with elements of `size` bytes.
+
+    That is the largest matrix for a 4-bit base, and for full-precision weights what they grow by.
+    """
+    matrices = matrix_sizes(shape, rank)
+    if is_4bit:
+        return max(matrices) * size
+    return (sum(matrices) - shape.linear // shape.layers) * size * shape.layers

@@ -9,44 +9,30 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from qlora_harness.fused import triton_ops
+from qlora_harness.fused import launch
 
 _LOGITS = 2**25  # at a time
 _ROWS = 64  # and multiples of it
 
 
-def summed_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """Returns the summed negative log-likelihood, nats, a float32 scalar.
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Returns the summed negative log-likelihood of targets, [R] int64: nats, a float32 scalar.
 
-    Where there is Triton, the gradient is computed in the forward pass, so that no logits are
-    kept: logits and their gradient are rounded to the dtype of `hidden`, what lies between is
-    computed in float32.
-
-    Args:
-        hidden: [R, H]; differentiable.
-        weight: Of the output head, [V, H]; frozen.
-        targets: [R] int64.
+    `hidden`, [R, H], is differentiable; the head's weight, [V, H], is frozen. Where there is
+    Triton, the gradient is computed in the forward pass, so that no logits stay: logits and their
+    gradient are rounded to the dtype of `hidden`, and float32 lies between.
     """
-    if triton_ops.usable(hidden):
-        total: torch.Tensor = _Summed.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+    if launch.usable(hidden):
+        total: Tensor = _Summed.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
         return total
     return cross_entropy(linear(hidden, weight).float(), targets, reduction="sum")
 
 
-def cross_entropies(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """Returns the negative log-likelihood of each token, nats, [R] float32; not for training.
-
-    Args:
-        hidden: [R, H].
-        weight: Of the output head, [V, H].
-        targets: [R] int64.
-    """
+def cross_entropies(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Returns the negative log-likelihood of each target, nats, [R] float32; not for training."""
     losses = hidden.new_empty(len(hidden), dtype=torch.float32)
     for part in _parts(hidden, weight):
         logits = linear(hidden[part], weight).float()
@@ -54,27 +40,27 @@ def cross_entropies(
     return losses
 
 
-def _parts(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
+def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
     rows = _ROWS * max(1, _LOGITS // (_ROWS * len(weight)))
     return [slice(start, start + rows) for start in range(0, len(hidden), rows)]
 
 
 class _Summed(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        from qlora_harness.fused import triton_rows
+
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         ctx.gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for part in _parts(hidden, weight):
             logits = hidden[part] @ weight.t()
-            triton_ops.cross_entropy(logits, targets[part], losses[part])
+            triton_rows.cross_entropy(logits, targets[part], losses[part])
             if ctx.gradient is not None:
                 torch.mm(logits, weight, out=ctx.gradient[part])
             del logits  # before the next ones
         return losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, factor: torch.Tensor) -> Any:
+    def backward(ctx: Any, factor: Tensor) -> Any:
         # A scalar on the device would be rounded to the gradient's dtype before it multiplies.
         return (ctx.gradient.float() * factor).to(ctx.gradient.dtype), None, None

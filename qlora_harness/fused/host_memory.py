@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from qlora_harness.errors import TrainingError
 from qlora_harness.model.free_memory import available_memory
@@ -34,51 +35,34 @@ class Blocks:
     """Pinned memory of the host, in blocks of one size that are used again and again.
 
     To pin memory takes longer than to fill it, and rows differ in length from step to step: where
-    blocks are missing, up to a quarter of what is pinned is pinned besides.
-
-    Attributes:
-        pinned: All blocks, in use or not.
+    blocks are missing, up to a quarter of what is pinned is pinned besides. `pinned` counts all
+    blocks, in use or not.
     """
 
     def __init__(self) -> None:
-        self._free: list[torch.Tensor] = []
+        self._free: list[Tensor] = []
         self.pinned = 0
 
-    def new_bytes(self, wanted: int) -> int:
-        """Returns how much more memory would be pinned for so many bytes.
-
-        Args:
-            wanted: Bytes.
-        """
-        missing = _blocks(wanted) - len(self._free)
+    def new_bytes(self, size: int) -> int:
+        """Returns how much more memory would be pinned to hold so many bytes."""
+        missing = _blocks(size) - len(self._free)
         return (missing + self.pinned // 4) * _BLOCK if missing > 0 else 0
 
-    def take(self, wanted: int) -> list[torch.Tensor]:
-        """Returns blocks that hold so many bytes.
-
-        Args:
-            wanted: Bytes.
-
-        Raises:
-            NoPinnedMemory: The system gives no more.
-        """
-        for _ in range(_blocks(self.new_bytes(wanted))):
+    def take(self, size: int) -> list[Tensor]:
+        """Returns blocks that hold so many bytes; raises NoPinnedMemory if the system has none."""
+        for _ in range(_blocks(self.new_bytes(size))):
             try:
                 block = torch.empty(_BLOCK, dtype=torch.uint8, pin_memory=True)
             except RuntimeError as error:
                 raise NoPinnedMemory(str(error).splitlines()[0]) from None
             self._free.append(block)
             self.pinned += 1
-        taken = self._free[: _blocks(wanted)]
+        taken = self._free[: _blocks(size)]
         del self._free[: len(taken)]
         return taken
 
-    def give(self, blocks: list[torch.Tensor]) -> None:
-        """Takes blocks back. What is still copied to or from them comes before the next copy.
-
-        Args:
-            blocks: From `take`; of no use afterwards.
-        """
+    def give(self, blocks: list[Tensor]) -> None:
+        """Takes blocks back. What is still copied to or from them comes before the next copy."""
         self._free += blocks
 
 
@@ -87,32 +71,21 @@ def _blocks(size: int) -> int:
 
 
 def pinned_bytes(tensors: int, size: int) -> int:
-    """Returns the most memory that is pinned for tensors of one size.
-
-    Args:
-        tensors: How many.
-        size: Bytes of each.
-    """
+    """Returns the most memory that `Blocks` pin for so many tensors of `size` bytes each."""
     return tensors * _blocks(size) * _BLOCK * 5 // 4
 
 
 class Stored:
-    """One tensor in the host's memory.
+    """A contiguous tensor in the host's memory.
 
-    Args:
-        x: The tensor, contiguous.
-        blocks: Where its memory comes from.
-        below: The one that was stored before it, if its graph is still there.
-
-    Raises:
-        NoPinnedMemory: The system gives no more.
+    `device_copy` is the tensor on the device: until its memory is given up, and again when it comes
+    back. `below` is what was stored before it, if its graph is still there.
     """
 
-    def __init__(self, x: torch.Tensor, blocks: Blocks, below: Stored | None) -> None:
+    def __init__(self, x: Tensor, blocks: Blocks, below: Stored | None) -> None:
         self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
-        self.host: list[torch.Tensor] = []
-        # On the device: until its memory is given up, and again when it comes back.
-        self.there: torch.Tensor | None = x
+        self.host: list[Tensor] = []
+        self.device_copy: Tensor | None = x
         self.copied: torch.cuda.Event | None = None
         self.below = None if below is None else weakref.ref(below)
         self._blocks = blocks
@@ -120,10 +93,10 @@ class Stored:
 
     def release(self) -> None:
         """Gives its memory back, on both sides."""
-        if self.there is not None and self.copied is not None:
+        if self.device_copy is not None and self.copied is not None:
             # It may still be read or written.
             torch.cuda.current_stream(self.device).wait_event(self.copied)
-        self.there = None
+        self.device_copy = None
         self._blocks.give(self.host)
         self.host = []
 
@@ -134,31 +107,24 @@ class Stored:
 
 
 class HostMemory:
-    """Shared by all layers of a model."""
+    """Where activations of all layers of a model go."""
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
         self._leaving: deque[weakref.ref[Stored]] = deque()
         self._blocks = Blocks()
         self._limit = memory_of_a_process() // 4
-        self._told = False
+        self._full_logged = False
 
-    def serves(self, x: torch.Tensor) -> bool:
-        """Whether a tensor can be stored: one of a CUDA device, on which copies need no waiting.
-
-        Args:
-            x: Any.
-        """
+    def serves(self, x: Tensor) -> bool:
+        """Whether a tensor can be stored: one of a CUDA device, on which copies need no waiting."""
         return x.is_cuda
 
-    def put_if_room(self, x: torch.Tensor) -> Stored | None:
-        """Begins to copy a tensor to the host, if a quarter of what was available there is enough.
+    def put_if_room(self, x: Tensor) -> Stored | None:
+        """Begins to copy a tensor to the host, as `put` does, if there is room.
 
-        Args:
-            x: As for `put`.
-
-        Returns:
-            None if it is not, or the system pins no more.
+        Room is a quarter of what was available at first. Returns None without it, or where the
+        system pins no more.
         """
         more = self._blocks.new_bytes(x.nbytes)
         if not more or self._pinned + more <= self._limit:
@@ -166,8 +132,8 @@ class HostMemory:
                 return self._put(x)
             except NoPinnedMemory:
                 self._limit = self._pinned
-        if not self._told:
-            self._told = True
+        if not self._full_logged:
+            self._full_logged = True
             logger.info(
                 "%.1f GiB of the host's memory are pinned for activations, and no more: what does "
                 "not fit is computed again",
@@ -180,14 +146,10 @@ class HostMemory:
         """Bytes."""
         return self._blocks.pinned * _BLOCK
 
-    def put(self, x: torch.Tensor) -> Stored:
-        """Begins to copy a tensor to the host.
+    def put(self, x: Tensor) -> Stored:
+        """Begins to copy to the host a contiguous tensor that nothing writes to any more.
 
-        Args:
-            x: That it serves, contiguous; not to be written to.
-
-        Raises:
-            TrainingError: The system pins no more memory.
+        Raises TrainingError if the system pins no more memory.
         """
         try:
             return self._put(x)
@@ -198,7 +160,7 @@ class HostMemory:
                 "Lower --batch-size (and raise --grad-accum), or use --checkpointing full",
             ) from None
 
-    def _put(self, x: torch.Tensor) -> Stored:
+    def _put(self, x: Tensor) -> Stored:
         before = self._leaving[-1]() if self._leaving else None
         stored = Stored(x, self._blocks, before)
         self._copy(stored, x, back=False)
@@ -208,20 +170,17 @@ class HostMemory:
             if oldest is not None and oldest.host and oldest.copied is not None:
                 # That copy has had the time of a layer or two; now the memory may be used again.
                 torch.cuda.current_stream(x.device).wait_event(oldest.copied)
-                oldest.there = None
+                oldest.device_copy = None
         return stored
 
-    def get(self, stored: Stored) -> torch.Tensor:
-        """Returns a tensor to the device, and begins to fetch the one that was stored before it.
-
-        Args:
-            stored: From `put`; of no use afterwards.
-        """
+    def get(self, stored: Stored) -> Tensor:
+        """Returns a tensor to the device, once, and begins to fetch what was stored before it."""
         self._fetch(stored)
-        x = stored.there
-        assert x is not None and stored.copied is not None
+        x = stored.device_copy
+        assert x is not None
+        assert stored.copied is not None
         torch.cuda.current_stream(x.device).wait_event(stored.copied)
-        stored.there = None
+        stored.device_copy = None
         stored.release()
         below = None if stored.below is None else stored.below()
         if below is not None:
@@ -231,13 +190,14 @@ class HostMemory:
         return x
 
     def _fetch(self, stored: Stored) -> None:
-        if stored.there is not None or not stored.host:
+        if stored.device_copy is not None or not stored.host:
             return
         # Taken on the stream that computes, as its allocator knows when it is free again.
-        stored.there = torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
-        self._copy(stored, stored.there, back=True)
+        x = torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
+        stored.device_copy = x
+        self._copy(stored, x, back=True)
 
-    def _copy(self, stored: Stored, x: torch.Tensor, *, back: bool) -> None:
+    def _copy(self, stored: Stored, x: Tensor, *, back: bool) -> None:
         if self._stream is None or self._stream.device != stored.device:
             self._stream = torch.cuda.Stream(stored.device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(stored.device))
@@ -258,13 +218,8 @@ def memory_of_a_process() -> int:
     return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies a tensor of the host to a device, without waiting for it.
-
-    Args:
-        values: On the host.
-        device: Where to.
-    """
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor of the host to a device, without waiting for it."""
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

@@ -19,88 +19,63 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from qlora_harness.fused import dropout
 from qlora_harness.fused.bordered import Bordered, Projection, Scratch, aligned
 from qlora_harness.fused.dropout import Masks
 from qlora_harness.fused.ops import copy
 
-Gradients = list[torch.Tensor | None]
-Inner = torch.Tensor | None
+Gradients = list[Tensor | None]
+Inner = Tensor | None
 
 
 class LoraGroup:
-    """Projections of one input.
-
-    Args:
-        projections: In the order of the outputs; those with an adapter have one scale, rank,
-            dropout and dtype.
-        scratch: Shared by all layers.
-    """
+    """Projections of one input; those with an adapter have one scale, rank, dropout and dtype."""
 
     def __init__(self, projections: Sequence[Projection], scratch: Scratch) -> None:
         self.projections = list(projections)
         self.dropout = max(p.dropout for p in projections)
         self._weights = Bordered(projections, scratch)
-        # Each projection with an adapter, and its place among them.
-        self._adapted = [(i, n) for i, n in enumerate(self._weights.places) if n is not None]
+        # Each projection with an adapter, and the adapter's slot.
+        self._adapted = [(i, n) for i, n in enumerate(self._weights.slots) if n is not None]
         self._dtype = next((p.down.dtype for p in projections if p.down is not None), torch.float32)
-        biases = [p.layer.bias for p in projections]
-        self._bias: torch.Tensor | None = None
-        if any(bias is not None for bias in biases):
+        self._bias: Tensor | None = None
+        if any(p.layer.bias is not None for p in projections):
+            heights = zip(projections, self._weights.heights, strict=True)
             self._bias = torch.cat(
                 [
-                    p.layer.weight.new_zeros(height) if bias is None else bias.detach()
-                    for p, bias, height in zip(
-                        projections, biases, self._weights.heights, strict=True
-                    )
+                    p.layer.weight.new_zeros(n) if p.layer.bias is None else p.layer.bias.detach()
+                    for p, n in heights
                 ]
             )
 
     def parameters(self) -> list[torch.nn.Parameter | None]:
-        """A and B of each projection."""
+        """Returns A and B of each projection."""
         return [p for projection in self.projections for p in (projection.down, projection.up)]
 
     def release(self) -> None:
         """Gives full-precision weights memory of their own again; the group is of no use then."""
         self._weights.move_out()
 
-    def input(self, tokens: int, like: torch.Tensor) -> torch.Tensor:
-        """Returns memory for an input with room for h behind it, [T, K + R].
-
-        Args:
-            tokens: T.
-            like: Gives dtype and device.
-        """
+    def input(self, tokens: int, like: Tensor) -> Tensor:
+        """Returns memory for an input with room for h behind it, [T, K + R]."""
         return _room(tokens, self._weights.width + self._weights.border, like)
 
-    def as_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns an input in memory as from `input`: where it lies, if no room is needed.
-
-        Args:
-            x: [T, K].
-        """
+    def as_input(self, x: Tensor) -> Tensor:
+        """Returns an input, [T, K], in memory as from `input`: as it is, if it needs no room."""
         if not self._weights.border:
             return x
         wide = self.input(len(x), x)
         copy(x.contiguous(), wide[:, : self._weights.width])
         return wide
 
-    def output_gradient(self, tokens: int, like: torch.Tensor) -> torch.Tensor:
-        """Returns memory for dy with room for dh behind it, [T, N + R]; for a group of one.
-
-        Args:
-            tokens: T.
-            like: Gives dtype and device.
-        """
+    def output_gradient(self, tokens: int, like: Tensor) -> Tensor:
+        """Returns memory for dy with room for dh behind it, [T, N + R]; for a group of one."""
         return _room(tokens, self._weights.height + self._weights.border, like)
 
-    def with_room(self, dy: torch.Tensor) -> torch.Tensor:
-        """Returns dy in memory as from `output_gradient`: where it lies, if it has the room.
-
-        Args:
-            dy: [T, N].
-        """
+    def with_room(self, dy: Tensor) -> Tensor:
+        """Returns dy, [T, N], in memory as from `output_gradient`: as it is, if it has the room."""
         columns = self._weights.height + self._weights.border
         stride = aligned(columns)
         bytes_needed = len(dy) * stride * dy.element_size()
@@ -114,28 +89,19 @@ class LoraGroup:
         wide[:, : dy.shape[1]] = dy
         return wide
 
-    def packs_masks(self, like: torch.Tensor) -> bool:
-        """Whether the masks of its adapters may be packed.
-
-        Args:
-            like: Has the dtype and the device of the input.
-        """
-        return not self._adapted or dropout.packs(self._weights.rank, like)
+    def can_pack_masks(self, like: Tensor) -> bool:
+        """Whether the masks of its adapters may be packed, on inputs such as `like`."""
+        return not self._adapted or dropout.can_pack(self._weights.rank, like)
 
     def mask_shape(self, tokens: int) -> tuple[int, int, int]:
-        """Returns how many adapters have masks, and the shape of their input: [T, K].
-
-        Args:
-            tokens: T.
-        """
+        """Returns how many adapters have masks, and the shape of their input: [T, K]."""
         return len(self._adapted), tokens, self._weights.width
 
-    def forward(self, wide: torch.Tensor, masks: Masks | None) -> tuple[torch.Tensor, Inner]:
+    def forward(self, wide: Tensor, masks: Masks | None) -> tuple[Tensor, Inner]:
         """Returns the outputs side by side, [T, N], and h, [T, R].
 
-        Args:
-            wide: From `input`, with the input in its first K columns.
-            masks: What each adapter sees of the input, or None for everything.
+        `wide` comes from `input`, with the input in its first K columns. Without masks the adapters
+        see all of it.
         """
         m = self._weights
         views = m.load(wide)
@@ -144,15 +110,11 @@ class LoraGroup:
             return wide @ views.weights.t(), inner
         return torch.addmm(self._bias.to(wide.dtype), wide, views.weights.t()), inner
 
-    def backward(
-        self, dy: torch.Tensor, masks: Masks | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the gradients of x, [T, K], and of h, [T, R].
+    def backward(self, dy: Tensor, masks: Masks | None) -> tuple[Tensor, Tensor | None]:
+        """Returns the gradients of x, [T, K], and of h, [T, R], from that of the outputs, [T, N].
 
-        Args:
-            dy: Of the outputs side by side, [T, N]; for a group of one with an adapter the memory
-                of `output_gradient`, whose first N columns are filled.
-            masks: As in `forward`.
+        For a group of one with an adapter dy is the memory of `output_gradient`, whose first N
+        columns are filled.
         """
         m = self._weights
         views = m.load(dy, again=True)
@@ -174,58 +136,40 @@ class LoraGroup:
         dropout.add_products(dx, inner, views.down, masks)
         return dx, inner
 
-    def backward_inner(self, dy: torch.Tensor) -> torch.Tensor | None:
-        """Returns the gradient of h alone, [T, R], where that of x is of no use.
-
-        Args:
-            dy: Of the outputs side by side, [T, N].
-        """
+    def backward_inner(self, dy: Tensor) -> Tensor | None:
+        """Returns the gradient of h alone, [T, R], where that of x is of no use."""
         if not self._weights.border:
             return None
         return dy @ self._weights.load(dy, again=True).up
 
     def gradients(
-        self,
-        dy: torch.Tensor,
-        d_inner: torch.Tensor | None,
-        x: torch.Tensor,
-        inner: Inner,
-        masks: Masks | None,
+        self, dy: Tensor, d_inner: Tensor | None, x: Tensor, inner: Inner, masks: Masks | None
     ) -> Gradients:
         """Returns the gradients of A and B of each projection; follows `backward`.
 
-        Args:
-            dy: Of the outputs side by side, [T, N] or wider.
-            d_inner: From `backward`.
-            x: The input, [T, K].
-            inner: From `forward`, or None where it was not kept.
-            masks: As in `forward`.
+        dy is [T, N] or wider, `inner` None where it was dropped after `forward`.
         """
         m = self._weights
-        found: Gradients = [None] * (2 * len(self.projections))
+        gradients: Gradients = [None] * (2 * len(self.projections))
         if d_inner is None:
-            return found
+            return gradients
         if inner is None:
             inner = self._inner(x, m.loaded(x).down, masks, None)
             assert inner is not None
         parts = torch.split(dy[:, : m.height], m.heights, dim=1)
-        for i, place in self._adapted:
-            found[2 * i + 1] = _product(parts[i].t(), self._columns(inner, place), self._dtype)
+        rank = m.rank
+        for i, slot in self._adapted:
+            own = inner[:, slot * rank : (slot + 1) * rank]
+            gradients[2 * i + 1] = _product(parts[i].t(), own, self._dtype)
         if masks is None:
             downs = _product((d_inner * m.scale).t(), x, self._dtype)
         else:
             downs = dropout.gradients(d_inner, x, masks, m.scale, self._dtype)
-        for i, place in self._adapted:
-            found[2 * i] = self._rows(downs, place)
-        return found
+        for i, slot in self._adapted:
+            gradients[2 * i] = downs[slot * rank : (slot + 1) * rank]
+        return gradients
 
-    def _inner(
-        self,
-        x: torch.Tensor,
-        down: torch.Tensor,
-        masks: Masks | None,
-        beside: torch.Tensor | None,
-    ) -> Inner:
+    def _inner(self, x: Tensor, down: Tensor, masks: Masks | None, beside: Tensor | None) -> Inner:
         """Returns h of all adapters side by side, and writes it to `beside`; None without any."""
         if not self._weights.border:
             return None
@@ -236,25 +180,17 @@ class LoraGroup:
             copy(inner, beside)
         return inner
 
-    def _columns(self, inner: torch.Tensor, place: int) -> torch.Tensor:
-        rank = self._weights.rank
-        return inner[:, place * rank : (place + 1) * rank]
 
-    def _rows(self, downs: torch.Tensor, place: int) -> torch.Tensor:
-        rank = self._weights.rank
-        return downs[place * rank : (place + 1) * rank]
-
-
-def _room(tokens: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+def _room(tokens: int, columns: int, like: Tensor) -> Tensor:
     # oneDNN multiplies what lies behind the columns by zero, on CPUs with AMX in bfloat16: a NaN
     # there would show (https://github.com/uxlfoundation/oneDNN/issues/5717).
     new = like.new_zeros if like.device.type == "cpu" else like.new_empty
     return new(tokens, aligned(columns))[:, :columns]
 
 
-def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """A matrix product in another dtype than its factors', without rounding in between on CUDA."""
     if a.is_cuda and dtype == torch.float32 and a.dtype == torch.bfloat16:
-        wide: torch.Tensor = torch.mm(a, b, out_dtype=dtype)
+        wide: Tensor = torch.mm(a, b, out_dtype=dtype)
         return wide
     return (a @ b).to(dtype)

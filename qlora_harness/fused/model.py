@@ -1,8 +1,6 @@
-"""Lets a model of LLaMA's kind compute rows through fused layers, beside its own modules.
+"""Fused layers beside a model's own modules, for models of LLaMA's kind.
 
-The adapter stays PEFT's: the same parameters, saved and loaded by PEFT. In training only what
-`forward` does with a row (see `train.batches.pack_batch`) changes; any other input goes the model's
-own way.
+The adapter stays PEFT's: the same parameters, saved and loaded by PEFT.
 """
 
 from __future__ import annotations
@@ -11,27 +9,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
 from qlora_harness.fused import cross_entropy
 from qlora_harness.fused.bordered import Projection, Scratch
-from qlora_harness.fused.host_memory import HostMemory
+from qlora_harness.fused.host_memory import HostMemory, pinned_bytes
 from qlora_harness.fused.layer import Attend, FusedLayer
 from qlora_harness.fused.lora_group import LoraGroup
-from qlora_harness.fused.row import Rotation, Row
+from qlora_harness.fused.packed_row import PackedRow, Rotation
 from qlora_harness.model.base import base_of, is_plain_linear
 from qlora_harness.model.plain_lora import is_plain
+from qlora_harness.model.shape import Shape
 from qlora_harness.settings import CHECKPOINTING
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+# Gates of all layers but each third go to the host with selective checkpointing: as many as can be
+# copied while an H100 computes a forward pass.
+_THIRD = 3
 
 
-def why_config_not_fused(config: Any) -> str | None:
-    """Returns why a model of a configuration can't have fused layers, or None if it can.
-
-    Args:
-        config: A transformers model configuration.
-    """
+def reason_against_config(config: Any) -> str | None:
+    """Returns why a model of a configuration can't have fused layers, or None if it can."""
     if config.model_type not in MODEL_TYPES:
         return f"model type {config.model_type!r} is not one of {', '.join(sorted(MODEL_TYPES))}"
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
@@ -43,18 +42,153 @@ def why_config_not_fused(config: Any) -> str | None:
     return None
 
 
-def why_not_fused(model: Any) -> str | None:
-    """Returns why a model can't have fused layers, or None if it can.
+class FusedDecoder:
+    """The fused layers of a model, and how they are used.
 
-    Args:
-        model: A causal language model, with or without a PEFT adapter.
+    - `reason_against(model)` says why a model can't have them.
+    - `FusedDecoder(model)` builds them. `infer` then computes hidden states, without gradients.
+    - `FusedDecoder.attach(model, checkpointing)` also puts them in the place of the model's
+      `forward`, until `detach`: a batch of `train.batches.pack_batch`, which has `borders`, goes
+      through the fused layers, any other through the model's own.
+
+    They hold on to the weights, scales and adapters that the model has now: it must stay on its
+    device and in its dtypes. Full-precision weights become views of larger matrices until `detach`.
     """
-    base = base_of(model)
-    reason = why_config_not_fused(base.config)
-    if reason is None and base is not model:
-        reason = _why_adapter_not_fused(model, base.model.layers)
-    if reason is not None:
-        return reason
+
+    def __init__(self, model: Any, checkpointing: str = "none") -> None:
+        assert checkpointing in CHECKPOINTING
+        self._base = base_of(model)
+        self._decoder = self._base.model
+        self._own_forward: Callable[..., Any] = self._base.forward
+        scratch, host = Scratch(), HostMemory()
+        self.layers = [
+            _fused_layer(layer, checkpointing, scratch, host) for layer in self._decoder.layers
+        ]
+        for number, layer in enumerate(self.layers):
+            layer.gates_on_host = number % _THIRD != 0
+
+    @staticmethod
+    def reason_against(model: Any) -> str | None:
+        """Returns why a model, with an adapter or without, can't have them, or None if it can."""
+        base = base_of(model)
+        reason = reason_against_config(base.config)
+        if reason is None and base is not model:
+            reason = _reason_against_adapter(model, base.model.layers)
+        return reason or _reason_against_layers(base)
+
+    @classmethod
+    def attach(cls, model: Any, checkpointing: str) -> FusedDecoder:
+        """Builds the layers and puts them in the place of the model's `forward`."""
+        decoder = cls(model, checkpointing)
+        decoder._base.forward = decoder
+        return decoder
+
+    def detach(self) -> None:
+        """Gives the model its own `forward` and weights back; the layers are of no use then."""
+        for layer in self.layers:
+            for group in layer.groups():
+                group.release()
+        self._base.forward = self._own_forward
+
+    def __call__(
+        self, input_ids: Tensor | None = None, borders: Tensor | None = None, **options: Any
+    ) -> Any:
+        """Stands for the model's `forward`; returns the loss of a row, see `_row_loss`."""
+        if borders is None:
+            return self._own_forward(input_ids=input_ids, **options)
+        assert input_ids is not None
+        if not self.layers[0].has_adapters_of(self._decoder.layers[0]):
+            raise RuntimeError("the adapter's parameters were replaced after `attach`")
+        return CausalLMOutput(loss=self._row_loss(input_ids, borders, **options))
+
+    def _row_loss(
+        self,
+        input_ids: Tensor,
+        borders: Tensor,
+        *,
+        position_ids: Tensor,
+        starts: tuple[int, ...],
+        longest: int,
+        read_at: Tensor,
+        read_token: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        per_token: bool = False,
+        **ignored: Any,
+    ) -> Tensor:
+        """The loss of the tokens that are read: of each, [R], or summed over the items' number."""
+        hidden, rotation = self._embed(input_ids, position_ids)
+        row = PackedRow(rotation.cos, rotation.sin, borders, starts, longest)
+        training = self._base.training
+        added: Tensor | None = None
+        *below, last = self.layers
+        for layer in below:
+            hidden, added = layer(hidden, added, row, training=training)
+        # The rest of the last layer, the norm and the head run only where a token is learned.
+        learned = read_at if len(read_at) else None
+        hidden, added = last(hidden, added, row, training=training, read_at=learned)
+        head = self._base.lm_head.weight
+        with torch.autocast(hidden.device.type, enabled=False):
+            read = self._decoder.norm((hidden + added)[: len(read_at)])
+            if per_token:
+                return cross_entropy.cross_entropies(read, head, read_token)
+            total = cross_entropy.summed_cross_entropy(read, head, read_token)
+        return total / (len(read_token) if num_items_in_batch is None else num_items_in_batch)
+
+    def infer(
+        self, input_ids: Tensor, position_ids: Tensor, attend: Attend, read_at: Tensor
+    ) -> Tensor:
+        """Returns the normalised hidden states of the tokens at `read_at`, [R, H].
+
+        Ids and positions are [1, T]. There are no gradients, and any attention.
+        """
+        hidden, rotation = self._embed(input_ids, position_ids)
+        added: Tensor | None = None
+        *below, last = self.layers
+        for layer in below:
+            hidden, added = layer.infer(hidden, added, rotation, attend)
+        hidden, added = last.infer(hidden, added, rotation, attend, read_at)
+        normed: Tensor = self._decoder.norm(hidden + added)
+        return normed
+
+    def _embed(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Rotation]:
+        """What the first layer reads, [T, H], and how tokens are rotated."""
+        hidden = self._decoder.embed_tokens(input_ids)
+        cos, sin = self._decoder.rotary_emb(hidden, position_ids)
+        hidden = hidden[0]
+        return hidden, Rotation(cos[0].to(hidden.dtype), sin[0].to(hidden.dtype))
+
+
+def host_bytes(shape: Shape, checkpointing: str, tokens: int, size: int) -> int:
+    """Returns the most memory of the host that the layers of a model pin, in bytes.
+
+    `size` is the bytes of an element.
+    """
+    layers, elements = {
+        "selective": (shape.layers - -(-shape.layers // _THIRD), 2 * shape.inner),
+        "offload": (shape.layers, shape.hidden),
+    }.get(checkpointing, (0, 0))
+    return pinned_bytes(layers, elements * size * tokens)
+
+
+def _reason_against_adapter(model: Any, layers: Any) -> str | None:
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    inside = {id(m) for layer in layers for m in layer.modules()}
+    for name, module in model.named_modules():
+        last = name.rsplit(".", 1)[-1]
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return f"its adapter replaces a module ({last})"
+        if not isinstance(module, LoraLayer):
+            continue
+        if id(module) not in inside:
+            return f"it has an adapter outside its layers ({last})"
+        if not is_plain(module):
+            return "its adapter is not one plain LoRA"
+    return None
+
+
+def _reason_against_layers(base: Any) -> str | None:
     dtype = base.model.embed_tokens.weight.dtype
     for layer in base.model.layers:
         dropouts = set()
@@ -71,24 +205,6 @@ def why_not_fused(model: Any) -> str | None:
     return None
 
 
-def _why_adapter_not_fused(model: Any, layers: Any) -> str | None:
-    from peft.tuners.lora import LoraLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    known = {id(m) for layer in layers for m in layer.modules()}
-    for name, module in model.named_modules():
-        last = name.rsplit(".", 1)[-1]
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            return f"its adapter replaces a module ({last})"
-        if not isinstance(module, LoraLayer):
-            continue
-        if id(module) not in known:
-            return f"it has an adapter outside its layers ({last})"
-        if not is_plain(module):
-            return "its adapter is not one plain LoRA"
-    return None
-
-
 def _is_linear(layer: torch.nn.Module, dtype: torch.dtype) -> bool:
     """Whether a layer's weight is 4-bit, as bitsandbytes lays it out first, or of a dtype."""
     if not is_plain_linear(layer):
@@ -99,175 +215,29 @@ def _is_linear(layer: torch.nn.Module, dtype: torch.dtype) -> bool:
     return not getattr(state, "packing_format_for_cpu", False)
 
 
-def install(model: Any, checkpointing: str) -> None:
-    """Gives a model fused layers.
-
-    See `FusedDecoder` for what the model must keep until `uninstall`.
-
-    Args:
-        model: For which `why_not_fused` is None; from `attach_lora`.
-        checkpointing: One of `settings.CHECKPOINTING`.
-    """
-    base = base_of(model)
-    base.forward = _Forward(base, FusedDecoder(model, checkpointing), base.forward)
-
-
-def uninstall(model: Any) -> None:
-    """Gives a model its own forward back.
-
-    Args:
-        model: On which `install` was called.
-    """
-    base = base_of(model)
-    base.forward.fused.release()
-    base.forward = base.forward.own
-
-
-class FusedDecoder:
-    """Fused layers beside those of a model.
-
-    They hold on to the weights, scales and adapters that the model has now: it must stay on its
-    device and in its dtypes. Full-precision weights become views of larger matrices until
-    `release`.
-
-    Args:
-        model: For which `why_not_fused` is None.
-        checkpointing: One of `settings.CHECKPOINTING`.
-
-    Attributes:
-        layers: In their order.
-    """
-
-    def __init__(self, model: Any, checkpointing: str = "none") -> None:
-        assert checkpointing in CHECKPOINTING
-        self._decoder = base_of(model).model
-        scratch, host = Scratch(), HostMemory()
-        self.layers = [
-            _fused_layer(layer, checkpointing, scratch, host) for layer in self._decoder.layers
-        ]
-        # Two of three: as many as can be copied while an H100 computes a forward pass.
-        for number, layer in enumerate(self.layers):
-            layer.gates_on_host = number % 3 != 0
-
-    def release(self) -> None:
-        """Gives full-precision weights memory of their own again; the layers are of no use then."""
-        for layer in self.layers:
-            for group in layer.groups():
-                group.release()
-
-    def embed(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, Rotation]:
-        """Returns what the first layer reads, [T, H], and how tokens are rotated.
-
-        Args:
-            input_ids: [1, T].
-            position_ids: [1, T].
-        """
-        hidden = self._decoder.embed_tokens(input_ids)
-        cos, sin = self._decoder.rotary_emb(hidden, position_ids)
-        hidden = hidden[0]
-        return hidden, Rotation(cos[0].to(hidden.dtype), sin[0].to(hidden.dtype))
-
-    def infer(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        attend: Attend,
-        read_at: torch.Tensor,
-    ) -> torch.Tensor:
-        """Returns the normalised hidden states of some tokens, [R, H], without gradients.
-
-        Args:
-            input_ids: [1, T].
-            position_ids: [1, T].
-            attend: Computes attention.
-            read_at: Places of the tokens, [R] int64.
-        """
-        hidden, rotation = self.embed(input_ids, position_ids)
-        added: torch.Tensor | None = None
-        *below, last = self.layers
-        for layer in below:
-            hidden, added = layer.infer(hidden, added, rotation, attend)
-        hidden, added = last.infer(hidden, added, rotation, attend, read_at)
-        normed: torch.Tensor = self._decoder.norm(hidden + added)
-        return normed
-
-
-class _Forward:
-    """The model's forward; a row of texts goes through the fused layers."""
-
-    def __init__(self, base: Any, fused: FusedDecoder, own: Callable[..., Any]) -> None:
-        self._base, self.fused, self.own = base, fused, own
-
-    def __call__(
-        self,
-        input_ids: torch.Tensor | None = None,
-        borders: torch.Tensor | None = None,
-        **options: Any,
-    ) -> Any:
-        if borders is None:
-            return self.own(input_ids=input_ids, **options)
-        assert input_ids is not None
-        if not self.fused.layers[0].has_adapters_of(self._base.model.layers[0]):
-            raise RuntimeError("the adapter's parameters were replaced after `install`")
-        return self._row(input_ids, borders, **options)
-
-    def _row(
-        self,
-        input_ids: torch.Tensor,
-        borders: torch.Tensor,
-        *,
-        position_ids: torch.Tensor,
-        starts: tuple[int, ...],
-        longest: int,
-        read_at: torch.Tensor,
-        read_token: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        per_token: bool = False,
-        **ignored: Any,
-    ) -> CausalLMOutput:
-        base, decoder = self._base, self._base.model
-        hidden, rotation = self.fused.embed(input_ids, position_ids)
-        row = Row(rotation.cos, rotation.sin, borders, starts, longest)
-        added: torch.Tensor | None = None
-        *below, last = self.fused.layers
-        for layer in below:
-            hidden, added = layer(hidden, added, row, training=base.training)
-        # The rest of the last layer, the norm and the head run only where a token is learned.
-        places = read_at if len(read_at) else None
-        hidden, added = last(hidden, added, row, training=base.training, places=places)
-        with torch.autocast(hidden.device.type, enabled=False):
-            read = decoder.norm((hidden + added)[: len(read_at)])
-            if per_token:
-                losses = cross_entropy.cross_entropies(read, base.lm_head.weight, read_token)
-                return CausalLMOutput(loss=losses)
-            total = cross_entropy.summed_cross_entropy(read, base.lm_head.weight, read_token)
-        count = len(read_token) if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutput(loss=total / count)
-
-
 def _fused_layer(layer: Any, checkpointing: str, scratch: Scratch, host: HostMemory) -> FusedLayer:
     attention = layer.self_attn
     size = attention.head_dim
-    qkv, out, gate_up, down = (_lora_group(modules, scratch) for modules in _groups(layer))
+    qkv, out, gate_up, down = (
+        LoraGroup([_projection(module) for module in modules], scratch)
+        for modules in _groups(layer)
+    )
+    normed = hasattr(attention, "q_norm")
     return FusedLayer(
-        layer.input_layernorm.weight,
-        layer.post_attention_layernorm.weight,
-        layer.input_layernorm.variance_epsilon,
-        attention.q_proj.out_features // size,
-        attention.k_proj.out_features // size,
-        size,
-        attention.scaling,
-        qkv,
-        out,
-        gate_up,
-        down,
-        checkpointing,
-        (attention.q_norm.weight, attention.k_norm.weight)
-        if hasattr(attention, "q_norm")
-        else None,
-        host,
+        attention_norm=layer.input_layernorm.weight,
+        mlp_norm=layer.post_attention_layernorm.weight,
+        eps=layer.input_layernorm.variance_epsilon,
+        heads=attention.q_proj.out_features // size,
+        key_heads=attention.k_proj.out_features // size,
+        head_size=size,
+        scale=attention.scaling,
+        qkv=qkv,
+        out=out,
+        gate_up=gate_up,
+        down=down,
+        checkpointing=checkpointing,
+        head_norms=(attention.q_norm.weight, attention.k_norm.weight) if normed else None,
+        host=host,
     )
 
 
@@ -280,10 +250,6 @@ def _groups(layer: Any) -> list[list[Any]]:
         [mlp.gate_proj, mlp.up_proj],
         [mlp.down_proj],
     ]
-
-
-def _lora_group(modules: list[Any], scratch: Scratch) -> LoraGroup:
-    return LoraGroup([_projection(module) for module in modules], scratch)
 
 
 def _projection(module: Any) -> Projection:

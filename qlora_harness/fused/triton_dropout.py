@@ -1,8 +1,11 @@
-"""Launches the Triton kernels of `dropout`; importable where there is no Triton.
+"""Dropout in Triton, on packed masks: kernels and what launches them.
 
-Each function does what its namesake in `dropout` does in plain torch, on packed masks. Long sums
-are divided into shares, so that narrow results occupy the device; the shares are summed in a fixed
-order, and reruns agree.
+The entries are those of the same name in `dropout`. The 8 bits of byte 64 g + c of a row of a mask,
+from the lowest, are those of columns 512 g + 64 j + c: a tile of 64 columns reads as many bytes,
+and one bit of each. Nothing is compiled for the length of a row. Long sums are divided into shares,
+so that narrow results occupy the device; shares are summed in a fixed order, so that reruns agree.
+
+Imported only where Triton is, whose compiler reads annotations as well: kernels have none.
 """
 
 from __future__ import annotations
@@ -14,24 +17,22 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
 
-from qlora_harness.fused.triton_ops import launch, power_of_two
+from qlora_harness.fused.launch import launch, power_of_two
 
 _BYTES = 512  # of a mask, drawn by a program
 _COLUMNS = 64  # of a tile; 8 tiles share their bytes
 _SUM_ROWS = 8
 _PROGRAMS = 528  # four for each multiprocessor of an H100
 _LEAST = 8  # steps of a share; to sum more shares takes longer than it saves
+_LARGEST_RANK = 256
 
 
 class Tiling(NamedTuple):
-    """How a kernel divides its work.
-
-    Attributes:
-        rows: Of a tile.
-        warps: Of a program.
-        stages: Loads of the loop under way at once.
-    """
+    """How a kernel divides its work: rows of a tile, warps of a program, loads under way."""
 
     rows: int
     warps: int
@@ -43,37 +44,22 @@ class Tiling(NamedTuple):
 PRODUCT = Tiling(64, 4, 3), Tiling(64, 4, 2), Tiling(32, 4, 2), Tiling(32, 4, 1)
 ADD = Tiling(64, 4, 1), Tiling(32, 4, 1)
 GRADIENT = Tiling(128, 4, 3), Tiling(64, 4, 3), Tiling(64, 4, 2), Tiling(32, 4, 2), Tiling(32, 4, 1)
-_LARGEST_RANK = 256
 
 
 class _Tilings(NamedTuple):
-    """One for each kernel."""
-
     product: Tiling
     add: Tiling
     gradient: Tiling
 
 
-def fits(rank: int, like: torch.Tensor) -> bool:
-    """Whether a device has the shared memory that the kernels take.
-
-    Args:
-        rank: Of the adapters.
-        like: Gives dtype and device.
-    """
-    return _tilings(_block(rank), like.element_size(), like.get_device()) is not None
-
-
-def _chosen(rank: int, like: torch.Tensor) -> _Tilings:
-    """The tilings where `fits` holds."""
-    tilings = _tilings(_block(rank), like.element_size(), like.get_device())
-    assert tilings is not None
-    return tilings
+def tilings(rank: int, like: Tensor) -> _Tilings | None:
+    """Returns the tilings for a rank and a dtype, or None where the device has no room for one."""
+    return _first_tilings(_block(rank), like.element_size(), like.get_device())
 
 
 @lru_cache(maxsize=64)
-def _tilings(rank: int, size: int, device: int) -> _Tilings | None:
-    """The first tilings that fit a device, -1 for none; None where a kernel has none."""
+def _first_tilings(rank: int, size: int, device: int) -> _Tilings | None:
+    """The first that fit a device, -1 for none."""
     if rank > _LARGEST_RANK:
         return None
     room = sys.maxsize
@@ -83,11 +69,10 @@ def _tilings(rank: int, size: int, device: int) -> _Tilings | None:
             properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
         )
     kernels = (PRODUCT, _product_bytes), (ADD, _add_bytes), (GRADIENT, _gradient_bytes)
-    found = [
-        next((tiling for tiling in tilings if needed(tiling, rank, size) <= room), None)
-        for tilings, needed in kernels
-    ]
-    product, add, gradient = found
+    product, add, gradient = (
+        next((tiling for tiling in choices if needed(tiling, rank, size) <= room), None)
+        for choices, needed in kernels
+    )
     if product is None or add is None or gradient is None:
         return None
     return _Tilings(product, add, gradient)
@@ -112,22 +97,12 @@ def _gradient_bytes(tiling: Tiling, rank: int, size: int) -> int:
 
 def draw(
     shapes: Sequence[tuple[int, int, int]], probability: float, seed: int, device: torch.device
-) -> list[torch.Tensor]:
-    """Draws packed masks, of each shape one [adapters, T, 64 ceil(K / 512)] uint8.
-
-    The 8 bits of byte 64 g + c of a row, from the lowest, are those of columns 512 g + 64 j + c.
+) -> list[Tensor]:
+    """Draws packed masks, of each (adapters, T, K) one [adapters, T, 64 ceil(K / 512)] uint8.
 
     Philox-4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405) gives 16 bits to an element, so
-    the probability is rounded to a multiple of 2**-16.
-
-    Args:
-        shapes: Adapters, T and K of each.
-        probability: Of dropping an element.
-        seed: 0 to 2**63 - 1.
-        device: Of the masks.
+    the probability is rounded to a multiple of 2**-16. The seed is below 2**63.
     """
-    from qlora_harness.fused.dropout_kernels import draw_kernel
-
     sizes = [(n, rows, -(-k // (8 * _COLUMNS)) * _COLUMNS) for n, rows, k in shapes]
     counts = [prod(size) for size in sizes]
     bits = torch.empty(sum(counts), dtype=torch.uint8, device=device)
@@ -138,16 +113,8 @@ def draw(
     return [part.view(size) for part, size in parts]
 
 
-def products(
-    x: torch.Tensor,
-    down: torch.Tensor,
-    bits: torch.Tensor,
-    factor: float,
-    beside: torch.Tensor | None,
-) -> torch.Tensor:
-    """Namesake of `dropout.products`."""
-    from qlora_harness.fused.dropout_kernels import product_kernel, sum_kernel
-
+def products(x: Tensor, down: Tensor, bits: Tensor, factor: float, beside: Tensor | None) -> Tensor:
+    """See `dropout.products`."""
     adapters, rows, bytes_in_row = bits.shape
     columns, border = x.shape[1], len(down)
     rank = border // adapters
@@ -174,15 +141,9 @@ def products(
 
 
 def add_products(
-    gradient: torch.Tensor,
-    d_inner: torch.Tensor,
-    down: torch.Tensor,
-    bits: torch.Tensor,
-    factor: float,
+    gradient: Tensor, d_inner: Tensor, down: Tensor, bits: Tensor, factor: float
 ) -> None:
-    """Namesake of `dropout.add_products`."""
-    from qlora_harness.fused.dropout_kernels import add_kernel
-
+    """See `dropout.add_products`."""
     adapters, rows, bytes_in_row = bits.shape
     columns, rank = gradient.shape[1], len(down) // adapters
     assert gradient.stride(1) == d_inner.stride(1) == down.stride(1) == 1
@@ -199,12 +160,8 @@ def add_products(
     )
 
 
-def gradients(
-    d_inner: torch.Tensor, x: torch.Tensor, bits: torch.Tensor, factor: float
-) -> torch.Tensor:
-    """Namesake of `dropout.gradients`, in float32."""
-    from qlora_harness.fused.dropout_kernels import gradient_kernel
-
+def gradients(d_inner: Tensor, x: Tensor, bits: Tensor, factor: float) -> Tensor:
+    """See `dropout.gradients`; in float32."""
     adapters, rows, bytes_in_row = bits.shape
     columns, border = x.shape[1], d_inner.shape[1]
     rank = border // adapters
@@ -226,6 +183,12 @@ def gradients(
     return parts.sum(0) if splits > 1 else parts[0]
 
 
+def _chosen(rank: int, like: Tensor) -> _Tilings:
+    chosen = tilings(rank, like)
+    assert chosen is not None  # else the masks would not be packed
+    return chosen
+
+
 def _shares(length: int, step: int, programs: int) -> tuple[int, int]:
     """How long each share of a sum is, a multiple of `step`, and how many there are."""
     steps = -(-length // step)
@@ -238,6 +201,127 @@ def _block(number: int) -> int:
     return max(16, power_of_two(number))
 
 
-def _precision(x: torch.Tensor) -> str:
-    """Of products: float32 stays float32."""
+def _precision(x: Tensor) -> str:
+    """How products are computed: float32 stays float32."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+@triton.jit(do_not_specialize=["seed", "threshold", "count"])
+def draw_kernel(bits, seed, threshold, count, BLOCK: tl.constexpr):
+    """Program b draws block b of all masks, a byte from each 128 random bits."""
+    byte = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    zero = byte * 0
+    words = tl.philox(seed, byte, zero, zero, zero)
+    keep = zero
+    for i in tl.static_range(4):
+        word = words[i]
+        keep |= ((word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32) << (2 * i)
+        keep |= ((word >> 16).to(tl.int32) >= threshold).to(tl.int32) << (2 * i + 1)
+    tl.store(bits + byte, keep.to(tl.uint8), mask=byte < count)
+
+
+@triton.jit
+def _keeps(bits, row, rows, bytes_in_row, tile):
+    """Whether the elements of a tile of 64 columns are kept; `bits` are an adapter's."""
+    byte = (tile // 8) * 64 + tl.arange(0, 64)[None, :]
+    value = tl.load(bits + row.to(tl.int64) * bytes_in_row + byte, mask=row < rows, other=0)
+    return ((value.to(tl.int32) >> (tile % 8)) & 1) != 0
+
+
+@triton.jit(do_not_specialize=["rows", "share"])
+def product_kernel(
+    x, x_stride, down, down_stride, bits, parts, rows, columns, bytes_in_row, share, rank, factor,
+    ROWS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (i, t, s): rows t of drop_i(x) A_i^T over the tiles of columns of share s."""
+    adapter = tl.program_id(0)
+    adapters = tl.num_programs(0)
+    split = tl.program_id(2)
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
+    component = tl.arange(0, RANK)[:, None]
+    bits += adapter.to(tl.int64) * rows * bytes_in_row
+    end = tl.minimum((split + 1) * share, tl.cdiv(columns, 64))
+    total = tl.zeros((ROWS, RANK), tl.float32)
+    for tile in range(split * share, end):
+        column = tile * 64 + tl.arange(0, 64)[None, :]
+        inside = (row < rows) & (column < columns)
+        value = tl.load(x + row.to(tl.int64) * x_stride + column, mask=inside, other=0.0)
+        value = tl.where(_keeps(bits, row, rows, bytes_in_row, tile), value, 0.0)
+        line = down + (adapter * rank + component).to(tl.int64) * down_stride
+        weight = tl.load(line + column, mask=(component < rank) & (column < columns), other=0.0)
+        total = tl.dot(value, tl.trans(weight), total, input_precision=PRECISION)
+    component = tl.arange(0, RANK)[None, :]
+    place = parts + (split.to(tl.int64) * rows + row) * adapters * rank + adapter * rank + component
+    tl.store(place, total * factor, mask=(row < rows) & (component < rank))
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def sum_kernel(
+    parts, out, beside, beside_stride, rows, border, splits,
+    ROWS: tl.constexpr, BORDER: tl.constexpr,
+):  # fmt: skip
+    """Sums the shares of `product_kernel`, and writes the sums to two places."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    column = tl.arange(0, BORDER)[None, :]
+    inside = (row < rows) & (column < border)
+    total = tl.zeros((ROWS, BORDER), tl.float32)
+    for split in range(splits):
+        total += tl.load(parts + (split * rows + row) * border + column, mask=inside, other=0.0)
+    total = total.to(out.dtype.element_ty)
+    tl.store(out + row * border + column, total, mask=inside)
+    tl.store(beside + row * beside_stride + column, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def add_kernel(
+    gradient, gradient_stride, inner, inner_stride, down, down_stride, bits, rows, columns,
+    bytes_in_row, rank, factor,
+    ADAPTERS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (c, t) adds sum_i drop_i(dh_i A_i) to a tile of the gradient."""
+    tile = tl.program_id(0)
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tile * 64 + tl.arange(0, 64)[None, :]
+    inside = (row < rows) & (column < columns)
+    total = tl.zeros((ROWS, 64), tl.float32)
+    for adapter in tl.static_range(ADAPTERS):
+        component = tl.arange(0, RANK)[None, :]
+        line = inner + row.to(tl.int64) * inner_stride + adapter * rank
+        left = tl.load(line + component, mask=(row < rows) & (component < rank), other=0.0)
+        component = tl.arange(0, RANK)[:, None]
+        line = down + (adapter * rank + component).to(tl.int64) * down_stride
+        right = tl.load(line + column, mask=(component < rank) & (column < columns), other=0.0)
+        part = tl.dot(left, right, input_precision=PRECISION)
+        own = bits + (adapter * bytes_in_row).to(tl.int64) * rows
+        total += tl.where(_keeps(own, row, rows, bytes_in_row, tile), part, 0.0)
+    place = gradient + row.to(tl.int64) * gradient_stride + column
+    total = tl.load(place, mask=inside, other=0.0).to(tl.float32) + total * factor
+    tl.store(place, total.to(gradient.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "share"])
+def gradient_kernel(
+    inner, inner_stride, x, x_stride, bits, parts, rows, columns, bytes_in_row, share, rank, factor,
+    ROWS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (i, c, s): a tile of columns of dh_i^T drop_i(x) over the rows of share s."""
+    adapter = tl.program_id(0)
+    adapters = tl.num_programs(0)
+    split = tl.program_id(2)
+    tile = tl.program_id(1)
+    column = tile * 64 + tl.arange(0, 64)[None, :]
+    component = tl.arange(0, RANK)[None, :]
+    bits += adapter.to(tl.int64) * rows * bytes_in_row
+    end = tl.minimum((split + 1) * share, rows)
+    total = tl.zeros((RANK, 64), tl.float32)
+    for start in range(split * share, end, ROWS):
+        row = (start + tl.arange(0, ROWS))[:, None]
+        line = inner + row.to(tl.int64) * inner_stride + adapter * rank
+        left = tl.load(line + component, mask=(row < end) & (component < rank), other=0.0)
+        inside = (row < end) & (column < columns)
+        value = tl.load(x + row.to(tl.int64) * x_stride + column, mask=inside, other=0.0)
+        value = tl.where(_keeps(bits, row, rows, bytes_in_row, tile), value, 0.0)
+        total = tl.dot(tl.trans(left), value, total, input_precision=PRECISION)
+    component = tl.arange(0, RANK)[:, None]
+    place = parts + ((split * adapters + adapter) * rank + component).to(tl.int64) * columns
+    tl.store(place + column, total * factor, mask=(component < rank) & (column < columns))

@@ -13,7 +13,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from qlora_harness.errors import AdapterError, HarnessError, shown
 from qlora_harness.record import read_json
@@ -29,67 +31,53 @@ CONFIG_FILE = "adapter_config.json"
 RECORD_FILE = "qlora_harness.json"
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora")
-_NAMES = (
-    "target_modules",
-    "exclude_modules",
-    "layers_pattern",
-    "modules_to_save",
-    "target_parameters",
-)
 _LARGEST_CONFIG = 1_000_000  # bytes; a list of every layer of a 70B model takes 30,000
 _PATTERN_SECONDS = 2.0
 _SAVE_ANEW = "Save the adapter anew"
 
-# Fields of adapter_config.json that change nothing but what the modules show that PEFT makes of
-# them, each by itself and token by token. Any other field that is set may change more.
-_KNOWN_FIELDS = frozenset(
-    {
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "ensure_weight_tying",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layer_replication",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_bias",
-        "lora_dropout",
-        "megatron_core",
-        "modules_to_save",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "revision",
-        "target_modules",
-        "target_parameters",
-        "task_type",
-        "trainable_token_indices",
-        "use_dora",
-        "use_rslora",
-    }
+_Rank = Annotated[int, Field(strict=True, ge=1, le=2**31)]
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Names = StrictStr | list[StrictStr] | None
+
+
+class _CheckedFields(BaseModel):
+    """Fields of adapter_config.json with which PEFT would compute nonsense if they were wrong."""
+
+    r: _Rank = 8
+    lora_alpha: _Number = 8
+    lora_dropout: Annotated[float, Field(strict=True, ge=0, le=1)] | None = None
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, _Number] | None = None
+    target_modules: _Names = None
+    exclude_modules: _Names = None
+    layers_pattern: _Names = None
+    modules_to_save: _Names = None
+    target_parameters: _Names = None
+    use_rslora: StrictBool = False
+    use_dora: StrictBool = False
+    lora_bias: StrictBool = False
+    fan_in_fan_out: StrictBool = False
+    use_qalora: StrictBool = False
+    layer_replication: (
+        list[Annotated[list[StrictInt], Field(min_length=2, max_length=2)]] | None
+    ) = None
+
+
+# What the fields that are checked do shows in the modules that PEFT makes of them, each by itself
+# and token by token; so it does for these. Any other field that is set may change more.
+_HARMLESS_FIELDS = (
+    "auto_mapping base_model_name_or_path bias ensure_weight_tying inference_mode "
+    "init_lora_weights layers_to_transform megatron_core peft_type peft_version qalora_group_size "
+    "revision task_type trainable_token_indices"
 )
+_KNOWN_FIELDS = {*_CheckedFields.model_fields, *_HARMLESS_FIELDS.split()} - {"use_qalora"}
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Reads and checks what an adapter folder says of itself.
+    """Returns the checked adapter_config.json of a PEFT adapter folder.
 
-    Args:
-        folder: A PEFT adapter folder.
-
-    Returns:
-        The content of adapter_config.json.
-
-    Raises:
-        AdapterError: The folder is no LoRA adapter, a number in its configuration is none, or its
-            weights are pickled.
+    Raises AdapterError if the folder is no LoRA adapter, a field is of the wrong kind, or the
+    weights are pickled.
     """
     path = folder / CONFIG_FILE
     if not folder.is_dir():
@@ -109,7 +97,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{path}, key 'peft_type': {shown(kind)}", "Only LoRA adapters are supported"
         )
-    _check_numbers(config, path)
+    _check_fields(config, path)
     if not (folder / WEIGHTS_FILE).is_file():
         pickled = sorted(p.name for p in folder.glob("adapter_model.*"))
         if pickled:
@@ -121,54 +109,25 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_numbers(config: Mapping[str, Any], path: Path) -> None:
-    """Refuses scalars that PEFT would take and compute nonsense with."""
-
-    def check(key: str, value: object, low: float, high: float, *, whole: bool) -> None:
-        kinds = int if whole else (int, float)
-        if isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high:
-            return
-        kind = "whole number" if whole else "finite number"
-        raise AdapterError(f"{path}, key '{key}': {shown(value)}", f"It must be a {kind}")
-
-    largest = sys.float_info.max
-    if "r" in config:
-        check("r", config["r"], 1, 2**31, whole=True)
-    if "lora_alpha" in config:
-        check("lora_alpha", config["lora_alpha"], -largest, largest, whole=False)
-    if config.get("lora_dropout") is not None:
-        check("lora_dropout", config["lora_dropout"], 0, 1, whole=False)
-    for key, whole in (("rank_pattern", True), ("alpha_pattern", False)):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, Mapping):
-            raise AdapterError(f"{path}, key '{key}': {shown(patterns)}", "It must be an object")
-        for pattern, value in patterns.items():
-            low, high = (1, 2**31) if whole else (-largest, largest)
-            check(f"{key}.{pattern:.80}", value, low, high, whole=whole)
-    for key in _NAMES:
-        names = config.get(key)
-        if not (names is None or isinstance(names, str) or _is_list_of_text(names)):
-            raise AdapterError(
-                f"{path}, key '{key}': {shown(names)}", "It must be a text or a list of texts"
-            )
-    for key in _FLAGS:
-        if not isinstance(config.get(key, False), bool):
-            raise AdapterError(
-                f"{path}, key '{key}': {shown(config[key])}", "It must be true or false"
-            )
-
-
-def _is_list_of_text(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+def _check_fields(config: Mapping[str, Any], path: Path) -> None:
+    try:
+        _CheckedFields.model_validate(config)
+    except ValidationError as error:
+        first, *others = error.errors()
+        key, *inside = first["loc"]
+        if str(key).endswith("_pattern") and isinstance(config[str(key)], dict):
+            key = f"{key}.{inside[0]!s:.80}"
+        kinds = [e["msg"] for e in (first, *others) if e["loc"][0] == first["loc"][0]]
+        allowed = " or ".join(dict.fromkeys(k.removeprefix("Input should be ") for k in kinds))
+        raise AdapterError(
+            f"{path}, key '{key}': {shown(first['input'])}", f"It must be {allowed:.100}"
+        ) from None
 
 
 def unknown_field(config: Mapping[str, Any]) -> str | None:
     """Returns a field that is set and whose effect this package doesn't know, or None.
 
     That of a newer PEFT, for instance, or of a variant of LoRA that looks at the whole text.
-
-    Args:
-        config: From `read_adapter_config`.
     """
     from peft import LoraConfig
 
@@ -180,21 +139,13 @@ def unknown_field(config: Mapping[str, Any]) -> str | None:
 
 
 def read_adapter_record(folder: Path) -> dict[str, Any] | None:
-    """Returns this project's record beside an adapter, or None for an adapter made elsewhere.
-
-    Args:
-        folder: The adapter folder.
-    """
+    """Returns this project's record beside an adapter, or None for an adapter made elsewhere."""
     path = folder / RECORD_FILE
     return read_json(path) if path.is_file() else None
 
 
 def adapter_digest(folder: Path) -> str:
-    """Returns the SHA-256 of an adapter's weights and configuration, 64 hexadecimal digits.
-
-    Args:
-        folder: The adapter folder.
-    """
+    """Returns the SHA-256 of an adapter's configuration and weights, 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         with (folder / name).open("rb") as file:
@@ -209,17 +160,9 @@ def check_fit(model: PreTrainedModel, folder: Path) -> LoraConfig:
     The adapter is attached to a copy of the base that has shapes and no memory, and the names and
     shapes in the header of the safetensors file are loaded into that, by PEFT's own rules.
 
-    Args:
-        model: The base.
-        folder: A PEFT adapter folder.
-
-    Returns:
-        PEFT's configuration.
-
-    Raises:
-        AdapterError: The configuration is broken, the file is damaged or holds something else than
-            floating-point tensors, or one of them has another name or shape than the base and the
-            configuration ask for.
+    Returns PEFT's configuration. Raises AdapterError if the configuration is broken, the file is
+    damaged or holds something else than floating-point tensors, or a tensor has another name or
+    shape than the base and the configuration ask for.
     """
     import torch
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -227,10 +170,13 @@ def check_fit(model: PreTrainedModel, folder: Path) -> LoraConfig:
     raw = read_adapter_config(folder)
     header = _read_header(folder / WEIGHTS_FILE)
     base = raw.get("base_model_name_or_path")
-    remedy = f"It was trained on {str(base):.120}; give that as pretrained="
+    remedy = f"It was trained on {base!s:.120}; give that as pretrained="
     problem = f"peft={folder} does not fit this base model"
-    _check_replication(raw.get("layer_replication"), header, folder)
+    _check_replication(raw.get("layer_replication") or [], header, folder)
     _check_patterns(raw, [name for name, _ in model.named_modules()], folder)
+    plain = copy.deepcopy(model.config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
     try:
         config: LoraConfig = LoraConfig.from_pretrained(str(folder))
         # Else PEFT warns that it renames the base, which is checked elsewhere.
@@ -239,11 +185,10 @@ def check_fit(model: PreTrainedModel, folder: Path) -> LoraConfig:
         shapes.init_lora_weights = False  # some start from a decomposition of the base's weights
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they come again when it is attached
-            skeleton = type(model)(_plain_config(model))
-            adapted = get_peft_model(skeleton, shapes, low_cpu_mem_usage=True)
+            adapted = get_peft_model(type(model)(plain), shapes, low_cpu_mem_usage=True)
             empty = {name: torch.empty(shape) for name, shape in header.items()}
             outcome = set_peft_model_state_dict(adapted, empty)
-    except Exception as error:  # PEFT raises many kinds where a configuration makes no sense
+    except Exception as error:  # noqa: BLE001  # PEFT raises many kinds where a field makes no sense
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         detail = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
         raise AdapterError(f"{problem} ({detail:.300})", remedy) from None
@@ -269,61 +214,38 @@ def quiet_peft() -> Iterator[None]:
             logger.warning("PEFT: %.300s", text)
 
 
-def _plain_config(model: PreTrainedModel) -> Any:
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
-
-
 def _read_header(path: Path) -> dict[str, list[int]]:
     """The shape of each tensor of a safetensors file, by name."""
     from safetensors import safe_open
 
-    shapes = {}
+    shapes, dtypes = {}, {}
     try:
         with safe_open(str(path), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
+            for name in file.keys():  # noqa: SIM118  # not a dict
                 tensor = file.get_slice(name)
-                shapes[name] = tensor.get_shape()
-                dtype = tensor.get_dtype()
-                if dtype not in _DTYPES:
-                    raise AdapterError(
-                        f"{path}, tensor {name:.200}: its dtype is {dtype}",
-                        f"Save it as one of {', '.join(_DTYPES)}",
-                    )
-    except AdapterError:
-        raise
-    except Exception as error:  # safetensors raises its own kinds
+                shapes[name], dtypes[name] = tensor.get_shape(), tensor.get_dtype()
+    except Exception as error:  # noqa: BLE001  # its own kinds, and those of the system
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise AdapterError(f"{path} is damaged ({reason:.200})", _SAVE_ANEW) from None
+    for name, dtype in dtypes.items():
+        if dtype not in _DTYPES:
+            raise AdapterError(
+                f"{path}, tensor {name:.200}: its dtype is {dtype}",
+                f"Save it as one of {', '.join(_DTYPES)}",
+            )
     return shapes
 
 
-def _check_replication(ranges: object, names: Iterable[str], folder: Path) -> None:
+def _check_replication(ranges: list[list[int]], names: Iterable[str], folder: Path) -> None:
     """Refuses more copies of layers than the file has weights for."""
-    if not ranges:
-        return
-    path = folder / CONFIG_FILE
-    pairs = ranges if isinstance(ranges, list) else []
-    valid = all(
-        isinstance(pair, list)
-        and len(pair) == 2
-        and all(isinstance(end, int) and not isinstance(end, bool) for end in pair)
-        and 0 <= pair[0] < pair[1]
-        for pair in pairs
-    )
-    if not pairs or not valid:
-        raise AdapterError(
-            f"{path}, key 'layer_replication': {shown(ranges)}", "It must be a list of [start, end]"
-        )
-    layers = sum(end - start for start, end in pairs)
+    key = f"{folder / CONFIG_FILE}, key 'layer_replication'"
+    if not all(0 <= start < end for start, end in ranges):
+        raise AdapterError(f"{key}: {shown(ranges)}", "It must be a list of [start, end]")
     numbers = [int(n) for name in names for n in re.findall(r"\.(\d{1,6})\.", name)]
-    if layers > max(numbers, default=-1) + 1:
+    layers, known = sum(end - start for start, end in ranges), max(numbers, default=-1) + 1
+    if layers > known:
         raise AdapterError(
-            f"{path}, key 'layer_replication': {layers} layers, but {WEIGHTS_FILE} has weights of "
-            f"{max(numbers, default=-1) + 1}",
-            _SAVE_ANEW,
+            f"{key}: {layers} layers, but {WEIGHTS_FILE} has weights of {known}", _SAVE_ANEW
         )
 
 

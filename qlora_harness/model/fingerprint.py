@@ -23,14 +23,9 @@ def _weight_files(folder: Path) -> list[Path]:
 def checkpoint_fingerprint(name_or_path: str, revision: str | None) -> str | None:
     """Hashes the first row of every tensor of a checkpoint, as bfloat16, by name.
 
-    A mirror in another sharding or in float16 has the same hash; a merged adapter changes it.
-
-    Args:
-        name_or_path: A folder, or a Hub id that is in the cache.
-        revision: Branch, tag or commit on the Hub.
-
-    Returns:
-        "sha256:" and 64 hexadecimal digits, or None for a checkpoint without safetensors files.
+    A mirror in another sharding or in float16 has the same hash; a merged adapter changes it. The
+    checkpoint is a folder, or a Hub id that is in the cache. Returns "sha256:" and 64 hexadecimal
+    digits, or None for a checkpoint without safetensors files.
     """
     import torch
     from safetensors import safe_open
@@ -48,12 +43,12 @@ def checkpoint_fingerprint(name_or_path: str, revision: str | None) -> str | Non
                     allow_patterns=["*.safetensors", "*.index.json"],
                 )
             )
-        except Exception:  # no cached snapshot: then there is nothing to compare with
+        except Exception:  # noqa: BLE001  # no cached snapshot: nothing to compare with
             return None
     rows: dict[str, bytes] = {}
     for path in _weight_files(folder):
         with safe_open(str(path), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dict)
+            for name in file.keys():  # noqa: SIM118  # not a dict
                 tensor = file.get_slice(name)
                 row = tensor[:1] if tensor.get_shape() else file.get_tensor(name).reshape(1)
                 rows[name] = row.to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()

@@ -16,6 +16,7 @@ from qlora_harness.model.adapter_folder import (
     quiet_peft,
 )
 from qlora_harness.model.base import first_line
+from qlora_harness.model.shape import Shape
 from qlora_harness.record import nested, new_folder, write_json
 
 if TYPE_CHECKING:
@@ -39,42 +40,25 @@ def attach_lora(
 ) -> PeftModel:
     """Attaches a fresh LoRA adapter to a frozen base model.
 
-    The adapter's weights have the same dtype on every base, so both arms learn alike; the update
-    is zero until the first step.
-
-    Args:
-        model: From `load_base`.
-        r: Rank.
-        alpha: Scale; the update is multiplied by alpha / r.
-        dropout: Probability, on the adapter's input.
-        targets: "all-linear" (every linear layer but the output head) or a comma list of layer
-            names.
-        dtype: Of the adapter's weights, "float32" (PEFT's default) or "bfloat16".
-
-    Raises:
-        SettingsError: No layer has such a name.
+    The adapter's weights have the same dtype on every base, "float32" (PEFT's default) or
+    "bfloat16", so both arms learn alike; the update is zero until the first step. For the other
+    arguments see `lora_config`. Raises SettingsError if no layer has a name of `targets`.
     """
     import torch
     from peft import get_peft_model
 
     config = lora_config(r=r, alpha=alpha, dropout=dropout, targets=targets)
     if targets != "all-linear":
-        names = target_names(targets)
         known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+        names = target_names(targets)
         if unknown := [name for name in names if name.rsplit(".", 1)[-1] not in known]:
-            raise SettingsError(
-                f"--lora-targets: the model has no layers named {', '.join(unknown)}",
-                "Name layers such as q_proj,v_proj, or all-linear",
-            )
+            raise _no_layers(", ".join(unknown))
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config)
     except ValueError as error:
         if "not found in the base model" in str(error):
-            raise SettingsError(
-                f"--lora-targets: the model has no layers named {targets}",
-                "Name layers such as q_proj,v_proj, or all-linear",
-            ) from None
+            raise _no_layers(targets) from None
         if "lora_dropout" in str(error):
             raise SettingsError(
                 f"--lora-dropout {dropout:g}: this model keeps its experts in tensors that are no "
@@ -91,14 +75,18 @@ def attach_lora(
     return adapted
 
 
-def lora_config(*, r: int, alpha: float, dropout: float, targets: str) -> LoraConfig:
-    """Returns PEFT's description of an adapter.
+def _no_layers(names: str) -> SettingsError:
+    return SettingsError(
+        f"--lora-targets: the model has no layers named {names}",
+        "Name layers such as q_proj,v_proj, or all-linear",
+    )
 
-    Args:
-        r: Rank.
-        alpha: Scale; the update is multiplied by alpha / r.
-        dropout: Probability, on the adapter's input.
-        targets: "all-linear" or a comma list of layer names.
+
+def lora_config(*, r: int, alpha: float, dropout: float, targets: str) -> LoraConfig:
+    """Returns PEFT's description of an adapter of rank r, whose update is scaled by alpha / r.
+
+    `dropout` is a probability, on the adapter's input; `targets` is "all-linear" (every linear
+    layer but the output head) or a comma list of layer names.
     """
     from peft import LoraConfig
 
@@ -113,20 +101,12 @@ def lora_config(*, r: int, alpha: float, dropout: float, targets: str) -> LoraCo
 
 
 def target_names(targets: str) -> list[str]:
-    """Returns the layer names of a comma list.
-
-    Args:
-        targets: Such as "q_proj, v_proj".
-    """
+    """Returns the layer names of a comma list, such as "q_proj, v_proj"."""
     return [name.strip() for name in targets.split(",")]
 
 
 def public_name(base: str) -> str:
-    """Returns how files that people upload call a base model: without the folders of this machine.
-
-    Args:
-        base: A Hub id, or a folder, of which the last name stays.
-    """
+    """Returns how files that people upload call a base model: without this machine's folders."""
     path = expanded(base)
     return path.resolve().name if path.is_dir() else base
 
@@ -136,14 +116,9 @@ def save_adapter(
 ) -> None:
     """Saves adapter, tokenizer and record into a folder that appears whole or not at all.
 
-    Args:
-        model: The trained model.
-        tokenizer: Saved beside it, so that scoring encodes as training did.
-        folder: Replaced if it exists.
-        record: Base, revision and quantisation, read by `load_adapter`'s callers.
-
-    Raises:
-        AdapterError: A weight is not finite.
+    The tokenizer is that of scoring, which then encodes as training did; the record names base,
+    revision and quantisation. An older folder is replaced. Raises AdapterError if a weight is not
+    finite.
     """
     import torch
 
@@ -170,15 +145,10 @@ def save_adapter(
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Loads an adapter onto a base model, unmerged, as `PeftModel.from_pretrained` does.
+    """Loads an adapter folder onto a base, unmerged, as `PeftModel.from_pretrained` does.
 
-    Args:
-        model: From `load_base`.
-        folder: A PEFT adapter folder.
-
-    Raises:
-        AdapterError: The adapter does not fit the base (see `adapter_folder.check_fit`), a weight
-            is not finite, or every trained tensor equals its start.
+    Raises AdapterError if the adapter does not fit the base (see `adapter_folder.check_fit`), a
+    weight is not finite, or every trained tensor equals its start.
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -186,14 +156,18 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     config = check_fit(model, folder)
     path = folder / WEIGHTS_FILE
     weights = load_file(str(path))
-    _check_finite(weights, path)
+    for name, value in weights.items():
+        if not bool(value.isfinite().all()):
+            raise AdapterError(
+                f"{path}, tensor {name:.200}: non-finite values", "Train the adapter anew"
+            )
     config.inference_mode = True
     if config.init_lora_weights in _STARTS_OF_THEIR_OWN:
         config.init_lora_weights = True  # the numbers come from the file
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config)
-    except Exception as error:  # what fits by its shapes may still not suit a quantised base
+    except Exception as error:  # noqa: BLE001  # what fits by its shapes may not suit a 4-bit base
         raise AdapterError(
             f"peft={folder}: PEFT can't attach it to this base model ({first_line(error)})",
             "Try another quant= in --model_args",
@@ -208,14 +182,6 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     return adapted.requires_grad_(False).eval()
 
 
-def _check_finite(weights: dict[str, Any], path: Path) -> None:
-    for name, value in weights.items():
-        if not bool(value.isfinite().all()):
-            raise AdapterError(
-                f"{path}, tensor {name:.200}: non-finite values", "Train the adapter anew"
-            )
-
-
 def _was_trained(name: str, value: torch.Tensor, start: torch.Tensor | None) -> bool:
     """Whether a tensor differs from what it was before the first step, as far as can be told."""
     if ".lora_A." in name or ".lora_embedding_B" in name:
@@ -223,3 +189,19 @@ def _was_trained(name: str, value: torch.Tensor, start: torch.Tensor | None) -> 
     if start is None or ".lora_B." in name or ".lora_embedding_A" in name:
         return bool(value.any())
     return not bool((value.to(start.dtype) == start.to("cpu")).all())
+
+
+def activation_bytes(
+    shape: Shape, rank: int, checkpointing: str, tokens: int, size: int
+) -> tuple[int, int]:
+    """Estimates what PEFT's modules keep between the passes, and what the layer at work takes.
+
+    The logits are whole, and activations there in several copies; an element has `size` bytes.
+    """
+    hidden, adapters = shape.hidden, rank * shape.adapted
+    layer = 8 * hidden + 4 * shape.inner + shape.queries + 2 * shape.keys + 2 * adapters
+    logits = shape.vocabulary * (size + 8)
+    if checkpointing == "none":
+        return int(layer * size * tokens * shape.layers), int(logits * tokens)
+    work = max(layer * size, logits)
+    return int(hidden * size * tokens * shape.layers), int(work * tokens)

@@ -17,12 +17,9 @@ _ADAPTER = "default"
 
 
 def is_plain(module: Any) -> bool:
-    """Whether a module of PEFT is one plain LoRA on a plain linear layer.
+    """Whether a LoraLayer of PEFT is one plain LoRA on a plain linear layer.
 
     Then its output is base(x) + scale · (dropout(x) Aᵀ) Bᵀ, and nothing else.
-
-    Args:
-        module: A LoraLayer of PEFT.
     """
     import torch
     from peft.tuners import lora
@@ -52,7 +49,7 @@ def is_plain(module: Any) -> bool:
 
 def _is_changed(module: torch.nn.Module) -> bool:
     """Whether hooks or a forward of its own change what a module computes."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001  # torch has no others
     return any(hooks) or "forward" in vars(module)
 
 
@@ -62,11 +59,7 @@ class FastLora:
     PEFT computes x·A·B in the adapter's float32 and adds it in three passes over the output. Here
     both matrices are held in the compute dtype (as autocast does in training) and the second
     product accumulates into the output of the base layer. Nothing is merged, and outside the
-    block every module is PEFT's own.
-
-    Args:
-        model: With a PEFT adapter; its weights are only read from now on.
-        compute_dtype: Of the products.
+    block every module is PEFT's own. The adapter's weights are only read at first.
     """
 
     def __init__(self, model: Any, compute_dtype: torch.dtype) -> None:

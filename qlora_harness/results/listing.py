@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import pydantic
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from qlora_harness.errors import ResultsError
+from qlora_harness.record import EVALUATION_FILE, SUMMARY_FILE
 from qlora_harness.results.output import PrintableText
 from qlora_harness.results.runs import find_runs
 from qlora_harness.results.scored import DEFAULT_TASK
-from qlora_harness.errors import ResultsError
-from qlora_harness.record import EVALUATION_FILE, SUMMARY_FILE
-from qlora_harness.schema.evaluation import Evaluation, TaskScores
+from qlora_harness.schema.evaluation import EvaluatedModel, Evaluation, TaskScores
 from qlora_harness.schema.section import read_record
-from qlora_harness.schema.training import TrainingSummary
+from qlora_harness.schema.training import TrainingSummary, read_summary
 from qlora_harness.units import GIB, NOTHING, duration
 
 _COLUMNS = ("run", "model", "data", "quant", "status", "GiB", "loss", "MMLU %")
@@ -24,16 +23,11 @@ _NUMBERS = ("GiB", "loss", "MMLU %")
 
 
 def print_runs(folder: Path, console: Console) -> None:
-    """Prints one line a run: model, data, base, status, peak memory, evaluation loss, accuracy.
-
-    Raises:
-        ResultsError: There is no run.
-    """
+    """Prints one line for each run; raises ResultsError if there is none."""
     table = RichTable(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for name in _COLUMNS:
-        table.add_column(
-            name, justify="right" if name in _NUMBERS else "left", overflow="fold", min_width=4
-        )
+        side = "right" if name in _NUMBERS else "left"
+        table.add_column(name, justify=side, overflow="fold", min_width=4)  # type: ignore[arg-type]
     problems = []
     for path in find_runs(folder):
         try:
@@ -47,20 +41,16 @@ def print_runs(folder: Path, console: Console) -> None:
 
 
 def _read(path: Path) -> tuple[TrainingSummary | None, Evaluation | None]:
-    summary, evaluation = path / SUMMARY_FILE, path / EVALUATION_FILE
-    return (
-        read_record(summary, TrainingSummary) if summary.is_file() else None,
-        read_record(evaluation, Evaluation) if evaluation.is_file() else None,
-    )
+    evaluation = path / EVALUATION_FILE
+    known = read_record(evaluation, Evaluation) if evaluation.is_file() else None
+    return read_summary(path), known
 
 
 def _line(path: Path, folder: Path) -> list[str]:
     summary, evaluation = _read(path)
-    model = quant = data = loss = None
-    status, random = "scored", False
-    if evaluation is not None:
-        model, quant = evaluation.model.base, evaluation.model.quant
-        random = evaluation.model.random_weights
+    scored = EvaluatedModel() if evaluation is None else evaluation.model
+    model, quant, random = scored.base, scored.quant, scored.random_weights
+    data, loss, status = None, None, "scored"
     if summary is not None:
         model, quant = summary.model.name or model, summary.quant or quant
         random = random or summary.model.random_weights
@@ -100,8 +90,7 @@ def _accuracy(evaluation: Evaluation | None) -> str:
 def print_run(path: Path, console: Console) -> None:
     """Prints what is recorded of one run.
 
-    Raises:
-        ResultsError: It holds no record, or a broken one; nothing is printed then.
+    Raises ResultsError, before anything is printed, if it holds no record or a broken one.
     """
     summary, evaluation = _read(path)
     if summary is None and evaluation is None:
@@ -109,45 +98,43 @@ def print_run(path: Path, console: Console) -> None:
             f"{path} holds no {SUMMARY_FILE} or {EVALUATION_FILE}",
             "Name a run folder; `qlora-harness runs` lists them",
         )
-    sections = [] if summary is None else list(_training(summary))
+    sections = {} if summary is None else _training(summary)
     for task, scores in ({} if evaluation is None else evaluation.tasks).items():
-        sections.append((task, list(_scores(scores))))
-    for heading, rows in sections:
-        known = [(name, value) for name, value in rows if value not in (None, NOTHING, "")]
+        sections[task] = dict(_scores(scores))
+    for heading, rows in sections.items():
+        known = {name: value for name, value in rows.items() if value not in (None, NOTHING, "")}
         if not known:
             continue
-        width = max(len(name) for name, _ in known)
+        width = max(map(len, known))
         console.print()
         console.print(PrintableText(heading, style="bold"))
-        for name, value in known:
+        for name, value in known.items():
             console.print(PrintableText(f"{name:<{width}}  {value}"), soft_wrap=True)
 
 
-def _training(summary: TrainingSummary) -> Iterator[tuple[str, list[tuple[str, object]]]]:
+def _training(summary: TrainingSummary) -> dict[str, dict[str, object]]:
     seconds, speed = summary.runtime.train_seconds, summary.throughput.tokens_per_second
-    rows: list[tuple[str, object]] = [
-        ("status", summary.status),
-        ("base", summary.quant),
-        ("model", summary.model.name),
-        ("random weights", summary.model.random_weights or None),
-        ("device", (summary.environment.device or {}).get("name")),
-        ("peak memory, GiB", _peak(summary)),
-        ("time", None if seconds is None else duration(seconds)),
-        ("tokens/s", None if speed is None else f"{speed:,.0f}"),
-    ]
-    rows += [(name.replace("_", " "), _plain(value)) for name, value in _set(summary.results)]
-    rows.append(("failure", (summary.failure or {}).get("problem")))
-    yield "Training", rows
-    yield "How it was computed", list(summary.computation.items())
-    yield "Settings", list(summary.settings.items())
-
-
-def _set(section: pydantic.BaseModel) -> Iterator[tuple[str, object]]:
-    yield from section.model_dump(exclude_none=True).items()
-
-
-def _plain(value: object) -> object:
-    return f"{value:.4f}" if isinstance(value, float) else value
+    results = {
+        name.replace("_", " "): f"{value:.4f}" if isinstance(value, float) else value
+        for name, value in summary.results.model_dump(exclude_none=True).items()
+    }
+    rows: dict[str, object] = {
+        "status": summary.status,
+        "base": summary.quant,
+        "model": summary.model.name,
+        "random weights": summary.model.random_weights or None,
+        "device": (summary.environment.device or {}).get("name"),
+        "peak memory, GiB": _peak(summary),
+        "time": None if seconds is None else duration(seconds),
+        "tokens/s": None if speed is None else f"{speed:,.0f}",
+        **results,
+        "failure": (summary.failure or {}).get("problem"),
+    }
+    return {
+        "Training": rows,
+        "How it was computed": summary.computation,
+        "Settings": summary.settings,
+    }
 
 
 def _scores(scores: TaskScores) -> Iterator[tuple[str, object]]:

@@ -23,11 +23,7 @@ class PipedConsole(Console):
     """A console that leaves a closed pipe to its caller, where rich's own would end the process."""
 
     def on_broken_pipe(self) -> None:
-        """Passes the error on.
-
-        Raises:
-            BrokenPipeError: Always; this is called while it is handled.
-        """
+        """Passes on the BrokenPipeError that is being handled."""
         raise BrokenPipeError
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_harness.results.harness import newest, read_file, read_scored
-from qlora_harness.results.scored import HarnessFile, Scored, read_evaluation
 from qlora_harness.errors import ComparisonError, ResultsError
 from qlora_harness.record import EVALUATION_FILE, LOGS_FILE, SUMMARY_FILE
+from qlora_harness.results.harness import newest, read_file, read_scored
+from qlora_harness.results.scored import HarnessFile, Scored, read_evaluation
+from qlora_harness.schema.evaluation import EvaluatedModel
 from qlora_harness.schema.section import flatten, read_record
-from qlora_harness.schema.training import TrainingLog, TrainingSummary
+from qlora_harness.schema.training import TrainingLog, TrainingSummary, read_summary
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,14 +27,9 @@ _AGREEMENT = 1e-9
 class Run:
     """One run.
 
-    Attributes:
-        path: The folder or results file, as named.
-        label: Its name.
-        training: Its training summary, if it was trained here.
-        log: Its step log, if there is one.
-        tasks: What it was scored on; groups stand for their parts.
-        scored: Results by task, also by the parts of groups; each is read when it is asked for.
-        files: Results files of lm_eval.
+    `path` is its folder or results file, as named. `tasks` are what it was scored on, groups
+    standing for their parts; `scored` holds the results by task, also by the parts of groups, each
+    read when it is first used.
     """
 
     path: Path
@@ -43,7 +38,6 @@ class Run:
     log: TrainingLog | None
     tasks: tuple[str, ...]
     scored: Mapping[str, Scored]
-    files: Sequence[HarnessFile] = ()
 
     def on(self, task: str | None) -> Run:
         """Returns the run with the result on one task alone, which then says what was scored."""
@@ -53,24 +47,17 @@ class Run:
     def answers(self, task: str) -> pd.DataFrame | None:
         """Reads the answers to the questions of a task; None where they aren't recorded.
 
-        Raises:
-            ResultsError: The files are broken, or not those of the result.
+        Raises ResultsError if the files are broken, or not those of the result.
         """
-        from qlora_harness.results.answers import read_logged, read_progress
+        from qlora_harness.results.answers import read_answers
 
-        scored, frame = self.scored[task], None
-        if scored.path.name == EVALUATION_FILE:
-            frame = read_progress(scored)
-        if frame is None and scored.harness is not None:
-            frame = read_logged(scored.harness, scored)
-        return frame
+        return read_answers(self.scored[task])
 
     @property
     def quant(self) -> str | None:
         """nf4, fp4, bf16 or another, if recorded."""
-        if self.training is not None and self.training.quant is not None:
-            return self.training.quant
-        return next((s.quant for s in self.scored.values() if s.quant is not None), None)
+        trained = self.training.quant if self.training else None
+        return trained or next((m.quant for m in self._scored_models if m.quant), None)
 
     @property
     def tuned(self) -> bool:
@@ -80,27 +67,29 @@ class Run:
     @property
     def model(self) -> str | None:
         """Name of the base model, if recorded."""
-        if self.training is not None and self.training.model.name is not None:
-            return self.training.model.name
-        return next((s.base for s in self.scored.values() if s.base is not None), None)
+        trained = self.training.model.name if self.training else None
+        return trained or next((m.base for m in self._scored_models if m.base), None)
 
     @property
     def random_weights(self) -> bool:
         """Whether a record says that the base was never trained."""
         trained = self.training is not None and self.training.model.random_weights
-        return trained or any(s.random_weights for s in self.scored.values())
+        return trained or any(model.random_weights for model in self._scored_models)
 
     @property
     def unquantised_share(self) -> float:
         """Largest recorded share of the layers' weights that 4 bits left in 16."""
-        shares = [s.unquantised_share for s in self.scored.values()]
-        if self.training is not None:
-            shares.append(self.training.quantization.unquantised_share)
-        return max((share for share in shares if share is not None), default=0.0)
+        trained = self.training.quantization.unquantised_share if self.training else None
+        shares = [model.unquantised_share for model in self._scored_models]
+        return max(share or 0.0 for share in (*shares, trained))
+
+    @property
+    def _scored_models(self) -> list[EvaluatedModel]:
+        return [scored.model for scored in self.scored.values()]
 
     def conditions(self, task: str | None) -> dict[str, object]:
         """Returns every recorded setting by dotted name."""
-        found: dict[str, object] = {}
+        conditions: dict[str, object] = {}
         if self.training is not None:
             record = self.training.model_dump(
                 include={"arm", "quant", "model", "quantization", "settings", "computation",
@@ -108,64 +97,17 @@ class Run:
             )  # fmt: skip
             # The command line names the output folder and differs between any two runs.
             record["environment"].pop("command", None)
-            found |= flatten(record, "training")
+            conditions |= flatten(record, "training")
         if task in self.scored:
-            found |= self.scored[str(task)].conditions
-        return found
+            conditions |= self.scored[str(task)].conditions
+        return conditions
 
 
-def load_run(path: str | Path, *, label: str | None = None, metric: str | None = None) -> Run:
-    """Loads one run from its files.
+class _LazyResults(Mapping[str, Scored]):
+    """Results by task, each read when it is first used."""
 
-    Args:
-        path: A run folder such as results/4bit, a results_*.json of lm_eval, or a folder of those.
-        label: Its name; by default that of the folder.
-        metric: Of lm_eval's results; by default each task's usual one.
-
-    Raises:
-        ResultsError: A file is unreadable, foreign, incomplete, or contradicts another one.
-        ComparisonError: The folder holds no run, or the training has failed or not ended.
-
-    Example:
-        >>> import qlora_harness as qh
-        >>> run = qh.load_run("results/published/smollm2/4bit")
-        >>> run.quant, run.training.results.steps
-        ('nf4', 150)
-    """
-    path = Path(path)
-    label = label or path.resolve().name
-    if not path.exists():
-        raise ResultsError(f"{path} does not exist", "Name the folder of a run")
-    training, log = None, None
-    ours: dict[str, Scored] = {}
-    if path.is_file():
-        files = [read_file(path)]
-    else:
-        if os.path.lexists(path / SUMMARY_FILE):
-            training = read_record(path / SUMMARY_FILE, TrainingSummary)
-            _check_status(training, path / SUMMARY_FILE)
-            log = read_log(path / LOGS_FILE, training)
-        if os.path.lexists(path / EVALUATION_FILE):
-            ours = read_evaluation(path / EVALUATION_FILE)
-        if training is None and not ours:
-            _refuse_parent_folder(path)
-        files = [read_file(p) for p in sorted(path.rglob("results_*.json")) if p.is_file()]
-    if training is None and not ours and not any(file.tasks for file in files):
-        raise ComparisonError(
-            f"{path} holds no {SUMMARY_FILE}, no {EVALUATION_FILE} and no result of lm_eval",
-            "Name the folder of a run, for example results/4bit",
-        )
-    tasks = tuple(dict.fromkeys([*ours, *(task for file in files for task in file.roots)]))
-    names = dict.fromkeys([*tasks, *(task for file in files for task in file.tasks)])
-    read = partial(_read_scored, ours, files, metric=metric, known=training is not None)
-    return Run(path, label, training, log, tasks, _Lazy(names, read), files)
-
-
-class _Lazy(Mapping[str, Scored]):
-    """Results by task, each read when it is asked for."""
-
-    def __init__(self, names: Iterable[str], read: Callable[[str], Scored]) -> None:
-        self._names, self._read = list(names), read
+    def __init__(self, names: Sequence[str], read: Callable[[str], Scored]) -> None:
+        self._names, self._read = names, read
         self._known: dict[str, Scored] = {}
 
     def __getitem__(self, task: str) -> Scored:
@@ -182,21 +124,60 @@ class _Lazy(Mapping[str, Scored]):
         return len(self._names)
 
 
-def _read_scored(
-    ours: Mapping[str, Scored],
-    files: Sequence[HarnessFile],
-    task: str,
-    *,
-    metric: str | None,
-    known: bool,
-) -> Scored:
-    file = newest(files, task, one_model=not known and task not in ours)
-    scored = _join(ours.get(task), file, task, metric)
-    rivals = sum(task in other.tasks for other in files)
-    if file is None or scored.harness is None or rivals == 1:
-        return scored
-    note = f"{file.path} is the newest of {rivals} lm_eval files with {task}: used"
-    return replace(scored, notes=(*scored.notes, note))
+def load_run(path: str | Path, *, label: str | None = None, metric: str | None = None) -> Run:
+    """Loads one run from its files.
+
+    Args:
+        path: A run folder such as results/4bit, a results_*.json of lm_eval, or a folder of those.
+        label: Its name; by default that of the folder.
+        metric: Metric of lm_eval's results; by default each task's usual one.
+
+    Raises:
+        ResultsError: A file is unreadable, foreign, incomplete, or contradicts another one.
+        ComparisonError: The folder holds no run, or the training has failed or not ended.
+
+    Example:
+        >>> import qlora_harness as qh
+        >>> run = qh.load_run("results/published/smollm2/4bit")
+        >>> run.quant, run.training.results.steps
+        ('nf4', 150)
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ResultsError(f"{path} does not exist", "Name the folder of a run")
+    training, log = None, None
+    ours: dict[str, Scored] = {}
+    if path.is_file():
+        files = [read_file(path)]
+    else:
+        training = read_summary(path)
+        if training is not None:
+            _check_status(training, path / SUMMARY_FILE)
+            log = _read_log(path / LOGS_FILE, training)
+        if os.path.lexists(path / EVALUATION_FILE):
+            ours = read_evaluation(path / EVALUATION_FILE)
+        if training is None and not ours:
+            _refuse_parent_folder(path)
+        files = [read_file(p) for p in sorted(path.rglob("results_*.json")) if p.is_file()]
+    if training is None and not ours and not any(file.tasks for file in files):
+        raise ComparisonError(
+            f"{path} holds no {SUMMARY_FILE}, no {EVALUATION_FILE} and no result of lm_eval",
+            "Name the folder of a run, for example results/4bit",
+        )
+    tasks = tuple(dict.fromkeys([*ours, *(task for file in files for task in file.roots)]))
+    names = list(dict.fromkeys([*tasks, *(task for file in files for task in file.tasks)]))
+
+    def read(task: str) -> Scored:
+        file = newest(files, task, one_model=training is None and task not in ours)
+        scored = _join(ours.get(task), file, task, metric)
+        rivals = sum(task in other.tasks for other in files)
+        if file is None or scored.harness is None or rivals == 1:
+            return scored
+        note = f"{file.path} is the newest of {rivals} lm_eval files with {task}: used"
+        return replace(scored, notes=(*scored.notes, note))
+
+    label = label or path.resolve().name
+    return Run(path, label, training, log, tasks, _LazyResults(names, read))
 
 
 def _check_status(training: TrainingSummary, path: Path) -> None:
@@ -212,25 +193,17 @@ def _check_status(training: TrainingSummary, path: Path) -> None:
         )
 
 
-def read_log(path: Path, training: TrainingSummary) -> TrainingLog | None:
-    """Reads a run's step log; None without one.
-
-    Raises:
-        ResultsError: The file is broken, has not all steps of a completed run, or another
-            evaluation loss than the summary.
-    """
+def _read_log(path: Path, training: TrainingSummary) -> TrainingLog | None:
+    """A run's step log, which must fit the summary; None without one."""
     if not os.path.lexists(path):
         return None
     log = read_record(path, TrainingLog)
-    steps, found = training.results.steps, len(log.steps)
-    # An interrupted run may lack the rows after the last that was written, a resumed one those
-    # before its checkpoint.
-    wrong = steps is not None and (
-        found > steps or (found < steps and not training.runtime.resumed)
-    )
+    steps, rows = training.results.steps, len(log.steps)
+    # A resumed run may lack the rows before its checkpoint.
+    wrong = steps is not None and (rows > steps or (rows < steps and not training.runtime.resumed))
     if training.status == "completed" and wrong:
         raise ResultsError(
-            f"{path}: steps has {found} rows, but the summary says {steps} steps",
+            f"{path}: steps has {rows} rows, but the summary says {steps} steps",
             "Restore the file, or train again",
         )
     loss = training.results.eval_loss
@@ -254,20 +227,16 @@ def _refuse_parent_folder(path: Path) -> None:
         )
 
 
-def _join(
-    ours: Scored | None, file: HarnessFile | None, task: str, metric: str | None
-) -> Scored:
-    """Joins our record of a task with lm_eval's."""
+def _join(ours: Scored | None, file: HarnessFile | None, task: str, metric: str | None) -> Scored:
+    """Joins our record of a task with lm_eval's, of which there is at least one."""
     if ours is not None and metric not in (None, "acc", "acc,none"):
         raise ResultsError(
             f"{ours.path}: {task} has no metric {metric}, only acc", "Leave --metric out"
         )
-    if file is None:
-        assert ours is not None  # the task came from one of the two
-        return ours
+    if ours is None or file is None:
+        assert ours is not None or file is not None
+        return ours if file is None else read_scored(file, task, metric)  # type: ignore[return-value]
     theirs = read_scored(file, task, metric)
-    if ours is None:
-        return theirs
     same = ours.n == theirs.n and ours.subjects.keys() == theirs.subjects.keys()
     if same and abs(ours.value - theirs.value) <= _AGREEMENT:
         joined = {**theirs.conditions, **ours.conditions}
@@ -279,30 +248,26 @@ def _join(
             f"of {ours.n} questions, and acc {theirs.value:.6f} of {theirs.n}",
             "Remove the one that is out of date, or score again",
         )
-    note = f"{theirs.path} is older than {ours.path} and says otherwise: the newer one is used"
+    note = f"{theirs.path} is older than {ours.path} and contradicts it: the newer one is used"
     return replace(ours, notes=(*ours.notes, note))
 
 
 def find_runs(folder: str | Path = "results") -> list[Path]:
     """Returns the run folders below a folder, in the order of their paths.
 
-    Args:
-        folder: For example results.
-
-    Raises:
-        ResultsError: It does not exist, or holds no run.
+    Raises ResultsError if the folder does not exist or holds no run.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ResultsError(f"{folder} does not exist", "Name the folder that holds the runs")
     names = (SUMMARY_FILE, EVALUATION_FILE)
-    found = sorted({path.parent for name in names for path in folder.rglob(name)})
-    if not found:
+    runs = sorted({path.parent for name in names for path in folder.rglob(name)})
+    if not runs:
         raise ResultsError(
             f"{folder} holds no run (no {' or '.join(names)})",
             "Train one with `accelerate launch launch/train.py`, or name another folder",
         )
-    return found
+    return runs
 
 
 def default_labels(paths: Sequence[Path]) -> list[str]:

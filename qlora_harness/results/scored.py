@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_harness.errors import ResultsError
 from qlora_harness.families import families
-from qlora_harness.schema.evaluation import Evaluation
+from qlora_harness.schema.evaluation import EvaluatedModel, Evaluation
 from qlora_harness.schema.section import flatten, read_record
 
 DEFAULT_TASK = "mmlu_qlora_5shot"
@@ -27,12 +28,9 @@ FAMILIES = (
 class HarnessFile:
     """One results file of lm_eval.
 
-    Attributes:
-        path: The file.
-        date: The date in its name; "" without one.
-        record: Its content.
-        tasks: Leaves by task: a task of its own is its only leaf, a group has those below it.
-        roots: Tasks that are no part of another.
+    `date` is the one in its name, "" without one. `tasks` holds the leaves of each task: a task of
+    its own is its only leaf, a group has those below it. `roots` are tasks that are no part of
+    another.
     """
 
     path: Path
@@ -42,14 +40,8 @@ class HarnessFile:
     roots: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Subject:
-    """The part of a task that has a name of its own, or the whole task.
-
-    Attributes:
-        value: The metric.
-        n: Questions answered.
-    """
+class Subject(NamedTuple):
+    """The metric and the questions answered of a part of a task that has a name of its own."""
 
     value: float
     n: int
@@ -59,30 +51,11 @@ class Subject:
 class Scored:
     """One run's result on one task.
 
-    Attributes:
-        task: For example mmlu_qlora_5shot or hellaswag.
-        path: The file it was read from.
-        ended: When the evaluation ended, seconds since 1970, if recorded.
-        metric: For example acc or exact_match.
-        filter: Of lm_eval, "none" for most tasks.
-        higher_is_better: Whether more of the metric is better.
-        value: The metric over all questions, as recorded.
-        stderr: Its standard error, if known.
-        n: Questions answered.
-        n_total: Questions there are.
-        subjects: By name, with the task itself where it has none.
-        category_of: Category of each subject that has one.
-        base: Name of the base model.
-        quant: nf4, fp4 or bf16, if recorded.
-        tuned: Whether an adapter was scored, as far as is recorded.
-        random_weights: Whether the base was never trained.
-        unquantised_share: Share of the layers' weights that 4 bits left in 16, if recorded.
-        prompts_sha256: Hash over all prompts, if recorded.
-        truncated: Prompts that were cut to fit, if counted.
-        versions: Of the tasks, and their numbers of shots, as far as they are recorded.
-        conditions: Every recorded setting by dotted name.
-        notes: What a reader has to know.
-        harness: The lm_eval file behind it, if there is one.
+    `ended` is when the evaluation ended, seconds since 1970. `value` is the metric over all `n`
+    questions answered of `n_total`. `subjects` holds the task itself where it has none, and
+    `category_of` those that have a category. `versions` are those of the tasks, and their numbers
+    of shots; `conditions` every recorded setting by dotted name; `harness` the lm_eval file behind
+    the result. What isn't recorded is None or missing.
     """
 
     task: str
@@ -97,53 +70,49 @@ class Scored:
     n_total: int
     subjects: Mapping[str, Subject]
     category_of: Mapping[str, str]
-    base: str | None = None
-    quant: str | None = None
-    tuned: bool = False
-    random_weights: bool = False
-    unquantised_share: float | None = None
+    model: EvaluatedModel
+    conditions: Mapping[str, object]
+    arm: str | None = None
     prompts_sha256: str | None = None
     truncated: int | None = None
     versions: Mapping[str, object] = field(default_factory=dict)
-    conditions: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     harness: HarnessFile | None = None
 
     @property
     def limited(self) -> bool:
-        """Whether only a part of the questions was asked (--limit, or single subjects)."""
+        """Whether only a part of the questions was answered (--limit, or single subjects)."""
         return self.n < self.n_total
+
+    @property
+    def tuned(self) -> bool:
+        """Whether an adapter was scored, as far as is recorded."""
+        return bool(self.model.peft or self.model.adapter_sha256)
 
 
 def category_of(task: str) -> dict[str, str]:
-    """Returns the category of each subject of a task of this project.
-
-    Args:
-        task: For example mmlu_qlora_5shot; other tasks have none here.
-    """
+    """Returns the category of each subject of a task of this project; of others, nothing."""
     categories = families().get(task, {}).get("categories", {})
     return {subject: name for name, subjects in categories.items() for subject in subjects}
 
 
 def read_evaluation(path: Path) -> dict[str, Scored]:
-    """Reads evaluation_results.json.
+    """Reads what was scored, by task, from evaluation_results.json.
 
-    Returns:
-        What was scored, by task.
-
-    Raises:
-        ResultsError: The file is unreadable, foreign, incomplete or contradicts itself.
+    Raises ResultsError if the file is unreadable, foreign, incomplete or contradicts itself.
     """
     record = read_record(path, Evaluation)
-    model = record.model
-    found = {}
+    if not record.tasks:
+        raise ResultsError(f"{path}: tasks is empty", "Score the run again")
+    results = {}
     for task, scores in record.tasks.items():
-        environment = record.environment.model_dump(exclude={"command"})
-        conditions = dict(flatten(model.model_dump(), "model"))
-        # Families scored at different times share a file; each has the settings of its own time.
-        conditions |= flatten(scores.settings or record.settings, "settings")
-        conditions |= flatten(environment, "environment")
-        found[task] = Scored(
+        sections = {
+            "model": record.model.model_dump(),
+            # Families scored at different times share a file; each has the settings of its time.
+            "settings": scores.settings or record.settings,
+            "environment": record.environment.model_dump(exclude={"command"}),
+        }
+        results[task] = Scored(
             task=task,
             path=path,
             ended=_seconds(record.created),
@@ -159,23 +128,16 @@ def read_evaluation(path: Path) -> dict[str, Scored]:
                 for name, score in scores.subjects.items()
             },
             category_of=category_of(task),
-            base=model.base,
-            quant=model.quant,
-            tuned=bool(model.peft or model.adapter_sha256),
-            random_weights=model.random_weights,
-            unquantised_share=model.unquantised_share,
+            model=record.model,
+            conditions=dict(flatten(sections, "evaluation")),
+            arm=record.arm,
             prompts_sha256=scores.prompts_sha256,
             truncated=scores.truncated,
-            conditions={f"evaluation.{name}": value for name, value in conditions.items()},
         )
-    if not found:
-        raise ResultsError(f"{path}: tasks is empty", "Score the run again")
-    return found
+    return results
 
 
 def _seconds(date: str | None) -> float | None:
-    from datetime import datetime
-
     try:
         return None if date is None else datetime.fromisoformat(date).timestamp()
     except (ValueError, OverflowError):

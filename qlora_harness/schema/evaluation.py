@@ -1,5 +1,6 @@
 """evaluation_results.json and mmlu_progress_<model>_<arm>.json."""
 
+# ruff: noqa: RUF012  # pydantic copies mutable defaults
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
@@ -14,23 +15,19 @@ Letter = Literal["A", "B", "C", "D"]
 _TOLERANCE = 1e-6
 
 
-class ScoredModel(Section):
+class EvaluatedModel(Section):
     """The model that was scored."""
 
     base: str | None = None
     """Hub id, name of the folder, or "smollm2"."""
     revision: str | None = None
-    """Branch, tag or commit."""
     random_weights: bool = False
-    """Whether the base was never trained."""
     quant: str | None = None
-    """nf4, fp4 or bf16."""
     double_quant: bool | None = None
     """Whether the scales were quantised, too; null for bf16."""
     peft: str | None = None
     """Name of the adapter's folder; null for the base alone."""
     adapter_sha256: str | None = None
-    """Hash of the adapter's weights."""
     unquantised_share: Share | None = None
     """Share of the layers' weights that stay in 16 bits; null for bf16."""
 
@@ -41,29 +38,23 @@ class Score(Section):
     acc: Share
     """Right answers over questions; of tied best letters, the first counts."""
     acc_stderr: Number | None = None
-    """Its standard error, as lm-eval computes it."""
     n: Count | None = None
-    """Questions answered."""
 
 
 class SubjectScore(Score):
     """Accuracy of one subject."""
 
     n: Count
-    """Questions answered."""
 
 
 class TaskScores(Score):
     """One task family."""
 
     n: Count
-    """Questions answered."""
     n_total: Count
     """Questions in the file; more than n with --limit or single subjects."""
     acc_macro: Share
-    """Mean of the subjects' accuracies."""
     acc_macro_stderr: Number | None = None
-    """Its standard error."""
     ties: Count | None = None
     """Questions whose best log-probability several letters share."""
     truncated: Count | None = None
@@ -71,11 +62,8 @@ class TaskScores(Score):
     prompts_sha256: str | None = None
     """Hash over all prompts and right letters."""
     subjects: Annotated[dict[str, SubjectScore], Field(min_length=1)]
-    """By name."""
     categories: dict[str, Score] = {}
-    """By name."""
     settings: dict[str, Any] = {}
-    """How the family was scored."""
 
     @model_validator(mode="after")
     def _totals_are_those_of_the_subjects(self) -> TaskScores:
@@ -101,10 +89,10 @@ class Evaluation(Header):
     """What the file is."""
     arm: str | None = None
     """4bit or 16bit."""
-    model: ScoredModel = ScoredModel()
+    model: EvaluatedModel = EvaluatedModel()
     """What was scored."""
     settings: dict[str, Any] = {}
-    """How, when the file was written last."""
+    """Settings of the evaluation that wrote the file last."""
     environment: Environment = Environment()
     """Versions and hardware."""
     tasks: dict[str, TaskScores]
@@ -117,24 +105,20 @@ class QuestionRow(Section):
     index: Count
     """Line of the question in the data file, from 0."""
     subject: Annotated[str, Field(min_length=1)]
-    """For example anatomy."""
     logprobs: Annotated[
         dict[Letter, Annotated[float, Field(le=0, ge=-LARGEST, allow_inf_nan=False)]],
         Field(min_length=4),
     ]
     """Of the four letters, nats."""
     prediction: Letter
-    """The letter of the highest; of a tie, the first."""
+    """The likeliest letter; of a tie, the first."""
     answer: Letter
-    """The right letter."""
     correct: bool
-    """Whether they are the same."""
     running_accuracy: Share | None = None
     """Accuracy over this and all questions before."""
     prompt_sha256: Annotated[str, Field(pattern=rf"^[0-9a-f]{{{PROMPT_DIGITS}}}$")]
     """Beginning of the hash of the text that was scored."""
     truncated: bool = False
-    """Whether it was cut to fit the model."""
 
 
 class Progress(Header):
@@ -146,7 +130,7 @@ class Progress(Header):
     """What the file is."""
     arm: str | None = None
     """4bit or 16bit."""
-    model: ScoredModel = ScoredModel()
+    model: EvaluatedModel = EvaluatedModel()
     """What was scored."""
     tasks: dict[str, list[QuestionRow]]
     """By family, in the order of the file."""

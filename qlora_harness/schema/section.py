@@ -18,7 +18,6 @@ Amount = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 
-_Model = TypeVar("_Model", bound=BaseModel)
 _Record = TypeVar("_Record", bound="Header")
 
 
@@ -50,7 +49,6 @@ class Environment(Section):
     git: dict[str, Any] = {}
     """Revision of qlora-harness, and whether it had uncommitted changes."""
     platform: str | None = None
-    """As platform.platform() gives it."""
     machine: str | None = None
     """For example x86_64."""
     cpu_count: int | None = None
@@ -68,13 +66,8 @@ class Environment(Section):
 def read_record(path: Path, model: type[_Record]) -> _Record:
     """Reads and checks one of this project's own records.
 
-    Args:
-        path: The file.
-        model: The type of the record.
-
-    Raises:
-        ResultsError: The file is unreadable, of another kind, of a newer schema, or a field is
-            missing or wrong; the message names it.
+    Raises ResultsError if the file is unreadable, of another kind or of a newer schema, or if a
+    field is missing or wrong; the message names it.
     """
     record = read_json(path, finite=True)
     kind = model.model_fields["kind"].default
@@ -89,38 +82,25 @@ def read_record(path: Path, model: type[_Record]) -> _Record:
             f"{path}: schema_version {version} is newer than this program knows ({SCHEMA_VERSION})",
             "Update qlora-harness",
         )
-    return check(path, model, upgrade(record))
-
-
-def check(where: Path | str, model: type[_Model], value: object) -> _Model:
-    """Returns a value of JSON as a model.
-
-    Args:
-        where: The file, and the place in it, for the message.
-        model: The type.
-        value: What was read.
-
-    Raises:
-        ResultsError: It doesn't fit; the message names the first field that doesn't.
-    """
     try:
-        return model.model_validate(value)
+        return model.model_validate(_upgraded(record))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        seen = "" if isinstance(first["input"], Mapping) else f" is {shown(first['input'])}"
         raise ResultsError(
-            f"{where}:{f' {field}' if field else ''}{seen} ({first['msg']:.200})",
+            f"{path}: {first_problem(error)}",
             "The file is damaged or comes from another program; recreate or remove it",
         ) from None
 
 
-def upgrade(record: dict[str, Any]) -> dict[str, Any]:
-    """Brings a record of an earlier version to the form of this one.
+def first_problem(error: ValidationError) -> str:
+    """Returns the first field that is wrong, the value seen there, and what is wrong with it."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    seen = "" if isinstance(first["input"], Mapping) else f"is {shown(first['input'])}"
+    return " ".join(part for part in (field, seen, f"({first['msg']:.200})") if part)
 
-    Args:
-        record: As read.
-    """
+
+def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of an earlier version in the form of this one."""
     environment = record.get("environment")
     if isinstance(environment, dict) and isinstance(environment.get("device"), str):
         # Evaluations named the device only.
@@ -131,21 +111,14 @@ def upgrade(record: dict[str, Any]) -> dict[str, Any]:
         record = record | {"data": data | {"dataset": settings.get("dataset")}}
     memory = record.get("memory")
     if isinstance(memory, dict) and memory.get("peak_needed_bytes") is None:
-        allocated, managed = (
-            memory.get(name) for name in ("peak_allocated_bytes", "peak_managed_bytes")
-        )
-        if allocated is not None and managed in (None, 0):
+        allocated = memory.get("peak_allocated_bytes")
+        if allocated is not None and memory.get("peak_managed_bytes") in (None, 0):
             record = record | {"memory": memory | {"peak_needed_bytes": allocated}}
     return record
 
 
 def flatten(value: object, prefix: str) -> Iterator[tuple[str, object]]:
-    """Yields the leaves of nested objects as ("a.b.c", value); lists are leaves.
-
-    Args:
-        value: A value of JSON.
-        prefix: The name of the value itself.
-    """
+    """Yields the leaves of nested objects as ("prefix.a.b", value); lists are leaves."""
     if not isinstance(value, Mapping):
         yield prefix, value
         return

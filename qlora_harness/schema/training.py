@@ -1,12 +1,15 @@
 """training_summary.json and training_logs.json."""
 
+# ruff: noqa: RUF012  # pydantic copies mutable defaults
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import model_validator
 
+from qlora_harness.record import SUMMARY_FILE
 from qlora_harness.schema.section import (
     Amount,
     Count,
@@ -15,6 +18,7 @@ from qlora_harness.schema.section import (
     Number,
     Section,
     Share,
+    read_record,
 )
 
 
@@ -24,43 +28,30 @@ class TrainedModel(Section):
     name: str | None = None
     """Hub id, name of the folder, or "smollm2"."""
     revision: str | None = None
-    """Branch, tag or commit that was asked for."""
     commit: str | None = None
     """Commit on the Hub, if the model came from there."""
     random_weights: bool = False
-    """Whether the base was never trained, so that losses and accuracies say nothing."""
     weights_fingerprint: str | None = None
-    """Hash of a sample of the base's weights."""
     trainable_parameters: Count | None = None
-    """Parameters of the adapter."""
     attention: str | None = None
-    """Implementation of the attention."""
 
 
 class Quantization(Section):
     """How the base's weights were held."""
 
     quant: str | None = None
-    """nf4, fp4 or bf16."""
     double_quant: bool | None = None
-    """Whether the scales were quantised, too; null for bf16."""
     compute_dtype: str | None = None
-    """bfloat16 or float32."""
     parameter_dtypes: dict[str, Count] = {}
-    """Parameters by dtype."""
     unquantised_share: Share | None = None
-    """Share of the layers' weights that stay in 16 bits; null for bf16."""
 
 
 class DataSplit(Section):
     """The training or the evaluation conversations."""
 
     conversations: Count | None = None
-    """How many."""
     tokens: Count | None = None
-    """Of all conversations."""
     supervised_tokens: Count | None = None
-    """Tokens whose loss counts."""
     fingerprint: str | None = None
     """Hash of the token ids and of the mask."""
 
@@ -69,22 +60,17 @@ class DataReport(Section):
     """The data, as counted when it was read."""
 
     dataset: str | None = None
-    """Its name, as given."""
     train: DataSplit = DataSplit()
-    """What was trained on."""
     eval: DataSplit | None = None
-    """What was held out."""
 
 
 class Process(Section):
-    """The main process, so that a later run can tell whether it still runs."""
+    """The main process, by which a later run can tell whether it is still alive."""
 
     id: int | None = None
-    """Its number."""
     host: str | None = None
     """Hash of what tells the machine from others."""
     started: Number | None = None
-    """Seconds since 1970."""
 
 
 class PhaseMemory(Section):
@@ -93,11 +79,9 @@ class PhaseMemory(Section):
     peak_allocated_bytes: Amount | None = None
     """In live tensors on the GPU."""
     peak_reserved_bytes: Amount | None = None
-    """Held by torch's allocator."""
     peak_device_used_bytes: Amount | None = None
     """In use on the whole device, as the driver counts it."""
     peak_managed_bytes: Amount | None = None
-    """Managed memory of a paged optimizer."""
     peak_needed_bytes: Amount | None = None
     """Most allocated and managed memory together."""
     cpu_peak_rss_bytes: Amount | None = None
@@ -112,9 +96,7 @@ class Memory(PhaseMemory):
     """Peaks of the training phase over all processes, and of every phase."""
 
     device_type: str | None = None
-    """cuda or cpu."""
     phases: list[dict[str, Any]] = []
-    """Each phase of each process."""
 
 
 class Runtime(Section):
@@ -123,47 +105,32 @@ class Runtime(Section):
     train_seconds: Amount | None = None
     """Training, over all segments of a resumed run."""
     load_seconds: Amount | None = None
-    """Loading the base."""
     data_seconds: Amount | None = None
-    """Reading and encoding the data."""
     eval_seconds: Amount | None = None
-    """Evaluation after training."""
     total_seconds: Amount | None = None
-    """From the start of this process."""
     resumed: bool = False
-    """Whether the run continued from a checkpoint."""
 
 
 class Throughput(Section):
     """Speed without the first steps, in which kernels are chosen."""
 
     tokens_per_second: Amount | None = None
-    """All tokens."""
     supervised_tokens_per_second: Amount | None = None
-    """Tokens whose loss counts."""
     steps_per_second: Amount | None = None
-    """Optimizer steps."""
     steps_measured: Count | None = None
-    """Over how many steps."""
 
 
 class Results(Section):
     """Losses, nats per supervised token."""
 
     steps: Count | None = None
-    """Optimizer steps of the whole run."""
     final_train_loss: Number | None = None
-    """Of the last step."""
     last_10_steps_train_loss: Number | None = None
-    """Mean of the last ten steps."""
     mean_train_loss: Number | None = None
-    """Mean of all steps."""
     eval_loss: Number | None = None
     """On the held-out conversations, weighted by token."""
     perplexity: Amount | None = None
-    """exp(eval_loss)."""
     eval_tokens: Count | None = None
-    """Supervised tokens of the held-out conversations."""
     eval_loss_before: Number | None = None
     """On the held-out conversations before the first step."""
 
@@ -196,7 +163,7 @@ class TrainingSummary(Header):
     data: DataReport = DataReport()
     """What was trained and evaluated on."""
     process: Process = Process()
-    """Who wrote this."""
+    """Which process wrote this."""
     environment: Environment = Environment()
     """Versions and hardware."""
     failure: dict[str, Any] | None = None
@@ -232,33 +199,35 @@ class TrainingSummary(Header):
 
     @property
     def seed(self) -> int | None:
-        """Of the adapter's weights, dropout and order of the data."""
+        """Seed of the adapter's weights, dropout and order of the data."""
         seed = self.settings.get("seed")
         return seed if isinstance(seed, int) and not isinstance(seed, bool) else None
+
+
+def read_summary(run_dir: Path) -> TrainingSummary | None:
+    """Reads the training summary of a run folder; None without one. Raises ResultsError."""
+    path = run_dir / SUMMARY_FILE
+    return read_record(path, TrainingSummary) if path.exists() or path.is_symlink() else None
 
 
 class StepRow(Section):
     """One optimizer step."""
 
     step: Count
-    """Its number, from 1."""
     loss: Number
     """Nats per supervised token."""
     tokens: Count = 0
-    """Tokens of all its conversations."""
     supervised_tokens: Count = 0
-    """Those whose loss counts."""
     seconds: Amount | None = None
-    """From step border to step border."""
+    """From the end of the step before to the end of this one."""
 
 
 class EvaluationLosses(Section):
-    """The held-out conversations, one value each, in their order."""
+    """The held-out conversations, one value for each, in their order."""
 
     nll: list[Number] = []
     """Summed loss after training, nats."""
     tokens: list[Count] = []
-    """Supervised tokens."""
     nll_before: list[Number] = []
     """Summed loss before the first step, nats; empty if not evaluated then."""
 

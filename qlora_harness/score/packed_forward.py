@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from qlora_harness.fused.host_memory import to_device
-from qlora_harness.fused.model import FusedDecoder, why_not_fused
+from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import base_of, head_size
 from qlora_harness.model.plain_lora import FastLora
 from qlora_harness.score.output_head import OutputHead
@@ -109,7 +109,8 @@ class PackedModel:
         self._device = next(model.parameters()).device
         fits = self._device.type == "cuda" and head_size(model.config) >= _SMALLEST_HEAD
         self._flex = fits if flex is None else flex
-        fused = why_not_fused(model) is None if fused is None else fused
+        if fused is None:
+            fused = FusedDecoder.reason_against(model) is None
         self._fused = FusedDecoder(model) if fused else None
         # Nothing to replace in fused layers, or where there is no adapter.
         plain = fused or self._model is model

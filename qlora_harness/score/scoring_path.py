@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from qlora_harness.fused.model import why_not_fused
+from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.adapter_folder import unknown_field
 from qlora_harness.model.base import base_of, fits_dequantised, is_4bit
 from qlora_harness.model.plain_lora import is_plain
@@ -32,7 +32,8 @@ def choose_path(scored: ScoredModel, options: ScoringOptions) -> ScoringPath:
         return ScoringPath(packed=False)
     model = scored.model
     reason = _why_not_packed(scored)
-    fused = reason is None and options.kernels == "auto" and why_not_fused(model) is None
+    allowed = reason is None and options.kernels == "auto"
+    fused = allowed and FusedDecoder.reason_against(model) is None
     if reason is None and not fused and not _share_config(base_of(model)):
         reason = "some of its layers have a configuration of their own"
     if reason is not None:

@@ -1,4 +1,4 @@
-"""Our stable setting names to the arguments of the installed transformers: the only such place."""
+"""Our settings to the arguments of transformers and PEFT: the only such place."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_harness.settings import OptimizationSettings
+from qlora_harness.model.lora import attach_lora
+from qlora_harness.settings import OptimizationSettings, Settings
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from peft import PeftModel
+    from transformers import PreTrainedModel, TrainingArguments
 
 OPTIMIZERS = {
     "paged_adamw_32bit": "paged_adamw_32bit",
@@ -22,13 +24,7 @@ OPTIMIZERS = {
 
 
 def planned_steps(optimization: OptimizationSettings, examples: int, processes: int) -> int:
-    """Returns the number of optimizer steps.
-
-    Args:
-        optimization: Holds either max_steps or epochs.
-        examples: Training examples.
-        processes: Data-parallel processes.
-    """
+    """Returns the number of optimizer steps of a run over so many examples."""
     if optimization.max_steps is not None:
         return optimization.max_steps
     assert optimization.epochs is not None
@@ -58,17 +54,9 @@ def training_arguments(
 ) -> TrainingArguments:
     """Builds the TrainingArguments of a run; every value that matters is stated, none inherited.
 
-    Args:
-        optimization: Steps, batches, optimizer.
-        checkpoint_dir: Where Trainer keeps its checkpoints.
-        steps: From `planned_steps`.
-        save_steps: Steps between checkpoints.
-        report_to: "none", "tensorboard" or "wandb".
-        compute_dtype: "bfloat16" (autocast) or "float32".
-        use_cpu: Whether to stay on the CPU.
-        fused: Whether fused layers do the checkpointing themselves.
-        kind: A class made from TrainingArguments to build in its place.
-        changes: Arguments besides, or in place of those here.
+    `steps` are those of the whole run, `save_steps` those between checkpoints. `fused` says that
+    fused layers do the checkpointing themselves. `kind` is a subclass to build instead, `changes`
+    are arguments that are added or replace those here.
     """
     from transformers import TrainingArguments
 
@@ -91,7 +79,8 @@ def training_arguments(
         "fp16": False,
         "seed": optimization.seed,
         "data_seed": optimization.seed,
-        "logging_strategy": "steps",
+        # Trainer would wait for the device at each step; StepLog logs all of them later.
+        "logging_strategy": "no",
         "logging_steps": 1,
         # A NaN loss must be seen, not replaced by the mean of its neighbours.
         "logging_nan_inf_filter": False,
@@ -104,7 +93,7 @@ def training_arguments(
         "label_names": ["labels"],
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": not use_cpu,
-        # The next batch is copied while the device works, without waiting for it.
+        # The next batch is copied while the device works.
         "accelerator_config": {"non_blocking": not use_cpu},
         "use_cpu": use_cpu,
         # Trainer's own tracker would reset the peak counters that we read.
@@ -119,3 +108,19 @@ def training_arguments(
     values[f"{name}_checkpointing"] = optimization.checkpointing == "full" and not fused
     values[f"{name}_checkpointing_kwargs"] = {"use_reentrant": False}
     return kind(**values | dict(changes or {}))
+
+
+def attach_adapter(base: PreTrainedModel, settings: Settings) -> PeftModel:
+    """Attaches the adapter that settings describe; its first weights follow their seed."""
+    import torch
+
+    torch.manual_seed(settings.optimization.seed)
+    lora = settings.lora
+    return attach_lora(
+        base,
+        r=lora.lora_r,
+        alpha=lora.lora_alpha,
+        dropout=lora.lora_dropout,
+        targets=lora.lora_targets,
+        dtype=lora.adapter_dtype,
+    )

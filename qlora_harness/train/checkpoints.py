@@ -1,6 +1,6 @@
 """The checkpoints of a run: which is the newest that can be read?
 
-They are read on trial, by header and checksum; nothing is unpickled.
+They are checked by header and checksum; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from qlora_harness.model.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from qlora_harness.record import TRAINER_STATE_FILE
 
 _NAME = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
-_ZIPPED = ("optimizer.pt", "scheduler.pt")
 _END_BYTES = 22  # the record at the end of a zip archive
-_RANDOM_STATE = "rng_state*.pth"
 _STATE_TYPES: dict[str, type | tuple[type, ...]] = {
     "epoch": (int, float),
     "max_steps": int,
@@ -33,44 +31,30 @@ _STATE_TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Returns whether a folder's name is that of a checkpoint, which says its step.
-
-    Args:
-        name: For example "checkpoint-250".
-    """
+    """Returns whether a folder is called checkpoint-N."""
     return _NAME.fullmatch(name) is not None
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Returns the step of a checkpoint-N folder.
-
-    Args:
-        checkpoint: The folder.
-    """
+    """Returns the step of a checkpoint-N folder."""
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def all_checkpoints(folder: Path) -> list[Path]:
-    """Returns the checkpoint-N folders in a folder, newest first.
+def run_of(checkpoint: Path) -> Path:
+    """Returns the run folder that a checkpoint belongs to."""
+    return checkpoint.absolute().parent.parent
 
-    Args:
-        folder: Need not exist.
-    """
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Returns the checkpoint-N folders in a folder, newest first."""
     paths = [path for path in folder.glob("checkpoint-*") if is_checkpoint_name(path.name)]
     return sorted(paths, key=checkpoint_step, reverse=True)
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """Finds the newest checkpoint that can be read.
+    """Returns the newest checkpoint that can be read, or None, and what each newer one lacks.
 
-    Args:
-        folder: The folder of checkpoint-N folders; need not exist.
-
-    Returns:
-        The checkpoint, or None, and what is wrong with each newer one.
-
-    Raises:
-        RunError: There are checkpoints, all were saved to the end, and none can be read.
+    Raises RunError where checkpoints were saved to the end and none of them can be read.
     """
     passed_over: list[str] = []
     saved = 0
@@ -98,37 +82,34 @@ def _was_saved(checkpoint: Path) -> bool:
 
 
 def fault(checkpoint: Path) -> str | None:
-    """Returns what is wrong with a checkpoint, or None for one that can be resumed from.
-
-    Args:
-        checkpoint: A checkpoint-N folder.
-    """
-    random_states = sorted(path.name for path in checkpoint.glob(_RANDOM_STATE))
-    names = [WEIGHTS_FILE, CONFIG_FILE, *_ZIPPED, *(random_states or ["rng_state.pth"])]
-    for name in (*names, TRAINER_STATE_FILE):
+    """Returns what is wrong with a checkpoint, or None for one that can be resumed from."""
+    random_states = sorted(path.name for path in checkpoint.glob("rng_state*.pth"))
+    names = [WEIGHTS_FILE, CONFIG_FILE, "optimizer.pt", "scheduler.pt"]
+    for name in (*names, *(random_states or ["rng_state.pth"]), TRAINER_STATE_FILE):
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
         if not path.stat().st_size:
             return f"{name} is empty"
         try:
-            problem = _unreadable(path, checkpoint_step(checkpoint))
-        except Exception as error:  # the parsers of damaged files raise many kinds
+            problem = _damage(path)
+        except Exception as error:  # noqa: BLE001  # the parsers of damaged files raise many kinds
             problem = f"can't be read ({type(error).__name__})"
         if problem is not None:
             return f"{name} {problem}"
     return None
 
 
-def _unreadable(path: Path, step: int) -> str | None:
+def _damage(path: Path) -> str | None:
     """What is wrong with one file; other faults are raised."""
     if path.suffix == ".safetensors":
-        adapter_shapes(path)
+        _tensor_shapes(path)  # raises if header and length don't agree
     elif path.suffix == ".json":
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             return "holds no JSON object"
-        return _wrong_state(content, step) if path.name == TRAINER_STATE_FILE else None
+        if path.name == TRAINER_STATE_FILE:
+            return _wrong_state(content, checkpoint_step(path.parent))
     else:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             file.seek(-_END_BYTES, os.SEEK_END)
@@ -146,38 +127,31 @@ def _wrong_state(state: dict[str, Any], step: int) -> str | None:
     return None
 
 
-def adapter_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each tensor of a safetensors file, from its header.
-
-    Args:
-        path: The file; its length is checked as well.
-    """
+def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     with safe_open(str(path), framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def check_fits(checkpoint: Path, model: Any) -> None:
-    """Refuses a checkpoint whose adapter is not that of a model.
-
-    Args:
-        checkpoint: A checkpoint-N folder without fault.
-        model: A PEFT model with the adapter of this run.
-
-    Raises:
-        RunError: Names or shapes differ.
-    """
+    """Raises RunError if a checkpoint's tensors are not those of a PEFT model's adapter."""
     from peft import get_peft_model_state_dict
 
-    expected = {
-        name: tuple(tensor.shape)
-        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
-    there = adapter_shapes(checkpoint / WEIGHTS_FILE)
-    for name in sorted(expected.keys() | there.keys()):
-        if expected.get(name) != there.get(name):
-            shapes = [s.get(name, "missing") for s in (there, expected)]
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    saved = _tensor_shapes(checkpoint / WEIGHTS_FILE)
+    for name in sorted(expected.keys() | saved.keys()):
+        if expected.get(name) != saved.get(name):
             raise RunError(
-                f"{checkpoint} does not fit this model: {name} is {shapes[0]} there and "
-                f"{shapes[1]} here",
+                f"{checkpoint} does not fit this model: {name} is {saved.get(name, 'missing')} "
+                f"there and {expected.get(name, 'missing')} here",
                 "Resume with the model and the LoRA flags of its run",
             )
+
+
+def cannot_be_loaded(checkpoint: Path | str, error: Exception) -> RunError:
+    """Returns what torch or PEFT raised while loading a checkpoint as one line."""
+    reason = (str(error).strip().splitlines() or [""])[0][:120]
+    return RunError(
+        f"{checkpoint} can't be loaded ({type(error).__name__}: {reason})",
+        "Remove it, so that an older one is taken, or use another --output-dir",
+    )

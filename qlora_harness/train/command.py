@@ -14,9 +14,12 @@ from qlora_harness.settings import (
     Settings,
     build_settings,
     field_kind,
+    flag_of,
     setting_fields,
+    unknown_name,
     with_recipe,
 )
+from qlora_harness.units import GIB
 
 _EPILOG = """\
 Every flag is also a recipe key (learning_rate: 0.0002). Flags win over the recipe, the recipe over
@@ -31,26 +34,23 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
+class _FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = "unrecognized arguments: "
         if message.startswith(unknown):
             flag = message.removeprefix(unknown).split()[0]
-            from qlora_harness.settings import unknown_name
-
             name = flag.split("=")[0].lstrip("-").replace("-", "_")
             raise unknown_name(name, f"flag {flag}", [*setting_fields(), "recipe"])
         raise SettingsError(message, "`launch/train.py --help` lists every flag")
 
 
-def build_parser(prog: str = "launch/train.py") -> argparse.ArgumentParser:
-    """Returns the parser; it names flags only, defaults and checks are those of `settings`.
+def flag_parser(prog: str = "launch/train.py") -> argparse.ArgumentParser:
+    """Returns the parser of the launcher or of `qlora-harness plan`.
 
-    Args:
-        prog: The command that takes the flags: the launcher, or `qlora-harness plan`.
+    It names flags only; defaults and checks are those of `settings`.
     """
     trains = prog == "launch/train.py"
-    parser = _Parser(
+    parser = _FlagParser(
         prog=prog,
         description="Fine-tunes a base model with LoRA, held in 4 bits (QLoRA) or in bf16."
         if trains
@@ -66,61 +66,42 @@ def build_parser(prog: str = "launch/train.py") -> argparse.ArgumentParser:
     for group, cls in GROUPS.items():
         section = parser.add_argument_group(f"{group} settings")
         for f in dataclasses.fields(cls):
-            _add_flag(section, cls, f)
+            _add_flag(section, f)
     return parser
 
 
-def _add_flag(section: Any, cls: type, f: dataclasses.Field[Any]) -> None:
-    kind, _ = field_kind(cls, f.name)
-    flag = f"--{f.name.replace('_', '-')}"
-    unit, choices = f.metadata["unit"], f.metadata["choices"]
-    notes = [unit] if unit else []
+def _add_flag(section: Any, f: dataclasses.Field[Any]) -> None:
+    kind, choices = field_kind(f), f.metadata["choices"]
+    notes = [f.metadata["unit"]] if f.metadata["unit"] else []
     if choices:
         notes.append(" | ".join(choices))
     if f.default is not None:
-        shown = str(f.default).lower() if isinstance(f.default, bool) else f.default
-        notes.append(f"default {shown}")
+        default = str(f.default).lower() if isinstance(f.default, bool) else f.default
+        notes.append(f"default {default}")
     text = f.metadata["help"] + (f" ({'; '.join(notes)})" if notes else "")
-    text = text.replace("%", "%%")
+    options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if kind is bool:
-        section.add_argument(
-            flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
-        )
+        options["action"] = argparse.BooleanOptionalAction
     else:
-        metavar = {int: "N", float: "X", str: "TEXT"}[kind]
-        section.add_argument(flag, default=argparse.SUPPRESS, metavar=metavar, help=text)
+        options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
+    section.add_argument(flag_of(f.name), **options)
 
 
 def parse_settings(
     argv: Sequence[str] | None = None, *, prog: str = "launch/train.py"
 ) -> tuple[Settings, bool]:
-    """Turns a command line into settings.
+    """Returns the settings of a command line, and whether --resume was given.
 
-    Args:
-        argv: The arguments, or None for those of this process.
-        prog: The command that takes them.
-
-    Returns:
-        The settings, and whether --resume was given.
-
-    Raises:
-        SettingsError: A flag, recipe key or value is wrong.
+    Raises SettingsError for a wrong flag, recipe key or value.
     """
-    flags = vars(build_parser(prog).parse_args(argv))
+    flags = vars(flag_parser(prog).parse_args(argv))
     values, sources = with_recipe(flags.pop("recipe"), flags)
-    sources |= {name: f"--{name.replace('_', '-')}" for name in flags}
+    sources |= {name: flag_of(name) for name in flags}
     return build_settings(values, sources), "resume" in flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the training command.
-
-    Args:
-        argv: The arguments, or None for those of this process.
-
-    Returns:
-        The exit status: 0, 2 for a mistake in the input, 3 for a run that failed.
-    """
+    """Runs the training command; returns 0, 2 for a mistake in the input, 3 for a failed run."""
     # Imported early: it remembers the launcher, which may end while torch is imported.
     import qlora_harness.train.process  # noqa: F401
 
@@ -136,36 +117,30 @@ def _train(argv: Sequence[str] | None) -> int:
 
 
 def _report(settings: Settings, summary: dict[str, Any]) -> None:
+    """Prints the numbers that a user looks for."""
     from accelerate import PartialState
 
     if not PartialState().is_main_process:
         return
-    memory = {
-        name: nested(summary, "memory", name)
-        for name in ("peak_allocated_bytes", "peak_managed_bytes", "cpu_peak_rss_bytes")
-    }
-    gib = {name: f"{size / 2**30:.2f}" for name, size in memory.items() if size is not None}
     parts = []
     if (seconds := nested(summary, "runtime", "train_seconds")) is not None:
         speed = nested(summary, "throughput", "tokens_per_second")
+        steps = nested(summary, "results", "steps")
         parts.append(
-            f"{nested(summary, 'results', 'steps')} steps in {seconds:.0f} s"
-            + (f" ({speed:,.0f} tokens/s)" if speed else "")
+            f"{steps} steps in {seconds:.0f} s" + (f" ({speed:,.0f} tokens/s)" if speed else "")
         )
-    if "peak_allocated_bytes" in gib:
-        managed = f" + {gib['peak_managed_bytes']} managed" if memory["peak_managed_bytes"] else ""
-        parts.append(f"peak GPU memory {gib['peak_allocated_bytes']}{managed} GiB allocated")
-    if "cpu_peak_rss_bytes" in gib:
-        parts.append(f"peak CPU memory {gib['cpu_peak_rss_bytes']} GiB (RSS)")
-    results = {
-        name: nested(summary, "results", name)
-        for name in ("final_train_loss", "eval_loss", "perplexity")
-    }
-    if results["final_train_loss"] is not None:
-        parts.append(f"last train loss {results['final_train_loss']:.3f}")
-    if results["eval_loss"] is not None and results["perplexity"] is not None:
-        parts.append(
-            f"evaluation loss {results['eval_loss']:.3f}, perplexity {results['perplexity']:.2f}"
-        )
+    memory = summary.get("memory") or {}
+    if (allocated := memory.get("peak_allocated_bytes")) is not None:
+        paged = memory.get("peak_managed_bytes")
+        managed = f" + {paged / GIB:.2f} managed" if paged else ""
+        parts.append(f"peak GPU memory {allocated / GIB:.2f}{managed} GiB allocated")
+    if (resident := memory.get("cpu_peak_rss_bytes")) is not None:
+        parts.append(f"peak CPU memory {resident / GIB:.2f} GiB (RSS)")
+    results = summary.get("results") or {}
+    if (loss := results.get("final_train_loss")) is not None:
+        parts.append(f"last train loss {loss:.3f}")
+    loss, perplexity = results.get("eval_loss"), results.get("perplexity")
+    if loss is not None and perplexity is not None:
+        parts.append(f"evaluation loss {loss:.3f}, perplexity {perplexity:.2f}")
     print(f"{settings.quant.value}: " + "; ".join(parts))
     print(printable(f"adapter: {settings.run_dir / 'adapter'}   record: {settings.run_dir}"))

@@ -15,12 +15,10 @@ _REPETITIONS = 3
 
 
 def use_all_cores() -> bool:
-    """Lets torch use every physical core, unless the user named a number of threads.
+    """Lets torch use every physical core; returns whether the number of threads changed.
 
-    `accelerate launch` and torchrun set OMP_NUM_THREADS to 1 where nobody has set it.
-
-    Returns:
-        Whether the number of threads was changed.
+    `accelerate launch` and torchrun set OMP_NUM_THREADS to 1 where nobody has set it. A number
+    that the user named stays.
     """
     if LAUNCHER is None or _threads_are_given():
         return False
@@ -43,27 +41,27 @@ def _threads_are_given() -> bool:
         words, environment = LAUNCHER.cmdline(), LAUNCHER.environ()
     except psutil.Error:
         return True
-    flag = "--num_cpu_threads_per_process"
-    named = any(word.split("=")[0].replace("-", "_") == flag.replace("-", "_") for word in words)
+    flag = "__num_cpu_threads_per_process"
+    named = any(word.split("=")[0].replace("-", "_") == flag for word in words)
     return named or "OMP_NUM_THREADS" in environment
 
 
 def bfloat16_slowdown() -> float:
     """Returns how many times as long as in float32 the products of a layer take in bfloat16.
 
-    Measured on products of 256 rows with a matrix of 512 by 512, forward and backward, in one
-    thread and by its own time, so that other processes on the machine change nothing.
+    One thread multiplies 256 rows with a matrix of 512 by 512, forward and backward. Its own time
+    counts, so that other processes on the machine change nothing.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seconds = {dtype: _seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+        seconds = {dtype: _product_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
     finally:
         torch.set_num_threads(threads)
     return seconds[torch.bfloat16] / seconds[torch.float32]
 
 
-def _seconds(dtype: torch.dtype) -> float:
+def _product_seconds(dtype: torch.dtype) -> float:
     x = torch.full((_ROWS, _WIDTH), 0.5, dtype=dtype)
     weight = torch.full((_WIDTH, _WIDTH), 0.5, dtype=dtype)
     best = float("inf")

@@ -20,17 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationLoss:
-    """The loss over a set of examples.
+    """The loss over a set of examples."""
 
-    Attributes:
-        loss: Sum of the negative log-likelihoods over the number of supervised tokens, in nats.
-        tokens: Supervised tokens.
-        conversations: Summed loss, nats, and supervised tokens of each example, in their order.
-    """
-
-    loss: float
-    tokens: int
+    loss: float  # nats per supervised token
+    tokens: int  # supervised ones
     conversations: tuple[tuple[float, int], ...] = ()
+    """Summed loss, nats, and supervised tokens of each example, in their order."""
 
     @property
     def perplexity(self) -> float:
@@ -51,25 +46,18 @@ def evaluate_loss(
     autocast_dtype: torch.dtype | None,
     fused: bool = False,
 ) -> EvaluationLoss:
-    """Computes the loss over examples, divided among the processes.
+    """Computes the loss of a causal language model over examples, divided among the processes.
 
     The sum runs over tokens, not over batches, so the result does not depend on batch size or
-    number of processes (beyond rounding).
-
-    Args:
-        model: A causal language model.
-        examples: The same list on every process.
-        batch_size: Rows per forward pass.
-        pad_id: See `pad_batch`.
-        accelerator: Knows the device and the other processes.
-        autocast_dtype: Compute dtype, or None for that of the weights.
-        fused: Whether the model takes rows without padding.
+    number of processes (beyond rounding). `examples` are the same on every process; without an
+    `autocast_dtype` the weights' own is used; `fused` says that the model takes rows without
+    padding.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))[rank::world]
     rows = ExampleSet(examples)
     device = accelerator.device
-    found: dict[int, tuple[float, int]] = {}
+    losses: dict[int, tuple[float, int]] = {}  # by example
     was_training = model.training
     model.eval()
     context: Any = (
@@ -81,19 +69,18 @@ def evaluate_loss(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = [rows[i] for i in chosen]
-            nll, tokens = (
-                _row_losses(model, batch, device)
-                if fused
-                else _padded_losses(model, batch, pad_id, device)
-            )
+            if fused:
+                nll, tokens = _packed_losses(model, batch, device)
+            else:
+                nll, tokens = _padded_losses(model, batch, pad_id, device)
             values = zip(nll.double().tolist(), tokens.tolist(), strict=True)
-            found.update(zip(chosen, values, strict=True))
+            losses.update(zip(chosen, values, strict=True))
     model.train(was_training)
     if world > 1:
         parts: list[dict[int, tuple[float, int]]] = [{} for _ in range(world)]
-        torch.distributed.all_gather_object(parts, found)
-        found = {i: value for part in parts for i, value in part.items()}
-    conversations = tuple(found[i] for i in range(len(examples)))
+        torch.distributed.all_gather_object(parts, losses)
+        losses = {i: value for part in parts for i, value in part.items()}
+    conversations = tuple(losses[i] for i in range(len(examples)))
     total = math.fsum(nll for nll, _ in conversations)
     count = sum(tokens for _, tokens in conversations)
     return EvaluationLoss(total / count, count, conversations)
@@ -114,7 +101,7 @@ def _padded_losses(
     return losses.sum(dim=1), keep.sum(dim=1)
 
 
-def _row_losses(
+def _packed_losses(
     model: torch.nn.Module, rows: Sequence[dict[str, list[int]]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of rows without padding."""

@@ -27,29 +27,14 @@ _STEP_PEAKS = (
 
 @dataclass
 class PhasePeak:
-    """The peaks of one phase of a run in one process, in bytes; None where it does not apply.
-
-    Attributes:
-        phase: "load", "train" or "evaluate".
-        rank: The process.
-        peak_allocated_bytes: Most memory in live tensors (torch.cuda.max_memory_allocated).
-        peak_reserved_bytes: Most memory held by torch's allocator.
-        peak_device_used_bytes: Most memory in use on the device as the driver counts it, with the
-            CUDA context and other processes; sampled at the end of steps and of the phase.
-        cpu_peak_rss_bytes: Most resident memory of the process; measured on CPU runs only. Where
-            the system can't reset it, that of the process so far.
-        peak_managed_bytes: Held by a paged optimizer in managed memory, beside what is allocated.
-        peak_needed_bytes: Most allocated memory and managed memory together.
-        other_processes: Most other processes seen on the device.
-        other_bytes: Most memory of the device that others used, as the driver counts it.
-    """
+    """The peaks of one phase in one process, bytes; see `schema.training.PhaseMemory`."""
 
     phase: str
     rank: int
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
-    peak_device_used_bytes: int | None = None
-    cpu_peak_rss_bytes: int | None = None
+    peak_device_used_bytes: int | None = None  # sampled at the end of steps and of the phase
+    cpu_peak_rss_bytes: int | None = None  # of the process so far, where it can't be reset
     peak_managed_bytes: int | None = None
     peak_needed_bytes: int | None = None
     other_processes: int | None = None
@@ -59,12 +44,7 @@ class PhasePeak:
 class MemoryMeter:
     """Measures phase by phase. Nothing else in the program may reset torch's peak counters.
 
-    Args:
-        device: The device of this process.
-        rank: This process.
-
-    Attributes:
-        optimizer: Returns the optimizer, once there is one.
+    `optimizer` returns the optimizer, once there is one.
     """
 
     def __init__(self, device: torch.device, rank: int) -> None:
@@ -76,11 +56,7 @@ class MemoryMeter:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measures what runs inside the `with` block, also when it ends in an exception.
-
-        Args:
-            name: The phase.
-        """
+        """Measures what runs inside the `with` block, even if it ends in an exception."""
         peak = PhasePeak(name, self._rank)
         self.phases.append(peak)
         self._reset()
@@ -127,10 +103,9 @@ class MemoryMeter:
 
 
 def managed_bytes(optimizer: Any) -> int:
-    """Returns the bytes that a paged optimizer of bitsandbytes holds in managed memory.
+    """Returns the bytes that bitsandbytes' paged optimizer holds in managed memory; None has none.
 
-    Args:
-        optimizer: Any, also inside accelerate's wrapper; None has none.
+    Works through accelerate's wrapper as well.
     """
     states = getattr(optimizer, "state", None) or {}
     return sum(
@@ -142,11 +117,7 @@ def managed_bytes(optimizer: Any) -> int:
 
 
 class OtherProcesses:
-    """Counts what other processes use of a GPU, through NVML where nvidia-ml-py is installed.
-
-    Args:
-        device: A CUDA device.
-    """
+    """Counts what other processes use of a GPU, through NVML where nvidia-ml-py is installed."""
 
     def __init__(self, device: torch.device) -> None:
         import torch
@@ -157,7 +128,7 @@ class OtherProcesses:
             self._nvml.nvmlInit()
             uuid = str(torch.cuda.get_device_properties(device).uuid)
             self._handle = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
-        except Exception:  # not installed, or the driver has none: then nothing is recorded
+        except Exception:  # noqa: BLE001  # not installed, or no NVML: nothing is recorded
             self._nvml = None
 
     def count(self) -> tuple[int | None, int | None]:
@@ -166,7 +137,7 @@ class OtherProcesses:
             return None, None
         try:
             running = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
-        except Exception:  # NVML raises its own kinds
+        except Exception:  # noqa: BLE001  # NVML raises its own kinds
             return None, None
         others = [process for process in running if process.pid != os.getpid()]
         if len(others) == len(running) and others:
@@ -185,22 +156,14 @@ def _peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def summarise(
-    phases: list[dict[str, Any]], device_type: str, phase: str = "train"
-) -> dict[str, Any]:
-    """Returns the headline of a run: the largest peaks over ranks of one phase.
+def largest_peaks(phases: list[dict[str, Any]], device_type: str) -> dict[str, Any]:
+    """Returns the largest peaks of the training phase over ranks, by name, and all phases.
 
-    Args:
-        phases: Peaks of all phases and ranks, as dictionaries of `PhasePeak`.
-        device_type: "cuda" or "cpu".
-        phase: The phase that makes the headline.
-
-    Returns:
-        The headline values by name, `device_type`, and all phases.
+    `phases` are `PhasePeak`s of every rank as dictionaries; `device_type` is "cuda" or "cpu".
     """
 
     def largest(name: str) -> int | None:
-        values = [p[name] for p in phases if p["phase"] == phase and p[name] is not None]
+        values = [p[name] for p in phases if p["phase"] == "train" and p[name] is not None]
         return max(values) if values else None
 
     names = [f for f in PhasePeak.__dataclass_fields__ if f not in ("phase", "rank")]

@@ -1,59 +1,20 @@
-"""The shape of a model: what of it the memory of a training run depends on."""
+"""Reads the shape of a model, without its weights."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from qlora_harness.model.shape import Shape
 from qlora_harness.settings import Settings
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What of a model the memory depends on.
-
-    Attributes:
-        hidden: Hidden size.
-        inner: Size of the MLP.
-        queries: Query heads times head size.
-        keys: Key heads times head size.
-        layers: Decoder layers.
-        vocabulary: Rows of the output head.
-        linear: Parameters of the linear layers, which a 4-bit base holds in 4 bits.
-        largest: Parameters of the largest of them.
-        others: All other parameters.
-        sides: In- and output sizes of the linear layers that get an adapter, summed.
-        adapted: Adapters in a layer.
-        fused: Whether it can have fused layers.
-        head_norms: Whether heads of queries and keys are normalised, which keeps both twice.
-    """
-
-    hidden: int
-    inner: int
-    queries: int
-    keys: int
-    layers: int
-    vocabulary: int
-    linear: int
-    largest: int
-    others: int
-    sides: int
-    adapted: float
-    fused: bool
-    head_norms: bool
-
-
 def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
-    """Reads a model's configuration and counts its parameters, without its weights.
+    """Reads a model's configuration, of a folder or a Hub id, and counts its parameters.
 
-    Args:
-        path: A folder or a Hub id.
-        revision: Branch, tag or commit, or None.
-        targets: As `--lora-targets`.
+    `targets` is that of `--lora-targets`.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qlora_harness.fused.model import why_config_not_fused
+    from qlora_harness.fused.model import reason_against_config
     from qlora_harness.model.base import head_size
 
     config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
@@ -73,15 +34,12 @@ def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
         if names is None or name.rsplit(".", 1)[-1] in names
     }
     sizes = [module.weight.numel() for module in linear.values()]
-    heads = config.num_attention_heads
-    size = head_size(config)
-    keys = getattr(config, "num_key_value_heads", None) or heads
-    layers = config.num_hidden_layers
+    heads, layers, size = config.num_attention_heads, config.num_hidden_layers, head_size(config)
     return Shape(
         hidden=config.hidden_size,
         inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         queries=heads * size,
-        keys=keys * size,
+        keys=(getattr(config, "num_key_value_heads", None) or heads) * size,
         layers=layers,
         vocabulary=head.weight.shape[0],
         linear=sum(sizes),
@@ -89,17 +47,12 @@ def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
         others=sum(p.numel() for p in model.parameters()) - sum(sizes),
         sides=sum(sum(weight.shape) for weight in adapted.values()),
         adapted=len(adapted) / layers,
-        fused=why_config_not_fused(config) is None
+        fused=reason_against_config(config) is None
         and all(name.startswith("model.layers.") for name in adapted),
         head_norms=config.model_type == "qwen3",
     )
 
 
 def uses_fused(shape: Shape, settings: Settings) -> bool:
-    """Returns whether a run goes through fused layers.
-
-    Args:
-        shape: From `measure_shape`.
-        settings: Of the run.
-    """
+    """Returns whether a run goes through fused layers."""
     return shape.fused and settings.optimization.kernels == "auto"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from qlora_harness.model.shape import Shape
 from qlora_harness.settings import Settings
-from qlora_harness.train.memory_choice import choose, rungs_of, with_rung
+from qlora_harness.train.memory_choice import choose_memory_plan, rungs_of, with_rung
 from qlora_harness.train.memory_prediction import GIB, MemoryPlan, predict
-from qlora_harness.train.model_shape import Shape, uses_fused
+from qlora_harness.train.model_shape import uses_fused
 
 _CONTEXT = 0.6 * GIB  # CUDA context and libraries, beside what the allocator counts
 _MARGIN = 1.05  # of what is free: the plan is no measurement, and the allocator needs room
@@ -16,12 +17,7 @@ _DEVICES_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 141)
 
 
 def describe(plan: MemoryPlan, tokens: int) -> str:
-    """Returns a plan in one line.
-
-    Args:
-        plan: From `predict` or `choose`.
-        tokens: It was made for.
-    """
+    """Returns in one line a plan that was made for so many tokens a pass."""
     parts = {
         "weights": plan.weights,
         "adapter": plan.adapter,
@@ -39,12 +35,7 @@ def describe(plan: MemoryPlan, tokens: int) -> str:
 
 
 def host_shortage(plan: MemoryPlan, free: int) -> str | None:
-    """Returns what a plan's demand on the host's memory will lead to, or None if it is met.
-
-    Args:
-        plan: From `predict` or `choose`.
-        free: Bytes of the host's memory that are free for the process.
-    """
+    """Returns what happens if a plan needs more of the host's `free` bytes, or None if it fits."""
     has = f"the host has {free / GIB:.1f} GiB free for it"
     if plan.checkpointing == "selective" and plan.host > free // 4:
         return f"{has}, of which a quarter is used: what does not fit there is computed again"
@@ -56,18 +47,16 @@ def host_shortage(plan: MemoryPlan, free: int) -> str | None:
 def one_pass(shape: Shape, settings: Settings, lengths: Sequence[int], free: int) -> str | None:
     """Returns a line on the `--memory` that would compute a step of several passes in one, or None.
 
-    Args:
-        shape: From `measure_shape`.
-        settings: As the user gave them.
-        lengths: Tokens of each training example.
-        free: Bytes of the GPU's memory that are free.
+    `lengths` are the tokens of each training example, `free` the free bytes of the GPU's memory.
     """
     optimization = settings.optimization
     if optimization.memory or optimization.grad_accum == 1 or not uses_fused(shape, settings):
         return None
     for word in ("fast", "balanced"):
-        asked = dataclasses.replace(optimization, memory=word)
-        _, plan, _ = choose(shape, dataclasses.replace(settings, optimization=asked), lengths)
+        preset = dataclasses.replace(
+            settings, optimization=dataclasses.replace(optimization, memory=word)
+        )
+        _, plan, _ = choose_memory_plan(shape, preset, lengths)
         if plan.peak * _MARGIN <= free:
             return (
                 f"{optimization.grad_accum} passes a step; --memory {word} computes the same "
@@ -80,58 +69,46 @@ def one_pass(shape: Shape, settings: Settings, lengths: Sequence[int], free: int
 def table(shape: Shape, settings: Settings, chosen: Settings, tokens: int) -> str:
     """Returns every rung's plan as a table, and the GPUs that each fits.
 
-    Args:
-        shape: From `measure_shape`.
-        settings: As the user gave them.
-        chosen: The same with what --memory chose, from `choose`; its rung is marked.
-        tokens: As in `predict`.
+    `chosen` are the settings from `choose_memory_plan`, whose rung is marked; `tokens` are those of
+    the largest pass.
     """
     fused = uses_fused(shape, settings)
     heads = ("weights", "adapter", "optimizer", "gradients", "activations", "work", "peak", "host")
-    lines = [
-        f"{'checkpointing':<15}{'optimizer':<20}{'adapter':<10}"
-        + "".join(f"{head:>12}" for head in heads)
-        + "  fits GPUs of"
-    ]
     own = {
         "checkpointing": chosen.optimization.checkpointing,
         "optimizer": chosen.optimization.optimizer,
         "adapter_dtype": chosen.lora.adapter_dtype,
     }
-    rungs = [own, *rungs_of(fused)]
-    seen = set()
-    for rung in rungs:
+    plans: dict[tuple[str, str, str], MemoryPlan] = {}
+    for rung in (own, *rungs_of(fused)):
         plan = predict(shape, with_rung(settings, rung), tokens)
-        key = (plan.checkpointing, plan.optimizer, plan.adapter_dtype)
-        if key in seen:
-            continue
-        seen.add(key)
-        values = (
-            *(plan.weights, plan.adapter, plan.states, plan.gradients, plan.kept, plan.work),
-            *(plan.peak, plan.host),
-        )
-        fits = [d for d in _DEVICES_GIB if plan.peak + _CONTEXT <= d * GIB]
-        mark = " *" if len(seen) == 1 else ""
-        lines.append(
-            f"{plan.checkpointing + mark:<15}{plan.optimizer:<20}{plan.adapter_dtype:<10}"
-            + "".join(f"{value / GIB:>12.2f}" for value in values)
-            + (f"  {fits[0]} GiB and more" if fits else "  none listed")
-        )
+        plans.setdefault((plan.checkpointing, plan.optimizer, plan.adapter_dtype), plan)
     kind = "fused layers" if fused else "PEFT's own modules: an estimate"
-    return "\n".join(
-        [
-            f"{settings.model.model}, {settings.quant.value}, "
-            f"{settings.model.compute_dtype.replace('auto', 'bfloat16')}, "
-            f"rank {settings.lora.lora_r}, {tokens:,} tokens a pass; {kind}; GiB",
-            *lines,
-            f"* {_marked(chosen)}; the others are the steps of --memory, from the fastest; host: "
-            "pinned memory of the host, for each process",
-        ]
+    dtype = settings.model.compute_dtype.replace("auto", "bfloat16")
+    lines = [
+        f"{settings.model.model}, {settings.quant.value}, {dtype}, "
+        f"rank {settings.lora.lora_r}, {tokens:,} tokens a pass; {kind}; GiB",
+        f"{'checkpointing':<15}{'optimizer':<20}{'adapter':<10}"
+        + "".join(f"{head:>12}" for head in heads)
+        + "  fits GPUs of",
+        *(_plan_row(plan, " *" if n == 0 else "") for n, plan in enumerate(plans.values())),
+        f"* {_why_marked(chosen)}; the others are the steps of --memory, from the fastest; host: "
+        "pinned memory of the host, for each process",
+    ]
+    return "\n".join(lines)
+
+
+def _plan_row(plan: MemoryPlan, mark: str) -> str:
+    parts = (plan.weights, plan.adapter, plan.states, plan.gradients, plan.kept, plan.work)
+    fits = [d for d in _DEVICES_GIB if plan.peak + _CONTEXT <= d * GIB]
+    return (
+        f"{plan.checkpointing + mark:<15}{plan.optimizer:<20}{plan.adapter_dtype:<10}"
+        + "".join(f"{value / GIB:>12.2f}" for value in (*parts, plan.peak, plan.host))
+        + (f"  {fits[0]} GiB and more" if fits else "  none listed")
     )
 
 
-def _marked(settings: Settings) -> str:
-    """Why a rung is marked."""
+def _why_marked(settings: Settings) -> str:
     optimization = settings.optimization
     if optimization.memory is None:
         return "as the settings say"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +20,7 @@ from qlora_harness.model.base import (
     parameter_dtypes,
     unquantised_share,
 )
-from qlora_harness.record import (
-    SUMMARY_FILE,
-    environment,
-    nested,
-    now,
-    scrub_all,
-    write_json,
-)
+from qlora_harness.record import SUMMARY_FILE, environment, nested, now, scrub_all, write_json
 from qlora_harness.schema.section import Environment
 from qlora_harness.schema.training import (
     DataReport,
@@ -41,23 +35,17 @@ from qlora_harness.schema.training import (
 )
 from qlora_harness.settings import Settings
 from qlora_harness.train.evaluation import EvaluationLoss
-from qlora_harness.train.memory import MemoryMeter, summarise
+from qlora_harness.train.memory import MemoryMeter, largest_peaks
 from qlora_harness.train.process import host_id, short_hash, this_process
 
-# Steps left out of the steady throughput: kernels are chosen and memory is mapped in them.
+# Left out of the throughput: kernels are chosen and memory is mapped in these steps.
 WARM_UP_STEPS = 3
 
 
 class RunRecord:
     """The summary of a run, kept in its folder by the main process.
 
-    Args:
-        settings: Of the run, as the user gave them.
-        state: This process among the others.
-        device: Of this process.
-        memory: Measures the phases of the run.
-        previous: The summary of the run that this one goes on from; None for a run from the start.
-
+    `previous` is the summary of the run that this one resumes; None for a run from the start.
     """
 
     def __init__(
@@ -71,7 +59,6 @@ class RunRecord:
         self._settings, self._state, self._device = settings, state, device
         self._memory, self._previous = memory, previous
         self._seconds: dict[str, float] = {}
-        self._loss_before: float | None = None
         self._began = time.perf_counter()
         self._summary = TrainingSummary(
             status="running",
@@ -100,20 +87,15 @@ class RunRecord:
     ) -> None:
         """Describes the run and writes the summary for the first time.
 
-        Args:
-            source: The base.
-            model: It, with its adapter.
-            data: What it is trained on.
-            fingerprint: Of the base's weights, or None for a checkpoint without safetensors files.
-            computation: How the steps are computed.
-            plan: Of the memory, if one was made.
+        `model` is the base of `source` with its adapter. `fingerprint` is that of the base's
+        weights, None for a checkpoint without safetensors files; `computation` says how the steps
+        are computed, and `plan` how much memory that takes.
         """
         settings, quant = self._settings, self._settings.quant
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._summary.model = TrainedModel(
             **source.record(),
             weights_fingerprint=fingerprint,
-            trainable_parameters=trainable,
+            trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             attention=attention_of(base_of(model)),
         )
         self._summary.quantization = Quantization(
@@ -129,19 +111,19 @@ class RunRecord:
         self._summary.process = Process(**this_process())
         self._summary.environment = Environment(
             **environment(),
-            device=_device(self._device),
+            device=_device_record(self._device),
             cpu_threads=torch.get_num_threads(),
             world_size=self._state.num_processes,
         )
         self._summary.failure = None
         self.write()
 
-    def trained(self, rows: Sequence[Mapping[str, Any]], steps: int) -> None:
-        """Notes the losses of training; Trainer's own mean covers one segment only.
+    def trained(
+        self, rows: Sequence[Mapping[str, Any]], steps: int, loss_before: float | None
+    ) -> None:
+        """Notes the losses of training, and the evaluation loss before it, nats per token.
 
-        Args:
-            rows: Of the step log.
-            steps: Optimizer steps of the whole run.
+        Trainer's own mean leaves out the steps before a resume.
         """
         losses = [row["loss"] for row in rows]
         last = losses[-10:]
@@ -153,23 +135,11 @@ class RunRecord:
             eval_loss=None,
             perplexity=None,
             eval_tokens=None,
-            eval_loss_before=self._loss_before,
+            eval_loss_before=loss_before,
         )
 
-    def evaluated_before(self, loss: float | None) -> None:
-        """Notes the evaluation loss before the first step; precedes `trained`.
-
-        Args:
-            loss: Nats per token, or None if it isn't known.
-        """
-        self._loss_before = loss
-
     def evaluated(self, evaluation: EvaluationLoss) -> None:
-        """Notes the evaluation; follows `trained`.
-
-        Args:
-            evaluation: Loss over the held-out conversations.
-        """
+        """Notes the evaluation after training; follows `trained`."""
         results = self._summary.results
         results.eval_loss, results.eval_tokens = evaluation.loss, evaluation.tokens
         results.perplexity = evaluation.perplexity
@@ -182,12 +152,9 @@ class RunRecord:
     ) -> None:
         """Notes the end of a run; every process takes part.
 
-        Args:
-            status: "completed" or "interrupted".
-            rows: Of the step log.
-            earlier: Those of them from before the checkpoint that the run went on from.
+        `earlier` are those of the rows that come from before the checkpoint of a resumed run.
         """
-        phases = [vars(p) for p in self._memory.phases]
+        phases = self._phases()
         if self._state.num_processes > 1:
             from accelerate.utils import gather_object
 
@@ -197,7 +164,7 @@ class RunRecord:
         before = max(recorded, sum(row["seconds"] for row in earlier))
         seconds = self._seconds
         self._summary.status, self._summary.finished = status, now()
-        self._summary.memory = Memory(**summarise(phases, self._device.type))
+        self._summary.memory = Memory(**largest_peaks(phases, self._device.type))
         self._summary.runtime = Runtime(
             train_seconds=seconds.get("train", 0.0) + before,
             load_seconds=seconds.get("load"),
@@ -210,60 +177,41 @@ class RunRecord:
         self.write()
 
     def fail(self, error: BaseException) -> None:
-        """Notes a failure; an interruption has been noted already.
-
-        Args:
-            error: What ended the run.
-        """
+        """Notes what ended the run, unless an interruption has been noted already."""
         if self._summary.status != "running":
             return
         text = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
         interrupted = isinstance(error, KeyboardInterrupt)
         self._summary.status = "interrupted" if interrupted else "failed"
         self._summary.finished = now()
-        phases = [vars(p) for p in self._memory.phases]
-        self._summary.memory = Memory(**summarise(phases, self._device.type))
+        self._summary.memory = Memory(**largest_peaks(self._phases(), self._device.type))
         self._summary.failure = {"problem": text.splitlines()[0] if text else "stopped"}
         self.write()
+
+    def _phases(self) -> list[dict[str, Any]]:
+        return [vars(peak) for peak in self._memory.phases]
 
     def write(self) -> None:
         """Writes the summary (main process only)."""
         if self._state.is_main_process:
             write_json(Path(self._settings.run_dir) / SUMMARY_FILE, self.content)
 
-    def timed(self, name: str) -> _Timer:
-        """Returns a `with` block that measures its seconds.
-
-        Args:
-            name: "data", "load", "train" or "eval".
-        """
-        return _Timer(self._seconds, name, self._device)
-
-
-class _Timer:
-    """Measures the seconds of a `with` block, device work included."""
-
-    def __init__(self, seconds: dict[str, float], name: str, device: torch.device) -> None:
-        self._seconds, self._name, self._device = seconds, name, device
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        if self._device.type == "cuda" and error[0] is None:
-            torch.cuda.synchronize(self._device)
-        self._seconds[self._name] = time.perf_counter() - self._start
+    @contextmanager
+    def timed(self, name: Literal["data", "load", "train", "eval"]) -> Iterator[None]:
+        """Measures the seconds of a `with` block, device work included."""
+        began = time.perf_counter()
+        try:
+            yield
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+        finally:
+            self._seconds[name] = time.perf_counter() - began
 
 
-def _device(device: torch.device) -> dict[str, Any]:
+def _device_record(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
-        return {
-            "name": device.type,
-            "type": device.type,
-            "id": host_id(),
-            "total_memory_bytes": None,
-            "count": 0,
-        }
+        unknown = {"total_memory_bytes": None, "count": 0}
+        return {"name": device.type, "type": device.type, "id": host_id(), **unknown}
     properties = torch.cuda.get_device_properties(device)
     return {
         "name": properties.name,

@@ -1,81 +1,94 @@
-"""The HF Trainer with a full record of every step."""
+"""The HF Trainer with a row for every optimizer step.
+
+Only public methods and callbacks of Trainer are replaced. A release that no longer calls one of
+them stops the run with one line, instead of training on without its rows.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import shutil
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+import transformers
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from qlora_harness.data.chat import IGNORE
-from qlora_harness.errors import HarnessError, RunError, TrainingError
+from qlora_harness.errors import HarnessError, TrainingError
 from qlora_harness.record import LOGS_FILE, write_json
 from qlora_harness.schema.training import EvaluationLosses, StepRow, TrainingLog
+from qlora_harness.train.checkpoints import cannot_be_loaded
 from qlora_harness.train.measured_step import Clock, MeasuredStep, to_host
 from qlora_harness.train.memory import MemoryMeter
-from qlora_harness.train.process import launcher_has_ended
 
 _WRITE_EVERY_SECONDS = 10.0
 
 
 class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to mypy
-    """Trainer that measures each optimizer step, and logs it without making the device wait.
+    """Trainer that counts the tokens, the loss and the gradient norm of each step.
 
-    The row of a step is logged when the next one has been launched, or before anything is saved or
-    evaluated and at the end.
-
-    Attributes:
-        measured: The step that is being logged.
-        step_log: Written before each checkpoint, so that a resumed run has the rows of all steps.
+    They stay on the device, so that nothing waits for it; `StepLog` makes rows of them.
     """
-
-    measured: MeasuredStep | None = None
-    step_log: StepLog | None = None
-    _step_tokens: torch.Tensor
-    _begun: Clock | None = None
-    _operations: float | None = None
-    _globalstep_last_logged: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._held: deque[MeasuredStep] = deque()
+        self._losses: list[float] = []
+        self._begun: Clock | None = None
+        self._counts: torch.Tensor | None = None
+        self._loss: torch.Tensor | None = None
+        self._norm: torch.Tensor | float | None = None
+        self._operations: float | None = None
+        self._checkpoint: str | None = None  # while it is being loaded
+        self._clip = self.accelerator.clip_grad_norm_
+        self.accelerator.clip_grad_norm_ = self._clip_gradients
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """Like lengths together, in an order that depends on seed and epoch alone.
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Trains; a checkpoint that torch can't load raises RunError."""
+        self._checkpoint = resume_from_checkpoint
+        try:
+            with listed_modules(self.model):
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except (HarnessError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if self._checkpoint is None:
+                raise
+            raise cannot_be_loaded(self._checkpoint, error) from None
 
-        transformers' own sampler draws from the global random numbers, which a run that is resumed
-        after its first epoch does not have back in time: it would go on with other examples.
+    def get_train_dataloader(self) -> Any:
+        """Groups examples of like length, in an order that depends on seed and epoch alone.
+
+        Trainer's own order depends on the global random state, which a run that resumes after its
+        first epoch gets back too late: it would continue with other examples.
         """
         if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(*args, **kwargs)
-        return _ByLength(
-            [len(self.train_dataset[i]["input_ids"]) for i in range(len(self.train_dataset))],
+            return super().get_train_dataloader()
+        data = self.train_dataset
+        sampler = _ByLength(
+            [len(data[i]["input_ids"]) for i in range(len(data))],
             self.args.train_batch_size * self.args.gradient_accumulation_steps,
             self.args.seed,
             lambda: math.floor((self.state.epoch or 0.0) + 1e-6),
         )
+        loader = DataLoader(
+            data,
+            batch_size=self.args.train_batch_size,
+            sampler=sampler,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Fetches the micro-batches of one optimizer step, and counts their tokens on the way."""
+        """Fetches the micro-batches of one optimizer step and counts their tokens."""
         if self._begun is None:
             self._begun = Clock(self.args.device)
         samples, items = super().get_batch_samples(*args, **kwargs)
@@ -84,163 +97,86 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
             mask = batch.get("attention_mask")
             counts[0] += batch["input_ids"].numel() if mask is None else mask.sum()
             counts[1] += (batch["labels"][:, 1:] != IGNORE).sum()
-        self._step_tokens = counts
+        self._counts, self._loss, self._norm = counts, None, None
         return samples, items
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
-        """Trainer's estimate, counting the model's parameters once and not at every pass.
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Computes one micro-batch and adds up the loss of its optimizer step."""
+        self._checkpoint = None  # by now all of it has been loaded
+        loss = super().training_step(*args, **kwargs)
+        if self._loss is None:
+            self._loss = torch.zeros((), device=self.args.device)
+        self._loss += loss
+        return loss
 
-        Args:
-            inputs: A batch.
-        """
+    def _clip_gradients(self, *args: Any, **kwargs: Any) -> Any:
+        self._norm = self._clip(*args, **kwargs)
+        return self._norm
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+        """Returns Trainer's estimate for a batch, without counting the model each time."""
         if self._operations is None:
             one = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
             self._operations = float(super().floating_point_ops(one))
         return self._operations * float(inputs["input_ids"].numel())
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        replaced = self.is_fsdp_enabled or self.is_deepspeed_enabled  # parameters, by shards
-        with contextlib.nullcontext() if replaced else _listed(self.model):
-            return super()._inner_training_loop(*args, **kwargs)
+    def measured_step(self, learning_rate: float | None) -> MeasuredStep:
+        """Returns the step just launched, with its numbers on their way to the host.
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # PEFT would replace bfloat16 adapters by new parameters in float32, of which neither the
-        # fused layers nor the settings know.
-        chosen = self.model if model is None else model
-        chosen.load_adapter = partial(chosen.load_adapter, autocast_adapter_dtype=False)
-        try:
-            with _loading(resume_from_checkpoint):
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-        finally:
-            del chosen.load_adapter
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _loading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with _loading(checkpoint):
-            super()._load_rng_state(checkpoint)
-
-    def _prepare_checkpoint(self) -> None:
-        """Writes the step log, and removes an older checkpoint of this step.
-
-        Files of both would make one that looks whole if this run were killed while it saves.
+        Raises TrainingError if Trainer went past one of the methods that count.
         """
-        if self.step_log is not None:
-            self.step_log.write()
-        if self.args.should_save:
-            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            shutil.rmtree(folder, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-
-    def _maybe_log_save_evaluate(
-        self,
-        tr_loss: torch.Tensor,
-        grad_norm: torch.Tensor | float | None,
-        *args: Any,
-        learning_rate: float | None = None,
-        **kwargs: Any,
-    ) -> None:
-        control = self.control
-        if control.should_log and self.state.global_step > self._globalstep_last_logged:
-            self._hold(tr_loss, grad_norm, learning_rate)
-        stops = control.should_save or control.should_evaluate or control.should_training_stop
-        self.log_held(leave=0 if stops or not self._runs_ahead else 1)
-        if stops:
-            self._begun = None
-        if control.should_save:
-            self._prepare_checkpoint()
-        super()._maybe_log_save_evaluate(
-            tr_loss, grad_norm, *args, learning_rate=learning_rate, **kwargs
-        )
-
-    @property
-    def _runs_ahead(self) -> bool:
-        """Whether the device computes while the host goes on."""
-        return bool(self.args.device.type == "cuda")
-
-    def _hold(
-        self,
-        tr_loss: torch.Tensor,
-        grad_norm: torch.Tensor | float | None,
-        learning_rate: float | None,
-    ) -> None:
-        """Sends the numbers of the step that was just launched to the host."""
-        device = self.args.device
-        norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm, device=device)
-        means = torch.stack([tr_loss.detach().double(), norm.detach().double()])
-        counts = self._step_tokens.double()
+        device, step = self.args.device, self.state.global_step
+        begun, counts, loss, grad_norm = self._begun, self._counts, self._loss, self._norm
+        if begun is None or counts is None or loss is None:
+            raise _unknown_release(f"there are no tokens or no loss for step {step}")
+        if grad_norm is None or learning_rate is None:
+            raise _unknown_release(f"there is no gradient norm or learning rate for step {step}")
+        norm = torch.as_tensor(grad_norm, device=device)
+        means = torch.stack([loss.detach().double(), norm.detach().double()])
+        counts = counts.double()
         if self.accelerator.num_processes > 1:
             means = self.accelerator.reduce(means, reduction="mean")
             counts = self.accelerator.reduce(counts, reduction="sum")
         numbers = to_host(torch.cat([means, counts]))
-        ended = Clock(device)
-        assert self._begun is not None
-        self._held.append(
-            MeasuredStep(
-                self.state.global_step,
-                self.state.epoch,
-                self._get_learning_rate() if learning_rate is None else learning_rate,
-                self._begun,
-                ended,
-                numbers,
-                grad_norm is not None,
-            )
-        )
-        self._begun = ended
-        tr_loss.zero_()
-        self._globalstep_last_logged = self.state.global_step
+        self._begun = ended = Clock(device)
+        return MeasuredStep(step, self.state.epoch, learning_rate, begun, ended, numbers)
 
-    def log_held(self, *, leave: int = 0) -> None:
-        """Logs steps whose numbers are on their way, oldest first.
+    def pause(self) -> None:
+        """Leaves the time until the next batch out of the next step."""
+        self._begun = None
 
-        Args:
-            leave: How many of the newest to leave.
-        """
-        while len(self._held) > leave:
-            self._log_step(self._held.popleft())
-
-    def _log_step(self, measured: MeasuredStep) -> None:
-        measured.ended.wait()
-        logs = {"loss": measured.loss, "learning_rate": measured.learning_rate}
-        if measured.grad_norm is not None:
-            logs["grad_norm"] = measured.grad_norm
-        self._total_loss_scalar += measured.loss
-        self.store_flos()
-        self.measured = measured
-        now = self.state.global_step, self.state.epoch
-        self.state.global_step, self.state.epoch = measured.step, measured.epoch
+    def log_step(self, step: MeasuredStep, loss: float, grad_norm: float) -> None:
+        """Logs a step under its own number and epoch; a later one may have been launched."""
+        self._losses.append(loss)
+        state = self.state
+        now = state.global_step, state.epoch
+        state.global_step, state.epoch = step.step, step.epoch
         try:
-            self.log(logs)
+            self.log({"loss": loss, "learning_rate": step.learning_rate, "grad_norm": grad_norm})
         finally:
-            self.state.global_step, self.state.epoch = now
-            self.measured = None
+            state.global_step, state.epoch = now
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs; the mean loss is that over all processes, of which Trainer doesn't know."""
+        if "train_loss" in logs:
+            logs["train_loss"] = sum(self._losses) / max(len(self._losses), 1)
+        super().log(logs, *args, **kwargs)
+
+
+def _unknown_release(problem: str) -> TrainingError:
+    return TrainingError(
+        f"transformers {transformers.__version__} trains in an unknown way: {problem}",
+        "Install one of the releases that pyproject.toml names",
+    )
 
 
 @contextlib.contextmanager
-def _loading(checkpoint: str | None) -> Iterator[None]:
-    """Inside the `with` block, what torch can't load is one line."""
-    try:
-        yield
-    except (HarnessError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # torch and PEFT raise many kinds
-        reason = (str(error).strip().splitlines() or [""])[0][:120]
-        raise RunError(
-            f"{checkpoint} can't be loaded ({type(error).__name__}: {reason})",
-            "Remove it, so that an older one is taken, or use another --output-dir",
-        ) from None
+def listed_modules(model: Any) -> Iterator[None]:
+    """Inside the `with` block, a list answers what Trainer asks of all modules at each pass.
 
-
-@contextlib.contextmanager
-def _listed(model: Any) -> Iterator[None]:
-    """Inside the `with` block, what Trainer asks of all modules at each pass comes from a list.
-
-    A model of 32 layers with PEFT's modules around each projection has 2,665 modules. To go
-    through them for `train()`, clipping and `zero_grad()` takes 10 ms and more a step, for which
-    a GPU waits unless it is behind. (Around a model for several processes, only `train()` is
-    shorter.)
+    A model of 32 layers with PEFT's modules around each projection has 2,665 modules. Walking them
+    for `train()`, clipping and `zero_grad()` takes 10 ms and more a step, during which a GPU idles
+    unless it is behind. (Around a model for several processes, only `train()` is shorter.)
     """
     parameters, train = list(model.parameters()), model.train
     current: bool | None = None  # only what was set here is known of all modules
@@ -283,126 +219,114 @@ class _ByLength(Sampler[int]):
 
 
 class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to mypy
-    """Keeps one row per optimizer step and stops a run whose loss is not finite.
+    """Keeps one row per optimizer step, and stops a run whose loss is not finite.
 
-    Args:
-        run_dir: Where training_logs.json is written (by the main process).
-        memory: Measures the training phase.
-        rows: Rows of the steps before, when a run goes on from a checkpoint.
-
-    Attributes:
-        evaluation: Losses of the evaluation conversations, once known.
+    On a GPU the row of a step is made once the next one has been launched, so that reading its
+    numbers never leaves the device idle. Before anything is saved, and at the end, no step waits.
+    It must come after every callback that asks for a checkpoint.
     """
+
+    trainer: CountingTrainer
 
     def __init__(self, run_dir: Path, memory: MemoryMeter, rows: list[dict[str, Any]]) -> None:
         self.rows = rows
         self.evaluation: EvaluationLosses | None = None
-        self.trainer: CountingTrainer | None = None
         self._path = run_dir / LOGS_FILE
         self._memory = memory
         self._written = time.monotonic()
+        self._learning_rate: float | None = None
+        self._pending: deque[MeasuredStep] = deque()
 
-    def on_log(
+    def on_optimizer_step(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, float] | None = None,
+        lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the row of a step (Trainer logs its end-of-run summary through here, too)."""
-        measured = self.trainer.measured if self.trainer is not None else None
-        if logs is None or measured is None:
-            return
-        loss, norm = measured.loss, measured.grad_norm or 0.0
+        """Notes the learning rate of the step, which the scheduler then replaces."""
+        self._learning_rate = float(lr_scheduler.get_last_lr()[0])
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes the step over, makes the rows that are due, and prepares a checkpoint."""
+        self._pending.append(self.trainer.measured_step(self._learning_rate))
+        self._learning_rate = None
+        pauses = control.should_save or control.should_training_stop
+        self.log_pending(leave=1 if _runs_ahead(args.device) and not pauses else 0)
+        if pauses:
+            self.trainer.pause()
+        if control.should_save:
+            self.write()  # a checkpoint never knows more steps than the log
+            if args.should_save:
+                # Files of two checkpoints in one folder would look whole after a kill.
+                shutil.rmtree(_checkpoint_folder(args, state), ignore_errors=True)
+            self.trainer.accelerator.wait_for_everyone()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Removes files that nobody reads and that name the host or the user's folders."""
+        if state.is_world_process_zero:
+            for name in ("training_args.bin", "README.md"):
+                (_checkpoint_folder(args, state) / name).unlink(missing_ok=True)
+
+    def log_pending(self, *, leave: int = 0) -> None:
+        """Makes the rows of the steps that wait, oldest first, but for the newest `leave`."""
+        while len(self._pending) > leave:
+            self.add_row(self._pending.popleft())
+
+    def add_row(self, step: MeasuredStep) -> None:
+        """Waits for a step and logs it; raises TrainingError if its numbers are not finite."""
+        step.ended.wait()
+        loss, norm, tokens, supervised_tokens = step.numbers.tolist()
+        self.trainer.log_step(step, loss, norm)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise TrainingError(
-                f"step {state.global_step}: loss {loss}, gradient norm {norm}; the run was stopped "
-                f"and {self._path.name} keeps the steps before",
+                f"step {step.step}: loss {loss}, gradient norm {norm}; the run was stopped and "
+                f"{self._path.name} keeps the steps before",
                 "Lower --learning-rate, or look at the data of this step",
             )
+        seconds = step.ended.seconds_since(step.begun)
         self.rows.append(
             {
-                "step": state.global_step,
-                "epoch": measured.epoch,
+                "step": step.step,
+                "epoch": step.epoch,
                 "loss": loss,
-                "learning_rate": measured.learning_rate,
+                "learning_rate": step.learning_rate,
                 "grad_norm": norm,
-                "tokens": measured.tokens,
-                "supervised_tokens": measured.supervised_tokens,
-                "seconds": measured.seconds,
-                "tokens_per_second": measured.tokens / measured.seconds,
+                "tokens": int(tokens),
+                "supervised_tokens": int(supervised_tokens),
+                "seconds": seconds,
+                "tokens_per_second": int(tokens) / seconds,
                 **self._memory.sample(),
             }
         )
         if time.monotonic() - self._written > _WRITE_EVERY_SECONDS:
             self.write()
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Removes what nobody reads and names the host, the user's folders or both."""
-        if state.is_world_process_zero:
-            for name in ("training_args.bin", "README.md"):
-                Path(args.output_dir, f"checkpoint-{state.global_step}", name).unlink(
-                    missing_ok=True
-                )
-
     def write(self) -> None:
         """Writes training_logs.json (main process only)."""
         self._written = time.monotonic()
-        if self.trainer is None or self.trainer.is_world_process_zero():
+        if self.trainer.is_world_process_zero():
             log = TrainingLog(steps=[StepRow(**row) for row in self.rows])
             if self.evaluation is not None:
                 log.evaluation = self.evaluation
             write_json(self._path, log.content(), rows_at=2)  # a step a line
 
+    def check_complete(self, first: int, last: int) -> None:
+        """Raises TrainingError if a step from `first` to `last` has no row."""
+        missing = set(range(first, last + 1)) - {row["step"] for row in self.rows}
+        if missing:
+            raise _unknown_release(f"{self._path.name} lacks step {min(missing)} of {last}")
 
-class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to mypy
-    """Ends a run at the next step border, with a checkpoint, on SIGTERM or Ctrl-C.
 
-    So does the end of the launcher: `accelerate launch` does not pass on its SIGTERM.
+def _runs_ahead(device: torch.device) -> bool:
+    """Whether the device computes while the host goes on."""
+    return device.type == "cuda"
 
-    Attributes:
-        received: Name of the signal, or what else stops the run; None until then.
-    """
 
-    def __init__(self) -> None:
-        self.received: str | None = None
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        """Catches the signals inside the `with` block; a second one acts as usual."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        names = (signal.SIGTERM, signal.SIGINT)
-        previous = {name: signal.getsignal(name) for name in names}
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            self.received = signal.Signals(number).name
-            for name in names:
-                signal.signal(name, previous[name])
-
-        for name in names:
-            signal.signal(name, handle)
-        try:
-            yield
-        finally:
-            for name in names:
-                signal.signal(name, previous[name])
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Asks Trainer to save and stop, on all processes at the same step."""
-        if not self.received and launcher_has_ended():
-            self.received = "the end of the launcher"
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            flag = torch.tensor([float(self.received is not None)], device=args.device)
-            torch.distributed.all_reduce(flag)
-            if flag.item() and not self.received:
-                self.received = "a signal to another process"
-        if self.received:
-            control.should_save = True
-            control.should_training_stop = True
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir, f"checkpoint-{state.global_step}")

@@ -1,127 +1,97 @@
-"""The Triton kernels behind `triton_ops`; imported only where Triton is.
+"""Norms, gated products, rotations and losses of rows in Triton: kernels and what launches them.
 
-Triton compiles the annotations as well, so there are none.
+The entries are those of the same name in `ops` and `cross_entropy`. Imported only where Triton is,
+whose compiler reads annotations as well: kernels have none.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from qlora_harness.fused.launch import launch, power_of_two
+
+_SWIGLU_BLOCK = 1024
+_LOGITS_BLOCK = 8192  # of a row, read at once
 
 
-@triton.jit
-def load_kernel(
-    packed_0,
-    absmax_0,
-    outer_0,
-    offset_0,
-    packed_1,
-    absmax_1,
-    outer_1,
-    offset_1,
-    packed_2,
-    absmax_2,
-    outer_2,
-    offset_2,
-    code,
-    outer_code,
-    down_0,
-    up_0,
-    down_1,
-    up_1,
-    down_2,
-    up_2,
-    matrix,
-    stride,
-    width,
-    border,
-    second,
-    third,
-    height,
-    scale,
-    PLACE_0: tl.constexpr,
-    PLACE_1: tl.constexpr,
-    PLACE_2: tl.constexpr,
-    RANK: tl.constexpr,
-    BORDER: tl.constexpr,
-    EXPAND: tl.constexpr,
-    NESTED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """Fills M of `bordered`: program (m, c) writes chunk c of row m.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None) -> Tensor:
+    """See `ops.rms_norm`."""
+    assert x.is_contiguous()
+    assert add is None or add.is_contiguous()
+    rows, columns = x.shape
+    total = x if add is None else torch.empty_like(x)
+    block = power_of_two(columns)
+    added = x if add is None else add
+    arguments = x, added, weight, total, out, out.stride(0), columns, eps
+    constants = add is not None, block
+    launch(rms_norm_kernel, (rows, 1, 1), arguments, *constants, num_warps=_warps(block))
+    return total
 
-    Rows before `second` are the first projection's, those before `third` the second's. PLACE_i is
-    the place of a projection's adapter, -1 without one; a chunk is so many BLOCKS of 64 weights.
+
+def rms_norm_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None
+) -> None:
+    """See `ops.rms_norm_backward`."""
+    assert x.is_contiguous()
+    rows, columns = x.shape
+    block = power_of_two(columns)
+    added = x if add is None else add
+    arguments = (
+        *(gradient, gradient.stride(0), x, weight, added, added.stride(0)),
+        *(out, out.stride(0), columns, eps),
+    )
+    constants = add is not None, block
+    launch(rms_norm_backward_kernel, (rows, 1, 1), arguments, *constants, num_warps=_warps(block))
+
+
+def copy(source: Tensor, out: Tensor) -> None:
+    """See `ops.copy`."""
+    rows, columns = source.shape
+    block = power_of_two(columns)
+    at_once = max(1, 4096 // block)
+    arguments = source, out, out.stride(0), rows, columns
+    launch(copy_kernel, (-(-rows // at_once), 1, 1), arguments, at_once, block)
+
+
+def swiglu(gates: Tensor, out: Tensor) -> None:
+    """See `ops.swiglu`."""
+    rows, columns = out.shape
+    grid = rows, -(-columns // _SWIGLU_BLOCK), 1
+    launch(swiglu_kernel, grid, (gates, out, out.stride(0), columns), _SWIGLU_BLOCK)
+
+
+def swiglu_backward(gates: Tensor, gradient: Tensor) -> None:
+    """See `ops.swiglu_backward`."""
+    rows, columns = gradient.shape
+    grid = rows, -(-columns // _SWIGLU_BLOCK), 1
+    arguments = gates, gradient, gradient.stride(0), columns
+    launch(swiglu_backward_kernel, grid, arguments, _SWIGLU_BLOCK)
+
+
+def rotate(projected: Tensor, heads: int, cos: Tensor, sin: Tensor) -> None:
+    """See `ops.rotate`."""
+    size = cos.shape[1]
+    arguments = projected, projected.stride(0), cos, sin, heads
+    constants = size, power_of_two(size // 2), power_of_two(heads)
+    launch(rotate_kernel, (len(projected), 1, 1), arguments, *constants)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
+    """Turns contiguous logits, [R, V], into their gradients, softmax less one-hot.
+
+    Writes the cross-entropies of the targets, [R] int64 below V, to `losses`: nats, [R] float32.
     """
-    row = tl.program_id(0)
-    chunk = tl.program_id(1)
-    line = matrix + row.to(tl.int64) * stride
-    if row < height:
-        packed = packed_0
-        absmax = absmax_0
-        outer = outer_0
-        offset = offset_0
-        up = up_0
-        place = row * 0 + PLACE_0
-        local = row
-        if row >= third:
-            packed = packed_2
-            absmax = absmax_2
-            outer = outer_2
-            offset = offset_2
-            up = up_2
-            place = row * 0 + PLACE_2
-            local = row - third
-        elif row >= second:
-            packed = packed_1
-            absmax = absmax_1
-            outer = outer_1
-            offset = offset_1
-            up = up_1
-            place = row * 0 + PLACE_1
-            local = row - second
-        if EXPAND:
-            in_row = width // 64
-            block = chunk * BLOCKS + tl.arange(0, BLOCKS)
-            inside = block < in_row
-            block = local * in_row + block
-            if NESTED:
-                level = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-                above = tl.load(outer + block // 256, mask=inside, other=0.0)
-                factor = tl.load(outer_code + level) * above
-                factor = factor + tl.load(offset)
-            else:
-                factor = tl.load(absmax + block, mask=inside, other=0.0)
-            at = block[:, None].to(tl.int64) * 32 + tl.arange(0, 32)[None, :]
-            both = tl.load(packed + at, mask=inside[:, None], other=0).to(tl.int32)
-            high = tl.load(code + (both >> 4)) * factor[:, None]
-            low = tl.load(code + (both & 15)) * factor[:, None]
-            weights = tl.interleave(high, low)
-            at = (chunk * BLOCKS + tl.arange(0, BLOCKS))[:, None] * 64 + tl.arange(0, 64)[None, :]
-            tl.store(line + at, weights.to(matrix.dtype.element_ty), mask=inside[:, None])
-        if RANK > 0:  # noqa: SIM102 (one is known when compiling)
-            if chunk == 0:
-                column = tl.arange(0, BORDER)
-                mine = (column >= place * RANK) & (column < (place + 1) * RANK)
-                entry = local * RANK + column - place * RANK
-                beside = tl.load(up + entry, mask=mine, other=0.0)
-                beside = beside.to(matrix.dtype.element_ty)
-                tl.store(line + width + column, beside, mask=column < border)
-    elif RANK > 0:  # noqa: SIM102
-        if chunk == 0:
-            place = (row - height) // RANK
-            down = down_0
-            if place == PLACE_1:
-                down = down_1
-            elif place == PLACE_2:
-                down = down_2
-            local = (row - height) % RANK
-            for start in range(0, width, 2048):
-                column = start + tl.arange(0, 2048)
-                inside = column < width
-                value = tl.load(down + local * width + column, mask=inside, other=0.0)
-                value = value.to(tl.float32) * scale
-                tl.store(line + column, value.to(matrix.dtype.element_ty), mask=inside)
+    rows, columns = logits.shape
+    block = min(_LOGITS_BLOCK, power_of_two(columns))
+    arguments = logits, targets, losses, columns
+    launch(cross_entropy_kernel, (rows, 1, 1), arguments, block, num_warps=_warps(block))
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
 
 
 @triton.jit
@@ -146,19 +116,9 @@ def rms_norm_kernel(
 
 @triton.jit
 def rms_norm_backward_kernel(
-    gradient,
-    gradient_stride,
-    x,
-    weight,
-    add,
-    add_stride,
-    out,
-    out_stride,
-    columns,
-    eps,
-    ADD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    gradient, gradient_stride, x, weight, add, add_stride, out, out_stride, columns, eps,
+    ADD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Writes the gradient of x, plus add; the normalised rows take the place of `gradient`."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -170,10 +130,10 @@ def rms_norm_backward_kernel(
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     inner = tl.load(line, mask=inside, other=0.0).to(tl.float32) * factor
     mean = tl.sum(inner * normed, axis=0) / columns
-    found = scale * (inner - normed * mean)
+    dx = scale * (inner - normed * mean)
     if ADD:
-        found += tl.load(add + row * add_stride + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * out_stride + column, found.to(out.dtype.element_ty), mask=inside)
+        dx += tl.load(add + row * add_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + column, dx.to(out.dtype.element_ty), mask=inside)
     normed = normed.to(gradient.dtype.element_ty).to(tl.float32) * factor
     tl.store(line, normed.to(gradient.dtype.element_ty), mask=inside)
 

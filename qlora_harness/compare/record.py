@@ -1,0 +1,257 @@
+"""What `comparison.json` holds: contrasts of arms, endpoint by endpoint, and what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, PrivateAttr
+
+from qlora_harness.results.runs import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Unit = Literal["bytes", "seconds", "nats", "share", "metric"]
+Word = Literal["better", "worse", "same", "unclear", "no measurement"]
+Kind = Literal["category", "subject"]
+
+
+class Part(BaseModel):
+    """A part of a comparison."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+
+class Quantity(Part):
+    """One quantity of both arms: their values, each the mean over seeds."""
+
+    key: str
+    """For programs, for example eval_loss."""
+    name: str
+    unit: Unit
+    """Of the values, and of the difference unless it is relative."""
+    arm: float | None = None
+    baseline: float | None = None
+    relative: bool = False
+    """Whether the difference is arm / baseline - 1."""
+
+
+class Estimate(Part):
+    """A difference, the arm's value less the baseline's, and its error; null where unknown."""
+
+    difference: float | None = None
+    stderr: float | None = None
+    """Standard error of the difference (of a relative one, of the ratio's logarithm)."""
+    low: float | None = None
+    """The 95% interval, which holds for all primary arms together."""
+    high: float | None = None
+    inner_low: float | None = None
+    """The 90% interval, by which equivalence is judged."""
+    inner_high: float | None = None
+    p: float | None = None
+    """Two-sided p of no difference, corrected for all primary arms together as the interval is."""
+    freedom: float | None = None
+    """Degrees of freedom; null for Tango's interval."""
+
+    def is_within(self, margin: float) -> bool:
+        """Returns whether the difference is shown to be within ± margin (two one-sided tests)."""
+        if self.inner_low is None or self.inner_high is None:
+            return False
+        return -margin < self.inner_low and self.inner_high < margin
+
+
+class Endpoint(Estimate, Quantity):
+    """One quantity of both arms, the difference between them, and what it shows."""
+
+    margin: float | None = None
+    """Difference within which the arms count as the same."""
+    lower_is_better: bool = True
+    word: Word = "no measurement"
+    within: bool = False
+    """Whether the difference is shown to be within the margin."""
+    letters: bool = False
+    """Whether a preference for letters makes most of an accuracy difference."""
+    reason: str | None = None
+    n: int | None = None
+    clustered_stderr: float | None = None
+    """Standard error when questions of one subject may depend on each other."""
+
+
+class Detail(Part):
+    """What else the answers of two arms say; pairs are arm and baseline."""
+
+    flips: float
+    """Share of questions whose best choice differs, mean over pairs of runs."""
+    flips_floor: float | None = None
+    """The same between two seeds of one arm."""
+    divergence: float
+    """KL(baseline ‖ arm) of the choices, nats."""
+    divergence_floor: float | None = None
+    """The same between two seeds of one arm."""
+    calibration: tuple[float, float]
+    letters: tuple[list[float], list[float]] | None = None
+    explained: float | None = None
+    """Accuracy difference that the letter mixes alone would make, a share of the questions."""
+    ties: tuple[float, float]
+    tie_effect: float
+    """Accuracy difference with the first tied choice counted, less that with shared credit."""
+    lost: int
+    """Questions that only the baseline got right, first seeds."""
+    won: int
+    """Questions that only the arm got right, first seeds."""
+    mcnemar_midp: float
+    """Mid-p of McNemar's test of lost and won."""
+
+
+class GroupDifference(Part):
+    """The accuracies of both arms on the n questions of a subject or category, means over seeds."""
+
+    kind: Kind
+    name: str
+    n: int
+    arm: float
+    baseline: float
+    low: float
+    """The 95% interval of the difference over questions, uncorrected."""
+    high: float
+    p: float
+    """Two-sided p, after Holm's correction over the groups of its kind."""
+
+
+class Chance(Part):
+    """Whether an arm's answers follow the questions at all."""
+
+    arm: str
+    centred: float
+    """Letter-centred accuracy above that of the arm's own letters, a share."""
+    stderr: float
+    """Its standard error over subjects (questions where subjects are few) and seeds."""
+    at_chance: bool
+    """Whether it isn't shown to be above 0 (one-sided, 5%)."""
+
+
+class Contrast(Part):
+    """One arm against its baseline, on every endpoint that the records have."""
+
+    arm: str
+    baseline: str
+    primary: bool
+    """Whether this contrast answers the question of the comparison."""
+    seeds: tuple[int, int]
+    """Number of runs of the arm and of the baseline."""
+    paired: bool
+    """Whether answers were paired question by question."""
+    endpoints: dict[str, Endpoint]
+    detail: Detail | None = None
+    groups: list[GroupDifference] = []
+
+    def __getitem__(self, key: str) -> Endpoint:
+        """Returns an endpoint by its key."""
+        return self.endpoints[key]
+
+    def measured(self, key: str) -> Endpoint | None:
+        """Returns an endpoint if it has a difference."""
+        endpoint = self.endpoints.get(key)
+        return None if endpoint is None or endpoint.difference is None else endpoint
+
+
+class RunInfo(Part):
+    """One run: its training, its loss in nats per token, and its metric as recorded."""
+
+    label: str
+    path: str
+    """As given, without the home folder."""
+    arm: str
+    seed: int | None
+    model: str | None
+    quant: str | None
+    device: str | None
+    status: str | None
+    peak_bytes: float | None
+    train_seconds: float | None
+    eval_loss: float | None
+    perplexity: float | None
+    value: float | None
+    stderr: float | None
+    answers: bool
+
+
+class Setting(Part):
+    """One recorded setting."""
+
+    name: str
+    values: list[Any]
+    """The value in each run, null where it isn't recorded; one value where all agree."""
+
+
+class Source(NamedTuple):
+    """The runs as read from their files, and the aligned answers by label where they are known."""
+
+    runs: Sequence[Run]
+    frames: Mapping[str, pd.DataFrame]
+
+
+class ComparisonRecord(BaseModel):
+    """The numbers of a comparison; comparison.json holds exactly these."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    schema_version: Literal[2] = 2
+    """Version of this record."""
+    kind: Literal["comparison"] = "comparison"
+    """What the file is."""
+    created: str
+    """ISO 8601."""
+    task: str | None
+    """Task that was scored."""
+    metric: str | None
+    """Metric of the task."""
+    questions: int | None
+    """Questions compared."""
+    dropped: dict[str, int]
+    """With --intersect, questions of each run that others had not answered."""
+    model: str | None
+    """The base model, where all runs have the same."""
+    dataset: str | None
+    """The training data, where all runs have the same."""
+    margin: float
+    """Accuracies within this difference count as the same, a share of the questions."""
+    runs: list[RunInfo]
+    """In the order given."""
+    arms: list[str]
+    """Names of the arms."""
+    contrasts: list[Contrast]
+    """Primary ones first."""
+    effects: list[Contrast] = []
+    """Base and adapter in 4 and 16 bits: what training gains, and the interaction."""
+    chance: list[Chance]
+    """One for each arm."""
+    besides: list[str]
+    """What differs besides quantisation and seed."""
+    different: list[Setting]
+    """Recorded settings that differ."""
+    same: list[Setting]
+    """Recorded settings that agree."""
+    notes: list[str]
+    """What a reader has to know before quoting numbers."""
+
+    _source: Source = PrivateAttr(default_factory=lambda: Source((), {}))
+
+    def attach(self, source: Source) -> None:
+        """Keeps what the numbers were computed from."""
+        self._source = source
+
+    @property
+    def source(self) -> Source:
+        """What the numbers were computed from; empty if the record was read from a file."""
+        return self._source
+
+    @property
+    def primary(self) -> list[Contrast]:
+        """The contrasts that answer the question."""
+        return [item for item in self.contrasts if item.primary]
+
+    def values_of(self, arm: str) -> list[float]:
+        """Returns the recorded metric of each run of an arm."""
+        return [run.value for run in self.runs if run.arm == arm and run.value is not None]

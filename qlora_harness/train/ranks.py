@@ -1,0 +1,64 @@
+"""The processes that train together: where they compute, and what only the first of them does."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+
+from qlora_harness.errors import HarnessError, SettingsError, printable
+
+_Result = TypeVar("_Result")
+
+
+def start_processes() -> PartialState:
+    """Joins the other processes; `accelerate launch --cpu`, and no GPU, mean the CPU.
+
+    Raises SettingsError if one process sees several GPUs, of which Trainer would use all.
+    """
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    state = PartialState(cpu=on_cpu or not torch.cuda.is_available())
+    if not state.is_main_process:
+        logging.getLogger("qlora_harness").setLevel(logging.ERROR)  # warnings appear once
+    if state.device.type == "cuda" and state.num_processes == 1 and torch.cuda.device_count() > 1:
+        raise SettingsError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process",
+            "Use `accelerate launch --multi_gpu launch/train.py …`, or set CUDA_VISIBLE_DEVICES=0",
+        )
+    return state
+
+
+def device_of(state: PartialState) -> torch.device:
+    """Returns the device of this process."""
+    if state.device.type != "cuda":
+        return torch.device(state.device.type)
+    # The LOCAL rank: the global one would name a GPU that a second machine does not have.
+    return torch.device("cuda", state.local_process_index)
+
+
+def on_main(state: PartialState, work: Callable[[], _Result]) -> _Result:
+    """Returns the main process's result on every process; what it refuses, all refuse."""
+    outcome: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            outcome[0] = work()
+        except HarnessError as error:
+            outcome[0] = error
+    if state.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], HarnessError):
+        raise outcome[0]
+    result: _Result = outcome[0]
+    return result
+
+
+def say(state: PartialState, text: str) -> None:
+    """Prints a text on the main process, with control characters made visible."""
+    if state.is_main_process:
+        print(printable(text, keep="\n"), flush=True)

@@ -1,0 +1,128 @@
+"""Tiny models with adapters, rows of texts for them, and training steps of both kinds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from qlora_harness.data.chat import IGNORE
+from qlora_harness.fused.host_memory import HostMemory, Stored
+from qlora_harness.model.lora import attach_lora
+from qlora_harness.train.batches import pack_batch, pad_batch
+
+VOCABULARY = 61
+Step = tuple[float, dict[str, torch.Tensor]]  # loss, gradients by name
+
+
+def tiny(
+    kind: str, *, quantised: bool = False, num_key_value_heads: int = 2, layers: int = 2
+) -> Any:
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": num_key_value_heads,
+        "max_position_embeddings": 64,
+        "attn_implementation": "sdpa",
+    }
+    kinds = {
+        "llama": transformers.LlamaConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }
+    config = kinds[kind](**shape, **({"head_dim": 16} if kind == "qwen3" else {}))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    if quantised:
+        quantise(model)
+    return model.requires_grad_(False)
+
+
+def quantise(model: Any) -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    packed = Linear4bit(
+                        linear.in_features,
+                        linear.out_features,
+                        bias=linear.bias is not None,
+                        compute_dtype=torch.float32,
+                        quant_type="nf4",
+                    )
+                    packed.weight = Params4bit(linear.weight.data, quant_type="nf4")
+                    packed.bias = linear.bias
+                    packed.support_avx512bf16_for_cpu = False
+                    setattr(parent, name, packed.to("cpu"))
+
+
+def adapted(model: Any, *, dropout: float = 0.0, targets: str = "all-linear") -> Any:
+    torch.manual_seed(1)
+    peft = attach_lora(model, r=4, alpha=16, dropout=dropout, targets=targets)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return peft.train()
+
+
+def texts(lengths: list[int], seed: int = 0) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
+        learned = torch.rand(length, generator=generator) < 0.6
+        labels = [i if k else IGNORE for i, k in zip(ids, learned.tolist(), strict=True)]
+        labels[-1] = ids[-1]
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+def plain_step(model: Any, rows: list[dict[str, list[int]]]) -> Step:
+    batch = pad_batch(rows, 0)
+    count = (batch["labels"][:, 1:] != IGNORE).sum()
+    loss = model(**batch, num_items_in_batch=count).loss
+    loss.backward()
+    return float(loss.detach()), gradients(model)
+
+
+def fused_step(model: Any, rows: list[dict[str, list[int]]]) -> Step:
+    batch = pack_batch(rows)
+    loss = model(**batch, num_items_in_batch=(batch["shift_labels"] != IGNORE).sum()).loss
+    loss.backward()
+    return float(loss.detach()), gradients(model)
+
+
+def assert_alike(step: Step, expected: Step) -> None:
+    assert step[0] == pytest.approx(expected[0], abs=1e-5)
+    assert step[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        # Queries have no gradient in a text of two tokens: only rounding is left there.
+        assert (step[1][name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+def noted_widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that will hold the columns of every tensor that goes to the host."""
+    widths: list[int] = []
+    own = HostMemory._put
+
+    def put(host: HostMemory, x: torch.Tensor) -> Stored:
+        widths.append(x.shape[1])
+        return own(host, x)
+
+    monkeypatch.setattr(HostMemory, "_put", put)
+    return widths
