@@ -13,18 +13,17 @@ LETTERS = ("A", "B", "C", "D")
 
 
 def families() -> dict[str, dict[str, Any]]:
-    """Returns the task families: for each its file, and its subjects by category."""
+    """Returns for each family its "file" and its "categories", the subjects by category."""
     text = (tasks_dir() / FOLDER / "families.yaml").read_text(encoding="utf-8")
-    loaded = yaml.safe_load(text)
-    found = {}
-    for name, family in loaded["families"].items():
-        wanted = family.get("subjects")
+    content = yaml.safe_load(text)
+    by_name = {}
+    for name, family in content["families"].items():
         categories = {
-            category: [s for s in subjects if wanted is None or s in wanted]
-            for category, subjects in loaded["categories"].items()
+            category: [s for s in subjects if s in family.get("subjects", subjects)]
+            for category, subjects in content["categories"].items()
         }
-        found[name] = {
+        by_name[name] = {
             "file": family["file"],
             "categories": {c: s for c, s in categories.items() if s},
         }
-    return found
+    return by_name

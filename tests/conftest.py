@@ -35,7 +35,6 @@ import pytest
 from compare_runs import FIRST, SECOND, evaluation, summary, write_harness, write_run
 
 if TYPE_CHECKING:
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from training_runs import Train
 
@@ -266,7 +265,7 @@ def manager() -> TaskManager:
     """Our tasks without the seconds that lm-eval needs to read its own."""
     import lm_eval.tasks
 
-    from qlora_harness.score.task_index import extend_index
+    from qlora_harness.lm_eval_compat.tasks import extend_index
 
     manager = lm_eval.tasks.TaskManager(include_defaults=False)
     extend_index(manager.task_index, [Path(lm_eval.tasks.__file__).parent])
@@ -278,15 +277,15 @@ def known_answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Lets every model find "C" likeliest, by a known margin; returns what was asked."""
     from scoring_runs import KNOWN
 
-    from qlora_harness.score.adapter_lm import QloraAdapterLM
+    from qlora_harness.score.session import ScoringSession, TokenScores
 
     asked: list[str] = []
 
-    def answer(self: HFLM, requests: Any, *args: Any, **options: Any) -> list[tuple[float, bool]]:
-        asked.extend(context for (context, _), _, _ in requests)
-        return [(KNOWN[continuation], False) for (_, continuation), _, _ in requests]
+    def answer(self: ScoringSession, scorer: Any, encoded: Any, *options: Any) -> TokenScores:
+        asked.extend(context for (context, _), _, _ in encoded)
+        return TokenScores([(KNOWN[more], False) for (_, more), _, _ in encoded], None)
 
-    monkeypatch.setattr(QloraAdapterLM, "_loglikelihood_tokens", answer)
+    monkeypatch.setattr(ScoringSession, "_score_with", answer)
     return asked
 
 

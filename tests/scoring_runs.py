@@ -20,18 +20,16 @@ from lm_eval.tasks import TaskManager
 from transformers import LlamaForCausalLM
 
 from qlora_harness.errors import HarnessError
+from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
+
+MakeLm = Callable[..., QloraAdapterLM]
 
 RANK, ALPHA = 4, 8.0
 WEIGHTS = "adapter_model.safetensors"
 
 # What `known_answers` lets every model find: "C" is likeliest.
-KNOWN = {
-    " A": -1.25,
-    " B": -2.5,
-    " C": -0.75,
-    " D": -4.0,
-}
+KNOWN = {" A": -1.25, " B": -2.5, " C": -0.75, " D": -4.0}
 
 
 def demo_prompts(count: int) -> list[str]:
@@ -40,15 +38,15 @@ def demo_prompts(count: int) -> list[str]:
 
 def loglikelihood_requests(prompts: list[str]) -> list[Instance]:
     return [
-        Instance("loglikelihood", {}, (prompt, f" {letter}"), place)
+        Instance("loglikelihood", {}, (prompt, f" {letter}"), number)
         for prompt in prompts
-        for place, letter in enumerate("ABCD")
+        for number, letter in enumerate("ABCD")
     ]
 
 
 def score(lm: HFLM, prompts: list[str]) -> list[float]:
-    found = lm.loglikelihood(loglikelihood_requests(prompts), disable_tqdm=True)
-    return [logprob for logprob, _ in found]
+    scores = lm.loglikelihood(loglikelihood_requests(prompts), disable_tqdm=True)
+    return [logprob for logprob, _ in scores]
 
 
 def evaluate(lm: HFLM, manager: TaskManager, task: str = "mmlu_qlora_demo", **options: Any) -> Any:

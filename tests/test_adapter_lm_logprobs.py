@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,16 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file
-from scoring_runs import ALPHA, RANK, WEIGHTS, demo_prompts, evaluate, loglikelihood_requests, score
+from scoring_runs import (
+    ALPHA,
+    RANK,
+    WEIGHTS,
+    MakeLm,
+    demo_prompts,
+    evaluate,
+    loglikelihood_requests,
+    score,
+)
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
 from qlora_harness.errors import ResultsError
@@ -21,7 +30,6 @@ from qlora_harness.fused import model as fused_model
 from qlora_harness.fused.bordered import Projection
 from qlora_harness.model import plain_lora
 from qlora_harness.model.base import find_base
-from qlora_harness.score.adapter_lm import QloraAdapterLM
 
 # A hand-written reference: weights by hand, ids by hand, one plain forward pass in float32
 
@@ -72,11 +80,7 @@ def reference_logprobs(model: LlamaForCausalLM, prompt: str) -> list[float]:
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
 @pytest.mark.parametrize("quant", ["bf16", "nf4", "fp4"])
 def test_logprobs_of_a_prompt_are_those_worked_out_by_hand(
-    make_lm: Callable[..., QloraAdapterLM],
-    tiny_llama: Path,
-    adapter: Path,
-    quant: str,
-    with_adapter: bool,
+    make_lm: MakeLm, tiny_llama: Path, adapter: Path, quant: str, with_adapter: bool
 ) -> None:
     (prompt,) = demo_prompts(1)
     model = reference_model(tiny_llama, quant, adapter if with_adapter else None)
@@ -89,28 +93,25 @@ def test_logprobs_of_a_prompt_are_those_worked_out_by_hand(
 def test_quantisation_and_adapter_each_change_the_numbers(tiny_llama: Path, adapter: Path) -> None:
     """The tolerance above tells the six models apart."""
     (prompt,) = demo_prompts(1)
-    found = [
+    logprobs = [
         reference_logprobs(reference_model(tiny_llama, quant, peft), prompt)
         for quant in ("bf16", "nf4", "fp4")
         for peft in (None, adapter)
     ]
-    for place, one in enumerate(found):
-        for other in found[:place]:
-            assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 1e-4
+    for one, other in combinations(logprobs, 2):
+        assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 1e-4
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_logprobs_do_not_depend_on_the_batch(
-    make_lm: Callable[..., QloraAdapterLM], adapter: Path, batch_size: int
-) -> None:
+def test_packs_equal_batches_of_any_size(make_lm: MakeLm, adapter: Path, batch_size: int) -> None:
     prompts = demo_prompts(4)
-    together = score(make_lm(peft=str(adapter)), prompts)
-    apart = score(make_lm(peft=str(adapter), batch_size=batch_size), prompts)
-    assert apart == pytest.approx(together, abs=1e-5)
+    packed = score(make_lm(peft=str(adapter)), prompts)
+    batches = score(make_lm(peft=str(adapter), batch_size=batch_size, scoring="hf"), prompts)
+    assert batches == pytest.approx(packed, abs=1e-5)
 
 
 def test_logprobs_of_a_real_model_are_those_worked_out_by_hand(
-    make_lm: Callable[..., QloraAdapterLM], smollm2: str
+    make_lm: MakeLm, smollm2: str
 ) -> None:
     """SmolLM2 ties its head to its embedding, and its tokenizer adds no BOS."""
     (prompt,) = demo_prompts(1)
@@ -168,11 +169,7 @@ def hf_lm(tiny_llama: Path, quant: str, adapter: Path | None) -> HFLM:
 @pytest.mark.parametrize("with_adapter", [False, True], ids=["base", "adapter"])
 @pytest.mark.parametrize("quant", ["bf16", "nf4"])
 def test_all_three_kinds_of_request_are_answered_as_hflm_does(
-    make_lm: Callable[..., QloraAdapterLM],
-    tiny_llama: Path,
-    adapter: Path,
-    quant: str,
-    with_adapter: bool,
+    make_lm: MakeLm, tiny_llama: Path, adapter: Path, quant: str, with_adapter: bool
 ) -> None:
     ours = make_lm(quant=quant, **({"peft": str(adapter)} if with_adapter else {}))
     theirs = hf_lm(tiny_llama, quant, adapter if with_adapter else None)
@@ -182,9 +179,9 @@ def test_all_three_kinds_of_request_are_answered_as_hflm_does(
         for pair in [("", "Earth"), ("Which planet?", " Mars or Venus"), ("2 + 2 =", " 4")]
     ]
     expected = theirs.loglikelihood(requests, disable_tqdm=True)
-    found = ours.loglikelihood(requests, disable_tqdm=True)
-    assert [x for x, _ in found] == pytest.approx([x for x, _ in expected], abs=1e-5)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    scores = ours.loglikelihood(requests, disable_tqdm=True)
+    assert [x for x, _ in scores] == pytest.approx([x for x, _ in expected], abs=1e-5)
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
     settings = {"until": ["x"], "max_gen_toks": 6, "do_sample": False}
     generation = [
         Instance("generate_until", {}, (text, settings), 0) for text in ("Answer:", "The planet")
@@ -199,19 +196,17 @@ def test_all_three_kinds_of_request_are_answered_as_hflm_does(
 
 
 def test_sample_is_verified_through_the_plain_path(
-    make_lm: Callable[..., QloraAdapterLM],
-    manager: TaskManager,
-    caplog: pytest.LogCaptureFixture,
+    make_lm: MakeLm, manager: TaskManager, caplog: pytest.LogCaptureFixture
 ) -> None:
     lm = make_lm(verify=5)
     evaluate(lm, manager, limit=1)
-    assert lm.largest_difference < 1e-4
+    assert lm.session.verification.largest < 1e-4
     assert any(m.startswith("verified: 5 texts") for m in caplog.messages)
 
 
 @pytest.mark.parametrize("kernels", ["auto", "none"])
 def test_broken_path_is_not_verified_and_leaves_nothing_behind(
-    make_lm: Callable[..., QloraAdapterLM],
+    make_lm: MakeLm,
     manager: TaskManager,
     adapter: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -229,14 +224,12 @@ def test_broken_path_is_not_verified_and_leaves_nothing_behind(
     lm = make_lm(peft=str(adapter), verify=8, kernels=kernels)
     with pytest.raises(ResultsError):
         evaluate(lm, manager, limit=2)
-    assert lm.mean_difference > 1e-2
+    assert lm.session.verification.mean > 1e-2
     assert not list((tmp_path / "records").glob("*mmlu_progress*"))
 
 
 def test_architecture_that_cannot_be_packed_goes_the_plain_way(
-    make_lm: Callable[..., QloraAdapterLM],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    make_lm: MakeLm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from qlora_harness.score import scoring_path
 
@@ -255,22 +248,20 @@ def test_architecture_that_cannot_be_packed_goes_the_plain_way(
     ("quant", "dequantize"), [("bf16", "auto"), ("nf4", "auto"), ("nf4", "never")]
 )
 def test_fused_layers_give_the_numbers_of_the_models_own_modules(
-    make_lm: Callable[..., QloraAdapterLM],
-    adapter: Path,
-    quant: str,
-    dequantize: str,
-    with_adapter: bool,
+    make_lm: MakeLm, adapter: Path, quant: str, dequantize: str, with_adapter: bool
 ) -> None:
     prompts = demo_prompts(3)
     options = {"quant": quant, "dequantize": dequantize}
     options |= {"peft": str(adapter)} if with_adapter else {}
     own, fused = make_lm(**options, kernels="none"), make_lm(**options)
-    assert [lm._settings_record()["fused_kernels"] for lm in (own, fused)] == [False, True]
+    assert [lm.session.settings_record()["fused_kernels"] for lm in (own, fused)] == [False, True]
     expected = score(own, prompts)
-    info, identity = fused.get_model_info(), fused._identity()
+    info, identity = fused.get_model_info(), fused.session.identity()
     assert score(fused, prompts) == pytest.approx(expected, abs=1e-5)
     assert fused.get_model_info() == info
-    assert fused._identity() == identity
-    # HFLM's own path over the same weights.
-    fused._scoring = "hf"
-    assert score(fused, prompts) == pytest.approx(expected, abs=1e-5)
+    assert fused.session.identity() == identity
+    # HFLM's own path over the same weights, which packs have moved.
+    pairs = [request.args for request in loglikelihood_requests(prompts)]
+    encoded = [(pair, *fused._encode_pair(*pair)) for pair in pairs]
+    plain = [logprob for logprob, _ in fused.score_plainly(encoded, show_progress=False)]
+    assert plain == pytest.approx(expected, abs=1e-5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,14 @@ import pytest
 import torch
 from conftest import BOS, write_tokenizer
 from peft.tuners.lora import LoraLayer
-from scoring_runs import demo_prompts, score
+from scoring_runs import MakeLm, demo_prompts, score
 
 from qlora_harness.model.adapter_folder import adapter_digest
-from qlora_harness.score.adapter_lm import QloraAdapterLM
+from qlora_harness.score import session
 from qlora_harness.score.packed_forward import PackedModel
 
 
-def test_adapter_stays_unmerged_on_a_quantised_base(
-    make_lm: Callable[..., QloraAdapterLM], adapter: Path
-) -> None:
+def test_adapter_stays_unmerged_on_a_quantised_base(make_lm: MakeLm, adapter: Path) -> None:
     import bitsandbytes
 
     lm = make_lm(peft=str(adapter), dequantize="never")
@@ -36,34 +33,32 @@ def test_adapter_stays_unmerged_on_a_quantised_base(
 
 
 def test_what_was_trained_is_what_is_scored(
-    make_lm: Callable[..., QloraAdapterLM], tiny_llama: Path, adapter: Path
+    make_lm: MakeLm, tiny_llama: Path, adapter: Path
 ) -> None:
     info = make_lm(peft=str(adapter), dtype="auto", results_dir=None).get_model_info()
     assert info["base"] == str(tiny_llama)
     assert (info["quant"], info["double_quant"]) == ("nf4", True)
-    assert info["model_dtype"] == "float32"
+    assert (info["model_dtype"], info["softmax_dtype"]) == ("float32", "float32")
     assert info["peft_sha"] == adapter_digest(adapter)
     assert info["leading_bos"] == [BOS]
+    # Parameters are counted as if unpacked.
+    bases = [make_lm(quant=quant).get_model_info() for quant in ("nf4", "bf16")]
+    assert bases[0]["model_num_parameters"] == bases[1]["model_num_parameters"]
 
 
-def test_softmax_is_float32_unless_asked_otherwise(
-    make_lm: Callable[..., QloraAdapterLM],
-) -> None:
-    lm = make_lm(dtype="bfloat16")
-    assert lm.softmax_dtype == torch.float32
-    assert lm.get_model_info()["softmax_dtype"] == "float32"
-    coarse = make_lm(dtype="bfloat16", softmax_dtype="bfloat16")
-    assert coarse.softmax_dtype == torch.bfloat16
+def test_softmax_is_float32_unless_asked_otherwise(make_lm: MakeLm) -> None:
     prompts = demo_prompts(3)
-    steps = torch.tensor(score(coarse, prompts))
-    assert torch.equal(steps, steps.bfloat16().float())  # this is what makes ties
-    fine = torch.tensor(score(lm, prompts))
-    assert not torch.equal(fine, fine.bfloat16().float())
+    for options, dtype in (({}, torch.float32), ({"softmax_dtype": "bfloat16"}, torch.bfloat16)):
+        lm = make_lm(dtype="bfloat16", **options)
+        assert lm.softmax_dtype == dtype
+        values = torch.tensor(score(lm, prompts))
+        in_steps = torch.equal(values, values.bfloat16().float())  # this is what makes ties
+        assert in_steps is (dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_stay_as_they_were_quantised_on_every_cpu(
-    make_lm: Callable[..., QloraAdapterLM], monkeypatch: pytest.MonkeyPatch, dtype: str
+    make_lm: MakeLm, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     """With AVX512-BF16, bitsandbytes would repack the weights and round activations to bfloat16."""
     import bitsandbytes
@@ -76,7 +71,7 @@ def test_weights_stay_as_they_were_quantised_on_every_cpu(
 
 
 def test_dtype_of_a_base_alone_on_a_cpu_is_float32(
-    make_lm: Callable[..., QloraAdapterLM], monkeypatch: pytest.MonkeyPatch
+    make_lm: MakeLm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     lm = make_lm(dtype="auto")
@@ -85,32 +80,18 @@ def test_dtype_of_a_base_alone_on_a_cpu_is_float32(
     assert {p.dtype for p in lm.model.parameters()} == {torch.float32}
 
 
-def test_parameters_are_counted_as_if_unpacked(make_lm: Callable[..., QloraAdapterLM]) -> None:
-    packed = make_lm(quant="nf4").get_model_info()["model_num_parameters"]
-    assert packed == make_lm(quant="bf16").get_model_info()["model_num_parameters"]
-
-
-def test_tokenizer_that_adds_no_bos_is_scored_without(
-    make_lm: Callable[..., QloraAdapterLM], tiny_llama: Path, tmp_path: Path
-) -> None:
-    base = tmp_path / "no-bos"
-    shutil.copytree(tiny_llama, base)
+def test_bos_is_recorded_as_it_is_scored(make_lm: MakeLm, tiny_llama: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "no-bos"))
     write_tokenizer(base, adds_bos=False)
-    lm = make_lm(pretrained=str(base))
-    assert lm.tok_encode("Answer:")[0] != BOS
-    assert lm.get_model_info()["leading_bos"] == []
-
-
-def test_bos_that_was_asked_for_is_recorded(make_lm: Callable[..., QloraAdapterLM]) -> None:
-    lm = make_lm(add_bos_token=False)
-    assert lm.tok_encode("Answer:")[0] != BOS
-    assert lm.get_model_info()["leading_bos"] == []
+    for lm in (make_lm(pretrained=str(base)), make_lm(add_bos_token=False)):
+        assert lm.tok_encode("Answer:")[0] != BOS
+        assert lm.get_model_info()["leading_bos"] == []
 
 
 # Weights laid out for fused layers
 
 
-def test_weights_are_moved_once(make_lm: Callable[..., QloraAdapterLM], adapter: Path) -> None:
+def test_weights_are_moved_once(make_lm: MakeLm, adapter: Path) -> None:
     lm = make_lm(peft=str(adapter), quant="bf16")
     prompts = demo_prompts(2)
     weight = lm.model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight
@@ -123,91 +104,78 @@ def test_weights_are_moved_once(make_lm: Callable[..., QloraAdapterLM], adapter:
 
 
 @pytest.mark.parametrize("options", [{"kernels": "none"}, {"scoring": "hf"}])
-def test_weights_stay_where_nothing_is_fused(
-    make_lm: Callable[..., QloraAdapterLM], options: dict[str, str]
-) -> None:
+def test_weights_stay_where_nothing_is_fused(make_lm: MakeLm, options: dict[str, str]) -> None:
     lm = make_lm(**options)
     before = [p.data_ptr() for p in lm.model.parameters()]
     score(lm, demo_prompts(1))
     assert [p.data_ptr() for p in lm.model.parameters()] == before
-    assert lm._settings_record()["fused_kernels"] is False
+    assert lm.session.settings_record()["fused_kernels"] is False
 
 
 # Kernels that are built while texts are encoded
 
+PAIRS = [(f"text {n}", letter) for n in range(32) for letter in (" A", " B")]
+
+
+def score_pairs(lm: Any, count: int = 64) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in PAIRS[:count]]
+    return lm.loglikelihood(requests, disable_tqdm=True)
+
 
 @pytest.mark.parametrize(
-    ("device", "contexts", "processes", "expected"),
+    ("overlaps", "count", "processes", "expected"),
     [
-        ("cuda", 32, 1, [512]),
-        ("cuda", 31, 1, []),  # may be one short pack
-        ("cuda", 0, 1, []),
-        ("cuda", 32, 2, []),  # the length is agreed on later
-        ("cpu", 32, 1, []),  # nothing is built
+        (True, 64, 1, [512]),
+        (True, 62, 1, []),  # may be one short pack
+        (True, 64, 2, []),  # all processes encode at once
+        (False, 64, 1, []),  # a CPU has no kernels to build
     ],
 )
 def test_kernels_are_built_ahead_for_many_texts_on_a_gpu(
-    make_lm: Callable[..., QloraAdapterLM],
+    make_lm: MakeLm,
     monkeypatch: pytest.MonkeyPatch,
-    device: str,
-    contexts: int,
+    overlaps: bool,
+    count: int,
     processes: int,
     expected: list[int],
 ) -> None:
+    class Begun(Exception):
+        """Raised where texts are encoded, by when kernels are being built."""
+
+    def encode(lm: Any, pairs: Any) -> None:
+        raise Begun
+
     lm = make_lm(pack_tokens=512)
-    built: list[int] = []
-    monkeypatch.setattr(PackedModel, "build_ahead", lambda self, size: built.append(size))
-    monkeypatch.setattr(lm, "_device", torch.device(device))
-    monkeypatch.setattr(lm, "_world_size", processes)
-    lm._build_kernels_ahead([(f"text {n}", k) for n in range(contexts) for k in (" A", " B")])
-    assert built == expected
-    assert (lm._ahead is not None) is bool(expected)
-
-
-def test_scoring_waits_for_kernels_also_after_an_error(
-    make_lm: Callable[..., QloraAdapterLM], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lm = make_lm()
-    ahead = PackedModel(lm.model, torch.float32)
+    sizes: list[int] = []
     waited: list[bool] = []
-    monkeypatch.setattr(ahead, "wait", lambda: waited.append(True))
-    monkeypatch.setattr(
-        lm, "_build_kernels_ahead", lambda wanted: setattr(lm, "_ahead", (ahead, 8))
-    )
-
-    def fail(lm: Any, pairs: Any) -> None:
-        raise KeyError("encoding")
-
-    monkeypatch.setattr("qlora_harness.score.adapter_lm.encode_pairs", fail)
-    with pytest.raises(KeyError, match="encoding"):
-        lm._score_pairs([("a", " b")], None, True)
-    assert waited == [True]
-    assert lm._ahead is None
+    monkeypatch.setattr(PackedModel, "overlaps", overlaps)
+    monkeypatch.setattr(PackedModel, "build_ahead", lambda self, size: sizes.append(size))
+    monkeypatch.setattr(PackedModel, "wait", lambda self: waited.append(True))
+    monkeypatch.setattr(type(lm), "world_size", processes)
+    monkeypatch.setattr(lm.session, "_gather", lambda value: [value] * processes)
+    monkeypatch.setattr(session, "encode_pairs", encode)
+    with pytest.raises(Begun):
+        score_pairs(lm, count)
+    assert sizes == expected
+    assert waited == [True]  # also after an error
 
 
 def test_model_that_was_begun_ahead_is_the_one_that_scores(
-    make_lm: Callable[..., QloraAdapterLM], monkeypatch: pytest.MonkeyPatch
+    make_lm: MakeLm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm = make_lm()
-    pairs = [("The sky is", " blue"), ("The sky is", " green"), ("Grass", " grows")]
-    expected = lm._score_pairs(pairs, None, True)
-    sizes: list[int] = []
-    ahead = PackedModel(lm.model, torch.float32)
-
-    def begin(wanted: Any) -> None:
-        lm._ahead = ahead, 300
-        ahead.build_ahead(300)
-
+    lm = make_lm(pack_tokens=512)
+    expected = score_pairs(lm)
+    starts: list[tuple[PackedModel, int]] = []
     start = PackedModel._start
 
     def noted(self: PackedModel, pack: Any, pad_to: int | None) -> Any:
-        assert self is ahead
-        sizes.append(max(len(pack.tokens), pad_to or 0))
+        starts.append((self, pad_to))
         return start(self, pack, pad_to)
 
-    monkeypatch.setattr(lm, "_build_kernels_ahead", begin)
+    monkeypatch.setattr(PackedModel, "overlaps", True)
     monkeypatch.setattr(PackedModel, "_start", noted)
-    assert lm._score_pairs(pairs, None, True) == expected
-    assert sizes[0] == 300
-    assert len(sizes) == 2
-    assert lm._ahead is None
+    assert score_pairs(lm) == expected
+    assert {model for model, _ in starts} == {lm.session._packed}
+    assert [size for _, size in starts] == [512, 128]  # built ahead, and the one short pack

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import BOS, token_ids
 from lm_eval.tasks import TaskManager
-from scoring_runs import KNOWN, demo_prompts, evaluate, read, score
+from scoring_runs import KNOWN, MakeLm, demo_prompts, evaluate, read, score
 
 from qlora_harness.families import families
 from qlora_harness.model.adapter_folder import adapter_digest
 from qlora_harness.question_hashes import prompt_hash
-from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
 
 
-def recorded_fingerprint(adapter: Path) -> str:
-    found: str = json.loads((adapter / "qlora_harness.json").read_text())["base"][
-        "weights_fingerprint"
-    ]
-    return found
+def model_record(base: Path, adapter: Path, **changes: Any) -> dict[str, Any]:
+    recorded = json.loads((adapter / "qlora_harness.json").read_text())["base"]
+    return {
+        "base": str(base),
+        "revision": None,
+        "commit": None,
+        "random_weights": True,
+        "quant": "nf4",
+        "double_quant": True,
+        "peft": "adapter",
+        "adapter_sha256": adapter_digest(adapter),
+        "unquantised_share": 0.0,
+        "attention": "sdpa",
+        "weights_fingerprint": recorded["weights_fingerprint"],
+    } | changes
 
 
 def test_progress_file_holds_every_question_in_file_order(
-    make_lm: Callable[..., QloraAdapterLM],
+    make_lm: MakeLm,
     manager: TaskManager,
     tiny_llama: Path,
     adapter: Path,
@@ -58,25 +66,13 @@ def test_progress_file_holds_every_question_in_file_order(
         "schema_version": 1,
         "kind": "mmlu_progress",
         "arm": "4bit",
-        "model": {
-            "base": str(tiny_llama),
-            "revision": None,
-            "commit": None,
-            "random_weights": True,
-            "quant": "nf4",
-            "double_quant": True,
-            "peft": "adapter",
-            "adapter_sha256": adapter_digest(adapter),
-            "unquantised_share": 0.0,
-            "attention": "sdpa",
-            "weights_fingerprint": recorded_fingerprint(adapter),
-        },
+        "model": model_record(tiny_llama, adapter),
         "tasks": {"mmlu_qlora_demo": expected},
     }
 
 
 def test_evaluation_results_say_what_was_scored_and_how(
-    make_lm: Callable[..., QloraAdapterLM],
+    make_lm: MakeLm,
     manager: TaskManager,
     tiny_llama: Path,
     adapter: Path,
@@ -107,23 +103,12 @@ def test_evaluation_results_say_what_was_scored_and_how(
         "processes": 1,
     }
     record.pop("created")
+    of_4bit = ("double_quant", "peft", "adapter_sha256", "unquantised_share")
     assert record == {
         "schema_version": 1,
         "kind": "evaluation_results",
         "arm": "16bit",
-        "model": {
-            "base": str(tiny_llama),
-            "revision": None,
-            "commit": None,
-            "random_weights": True,
-            "quant": "bf16",
-            "double_quant": None,
-            "peft": None,
-            "adapter_sha256": None,
-            "unquantised_share": None,
-            "attention": "sdpa",
-            "weights_fingerprint": recorded_fingerprint(adapter),
-        },
+        "model": model_record(tiny_llama, adapter, quant="bf16", **dict.fromkeys(of_4bit)),
         "settings": settings,
     }
     assert (task["n"], task["n_total"], task["ties"], task["truncated"]) == (96, 96, 0, 0)
@@ -136,10 +121,7 @@ def test_evaluation_results_say_what_was_scored_and_how(
 
 
 def test_accuracies_are_those_of_the_harness(
-    make_lm: Callable[..., QloraAdapterLM],
-    manager: TaskManager,
-    adapter: Path,
-    tmp_path: Path,
+    make_lm: MakeLm, manager: TaskManager, adapter: Path, tmp_path: Path
 ) -> None:
     """Over subjects of different sizes, so that the two means and their errors differ."""
     subjects = [s for c in families()["mmlu_qlora_demo"]["categories"].values() for s in c]
@@ -149,37 +131,34 @@ def test_accuracies_are_those_of_the_harness(
     assert (ours["n"], ours["n_total"]) == (sum(range(2, 10)), 96)
     assert ours["acc"] != ours["acc_macro"]
 
-    def same(found: dict[str, Any], expected: dict[str, Any], *metrics: str) -> None:
+    def same(stored: dict[str, Any], expected: dict[str, Any], *metrics: str) -> None:
         for metric in metrics:
             for key in (metric, f"{metric}_stderr"):
-                assert found[key] == pytest.approx(expected[f"{key},none"], abs=1e-12), key
+                assert stored[key] == pytest.approx(expected[f"{key},none"], abs=1e-12), key
 
     same(ours, theirs["mmlu_qlora_demo"], "acc", "acc_macro")
-    for category, found in ours["categories"].items():
-        same(found, theirs[f"mmlu_qlora_demo_{category}"], "acc", "acc_macro")
+    for category, stored in ours["categories"].items():
+        same(stored, theirs[f"mmlu_qlora_demo_{category}"], "acc", "acc_macro")
     assert set(ours["subjects"]) == set(subjects)
-    for subject, found in ours["subjects"].items():
-        same(found, theirs[f"mmlu_qlora_demo_{subject}"], "acc")
+    for subject, stored in ours["subjects"].items():
+        same(stored, theirs[f"mmlu_qlora_demo_{subject}"], "acc")
 
 
 def test_stored_logprobs_are_those_that_were_scored(
-    make_lm: Callable[..., QloraAdapterLM], manager: TaskManager, adapter: Path, tmp_path: Path
+    make_lm: MakeLm, manager: TaskManager, adapter: Path, tmp_path: Path
 ) -> None:
     lm = make_lm(peft=str(adapter))
     evaluate(lm, manager, limit=1)
     rows = read(tmp_path / "records", "mmlu_progress_tiny_llama_4bit_qlora.json")["tasks"]
     questions = [q for q in load_questions(DEMO_FILE) if q.index % 12 == 0]
     expected = score(lm, [q.prompt for q in questions])
-    found = [row["logprobs"][letter] for row in rows["mmlu_qlora_demo"] for letter in "ABCD"]
+    stored = [row["logprobs"][letter] for row in rows["mmlu_qlora_demo"] for letter in "ABCD"]
     assert [row["index"] for row in rows["mmlu_qlora_demo"]] == [q.index for q in questions]
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert stored == pytest.approx(expected, abs=1e-5)
 
 
 def test_single_subject_is_recorded_as_a_part_of_its_family(
-    make_lm: Callable[..., QloraAdapterLM],
-    manager: TaskManager,
-    tmp_path: Path,
-    known_answers: list[str],
+    make_lm: MakeLm, manager: TaskManager, tmp_path: Path, known_answers: list[str]
 ) -> None:
     evaluate(make_lm(), manager, "mmlu_qlora_demo_nutrition")
     task = read(tmp_path / "records")["tasks"]["mmlu_qlora_demo"]
@@ -189,11 +168,11 @@ def test_single_subject_is_recorded_as_a_part_of_its_family(
 
 
 def test_prompts_longer_than_the_window_are_counted(
-    make_lm: Callable[..., QloraAdapterLM], manager: TaskManager, tmp_path: Path
+    make_lm: MakeLm, manager: TaskManager, tmp_path: Path
 ) -> None:
-    asked = [q for q in load_questions(DEMO_FILE) if q.index % 12 < 2]
+    questions = [q for q in load_questions(DEMO_FILE) if q.index % 12 < 2]
     # BOS and the prompt must fit; the answer itself is never fed to the model.
-    lengths = sorted(1 + len(token_ids(f" {q.prompt}")) for q in asked)
+    lengths = sorted(1 + len(token_ids(f" {q.prompt}")) for q in questions)
     window = lengths[7]
     evaluate(make_lm(max_length=window), manager, limit=2)
     task = read(tmp_path / "records")["tasks"]["mmlu_qlora_demo"]
@@ -201,8 +180,6 @@ def test_prompts_longer_than_the_window_are_counted(
     assert 0 < task["truncated"] < 16
 
 
-def test_other_tasks_leave_no_record(
-    make_lm: Callable[..., QloraAdapterLM], tmp_path: Path
-) -> None:
+def test_other_tasks_leave_no_record(make_lm: MakeLm, tmp_path: Path) -> None:
     score(make_lm(), demo_prompts(1))
     assert not (tmp_path / "records").exists()

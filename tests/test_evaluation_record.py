@@ -11,38 +11,42 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scoring_runs import read
+from scoring_runs import read, refused
 
+from qlora_harness.accuracy import accuracy
 from qlora_harness.errors import ResultsError
 from qlora_harness.question_hashes import prompt_hash
+from qlora_harness.results.scored import read_evaluation
+from qlora_harness.schema.evaluation import QuestionRow
 from qlora_harness.score.evaluation_record import (
     Family,
-    ScoredQuestion,
-    accuracy,
     check_folder,
     model_slug,
     progress_rows,
+    question_row,
     summarise,
     write_records,
 )
 
-SCHEMA_VERSION = 1
-CATEGORIES = {
-    "stem": ["anatomy", "astronomy"],
-    "humanities": ["philosophy"],
-    "other": ["virology"],
-}
+CATEGORIES = {"stem": ["anatomy", "astronomy"], "humanities": ["philosophy"], "other": ["virology"]}
 SAYS = {
     "A": (-0.5, -1.0, -2.0, -3.0),
     "B": (-2.5, -0.25, -2.0, -3.0),
     "C": (-2.5, -2.25, -1.0, -3.0),
     "D": (-2.5, -2.25, -2.0, -1.5),
 }
+PROGRESS = "mmlu_progress_smollm2_4bit_qlora.json"
 
 
-def question(index: int, subject: str, *, says: str, answer: str) -> ScoredQuestion:
-    prompt = prompt_hash(f"Question {index}\nAnswer:")
-    return ScoredQuestion(index, subject, prompt, answer, SAYS[says], truncated=index == 8)
+def question(index: int, subject: str, *, says: str, answer: str) -> QuestionRow:
+    return question_row(
+        index=index,
+        subject=subject,
+        prompt_sha256=prompt_hash(f"Question {index}\nAnswer:"),
+        answer=answer,
+        logprobs=SAYS[says],
+        truncated=index == 8,
+    )
 
 
 # anatomy 2 of 3 right, astronomy 1 of 4, philosophy 2 of 2; given out of order.
@@ -63,6 +67,11 @@ def stderr(values: list[int]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
+def summary_of(questions: list[QuestionRow], n_total: int = 9) -> dict[str, Any]:
+    family = Family(questions, CATEGORIES, n_total)
+    return summarise(family).model_dump(exclude_unset=True)
+
+
 @pytest.mark.parametrize("values", [[1, 0], [1, 1, 0], [1, 1, 1, 1], [0, 0, 1, 0, 1, 1, 0]])
 def test_accuracy_and_its_standard_error(values: list[int]) -> None:
     mean, error = accuracy([bool(value) for value in values])
@@ -74,16 +83,8 @@ def test_one_value_has_no_standard_error() -> None:
     assert accuracy([True]) == (1.0, None)
 
 
-def test_prediction_is_the_likeliest_letter() -> None:
-    assert [question(0, "x", says=letter, answer="A").prediction for letter in "ABCD"] == list(
-        "ABCD"
-    )
-    assert question(0, "x", says="C", answer="C").correct
-    assert not question(0, "x", says="C", answer="A").correct
-
-
 def test_summary_by_question_subject_and_category() -> None:
-    summary = summarise(NINE, CATEGORIES, n_total=20).model_dump(exclude_unset=True)
+    summary = summary_of(NINE, n_total=20)
     anatomy, astronomy, philosophy = [1, 0, 1], [0, 0, 0, 1], [1, 1]
     assert {name: values["acc"] for name, values in summary["subjects"].items()} == {
         "anatomy": pytest.approx(2 / 3),
@@ -96,12 +97,8 @@ def test_summary_by_question_subject_and_category() -> None:
         "n": 4,
         "correct": 1,
     }
-    assert (summary["n"], summary["n_total"], summary["truncated"], summary["ties"]) == (
-        9,
-        20,
-        1,
-        0,
-    )
+    counts = ("n", "n_total", "truncated", "ties")
+    assert [summary[name] for name in counts] == [9, 20, 1, 0]
     assert summary["acc"] == pytest.approx(5 / 9, abs=1e-15)
     assert summary["acc_macro"] == pytest.approx((2 / 3 + 1 / 4 + 1) / 3, abs=1e-15)
     squares = [statistics.variance(values) * (len(values) - 1) for values in (anatomy, astronomy)]
@@ -109,7 +106,7 @@ def test_summary_by_question_subject_and_category() -> None:
     assert summary["acc_stderr"] == pytest.approx(math.sqrt(sum(squares) / (9 - 3) / 9), abs=1e-15)
     errors = [stderr(anatomy), stderr(astronomy), 0.0]
     assert summary["acc_macro_stderr"] == pytest.approx(math.hypot(*errors) / 3, abs=1e-15)
-    assert list(summary["categories"]) == ["stem", "humanities"]  # nobody asked about virology
+    assert list(summary["categories"]) == ["stem", "humanities"]  # no question on virology
     stem = summary["categories"]["stem"]
     assert (stem["acc"], stem["n"]) == (pytest.approx(3 / 7), 7)
     assert stem["acc_macro"] == pytest.approx((2 / 3 + 1 / 4) / 2)
@@ -120,7 +117,7 @@ def test_summary_by_question_subject_and_category() -> None:
 def test_pooled_errors_are_those_of_lm_eval() -> None:
     from lm_eval.api.metrics import aggregate_subtask_metrics, mean_stderr, pooled_sample_stderr
 
-    summary = summarise(NINE, CATEGORIES, n_total=9).model_dump(exclude_unset=True)
+    summary = summary_of(NINE)
     values = {"anatomy": [1, 0, 1], "astronomy": [0, 0, 0, 1], "philosophy": [1, 1]}
     sizes = [len(v) for v in values.values()]
     errors = [mean_stderr(v) for v in values.values()]
@@ -133,73 +130,54 @@ def test_pooled_errors_are_those_of_lm_eval() -> None:
 
 
 def test_subject_with_one_question_leaves_the_error_unknown() -> None:
-    some = [q for q in NINE if q.index in (0, 3, 4)]
-    summary = summarise(some, CATEGORIES, n_total=9).model_dump(exclude_unset=True)
+    summary = summary_of([q for q in NINE if q.index in (0, 3, 4)])
     assert summary["subjects"]["anatomy"]["acc_stderr"] is None
     assert summary["acc"] == pytest.approx(1 / 3)
     assert (summary["acc_stderr"], summary["acc_macro_stderr"]) == (None, None)
 
 
 def test_ties_are_counted() -> None:
-    tied = ScoredQuestion(9, "virology", "Q\nAnswer:", "B", (-1.0, -1.0, -2.0, -2.0))
-    summary = summarise([*NINE, tied], CATEGORIES, n_total=10).model_dump(exclude_unset=True)
+    logprobs = {"logprobs": dict(zip("ABCD", (-1.0, -1.0, -2.0, -2.0), strict=True))}
+    tied = question(9, "virology", says="A", answer="B").model_copy(update=logprobs)
+    summary = summary_of([*NINE, tied], n_total=10)
     assert summary["ties"] == 1
     assert summary["subjects"]["virology"]["acc"] == 0.0  # the first of a tie counts
 
 
 def test_prompt_hash_tells_questions_apart_and_forgets_their_order() -> None:
-    def hashed(questions: list[ScoredQuestion]) -> str:
-        return summarise(questions, CATEGORIES, n_total=9).model_dump(exclude_unset=True)[
-            "prompts_sha256"
-        ]
-
     text = "".join(
         f"{q.index}\0{q.subject}\0{q.prompt_sha256}\0{q.answer}\0"
         for q in sorted(NINE, key=lambda q: q.index)
     )
-    assert hashed(NINE) == hashlib.sha256(text.encode()).hexdigest()
-    assert hashed(NINE[::-1]) == hashed(NINE)
-    assert hashed(NINE[1:]) != hashed(NINE)
+    expected = hashlib.sha256(text.encode()).hexdigest()
+    assert summary_of(NINE)["prompts_sha256"] == expected
+    assert summary_of(NINE[::-1])["prompts_sha256"] == expected
+    assert summary_of(NINE[1:])["prompts_sha256"] != expected
 
 
 def test_progress_has_one_row_a_question_in_file_order() -> None:
-    # Given out of order.
-    rows = [row.model_dump() for row in progress_rows(NINE[:3])]
-    assert rows == [
-        {
-            "index": 0,
-            "subject": "anatomy",
-            "logprobs": {"A": -0.5, "B": -1.0, "C": -2.0, "D": -3.0},
-            "prediction": "A",
-            "answer": "A",
-            "correct": True,
-            "running_accuracy": 1.0,
-            "prompt_sha256": hashlib.sha256(b"Question 0\nAnswer:").hexdigest()[:16],
-            "truncated": False,
-        },
-        {
-            "index": 1,
-            "subject": "anatomy",
-            "logprobs": {"A": -2.5, "B": -0.25, "C": -2.0, "D": -3.0},
-            "prediction": "B",
-            "answer": "A",
-            "correct": False,
-            "running_accuracy": 0.5,
-            "prompt_sha256": hashlib.sha256(b"Question 1\nAnswer:").hexdigest()[:16],
-            "truncated": False,
-        },
-        {
-            "index": 8,
-            "subject": "philosophy",
-            "logprobs": {"A": -2.5, "B": -2.25, "C": -2.0, "D": -1.5},
-            "prediction": "D",
-            "answer": "D",
-            "correct": True,
-            "running_accuracy": 2 / 3,
-            "prompt_sha256": hashlib.sha256(b"Question 8\nAnswer:").hexdigest()[:16],
-            "truncated": True,
-        },
-    ]
+    rows = [row.model_dump() for row in progress_rows(NINE[:3])]  # given out of order
+    expected = []
+    for index, subject, prediction, answer, running in (
+        (0, "anatomy", "A", "A", 1.0),
+        (1, "anatomy", "B", "A", 0.5),
+        (8, "philosophy", "D", "D", 2 / 3),
+    ):
+        expected.append(
+            {
+                "index": index,
+                "subject": subject,
+                "logprobs": dict(zip("ABCD", SAYS[prediction], strict=True)),
+                "prediction": prediction,
+                "answer": answer,
+                "correct": prediction == answer,
+                "running_accuracy": running,
+                "prompt_sha256": hashlib.sha256(b"Question %d\nAnswer:" % index).hexdigest()[:16],
+                "truncated": index == 8,
+            }
+        )
+    assert rows == expected
+    assert [list(row) for row in rows] == [list(row) for row in expected]
 
 
 @pytest.mark.parametrize(
@@ -230,34 +208,26 @@ def header(**changes: Any) -> dict[str, Any]:
 
 
 def write(
-    folder: Path,
-    questions: list[ScoredQuestion],
-    *,
-    family: str = "mmlu_qlora_demo",
-    name: str = "mmlu_progress_smollm2_4bit_qlora.json",
-    **changes: Any,
+    folder: Path, questions: list[QuestionRow], *, family: str = "mmlu_qlora_demo", **changes: Any
 ) -> list[str]:
     scored = Family(questions, CATEGORIES, 9)
-    return write_records(folder, name, header(**changes), {family: scored})
+    return write_records(folder, PROGRESS, header(**changes), {family: scored})
 
 
 def test_both_files_say_what_was_scored(tmp_path: Path) -> None:
-    assert write(tmp_path / "results" / "4bit", NINE) == ["mmlu_qlora_demo"]
     folder = tmp_path / "results" / "4bit"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "evaluation_results.json",
-        "mmlu_progress_smollm2_4bit_qlora.json",
-    ]
+    assert write(folder, NINE) == ["mmlu_qlora_demo"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["evaluation_results.json", PROGRESS]
     evaluation = read(folder)
     created = evaluation.pop("created")
-    summary = summarise(NINE, CATEGORIES, n_total=9).model_dump(exclude_unset=True)
     assert evaluation == header() | {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": 1,
         "kind": "evaluation_results",
-        "tasks": {"mmlu_qlora_demo": summary | {"settings": {"batch_size": 1}}},
+        "tasks": {"mmlu_qlora_demo": summary_of(NINE) | {"settings": {"batch_size": 1}}},
     }
-    assert read(folder, "mmlu_progress_smollm2_4bit_qlora.json") == {
-        "schema_version": SCHEMA_VERSION,
+    assert read(folder, PROGRESS) == {
+        "schema_version": 1,
         "created": created,
         "kind": "mmlu_progress",
         "arm": "4bit",
@@ -275,7 +245,7 @@ def test_other_task_families_stay(tmp_path: Path) -> None:
     assert tasks["mmlu_qlora_5shot"] == first
     assert tasks["mmlu_qlora_5shot"]["settings"] == {"batch_size": 1}
     assert tasks["mmlu_qlora_demo"]["settings"] == {"batch_size": 2}
-    progress = read(tmp_path, "mmlu_progress_smollm2_4bit_qlora.json")["tasks"]
+    progress = read(tmp_path, PROGRESS)["tasks"]
     assert {family: len(rows) for family, rows in progress.items()} == {
         "mmlu_qlora_5shot": 9,
         "mmlu_qlora_demo": 3,
@@ -289,11 +259,11 @@ def test_a_smaller_run_does_not_replace_a_larger_record(tmp_path: Path) -> None:
     assert read(tmp_path)["tasks"] == before
     assert write(tmp_path, NINE[:2], settings={"batch_size": 4}) == []
     assert read(tmp_path)["tasks"] == before
-    progress = read(tmp_path, "mmlu_progress_smollm2_4bit_qlora.json")["tasks"]
+    progress = read(tmp_path, PROGRESS)["tasks"]
     assert len(progress["mmlu_qlora_demo"]) == 9
 
 
-def test_a_record_that_is_kept_keeps_its_environment(tmp_path: Path) -> None:
+def test_a_record_that_stays_has_its_own_environment(tmp_path: Path) -> None:
     write(tmp_path, NINE)
     write(tmp_path, NINE[:2], settings={"batch_size": 4}, environment={"device": {"name": "cpu"}})
     evaluation = read(tmp_path)
@@ -333,23 +303,18 @@ def test_the_record_of_another_model_is_replaced(tmp_path: Path, change: dict[st
 
 
 def test_a_damaged_record_is_named_and_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "evaluation_results.json").write_text('{"tasks":')
-    with pytest.raises(ResultsError) as error:
-        write(tmp_path, NINE)
-    assert str(error.value) == (
-        f"{tmp_path / 'evaluation_results.json'}, line 1: not valid JSON (Expecting value). "
-        "The file is damaged or half written; make it again or remove it."
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["evaluation_results.json"]
+    path = tmp_path / "evaluation_results.json"
+    path.write_text('{"tasks":')
+    text = refused(lambda: write(tmp_path, NINE), ResultsError)
+    assert text.startswith(f"{path}, line 1: not valid JSON")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_records_are_read_by_the_comparison(tmp_path: Path) -> None:
-    from qlora_harness.results.scored import read_evaluation
-
     write(tmp_path, NINE)
-    found = read_evaluation(tmp_path / "evaluation_results.json")["mmlu_qlora_demo"]
-    assert (found.n, found.n_total, found.value) == (9, 9, pytest.approx(5 / 9))
-    assert found.conditions["evaluation.settings.batch_size"] == 1
+    scored = read_evaluation(tmp_path / "evaluation_results.json")["mmlu_qlora_demo"]
+    assert (scored.n, scored.n_total, scored.value) == (9, 9, pytest.approx(5 / 9))
+    assert scored.conditions["evaluation.settings.batch_size"] == 1
 
 
 def test_leftovers_of_killed_writes_go_and_those_of_a_running_one_stay(tmp_path: Path) -> None:
@@ -357,8 +322,8 @@ def test_leftovers_of_killed_writes_go_and_those_of_a_running_one_stay(tmp_path:
     for path in (old, new):
         path.write_text("{")
     os.utime(old, (1000, 1000))
-    check_folder(tmp_path, "mmlu_progress_x.json")
-    assert not old.exists() and new.exists()
+    check_folder(tmp_path, PROGRESS)
+    assert list(tmp_path.iterdir()) == [new]
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e400"])
@@ -370,4 +335,4 @@ def test_a_number_that_could_not_be_written_again_is_noticed_first(
     record = json.loads(path.read_text()) | {"environment": {"load": 12345.5}}
     path.write_text(json.dumps(record).replace("12345.5", number))
     with pytest.raises(ResultsError, match=r"environment\.load is"):
-        check_folder(tmp_path, "mmlu_progress_x.json")
+        check_folder(tmp_path, PROGRESS)

@@ -184,7 +184,7 @@ def test_scored_as_peft_computes(kind: str, bases: Bases, make_lm: MakeLm, tmp_p
     lm = make_lm(**options, verify=8)
     right = expected(lm, base, adapter, prompts)
     assert score(lm, prompts) == right
-    assert lm.largest_difference < 2e-4
+    assert lm.session.verification.largest < 2e-4
     assert score(make_lm(**options, kernels="none"), prompts) == right
     assert score(make_lm(**options, scoring="hf"), prompts) == right
     # And the adapter was not simply left out.
@@ -198,7 +198,7 @@ def test_what_depends_on_the_text_is_left_to_peft(
     paths = {}
     for kind in ("plain", "lora_bias", "dora", "alora"):
         adapter = write_adapter(base, tmp_path / kind, **KINDS[kind][1])
-        path = make_lm(**options_of(base, adapter))._path
+        path = make_lm(**options_of(base, adapter)).session.path
         paths[kind] = (path.packed, path.fused)
     assert paths == {
         "plain": (True, True),
@@ -211,10 +211,10 @@ def test_what_depends_on_the_text_is_left_to_peft(
 def test_field_of_a_newer_peft_is_left_to_peft(bases: Bases, make_lm: MakeLm, plain: Path) -> None:
     base = bases("llama")
     change_config(plain, {"use_novel_gate": False})
-    assert make_lm(**options_of(base, plain))._path.packed
+    assert make_lm(**options_of(base, plain)).session.path.packed
     change_config(plain, {"use_novel_gate": True})
     lm = make_lm(**options_of(base, plain))
-    assert "'use_novel_gate'" in (lm._path.reason or "")
+    assert "'use_novel_gate'" in (lm.session.path.reason or "")
     assert score(lm, demo_prompts(1)) == expected(lm, base, plain, demo_prompts(1))
 
 
@@ -226,8 +226,8 @@ def test_scored_on_a_4_bit_base_as_peft_computes(
     adapter = write_adapter(base, tmp_path / "adapter", **KINDS[kind][1])
     lm = make_lm(**options_of(base, adapter) | {"quant": "nf4"}, verify=8)
     score(lm, demo_prompts(2))
-    assert lm.largest_difference < 5e-5
-    assert lm._path.expanded == (kind in ("plain", "orthogonal", "head"))
+    assert lm.session.verification.largest < 5e-5
+    assert lm.session.path.expanded == (kind in ("plain", "orthogonal", "head"))
 
 
 # Trained, and not
@@ -343,13 +343,13 @@ def test_index_beside_a_whole_file_is_not_read(
     (folder / "model.safetensors.index.json").write_text(index)
     lm, other = make_lm(pretrained=str(folder)), make_lm(pretrained=str(base))
     name = "weights_fingerprint"
-    assert lm._model_record()[name] == other._model_record()[name]
+    assert lm.loaded.record()[name] == other.loaded.record()[name]
     assert score(lm, demo_prompts(1)) == score(other, demo_prompts(1))
 
 
 def test_base_without_sdpa_is_scored_with_eager_attention(bases: Bases, make_lm: MakeLm) -> None:
     lm = make_lm(pretrained=str(bases("gemma2")))
-    assert lm._model_record()["attention"] == lm.model.config._attn_implementation
+    assert lm.loaded.record()["attention"] == lm.model.config._attn_implementation
 
 
 def test_experts_count_as_unquantised(
@@ -360,7 +360,7 @@ def test_experts_count_as_unquantised(
     experts = 2 * 4 * (2 * 48 * 32 + 32 * 48)
     router = 2 * 4 * 32
     share = (experts + router) / (attention + experts + router)
-    assert lm._model_record()["unquantised_share"] == pytest.approx(share)
+    assert lm.loaded.record()["unquantised_share"] == pytest.approx(share)
     assert any(f"{100 * share:.0f}% of the weights" in m for m in caplog.messages)
     assert unquantised_share(make_lm(pretrained=str(bases("llama")), quant="nf4").model) == 0.0
 

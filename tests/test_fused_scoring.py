@@ -33,7 +33,7 @@ def queries(count: int, vocabulary: int = VOCABULARY) -> list[Query]:
 
 
 def one_pack(asked: list[Query]) -> Pack:
-    (pack,) = plan(asked, pack_tokens=10**6, window=WINDOW).packs
+    (pack,) = plan(asked, pack_tokens=10**6, window=WINDOW)
     return pack
 
 

@@ -13,7 +13,7 @@ from training_runs import base
 
 from qlora_harness.model import adapter_folder
 from qlora_harness.model.lora import load_adapter
-from qlora_harness.score.run_choice import choose
+from qlora_harness.score.run_choice import choose_scored_run
 
 
 def damaged_config(rng: random.Random, path: Path) -> str:
@@ -42,7 +42,7 @@ def fuzz(folder: Path, tiny_llama: Path, adapter: Path, seed: int, count: int) -
     reader = Reader()
 
     def load() -> None:
-        choose(**dict.fromkeys(ARGUMENTS) | {"peft": str(folder)})
+        choose_scored_run(**dict.fromkeys(ARGUMENTS) | {"peft": str(folder)})
         load_adapter(copy.deepcopy(model), folder)
 
     for number in range(count):

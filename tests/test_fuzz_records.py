@@ -15,7 +15,7 @@ from qlora_harness.compare import text
 from qlora_harness.compare.comparison import compare
 from qlora_harness.errors import HarnessError, printable
 from qlora_harness.score import evaluation_record
-from qlora_harness.score.evaluation_record import Family, ScoredQuestion, write_records
+from qlora_harness.score.evaluation_record import Family, question_row, write_records
 from qlora_harness.score.journal import Journal
 from qlora_harness.settings import build_settings, read_recipe
 
@@ -92,7 +92,8 @@ def comparison(folder: Path) -> tuple[dict[Path, bytes], Callable[[], object]]:
 
 
 def recorded(folder: Path) -> tuple[dict[Path, bytes], Callable[[], object]]:
-    questions = [ScoredQuestion(i, "law", "a" * 16, "B", (-1.0, -0.5, -2.0, -3.0)) for i in (0, 1)]
+    answer = {"prompt_sha256": "a" * 16, "answer": "B", "logprobs": (-1.0, -0.5, -2.0, -3.0)}
+    questions = [question_row(index=i, subject="law", **answer) for i in (0, 1)]
     families = {"mmlu_qlora_demo": Family(questions, {"social": ["law"]}, 2)}
     write_records(folder, PROGRESS, HEADER, families)
 

@@ -151,7 +151,7 @@ def test_kernels_built_ahead_serve_the_packs() -> None:
     torch.compiler.reset()
     counters.clear()
     model = PackedModel(tiny("llama").to(torch.bfloat16).cuda(), torch.float32)
-    (pack,) = plan([Query([1, 2, 3], [4])], pack_tokens=1024, window=48).packs
+    (pack,) = plan([Query([1, 2, 3], [4])], pack_tokens=1024, window=48)
     model.build_ahead(1024)
     model.wait()
     built = counters["stats"]["unique_graphs"]

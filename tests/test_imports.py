@@ -75,8 +75,8 @@ def test_importing_brings_in_nothing_heavy(parts: list[str], watched: list[str])
     ("folder", "forbidden"),
     [
         ("data", ["model", "train", "score"]),
-        ("model", ["lm_eval", "score", "plugin", "train", "compare"]),
-        ("train", ["lm_eval", "score", "plugin", "compare"]),
+        ("model", ["lm_eval", "score", "lm_eval_compat", "train", "compare"]),
+        ("train", ["lm_eval", "score", "lm_eval_compat", "compare"]),
         ("schema", ["torch", "lm_eval", "results", "train"]),
         ("results", ["torch", "lm_eval", "compare", "train"]),
         ("compare", ["torch", "lm_eval", "train", "model", "score"]),
@@ -85,6 +85,10 @@ def test_importing_brings_in_nothing_heavy(parts: list[str], watched: list[str])
 def test_no_stage_reaches_back(folder: str, forbidden: list[str]) -> None:
     names = [name if name in HEAVY else f"qlora_harness.{name}" for name in forbidden]
     assert reaching(folder, *names) == []
+
+
+def test_only_one_place_imports_lm_eval() -> None:
+    assert {line.split("/")[0] for line in reaching("", "lm_eval")} == {"lm_eval_compat"}
 
 
 def test_only_base_names_bitsandbytes() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qlora_harness.errors import ResultsError
-from qlora_harness.score.journal import Journal, question_keys
+from qlora_harness.score.journal import Journal, question_key
 
 IDENTITY = {"base": "llama", "quant": "nf4", "adapter_sha256": "a" * 64}
 
@@ -85,7 +85,7 @@ def test_a_foreign_file_is_replaced(tmp_path: Path, content: bytes) -> None:
     assert Journal(path, IDENTITY).known == {"k1": (-1.0, True)}
 
 
-def test_close_removes_the_file_only_when_asked(tmp_path: Path) -> None:
+def test_close_removes_the_file_only_when_told(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal(path, IDENTITY)
     journal.append([("k1", -1.0, True)])
@@ -101,20 +101,10 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         Journal(tmp_path / "file" / "journal.jsonl", IDENTITY).append([("k", -1.0, True)])
 
 
-def test_the_key_depends_on_context_and_continuation() -> None:
-    pairs = [("a", "b"), ("ab", ""), ("", "ab"), ("a", "c")]
-    keys = question_keys(pairs)
-    assert list(keys) == pairs
-    assert len(set(keys.values())) == 4
-
-
 def test_the_key_is_the_hash_of_the_whole_text() -> None:
-    """What an interrupted run of an older version wrote is still found."""
-    pairs = [("Frage: Größe?\nAnswer:", " A"), ("Frage: Größe?\nAnswer:", " B"), ("", " A")]
-    assert question_keys(pairs) == {
-        (context, continuation): hashlib.sha256(f"{context}\0{continuation}".encode()).hexdigest()[
-            :32
-        ]
-        for context, continuation in pairs
-    }
-    assert question_keys([("a", "b")]) == {("a", "b"): "59b271ae1bbcb1d31d41929817f4b16f"}
+    """What an interrupted run of an older version wrote is still read."""
+    assert question_key("a", "b") == "59b271ae1bbcb1d31d41929817f4b16f"
+    pairs = [("a", "b"), ("ab", ""), ("", "ab"), ("Frage: Größe?\nAnswer:", " A")]
+    keys = [question_key(*pair) for pair in pairs]
+    assert len(set(keys)) == 4
+    assert keys == [hashlib.sha256("\0".join(pair).encode()).hexdigest()[:32] for pair in pairs]

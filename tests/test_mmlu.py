@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 from qlora_harness.errors import DataError
@@ -19,29 +20,25 @@ DEMO = "five_shot_mmlu_demo.json"
 
 def demo_rows(subject: str) -> list[dict[str, object]]:
     lines = (demo_dir() / DEMO).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) | {"index": number} for number, line in enumerate(lines)]
+    rows = [{"index": number} | json.loads(line) for number, line in enumerate(lines)]
     return [row for row in rows if row["subject"] == subject]
 
 
-def test_subject_is_a_data_set_with_the_lines_of_the_file() -> None:
-    loaded = load_subject(mmlu_file=DEMO, mmlu_subject="nutrition")
-    assert list(loaded) == ["test"]
-    assert list(loaded["test"].features) == ["index", "subject", "input", "output"]
-    assert list(loaded["test"]) == demo_rows("nutrition")
-    assert len(loaded["test"]) == 12
-
-
-def test_what_the_harness_passes_on_is_ignored() -> None:
+def test_subject_is_what_a_data_set_of_its_lines_would_be() -> None:
     loaded = load_subject(
         mmlu_file=DEMO,
         mmlu_subject="nutrition",
-        pretrained="smollm2",
+        pretrained="smollm2",  # lm_eval passes on whatever it has
         peft=None,
         version=1.0,
-        config_source="inline",
         mmlu_dir="/no/such/folder",  # the embedded file is in no folder of the user's
     )
-    assert len(loaded["test"]) == 12
+    assert list(loaded) == ["test"]
+    ours, theirs = loaded["test"], datasets.Dataset.from_list(demo_rows("nutrition"))
+    assert list(ours.features) == list(theirs.features) == ["index", "subject", "input", "output"]
+    assert len(ours) == len(theirs) == 12
+    assert list(ours) == list(theirs)
+    assert ours[-1] == theirs[-1]
 
 
 def test_folder_is_passed_on(shared_data: Path) -> None:
@@ -58,9 +55,7 @@ def test_folder_is_passed_on(shared_data: Path) -> None:
 def test_subject_that_the_file_lacks_is_an_error() -> None:
     with pytest.raises(DataError) as error:
         load_subject(mmlu_file=DEMO, mmlu_subject="anatomy")
-    assert str(error.value) == (
-        "five_shot_mmlu_demo.json has no subject 'anatomy'. Fetch the file anew."
-    )
+    assert str(error.value).startswith(f"{DEMO} has no subject 'anatomy'")
 
 
 def test_error_ends_a_program_with_one_line_whatever_model_it_scores() -> None:
@@ -71,10 +66,8 @@ def test_error_ends_a_program_with_one_line_whatever_model_it_scores() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr == (
-        "qlora-harness: error: --metadata mmlu_dir: folder /no/such/folder does not exist. "
-        "Name the folder of the files.\n"
-    )
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("qlora-harness: error: --metadata mmlu_dir: folder /no/such/")
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-from scoring_runs import demo_prompts, score
+from scoring_runs import MakeLm, demo_prompts, score
 
 from qlora_harness.score import output_head
-from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.output_head import OutputHead, float32_logits
 
 HIDDEN, WORDS = 16, 50
@@ -35,7 +33,7 @@ def test_logits_are_the_float32_product_of_what_is_there(
     assert torch.allclose(logits.double(), expected, atol=1e-5)
 
 
-def test_many_places_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_hidden_states_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, hidden = head(torch.bfloat16), torch.randn(11, HIDDEN).to(torch.bfloat16)
     which, tokens = torch.tensor([10, 0, 3, 3, 7, 10]), torch.tensor([1, 2, 3, 4, 5, 6])
     options = {"scaling": 2.0, "softmax_dtype": torch.float32}
@@ -70,7 +68,7 @@ def test_a_head_of_another_kind_runs_its_own_forward_in_float32() -> None:
     ids=str,
 )
 def test_scores_of_a_bfloat16_model_do_not_come_in_steps(
-    make_lm: Callable[..., QloraAdapterLM], options: dict[str, str], in_steps: bool
+    make_lm: MakeLm, options: dict[str, str], in_steps: bool
 ) -> None:
     """A logit of bfloat16 from 1 on is a multiple of 1/128; `scoring=hf` is lm-eval's own."""
     lm = make_lm(dtype="bfloat16", **options)

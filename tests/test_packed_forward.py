@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -64,10 +65,9 @@ def plain(model: Any, query: Query) -> tuple[float, bool]:
     whole = [*query.context, *query.continuation][-(WINDOW + 1) :]
     with torch.no_grad():
         logits = model(torch.tensor([whole[:-1]])).logits[0].float()
-    asked = len(query.continuation)
-    logprobs = torch.log_softmax(logits, dim=-1)[-asked:]
     targets = torch.tensor(query.continuation)
-    total = logprobs[torch.arange(asked), targets].sum()
+    logprobs = torch.log_softmax(logits, dim=-1)[-len(targets) :]
+    total = logprobs[torch.arange(len(targets)), targets].sum()
     return float(total), bool((logprobs.argmax(-1) == targets).all())
 
 
@@ -94,12 +94,12 @@ def test_packed_equals_plain(
 ) -> None:
     packed = PackedModel(model, torch.float32, flex=flex)
     scorer = PackedScorer(packed, window=WINDOW, pack_tokens=pack_tokens)
-    found = scorer.score(queries, show_progress=False)
-    assert sorted(found) == list(range(len(queries)))
+    scores = scorer.score(queries, show_progress=False).scores
+    assert sorted(scores) == list(range(len(queries)))
     for number, query in enumerate(queries):
         logprob, greedy = plain(model, query)
-        assert found[number][0] == pytest.approx(logprob, abs=1e-4)
-        assert found[number][1] == greedy
+        assert scores[number][0] == pytest.approx(logprob, abs=1e-4)
+        assert scores[number][1] == greedy
 
 
 @settings(max_examples=30, deadline=None)
@@ -113,7 +113,7 @@ def test_blocks_of_the_mask_are_those_that_torch_finds(queries: list[Query], fil
     longer = [
         Query([*q.context, *range(i, i + filling)], q.continuation) for i, q in enumerate(queries)
     ]
-    (pack,) = plan(longer, pack_tokens=10**6, window=10**6).packs
+    (pack,) = plan(longer, pack_tokens=10**6, window=10**6)
     ends = torch.from_numpy(pack.end)
 
     def sees(batch: Any, head: Any, q: Any, k: Any) -> Any:
@@ -122,11 +122,11 @@ def test_blocks_of_the_mask_are_those_that_torch_finds(queries: list[Query], fil
     size = len(pack.end) // BLOCK * BLOCK
     if not size:
         return
-    found = block_mask(np.minimum(pack.end[:size], size), torch.device("cpu"))
-    wanted = create_block_mask(sees, None, None, size, size, device="cpu", BLOCK_SIZE=BLOCK)
-    assert torch.equal(found.to_dense(), wanted.to_dense())
+    mask = block_mask(np.minimum(pack.end[:size], size), torch.device("cpu"))
+    expected = create_block_mask(sees, None, None, size, size, device="cpu", BLOCK_SIZE=BLOCK)
+    assert torch.equal(mask.to_dense(), expected.to_dense())
     for name in ("kv_num_blocks", "full_kv_num_blocks"):
-        assert torch.equal(getattr(found, name), getattr(wanted, name))
+        assert torch.equal(getattr(mask, name), getattr(expected, name))
 
 
 def test_the_model_is_left_as_it_was(model: Any) -> None:
@@ -147,8 +147,9 @@ def test_shares_of_all_processes_make_the_whole(model: Any) -> None:
         for _ in range(60)
     ]
     scorer = PackedScorer(PackedModel(model, torch.float32), window=WINDOW, pack_tokens=64)
-    alone = scorer.score(queries, show_progress=False)
-    parts = [scorer.score(queries, share=(rank, 3), show_progress=False) for rank in range(3)]
+    alone = scorer.score(queries, show_progress=False).scores
+    shares = [scorer.score(queries, share=(rank, 3), show_progress=False) for rank in range(3)]
+    parts = [share.scores for share in shares]
     assert sum(len(part) for part in parts) == len(queries)
     assert {n: s for part in parts for n, s in part.items()} == alone
     assert min(len(part) for part in parts) > 0
@@ -173,21 +174,19 @@ def test_out_of_memory_halves_the_packs_and_goes_on(model: Any) -> None:
     rng = np.random.default_rng(1)
     queries = [Query(rng.integers(0, 40, size=30).tolist(), [1]) for _ in range(80)]
     packed = PackedModel(model, torch.float32)
-    expected = PackedScorer(packed, window=WINDOW, pack_tokens=1024).score(
-        queries, show_progress=False
-    )
     limited = RunsOut(packed, 300)
-    scorer = PackedScorer(limited, window=WINDOW, pack_tokens=1024)  # type: ignore[arg-type]
-    found = scorer.score(queries, show_progress=False)
-    assert scorer.pack_tokens == 256
+    scorers = [PackedScorer(m, window=WINDOW, pack_tokens=1024) for m in (packed, limited)]
+    expected, scored = (s.score(queries, show_progress=False) for s in scorers)
+    assert scorers[1].pack_tokens == 256
     assert limited.failed == 2
-    assert {n: s[0] for n, s in found.items()} == pytest.approx(
-        {n: s[0] for n, s in expected.items()}, abs=1e-5
+    assert scored.computed_tokens == expected.computed_tokens
+    assert {n: s[0] for n, s in scored.scores.items()} == pytest.approx(
+        {n: s[0] for n, s in expected.scores.items()}, abs=1e-5
     )
 
 
 def test_what_was_built_ahead_serves_the_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted with a compiler that builds nothing; what is reused is decided before it is asked."""
+    """Counted with a compiler that builds nothing; what is reused is decided before it runs."""
     from torch._dynamo.testing import CompileCounter
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -197,14 +196,14 @@ def test_what_was_built_ahead_serves_the_packs(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("qlora_harness.score.tree_attention._flex", lambda on_gpu: compiled)
     model = tiny("llama")
     query = Query([1, 2, 3], [4])
-    (pack,) = plan([query], pack_tokens=256, window=WINDOW).packs
+    (pack,) = plan([query], pack_tokens=256, window=WINDOW)
     packed = PackedModel(model, torch.float32, flex=True)
     packed.build_ahead(256)
     packed.wait()
     assert counter.frame_count == 1
-    found = packed.start(pack, 256).reads()
+    reads = packed.start(pack, 256).reads()
     assert counter.frame_count == 1
-    assert found.logprobs[0] == pytest.approx(plain(model, query)[0], abs=1e-4)
+    assert reads.logprobs[0] == pytest.approx(plain(model, query)[0], abs=1e-4)
     packed.start(pack, 128).reads()
     assert counter.frame_count == 2  # another length is another kernel: the counter does count
 
@@ -212,7 +211,7 @@ def test_what_was_built_ahead_serves_the_packs(monkeypatch: pytest.MonkeyPatch) 
 def test_first_pack_waits_for_what_is_built_ahead() -> None:
     model = tiny("llama")
     packed = PackedModel(model, torch.float32)
-    (pack,) = plan([Query([1, 2, 3], [4])], pack_tokens=256, window=WINDOW).packs
+    (pack,) = plan([Query([1, 2, 3], [4])], pack_tokens=256, window=WINDOW)
     goes_on = threading.Event()
     seen: list[tuple[str, int]] = []
 
@@ -236,7 +235,7 @@ def test_what_can_not_be_built_ahead_is_left_to_the_first_pack(
     model = tiny("llama")
     packed = PackedModel(model, torch.float32)
     query = Query([1, 2, 3], [4])
-    (pack,) = plan([query], pack_tokens=256, window=WINDOW).packs
+    (pack,) = plan([query], pack_tokens=256, window=WINDOW)
     failures = iter([torch.OutOfMemoryError("CUDA out of memory"), ValueError("broken")])
 
     def forward(module: Any, args: Any) -> None:
@@ -252,16 +251,16 @@ def test_what_can_not_be_built_ahead_is_left_to_the_first_pack(
     assert model.config._attn_implementation == before
     with pytest.raises(ValueError, match="broken"):
         packed.start(pack)
-    found = packed.start(pack).reads()
+    reads = packed.start(pack).reads()
     hook.remove()
-    assert found.logprobs[0] == pytest.approx(plain(model, query)[0], abs=1e-4)
+    assert reads.logprobs[0] == pytest.approx(plain(model, query)[0], abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
         ({"model_type": "mamba"}, "model type 'mamba' is not among those checked"),
-        ({"model_type": "mistral", "sliding_window": 8}, "sliding-window attention \\(8 tokens\\)"),
+        ({"model_type": "mistral", "sliding_window": 8}, "sliding-window attention (8 tokens)"),
         (
             {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
             "layers of type sliding_attention",
@@ -269,18 +268,12 @@ def test_what_can_not_be_built_ahead_is_left_to_the_first_pack(
         ({"model_type": "llama", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         (
             {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic"}},
-            "rotary embedding \\(dynamic\\)",
+            "rotary embedding (dynamic)",
         ),
     ],
 )
 def test_models_it_cannot_take_are_refused(values: dict[str, Any], reason: str) -> None:
-    from types import SimpleNamespace
-
-    found = why_unsupported(SimpleNamespace(**values))
-    assert found is not None
-    import re
-
-    assert re.search(reason, found)
+    assert reason in str(why_unsupported(SimpleNamespace(**values)))
 
 
 def test_models_it_can_take_are_not_refused(model: Any) -> None:
@@ -300,4 +293,5 @@ def test_packs_of_any_number_of_lengths_stay_compiled() -> None:
     thread.start()
     thread.join()
     look()
-    assert min(map(min, seen)) >= 1000 and len(seen) == 2
+    assert len(seen) == 2
+    assert min(map(min, seen)) >= 1000

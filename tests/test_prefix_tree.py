@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_harness.score.prefix_tree import Pack, Plan, Query, Segment, plan
+from qlora_harness.score.prefix_tree import Pack, Query, Segment, plan
 
 SMALL = st.lists(st.integers(0, 2), min_size=1, max_size=8)
 QUERIES = st.lists(st.builds(Query, SMALL, SMALL), min_size=1, max_size=25)
 
 
-def ancestors(pack: Pack, place: int) -> list[int]:
+def ancestors(pack: Pack, q: int) -> list[int]:
     """What a token sees, by the rule k <= q < end[k]."""
-    return [k for k in range(place + 1) if place < pack.end[k]]
+    return [k for k in range(q + 1) if q < pack.end[k]]
 
 
-def text(pack: Pack, place: int) -> list[int]:
-    """The tokens from the root to a place."""
-    return [int(pack.tokens[k]) for k in ancestors(pack, place)]
+def text(pack: Pack, q: int) -> list[int]:
+    """The tokens from the root to token q."""
+    return [int(pack.tokens[k]) for k in ancestors(pack, q)]
 
 
 def trie_size(queries: list[Query], window: int) -> int:
@@ -32,13 +32,13 @@ def trie_size(queries: list[Query], window: int) -> int:
     return len(nodes)
 
 
-def check(queries: list[Query], planned: Plan, window: int) -> None:
+def check(queries: list[Query], packs: list[Pack], window: int) -> None:
     seen: dict[int, list[tuple[list[int], int]]] = {}
-    for pack in planned.packs:
+    for pack in packs:
         for at, token, number in zip(pack.read_at, pack.read_token, pack.read_query, strict=True):
             seen.setdefault(int(number), []).append((text(pack, int(at)), int(token)))
-        for place in range(len(pack.tokens)):
-            assert pack.positions[place] == len(ancestors(pack, place)) - 1
+        for q in range(len(pack.tokens)):
+            assert pack.positions[q] == len(ancestors(pack, q)) - 1
         covered = [i for s in pack.segments for i in range(s.start, s.stop)]
         assert covered == list(range(len(pack.tokens)))
         for segment in pack.segments:
@@ -47,9 +47,8 @@ def check(queries: list[Query], planned: Plan, window: int) -> None:
     assert sorted(seen) == list(range(len(queries)))
     for number, query in enumerate(queries):
         whole = [*query.context, *query.continuation][-(window + 1) :]
-        asked = len(query.continuation)
-        first = len(whole) - asked
-        assert seen[number] == [(whole[: first + i], query.continuation[i]) for i in range(asked)]
+        first = len(whole) - len(query.continuation)
+        assert seen[number] == [(whole[: first + i], t) for i, t in enumerate(query.continuation)]
 
 
 @settings(max_examples=300, deadline=None)
@@ -57,11 +56,9 @@ def check(queries: list[Query], planned: Plan, window: int) -> None:
 def test_every_query_reads_its_own_tokens_after_its_own_text(
     queries: list[Query], pack_tokens: int
 ) -> None:
-    planned = plan(queries, pack_tokens=pack_tokens, window=100)
-    check(queries, planned, 100)
-    assert planned.distinct_tokens == trie_size(queries, 100)
-    assert planned.truncated == ()
-    for pack in planned.packs:
+    packs = plan(queries, pack_tokens=pack_tokens, window=100)
+    check(queries, packs, 100)
+    for pack in packs:
         # Only a single text that is longer than a pack may exceed it.
         assert len(pack.tokens) <= pack_tokens or len(pack.segments) == 1
 
@@ -69,23 +66,19 @@ def test_every_query_reads_its_own_tokens_after_its_own_text(
 @settings(max_examples=100, deadline=None)
 @given(QUERIES)
 def test_one_pack_holds_each_distinct_token_once(queries: list[Query]) -> None:
-    planned = plan(queries, pack_tokens=10_000, window=100)
-    assert len(planned.packs) == 1
-    assert planned.computed_tokens == planned.distinct_tokens == trie_size(queries, 100)
+    (pack,) = plan(queries, pack_tokens=10_000, window=100)
+    assert len(pack.tokens) == trie_size(queries, 100)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.builds(Query, SMALL, st.just([1])), min_size=1, max_size=10))
 def test_long_queries_lose_tokens_on_the_left(queries: list[Query]) -> None:
-    planned = plan(queries, pack_tokens=50, window=4)
-    check(queries, planned, 4)
-    too_long = [i for i, q in enumerate(queries) if len(q.context) + 1 > 5]
-    assert list(planned.truncated) == too_long
+    check(queries, plan(queries, pack_tokens=50, window=4), 4)
 
 
 def test_a_pack_worked_out_by_hand() -> None:
     queries = [Query([5, 6, 7], [1]), Query([5, 6, 7], [2]), Query([5, 6, 8], [3, 4])]
-    (pack,) = plan(queries, pack_tokens=100, window=100).packs
+    (pack,) = plan(queries, pack_tokens=100, window=100)
     # 5 ─ 6 ─┬ 7          the last token of a query is never an input
     #        └ 8 ─ 3
     assert pack.tokens.tolist() == [5, 6, 7, 8, 3]
@@ -97,17 +90,14 @@ def test_a_pack_worked_out_by_hand() -> None:
     assert pack.read_query.tolist() == [0, 1, 2, 2]
 
 
-def test_counts_of_a_plan() -> None:
+def test_a_full_pack_is_followed_by_one_that_repeats_its_prefix() -> None:
     queries = [Query([1, 2, 3], [i]) for i in range(4)] + [Query([1, 2, 9], [0])]
-    planned = plan(queries, pack_tokens=3, window=100)
-    assert planned.asked_tokens == 15
-    assert planned.distinct_tokens == 4
-    assert planned.computed_tokens == 6  # the prefix 1 2 stands in both packs
-    assert len(planned.packs) == 2
+    sizes = [len(pack.tokens) for pack in plan(queries, pack_tokens=3, window=100)]
+    assert sizes == [3, 3]  # the prefix 1 2 stands in both
 
 
 def test_no_query_needs_no_pack() -> None:
-    assert plan([], pack_tokens=8, window=8) == Plan((), 0, 0, 0, ())
+    assert plan([], pack_tokens=8, window=8) == []
 
 
 def test_the_plan_is_pure() -> None:
@@ -120,12 +110,12 @@ def test_the_plan_is_pure() -> None:
 
 def test_the_real_test_set_shrinks_sevenfold(mmlu_test_ids: list[list[int]]) -> None:
     queries = [Query(ids, [letter]) for ids in mmlu_test_ids for letter in (319, 350, 315, 360)]
-    planned = plan(queries, pack_tokens=16384, window=4096)
-    assert planned.asked_tokens == 4 * 10_882_111
-    assert planned.distinct_tokens == 1_542_533
-    assert planned.computed_tokens <= 1.07 * planned.distinct_tokens
-    assert planned.truncated == ()
-    assert np.unique(np.concatenate([p.read_query for p in planned.packs])).size == len(queries)
+    assert sum(map(len, mmlu_test_ids)) == 10_882_111
+    (whole,) = plan(queries, pack_tokens=10**9, window=4096)
+    assert len(whole.tokens) == 1_542_533
+    packs = plan(queries, pack_tokens=16384, window=4096)
+    assert sum(len(pack.tokens) for pack in packs) <= 1.07 * 1_542_533
+    assert np.unique(np.concatenate([p.read_query for p in packs])).size == len(queries)
 
 
 @pytest.fixture(scope="module")

@@ -323,8 +323,8 @@ def test_mixture_of_experts_trains_and_is_scored(
     share = summary("run")["quantization"]["unquantised_share"]
     assert share == pytest.approx(37120 / 43264)
     lm = make_lm(peft="run/adapter")
-    assert lm._model_record()["unquantised_share"] == share
-    assert lm._path.reason == "model type 'mixtral' is not among those checked"
+    assert lm.loaded.record()["unquantised_share"] == share
+    assert lm.session.path.reason == "model type 'mixtral' is not among those checked"
     adapted = score(lm, demo_prompts(1))
     for module in lm.model.modules():
         if hasattr(module, "lora_B"):

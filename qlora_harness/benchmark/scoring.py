@@ -8,25 +8,24 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
 
 from qlora_harness.benchmark.record import ScoringBenchmark, ScoringMeasurement
 from qlora_harness.errors import SettingsError
 from qlora_harness.families import LETTERS
+from qlora_harness.lm_eval_compat.hflm import Encoded, StockHFLM
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.record import environment, write_json
 from qlora_harness.score.adapter_lm import QloraAdapterLM
-from qlora_harness.score.encoding import encode_pairs
+from qlora_harness.score.encoding import Pair, encode_pairs
 from qlora_harness.score.mmlu import is_tie, predict
 from qlora_harness.score.mmlu_files import Question, known_files, load_questions
+from qlora_harness.score.session import TokenScores
 
-Pair = tuple[str, str]
-Encoded = tuple[Pair, list[int], list[int]]
 Logprobs = list[list[float]]  # four of each question, nats
 
 
@@ -75,9 +74,10 @@ def measure_scoring(plan: ScoringPlan) -> str:
     )
     measurements = _Bench(lm, questions, plan).measurements
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    random_weights = ", random weights" if lm._source.random_weights else ""
-    title = f"{plan.model}{random_weights}, {plan.quant}, {lm._compute_dtype}, {plan.file}, {name}"
-    title += ", fused kernels" if lm._path.fused else ""
+    random_weights = ", random weights" if lm.loaded.source.random_weights else ""
+    dtype = lm.loaded.compute_dtype
+    title = f"{plan.model}{random_weights}, {plan.quant}, {dtype}, {plan.file}, {name}"
+    title += ", fused kernels" if lm.session.path.fused else ""
     record = ScoringBenchmark(
         title=title,
         measurements=measurements,
@@ -120,8 +120,7 @@ class _Way:
 
     name: str
     encode: Callable[[Sequence[Pair]], list[Encoded]]
-    score: Callable[[list[Encoded]], list[tuple[float, bool]]]
-    computed_tokens: Callable[[], int | None] = field(default=lambda: None)
+    score: Callable[[list[Encoded]], TokenScores]
 
 
 class _Bench:
@@ -135,7 +134,7 @@ class _Bench:
         if plan.baseline_questions is not None and plan.baseline_questions < len(questions):
             self._sample = random.Random(0).sample(self._sample, plan.baseline_questions)
         warm = questions[:64]
-        lm.expand_base()
+        lm.session.expand_base()
         hf = _hf_way(lm, plan.batch_size)
         _score(hf, warm[: 2 * plan.batch_size])
         self._baseline, self._expected, encoded = self._measure(hf, self._sample)
@@ -182,7 +181,7 @@ class _Bench:
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        scores, encoding, scoring, ids = _score(way, questions, encoded)
+        scores, encoding, scoring, ids, computed = _score(way, questions, encoded)
         lengths = {context: len(tokens) for (context, _), tokens, _ in ids}
         tokens = sum(lengths[q.prompt] for q in questions)
         logprobs = [[scores[q.prompt, f" {letter}"] for letter in LETTERS] for q in questions]
@@ -192,7 +191,7 @@ class _Bench:
             encoding_seconds=encoding,
             scoring_seconds=scoring,
             prompt_tokens=tokens,
-            computed_tokens=way.computed_tokens() or tokens,
+            computed_tokens=computed or tokens,
             peak_allocated_bytes=torch.cuda.max_memory_allocated() if cuda else None,
             ties=sum(map(is_tie, logprobs)),
         )
@@ -226,18 +225,11 @@ class _Bench:
 
 def _hf_way(lm: QloraAdapterLM, batch_size: int) -> _Way:
     """lm-eval's own model around the same weights."""
-    hf = HFLM(
-        pretrained=lm.model,
-        tokenizer=lm.tokenizer,
-        batch_size=batch_size,
-        max_length=lm.max_length,
-        add_bos_token=lm.add_bos_token,
-        softmax_dtype=lm.softmax_dtype,
-    )
+    hf = StockHFLM(lm, batch_size)
     return _Way(
         f"lm-eval hf, batch size {batch_size}",
-        lambda pairs: [(pair, *hf._encode_pair(*pair)) for pair in pairs],
-        lambda encoded: hf._loglikelihood_tokens(encoded, disable_tqdm=True),
+        hf.encode,
+        lambda encoded: TokenScores(hf.score(encoded), None),
     )
 
 
@@ -247,8 +239,7 @@ def _packed_way(lm: QloraAdapterLM, name: str) -> _Way:
         lambda pairs: [
             (pair, *ids) for pair, ids in zip(pairs, encode_pairs(lm, pairs), strict=True)
         ],
-        lambda encoded: lm._loglikelihood_tokens(encoded, disable_tqdm=True),
-        lambda: lm.last_plan.computed_tokens if lm.last_plan is not None else None,
+        lm.session.score_tokens,
     )
 
 
@@ -263,8 +254,8 @@ def _with_random_adapter(model: Any, rank: int) -> Any:
 
 def _score(
     way: _Way, questions: Sequence[Question], encoded: tuple[list[Encoded], float] | None = None
-) -> tuple[dict[Pair, float], float, float, list[Encoded]]:
-    """Returns log-probabilities, seconds of encoding, seconds of scoring, and the token ids.
+) -> tuple[dict[Pair, float], float, float, list[Encoded], int | None]:
+    """Returns log-probabilities, seconds of encoding and scoring, token ids, computed tokens.
 
     `encoded` holds ids and seconds of a way that encodes alike.
     """
@@ -273,10 +264,10 @@ def _score(
     ids = way.encode(pairs) if encoded is None else encoded[0]
     encoding = time.perf_counter() - started if encoded is None else encoded[1]
     started = time.perf_counter()
-    scores = way.score(ids)
+    scores, computed = way.score(ids)
     scoring = time.perf_counter() - started
     logprobs = {pair: logprob for pair, (logprob, _) in zip(pairs, scores, strict=True)}
-    return logprobs, encoding, scoring, ids
+    return logprobs, encoding, scoring, ids, computed
 
 
 def _differences(first: Logprobs, second: Logprobs) -> Iterator[float]:

@@ -15,96 +15,76 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-_SAMPLE = 32
-_ANCHOR = 24
-_PIECE = 128
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
+_SAMPLE = 32  # pairs that are encoded the plain way as well
+_ANCHOR = 24  # characters in which the word before a piece is looked for
+_PIECE = 128  # characters that a piece has at least
 _BORDER = re.compile(r"(?<=[^\s▁Ġ]) (?=[^\s▁Ġ])")
 
 Pair = tuple[str, str]
-Encoded = tuple[list[int], list[int]]
-Pieces = tuple[str, tuple[tuple[str, str], ...]]
+TokenIds = tuple[list[int], list[int]]  # of the context and the continuation
 
 
-def encode_pairs(lm: Any, pairs: Sequence[Pair]) -> list[Encoded]:
-    """Encodes (context, continuation) pairs.
+def encode_pairs(lm: Any, pairs: Sequence[Pair]) -> list[TokenIds]:
+    """Encodes (context, continuation) pairs as `TemplateLM.loglikelihood` of the HFLM `lm` does.
 
-    Args:
-        lm: An HFLM; its `tok_encode` is the rule.
-        pairs: Texts; an empty context stands for the prefix token.
-
-    Returns:
-        Token ids of context and continuation, as `TemplateLM.loglikelihood` would give them.
+    An empty context stands for the prefix token.
     """
     moved = [_move_spaces(context, continuation) for context, continuation in pairs]
-    found = _by_pieces(lm, moved) if _separable(lm.tokenizer) else None
-    if found is None or not _confirmed(lm, moved, found):
-        found = _whole(lm, moved)
-    return found
+    distinct = list(dict.fromkeys(moved))
+    encoded = _by_pieces(lm, distinct) if _is_separable(lm.tokenizer) else {}
+    rest = [pair for pair in distinct if pair not in encoded]
+    encoded.update(zip(rest, _whole(lm, rest), strict=True))
+    return [encoded[pair] for pair in moved]
 
 
-def _whole(lm: Any, pairs: Sequence[Pair]) -> list[Encoded]:
+def _whole(lm: Any, pairs: Sequence[Pair]) -> list[TokenIds]:
     """The plain rule, each distinct text once."""
     texts = (text for c, k in pairs if c for text in (c, c + k))
     ids = _encode_distinct(lm, texts)
     return [(ids[c], ids[c + k][len(ids[c]) :]) if c else _without_context(lm, k) for c, k in pairs]
 
 
-def _by_pieces(lm: Any, pairs: Sequence[Pair]) -> list[Encoded] | None:
-    """Encodes distinct pieces and joins them; None if a piece is not what it is in its text."""
+def _by_pieces(lm: Any, pairs: Sequence[Pair]) -> dict[Pair, TokenIds]:
+    """Encodes distinct pieces and joins them, for pairs whose continuation is such a piece.
+
+    Returns nothing if a piece isn't what it is in its text.
+    """
     added = _added_tokens(lm.tokenizer)
-    pieces = {c: _cut(c, added) for c in dict.fromkeys(c for c, _ in pairs) if c}
-    alone = {pair for pair in pairs if pair[0] and _splits(*pair, added)}
-    wholes = {c + k: _cut(c + k, added) for c, k in pairs if c and (c, k) not in alone}
-    texts = [*pieces.values(), *wholes.values()]
-    heads = _encode_distinct(lm, (head for head, _ in texts))
-    last = {(_anchor(c), k) for c, k in alone}
-    tails = _encode_tails(lm, [*(tail for _, cut in texts for tail in cut), *last])
+    words = {pair: _word_before(pair[0]) for pair in pairs if _splits(*pair, added)}
+    pieces = {context: _cut(context) for context in dict.fromkeys(c for c, _ in words)}
+    heads = _encode_distinct(lm, (head for head, _ in pieces.values()))
+    last = [(word, continuation) for (_, continuation), word in words.items()]
+    tails = _encode_tails(lm, [*(tail for _, cut in pieces.values() for tail in cut), *last])
     if tails is None:
-        return None
-
-    def join(head: str, cut: Sequence[tuple[str, str]]) -> list[int]:
-        ids = list(heads[head])
-        for tail in cut:
-            ids += tails[tail]
-        return ids
-
-    contexts = {text: join(*cut) for text, cut in pieces.items()}
-    both = {text: join(*cut) for text, cut in wholes.items()}
-    found = []
-    for context, continuation in pairs:
-        if not context:
-            found.append(_without_context(lm, continuation))
-            continue
-        ids = contexts[context]
-        if (context, continuation) in alone:
-            found.append((ids, tails[_anchor(context), continuation]))
-        else:
-            found.append((ids, both[context + continuation][len(ids) :]))
-    return found
+        return {}
+    ids = {
+        context: [*heads[head], *(token for tail in cut for token in tails[tail])]
+        for context, (head, cut) in pieces.items()
+    }
+    encoded = {pair: (ids[pair[0]], tails[word, pair[1]]) for pair, word in words.items()}
+    # A tokenizer may do what its vocabulary hides.
+    sample = random.Random(0).sample(list(encoded), min(_SAMPLE, len(encoded)))
+    confirmed = _whole(lm, sample) == [encoded[pair] for pair in sample]
+    return encoded if confirmed else {}
 
 
-def _cut(text: str, added: re.Pattern[str] | None) -> Pieces:
+def _cut(text: str) -> tuple[str, list[Pair]]:
     """Cuts a text at the first border of a line, where the piece is long enough.
 
-    Returns:
-        The head, and the tails with the anchor of each: the word it is encoded behind.
+    Returns the first piece, and the others with the word before each.
     """
-    places = []
-    if added is None or not added.search(text):
-        at = 0
-        while (line := text.find("\n", at + _PIECE)) >= 0:
-            border = _BORDER.search(text, line)
-            if border is None:
-                break
-            at = border.start()
-            places.append(at)
-    if not places:
-        return text, ()
-    ends = [*places[1:], len(text)]
-    return text[: places[0]], tuple(
-        (_anchor(text[max(0, start - _ANCHOR) : start]), text[start:stop])
-        for start, stop in zip(places, ends, strict=True)
-    )
+    starts = [0]
+    while (line := text.find("\n", starts[-1] + _PIECE)) >= 0:
+        border = _BORDER.search(text, line)
+        if border is None:
+            break
+        starts.append(border.start())
+    ends = [*starts[1:], len(text)]
+    return text[: ends[0]], [
+        (_word_before(text[max(0, start - _ANCHOR) : start]), text[start:stop])
+        for start, stop in zip(starts[1:], ends[1:], strict=True)
+    ]
 
 
 def _move_spaces(context: str, continuation: str) -> Pair:
@@ -116,12 +96,13 @@ def _move_spaces(context: str, continuation: str) -> Pair:
 
 
 def _splits(context: str, continuation: str, added: re.Pattern[str] | None) -> bool:
-    if not _BORDER.match(context[-1] + continuation[:2], 1):
+    """Whether a continuation can be encoded apart from its context."""
+    if not _BORDER.match(context[-1:] + continuation[:2], 1):
         return False
     return added is None or not (added.search(continuation) or added.search(context))
 
 
-def _separable(tokenizer: Any) -> bool:
+def _is_separable(tokenizer: Any) -> bool:
     """Whether no token reaches over a border between a non-space and a space."""
     if not getattr(tokenizer, "is_fast", False):
         return False
@@ -138,14 +119,14 @@ def _added_tokens(tokenizer: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, contents))) if contents else None
 
 
-def _anchor(context: str) -> str:
-    """What a tail is encoded behind, in place of all that is before it."""
-    words = context[-_ANCHOR:].split()
-    return words[-1] if words else context[-1:]
+def _word_before(text: str) -> str:
+    """The end of a text, after which a tail is encoded in place of the whole text."""
+    words = text[-_ANCHOR:].split()
+    return words[-1] if words else text[-1:]
 
 
 def _encode_tails(lm: Any, tails: Iterable[Pair]) -> dict[Pair, list[int]] | None:
-    """The ids that texts add behind an anchor; None if the anchor's own ids change."""
+    """The ids that texts add after a word; None if the word's own ids change."""
     distinct = list(dict.fromkeys(tails))
     if not distinct:
         return {}
@@ -153,13 +134,13 @@ def _encode_tails(lm: Any, tails: Iterable[Pair]) -> dict[Pair, list[int]] | Non
     with _parallel():
         encoded = lm.tokenizer(texts, return_attention_mask=False, add_special_tokens=False)
     ids = dict(zip(texts, encoded["input_ids"], strict=True))
-    found = {}
+    added = {}
     for word, tail in distinct:
         before, whole = ids[word], ids[word + tail]
         if whole[: len(before)] != before:
             return None
-        found[word, tail] = whole[len(before) :]
-    return found
+        added[word, tail] = whole[len(before) :]
+    return added
 
 
 def _encode_distinct(lm: Any, texts: Iterable[str]) -> dict[str, list[int]]:
@@ -180,27 +161,19 @@ def _encode_distinct(lm: Any, texts: Iterable[str]) -> dict[str, list[int]]:
 @contextmanager
 def _parallel() -> Iterator[None]:
     """lm_eval switches the tokenizers library to one thread; a batch gains from all of them."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "true"
+    before = os.environ.get(_PARALLELISM)
+    os.environ[_PARALLELISM] = "true"
     try:
         yield
     finally:
         if before is None:
-            del os.environ[name]
+            del os.environ[_PARALLELISM]
         else:
-            os.environ[name] = before
+            os.environ[_PARALLELISM] = before
 
 
-def _without_context(lm: Any, continuation: str) -> Encoded:
+def _without_context(lm: Any, continuation: str) -> TokenIds:
     """An empty context is the prefix token, unless the continuation begins with it."""
     ids = lm.tok_encode(continuation, add_special_tokens=False)
     prefix = lm.prefix_token_id
     return ([prefix], ids) if prefix != ids[0] else (ids[:1], ids[1:])
-
-
-def _confirmed(lm: Any, pairs: Sequence[Pair], found: Sequence[Encoded]) -> bool:
-    """Checks a sample against the plain rule: a tokenizer may do what its vocabulary hides."""
-    chosen = random.Random(0).sample(range(len(pairs)), min(_SAMPLE, len(pairs)))
-    sample = [pairs[i] for i in chosen]
-    return _whole(lm, sample) == [found[i] for i in chosen]

@@ -6,78 +6,64 @@ import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from qlora_harness.accuracy import accuracy, micro_macro
 from qlora_harness.errors import ResultsError
 from qlora_harness.families import LETTERS
 from qlora_harness.question_hashes import prompts_hash
-from qlora_harness.record import (
-    EVALUATION_FILE,
-    now,
-    remove_leftovers,
-    write_json,
-)
+from qlora_harness.record import EVALUATION_FILE, now, remove_leftovers, write_json
 from qlora_harness.schema.evaluation import Evaluation, Progress, QuestionRow, TaskScores
 from qlora_harness.schema.section import read_record
 from qlora_harness.score.mmlu import is_tie, predict
 
 _WRITTEN_SECONDS = 3600.0  # by then no process is still writing a record
 
-
-@dataclass(frozen=True)
-class ScoredQuestion:
-    """One question and what the model said.
-
-    Attributes:
-        index: Line of the file, from 0.
-        subject: For example "anatomy".
-        prompt_sha256: Hash of the text that was scored, 16 hexadecimal digits.
-        answer: The right letter.
-        logprobs: Log-probabilities of " A" … " D" in nats.
-        truncated: Whether the prompt was longer than the model's window.
-    """
-
-    index: int
-    subject: str
-    prompt_sha256: str
-    answer: str
-    logprobs: tuple[float, ...]
-    truncated: bool = False
-
-    @property
-    def prediction(self) -> str:
-        """The letter with the highest log-probability."""
-        return predict(self.logprobs)
-
-    @property
-    def correct(self) -> bool:
-        """Whether the prediction is the answer."""
-        return self.prediction == self.answer
+_Record = TypeVar("_Record", Progress, Evaluation)
 
 
-def summarise(
-    questions: Sequence[ScoredQuestion],
-    categories: Mapping[str, Sequence[str]],
+class Family(NamedTuple):
+    """What was scored of one task family."""
+
+    questions: Sequence[QuestionRow]
+    categories: Mapping[str, Sequence[str]]
+    """Subjects by category."""
+    n_total: int
+    """Questions in the file; more than were scored with --limit or a single subject."""
+
+
+def question_row(
     *,
-    n_total: int,
-) -> TaskScores:
-    """Computes the accuracies of one task family.
+    index: int,
+    subject: str,
+    prompt_sha256: str,
+    answer: str,
+    logprobs: Sequence[float],
+    truncated: bool = False,
+) -> QuestionRow:
+    """Returns a question with the log-probabilities of " A" … " D" in nats and what follows."""
+    prediction = predict(logprobs)
+    return QuestionRow.model_validate(
+        {
+            "index": index,
+            "subject": subject,
+            "logprobs": dict(zip(LETTERS, logprobs, strict=True)),
+            "prediction": prediction,
+            "answer": answer,
+            "correct": prediction == answer,
+            "prompt_sha256": prompt_sha256,
+            "truncated": truncated,
+        }
+    )
 
-    Args:
-        questions: All scored questions.
-        categories: Subjects by category.
-        n_total: Questions in the file; more than were scored with --limit or a single subject.
 
-    Returns:
-        Micro and macro accuracy with standard errors, subjects, categories, number of exact ties,
-        and a hash of indices, prompts and answers.
-    """
+def summarise(family: Family) -> TaskScores:
+    """Returns micro and macro accuracy with standard errors, subjects, categories, ties, hash."""
+    rows = family.questions
     by_subject: dict[str, list[bool]] = defaultdict(list)
-    for q in questions:
-        by_subject[q.subject].append(q.correct)
+    for row in rows:
+        by_subject[row.subject].append(row.correct)
     subjects: dict[str, dict[str, Any]] = {}
     for subject, correct in sorted(by_subject.items()):
         mean, error = accuracy(correct)
@@ -89,74 +75,37 @@ def summarise(
         }
     summary = micro_macro(list(subjects.values()))
     summary |= {
-        "n_total": n_total,
-        "ties": sum(is_tie(q.logprobs) for q in questions),
-        "truncated": sum(q.truncated for q in questions),
+        "n_total": family.n_total,
+        "ties": sum(is_tie(list(row.logprobs.values())) for row in rows),
+        "truncated": sum(row.truncated for row in rows),
         "prompts_sha256": prompts_hash(
-            (q.index, q.subject, q.prompt_sha256, q.answer) for q in questions
+            (row.index, row.subject, row.prompt_sha256, row.answer) for row in rows
         ),
         "subjects": subjects,
         "categories": {
             category: micro_macro([subjects[s] for s in members if s in subjects])
-            for category, members in categories.items()
+            for category, members in family.categories.items()
             if any(s in subjects for s in members)
         },
     }
     return TaskScores.model_validate(summary)
 
 
-def progress_rows(questions: Sequence[ScoredQuestion]) -> list[QuestionRow]:
-    """Returns one row a question, in file order, with the accuracy so far.
-
-    Args:
-        questions: Scored questions of one family.
-    """
-    rows: list[QuestionRow] = []
+def progress_rows(questions: Sequence[QuestionRow]) -> list[QuestionRow]:
+    """Returns the questions in the order of the file, each with the accuracy so far."""
+    rows = []
     right = 0
-    for count, q in enumerate(sorted(questions, key=lambda q: q.index), start=1):
-        right += q.correct
-        rows.append(
-            QuestionRow.model_validate(
-                {
-                    "index": q.index,
-                    "subject": q.subject,
-                    "logprobs": dict(zip(LETTERS, q.logprobs, strict=True)),
-                    "prediction": q.prediction,
-                    "answer": q.answer,
-                    "correct": q.correct,
-                    "running_accuracy": right / count,
-                    "prompt_sha256": q.prompt_sha256,
-                    "truncated": q.truncated,
-                }
-            )
-        )
+    for count, row in enumerate(sorted(questions, key=lambda row: row.index), start=1):
+        right += row.correct
+        rows.append(row.model_copy(update={"running_accuracy": right / count}))
     return rows
 
 
 def model_slug(name: str) -> str:
-    """Returns a model's name as it stands in file names: meta-llama/Llama-2-7b-hf → llama2_7b.
-
-    Args:
-        name: Hub id, folder, or "smollm2".
-    """
+    """Returns a model's name as it stands in file names: meta-llama/Llama-2-7b-hf → llama2_7b."""
     short = Path(name).name.lower().removesuffix("-hf")
     short = re.sub(r"^([a-z]+)-(\d)", r"\1\2", short)
     return re.sub(r"[^a-z0-9]+", "_", short).strip("_")
-
-
-@dataclass(frozen=True)
-class Family:
-    """What was scored of one task family.
-
-    Attributes:
-        questions: The questions of this run.
-        categories: Subjects by category.
-        n_total: Questions in the file.
-    """
-
-    questions: Sequence[ScoredQuestion]
-    categories: Mapping[str, Sequence[str]]
-    n_total: int
 
 
 def write_records(
@@ -169,46 +118,35 @@ def write_records(
     scored then. So a later run with --limit, or of one subject, loses nothing. What another model
     was scored on goes.
 
-    Args:
-        folder: The run folder.
-        progress_name: File name of the progress file.
-        header: arm, model, settings and environment of this run.
-        families: What was scored, by family.
-
-    Returns:
-        The families that were written.
-
-    Raises:
-        ResultsError: A record that is there is damaged.
+    `header` holds arm, model, settings and environment of this run. Returns the families that were
+    written; raises ResultsError where a record that is there is damaged.
     """
-    arm, model = header["arm"], header["model"]
-    old_tasks: dict[str, TaskScores] = {}
-    old_rows: dict[str, list[QuestionRow]] = {}
+    tasks: dict[str, TaskScores] = {}
+    rows: dict[str, list[QuestionRow]] = {}
     evaluation = _existing(folder / EVALUATION_FILE, Evaluation)
-    if evaluation is not None and _same_model(evaluation, arm, model):
-        old_tasks = evaluation.tasks
+    if evaluation is not None and _is_of_same_model(evaluation, header):
+        tasks = dict(evaluation.tasks)
     progress = _existing(folder / progress_name, Progress)
-    if progress is not None and _same_model(progress, arm, model):
-        old_rows = progress.tasks
-    tasks, rows = dict(old_tasks), dict(old_rows)
+    if progress is not None and _is_of_same_model(progress, header):
+        rows = dict(progress.tasks)
     written = []
     for name, family in families.items():
-        questions = {q.index: q for q in family.questions}
-        if name in old_rows and name in old_tasks:
-            if old_tasks[name].settings == header["settings"]:
-                questions = {row.index: _question(row) for row in old_rows[name]} | questions
-            elif old_tasks[name].n > len(questions):
+        questions = {row.index: row for row in family.questions}
+        if name in rows and name in tasks:
+            if tasks[name].settings == header["settings"]:
+                questions = {row.index: row for row in rows[name]} | questions
+            elif tasks[name].n > len(questions):
                 continue
-        merged = list(questions.values())
-        tasks[name] = summarise(merged, family.categories, n_total=family.n_total)
+        merged = family._replace(questions=list(questions.values()))
+        tasks[name] = summarise(merged)
         tasks[name].settings = dict(header["settings"])
-        rows[name] = progress_rows(merged)
+        rows[name] = progress_rows(merged.questions)
         written.append(name)
     if written:
-        created = {"created": now()}
-        progress = Progress.model_validate(created | {"arm": arm, "model": model, "tasks": {}})
+        about = {"created": now(), "arm": header["arm"], "model": header["model"], "tasks": {}}
+        progress = Progress.model_validate(about)
         progress.tasks = rows
-        evaluation = Evaluation.model_validate(created | dict(header) | {"tasks": {}})
+        evaluation = Evaluation.model_validate({**about, **header})
         evaluation.tasks = tasks
         write_json(folder / progress_name, progress.content(), rows_at=3)  # a question a line
         write_json(folder / EVALUATION_FILE, evaluation.content())
@@ -216,50 +154,37 @@ def write_records(
 
 
 def check_folder(folder: Path, progress_name: str) -> None:
-    """Checks before hours of scoring that its records can be written.
+    """Checks, before hours of scoring, that the records in a folder can be read and written.
 
-    Args:
-        folder: The run folder; made if missing.
-        progress_name: File name of the progress file.
-
-    Raises:
-        ResultsError: The folder can't be written, or a record in it is damaged.
+    The folder is made if it is missing. Raises ResultsError.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ResultsError(
-            f"{folder} can't be written ({error.strerror})",
-            "Give another folder with results_dir= in --model_args",
-        ) from None
+        raise unwritable(folder, error) from None
     for name in (EVALUATION_FILE, progress_name):
         remove_leftovers(folder / name, _WRITTEN_SECONDS)
     _existing(folder / EVALUATION_FILE, Evaluation)
     _existing(folder / progress_name, Progress)
 
 
-def _question(row: QuestionRow) -> ScoredQuestion:
-    logprobs: dict[Any, float] = row.logprobs
-    return ScoredQuestion(
-        row.index,
-        row.subject,
-        row.prompt_sha256,
-        row.answer,
-        tuple(logprobs[letter] for letter in LETTERS),
-        row.truncated,
+def unwritable(path: Path, error: OSError) -> ResultsError:
+    """Returns the error for a record that can't be written."""
+    return ResultsError(
+        f"{path} can't be written ({error.strerror or error})",
+        "Give another folder with results_dir= in --model_args",
     )
 
 
-_Kind = TypeVar("_Kind", Progress, Evaluation)
-
-
-def _existing(path: Path, kind: type[_Kind]) -> _Kind | None:
+def _existing(path: Path, kind: type[_Record]) -> _Record | None:
     return read_record(path, kind) if path.exists() else None
 
 
-def _same_model(record: Progress | Evaluation, arm: str, model: Mapping[str, Any]) -> bool:
-    """Whether a record is about a model; one of an earlier version lacks some keys."""
+def _is_of_same_model(record: Progress | Evaluation, header: Mapping[str, Any]) -> bool:
+    """A record of an earlier version lacks some keys of the model."""
     known = record.model.model_dump(exclude_unset=True)
-    return record.arm == arm and all(known.get(key, value) == value for key, value in model.items())
+    return record.arm == header["arm"] and all(
+        known.get(key, value) == value for key, value in header["model"].items()
+    )

@@ -1,4 +1,4 @@
-"""Scored questions on disk as they come, so that a killed run loses none of them."""
+"""Scored texts on disk as they come, so that a killed run loses none of them."""
 
 from __future__ import annotations
 
@@ -11,38 +11,25 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from qlora_harness.errors import ResultsError
+from qlora_harness.score.evaluation_record import unwritable
 
 logger = logging.getLogger("qlora_harness")
 
 
-def question_keys(pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """Returns the keys of scored texts: hashes, so that equal prompts are equal questions.
-
-    Args:
-        pairs: Text before a continuation, and the continuation whose log-probability was asked.
-    """
-    begun: dict[str, Any] = {}
-    keys = {}
-    for context, continuation in pairs:
-        # Choices of one question have the long part in common.
-        if context not in begun:
-            begun[context] = hashlib.sha256(f"{context}\0".encode())
-        digest = begun[context].copy()
-        digest.update(continuation.encode())
-        keys[context, continuation] = digest.hexdigest()[:32]
-    return keys
+def question_key(context: str, continuation: str) -> str:
+    """Returns the key of a scored text, a hash: equal texts are the same question."""
+    return hashlib.sha256(f"{context}\0{continuation}".encode()).hexdigest()[:32]
 
 
 class Journal:
-    """JSON Lines files: a first line that says of which model, then one line a scored text.
+    """JSON Lines files: a first line that names the model, then one line a scored text.
 
-    Each process writes a file of its own and reads those of all. A file of another model (or of
-    other settings) is never read; it is replaced. A line that was cut off is passed over, as is
-    one whose checksum fails or whose number is no log-probability: its text is scored again.
+    Each process writes a file of its own and reads those of all. A file of another model or other
+    settings is never read; it is replaced. A line that was cut off, whose checksum fails or whose
+    number is no log-probability is skipped: its text is scored again.
 
     Args:
-        path: The file of the first process; others add their number.
+        path: The file of the first process; others add their rank.
         identity: What the scores depend on: base, revision, adapter content, quantisation, dtypes.
         rank: This process.
     """
@@ -53,7 +40,7 @@ class Journal:
         self._identity = json.dumps(identity, sort_keys=True)
         self._seed = hashlib.blake2b(self._identity.encode(), digest_size=8)
         self._file: IO[str] | None = None
-        self._own, _ = self._read(self._path)
+        self._continued = bool(self._read(self._path)[0])
         self.known: dict[str, tuple[float, bool]] = {}
         for file in self._files():
             known, damaged = self._read(file)
@@ -72,21 +59,20 @@ class Journal:
             return {}, 0
         if not lines or lines[0].decode(errors="replace") != self._identity:
             return {}, 0
-        known: dict[str, tuple[float, bool]] = {}
-        damaged = 0
-        for line in filter(None, lines[1:]):
-            try:
-                value = json.loads(line)
-                key, logprob, greedy = value["key"], value["logprob"], value["greedy"]
-                right_types = [type(key), type(logprob), type(greedy)] == [str, float, bool]
-                valid = right_types and value["check"] == self._checksum(key, logprob, greedy)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                valid = False
-            if valid and math.isfinite(logprob) and logprob <= 0:
-                known[key] = (logprob, greedy)
-            else:
-                damaged += 1
-        return known, damaged
+        scores = [self._score_in(line) for line in lines[1:] if line]
+        valid = [score for score in scores if score is not None]
+        return {key: (logprob, greedy) for key, logprob, greedy in valid}, len(scores) - len(valid)
+
+    def _score_in(self, line: bytes) -> tuple[str, float, bool] | None:
+        try:
+            value = json.loads(line)
+            key, logprob, greedy = value["key"], value["logprob"], value["greedy"]
+            has_types = [type(key), type(logprob), type(greedy)] == [str, float, bool]
+            is_whole = has_types and value["check"] == self._checksum(key, logprob, greedy)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+        is_score = is_whole and math.isfinite(logprob) and logprob <= 0
+        return (key, logprob, greedy) if is_score else None
 
     def _checksum(self, key: str, logprob: float, greedy: bool) -> str:
         digest = self._seed.copy()
@@ -94,45 +80,28 @@ class Journal:
         return digest.hexdigest()
 
     def append(self, scored: Iterable[tuple[str, float, bool]]) -> None:
-        """Adds scored texts and waits until they are on the disk.
+        """Adds (key, log-probability in nats, greedy) and waits until they are on the disk.
 
-        Args:
-            scored: Key, log-probability in nats, and whether it is the greedy continuation.
-
-        Raises:
-            ResultsError: The file can't be written.
+        Raises ResultsError where the file can't be written.
         """
         try:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                mode = "a" if self._own else "w"
-                self._file = self._path.open(mode, encoding="utf-8")
+                self._file = self._path.open("a" if self._continued else "w", encoding="utf-8")
                 # After a cut-off last line, or as the first line of a new file.
-                self._file.write("\n" if self._own else self._identity + "\n")
+                self._file.write("\n" if self._continued else self._identity + "\n")
             for key, logprob, greedy in scored:
-                if not math.isfinite(logprob):
-                    continue  # a fault of this run must not become one of the next
-                line = {
-                    "key": key,
-                    "logprob": logprob,
-                    "greedy": greedy,
-                    "check": self._checksum(key, logprob, greedy),
-                }
-                self._file.write(json.dumps(line) + "\n")
+                if math.isfinite(logprob):  # a fault of this run must not become one of the next
+                    check = self._checksum(key, logprob, greedy)
+                    line = {"key": key, "logprob": logprob, "greedy": greedy, "check": check}
+                    self._file.write(json.dumps(line) + "\n")
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise ResultsError(
-                f"{self._path} can't be written ({error})",
-                "Give another folder with results_dir= in --model_args",
-            ) from None
+            raise unwritable(self._path, error) from None
 
     def close(self, remove: bool) -> None:
-        """Closes the file.
-
-        Args:
-            remove: Whether all files are removed, as everything in them is stored elsewhere.
-        """
+        """Closes the file; `remove` removes those of all processes, once records hold it all."""
         if self._file is not None:
             self._file.close()
             self._file = None

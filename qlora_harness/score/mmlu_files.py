@@ -1,4 +1,4 @@
-"""The QLoRA repository's MMLU files: found or fetched, checked by hash, read.
+"""The QLoRA repository's MMLU files: looked for or fetched, checked by hash, read.
 
 Source: https://github.com/artidoro/qlora, data/mmlu (MIT). Despite their ending the files are JSON
 Lines: subject, input (the whole prompt, shots included, ending in "Answer:") and output (a letter).
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from qlora_harness.data.sources import parse_line
 from qlora_harness.errors import DataError
@@ -25,14 +26,8 @@ DIR_VARIABLE = "QLORA_MMLU_DIR"
 DEMO_FILE = "five_shot_mmlu_demo.json"
 
 
-@dataclass(frozen=True)
-class PinnedFile:
-    """What a file of the pinned commit holds.
-
-    Attributes:
-        sha256: Of the content, 64 hexadecimal digits.
-        rows: Number of questions.
-    """
+class PinnedFile(NamedTuple):
+    """SHA-256 of a file of the pinned commit, and its number of questions."""
 
     sha256: str
     rows: int
@@ -56,19 +51,15 @@ PINNED: dict[str, PinnedFile] = {
 
 @dataclass(frozen=True)
 class Question:
-    """One row of an MMLU file.
-
-    Attributes:
-        index: Line in the file, from 0.
-        subject: For example "anatomy".
-        prompt: The text that ends in "Answer:", verbatim.
-        answer: "A", "B", "C" or "D".
-    """
+    """One row of an MMLU file."""
 
     index: int
+    """Line in the file, from 0."""
     subject: str
     prompt: str
+    """Ends in "Answer:", verbatim."""
     answer: str
+    """A, B, C or D."""
 
 
 def known_files() -> tuple[str, ...]:
@@ -79,16 +70,11 @@ def known_files() -> tuple[str, ...]:
 def load_questions(
     name: str, folder: str | None = None, *, argument: str = "--metadata mmlu_dir"
 ) -> tuple[Question, ...]:
-    """Returns the questions of an MMLU file.
+    """Returns the questions of one of the `known_files`.
 
-    Args:
-        name: A name in `PINNED`, or the embedded demo file.
-        folder: Where the file (or its .xz form) is. If None, the folder in QLORA_MMLU_DIR, else the
-            user's cache, into which the file is fetched once.
-        argument: The flag that named the folder, for messages.
-
-    Raises:
-        DataError: The file is not known, missing, can't be fetched, has a wrong hash or a bad row.
+    It lies in `folder` (maybe as .xz), which `argument` named; without, in the folder in
+    QLORA_MMLU_DIR, else in the user's cache, into which it is fetched once. Raises DataError where
+    it is not known, missing, can't be fetched, has a wrong hash or a bad row.
     """
     if name == DEMO_FILE:
         return _read(demo_dir() / DEMO_FILE, None)
@@ -96,7 +82,7 @@ def load_questions(
         raise DataError(
             f"no MMLU file {name!r} is known", f"Name one of {', '.join(known_files())}"
         )
-    # lm-eval parses mmlu_dir=2024 as a number.
+    # lm_eval parses mmlu_dir=2024 as a number.
     folder = None if folder is None else str(folder)
     chosen = folder or os.environ.get(DIR_VARIABLE)
     if not chosen:
@@ -115,11 +101,7 @@ def load_questions(
 
 
 def rows_in(name: str) -> int:
-    """Returns the number of questions in an MMLU file, without reading a pinned one.
-
-    Args:
-        name: A name in `PINNED`, or the embedded demo file.
-    """
+    """Returns the number of questions in a known file, without reading a pinned one."""
     return len(load_questions(name)) if name == DEMO_FILE else PINNED[name].rows
 
 
@@ -127,20 +109,20 @@ def _fetch(name: str) -> Path:
     import pooch
 
     try:
-        found = pooch.retrieve(
+        path = pooch.retrieve(
             url=BASE_URL + name,
             known_hash=f"sha256:{PINNED[name].sha256}",
             fname=name,
             path=cache_dir() / "mmlu",
             progressbar=False,
         )
-    except Exception as error:  # requests, urllib3 and pooch raise many kinds
+    except Exception as error:  # noqa: BLE001  # requests, urllib3 and pooch raise many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{name} can't be fetched from {BASE_URL}{name} ({reason[:400]})",
             f"Check the network, or put the file into a folder and name it in {DIR_VARIABLE}",
         ) from None
-    return Path(found)
+    return Path(path)
 
 
 @lru_cache(maxsize=4)
@@ -151,31 +133,22 @@ def _read(path: Path, sha256: str | None) -> tuple[Question, ...]:
             data = lzma.decompress(data)
     except (OSError, lzma.LZMAError, EOFError) as error:
         raise DataError(f"{path} can't be read ({error})", "Fetch the file anew") from None
-    if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
+    if sha256 is not None and (actual := hashlib.sha256(data).hexdigest()) != sha256:
         raise DataError(
-            f"{path}: SHA-256 of the content is {found}, expected {sha256}",
+            f"{path}: SHA-256 of the content is {actual}, expected {sha256}",
             "The file is damaged or another version; fetch it anew",
         )
     return parse_questions(data, str(path))
 
 
-def parse_questions(data: bytes, place: str) -> tuple[Question, ...]:
-    """Parses the content of an MMLU file.
-
-    Args:
-        data: JSON Lines, UTF-8.
-        place: The file, for messages.
-
-    Raises:
-        DataError: A row is not JSON, lacks a field, does not end in "Answer:", or has an answer
-            other than A to D.
-    """
+def parse_questions(data: bytes, file: str) -> tuple[Question, ...]:
+    """Parses JSON Lines in UTF-8; a wrong row is a DataError that names its line of `file`."""
     questions: list[Question] = []
     lines = data.decode("utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        where = f"{place}, line {number}"
+        where = f"{file}, line {number}"
         row = parse_line(line, where, "Fetch the file anew")
         if not isinstance(row, Mapping):
             raise DataError(
@@ -184,7 +157,7 @@ def parse_questions(data: bytes, place: str) -> tuple[Question, ...]:
             )
         questions.append(_question(len(questions), row, where))
     if not questions:
-        raise DataError(f"{place} holds no questions", "Fetch the file anew")
+        raise DataError(f"{file} holds no questions", "Fetch the file anew")
     return tuple(questions)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,85 +37,66 @@ _REMEDIES = {
     "tokenizer": "The tokenizer is the adapter's, or the base model's",
     "mixed_precision_dtype": "Use dtype=bfloat16 or dtype=float32",
 }
-_SOFTMAX_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_SOFTMAX_DTYPES = (None, "float32", "bfloat16", "float16", "float64")
 
 
-def check_arguments(
-    options: dict[str, Any],
-    softmax_dtype: str | None,
-    scoring: str,
-    dequantize: str,
-    kernels: str,
-) -> None:
-    """Refuses what this model can't honour, and drops what is switched off anyway.
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How a model is scored, as asked for; see `QloraAdapterLM`. Wrong values: SettingsError."""
 
-    Args:
-        options: Arguments for HFLM; those that are None or False and not known are removed.
-        softmax_dtype: dtype of the log-softmax.
-        scoring: "packed" or "hf".
-        dequantize: "auto" or "never".
-        kernels: "auto" or "none".
+    scoring: str = "packed"
+    kernels: str = "auto"
+    dequantize: str = "auto"
+    pack_tokens: int | None = None
+    verify: int = 0
 
-    Raises:
-        SettingsError: An argument is not supported, or a value is not known.
-    """
-    for name in list(options):
-        if name in _PASSED_ON:
-            continue
-        if options[name] not in (None, False):
+    def __post_init__(self) -> None:
+        _check_choice("scoring", self.scoring, ("packed", "hf"))
+        _check_choice("kernels", self.kernels, ("auto", "none"))
+        _check_choice("dequantize", self.dequantize, ("auto", "never"))
+        _check_count("pack_tokens", self.pack_tokens, 1)
+        _check_count("verify", self.verify, 0)
+
+    @property
+    def exact_logits(self) -> bool:
+        """Whether the output head computes in float32; with scoring=hf, as the model does."""
+        return self.scoring != "hf"
+
+
+def check_arguments(options: dict[str, Any], softmax_dtype: str | None) -> None:
+    """Refuses arguments for HFLM that can't be honoured, and drops those that are switched off."""
+    _check_choice("softmax_dtype", softmax_dtype, _SOFTMAX_DTYPES)
+    for name in [name for name in options if name not in _PASSED_ON]:
+        if options.pop(name) not in (None, False):
             remedy = _REMEDIES.get(name, f"Known are {', '.join(sorted(_PASSED_ON))} and others")
-            raise SettingsError(
-                f"--model_args {name}= is not supported by qlora_adapter", remedy
-            ) from None
-        del options[name]
-    for name, value, known in (
-        ("softmax_dtype", softmax_dtype, (None, *_SOFTMAX_DTYPES)),
-        ("scoring", scoring, ("packed", "hf")),
-        ("dequantize", dequantize, ("auto", "never")),
-        ("kernels", kernels, ("auto", "none")),
-    ):
-        if value not in known:
-            raise SettingsError(
-                f"--model_args {name}={value}", f"Use one of {', '.join(map(str, known))}"
-            )
+            raise SettingsError(f"--model_args {name}= is not supported by qlora_adapter", remedy)
 
 
-def check_counts(pack_tokens: Any, verify: Any) -> None:
-    """Refuses counts that are none: lm-eval passes whatever it parses.
-
-    Args:
-        pack_tokens: Most tokens in a forward pass; None for what fits the device.
-        verify: How many texts to score again; None for none.
-
-    Raises:
-        SettingsError: One is not a whole number, or too small.
-    """
-    for name, value, low in (("pack_tokens", pack_tokens, 1), ("verify", verify, 0)):
-        if value is None:
-            continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number and value < low:  # lm-eval parses -1 as -1.0
-            raise SettingsError(
-                f"--model_args {name}={value:g} is out of range", f"It must be at least {low}"
-            )
-        if not number or not isinstance(value, int):
-            raise SettingsError(
-                f"--model_args {name}={value} is not a whole number", "Correct the value"
-            )
-
-
-def resolve_dtype(asked: str, recorded: str | None) -> str:
-    """Returns the compute dtype.
-
-    Args:
-        asked: "auto", "bfloat16" or "float32".
-        recorded: What the adapter was trained with, or None for a base alone.
-
-    Raises:
-        SettingsError: Another dtype was asked for.
-    """
-    if asked in ("bfloat16", "float32"):
-        return asked
-    if asked != "auto":
-        raise SettingsError(f"--model_args dtype={asked}", "Use bfloat16 or float32")
+def resolve_dtype(requested: str, recorded: str | None) -> str:
+    """Returns the compute dtype; `recorded` is that of the training, None for a base alone."""
+    _check_choice("dtype", requested, ("auto", "bfloat16", "float32"))
+    if requested != "auto":
+        return requested
     return recorded or ("bfloat16" if torch.cuda.is_available() else "float32")
+
+
+def _check_choice(name: str, value: object, known: tuple[str | None, ...]) -> None:
+    if value not in known:
+        raise SettingsError(
+            f"--model_args {name}={value}", f"Use one of {', '.join(map(str, known))}"
+        )
+
+
+def _check_count(name: str, value: Any, low: int) -> None:
+    """Refuses counts that are none: lm_eval passes whatever it parses, such as -1.0 for -1."""
+    if value is None:
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and value < low:
+        raise SettingsError(
+            f"--model_args {name}={value:g} is out of range", f"It must be at least {low}"
+        )
+    if not is_number or not isinstance(value, int):
+        raise SettingsError(
+            f"--model_args {name}={value} is not a whole number", "Correct the value"
+        )

@@ -1,8 +1,8 @@
 """Log-probabilities from hidden states, with the output head's product in float32.
 
 A logit of a bfloat16 model has steps of 0.125 nats from 16 on, so two answers often tie in it. The
-hidden state tells more: of it and the head's weights, both as they are, the product is computed in
-float32, for the places that are read only.
+hidden state tells more: its product with the head's weights is computed in float32 here, only where
+it is read.
 """
 
 from __future__ import annotations
@@ -24,15 +24,12 @@ class OutputHead:
     """The output head of a model in float32.
 
     A plain linear layer is expanded to float32 piece by piece. Any other module, such as one with
-    an adapter, is copied in float32 and runs its own forward; one with 4-bit weights stays as it
-    is.
-
-    Args:
-        head: Maps hidden states to logits.
+    an adapter, is copied in float32 and runs its own forward; with 4-bit weights it stays as it is.
     """
 
     def __init__(self, head: torch.nn.Module) -> None:
-        plain = type(head) is torch.nn.Linear and not is_4bit(head) and not head._forward_hooks
+        has_hooks = bool(head._forward_hooks)  # noqa: SLF001  # has no public form
+        plain = type(head) is torch.nn.Linear and not is_4bit(head) and not has_hooks
         self._weight: Any = head.weight if plain else None
         self._bias: Any = head.bias if plain else None
         self._module = head
@@ -41,16 +38,12 @@ class OutputHead:
             self._module = head if dtypes == {torch.float32} else copy.deepcopy(head).float()
 
     def is_module(self, head: torch.nn.Module) -> bool:
-        """Whether a module itself computes the logits."""
+        """Whether the module itself computes the logits."""
         return self._weight is None and self._module is head
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns logits, [..., V] float32, without gradients.
-
-        Args:
-            hidden: Normalised hidden states, [..., H].
-        """
+        """Returns the logits [..., V] float32 of normalised hidden states [..., H]."""
         if self._weight is None:
             parameter = next(self._module.parameters())
             dtype = hidden.dtype if any(map(is_4bit, self._module.modules())) else parameter.dtype
@@ -77,14 +70,10 @@ class OutputHead:
         scaling: float,
         softmax_dtype: torch.dtype | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the log-probability of some tokens and whether each is the most probable one.
+        """Returns the log-probabilities [R] of token ids, and whether each is the most probable.
 
-        Args:
-            hidden: Normalised hidden states, [P, H].
-            which: Hidden state of each token, [R] int64.
-            tokens: Token ids, [R] int64.
-            scaling: What the model divides its logits by.
-            softmax_dtype: Of the log-softmax; None for float32.
+        `hidden` are normalised hidden states [P, H], and `which` [R] int64 says which of them each
+        of the `tokens` [R] int64 follows. The model divides its logits by `scaling`.
         """
         logprobs = torch.empty(len(which), dtype=softmax_dtype, device=hidden.device)
         greedy = torch.empty(len(which), dtype=torch.bool, device=hidden.device)
@@ -103,12 +92,9 @@ class OutputHead:
 
 @contextlib.contextmanager
 def float32_logits(head: torch.nn.Module) -> Iterator[None]:
-    """Inside the `with` block, a head returns logits computed in float32.
+    """Lets a model's output head return logits computed in float32, inside the `with` block.
 
-    What a model does with its logits after the head, such as capping them, stays its own.
-
-    Args:
-        head: The output head of a model.
+    What the model does with its logits after the head, such as capping them, stays its own.
     """
     own = OutputHead(head)
     if own.is_module(head):

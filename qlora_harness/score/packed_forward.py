@@ -2,7 +2,7 @@
 
 Each token sees its ancestors and itself, and its position is its distance from the root, so its
 hidden state is the one it has in the text alone. The output head runs only where a log-probability
-is asked; in fused layers so does all that follows the last attention.
+is read; in fused layers so does all that follows the last attention.
 """
 
 from __future__ import annotations
@@ -10,24 +10,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from qlora_harness.fused.host_memory import to_device
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import base_of, head_size
 from qlora_harness.model.plain_lora import FastLora
 from qlora_harness.score.output_head import OutputHead
-from qlora_harness.score.prefix_tree import Pack, Segment
-from qlora_harness.score.tree_attention import (
-    BLOCK,
-    TreeAttention,
-    attending,
-    block_mask,
-)
+from qlora_harness.score.prefix_tree import Pack, Query, Segment, plan
+from qlora_harness.score.tree_attention import BLOCK, TreeAttention, attending, block_mask
 
 logger = logging.getLogger("qlora_harness")
 
@@ -35,43 +30,23 @@ _SMALLEST_HEAD = 16  # that FlexAttention takes
 
 # Decoders whose whole attention goes through transformers' attention interface, causal, with
 # positions given by position_ids. Others fall back to HFLM's own path.
-MODEL_TYPES = frozenset(
-    {
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gpt2",
-        "gpt_neox",
-        "smollm3",
-        "olmo2",
-        "granite",
-        "phi3",
-    }
-)
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "granite", "phi3")
+PACKED_MODEL_TYPES = frozenset([*_LLAMA_LIKE, "gpt2", "gpt_neox"])
 
 
-@dataclass(frozen=True)
-class Reads:
-    """What was read from a pack.
+class Reads(NamedTuple):
+    """What was read from a pack."""
 
-    Attributes:
-        logprobs: Log-probability of each token asked about, nats, [R] float64.
-        greedy: Whether it was the most probable one, [R] bool.
-    """
-
-    logprobs: np.ndarray[Any, np.dtype[np.float64]]
-    greedy: np.ndarray[Any, np.dtype[np.bool_]]
+    logprobs: NDArray[np.float64]
+    """Of each read token, nats, [R]."""
+    greedy: NDArray[np.bool_]
+    """Whether it was the most probable one, [R]."""
 
 
 def why_unsupported(config: Any) -> str | None:
-    """Returns why a model can't be scored in packs, or None if it can.
-
-    Args:
-        config: A transformers model configuration.
-    """
+    """Returns why a model of this configuration can't be scored in packs, or None if it can."""
     kind = getattr(config, "model_type", None)
-    if kind not in MODEL_TYPES:
+    if kind not in PACKED_MODEL_TYPES:
         return f"model type {kind!r} is not among those checked"
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layers != {"full_attention"}:
@@ -92,12 +67,7 @@ def why_unsupported(config: Any) -> str | None:
 
 
 class Running:
-    """A pack that was started; on a GPU it may still be at work.
-
-    Args:
-        logprobs: Log-probabilities on the device, [R].
-        greedy: On the device, [R] bool.
-    """
+    """A pack that was started; on a GPU it may still be at work."""
 
     def __init__(self, logprobs: torch.Tensor, greedy: torch.Tensor) -> None:
         self._logprobs, self._greedy = logprobs, greedy
@@ -115,12 +85,11 @@ class PackedModel:
     plain LoRA layers are replaced while a pack is computed (see `plain_lora.FastLora`).
 
     Args:
-        model: A transformers causal language model, with or without a PEFT adapter.
+        model: Of transformers, with or without a PEFT adapter.
         softmax_dtype: dtype of the log-softmax, or None for float32.
-        flex: Whether attention is FlexAttention with a block mask, or one call of scaled dot
-            product attention a segment; None is FlexAttention on CUDA.
-        fused: Whether it runs through fused layers, or through its own modules; None is fused
-            layers where they take the model.
+        flex: FlexAttention with a block mask, or one call of scaled dot product attention a
+            segment; None is FlexAttention on CUDA.
+        fused: Fused layers, or the model's own modules; None is fused where they take the model.
     """
 
     def __init__(
@@ -151,17 +120,14 @@ class PackedModel:
 
     @property
     def overlaps(self) -> bool:
-        """Whether the device works on while the next pack is made ready."""
+        """Whether the device computes one pack while the host prepares the next."""
         return self._device.type == "cuda"
 
     def build_ahead(self, size: int) -> None:
-        """Begins to build the kernels for packs of one length, in a thread of its own.
+        """Begins to build the kernels for packs padded to `size` tokens, in a thread of its own.
 
-        It computes a pack of one token, filled up. Whatever goes wrong is left to the first pack,
-        which waits for the thread. Until then nothing else may use the model.
-
-        Args:
-            size: Length that packs will be filled up to, tokens.
+        It computes a padded pack of one token. Errors are left to the first pack, which waits for
+        the thread. Until then nothing else may use the model.
         """
         device = torch.cuda.current_device() if self._device.type == "cuda" else None
 
@@ -169,8 +135,9 @@ class PackedModel:
             try:
                 if device is not None:
                     torch.cuda.set_device(device)  # each thread has its own
-                self._start(_one_token(), size).reads()
-            except Exception as error:  # the first pack meets it again, where it is dealt with
+                (one_token,) = plan([Query([0], [0])], pack_tokens=1, window=1)
+                self._start(one_token, size).reads()
+            except Exception as error:  # noqa: BLE001  # the first pack raises it again
                 logger.info("kernels could not be built ahead (%s)", type(error).__name__)
 
         self.wait()
@@ -184,12 +151,7 @@ class PackedModel:
             self._building = None
 
     def start(self, pack: Pack, pad_to: int | None = None) -> Running:
-        """Starts one pack, on a GPU without waiting for it.
-
-        Args:
-            pack: From `prefix_tree.plan`.
-            pad_to: Length to fill the pack up to, so that GPU kernels are built once.
-        """
+        """Starts a pack, on a GPU without waiting for it; padded, GPU kernels are built once."""
         self.wait()
         return self._start(pack, pad_to)
 
@@ -199,36 +161,30 @@ class PackedModel:
         mask = None
         if self._flex:
             size = -(-size // BLOCK) * BLOCK
-            # A token of the filling has no descendants: only itself sees it.
+            # A padding token has no descendants: only itself sees it.
             alone = np.arange(len(pack.tokens) + 1, size + 1, dtype=np.int32)
             mask = block_mask(np.concatenate([pack.end, alone]), self._device)
         segments = pack.segments
         if size > len(pack.tokens) and not self._flex:
             segments = (*segments, Segment(len(pack.tokens), size, ()))
-        tokens = self._moved(_filled(pack.tokens, size, 0))
-        positions = self._moved(_filled(pack.positions, size, 0))
-        # Choices of one question read the same place: the head runs once for them.
-        places, which = np.unique(pack.read_at, return_inverse=True)
-        at, back, asked = map(self._moved, (places, which, pack.read_token))
-        read = self._hidden(tokens[None], positions[None], TreeAttention(segments, mask), at)
-        return Running(
-            *self._head.read(
-                read,
-                back,
-                asked,
-                scaling=self._logits_scaling,
-                softmax_dtype=self._softmax_dtype,
-            )
+        padding = (0, size - len(pack.tokens))
+        tokens, positions = (self._moved(np.pad(x, padding)) for x in (pack.tokens, pack.positions))
+        # Choices of one question are read at the same token: the head runs once for them.
+        distinct, which = map(self._moved, np.unique(pack.read_at, return_inverse=True))
+        tree = TreeAttention(segments, mask)
+        logprobs, greedy = self._head.read(
+            self._hidden(tokens[None], positions[None], tree, distinct),
+            which,
+            self._moved(pack.read_token),
+            scaling=self._logits_scaling,
+            softmax_dtype=self._softmax_dtype,
         )
+        return Running(logprobs, greedy)
 
     def _hidden(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        tree: TreeAttention,
-        at: torch.Tensor,
+        self, tokens: torch.Tensor, positions: torch.Tensor, tree: TreeAttention, at: torch.Tensor
     ) -> torch.Tensor:
-        """The last hidden states at some places, [R, H]."""
+        """The last hidden states at some tokens, [R, H]."""
         if self._fused is not None:
             return self._fused.infer(tokens, positions, tree, at)
         with attending(self._model, tree), self._fast_lora:
@@ -240,14 +196,3 @@ class PackedModel:
     def _moved(self, values: Any) -> torch.Tensor:
         """Integers on the device, as int64; without waiting for the device."""
         return to_device(torch.from_numpy(values.astype(np.int64)), self._device)
-
-
-def _one_token() -> Pack:
-    zero, one = np.zeros(1, dtype=np.int32), np.ones(1, dtype=np.int32)
-    return Pack(zero, zero, one, (Segment(0, 1, ()),), zero, zero, zero)
-
-
-def _filled(values: Any, size: int, filler: int) -> Any:
-    out = np.full(size, filler, dtype=np.int32)
-    out[: len(values)] = values
-    return out

@@ -1,25 +1,21 @@
-"""Scores queries pack by pack: progress, memory, and what is done when memory runs out."""
+"""Scores queries pack by pack: shares of processes, progress, and what happens out of memory."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from qlora_harness.model.base import is_out_of_memory
-from qlora_harness.score.garbage_collection import paused_collection
-from qlora_harness.score.packed_forward import PackedModel, Running
-from qlora_harness.score.prefix_tree import Pack, Plan, Query, plan
+from qlora_harness.score.packed_forward import PackedModel, Reads, Running
+from qlora_harness.score.prefix_tree import Pack, Query, Score, plan
 
 logger = logging.getLogger("qlora_harness")
-
-Score = tuple[float, bool]
 
 _CPU_PACK = 8192
 _GPU_PACK = 24576
@@ -27,8 +23,15 @@ _SMALLEST_PACK = 256
 _ROUND = 128
 
 
+class PackedScores(NamedTuple):
+    """Scores by the number of the query, and the tokens that all processes compute for them."""
+
+    scores: dict[int, Score]
+    computed_tokens: int
+
+
 class PackedScorer:
-    """Answers queries with a model, in as few tokens as they distinctly hold.
+    """Scores queries with a model, in as few tokens as they distinctly hold.
 
     Args:
         model: Computes one pack.
@@ -40,7 +43,15 @@ class PackedScorer:
         self._model = model
         self._window = window
         self.pack_tokens = pack_tokens
-        self.last_plan: Plan | None = None
+
+    def build_ahead(self) -> None:
+        """On a GPU, begins to build the kernels of whole packs; `wait` before anything else."""
+        if self._model.overlaps:
+            self._model.build_ahead(self.pack_tokens)
+
+    def wait(self) -> None:
+        """Waits until nothing is being built ahead."""
+        self._model.wait()
 
     def score(
         self,
@@ -48,75 +59,63 @@ class PackedScorer:
         *,
         share: tuple[int, int] = (0, 1),
         show_progress: bool = True,
-        on_scored: Callable[[Sequence[tuple[int, Score]]], None] | None = None,
-    ) -> dict[int, Score]:
-        """Scores queries.
+        on_scored: Callable[[Sequence[tuple[int, Score]]], None] = lambda scored: None,
+    ) -> PackedScores:
+        """Scores this process's share of queries, which are the same list on every process.
 
-        Args:
-            queries: The same list on every process.
-            share: This process and the number of processes; whole runs of packs, so mostly whole
-                subtrees, go to one process.
-            show_progress: Whether to show a bar.
-            on_scored: Called after each pack with the queries it completed.
-
-        Returns:
-            Log-probability in nats and greediness by query, for this process's share.
+        `share` is this process and the number of processes; a share is a run of packs, so mostly
+        whole subtrees. `on_scored` is called after each pack with the queries that it completed.
         """
-        wanted = list(range(len(queries)))
-        scored: dict[int, Score] = {}
-        progress = _Progress(queries, show_progress)
-        while wanted:
-            with paused_collection():
+        pending = list(range(len(queries)))
+        scores: dict[int, Score] = {}
+        computed_tokens, started, own_tokens = 0, time.perf_counter(), 0
+        with tqdm(desc="Scoring", unit=" texts", disable=not show_progress) as bar:
+            while pending:
                 planned = plan(
-                    [queries[i] for i in wanted], pack_tokens=self.pack_tokens, window=self._window
+                    [queries[n] for n in pending], pack_tokens=self.pack_tokens, window=self._window
                 )
-            if not scored:
-                self.last_plan = planned
-            packs = _share(planned.packs, *share)
-            progress.expect(n for pack in packs for n in (wanted[i] for i in _asking(pack)))
-            running: tuple[Pack, Running] | None = None
-
-            def finish(pack: Pack, started: Running, wanted: list[int] = wanted) -> None:
-                reads = started.reads()
-                fresh = [
-                    (wanted[number], value)
-                    for number, value in _collect(pack, reads.logprobs, reads.greedy)
-                ]
-                scored.update(fresh)
-                if on_scored is not None:
+                computed_tokens = computed_tokens or sum(len(pack.tokens) for pack in planned)
+                packs = _share(planned, *share)
+                mine = [pending[n] for pack in packs for n in np.unique(pack.read_query)]
+                bar.total = len(scores) + len(mine)
+                for pack, reads in self._computed(packs):
+                    fresh = [(pending[n], score) for n, score in _sums(pack, reads)]
+                    scores.update(fresh)
                     on_scored(fresh)
-                progress.advance((number for number, _ in fresh), len(pack.tokens))
+                    own_tokens += len(pack.tokens)
+                    rate = own_tokens / (time.perf_counter() - started)
+                    bar.set_postfix_str(f"{rate:,.0f} distinct tokens/s", refresh=False)
+                    bar.update(len(fresh))
+                pending = sorted(n for n in mine if n not in scores)
+                if pending:
+                    # Every process must keep its share, so only its own packs are made smaller.
+                    share = (0, 1)
+                    self.pack_tokens //= 2
+                    torch.cuda.empty_cache()
+                    logger.warning(
+                        "out of memory: going on with packs of %d tokens", self.pack_tokens
+                    )
+        return PackedScores(scores, computed_tokens)
 
-            done = 0
-            for pack in packs:
-                try:
-                    started = self._model.start(pack, self._padding(pack, len(packs) == 1))
-                except Exception as error:
-                    if not is_out_of_memory(error) or self.pack_tokens <= _SMALLEST_PACK:
-                        raise
-                    break
-                done += 1
-                # A GPU works on this pack while the results of the one before are put away.
-                if running is not None:
-                    finish(*running)
-                    running = None
-                if self._model.overlaps:
-                    running = pack, started
-                else:
-                    finish(pack, started)
-            if running is not None:
-                finish(*running)
-            if done == len(packs):
+    def _computed(self, packs: Sequence[Pack]) -> Iterator[tuple[Pack, Reads]]:
+        """Yields packs with what was read from them; ends early where memory runs out."""
+        running: tuple[Pack, Running] | None = None
+        for pack in packs:
+            try:
+                started = self._model.start(pack, self._padding(pack, len(packs) == 1))
+            except Exception as error:
+                if not is_out_of_memory(error) or self.pack_tokens <= _SMALLEST_PACK:
+                    raise
                 break
-            # Every process must go on with the same plan, so only the own packs are made smaller.
-            self.pack_tokens //= 2
-            torch.cuda.empty_cache()
-            logger.warning("out of memory: going on with packs of %d tokens", self.pack_tokens)
-            left = {n for pack in packs[done:] for n in _asking(pack)}
-            wanted = [wanted[number] for number in sorted(left)]
-            share = (0, 1)
-        progress.close()
-        return scored
+            # A GPU works on this pack while the results of the one before are put away.
+            if running is not None:
+                yield running[0], running[1].reads()
+            running = pack, started
+            if not self._model.overlaps:
+                yield pack, started.reads()
+                running = None
+        if running is not None:
+            yield running[0], running[1].reads()
 
     def _padding(self, pack: Pack, alone: bool) -> int:
         """On a GPU one length for all packs: kernels are built anew for every other."""
@@ -129,43 +128,6 @@ class PackedScorer:
         return padded if size <= padded else -(-size // _ROUND) * _ROUND
 
 
-class _Progress:
-    """A bar in questions: contexts all of whose continuations are scored."""
-
-    def __init__(self, queries: Sequence[Query], shown: bool) -> None:
-        self._context = [id(query.context) for query in queries]
-        self._left: Counter[int] = Counter()
-        self._bar = tqdm(total=0, desc="Scoring", unit=" questions", disable=not shown)
-        self._started, self._computed = time.perf_counter(), 0
-        self._finished = 0
-
-    def expect(self, numbers: Iterable[int]) -> None:
-        """Takes the queries that are still to come."""
-        self._left = Counter(self._context[n] for n in numbers)
-        self._bar.total = self._finished + len(self._left)
-
-    def advance(self, numbers: Iterable[int], tokens: int) -> None:
-        """Takes queries that were scored, and the tokens computed for them."""
-        before = self._finished
-        for number in numbers:
-            context = self._context[number]
-            self._left[context] -= 1
-            self._finished += self._left[context] == 0
-        self._computed += tokens
-        rate = self._computed / (time.perf_counter() - self._started)
-        self._bar.set_postfix_str(f"{rate:,.0f} distinct tokens/s", refresh=False)
-        self._bar.update(self._finished - before)
-
-    def close(self) -> None:
-        """Leaves the bar as it is."""
-        self._bar.close()
-
-
-def _asking(pack: Pack) -> list[int]:
-    """The queries that a pack answers."""
-    return [int(n) for n in np.unique(pack.read_query)]
-
-
 def _share(packs: Sequence[Pack], rank: int, world: int) -> list[Pack]:
     """A run of packs with about an equal part of the tokens."""
     sizes = np.array([len(pack.tokens) for pack in packs], dtype=np.int64)
@@ -174,27 +136,19 @@ def _share(packs: Sequence[Pack], rank: int, world: int) -> list[Pack]:
     return [pack for pack, mine in zip(packs, owner == rank, strict=True) if mine]
 
 
-def _collect(
-    pack: Pack,
-    logprobs: np.ndarray[tuple[int], np.dtype[np.float64]],
-    greedy: np.ndarray[tuple[int], np.dtype[np.bool_]],
-) -> list[tuple[int, Score]]:
-    """Sums the tokens of each query."""
-    size = int(pack.read_query.max()) + 1 if len(pack.read_query) else 0
-    total = np.bincount(pack.read_query, weights=logprobs, minlength=size)
-    misses = np.bincount(pack.read_query, weights=~greedy, minlength=size)
-    return [(int(n), (float(total[n]), bool(misses[n] == 0))) for n in _asking(pack)]
+def _sums(pack: Pack, reads: Reads) -> list[tuple[int, Score]]:
+    """The score of each query: the sum over its tokens, and whether each was the likeliest."""
+    total = np.bincount(pack.read_query, weights=reads.logprobs)
+    misses = np.bincount(pack.read_query, weights=~reads.greedy)
+    numbers = np.unique(pack.read_query)
+    return [(int(n), (float(total[n]), bool(misses[n] == 0))) for n in numbers]
 
 
 def default_pack_tokens(model: torch.nn.Module, device: torch.device) -> int:
-    """Returns a pack size that fits the device.
+    """Returns a pack size that fits the device, which holds the model already.
 
     A token of a pack takes at most ten vectors of the hidden size and four of the intermediate size
     while it passes through a layer; through a fused layer about four and three.
-
-    Args:
-        model: Already on the device.
-        device: "cuda" or another.
     """
     if device.type != "cuda":
         return _CPU_PACK

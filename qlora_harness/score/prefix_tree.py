@@ -4,28 +4,25 @@ Pure planning: no torch, no lm_eval. Sorted lexicographically, sequences that sh
 side by side, and what a sequence shares with the one before it is all it shares with any earlier
 one. So a pack is a run of the sorted order: each sequence adds the tokens past its common prefix
 with the one before, in depth-first order of the trie. In that order the ancestors of token q are
-the tokens k <= q with q < end[k], where end[k] is the place after the subtree of k.
+the tokens k <= q with q < end[k], where end[k] is the index after the subtree of k.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int32]
+Score = tuple[float, bool]  # log-probability in nats, and whether it is the greedy continuation
 
 
 @dataclass(frozen=True)
 class Query:
-    """What is asked of one sequence: the log-probabilities of its last tokens.
-
-    Attributes:
-        context: Token ids before the continuation; at least one.
-        continuation: Token ids whose log-probability is asked; at least one.
-    """
+    """Token ids, at least one, and those after them whose log-probability is read, at least one."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -33,129 +30,75 @@ class Query:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of new tokens in a pack and the tokens it continues.
-
-    Attributes:
-        start: First token of the run in the pack.
-        stop: One past its last token.
-        ancestors: Ranges (start, stop) of the pack that are before it on its path, from the root.
-    """
+    """A run of new tokens in a pack, [start, stop), and the tokens it continues."""
 
     start: int
     stop: int
     ancestors: tuple[tuple[int, int], ...]
+    """Ranges [start, stop) of the pack that come before it on its path, from the root."""
 
 
 @dataclass(frozen=True)
 class Pack:
-    """One forward pass.
+    """One forward pass over T tokens, of which R next-token distributions are read."""
 
-    Attributes:
-        tokens: Token ids in depth-first order, [T] int32.
-        positions: Distance of each token from its root, [T] int32.
-        end: Place after the subtree of each token, [T] int32.
-        segments: The runs of new tokens, in order; they cover the pack.
-        read_at: Places whose next-token distribution is read, [R] int32.
-        read_token: The token asked about at each of them, [R] int32.
-        read_query: The query that asked, [R] int32; its reads stand in the order of its tokens.
-    """
-
-    tokens: IntArray
-    positions: IntArray
-    end: IntArray
-    segments: tuple[Segment, ...]
-    read_at: IntArray
-    read_token: IntArray
-    read_query: IntArray
+    tokens: IntArray  # ids in depth-first order, [T]
+    positions: IntArray  # distance of each token from its root, [T]
+    end: IntArray  # index after the subtree of each token, [T]
+    segments: tuple[Segment, ...]  # in order; they cover the pack
+    read_at: IntArray  # indices of tokens, [R]
+    read_token: IntArray  # the token whose log-probability is read there, [R]
+    read_query: IntArray  # its query, [R]; the reads of a query are in the order of its tokens
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All packs of a set of queries.
-
-    Attributes:
-        packs: The forward passes.
-        asked_tokens: Input tokens of all queries, each counted as often as it is asked.
-        distinct_tokens: Nodes of the trie of all queries.
-        computed_tokens: Tokens of all packs; above `distinct_tokens` by the prefixes that a pack
-            repeats from the one before.
-        truncated: Queries that were longer than the window and lost tokens on the left.
-    """
-
-    packs: tuple[Pack, ...]
-    asked_tokens: int
-    distinct_tokens: int
-    computed_tokens: int
-    truncated: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Row:
-    """The input of one or more queries: what they ask of equal input tokens."""
+class _Row(NamedTuple):
+    """Input tokens, and the queries that have them in common."""
 
     tokens: IntArray
-    queries: tuple[int, ...]
+    queries: list[int]
 
 
-def plan(queries: Sequence[Query], *, pack_tokens: int, window: int) -> Plan:
-    """Plans the forward passes that answer all queries.
+def plan(queries: Sequence[Query], *, pack_tokens: int, window: int) -> list[Pack]:
+    """Plans the forward passes that answer all queries, in any order; duplicates cost nothing.
 
-    Args:
-        queries: In any order; duplicates cost nothing.
-        pack_tokens: Most tokens in a pack; a longer single sequence gets a pack of its own.
-        window: Longest input of the model; longer ones lose tokens on the left, as HFLM does.
+    A pack has at most `pack_tokens` tokens; a longer sequence gets a pack of its own. Inputs longer
+    than `window` lose tokens on the left, as with HFLM.
     """
-    rows, truncated = _distinct_rows(queries, window)
-    # What each row shares with the one before it; the first has none.
-    shared = [_common(rows[i - 1].tokens, row.tokens) if i else 0 for i, row in enumerate(rows)]
+    rows = _distinct_rows(queries, window)
     packs = []
-    first = 0
-    while first < len(rows):
-        last, size = first + 1, len(rows[first].tokens)
-        while last < len(rows):
-            added = len(rows[last].tokens) - shared[last]
-            if size + added > pack_tokens:
-                break
-            size += added
-            last += 1
-        packs.append(_pack(rows[first:last], shared[first:last], queries))
-        first = last
-    return Plan(
-        tuple(packs),
-        sum(min(window, len(q.context) + len(q.continuation) - 1) for q in queries),
-        sum(len(row.tokens) - common for row, common in zip(rows, shared, strict=True)),
-        sum(len(pack.tokens) for pack in packs),
-        truncated,
-    )
+    group: list[_Row] = []
+    shared: list[int] = []  # what each row shares with the one before it; nothing in the first
+    size = 0
+    for row in rows:
+        common = _common(group[-1].tokens, row.tokens) if group else 0
+        if group and size + len(row.tokens) - common > pack_tokens:
+            packs.append(_pack(group, shared, queries))
+            group, shared, size, common = [], [], 0, 0
+        group.append(row)
+        shared.append(common)
+        size += len(row.tokens) - common
+    if group:
+        packs.append(_pack(group, shared, queries))
+    return packs
 
 
-def _input(query: Query, window: int) -> Sequence[int]:
-    """What the model reads: all but the last token, cut on the left to the window."""
-    whole = [*query.context, *query.continuation[:-1]]
-    return whole[-window:]
-
-
-def _distinct_rows(queries: Sequence[Query], window: int) -> tuple[list[_Row], tuple[int, ...]]:
-    """The distinct inputs in lexicographic order of their tokens."""
+def _distinct_rows(queries: Sequence[Query], window: int) -> list[_Row]:
+    """The distinct inputs in lexicographic order: all but the last token, cut to the window."""
     by_input: dict[bytes, list[int]] = {}
-    truncated = []
     # Choices of one token have the input in common, and mostly the very list of its tokens.
     known: dict[tuple[int, tuple[int, ...]], bytes] = {}
     for number, query in enumerate(queries):
-        if len(query.context) + len(query.continuation) > window + 1:
-            truncated.append(number)
-        short = (id(query.context), tuple(query.continuation[:-1]))
-        key = known.get(short)
+        read = tuple(query.continuation[:-1])
+        key = known.get((id(query.context), read))
         if key is None:
             # Big-endian, so that bytes sort as the token ids do.
-            key = np.asarray(_input(query, window), dtype=">u4").tobytes()
-            known[short] = key
+            key = np.asarray([*query.context, *read][-window:], dtype=">u4").tobytes()
+            known[id(query.context), read] = key
         by_input.setdefault(key, []).append(number)
-    rows = [
-        _Row(np.frombuffer(key, dtype=">u4").astype(np.int32), tuple(by_input[key]))
+    return [
+        _Row(np.frombuffer(key, dtype=">u4").astype(np.int32), by_input[key])
         for key in sorted(by_input)
     ]
-    return rows, tuple(truncated)
 
 
 def _common(a: IntArray, b: IntArray) -> int:
@@ -166,49 +109,40 @@ def _common(a: IntArray, b: IntArray) -> int:
 
 
 def _pack(rows: Sequence[_Row], shared: Sequence[int], queries: Sequence[Query]) -> Pack:
-    """Lays sorted rows out as one pack; the first row shares nothing with what is before it."""
-    longest = max(len(row.tokens) for row in rows)
-    size = len(rows[0].tokens) + sum(
-        len(row.tokens) - common for row, common in zip(rows[1:], shared[1:], strict=True)
-    )
-    tokens = np.empty(size, dtype=np.int32)
-    positions = np.empty(size, dtype=np.int32)
+    """Lays sorted rows out as one pack."""
+    spans = [(common, len(row.tokens)) for row, common in zip(rows, shared, strict=True)]
+    size = sum(length - common for common, length in spans)
     end = np.full(size, size, dtype=np.int32)
-    path = np.empty(longest, dtype=np.int32)  # place in the pack of each token of the current row
+    # Index in the pack of each token of the current row.
+    path = np.empty(max(length for _, length in spans), dtype=np.int32)
     depth = filled = 0
     segments: list[Segment] = []
     read_at: list[int] = []
     read_token: list[int] = []
     read_query: list[int] = []
-    for place, row in enumerate(rows):
-        common = shared[place] if place else 0
-        length = len(row.tokens)
+    for row, (common, length) in zip(rows, spans, strict=True):
         end[path[common:depth]] = filled
         stop = filled + length - common
-        tokens[filled:stop] = row.tokens[common:]
-        positions[filled:stop] = np.arange(common, length, dtype=np.int32)
         path[common:length] = np.arange(filled, stop, dtype=np.int32)
         if stop > filled:
             segments.append(Segment(filled, stop, _ranges(path[:common])))
         depth, filled = length, stop
-        for number in row.queries:
-            continuation = queries[number].continuation
+        for query in row.queries:
+            continuation = queries[query].continuation
             read_at += path[length - len(continuation) : length].tolist()
             read_token += continuation
-            read_query += [number] * len(continuation)
+            read_query += [query] * len(continuation)
     return Pack(
-        tokens,
-        positions,
+        np.concatenate([row.tokens[common:] for row, common in zip(rows, shared, strict=True)]),
+        np.concatenate([np.arange(*span, dtype=np.int32) for span in spans]),
         end,
         tuple(segments),
-        np.asarray(read_at, dtype=np.int32),
-        np.asarray(read_token, dtype=np.int32),
-        np.asarray(read_query, dtype=np.int32),
+        *(np.asarray(values, dtype=np.int32) for values in (read_at, read_token, read_query)),
     )
 
 
 def _ranges(path: IntArray) -> tuple[tuple[int, int], ...]:
-    """Joins consecutive places into (start, stop) ranges."""
+    """Joins consecutive indices into [start, stop) ranges."""
     if not len(path):
         return ()
     breaks = np.flatnonzero(np.diff(path) != 1) + 1

@@ -2,74 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.adapter_folder import unknown_field
 from qlora_harness.model.base import base_of, fits_dequantised, is_4bit
 from qlora_harness.model.plain_lora import is_plain
+from qlora_harness.score.model_arguments import ScoringOptions
 from qlora_harness.score.packed_forward import why_unsupported
+from qlora_harness.score.scored_model import ScoredModel
 
 
-@dataclass(frozen=True)
-class ScoringPath:
-    """What computes the log-probabilities.
-
-    Attributes:
-        packed: Whether in packs of the prefix tree; else through HFLM's own path.
-        fused: Whether packs go through fused layers; else through the model's own modules.
-        expanded: Whether a 4-bit base is expanded once.
-        reason: Why not packed, or None.
-    """
+class ScoringPath(NamedTuple):
+    """What computes the log-probabilities."""
 
     packed: bool
+    """In packs of the prefix tree; else through HFLM's own path."""
     fused: bool = False
+    """Packs through fused layers; else through the model's own modules."""
     expanded: bool = False
+    """A 4-bit base expanded once."""
     reason: str | None = None
+    """Why not packed although that was asked for."""
 
 
-def choose_path(
-    model: Any,
-    adapter_config: Mapping[str, Any] | None,
-    *,
-    scoring: str,
-    kernels: str,
-    dequantize: str,
-    compute_dtype: str,
-) -> ScoringPath:
-    """Decides how a model is scored.
-
-    Args:
-        model: With or without an adapter, as PEFT attached it.
-        adapter_config: The adapter's configuration, or None without one.
-        scoring: "packed" or "hf".
-        kernels: "auto" or "none".
-        dequantize: "auto" or "never".
-        compute_dtype: "bfloat16" or "float32".
-    """
-    if scoring == "hf":
-        return ScoringPath(False)
-    reason = why_unsupported(base_of(model).config)
-    if reason is None and base_of(model) is not model:
-        field = unknown_field(adapter_config or {})
-        reason = (
-            _why_adapter_not_packed(model) if field is None else f"its adapter sets {field!r:.80}"
-        )
-    allowed = reason is None and kernels == "auto"
+def choose_path(scored: ScoredModel, options: ScoringOptions) -> ScoringPath:
+    """Decides how a model is scored."""
+    if options.scoring == "hf":
+        return ScoringPath(packed=False)
+    model = scored.model
+    reason = _why_not_packed(scored)
+    allowed = reason is None and options.kernels == "auto"
     fused = allowed and FusedDecoder.reason_against(model) is None
     if reason is None and not fused and not _share_config(base_of(model)):
         reason = "some of its layers have a configuration of their own"
     if reason is not None:
-        return ScoringPath(False, reason=reason)
+        return ScoringPath(packed=False, reason=reason)
     expanded = (
-        dequantize == "auto"
+        options.dequantize == "auto"
         and any(map(is_4bit, model.modules()))
         and _is_all_plain(model)
-        and fits_dequantised(model, compute_dtype)
+        and fits_dequantised(model, scored.compute_dtype)
     )
     return ScoringPath(True, fused, expanded)
+
+
+def _why_not_packed(scored: ScoredModel) -> str | None:
+    model = scored.model
+    reason = why_unsupported(base_of(model).config)
+    if reason is not None or base_of(model) is model:
+        return reason
+    field = unknown_field(scored.adapter_config or {})
+    return _why_adapter_not_packed(model) if field is None else f"its adapter sets {field!r:.80}"
 
 
 def _share_config(base: Any) -> bool:

@@ -22,33 +22,25 @@ if TYPE_CHECKING:
 
 BLOCK = 128
 _NAME = "qlora_harness_tree"  # in transformers' attention interface
-# Tile sizes of FlexAttention on CUDA, or None for its own choice.
-FLEX_OPTIONS: dict[str, int] | None = None
 _MOST_COMPILED = 1000
 
 
 @dataclass
 class TreeAttention:
-    """Attention of one pack.
-
-    Attributes:
-        segments: The runs of tokens, in order; they cover the pack.
-        block_mask: Of FlexAttention, or None to attend segment by segment.
-    """
+    """Attention of one pack."""
 
     segments: tuple[Segment, ...]
+    """In order; they cover the pack."""
     block_mask: BlockMask | None
+    """Of FlexAttention; None attends segment by segment."""
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
-        """Returns what each token finds among its ancestors and itself, [T, H, D].
+        """Returns the attention [T, H, D] of each token to its ancestors and itself.
 
-        Args:
-            q: [T, H, D], in any layout whose last dimension is dense.
-            k: [T, K, D]; H is a multiple of K.
-            v: [T, K, D].
-            scale: Factor of the scores, or None for 1 / sqrt(D).
+        q is [T, H, D], in any layout whose last dimension is dense; k and v are [T, K, D], and H is
+        a multiple of K. `scale` None is 1 / sqrt(D).
         """
         query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
         if self.block_mask is None:
@@ -57,13 +49,7 @@ class TreeAttention:
         if on_gpu:
             keep_compiling()
         out = _flex(on_gpu)(
-            query,
-            key,
-            value,
-            block_mask=self.block_mask,
-            scale=scale,
-            enable_gqa=True,
-            kernel_options=FLEX_OPTIONS if on_gpu else None,
+            query, key, value, block_mask=self.block_mask, scale=scale, enable_gqa=True
         )
         return out[0].transpose(0, 1)
 
@@ -87,15 +73,10 @@ _active: TreeAttention | None = None
 
 @contextmanager
 def attending(model: Any, tree: TreeAttention) -> Iterator[None]:
-    """Lets a model's own layers attend along a tree inside the `with` block.
-
-    Args:
-        model: A transformers causal language model.
-        tree: Of the pack that it computes.
-    """
+    """Lets a transformers model's own layers attend along a tree inside the `with` block."""
     global _active
     _register()
-    before = model.config._attn_implementation
+    before = model.config._attn_implementation  # noqa: SLF001  # there is a public setter only
     model.set_attn_implementation(_NAME)
     _active = tree
     try:
@@ -121,19 +102,10 @@ def _active_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of the active pack, as transformers' attention interface wants it.
+    """Attention of the active pack, in the form of transformers' attention interface.
 
-    Args:
-        module: The attention layer.
-        query: [1, H, T, D].
-        key: [1, K, T, D]; H is a multiple of K.
-        value: [1, K, T, D].
-        attention_mask: Not used: the tree is the mask.
-        scaling: Factor of the scores, or None for 1 / sqrt(D).
-        **options: What else the layers pass along.
-
-    Returns:
-        [1, T, H, D], and no weights.
+    query is [1, H, T, D], key and value are [1, K, T, D]; the tree is the mask. Returns
+    [1, T, H, D] and no weights.
     """
     assert _active is not None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -180,7 +152,7 @@ def keep_compiling() -> None:
     Packs of another length or another model are compiled anew. Beyond a limit torch would compute
     them without a kernel instead, in memory for the scores of all pairs.
     """
-    limits = torch._dynamo.config
+    limits = torch._dynamo.config  # noqa: SLF001  # the documented place of these limits
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         if getattr(limits, name) < _MOST_COMPILED:
             setattr(limits, name, _MOST_COMPILED)
@@ -189,12 +161,8 @@ def keep_compiling() -> None:
 def block_mask(end: Any, device: torch.device) -> BlockMask:
     """Returns FlexAttention's mask of a pack: q sees k when k <= q < end[k].
 
-    What create_block_mask would find by trying all pairs follows from the largest and the smallest
-    end in each block of keys.
-
-    Args:
-        end: Place after the subtree of each token, [T] int32.
-        device: Where the mask is used.
+    `end` [T] int32 is the index after the subtree of each token. What create_block_mask learns by
+    trying all pairs follows from the largest and the smallest end in each block of keys.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -213,24 +181,18 @@ def block_mask(end: Any, device: torch.device) -> BlockMask:
     def sees(batch: Any, head: Any, q: Any, k: Any) -> Any:
         return (k <= q) & (q < ends[k])
 
-    partial, whole = (
-        [to_device(torch.from_numpy(values)[None, None], device) for values in _ordered(blocks)]
+    # For each block of queries the number of its key blocks, and all key blocks with those first.
+    partial_count, partial_blocks, full_count, full_blocks = (
+        to_device(torch.from_numpy(values.astype(np.int32))[None, None], device)
         for blocks in (some & ~every, every)
+        for values in (blocks.sum(axis=1), np.argsort(~blocks, axis=1, kind="stable"))
     )
     return BlockMask.from_kv_blocks(
-        partial[0],
-        partial[1],
-        whole[0],
-        whole[1],
+        partial_count,
+        partial_blocks,
+        full_count,
+        full_blocks,
         BLOCK_SIZE=BLOCK,
         mask_mod=sees,
         seq_lengths=(size, size),
-    )
-
-
-def _ordered(blocks: Any) -> tuple[Any, Any]:
-    """Number of blocks of keys of each block of queries, and their places, those first."""
-    return (
-        blocks.sum(axis=1).astype(np.int32),
-        np.argsort(~blocks, axis=1, kind="stable").astype(np.int32),
     )

@@ -1,12 +1,9 @@
 """Makes `lm_eval` find our model and tasks.
 
 lm-eval 0.4.13 has no plugin discovery; its main branch reads the entry-point group
-`lm_eval.models`, which this distribution declares. For releases without discovery it ships a
-start-up hook, `qlora_harness_hook.pth`: at interpreter start that adds one finder to sys.meta_path
-and imports nothing; when `lm_eval` is imported, it calls `install`. That adds the model to
-lm-eval's registry (unless the release discovers plugins itself) and our tasks to its index, and
-lets the command read our MMLU files before it loads a model. QLORA_HARNESS_NO_HOOK=1 switches it
-off.
+`lm_eval.models`, which this distribution declares. For releases without it there is a start-up
+hook, `qlora_harness_hook.pth`: at interpreter start it adds one finder to sys.meta_path and imports
+nothing. When `lm_eval` is imported, it calls `install`. QLORA_HARNESS_NO_HOOK=1 switches it off.
 """
 
 from __future__ import annotations
@@ -33,11 +30,10 @@ def install() -> None:
 
 
 def register_model(models: ModuleType) -> None:
-    """Adds the model to lm-eval's registry, lazily and beside the built-in ones.
+    """Adds our model to the registry, unless this release discovers plugins itself.
 
-    Args:
-        models: The module lm_eval.models, already executed: registering before it would make the
-            registry non-empty, and the built-in models would never be added.
+    Before lm_eval.models is executed this would leave the registry non-empty, and lm_eval would
+    never add its own models.
     """
     from lm_eval.api import registry
 
@@ -47,16 +43,12 @@ def register_model(models: ModuleType) -> None:
 
 
 def extend_task_index(index_module: ModuleType) -> None:
-    """Lets lm-eval's task index hold our tasks as well.
-
-    Args:
-        index_module: The module lm_eval.tasks._index, already executed.
-    """
+    """Lets the index that lm_eval builds hold our tasks as well."""
     index_class = index_module.TaskIndex
     build = index_class.build
 
     def build_with_ours(paths: Any, **options: Any) -> Any:
-        from qlora_harness.score.task_index import build_index
+        from qlora_harness.lm_eval_compat.tasks import build_index
 
         return build_index(build, list(paths), options)
 
@@ -64,31 +56,25 @@ def extend_task_index(index_module: ModuleType) -> None:
 
 
 def read_files_first(config_module: ModuleType) -> None:
-    """Lets the command lm_eval read the MMLU files of asked tasks as soon as it knows the tasks.
+    """Lets the command read the MMLU files of its tasks as soon as it knows the tasks.
 
-    It loads the model in between, and builds the tasks, which need the files, only then. A release
-    whose command goes another way reads them with the tasks, as does `simple_evaluate` from Python.
-
-    Args:
-        config_module: The module lm_eval.config.evaluate_config, already executed.
+    lm_eval loads the model in between: a wrong folder would show minutes later.
     """
-    config_class = getattr(config_module, "EvaluatorConfig", None)
-    process = getattr(config_class, "process_tasks", None)
-    if config_class is None or process is None:
-        return
+    config_class = config_module.EvaluatorConfig
+    process = config_class.process_tasks
 
     @wraps(process)
     def process_and_read(config: Any, *args: Any, **options: Any) -> Any:
-        from qlora_harness.score.asked_files import read_asked_files
+        from qlora_harness.lm_eval_compat.tasks import read_mmlu_files
 
         manager = process(config, *args, **options)
-        read_asked_files(config, manager)
+        read_mmlu_files(config.tasks, config.metadata or {})
         return manager
 
     config_class.process_tasks = process_and_read
 
 
-_AFTER: dict[str, Callable[[ModuleType], None]] = {
+_PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "lm_eval.config.evaluate_config": read_files_first,
     "lm_eval.models": register_model,
     "lm_eval.tasks._index": extend_task_index,
@@ -96,13 +82,13 @@ _AFTER: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _Finder:
-    """Finds the modules in `_AFTER` the usual way and acts after they were executed."""
+    """Finds the modules in `_PATCHES` the usual way, and patches each once it was executed."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        action = _AFTER.get(name)
-        if action is None:
+        patch = _PATCHES.get(name)
+        if patch is None:
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
@@ -110,17 +96,17 @@ class _Finder:
             spec = finder.find_spec(name, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, action)  # type: ignore[assignment]
+                    spec.loader = _Loader(spec.loader, patch)  # type: ignore[assignment]
                 return spec
         return None
 
 
 class _Loader:
-    """A loader that calls an action after the module was executed; otherwise the original one."""
+    """Another loader, followed by a patch of the module that it executed."""
 
-    def __init__(self, loader: Any, action: Callable[[ModuleType], None]) -> None:
+    def __init__(self, loader: Any, patch: Callable[[ModuleType], None]) -> None:
         self._loader = loader
-        self._action = action
+        self._patch = patch
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         module: ModuleType | None = self._loader.create_module(spec)
@@ -129,8 +115,8 @@ class _Loader:
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         try:
-            self._action(module)
-        except Exception as error:  # a harness we don't know must still work without us
+            self._patch(module)
+        except Exception as error:  # noqa: BLE001  # an unknown lm_eval must work without us
             print(
                 f"qlora-harness: this lm_eval could not be extended ({error!r}); its own models "
                 "and tasks work, ours are missing",

@@ -1,4 +1,4 @@
-"""lm-eval swallows errors while it saves results and exits with 0; here they end the run."""
+"""lm_eval swallows errors while it saves results and exits with 0; here they end the run."""
 
 from __future__ import annotations
 
@@ -12,24 +12,21 @@ from qlora_harness.errors import ResultsError
 
 
 def verify_saved_results() -> None:
-    """Lets lm-eval's tracker check that each file it was asked to save is there (once a process).
-
-    Raises (from the tracker, later):
-        ResultsError: A results or samples file is missing after it was saved.
-    """
+    """Patches the tracker, once a process: a file missing after saving is a ResultsError."""
     from lm_eval.loggers import EvaluationTracker
 
     if getattr(EvaluationTracker, "_qlora_harness", False):
         return
-    for name, pattern, whole in (
+    for name, pattern, is_whole in (
         ("save_results_aggregated", "*.json", _is_json),
         ("save_results_samples", "samples_*.jsonl", _has_all_lines),
     ):
-        setattr(EvaluationTracker, name, _checked(getattr(EvaluationTracker, name), pattern, whole))
-    EvaluationTracker._qlora_harness = True
+        save = getattr(EvaluationTracker, name)
+        setattr(EvaluationTracker, name, _checked(save, pattern, is_whole))
+    EvaluationTracker._qlora_harness = True  # noqa: SLF001  # our own mark
 
 
-def _checked(save: Any, pattern: str, whole: Callable[..., bool]) -> Any:
+def _checked(save: Any, pattern: str, is_whole: Callable[..., bool]) -> Any:
     @wraps(save)
     def saved(tracker: Any, *args: Any, **kwargs: Any) -> Any:
         if not tracker.output_path:
@@ -39,7 +36,7 @@ def _checked(save: Any, pattern: str, whole: Callable[..., bool]) -> Any:
         before = _sizes(folder, pattern)
         outcome = save(tracker, *args, **kwargs)
         fresh = [path for path, size in _sizes(folder, pattern).items() if before.get(path) != size]
-        if not fresh or not all(whole(path, *args, **kwargs) for path in fresh):
+        if not fresh or not all(is_whole(path, *args, **kwargs) for path in fresh):
             raise ResultsError(
                 f"--output_path {tracker.output_path}: lm_eval could not save the results",
                 "Check that the folder can be written and the disk has room",
@@ -63,5 +60,6 @@ def _has_all_lines(path: Path, task_name: str, samples: Sequence[object]) -> boo
 
 
 def _sizes(folder: Path, pattern: str) -> dict[Path, int]:
-    found = [*folder.glob(pattern), *folder.glob(f"*/{pattern}")]
-    return {path: path.stat().st_size for path in found}
+    return {
+        path: path.stat().st_size for at in (pattern, f"*/{pattern}") for path in folder.glob(at)
+    }

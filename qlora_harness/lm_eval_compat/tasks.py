@@ -1,22 +1,24 @@
-"""From the YAML in tasks/ to lm-eval's task index: one entry a subject, without a file for each."""
+"""Our tasks in lm_eval's index: one entry a subject, from the YAML in tasks/."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_harness.errors import install_excepthook
 from qlora_harness.families import FOLDER, families
+from qlora_harness.lm_eval_compat.index_cache import cached_index
 from qlora_harness.locations import tasks_dir
-from qlora_harness.score.index_cache import cached_index
+from qlora_harness.score.mmlu_files import load_questions
 
 if TYPE_CHECKING:
     from lm_eval.tasks._index import Entry
 
 
 def task_entries() -> dict[str, Entry]:
-    """Returns our groups and tasks as lm-eval index entries, by name."""
+    """Returns our groups and tasks by name."""
     from lm_eval.tasks._index import Entry, Kind
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -36,12 +38,11 @@ def task_entries() -> dict[str, Entry]:
             add_group(f"{family}_{category}", category, [f"{family}_{s}" for s in subjects])
             for subject in subjects:
                 name = f"{family}_{subject}"
-                arguments = {"mmlu_file": description["file"], "mmlu_subject": subject}
                 config = {
                     **subject_config,
                     "task": name,
                     "task_alias": subject,
-                    "dataset_kwargs": arguments,
+                    "dataset_kwargs": {"mmlu_file": description["file"], "mmlu_subject": subject},
                 }
                 entries[name] = Entry(name=name, kind=Kind.TASK, yaml_path=None, cfg=config)
     return entries
@@ -50,16 +51,8 @@ def task_entries() -> dict[str, Entry]:
 def build_index(
     build: Callable[..., dict[str, Entry]], paths: list[Path], options: dict[str, Any]
 ) -> dict[str, Entry]:
-    """Builds lm-eval's index with our entries; lm-eval's own part comes from a cache.
-
-    Args:
-        build: lm-eval's TaskIndex.build.
-        paths: The folders it is asked to look into.
-        options: Further arguments of it.
-    """
-    import lm_eval.tasks
-
-    own = Path(lm_eval.tasks.__file__).parent
+    """Builds an index with lm_eval's own `build` and adds our entries."""
+    own = _own_folder()
     if paths == [own] and not options:
         index = cached_index(own, lambda: build(paths))
     else:
@@ -68,31 +61,39 @@ def build_index(
 
 
 def extend_index(index: dict[str, Entry], paths: Iterable[Path]) -> dict[str, Entry]:
-    """Adds our entries to an index that holds lm-eval's own tasks; names that exist stay.
+    """Adds our entries in place; names that exist stay.
 
-    Args:
-        index: What lm-eval found, changed in place.
-        paths: The folders it looked into. An index without lm-eval's own folder (include_defaults
-            False) is left alone.
+    An index of other folders than lm_eval's own (include_defaults=False) is left alone.
     """
-    import lm_eval.tasks
-
-    own = Path(lm_eval.tasks.__file__).parent
+    own = _own_folder()
     if any(Path(path) == own for path in paths):
-        _quiet_dataset_hint()
+        logging.getLogger("lm_eval.api.task").addFilter(_is_no_hint_about_our_tasks)
         for name, entry in task_entries().items():
             index.setdefault(name, entry)
     return index
 
 
-def _quiet_dataset_hint() -> None:
-    """Hides a hint that lm-eval gives for every task with a custom_dataset: 57 times a group."""
-    logger = logging.getLogger("lm_eval.api.task")
-    if not any(getattr(f, "_qlora_harness", False) for f in logger.filters):
+def read_mmlu_files(tasks: Iterable[object], metadata: Mapping[str, Any]) -> None:
+    """Reads the files of the tasks that are ours and named; `load_questions` keeps them.
 
-        def keep(record: logging.LogRecord) -> bool:
-            text = record.getMessage()
-            return not (text.startswith("mmlu_qlora") and "Custom kwargs can be passed" in text)
+    A missing or damaged file raises DataError.
+    """
+    names = {task for task in tasks if isinstance(task, str)}
+    for family, description in families().items():
+        categories = description["categories"]
+        parts = [*categories, *(s for subjects in categories.values() for s in subjects)]
+        if not names.isdisjoint([family, *(f"{family}_{part}" for part in parts)]):
+            install_excepthook()
+            load_questions(description["file"], metadata.get("mmlu_dir"))
 
-        keep._qlora_harness = True  # type: ignore[attr-defined]
-        logger.addFilter(keep)
+
+def _own_folder() -> Path:
+    import lm_eval.tasks
+
+    return Path(lm_eval.tasks.__file__).parent
+
+
+def _is_no_hint_about_our_tasks(record: logging.LogRecord) -> bool:
+    """Hides what lm_eval says of every task with a custom_dataset, 57 times a group."""
+    text = record.getMessage()
+    return not (text.startswith("mmlu_qlora") and "Custom kwargs can be passed" in text)

@@ -1,0 +1,113 @@
+"""HFLM around a model that is loaded elsewhere: the only place that touches its private names."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from qlora_harness.model.base import base_of
+from qlora_harness.score.encoding import Pair
+from qlora_harness.score.output_head import float32_logits
+from qlora_harness.score.prefix_tree import Score
+
+if TYPE_CHECKING:
+    from qlora_harness.score.scored_model import ScoredModel
+
+Request: TypeAlias = Instance
+Encoded = tuple[Pair, list[int], list[int]]  # with the token ids of context and continuation
+
+
+class LoadedHFLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
+    """HFLM, but `load` brings the model to a device, and logits are computed in float32.
+
+    Args:
+        load: Called once, after HFLM has chosen the device.
+        exact_logits: False leaves the logits as the model computes them.
+        **options: HFLM's own.
+    """
+
+    loaded: ScoredModel
+
+    def __init__(
+        self, load: Callable[[torch.device], ScoredModel], *, exact_logits: bool, **options: Any
+    ) -> None:
+        self._load = load
+        self._exact_logits = exact_logits
+        super().__init__(**options)
+
+    @property
+    def model(self) -> Any:
+        """The model that scores."""
+        return self.loaded.model
+
+    @property
+    def rank(self) -> int:
+        """This process, of all hosts; HFLM numbers those of a host, and on GPUs only."""
+        accelerator = getattr(self, "accelerator", None)
+        return 0 if accelerator is None else int(accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        accelerator = getattr(self, "accelerator", None)
+        return 1 if accelerator is None else int(accelerator.num_processes)
+
+    def _create_model(self, pretrained: str, **options: Any) -> None:
+        del pretrained, options
+        accelerator = getattr(self, "accelerator", None)
+        device = self.device if accelerator is None else accelerator.device
+        self.loaded = self._load(torch.device(device))
+        # HFLM ties weights once more, which fails where PEFT has wrapped one of the tied modules.
+        base_of(self.model).tie_weights = lambda *_, **__: None
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[Encoded],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[Score]:
+        head = base_of(self.model).get_output_embeddings()
+        with float32_logits(head) if self._exact_logits else contextlib.nullcontext():
+            scores: list[Score] = super()._loglikelihood_tokens(
+                requests, disable_tqdm=disable_tqdm, override_bs=override_bs
+            )
+        return scores
+
+    def score_plainly(self, encoded: Sequence[Encoded], *, show_progress: bool) -> list[Score]:
+        """Scores token ids through HFLM's own path, batch by batch."""
+        return self._loglikelihood_tokens(encoded, disable_tqdm=not show_progress)
+
+    def score_as_hflm(self, encoded: Sequence[Encoded]) -> list[Score]:
+        """Scores token ids exactly as HFLM does, with the logits that the model computes."""
+        scores: list[Score] = super()._loglikelihood_tokens(encoded, disable_tqdm=True)
+        return scores
+
+
+class StockHFLM:
+    """lm_eval's own `hf` model around weights in memory, one step at a time, to be timed."""
+
+    def __init__(self, lm: LoadedHFLM, batch_size: int) -> None:
+        self._hflm = HFLM(
+            pretrained=lm.model,
+            tokenizer=lm.tokenizer,
+            batch_size=batch_size,
+            max_length=lm.max_length,
+            add_bos_token=lm.add_bos_token,
+            softmax_dtype=lm.softmax_dtype,
+        )
+
+    def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
+        """Turns texts into token ids, pair by pair."""
+        encode = self._hflm._encode_pair  # noqa: SLF001  # the only way to time it apart
+        return [(pair, *encode(*pair)) for pair in pairs]
+
+    def score(self, encoded: Sequence[Encoded]) -> list[Score]:
+        """Scores token ids, without a progress bar."""
+        score = self._hflm._loglikelihood_tokens  # noqa: SLF001  # as above
+        scores: list[Score] = score(encoded, disable_tqdm=True)
+        return scores

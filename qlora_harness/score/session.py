@@ -1,0 +1,282 @@
+"""From lm_eval's requests to log-probabilities and records: the plan, the journal, the recorder."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from qlora_harness.errors import ResultsError, SettingsError
+from qlora_harness.families import LETTERS
+from qlora_harness.lm_eval_compat.hflm import Encoded, LoadedHFLM, Request
+from qlora_harness.model.base import dequantise
+from qlora_harness.record import environment, scrub_all
+from qlora_harness.score.encoding import Pair, encode_pairs
+from qlora_harness.score.journal import Journal, question_key
+from qlora_harness.score.mmlu_recorder import MmluRecorder
+from qlora_harness.score.model_arguments import ScoringOptions
+from qlora_harness.score.packed_forward import PackedModel
+from qlora_harness.score.packed_scorer import PackedScorer, default_pack_tokens
+from qlora_harness.score.prefix_tree import Query, Score
+from qlora_harness.score.scoring_path import choose_path
+
+logger = logging.getLogger("qlora_harness")
+
+# Tokens that a text adds to those sharing its beginning: a low guess, as most add a question.
+_FEW_TOKENS = 16
+# Mean difference, nats, from which on two ways to score are not one: rounding alone stays below.
+_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far packed scoring is from HFLM's own numbers, in nats."""
+
+    mean: float
+    largest: float
+
+
+class TokenScores(NamedTuple):
+    """Scores of token ids in their order, and the tokens that packs computed for them."""
+
+    scores: list[Score]
+    computed_tokens: int | None
+
+
+class ScoringSession:
+    """Scores requests with one model.
+
+    Requests are planned as a trie over token ids and computed pack by pack (see `prefix_tree`).
+    Questions of our MMLU tasks are journaled in the run folder as they come; after an interruption
+    the same command scores the rest.
+
+    Args:
+        lm: Holds the model, its tokenizer and the processes.
+        options: From --model_args.
+    """
+
+    def __init__(self, lm: LoadedHFLM, options: ScoringOptions) -> None:
+        self.lm, self.options = lm, options
+        choice = lm.loaded.choice
+        self.path = choose_path(lm.loaded, options)
+        if self.path.reason is not None:
+            logger.warning("scored through HFLM's own path: %s", self.path.reason)
+        self.verification: Verification | None = None
+        self._recorder = MmluRecorder(choice.results_dir, choice.progress_name)
+        self._packed: PackedModel | None = None
+
+    def answer(self, requests: Sequence[Request], *, show_progress: bool) -> list[Score]:
+        """Scores requests of any tasks, and records those of ours.
+
+        Raises SettingsError for our tasks with other prompts than their files have, or with a
+        tokenizer for which " A" is several tokens; ResultsError where records can't be written, a
+        log-probability is not a number, or `verify` fails.
+        """
+        pairs: list[Pair] = [request.args for request in requests]
+        journal = self._open_journal(requests)
+        expected = self._score_sample_as_hflm(pairs)
+        scores, truncated = self._score_pairs(pairs, journal, show_progress)
+        if expected:
+            self._verify(expected, scores, journal)
+        results = [scores[pair] for pair in pairs]
+        answered = self._recorder.collect(requests, results, truncated)
+        parts = self.lm.gather_object(answered, dst=0)
+        if self.lm.rank == 0 and parts is not None and any(parts):
+            self._recorder.write(parts, self._header())
+        self.lm.barrier()  # of all processes, also those without a question of ours
+        if journal is not None:
+            journal.close(remove=self.lm.rank == 0)
+        return results
+
+    def score_tokens(self, encoded: Sequence[Encoded]) -> TokenScores:
+        """Scores token ids, packed where the path says so, and records nothing."""
+        scorer = self._scorer() if self.path.packed else None
+        return self._score_with(scorer, encoded, journal=None, show_progress=False)
+
+    def expand_base(self) -> None:
+        """Expands a 4-bit base to the values that it computes with, where the path says so."""
+        if self.path.expanded:
+            dequantise(self.lm.model, self.lm.loaded.compute_dtype)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns all that a score depends on; a journal serves no other model."""
+        return {**self.lm.loaded.record(), **self.settings_record()}
+
+    def settings_record(self) -> dict[str, Any]:
+        """Returns how the model is scored, as records hold it."""
+        return {
+            "batch_size": self.lm.batch_size,
+            "dtype": self.lm.loaded.compute_dtype,
+            "softmax_dtype": str(self.lm.softmax_dtype).removeprefix("torch."),
+            "max_length": self.lm.max_length,
+            "leading_bos": self._leading_bos(),
+            "scoring": "packed" if self.path.packed else "hf",
+            "logits": "float32" if self.options.exact_logits else "as computed",
+            "expanded_once": self.path.expanded,
+            "fused_kernels": self.path.fused,
+        }
+
+    def _header(self) -> dict[str, Any]:
+        device = self.lm.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        header: dict[str, Any] = scrub_all(
+            {
+                "arm": self.lm.loaded.choice.quant.arm,
+                "model": self.lm.loaded.record(),
+                "settings": self.settings_record() | {"processes": self.lm.world_size},
+                "environment": environment() | {"device": {"name": name}},
+            }
+        )
+        return header
+
+    def _leading_bos(self) -> list[int]:
+        bos = self.lm.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.lm.tok_encode("a")[:1] == [bos] else []
+
+    def _open_journal(self, requests: Sequence[Request]) -> Journal | None:
+        """The journal of a run with questions of ours, after checks that hours depend on."""
+        ours = self._recorder.ours(requests)
+        if not ours:
+            return None
+        self._check_letters()
+        self._recorder.check(ours)
+        return Journal(self._recorder.journal_path, self.identity(), self.lm.rank)
+
+    def _check_letters(self) -> None:
+        context = self.lm.tok_encode("Answer:")
+        for letter in LETTERS:
+            whole = self.lm.tok_encode(f"Answer: {letter}")
+            if whole[: len(context)] != context or len(whole) != len(context) + 1:
+                raise SettingsError(
+                    f"the tokenizer of {self.lm.loaded.choice.base} makes "
+                    f"{len(whole) - len(context)} tokens of ' {letter}' after 'Answer:'",
+                    "These tasks need a tokenizer for which each answer is one token",
+                )
+
+    def _score_pairs(
+        self, pairs: Sequence[Pair], journal: Journal | None, show_progress: bool
+    ) -> tuple[dict[Pair, Score], set[str]]:
+        """Scores distinct pairs, all processes together.
+
+        Returns the scores, and the contexts that were longer than the model's window.
+        """
+        distinct = list(dict.fromkeys(pairs))
+        known = {} if journal is None else _known(journal, distinct)
+        pending = self._union([pair for pair in distinct if pair not in known])
+        if not pending:
+            return known, set()
+        scorer = self._scorer() if self.path.packed else None
+        if scorer is not None:
+            # Fewer texts may fit into one short pack, for which other kernels are built.
+            texts = len({context for context, _ in pending})
+            if self.lm.world_size == 1 and texts * _FEW_TOKENS >= scorer.pack_tokens:
+                scorer.build_ahead()
+        try:
+            encoded = self._encode(pending)
+            scores = self._score_with(scorer, encoded, journal, show_progress).scores
+        finally:
+            if scorer is not None:
+                scorer.wait()
+        window = self.lm.max_length
+        truncated = {pair[0] for pair, ids, more in encoded if len(ids) + len(more) > window + 1}
+        return known | dict(zip(pending, scores, strict=True)), truncated
+
+    def _encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
+        return [(pair, *ids) for pair, ids in zip(pairs, encode_pairs(self.lm, pairs), strict=True)]
+
+    def _scorer(self) -> PackedScorer:
+        if self._packed is None:  # made once, as it moves weights
+            self.expand_base()
+            self._packed = PackedModel(self.lm.model, self.lm.softmax_dtype, fused=self.path.fused)
+        tokens = self.options.pack_tokens or default_pack_tokens(self.lm.model, self.lm.device)
+        # The shares make the whole only if all processes plan alike.
+        return PackedScorer(
+            self._packed, window=self.lm.max_length, pack_tokens=min(self._gather(tokens))
+        )
+
+    def _score_with(
+        self,
+        scorer: PackedScorer | None,
+        encoded: Sequence[Encoded],
+        journal: Journal | None,
+        show_progress: bool,
+    ) -> TokenScores:
+        """Through HFLM's own path without a scorer."""
+        if scorer is None:
+            return TokenScores(self.lm.score_plainly(encoded, show_progress=show_progress), None)
+
+        def note(scored: Sequence[tuple[int, Score]]) -> None:
+            if journal is not None:
+                journal.append((question_key(*encoded[n][0]), *score) for n, score in scored)
+
+        mine = scorer.score(
+            [Query(context, continuation) for _, context, continuation in encoded],
+            share=(self.lm.rank, self.lm.world_size),
+            show_progress=show_progress,
+            on_scored=note,
+        )
+        by_number = {n: score for part in self._gather(mine.scores) for n, score in part.items()}
+        for number, (pair, _, _) in enumerate(encoded):
+            self.lm.cache_hook.add_partial("loglikelihood", pair, by_number[number])
+        return TokenScores([by_number[n] for n in range(len(encoded))], mine.computed_tokens)
+
+    def _gather(self, value: Any) -> list[Any]:
+        """The values of all processes, on each of them."""
+        if self.lm.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.lm.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def _union(self, pairs: list[Pair]) -> list[Pair]:
+        """The pairs of all processes, in one order; each scores its own through HFLM's path."""
+        if not self.path.packed:
+            return pairs
+        return list(dict.fromkeys(pair for part in self._gather(pairs) for pair in part))
+
+    def _score_sample_as_hflm(self, pairs: Sequence[Pair]) -> dict[Pair, float]:
+        """A random sample for `verify`, with nothing of the model replaced."""
+        if not self.options.verify:
+            return {}
+        distinct = sorted(set(pairs))
+        sample = random.Random(0).sample(distinct, min(self.options.verify, len(distinct)))
+        scores = self.lm.score_as_hflm(self._encode(sample))
+        return {pair: logprob for pair, (logprob, _) in zip(sample, scores, strict=True)}
+
+    def _verify(
+        self, expected: Mapping[Pair, float], scores: Mapping[Pair, Score], journal: Journal | None
+    ) -> None:
+        """Ends the run where the two ways differ by more than rounding."""
+        differences = [abs(scores[pair][0] - logprob) for pair, logprob in expected.items()]
+        mean, largest = sum(differences) / len(differences), max(differences)
+        self.verification = Verification(mean, largest)
+        logger.warning(
+            "verified: %d texts scored through HFLM's path as well; difference %.2g nats on "
+            "average, %.2g at most",
+            len(differences),
+            mean,
+            largest,
+        )
+        if mean > _TOLERANCES[self.lm.loaded.compute_dtype]:
+            if journal is not None:
+                journal.close(remove=True)
+            raise ResultsError(
+                f"verify={self.options.verify}: packed scoring differs from HFLM's path by "
+                f"{mean:.2g} nats on average",
+                "Score with scoring=hf in --model_args, and report this",
+            )
+
+
+def _known(journal: Journal, pairs: Sequence[Pair]) -> dict[Pair, Score]:
+    """What an interrupted run has scored."""
+    if not journal.known:
+        return {}
+    keys = {pair: question_key(*pair) for pair in pairs}
+    known = {pair: journal.known[key] for pair, key in keys.items() if key in journal.known}
+    if known:
+        logger.warning("%d texts were scored before the interruption", len(known))
+    return known
