@@ -6,9 +6,8 @@
     >>> result.contrasts[0]["nll"].word
     'worse'
 
-`qh.train` trains an arm, `qh.score` scores it with lm_eval, `qh.runs` finds run folders and
-`qh.load_run` reads one. Importing this package loads nothing heavy; each function says what it
-needs when it is called.
+`qh.train` trains an arm, `qh.score` scores it with lm_eval, `qh.runs` lists run folders and
+`qh.load_run` reads one. Importing the package loads nothing heavy.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used."""
+    """Imports a public name on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module 'qlora_harness' has no attribute {name!r}")
     module, _, attribute = _HOMES[name].partition(":")

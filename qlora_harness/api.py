@@ -1,4 +1,4 @@
-"""`qlora_harness.train` and `qlora_harness.score`: the two commands, from Python."""
+"""`qlora_harness.train` and `qlora_harness.score`: training and scoring from Python."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ from qlora_harness.settings import Settings, build_settings, with_recipe
 
 
 def train(settings: Settings | Mapping[str, Any], *, recipe: str | None = None) -> Run:
-    """Trains one arm in this process, as `launch/train.py` does; for several GPUs use that.
+    """Trains one arm in this process; use `launch/train.py` for several GPUs.
 
-    Args:
-        settings: Flags of launch/train.py by name, such as {"quant": "nf4", "max_steps": 100}.
-        recipe: Recipe that supplies every value missing from `settings`.
-
-    Raises:
-        HarnessError: Anything the user can mend; the run's record then says "failed".
+    `settings` are its flags by name, such as {"quant": "nf4", "max_steps": 100}; `recipe` supplies
+    the others. Raises HarnessError, after which the run's record says "failed".
     """
     from qlora_harness.train.run import run_training
 
@@ -40,17 +36,11 @@ def score(
     batch_size: int | str = 1,
     **model_args: Any,
 ) -> Run:
-    """Scores a run with `lm_eval --model qlora_adapter` in a process of its own.
+    """Scores a run with `lm_eval --model qlora_adapter` in its own process.
 
-    Args:
-        run: Folder of a trained run; of a base without an adapter, the folder for its records.
-        tasks: Of lm_eval, separated by commas.
-        limit: Questions of each task.
-        batch_size: Of lm_eval.
-        **model_args: Others of the model, such as kernels="none"; `pretrained` scores a base.
-
-    Raises:
-        RunError: lm_eval failed; the message holds its last line.
+    `run` is the folder of a trained run or, with `pretrained`, the folder for the records of a base
+    without an adapter. `limit` is in questions of each task. `model_args` are others of the model,
+    such as kernels="none". Raises RunError with lm_eval's last line if it fails.
     """
     folder = Path(run)
     if "pretrained" not in model_args:
@@ -64,6 +54,7 @@ def score(
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise RunError(
-            f"lm_eval failed with status {done.returncode}: {lines[-1]}", "Run it in a shell"
+            f"lm_eval failed with status {done.returncode}: {lines[-1]}",
+            "Run lm_eval in a shell to see all of its output",
         )
     return load_run(folder)

@@ -1,4 +1,4 @@
-"""Lets a subpackage be called: `qlora_harness.compare(...)` beside `qlora_harness.compare.page`."""
+"""Makes a subpackage callable: `qlora_harness.compare(...)` beside `qlora_harness.compare.page`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class CallablePackage(ModuleType):
-    """A package whose `_FUNCTION`, "module:name", does what calling the package does."""
+    """A package that calls its `_FUNCTION`, "module:name", when it is called."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Imports the function and calls it."""
@@ -18,5 +18,8 @@ class CallablePackage(ModuleType):
 
 
 def make_callable(package: str) -> None:
-    """Makes the package callable that is being imported; a function of its name would hide it."""
+    """Makes the package that is being imported callable.
+
+    A function of the same name would hide the package's modules.
+    """
     sys.modules[package].__class__ = CallablePackage

@@ -1,4 +1,4 @@
-"""The command `qlora-harness`: its subcommands, and errors as one line."""
+"""The command `qlora-harness` and its subcommands."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "plan",
         help="predict a training run's GPU memory from the model's configuration",
-        add_help=False,  # its flags are those of launch/train.py
+        add_help=False,  # `_plan` parses the flags of launch/train.py
     )
     runs = commands.add_parser(
         "runs",
         help="list the runs below a folder",
-        description="One line a run: model, data, base, status, memory, loss, accuracy.",
+        description="Prints a line per run: model, data, base, status, memory, loss, accuracy.",
         allow_abbrev=False,
     )
     runs.add_argument(
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     show = commands.add_parser(
         "show",
         help="print the record of one run",
-        description="Prints a run's results, how it was computed, and its settings.",
+        description="Prints the results, computation and settings of a run.",
         allow_abbrev=False,
     )
     show.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as results/4bit")
@@ -85,7 +85,11 @@ def _add_study_plan(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "runs", nargs="*", type=Path, metavar="RUN", help="pilot runs, which tell the rest"
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="pilot runs, from which --discordance and --seed-sd are estimated",
     )
     parser.add_argument("--margin", type=float, default=1.0, metavar="POINTS", help="default 1")
     parser.add_argument(
@@ -109,7 +113,7 @@ def _print_schema(kind: str) -> None:
 
 
 def _plan(words: Sequence[str]) -> None:
-    """Takes the flags of launch/train.py and prints the memory of every way to train."""
+    """Parses the flags of launch/train.py and prints the memory of every way to train."""
     from qlora_harness.model.base import find_base
     from qlora_harness.train.command import parse_settings
     from qlora_harness.train.memory_choice import choose_memory_plan
@@ -119,14 +123,14 @@ def _plan(words: Sequence[str]) -> None:
     settings, _ = parse_settings(words, prog="qlora-harness plan")
     source = find_base(settings.model.model, settings.model.revision)
     shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
-    # Without the data, every example is taken to be as long as it may be.
+    # Without data, assumes that every example has the longest permitted length.
     examples = settings.optimization.batch_size * settings.optimization.grad_accum
     chosen, _, tokens = choose_memory_plan(shape, settings, [settings.data.max_length] * examples)
     print(table(shape, settings, chosen, tokens))
 
 
 def _read_runs(args: argparse.Namespace) -> None:
-    """Runs a command that only reads; its output may be cut short by `head` or a pager."""
+    """Runs a command that only reads; `head` or a pager may close its output early."""
     from qlora_harness.results.output import PipedConsole, close_quietly
 
     try:
@@ -154,7 +158,7 @@ def _read_runs(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, or 2 for a mistake in the input."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal without UTF-8 gets "?" for what it lacks
+        if hasattr(stream, "reconfigure"):  # a terminal without UTF-8 shows "?"
             stream.reconfigure(errors="replace")
     words = list(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: _run(words))

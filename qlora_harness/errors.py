@@ -1,4 +1,4 @@
-"""The errors a user can cause, as one small hierarchy.
+"""The errors that a user can cause.
 
     HarnessError
     ├── SettingsError     a flag, a recipe key or a combination of them
@@ -10,12 +10,9 @@
     ├── ComparisonError   runs that can't be compared
     └── TrainingError     a run that went wrong while training (non-finite loss)
 
-Every message is one line of at most 500 characters that says what is wrong, where (file, key,
-flag, value) and what to do. The commands print it without a traceback; Python callers get the
-exception.
-
-Names and values may come from a stranger's file, so whatever is printed of them passes through
-`printable`: no control character reaches a terminal.
+A message is one line of at most 500 characters: what is wrong, where (file, key, flag, value), and
+what to do. Commands print it without a traceback. Names and values in it may come from a
+stranger's file, so `printable` keeps their control characters from the terminal.
 """
 
 from __future__ import annotations
@@ -35,10 +32,7 @@ _SHOWN_CHARACTERS = 80
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Escapes every character that isn't printable, but those in `keep`.
-
-    Control characters, marks that change the direction of writing, and lone surrogates are escaped.
-    """
+    """Escapes control characters, direction marks and lone surrogates, except those in `keep`."""
     if text.isprintable():
         return text
     return "".join(
@@ -47,18 +41,18 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def shown(value: object, limit: int = _SHOWN_CHARACTERS) -> str:
-    """Returns the repr of a value for a message, cut in the middle to `limit` characters."""
+    """Returns the repr of a value for a message, shortened to `limit` characters."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = limit
     try:
         text = short.repr(value)
-    except ValueError:  # Python refuses to write integers of thousands of digits
+    except ValueError:  # Python doesn't print integers of thousands of digits
         text = f"a {type(value).__name__} too long to show"
     return _cut(printable(text), limit)
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of another library's message; a bare KeyError gets its name."""
+    """Returns the first line of a library's message, with the error's name if it says little."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -67,7 +61,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _cut(text: str, limit: int) -> str:
-    """Leaves out the middle: a message begins with the place and ends with the rule."""
+    """Cuts the middle, because a message begins with the place and ends with the rule."""
     if len(text) <= limit:
         return text
     head = (limit - 1) * 2 // 3
@@ -84,10 +78,7 @@ logging.getLogger("qlora_harness").addFilter(_Printable())
 
 
 class HarnessError(Exception):
-    """Base of every error that a user can cause and fix.
-
-    `problem` says what is wrong and where, with the value; `remedy` says what to do.
-    """
+    """An error that the user can fix: `problem` is what is wrong and where, `remedy` what to do."""
 
     exit_status = 2
 
@@ -104,7 +95,7 @@ class HarnessError(Exception):
 
 
 def _one_line(text: str) -> str:
-    text = _cut(text, 20 * _LONGEST_LINE)  # some are megabytes long
+    text = _cut(text, 20 * _LONGEST_LINE)  # of megabytes, sometimes
     return printable(" ".join(text.split())).rstrip(".")
 
 
@@ -133,27 +124,27 @@ class ResultsError(HarnessError):
 
 
 class ComparisonError(HarnessError):
-    """The runs were made under conditions that don't allow a comparison."""
+    """The runs can't be compared."""
 
 
 class TrainingError(HarnessError):
-    """Training went wrong in a way that more steps can't fix."""
+    """A training run went wrong."""
 
     exit_status = 3
 
 
 _REMEDIES = {
     errno.ENAMETOOLONG: "Use a shorter name",
-    errno.EACCES: "Check the permissions there, or name another place",
-    errno.EPERM: "Check the permissions there, or name another place",
-    errno.EROFS: "Name another place",
-    errno.ENOSPC: "Make room there, or name another place",
-    errno.EDQUOT: "Make room there, or name another place",
+    errno.EACCES: "Check the permissions, or name another folder",
+    errno.EPERM: "Check the permissions, or name another folder",
+    errno.EROFS: "Name another folder",
+    errno.ENOSPC: "Free some space, or name another folder",
+    errno.EDQUOT: "Free some space, or name another folder",
 }
 
 
 def of_system(error: OSError) -> HarnessError | None:
-    """Returns the message for a system error that a user can fix, or None."""
+    """Returns the error to print for a system error that the user can fix, else None."""
     remedy = _REMEDIES.get(error.errno or 0)
     if remedy is None:
         return None
@@ -169,7 +160,7 @@ def print_error(error: HarnessError) -> None:
 def run_command(command: Callable[[], int]) -> int:
     """Runs a command and returns its exit status.
 
-    A HarnessError, or a system error that a user can fix, is printed as one line. Ctrl-C is 130.
+    Prints a HarnessError, or a system error that the user can fix, as one line. Ctrl-C gives 130.
     """
     try:
         return command()
@@ -184,16 +175,16 @@ def run_command(command: Callable[[], int]) -> int:
 
 
 def _message_for(error: BaseException) -> HarnessError | None:
-    """Returns what is printed instead of a traceback, or None if the traceback belongs there."""
+    """Returns the error to print instead of a traceback, or None to leave the traceback."""
     if isinstance(error, OSError):
         return of_system(error)
     return error if isinstance(error, HarnessError) else None
 
 
 def install_excepthook() -> None:
-    """Prints uncaught errors of a user as one line where lm_eval owns the main function.
+    """Prints uncaught errors of the user as one line, for programs whose main is lm_eval's.
 
-    Other exceptions keep their traceback. Calling it twice is harmless.
+    A second call does nothing.
     """
     previous = sys.excepthook
     if getattr(previous, "_qlora_harness", False):

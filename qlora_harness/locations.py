@@ -1,4 +1,4 @@
-"""Where the files that belong to the package lie: in a checkout, or inside an installed wheel."""
+"""The folders of the package's files, in a checkout or an installed wheel."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def _folder(name: str) -> Path:
-    """A top-level folder of the checkout; a wheel holds it inside the package."""
+    """Returns a top-level folder of the checkout, which a wheel has inside the package."""
     installed = _PACKAGE / name
     return installed if installed.is_dir() else _PACKAGE.parent / name
 
 
 def expanded(name: str) -> Path:
-    """Returns a path with ~ expanded, or unchanged if there is no such user."""
+    """Returns a path with ~ expanded, unless there is no such user."""
     path = Path(name)
     try:
         return path.expanduser()
@@ -38,7 +38,7 @@ def demo_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """Returns the user's cache folder of this project (not created)."""
+    """Returns this project's cache folder of the user, which may not exist yet."""
     import pooch
 
     return Path(pooch.os_cache("qlora-harness"))

@@ -1,4 +1,4 @@
-"""JSON records, written whole or not at all, and the environment they name."""
+"""Reads and writes JSON records, and describes the environment they come from."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EVALUATION_FILE = "evaluation_results.json"
 ADAPTER_DIR = "adapter"
 CHECKPOINT_DIR = "checkpoints"
 
-_PACKAGES = (
+_PACKAGES = (  # that can change the numbers
     "qlora-harness",
     "torch",
     "transformers",
@@ -44,22 +44,25 @@ _PACKAGES = (
     "tokenizers",
     "safetensors",
 )
+_DEEPEST = 100  # nested brackets; readers recurse into them
+_LONGEST_NUMBER = 308  # digits; a float holds no more
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def now() -> str:
-    """Returns the time of day in UTC, ISO 8601 to the second."""
+    """Returns the current time in UTC, in ISO 8601 to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text under a temporary name and renames it; makes the folder if missing.
+    """Writes a text under a temporary name and renames it, so that no reader sees half a file.
 
-    A reader sees the old file or the new one, never half of one. Raises OSError.
+    Creates the folder if needed. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        # Names of folders may hold bytes that aren't UTF-8; each becomes a "?".
+        # A folder's name may hold bytes that aren't UTF-8; each becomes a "?".
         with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
             file.flush()
@@ -72,9 +75,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_leftovers(path: Path, seconds: float = 0.0) -> None:
-    """Removes what killed writes of a file left beside it, if at least `seconds` old.
+    """Removes the temporary files of killed writes of `path` that are at least `seconds` old.
 
-    A younger one may be another process's.
+    A younger file may belong to another process.
     """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(OSError):
@@ -84,9 +87,9 @@ def remove_leftovers(path: Path, seconds: float = 0.0) -> None:
 
 @contextmanager
 def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Gives a temporary folder that takes its place when the `with` block ends well.
+    """Yields a temporary folder and renames it to `folder` if the `with` block succeeds.
 
-    So the folder appears whole or not at all. Raises OSError if it exists and isn't to be replaced.
+    Raises OSError if `folder` exists, unless `replace` is set.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -101,9 +104,9 @@ def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: object, *, rows_at: int | None = None) -> None:
-    """Writes JSON, whole or not at all; raises ValueError for NaN and infinity.
+    """Writes JSON with `write_text`; raises ValueError for NaN and infinity.
 
-    Values at depth `rows_at` stand on one line each, so that thousands of them read as a table.
+    Each value at depth `rows_at` takes one line, so that thousands of them read as a table.
     """
     write_text(path, _json_text(value, rows_at) + "\n")
 
@@ -127,12 +130,13 @@ def _json_text(value: object, rows_at: int | None, depth: int = 0) -> str:
 
 
 def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
-    """Reads one JSON object, and raises ResultsError for anything else.
+    """Reads a JSON object, more strictly than `json.loads`, or raises ResultsError.
 
-    `finite` refuses NaN and infinity, which none of our records holds.
+    Refuses repeated keys, integers of more than 308 digits, deep nesting and lone surrogates;
+    with `finite` also NaN and infinity, which our own records never hold.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe would block
             raise ResultsError(f"{path} is not a file", "Name another file")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -140,16 +144,14 @@ def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ResultsError(f"{path} can't be read: {error}", "Check the file") from None
     try:
-        value = parse_json(text)
+        value = _parse(text)
         _check_values(value, finite)
-    except json.JSONDecodeError as error:
-        raise ResultsError(
-            f"{path}, line {error.lineno}: not valid JSON ({error.msg})",
-            "The file is damaged or half written; make it again or remove it",
-        ) from None
     except ValueError as error:
+        place, reason = str(path), str(error)
+        if isinstance(error, json.JSONDecodeError):
+            place, reason = f"{path}, line {error.lineno}", error.msg
         raise ResultsError(
-            f"{path}: not valid JSON ({error})",
+            f"{place}: not valid JSON ({reason})",
             "The file is damaged; make it again or remove it",
         ) from None
     if not isinstance(value, dict):
@@ -159,12 +161,7 @@ def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
     return value
 
 
-def parse_json(text: str) -> Any:
-    """Parses JSON, more strictly than `json.loads`.
-
-    Raises ValueError for a repeated key, an integer of more than 308 digits, brackets too deep to
-    read, and half of a surrogate pair.
-    """
+def _parse(text: str) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=without_duplicates, parse_int=_whole_number)
     except RecursionError:
@@ -178,7 +175,7 @@ def parse_json(text: str) -> Any:
 
 
 def _check_values(value: Any, finite: bool) -> None:
-    """Refuses values that readers could only pass on into a traceback."""
+    """Raises ValueError for values that would end in a traceback later."""
     pending = [(value, "", 0)]
     while pending:
         item, place, depth = pending.pop()
@@ -195,11 +192,6 @@ def _check_values(value: Any, finite: bool) -> None:
             raise ValueError(f"{place} is {item}, not a finite number")
 
 
-_DEEPEST = 100  # brackets; readers call themselves for each
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_LONGEST_NUMBER = 308  # digits; more are beyond floating-point numbers
-
-
 def _whole_number(digits: str) -> int:
     if len(digits) > _LONGEST_NUMBER:
         raise ValueError(f"a number of {len(digits)} digits")
@@ -207,7 +199,7 @@ def _whole_number(digits: str) -> int:
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns the object of `object_pairs_hook`; raises ValueError for a repeated key."""
+    """Is an `object_pairs_hook` that raises ValueError for a repeated key."""
     value = dict(pairs)
     if len(value) < len(pairs):
         counts = Counter(key for key, _ in pairs)
@@ -216,24 +208,17 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def package_versions() -> dict[str, str]:
-    """Returns the installed versions of the packages that decide the numbers."""
-    return {"python": platform.python_version()} | installed_versions(_PACKAGES)
-
-
 def installed_versions(names: Iterable[str]) -> dict[str, str]:
-    """Returns the versions of the distributions that are installed."""
+    """Returns the versions of those packages that are installed."""
     versions = {}
     for name in names:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Returns revision and dirty flag of a checkout; both are None outside of one."""
+    """Returns `revision` and `dirty` of a checkout, both None outside one."""
 
     def git(*words: str) -> str | None:
         try:
@@ -248,7 +233,7 @@ def git_state(folder: Path) -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An installed copy inside somebody else's checkout must not report that checkout's revision.
+    # A copy installed inside another project's checkout must not report that project's revision.
     if git("ls-files", "--error-unmatch", str(folder / "record.py")) is None:
         return {"revision": None, "dirty": None}
     status = git("status", "--porcelain", "--untracked-files=no")
@@ -256,9 +241,9 @@ def git_state(folder: Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Returns versions, git state, platform and command; callers that know torch add the device."""
+    """Returns versions, git state, platform and command; callers with torch add the device."""
     return {
-        "versions": package_versions(),
+        "versions": {"python": platform.python_version()} | installed_versions(_PACKAGES),
         "git": git_state(Path(__file__).resolve().parent),
         "platform": platform.platform(),
         "machine": platform.machine(),
@@ -268,7 +253,7 @@ def environment() -> dict[str, Any]:
 
 
 def scrub(text: str) -> str:
-    """Removes Hub tokens and the home folder from a text that is about to be stored."""
+    """Removes Hub tokens and the path of the home folder from a text."""
     text = re.sub(r"hf_[A-Za-z0-9]{20,}", "hf_***", text)
     home = str(Path.home())
     if len(home) < 2:
@@ -277,7 +262,7 @@ def scrub(text: str) -> str:
 
 
 def scrub_all(value: Any) -> Any:
-    """Scrubs every text of a JSON value."""
+    """Scrubs every string of a JSON value."""
     if isinstance(value, str):
         return scrub(value)
     if isinstance(value, Mapping):
