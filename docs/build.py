@@ -1,9 +1,9 @@
-"""Writes what README.md and docs/ show from the records in results/: tables, answer, picture.
+"""Writes the tables, the answer and the picture of README.md and docs/ from results/.
 
     python docs/build.py            # writes them
     python docs/build.py --check    # exits with 1 and names the files that would change
 
-A block begins with `<!-- table: NAME -->` or `<!-- answer -->` and ends with `<!-- end -->`.
+A block is what stands between `<!-- NAME -->`, one of `BLOCKS`, and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ RECORDS = ROOT / "results" / "benchmarks"
 STUDY = ROOT / "results" / "published" / "smollm2"
 STUDY_RUNS = ("4bit", "4bit_seed1", "4bit_seed2", "16bit", "16bit_seed1", "16bit_seed2")
 BASES = ("base_4bit", "base_16bit")
+HF = "lm-eval hf, batch size 16"
 
 TRAINING_ROWS = {
     "published": "published recipe: PEFT, 1 × 16, full checkpointing, dropout 0.1",
@@ -52,15 +53,23 @@ PEER_ROWS = {
 
 
 def training(name: str) -> dict[str, TrainingMeasurement]:
-    """The measurements of a training record by way."""
+    """The measurements of a training record of the 7B shape, by way."""
     record = TrainingBenchmark.model_validate_json((RECORDS / name).read_text(encoding="utf-8"))
+    check_model(name, record.title, "llama7b")
     return {m.way: m for m in record.measurements if m.failure is None}
 
 
-def scoring(name: str) -> list[ScoringMeasurement]:
-    """The measurements of a scoring record."""
-    text = (RECORDS / name).read_text(encoding="utf-8")
-    return ScoringBenchmark.model_validate_json(text).measurements
+def scoring(name: str) -> dict[str, ScoringMeasurement]:
+    """The measurements of a scoring record of SmolLM2, by name."""
+    record = ScoringBenchmark.model_validate_json((RECORDS / name).read_text(encoding="utf-8"))
+    check_model(name, record.title, "smollm2")
+    return {m.name: m for m in record.measurements}
+
+
+def check_model(name: str, title: str, model: str) -> None:
+    """Ends the program if a record is of another model than its table says."""
+    if not title.startswith(f"{model}, "):
+        sys.exit(f"{RECORDS / name} is not a record of {model}: {title}")
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -80,7 +89,7 @@ def speed(m: TrainingMeasurement | None) -> str:
 
 
 def peak(m: TrainingMeasurement | None, digits: int = 2) -> str:
-    """Peak GiB that torch allocated; † marks a paged optimizer, whose states come on top."""
+    """Peak GiB allocated by torch; † marks a paged optimizer, whose states are not included."""
     if m is None or m.peak_allocated_bytes is None:
         return "–"
     paged = m.changes.get("optimizer", "paged_adamw_32bit").startswith("paged")
@@ -121,37 +130,43 @@ def peers_ratio(way: str) -> str:
 
 def peers_sentence() -> str:
     return (
-        f"The fused layers train {peers_ratio('fused-none')} times as fast as Unsloth with the same "
-        f"conversations a step, and {peers_ratio('fused-none@28')} times with 28, in less memory "
-        "than Unsloth takes for 16."
+        f"The fused layers train {peers_ratio('fused-none')} times as fast as Unsloth on the same "
+        f"conversations, and {peers_ratio('fused-none@28')} times as fast with 28 a step, in less "
+        "memory than Unsloth takes for 16."
     )
 
 
 def scoring_table() -> str:
-    rows = []
-    for base, name in (("bf16", "scoring_7b_bf16.json"), ("NF4", "scoring_7b_nf4.json")):
-        for m in scoring(name):
-            rows.append(
-                [
-                    f"{m.name}, {base} base",
-                    f"{m.questions:,}",
-                    f"{m.encoding_seconds:.1f}",
-                    f"{m.scoring_seconds:.1f}",
-                    f"{m.computed_tokens:,}",
-                    "–"
-                    if m.peak_allocated_bytes is None
-                    else f"{m.peak_allocated_bytes / 2**30:.2f}",
-                    f"{m.ratio:.1f}",
-                ]
-            )
+    rows = [
+        [
+            m.name,
+            f"{m.questions:,}",
+            f"{m.encoding_seconds:.1f}",
+            f"{m.scoring_seconds:.1f}",
+            f"{m.computed_tokens:,}",
+            "–" if m.peak_allocated_bytes is None else f"{m.peak_allocated_bytes / 2**30:.2f}",
+            f"{m.ratio:.1f}",
+        ]
+        for m in scoring("scoring_smollm2.json").values()
+    ]
     head = ["", "questions", "encoding, s", "scoring, s", "computed tokens", "peak, GiB", "ratio"]
     return table(head, rows)
 
 
+def scoring_sentence() -> str:
+    record = scoring("scoring_smollm2.json")
+    hf, packed = record[HF], record["packed"]
+    seconds = packed.encoding_seconds + packed.scoring_seconds
+    return (
+        f"Scoring the {packed.questions:,} five-shot MMLU prompts with SmolLM2-135M takes "
+        f"{seconds:.0f} s, against {packed.ratio * seconds:.0f} s with lm-eval's `hf` (estimated "
+        f"from a sample of {hf.questions:,})."
+    )
+
+
 def agreement_table() -> str:
-    auto = {m.name: m for m in scoring("scoring_smollm2.json")}
-    plain = {m.name: m for m in scoring("scoring_smollm2_kernels_none.json")}
-    ways = [auto["lm-eval hf, batch size 16"], auto["packed"], plain["packed"]]
+    auto, plain = scoring("scoring_smollm2.json"), scoring("scoring_smollm2_kernels_none.json")
+    ways = [auto[HF], auto["packed"], plain["packed"]]
 
     def row(text: str, value: Callable[[ScoringMeasurement], float | None], form: str) -> list[str]:
         values = [value(m) for m in ways]
@@ -171,8 +186,6 @@ def agreement_table() -> str:
 
 def headline_table() -> str:
     nf4, peers = training("training_nf4.json"), training("training_peers_nf4_c.json")
-    hf, packed = scoring("scoring_7b_bf16.json")[:2]
-    hf_seconds = packed.ratio * (packed.encoding_seconds + packed.scoring_seconds)
 
     def cell(m: TrainingMeasurement, median: bool = False) -> str:
         speed = m.median_tokens_per_second if median else m.tokens_per_second
@@ -180,7 +193,7 @@ def headline_table() -> str:
 
     rows = [
         [
-            "the published recipe: PEFT, 16 passes / `--memory fast`",
+            "the published recipe: PEFT, 16 passes a step / `--memory fast`",
             cell(nf4["published"]),
             cell(nf4["published-fast"]),
         ],
@@ -196,18 +209,12 @@ def headline_table() -> str:
         ],
         ["selective checkpointing", "", cell(nf4["fused-selective"])],
         ["`--memory lean`: 8-bit AdamW, bf16 adapter", "", cell(nf4["fused-lean"])],
-        [
-            f"{packed.questions:,} five-shot MMLU prompts: lm-eval's `hf` "
-            f"(from a sample of {hf.questions}) / packed",
-            f"{hf_seconds:,.0f} s",
-            f"{packed.encoding_seconds + packed.scoring_seconds:.0f} s",
-        ],
     ]
     return table(["NF4, 16 conversations a step", "others", "here"], rows)
 
 
 def answer() -> str:
-    """What `qlora-harness compare` prints of the published study."""
+    """What `qlora-harness compare` prints about the published study."""
     comparison = qh.compare([STUDY / name for name in (*STUDY_RUNS, *BASES)])
     printed = f"{comparison}\n{differences_line(comparison)}"
     return "\n".join(f"    {line}".rstrip() for line in printed.splitlines())
@@ -260,7 +267,7 @@ line.worse {{ stroke: #f85149 }} .worse {{ fill: #f85149 }}
 line, circle {{ stroke: #9198a1 }} circle {{ stroke: none }}
 }}
 </style>
-<text class="title" x="12" y="22">What NF4 costs: SmolLM2-135M on OASST1, three seeds an arm</text>
+<text class="title" x="12" y="22">What NF4 costs: SmolLM2-135M on OASST1, three seeds per arm</text>
 <text class="note" x="12" y="42">NF4 minus bf16, 95% intervals; each row has its own scale</text>
 <line class="axis" x1="290" x2="290" y1="52" y2="184"/>
 {body}
@@ -276,12 +283,13 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "table: peers": peers_table,
     "sentence: peers": peers_sentence,
     "table: scoring": scoring_table,
+    "sentence: scoring": scoring_sentence,
     "table: agreement": agreement_table,
 }
 
 
 def filled(text: str) -> str:
-    """Returns a page with its blocks written anew."""
+    """Returns a page with new contents in its blocks."""
 
     def block(match: re.Match[str]) -> str:
         return f"<!-- {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->"
