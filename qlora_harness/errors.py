@@ -1,14 +1,4 @@
-"""The errors that a user can cause.
-
-    HarnessError
-    ├── SettingsError     a flag, a recipe key or a combination of them
-    ├── DataError         a data file: missing, broken, empty after filtering
-    ├── ModelError        a base model: missing, gated, unreadable, unsuitable
-    ├── AdapterError      an adapter: broken, untrained, or for another base
-    ├── RunError          a run folder: occupied, unfinished, not resumable
-    ├── ResultsError      a results file: missing, unreadable, contradicting itself
-    ├── ComparisonError   runs that can't be compared
-    └── TrainingError     a run that went wrong while training (non-finite loss)
+"""The errors that a user can cause, all subclasses of HarnessError.
 
 A message is one line of at most 500 characters: what is wrong, where (file, key, flag, value), and
 what to do. Commands print it without a traceback. Names and values in it may come from a
@@ -48,7 +38,7 @@ def shown(value: object, limit: int = _SHOWN_CHARACTERS) -> str:
         text = short.repr(value)
     except ValueError:  # Python doesn't print integers of thousands of digits
         text = f"a {type(value).__name__} too long to show"
-    return _cut(printable(text), limit)
+    return _shorten(printable(text), limit)
 
 
 def first_line(error: BaseException) -> str:
@@ -60,7 +50,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if terse else lines[0]
 
 
-def _cut(text: str, limit: int) -> str:
+def _shorten(text: str, limit: int) -> str:
     """Cuts the middle, because a message begins with the place and ends with the rule."""
     if len(text) <= limit:
         return text
@@ -90,12 +80,12 @@ class HarnessError(Exception):
     def __str__(self) -> str:
         problem, remedy = _one_line(self.problem), _one_line(self.remedy)
         room = _LONGEST_LINE - len(_PREFIX) - len(". .")
-        remedy = _cut(remedy, max(_LONGEST_REMEDY, room - len(problem)))
-        return f"{_cut(problem, room - len(remedy))}. {remedy}."
+        remedy = _shorten(remedy, max(_LONGEST_REMEDY, room - len(problem)))
+        return f"{_shorten(problem, room - len(remedy))}. {remedy}."
 
 
 def _one_line(text: str) -> str:
-    text = _cut(text, 20 * _LONGEST_LINE)  # of megabytes, sometimes
+    text = _shorten(text, 20 * _LONGEST_LINE)  # of megabytes, sometimes
     return printable(" ".join(text.split())).rstrip(".")
 
 
@@ -128,12 +118,12 @@ class ComparisonError(HarnessError):
 
 
 class TrainingError(HarnessError):
-    """A training run went wrong."""
+    """A training run went wrong, such as by a loss that isn't finite."""
 
     exit_status = 3
 
 
-_REMEDIES = {
+_SYSTEM_REMEDIES = {
     errno.ENAMETOOLONG: "Use a shorter name",
     errno.EACCES: "Check the permissions, or name another folder",
     errno.EPERM: "Check the permissions, or name another folder",
@@ -145,10 +135,12 @@ _REMEDIES = {
 
 def of_system(error: OSError) -> HarnessError | None:
     """Returns the error to print for a system error that the user can fix, else None."""
-    remedy = _REMEDIES.get(error.errno or 0)
+    remedy = _SYSTEM_REMEDIES.get(error.errno or 0)
     if remedy is None:
         return None
-    place = "" if error.filename is None else _cut(os.fsdecode(error.filename), _SHOWN_CHARACTERS)
+    place = (
+        "" if error.filename is None else _shorten(os.fsdecode(error.filename), _SHOWN_CHARACTERS)
+    )
     return HarnessError(": ".join(filter(None, (place, os.strerror(error.errno or 0)))), remedy)
 
 

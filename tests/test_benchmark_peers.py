@@ -1,6 +1,6 @@
-"""Peers in the training benchmark: the same batches, one clear line where there are no numbers.
+"""Peers in the training benchmark: the same batches, or one line that says why there are none.
 
-A stand-in takes TRL's place where TRL itself is not needed; it trains with transformers' Trainer.
+A stand-in on transformers' Trainer takes TRL's place in tests that don't need TRL itself.
 """
 
 from __future__ import annotations

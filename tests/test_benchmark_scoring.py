@@ -1,9 +1,10 @@
-"""The scoring benchmark as a command: both ways agree, and the table says what the JSON says."""
+"""The scoring benchmark as a command: its ways agree, and its table shows what the JSON holds."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,15 +13,20 @@ from qlora_harness.cli import main
 from qlora_harness.score.mmlu_files import DEMO_FILE, known_files
 
 
+def record_of(model: Path, folder: Path, *words: str) -> dict[str, Any]:
+    """The record of a benchmark of two demo questions per subject."""
+    output = folder / "benchmark.json"
+    command = ["benchmark-scoring", "--model", str(model), "--file", DEMO_FILE, "--rows", "2"]
+    assert main([*command, "--batch-size", "4", "--json", str(output), *words]) == 0
+    record: dict[str, Any] = json.loads(output.read_text())
+    return record
+
+
 def test_benchmark_scores_both_ways_alike(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "benchmark.json"
-    words = ["benchmark-scoring", "--model", str(tiny_llama), "--dtype", "float32"]
-    words += ["--file", "five_shot_mmlu_demo.json", "--rows", "2", "--batch-size", "4"]
-    words += ["--margin-batch-size", "1", "--adapter-rank", "4", "--json", str(output)]
-    assert main(words) == 0
-    record = json.loads(output.read_text())
+    words = ["--dtype", "float32", "--margin-batch-size", "1", "--adapter-rank", "4"]
+    record = record_of(tiny_llama, tmp_path, *words)
     baseline, other, packed, adapted = record["measurements"]
     assert [m["name"] for m in record["measurements"]] == [
         "lm-eval hf, batch size 4",
@@ -47,11 +53,8 @@ def test_benchmark_scores_both_ways_alike(
 
 
 def test_baseline_on_a_sample_is_scaled(tiny_llama: Path, tmp_path: Path) -> None:
-    output = tmp_path / "benchmark.json"
-    words = ["benchmark-scoring", "--model", str(tiny_llama), "--dtype", "float32"]
-    words += ["--file", "five_shot_mmlu_demo.json", "--rows", "2", "--batch-size", "4"]
-    assert main([*words, "--baseline-questions", "3", "--json", str(output)]) == 0
-    baseline, packed = json.loads(output.read_text())["measurements"]
+    words = ["--dtype", "float32", "--baseline-questions", "3"]
+    baseline, packed = record_of(tiny_llama, tmp_path, *words)["measurements"]
     assert baseline["questions"] == 3
     scale = packed["prompt_tokens"] / baseline["prompt_tokens"]
     assert packed["scoring_ratio"] == pytest.approx(
@@ -60,27 +63,16 @@ def test_baseline_on_a_sample_is_scaled(tiny_llama: Path, tmp_path: Path) -> Non
 
 
 def test_each_way_is_compared_with_float32(tiny_llama: Path, tmp_path: Path) -> None:
-    output = tmp_path / "benchmark.json"
-    words = ["benchmark-scoring", "--model", str(tiny_llama), "--dtype", "bfloat16"]
-    words += ["--file", "five_shot_mmlu_demo.json", "--rows", "2", "--batch-size", "4"]
-    assert main([*words, "--float32-reference", "--json", str(output)]) == 0
-    baseline, exact, packed = json.loads(output.read_text())["measurements"]
+    words = ["--dtype", "bfloat16", "--float32-reference"]
+    baseline, exact, packed = record_of(tiny_llama, tmp_path, *words)["measurements"]
     assert exact["name"] == "packed, weights in float32"
     assert exact["float32_difference"] == 0.0
     assert exact["float32_predictions"] == 1.0
-    # The weights are the same, so that only the rounding of the computation is left.
+    # The weights are the same, so only the rounding of the computation differs.
     for measured in (baseline, packed):
         assert 0.0 < measured["float32_difference"] < 0.01
         assert 0.5 < measured["float32_predictions"] <= 1.0
     assert exact["largest_difference"] > 0.0  # from hf in bfloat16
-
-
-def test_float32_reference_of_4_bit_weights_is_refused(
-    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["benchmark-scoring", "--model", str(tiny_llama), "--quant", "nf4"]
-    assert main([*words, "--float32-reference"]) == 2
-    assert "--float32-reference with --quant nf4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -93,6 +85,7 @@ def test_float32_reference_of_4_bit_weights_is_refused(
         (["--baseline-questions", "0"], ["--baseline-questions: 0", "at least 1"]),
         (["--adapter-rank", "0"], ["--adapter-rank: 0", "at least 1"]),
         (["--json", "/"], ["--json / is a folder"]),
+        (["--quant", "nf4", "--float32-reference"], ["--float32-reference with --quant nf4"]),
         (["--file", "nosuch"], ["--file: 'nosuch'", *known_files()]),
         (["--subjects", "nutritoin"], ["--subjects: ", DEMO_FILE, "'nutritoin'", "'nutrition'"]),
         (["--subjects", "nutrition,xyz"], ["--subjects: ", "'xyz'", "It has ", "nutrition"]),

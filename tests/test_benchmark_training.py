@@ -1,4 +1,4 @@
-"""The training benchmark as a command: all ways learn alike, and the JSON says what was printed."""
+"""The training benchmark as a command: its ways learn alike, and the JSON holds what it prints."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qlora_harness.data.oasst1 import build_conversations
-from qlora_harness.data.sources import DEMO_FILE
+from qlora_harness.data.sources import DEMO_ROWS
 from qlora_harness.locations import demo_dir
 
 Row = dict[str, Any]
@@ -31,7 +31,7 @@ def json_lines(name: str) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def rows() -> list[Row]:
-    return json_lines(DEMO_FILE)
+    return json_lines(DEMO_ROWS)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The documentation: its commands run, its tables are those of the records, its notebook works."""
+"""The pages: their commands run, their tables match the records, and the notebook runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ MARKED = [block for block in blocks() if block.needs is not None]
 
 @pytest.fixture
 def copy_of_the_repository(tmp_path: Path) -> Path:
-    """Links to the repository in which commands may write beside the published runs."""
+    """A folder of links to the repository, where commands may write beside the published runs."""
     for name in ("qlora_harness", "tasks", "launch", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     target = tmp_path / "results" / "published" / "smollm2"
@@ -137,7 +137,7 @@ def test_tables_answer_and_picture_are_those_of_the_records() -> None:
 
 def test_notebook_runs(tiny_llama: Path, tmp_path: Path) -> None:
     notebook: Any = nbformat.read(ROOT / "docs" / "quickstart.ipynb", as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells)  # results belong to who runs it
+    assert not any(cell.get("outputs") for cell in notebook.cells)
     skipped = {"needs-gpu", "setup"}
     notebook.cells = [c for c in notebook.cells if not skipped & set(c.metadata.get("tags", ()))]
     for cell in notebook.cells:

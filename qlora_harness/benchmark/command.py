@@ -31,7 +31,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
         print(f"wrote {args.folder}: {args.shape}, random weights, seed {args.seed}")
 
 
-def _names(text: str) -> list[str]:
+def _comma_separated(text: str) -> list[str]:
     return text.split(",")
 
 
@@ -48,14 +48,14 @@ def _add_training(commands: Any) -> None:
     parser.add_argument(
         "--quant",
         dest="quants",
-        type=_names,
+        type=_comma_separated,
         default="nf4,bf16",
         metavar="A,B",
         help="default nf4,bf16",
     )
     parser.add_argument(
         "--ways",
-        type=_names,
+        type=_comma_separated,
         default="published,peft-full,fused-none,fused-selective,fused-full",
         metavar="A,B",
         help="ways to train (default %(default)s); also published-fused, published-fast and "
@@ -121,7 +121,9 @@ def _add_scoring(commands: Any) -> None:
     parser.add_argument(
         "--mmlu-dir", dest="folder", metavar="DIR", help="folder of the file (default: fetched)"
     )
-    parser.add_argument("--subjects", type=_names, metavar="A,B", help="only these subjects")
+    parser.add_argument(
+        "--subjects", type=_comma_separated, metavar="A,B", help="only these subjects"
+    )
     parser.add_argument("--rows", type=int, metavar="N", help="at most N rows of each subject")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="of hf")
     parser.add_argument(

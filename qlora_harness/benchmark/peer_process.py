@@ -40,7 +40,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             trainer = build(request, settings, Path(folder), device)
-            layout = _layout(trainer.args)
+            layout = _layout_of(trainer.args)
             if layout != request["layout"]:
                 return {"failure": f"{peer} would run as {peer}-{layout} here"}
             result = _time_steps(trainer, device)
@@ -163,7 +163,7 @@ def _dataset(request: dict[str, Any]) -> Any:
     return Dataset.from_dict({"input_ids": request["input_ids"], "completion_mask": masks})
 
 
-def _layout(arguments: Any) -> str:
+def _layout_of(arguments: Any) -> str:
     """Returns the layout that the trainer really uses; Unsloth switches some off."""
     if arguments.packing:
         return "pack"

@@ -104,15 +104,15 @@ class ScoringBenchmark(BaseModel):
                 f"{m.ratio:.2f}",
                 f"{m.scoring_ratio:.2f}",
                 _gib(m.peak_allocated_bytes),
-                _cell(m.largest_difference, "{:.2g}"),
-                _cell(m.same_predictions, "{:.2%}"),
-                _cell(m.untied_predictions, "{:.2%}"),
+                _number_cell(m.largest_difference, "{:.2g}"),
+                _number_cell(m.same_predictions, "{:.2%}"),
+                _number_cell(m.untied_predictions, "{:.2%}"),
                 "–"
                 if m.accuracy_difference is None
                 else f"{100 * m.accuracy_difference:+.2f} points",
                 f"{m.ties:,}",
-                _cell(m.float32_difference, "{:.2g}"),
-                _cell(m.float32_predictions, "{:.2%}"),
+                _number_cell(m.float32_difference, "{:.2g}"),
+                _number_cell(m.float32_predictions, "{:.2%}"),
             ]
             lines.append(f"| {m.name} | {' | '.join(cells)} |")
         return "\n".join(lines)
@@ -128,7 +128,7 @@ def training_row(m: TrainingMeasurement) -> str:
         f"{m.tokens / m.steps:,.0f}",
         f"{m.tokens_per_second:,.0f}",
         f"{m.median_tokens_per_second:,.0f}",
-        _cell(m.ratio, "{:.2f}"),
+        _number_cell(m.ratio, "{:.2f}"),
         _gib(m.peak_allocated_bytes),
         _gib(m.peak_reserved_bytes),
         f"{m.losses[-1]:.4f}",
@@ -136,7 +136,7 @@ def training_row(m: TrainingMeasurement) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(value: float | None, form: str) -> str:
+def _number_cell(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 

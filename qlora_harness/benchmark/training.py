@@ -158,10 +158,10 @@ class _TrainingBench:
         if settings.optimization.grad_accum > 1:
             timed, warm_up = min(2, timed), 1  # a step of many passes takes long
         if peer is None:
-            self._measure_own(measured, settings, timed, warm_up)
+            result = self._run_own(settings, timed + warm_up)
         else:
             self.release_base()
-            answer = run_peer(
+            result = run_peer(
                 peer,
                 settings,
                 self.source,
@@ -170,12 +170,9 @@ class _TrainingBench:
                 path=self.plan.peer_paths.get(peer.peer),
                 timeout=self.plan.peer_timeout,
             )
-            measured.failure = answer.get("failure")
-            if measured.failure is None:
-                measured.versions = answer["versions"]
-                peaks = answer["peak_allocated_bytes"], answer["peak_reserved_bytes"]
-                _fill(measured, answer["steps"], warm_up, *peaks)
+        measured.failure = result.get("failure")
         if measured.failure is None:
+            _fill(measured, result, warm_up)
             same_base = [m for m in self.measurements if m.quant == measured.quant]
             baseline = next((m for m in same_base if m.failure is None), measured)
             measured.ratio = measured.tokens_per_second / baseline.tokens_per_second
@@ -188,9 +185,8 @@ class _TrainingBench:
         self._base = None
         self._collect()
 
-    def _measure_own(
-        self, measured: TrainingMeasurement, settings: Settings, timed: int, warm_up: int
-    ) -> None:
+    def _run_own(self, settings: Settings, steps: int) -> dict[str, Any]:
+        """Trains with our code; returns what `run_peer` does, without `versions`."""
         if self._base is None:
             self._base = load_base(
                 self.source,
@@ -200,18 +196,17 @@ class _TrainingBench:
                 device=self.device,
             )
         try:
-            self._train(measured, settings, timed, warm_up)
+            result = self._train(settings, steps)
         except TrainingError as error:
-            measured.failure = error.problem
+            result = {"failure": error.problem}
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            measured.failure = "out of memory"
+            result = {"failure": "out of memory"}
         self._collect()  # nothing refers to the trainer any more
+        return result
 
-    def _train(
-        self, measured: TrainingMeasurement, settings: Settings, timed: int, warm_up: int
-    ) -> None:
+    def _train(self, settings: Settings, steps: int) -> dict[str, Any]:
         optimization = settings.optimization
         model = attach_adapter(self._base, settings)
         decoder: FusedDecoder | None = None
@@ -223,7 +218,7 @@ class _TrainingBench:
                 arguments = training_arguments(
                     optimization,
                     checkpoint_dir=Path(folder) / "checkpoints",
-                    steps=timed + warm_up,
+                    steps=steps,
                     save_steps=10**9,
                     report_to="none",
                     compute_dtype=settings.model.compute_dtype,
@@ -245,9 +240,11 @@ class _TrainingBench:
                 with meter.phase("train"):
                     trainer.train()
             phase = meter.phases[-1]
-            _fill(
-                measured, log.rows, warm_up, phase.peak_allocated_bytes, phase.peak_reserved_bytes
-            )
+            return {
+                "steps": log.rows,
+                "peak_allocated_bytes": phase.peak_allocated_bytes,
+                "peak_reserved_bytes": phase.peak_reserved_bytes,
+            }
         finally:
             if decoder is not None:
                 decoder.detach()
@@ -267,17 +264,12 @@ class _TrainingBench:
             torch.cuda.empty_cache()
 
 
-def _fill(
-    measured: TrainingMeasurement,
-    steps: Sequence[Mapping[str, Any]],
-    warm_up: int,
-    peak_allocated_bytes: int | None,
-    peak_reserved_bytes: int | None,
-) -> None:
-    measured.losses = [step["loss"] for step in steps]
-    measured.peak_allocated_bytes = peak_allocated_bytes
-    measured.peak_reserved_bytes = peak_reserved_bytes
-    timed = steps[warm_up:]
+def _fill(measured: TrainingMeasurement, result: Mapping[str, Any], warm_up: int) -> None:
+    measured.losses = [step["loss"] for step in result["steps"]]
+    measured.peak_allocated_bytes = result["peak_allocated_bytes"]
+    measured.peak_reserved_bytes = result["peak_reserved_bytes"]
+    measured.versions = result.get("versions", {})
+    timed = result["steps"][warm_up:]
     measured.steps = len(timed)
     measured.tokens = sum(step["tokens"] for step in timed)
     measured.seconds = sum(step["seconds"] for step in timed)

@@ -33,12 +33,12 @@ _OTHER_FORMS = {
     "pairs of preference": {"chosen", "rejected"},
     "plain text": {"text"},
 }
-_WORDS = {"true": True, "yes": True, "false": False, "no": False}
+_TRUTH_WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
-_Row = Mapping[str, Any]
+_Message = Mapping[str, Any]
 
 
-def check_row(row: object, place: str) -> _Row:
+def check_row(row: object, place: str) -> _Message:
     """Returns the schema's fields of a row; raises DataError, with `place`, if one is unusable.
 
     An absent field, None, NaN and "" all become None. Numbers and booleans may be strings, as in
@@ -50,9 +50,9 @@ def check_row(row: object, place: str) -> _Row:
     if not row.keys() >= REQUIRED:
         raise _wrong_columns(row, place)
     checked: dict[str, Any] = {
-        "message_id": _identity(row, "message_id", place),
-        "parent_id": _identity(row, "parent_id", place),
-        "text": _text(row, place),
+        "message_id": _parse_id(row, "message_id", place),
+        "parent_id": _parse_id(row, "parent_id", place),
+        "text": _parse_text(row, place),
         "role": row["role"],
     }
     for name in ("lang", "created_date"):
@@ -65,14 +65,14 @@ def check_row(row: object, place: str) -> _Row:
             "It must be 'prompter' or 'assistant'",
         )
     for name in ("review_result", "deleted"):
-        checked[name] = _truth(row.get(name), name, place)
-    checked["rank"], readable = _number(row.get("rank"))
+        checked[name] = _parse_truth(row.get(name), name, place)
+    checked["rank"], readable = _parse_number(row.get("rank"))
     if not readable:
         checked["unreadable"] = "rank"
     return checked
 
 
-def _wrong_columns(row: _Row, place: str) -> DataError:
+def _wrong_columns(row: _Message, place: str) -> DataError:
     missing = [name for name in ("message_id", "text", "role") if name not in row]
     columns = ", ".join(shown(str(name), 30)[1:-1] for name in list(row)[:12])
     foreign = len(missing) > 1
@@ -88,7 +88,7 @@ def _is_null(value: object) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
-def _identity(row: _Row, name: str, place: str) -> str | None:
+def _parse_id(row: _Message, name: str, place: str) -> str | None:
     """Returns an id as text: "7" for "7", 7 and 7.0."""
     value = row.get(name)
     if _is_null(value):
@@ -100,7 +100,7 @@ def _identity(row: _Row, name: str, place: str) -> str | None:
     raise DataError(f"{place}: field '{name}' is {shown(value)}", _SCHEMA_REMEDY)
 
 
-def _text(row: _Row, place: str) -> str:
+def _parse_text(row: _Message, place: str) -> str:
     value = row["text"]
     if _is_null(value):
         return ""
@@ -117,20 +117,20 @@ def _text(row: _Row, place: str) -> str:
     return value
 
 
-def _truth(value: Any, name: str, place: str) -> bool | None:
+def _parse_truth(value: Any, name: str, place: str) -> bool | None:
     if _is_null(value):
         return None
     if isinstance(value, bool):
         return value
-    if isinstance(value, str) and value.strip().lower() in _WORDS:
-        return _WORDS[value.strip().lower()]
-    number, _ = _number(value)
+    if isinstance(value, str) and value.strip().lower() in _TRUTH_WORDS:
+        return _TRUTH_WORDS[value.strip().lower()]
+    number, _ = _parse_number(value)
     if number in (0, 1):
         return bool(number)
     raise DataError(f"{place}: field '{name}' is {shown(value)}", "It must be true, false or null")
 
 
-def _number(value: Any) -> tuple[float | None, bool]:
+def _parse_number(value: Any) -> tuple[float | None, bool]:
     """Returns a number or None, and whether the value could be read as either."""
     if _is_null(value):
         return None, True
@@ -145,7 +145,7 @@ def _number(value: Any) -> tuple[float | None, bool]:
     return (value if isinstance(value, int) else number), True
 
 
-def _moment(value: Any) -> float | None:
+def _parse_date(value: Any) -> float | None:
     """Returns a date as seconds since 1970, or None if it can't be read.
 
     The size of a number tells seconds from milliseconds, microseconds and nanoseconds.
@@ -155,7 +155,7 @@ def _moment(value: Any) -> float | None:
     elif isinstance(value, date):
         moment = datetime(value.year, value.month, value.day)
     else:
-        number, _ = _number(value)
+        number, _ = _parse_number(value)
         if number is not None:
             thousands = (len(str(abs(int(number)))) - 10 + 2) // 3
             return float(number / 1000.0 ** min(3, max(0, thousands)))
@@ -174,7 +174,7 @@ def _moment(value: Any) -> float | None:
 
 
 def build_conversations(
-    rows: Iterable[_Row], languages: Sequence[str] | None = ("en",), paths: str = "best-path"
+    rows: Iterable[_Message], languages: Sequence[str] | None = ("en",), paths: str = "best-path"
 ) -> Corpus:
     """Builds conversations from checked message rows in any order.
 
@@ -191,7 +191,7 @@ def build_conversations(
     corpus = Corpus([])
     remaining, order = _select(rows, languages, corpus)
     roots = [row for row in remaining if row["parent_id"] is None]
-    children: dict[str, list[_Row]] = defaultdict(list)
+    children: dict[str, list[_Message]] = defaultdict(list)
     for row in remaining:
         if row["parent_id"] is not None:
             children[row["parent_id"]].append(row)
@@ -218,11 +218,11 @@ def build_conversations(
 
 
 def _select(
-    rows: Iterable[_Row], languages: Sequence[str] | None, corpus: Corpus
-) -> tuple[list[_Row], dict[str, int]]:
+    rows: Iterable[_Message], languages: Sequence[str] | None, corpus: Corpus
+) -> tuple[list[_Message], dict[str, int]]:
     """Returns the rows that stay, and every message's position in the file."""
-    remaining: list[_Row] = []
-    seen: dict[str, _Row] = {}
+    remaining: list[_Message] = []
+    seen: dict[str, _Message] = {}
     for row in rows:
         identity = row["message_id"]
         corpus.messages += 1
@@ -244,7 +244,7 @@ def _select(
     return remaining, {identity: number for number, identity in enumerate(seen)}
 
 
-def _drop_reason(row: _Row, languages: Sequence[str] | None) -> str | None:
+def _drop_reason(row: _Message, languages: Sequence[str] | None) -> str | None:
     if row.get("deleted"):
         return "deleted"
     if row.get("review_result") is False:
@@ -256,10 +256,12 @@ def _drop_reason(row: _Row, languages: Sequence[str] | None) -> str | None:
     return None
 
 
-def _preference(row: _Row, order: Mapping[str, int], corpus: Corpus) -> tuple[float, float, int]:
+def _preference(
+    row: _Message, order: Mapping[str, int], corpus: Corpus
+) -> tuple[float, float, int]:
     """Sorts siblings by rank (unranked last), then date, then position in the file."""
     rank, created = row.get("rank"), row.get("created_date")
-    moment = None if created is None else _moment(created)
+    moment = None if created is None else _parse_date(created)
     if created is not None and moment is None:
         corpus.resolved["unreadable created_date"] += 1
     return (
@@ -269,12 +271,12 @@ def _preference(row: _Row, order: Mapping[str, int], corpus: Corpus) -> tuple[fl
     )
 
 
-def _replies(row: _Row, children: Mapping[str, list[_Row]]) -> list[_Row]:
+def _replies(row: _Message, children: Mapping[str, list[_Message]]) -> list[_Message]:
     """The children of the other role, best first."""
     return [c for c in children.get(row["message_id"], ()) if c["role"] != row["role"]]
 
 
-def _count_below(root: _Row, children: Mapping[str, list[_Row]], corpus: Corpus) -> int:
+def _count_below(root: _Message, children: Mapping[str, list[_Message]], corpus: Corpus) -> int:
     """Counts a tree's messages; one of the wrong role, and all below it, count as `role order`."""
     count = 0
     stack = [(root, True)]
@@ -289,7 +291,7 @@ def _count_below(root: _Row, children: Mapping[str, list[_Row]], corpus: Corpus)
 
 
 def _best_path(
-    root: _Row, children: Mapping[str, list[_Row]], corpus: Corpus
+    root: _Message, children: Mapping[str, list[_Message]], corpus: Corpus
 ) -> list[Conversation]:
     path = [root]
     while replies := _replies(path[-1], children):
@@ -305,7 +307,7 @@ def _best_path(
     return [_conversation(path, supervise_all=True)] if path else []
 
 
-def _all_paths(root: _Row, children: Mapping[str, list[_Row]]) -> Iterator[Conversation]:
+def _all_paths(root: _Message, children: Mapping[str, list[_Message]]) -> Iterator[Conversation]:
     stack = [[root]]
     while stack:
         path = stack.pop()
@@ -314,7 +316,7 @@ def _all_paths(root: _Row, children: Mapping[str, list[_Row]]) -> Iterator[Conve
         stack.extend([*path, reply] for reply in reversed(_replies(path[-1], children)))
 
 
-def _conversation(path: Sequence[_Row], supervise_all: bool) -> Conversation:
+def _conversation(path: Sequence[_Message], supervise_all: bool) -> Conversation:
     turns = [
         Turn("assistant", row["text"], supervised=supervise_all or row is path[-1])
         if row["role"] == "assistant"

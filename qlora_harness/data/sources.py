@@ -27,7 +27,7 @@ from qlora_harness.record import without_duplicates
 
 logger = logging.getLogger("qlora_harness")
 
-DEMO_FILE = "oasst_demo.jsonl"
+DEMO_ROWS = "oasst_demo.jsonl"
 DEMO = "demo"
 HUB_NAMES = {"oasst1": "OpenAssistant/oasst1", "oasst2": "OpenAssistant/oasst2"}
 
@@ -202,7 +202,7 @@ def load_splits(name: str, revision: str | None = None) -> Splits:
     path = expanded(name)
     if name in HUB_NAMES and not path.exists():
         path = Path(HUB_NAMES[name])  # `OpenAssistant/oasst1` may be a local folder, too
-    kind = _kind(path)
+    kind = _path_kind(path)
     if revision is not None and (name == DEMO or kind is not None):
         what = "the embedded set" if name == DEMO else f"a local {kind}"
         raise DataError(
@@ -212,17 +212,17 @@ def load_splits(name: str, revision: str | None = None) -> Splits:
     if kind is not None:
         _warn_of_same_name(name, path, kind)
     if name == DEMO:
-        return Splits(read_rows(demo_dir() / DEMO_FILE), None, f"embedded {DEMO_FILE}")
+        return Splits(read_rows(demo_dir() / DEMO_ROWS), None, f"embedded {DEMO_ROWS}")
     if kind == "file":
         return Splits(read_rows(path), None, str(path))
     if kind == "folder":
-        return _folder(path)
+        return _folder_splits(path)
     if path.suffix.lower() in (*_FORMATS, *_COMPRESSED) or name.startswith((".", "/", "~")):
         raise DataError(f"--dataset: {name} does not exist", _REMEDY)
-    return _hub(HUB_NAMES.get(name, name), revision)
+    return _hub_splits(HUB_NAMES.get(name, name), revision)
 
 
-def _kind(path: Path) -> str | None:
+def _path_kind(path: Path) -> str | None:
     """Returns "file", "folder", or None if there is nothing at the path."""
     try:
         mode = path.stat().st_mode
@@ -249,7 +249,7 @@ def _warn_of_same_name(name: str, path: Path, kind: str) -> None:
         )
 
 
-def _folder(path: Path) -> Splits:
+def _folder_splits(path: Path) -> Splits:
     """Reads a folder saved by `datasets`, or one of files, which `datasets` sorts into splits."""
     import datasets
     from datasets.data_files import DataFilesDict, get_data_patterns
@@ -260,7 +260,7 @@ def _folder(path: Path) -> Splits:
             loaded = datasets.load_from_disk(str(path))
             for part in loaded.values() if isinstance(loaded, Mapping) else [loaded]:
                 part.data.validate(full=True)  # reading damaged data would crash the process
-            return _splits(loaded, str(path))
+            return _loaded_splits(loaded, str(path))
         base = glob.escape(str(path))
         files_by_split = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
     except DataError:
@@ -281,7 +281,7 @@ def _folder(path: Path) -> Splits:
     return Splits(splits["train"], splits.get("validation"), str(path))
 
 
-def _hub(name: str, revision: str | None) -> Splits:
+def _hub_splits(name: str, revision: str | None) -> Splits:
     import datasets
 
     try:
@@ -291,18 +291,18 @@ def _hub(name: str, revision: str | None) -> Splits:
             f"--dataset: {name!r} can't be loaded from the Hub: {first_line(error)}",
             "Check the name, the network and your access, or give a local file or folder",
         ) from None
-    return _splits(loaded, name)
+    return _loaded_splits(loaded, name)
 
 
-def _splits(loaded: Any, source: str) -> Splits:
+def _loaded_splits(loaded: Any, source: str) -> Splits:
     if not isinstance(loaded, Mapping):
-        return Splits(_checked(loaded, source), None, source)
+        return Splits(_checked_rows(loaded, source), None, source)
     if "train" not in loaded:
         raise _no_train_split(source, loaded)
     validation = loaded.get("validation")
     return Splits(
-        _checked(loaded["train"], f"{source}, split train"),
-        None if validation is None else _checked(validation, f"{source}, split validation"),
+        _checked_rows(loaded["train"], f"{source}, split train"),
+        None if validation is None else _checked_rows(validation, f"{source}, split validation"),
         source,
     )
 
@@ -314,7 +314,7 @@ def _no_train_split(source: str, names: Iterable[str]) -> DataError:
     )
 
 
-def _checked(rows: Any, place: str) -> Iterator[Mapping[str, Any]]:
+def _checked_rows(rows: Any, place: str) -> Iterator[Mapping[str, Any]]:
     number = 0
     try:
         if hasattr(rows, "select_columns"):  # other columns may need packages to decode
