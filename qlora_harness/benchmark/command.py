@@ -44,8 +44,9 @@ def _add_training(commands: Any) -> None:
         "installed, run in their own processes.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", required=True, metavar="NAME", help="base model")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME", help="base model")
+    add(
         "--quant",
         dest="quants",
         type=_comma_separated,
@@ -53,7 +54,7 @@ def _add_training(commands: Any) -> None:
         metavar="A,B",
         help="default nf4,bf16",
     )
-    parser.add_argument(
+    add(
         "--ways",
         type=_comma_separated,
         default="published,peft-full,fused-none,fused-selective,fused-full",
@@ -64,7 +65,7 @@ def _add_training(commands: Any) -> None:
         "padding) and PEER-pack (conversations packed into rows), each also as PEER-...-full (with "
         "the peer's checkpointing); NAME@N sets the batch size to N",
     )
-    parser.add_argument(
+    add(
         "--peer-path",
         dest="peer_paths",
         action="append",
@@ -73,22 +74,20 @@ def _add_training(commands: Any) -> None:
         help="folder from which trl or unsloth is imported (`pip install --target DIR PEER`); "
         "once per peer",
     )
-    parser.add_argument(
+    add(
         "--peer-timeout",
         type=float,
         default=600.0,
         metavar="S",
         help="seconds per way of a peer, with loading and compiling (default 600)",
     )
-    parser.add_argument("--dataset", default="oasst1", metavar="NAME", help="default oasst1")
-    parser.add_argument("--max-length", type=int, default=512, metavar="N", help="default 512")
-    parser.add_argument("--compute-dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed steps (default 5)")
-    parser.add_argument(
-        "--warm-up", type=int, default=3, metavar="N", help="steps before those (default 3)"
-    )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="for every way")
-    parser.add_argument("--lora-r", type=int, metavar="N", help="for every way")
+    add("--dataset", default="oasst1", metavar="NAME", help="default oasst1")
+    add("--max-length", type=int, default=512, metavar="N", help="default 512")
+    add("--compute-dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    add("--steps", type=int, default=5, metavar="N", help="timed steps (default 5)")
+    add("--warm-up", type=int, default=3, metavar="N", help="steps before those (default 3)")
+    add("--batch-size", type=int, metavar="N", help="for every way")
+    add("--lora-r", type=int, metavar="N", help="for every way")
     _add_output(parser)
 
 
@@ -114,40 +113,35 @@ def _add_scoring(commands: Any) -> None:
         "and prints times, ratios, memory and the largest difference.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", required=True, metavar="NAME", help="base model")
-    parser.add_argument("--quant", default="bf16", choices=["nf4", "fp4", "bf16"])
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
-    parser.add_argument("--file", default="five_shot_mmlu_test.json", metavar="NAME")
-    parser.add_argument(
-        "--mmlu-dir", dest="folder", metavar="DIR", help="folder of the file (default: fetched)"
-    )
-    parser.add_argument(
-        "--subjects", type=_comma_separated, metavar="A,B", help="only these subjects"
-    )
-    parser.add_argument("--rows", type=int, metavar="N", help="at most N rows of each subject")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="of hf")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME", help="base model")
+    add("--quant", default="bf16", choices=["nf4", "fp4", "bf16"])
+    add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
+    add("--file", default="five_shot_mmlu_test.json", metavar="NAME")
+    add("--mmlu-dir", dest="folder", metavar="DIR", help="folder of the file (default: fetched)")
+    add("--subjects", type=_comma_separated, metavar="A,B", help="only these subjects")
+    add("--rows", type=int, metavar="N", help="at most N rows of each subject")
+    add("--batch-size", type=int, default=16, metavar="N", help="of hf")
+    add(
         "--margin-batch-size",
         type=int,
         metavar="N",
         help="also time hf with this batch size, to see how much its numbers move",
     )
-    parser.add_argument("--pack-tokens", type=int, metavar="N", help="most tokens in a pack")
-    parser.add_argument(
+    add("--pack-tokens", type=int, metavar="N", help="most tokens in a pack")
+    add(
         "--baseline-questions",
         type=int,
         metavar="N",
         help="let hf score a random sample of N; its time is scaled by prompt tokens",
     )
-    parser.add_argument(
-        "--adapter-rank", type=int, metavar="R", help="also time a random unmerged adapter"
-    )
-    parser.add_argument(
+    add("--adapter-rank", type=int, metavar="R", help="also time a random unmerged adapter")
+    add(
         "--float32-reference",
         action="store_true",
         help="also score with float32 weights, and print how far each way is from that",
     )
-    parser.add_argument("--kernels", default="auto", choices=["auto", "none"])
+    add("--kernels", default="auto", choices=["auto", "none"])
     _add_output(parser)
 
 
@@ -175,9 +169,8 @@ def _add_random_model(commands: Any) -> None:
         "a model mean nothing, and every record of it says so.",
         allow_abbrev=False,
     )
-    parser.add_argument("folder", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--shape", required=True, choices=["llama-2-7b", "tiny"])
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="PATH", help="tokenizer folder or Hub id"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    add = parser.add_argument
+    add("folder", type=Path, help="folder to write; must not exist")
+    add("--shape", required=True, choices=["llama-2-7b", "tiny"])
+    add("--tokenizer", required=True, metavar="PATH", help="tokenizer folder or Hub id")
+    add("--seed", type=int, default=0, metavar="N", help="default 0")

@@ -189,7 +189,7 @@ def build_conversations(
     different rows share a message_id.
     """
     corpus = Corpus([])
-    remaining, order = _select(rows, languages, corpus)
+    remaining = _select(rows, languages, corpus)
     roots = [row for row in remaining if row["parent_id"] is None]
     children: dict[str, list[_Message]] = defaultdict(list)
     for row in remaining:
@@ -197,7 +197,7 @@ def build_conversations(
             children[row["parent_id"]].append(row)
     for siblings in children.values():
         if len(siblings) > 1:
-            siblings.sort(key=lambda r: _preference(r, order, corpus))
+            siblings.sort(key=lambda row: _preference(row, corpus))
     reached = 0
     for root in roots:
         if root["role"] != "prompter":
@@ -219,8 +219,8 @@ def build_conversations(
 
 def _select(
     rows: Iterable[_Message], languages: Sequence[str] | None, corpus: Corpus
-) -> tuple[list[_Message], dict[str, int]]:
-    """Returns the rows that stay, and every message's position in the file."""
+) -> list[_Message]:
+    """Returns the rows that stay, in file order."""
     remaining: list[_Message] = []
     seen: dict[str, _Message] = {}
     for row in rows:
@@ -241,7 +241,7 @@ def _select(
             corpus.dropped[reason] += 1
         else:
             remaining.append(row)
-    return remaining, {identity: number for number, identity in enumerate(seen)}
+    return remaining
 
 
 def _drop_reason(row: _Message, languages: Sequence[str] | None) -> str | None:
@@ -256,23 +256,17 @@ def _drop_reason(row: _Message, languages: Sequence[str] | None) -> str | None:
     return None
 
 
-def _preference(
-    row: _Message, order: Mapping[str, int], corpus: Corpus
-) -> tuple[float, float, int]:
-    """Sorts siblings by rank (unranked last), then date, then position in the file."""
+def _preference(row: _Message, corpus: Corpus) -> tuple[float, float]:
+    """Sorts siblings by rank (unranked last), then date; a tie leaves them in file order."""
     rank, created = row.get("rank"), row.get("created_date")
     moment = None if created is None else _parse_date(created)
     if created is not None and moment is None:
         corpus.resolved["unreadable created_date"] += 1
-    return (
-        math.inf if rank is None else float(rank),
-        -math.inf if moment is None else moment,
-        order[row["message_id"]],
-    )
+    return math.inf if rank is None else float(rank), -math.inf if moment is None else moment
 
 
 def _replies(row: _Message, children: Mapping[str, list[_Message]]) -> list[_Message]:
-    """The children of the other role, best first."""
+    """Returns the children of the other role, best first."""
     return [c for c in children.get(row["message_id"], ()) if c["role"] != row["role"]]
 
 
