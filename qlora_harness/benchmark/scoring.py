@@ -72,7 +72,7 @@ def measure_scoring(plan: ScoringPlan) -> str:
         pack_tokens=plan.pack_tokens,
         kernels="none",
     )
-    measurements = _Bench(lm, questions, plan).measurements
+    measurements = _ScoringBench(lm, questions, plan).measurements
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     random_weights = ", random weights" if lm.loaded.source.random_weights else ""
     dtype = lm.loaded.compute_dtype
@@ -123,7 +123,7 @@ class _Way:
     score: Callable[[list[Encoded]], TokenScores]
 
 
-class _Bench:
+class _ScoringBench:
     """Measures lm-eval's `hf`, packed scoring, and packed scoring with an unmerged adapter."""
 
     def __init__(
@@ -136,34 +136,32 @@ class _Bench:
         warm = questions[:64]
         lm.session.expand_base()
         hf = _hf_way(lm, plan.batch_size)
-        _score(hf, warm[: 2 * plan.batch_size])
-        self._baseline, self._expected, encoded = self._measure(hf, self._sample)
+        self._measure(hf, warm[: 2 * plan.batch_size])
+        self._baseline, self._expected = self._measure(hf, self._sample)
         self.measurements = [self._baseline]
         by_way = [(self._baseline, self._expected)]
         if plan.margin_batch_size is not None:
-            seconds = self._baseline.encoding_seconds  # encoding doesn't depend on batches
-            way = _hf_way(lm, plan.margin_batch_size)
-            measured, logprobs, _ = self._measure(way, self._sample, (encoded, seconds))
+            measured, logprobs = self._measure(_hf_way(lm, plan.margin_batch_size), self._sample)
             by_way.append((self._add(measured, logprobs), logprobs))
         exact: Logprobs | None = None
         base = lm.model
         if plan.float32_reference:
             lm.take(copy.deepcopy(base).float(), plan.kernels)
             way = _packed_way(lm, "packed, weights in float32")
-            _score(way, warm)
-            measured, exact, _ = self._measure(way, self._sample)
+            self._measure(way, warm)
+            measured, exact = self._measure(way, self._sample)
             by_way.append((self._add(measured, exact), exact))
         lm.take(base, plan.kernels)
         way = _packed_way(lm, "packed")
-        _score(way, warm)
-        measured, logprobs, _ = self._measure(way, questions)
+        self._measure(way, warm)
+        measured, logprobs = self._measure(way, questions)
         by_prompt = {q.prompt: row for q, row in zip(questions, logprobs, strict=True)}
         logprobs = [by_prompt[q.prompt] for q in self._sample]
         by_way.append((self._add(measured, logprobs), logprobs))
         if plan.adapter_rank is not None:
             lm.take(_with_random_adapter(lm.model, plan.adapter_rank), plan.kernels)
             way = _packed_way(lm, f"packed, unmerged adapter of rank {plan.adapter_rank}")
-            _score(way, warm)
+            self._measure(way, warm)
             self._add(self._measure(way, questions)[0], None)
         if exact is not None:
             for measured, logprobs in by_way:
@@ -172,19 +170,24 @@ class _Bench:
                 measured.float32_predictions = _agreement(logprobs, exact)
 
     def _measure(
-        self,
-        way: _Way,
-        questions: Sequence[Question],
-        encoded: tuple[list[Encoded], float] | None = None,
-    ) -> tuple[ScoringMeasurement, Logprobs, list[Encoded]]:
+        self, way: _Way, questions: Sequence[Question]
+    ) -> tuple[ScoringMeasurement, Logprobs]:
+        answers = [f" {letter}" for letter in LETTERS]
+        pairs = list(dict.fromkeys((q.prompt, answer) for q in questions for answer in answers))
         cuda = self._lm.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        scores, encoding, scoring, ids, computed = _score(way, questions, encoded)
-        lengths = {context: len(tokens) for (context, _), tokens, _ in ids}
+        started = time.perf_counter()
+        encoded = way.encode(pairs)
+        encoding = time.perf_counter() - started
+        started = time.perf_counter()
+        scores, computed = way.score(encoded)
+        scoring = time.perf_counter() - started
+        by_pair = {pair: logprob for pair, (logprob, _) in zip(pairs, scores, strict=True)}
+        logprobs = [[by_pair[q.prompt, answer] for answer in answers] for q in questions]
+        lengths = {context: len(tokens) for (context, _), tokens, _ in encoded}
         tokens = sum(lengths[q.prompt] for q in questions)
-        logprobs = [[scores[q.prompt, f" {letter}"] for letter in LETTERS] for q in questions]
         measured = ScoringMeasurement(
             name=way.name,
             questions=len(questions),
@@ -195,7 +198,7 @@ class _Bench:
             peak_allocated_bytes=torch.cuda.max_memory_allocated() if cuda else None,
             ties=sum(map(is_tie, logprobs)),
         )
-        return measured, logprobs, ids
+        return measured, logprobs
 
     def _add(self, measured: ScoringMeasurement, logprobs: Logprobs | None) -> ScoringMeasurement:
         """Adds a measurement and compares it with the baseline on the sample's `logprobs`."""
@@ -224,7 +227,7 @@ class _Bench:
 
 
 def _hf_way(lm: QloraAdapterLM, batch_size: int) -> _Way:
-    """lm-eval's own model around the same weights."""
+    """Returns lm-eval's `hf` model on the same weights."""
     hf = StockHFLM(lm, batch_size)
     return _Way(
         f"lm-eval hf, batch size {batch_size}",
@@ -250,24 +253,6 @@ def _with_random_adapter(model: Any, rank: int) -> Any:
             if "lora_B" in name:
                 parameter.normal_(std=1e-3)
     return adapted
-
-
-def _score(
-    way: _Way, questions: Sequence[Question], encoded: tuple[list[Encoded], float] | None = None
-) -> tuple[dict[Pair, float], float, float, list[Encoded], int | None]:
-    """Returns log-probabilities, seconds of encoding and scoring, token ids, computed tokens.
-
-    `encoded` holds ids and seconds of a way that encodes alike.
-    """
-    pairs = list(dict.fromkeys((q.prompt, f" {letter}") for q in questions for letter in LETTERS))
-    started = time.perf_counter()
-    ids = way.encode(pairs) if encoded is None else encoded[0]
-    encoding = time.perf_counter() - started if encoded is None else encoded[1]
-    started = time.perf_counter()
-    scores, computed = way.score(ids)
-    scoring = time.perf_counter() - started
-    logprobs = {pair: logprob for pair, (logprob, _) in zip(pairs, scores, strict=True)}
-    return logprobs, encoding, scoring, ids, computed
 
 
 def _differences(first: Logprobs, second: Logprobs) -> Iterator[float]:
