@@ -39,8 +39,8 @@ def score(
     """Scores a run with `lm_eval --model qlora_adapter` in its own process.
 
     `run` is the folder of a trained run or, with `pretrained`, the folder for the records of a base
-    without an adapter. `limit` is in questions of each task. `model_args` are others of the model,
-    such as kernels="none". Raises RunError with lm_eval's last line if it fails.
+    without an adapter. `limit` is in questions of each task. `model_args` are further arguments of
+    the model, such as kernels="none". Raises RunError with lm_eval's last line if it fails.
     """
     folder = Path(run)
     if "pretrained" not in model_args:
