@@ -195,9 +195,6 @@ def test_page_shows_headlines_then_figures_and_folds_tables(published: qh.Compar
     assert '<link rel="stylesheet' not in html
     for head in re.findall(r"<details><summary><h2>(.*?)</h2>", body):
         assert head
-    count, shown = page.flips(published)
-    detail = published.contrasts[0].detail
-    assert (count, len(shown)) == (detail.won + detail.lost, 200)
 
 
 def test_notebook_gets_the_head_of_the_page(published: qh.Comparison) -> None:

@@ -14,7 +14,7 @@ from scipy import stats
 
 from qlora_harness.compare.comparison import Comparison, compare
 from qlora_harness.compare.contrast import Contrast
-from qlora_harness.study_plan import report
+from qlora_harness.compare.study import report
 
 Questions = list[tuple[str, int, list[float]]]
 LETTERS = 4
@@ -240,7 +240,7 @@ def test_chance_comes_first(tmp_path: Path) -> None:
     runs = [run(tmp_path, "nf4", skill=0.0), run(tmp_path, "bf16", skill=1.0)]
     comparison = compare(runs)
     assert {one.arm: one.at_chance for one in comparison.chance} == {"NF4": True, "bf16": False}
-    assert comparison.verdict.startswith("NF4 does not clearly beat chance")
+    assert comparison.verdict.startswith("NF4 is not shown to beat chance")
 
 
 def test_tied_letters_share_the_credit(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Arms: runs that differ in their seed alone. Arms are compared, not runs."""
+"""Arms: runs that differ only in their seed. Arms are compared, not runs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from qlora_harness.results.runs import Run
 from qlora_harness.settings import BOOKKEEPING
 
 _NAMES = {"nf4": "NF4", "fp4": "FP4", "int4": "int4", "int8": "int8", "bf16": "bf16"}
-# What follows from the quantisation, or names the run.
+# Settings that follow from the quantisation, and the seed.
 _FOLLOWING = ("double_quant", "quant", "seed")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ in their seed alone; `tuned` says that they have adapters."""
+    """Runs that differ only in their seed; `tuned` ones have adapters."""
 
     name: str
     runs: tuple[Run, ...]
@@ -32,9 +32,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of an arm and its baseline: those that answer the question, and further ones.
+    """Pairs of an arm and its baseline.
 
-    The first primary pair leads. Secondary pairs are the untrained bases, or what training gained.
+    Primary pairs answer the question, the first above all. Secondary pairs compare the untrained
+    bases, or adapter and base.
     """
 
     primary: tuple[tuple[Arm, Arm], ...]
@@ -42,7 +43,7 @@ class Pairs:
 
 
 def settings_of(run: Run) -> dict[str, object]:
-    """Returns the training settings that decide what a run computes."""
+    """Returns the training settings that affect what a run computes."""
     if run.training is None:
         return {}
     return {name: value for name, value in run.training.settings.items() if name not in BOOKKEEPING}
@@ -51,7 +52,7 @@ def settings_of(run: Run) -> dict[str, object]:
 def group(runs: Sequence[Run], *, labelled: bool = False) -> list[Arm]:
     """Groups runs into arms, in the order of their first runs.
 
-    `labelled` says that the user named the runs; an arm of one run then has the run's name.
+    If the runs are `labelled` by the user, an arm of one run has its label.
     """
     groups: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
@@ -71,7 +72,7 @@ def group(runs: Sequence[Run], *, labelled: bool = False) -> list[Arm]:
 
 
 def _seed(run: Run) -> int:
-    """Orders an arm's runs, so that those of two arms with the same seeds are pairs."""
+    """Sort key that pairs the runs of two arms with the same seeds."""
     return (run.training.seed if run.training is not None else None) or 0
 
 
@@ -85,7 +86,7 @@ def _key(run: Run) -> tuple[object, ...]:
 
 
 def _names(groups: Sequence[Sequence[Run]], *, by_label: bool) -> list[str]:
-    """The quantisation, and what tells two arms of the same quantisation apart."""
+    """Each arm's quantisation, and the settings that tell arms of one quantisation apart."""
     names = []
     for group in groups:
         run = group[0]
@@ -120,8 +121,8 @@ def _distinctions(runs: Sequence[Run]) -> list[list[str]]:
 def pair(arms: Sequence[Arm], baseline: str | None = None) -> Pairs:
     """Decides which arms are compared; raises SettingsError if there is no such baseline.
 
-    bf16 is the baseline wherever one arm is bf16: fine-tuned for fine-tuned arms, the base for
-    bases, and of several the one with the most settings in common. Otherwise the first arm is.
+    The default baseline is a bf16 arm, else the first arm: fine-tuned for fine-tuned arms, a base
+    for bases, and among several the one with the most settings in common.
     """
     if baseline is not None:
         chosen = [a for a in arms if a.name == baseline]
@@ -137,13 +138,13 @@ def pair(arms: Sequence[Arm], baseline: str | None = None) -> Pairs:
     if not primary:
         primary = _against_bf16(list(arms))
     elif not secondary:
-        # A base or an adapter without a partner: what training gained in its quantisation.
+        # No second base: what training gained in its quantisation.
         secondary = [(arm, base) for arm in tuned for base in bases if base.quant == arm.quant]
     return Pairs(tuple(primary), tuple(secondary))
 
 
 def _against_bf16(arms: list[Arm]) -> list[tuple[Arm, Arm]]:
-    """Each arm with the bf16 arm that is most like it; bf16 arms that no other arm meets last."""
+    """Each arm with the bf16 arm most like it; then bf16 arms that are nobody's baseline."""
     references = [arm for arm in arms if arm.quant == "bf16"] or arms[:1]
     others = [arm for arm in arms if arm not in references]
     pairs = [(arm, min(references, key=partial(_distance, arm))) for arm in others]

@@ -1,4 +1,4 @@
-"""One arm against its baseline on every endpoint, and what training gains in more bits or fewer."""
+"""One arm against its baseline on every endpoint, and what training gains in 4 and 16 bits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Answers = Mapping[str, RunAnswers]
 
 
 def answers_of(arm: Arm, answers: Answers) -> list[RunAnswers]:
-    """Returns the answers of an arm's runs, without runs whose answers aren't recorded."""
+    """Returns the answers of an arm's runs that have them recorded."""
     return [answers[run.label] for run in arm.runs if run.label in answers]
 
 
@@ -31,9 +31,8 @@ def contrast(
 ) -> Contrast:
     """Compares an arm with its baseline.
 
-    `answers` are aligned, by label of the run, without runs whose answers aren't recorded. `margin`
-    is the share of the questions within which accuracies count as the same. `tests` is the number
-    of primary arms, whose intervals hold for all of them together.
+    `answers` are the aligned ones by label of the run. Accuracies within `margin`, a share, count
+    as the same. `tests` is the number of primary arms, by which their intervals are corrected.
     """
     level = st.LEVEL / (tests if primary else 1)
     endpoints = costs(arm, baseline, level)
@@ -69,9 +68,9 @@ def contrast(
 def effects(
     arms: Sequence[Arm], answers: Answers, task: str | None, margin: float
 ) -> list[Contrast]:
-    """Returns what training gains in 4 and in 16 bits, and the interaction.
+    """Returns what training gains in 16 and in 4 bits, and the interaction.
 
-    Empty unless there is just one base and one adapter of each, all with known answers.
+    Empty unless there is exactly one base and one adapter of each, all with recorded answers.
     """
     by_kind: dict[tuple[bool, bool], list[Arm]] = {}
     for arm in arms:

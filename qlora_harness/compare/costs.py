@@ -1,4 +1,4 @@
-"""What training took: memory, time and losses of two arms."""
+"""What training costs: memory, time and losses of two arms."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ from qlora_harness.compare.endpoint import SPECS, absent, measured
 from qlora_harness.compare.record import Endpoint, Estimate, Word
 from qlora_harness.results.runs import Run
 from qlora_harness.schema.training import TrainingLog, TrainingSummary
-from qlora_harness.units import GIB
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
 
-_FIRST_STEPS = 3  # left out of times: kernels are chosen in them
-_FEWEST = 10  # conversations, below which an interval says little
+_FIRST_STEPS = 3  # not timed: kernels are chosen in them
+_FEWEST = 10  # conversations; an interval over fewer says little
 _STEPS_TOGETHER, _FEWEST_GROUPS = 10, 5  # neighbouring steps share stalls
-# Device memory of others, bytes, that is no other program: a driver's own and a desktop's.
-_NEGLIGIBLE = GIB
+# Device memory, bytes, that drivers and desktops hold while no other program runs.
+_NEGLIGIBLE = 2**30
 
 
 def costs(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
@@ -63,7 +62,7 @@ def _memory(one: list[TrainingSummary], two: list[TrainingSummary], level: float
     a, b = (np.array(part, dtype=np.float64) for part in peaks)
     estimate = _ratio(a, b, level)
     difference = estimate.difference or 0.0
-    if 1 in (len(a), len(b)):  # one arm's spread in memory says nothing about the other's
+    if 1 in (len(a), len(b)):  # one arm's spread says nothing about the other's
         estimate = Estimate(difference=difference)
     spec = SPECS["memory"]
     if kinds == {"cpu"}:
@@ -71,14 +70,14 @@ def _memory(one: list[TrainingSummary], two: list[TrainingSummary], level: float
     endpoint = measured("memory", (a, b), estimate)
     if estimate.low is not None:
         return endpoint
-    # A run allocates the same each time, so that one is enough.
+    # A run allocates the same each time, so one is enough.
     same = abs(difference) < math.log1p(spec.margin or 0)
     word: Word = "same" if same else "better" if difference < 0 else "worse"
     return endpoint.model_copy(update={"word": word, "within": same})
 
 
 def _ratio(one: Floats, two: Floats, level: float) -> Estimate:
-    """Of the logarithm of the ratio of geometric means, over seeds."""
+    """The logarithm of the ratio of geometric means, over seeds."""
     a, b = np.log(one), np.log(two)
     seeds = st.over_seeds(a, b, blocks=False)
     return st.combine(float(a.mean() - b.mean()), None, seeds, level=level)
@@ -112,7 +111,7 @@ def _time(arm: Arm, baseline: Arm, level: float) -> Endpoint:
 
 
 def _disturbance(runs: Sequence[Run]) -> str | None:
-    """Why the times of runs can't be compared; None if nothing speaks against it."""
+    """Why the times of runs can't be compared; None if they can."""
     trained = [(run.label, run.training) for run in runs if run.training is not None]
     if len(trained) < len(runs):
         return "not trained here"
@@ -130,7 +129,7 @@ def _of_one(label: str, run: TrainingSummary) -> str | None:
         return f"{run.memory.other_processes} other processes used the GPU of {label}"
     others = run.memory.other_bytes or 0
     if others > _NEGLIGIBLE:
-        return f"others held {others / GIB:.1f} GiB of the GPU of {label}"
+        return f"others held {others / 2**30:.1f} GiB of the GPU of {label}"
     return None
 
 
@@ -152,7 +151,7 @@ def _device(run: TrainingSummary, key: str) -> object:
 def _same_device(one: TrainingSummary, other: TrainingSummary) -> bool:
     if one.process.host is None or one.process.host != other.process.host:
         return False
-    # Older records name the kind of device only, so it may have been the same one.
+    # Older records name only the kind of device: it may have been the same one.
     ids = _device(one, "id"), _device(other, "id")
     return None in ids or ids[0] == ids[1]
 
@@ -167,7 +166,7 @@ def _overlap(one: TrainingSummary, other: TrainingSummary) -> bool:
 
 
 def _step_ratios(one: TrainingLog | None, two: TrainingLog | None) -> Floats:
-    """Log ratios of the seconds of the same steps after warm-up, neighbours together."""
+    """Log ratios of the seconds of the same steps, averaged over neighbours; empty if unpaired."""
     nothing = np.zeros(0)
     if one is None or two is None or len(one.steps) != len(two.steps):
         return nothing
@@ -195,13 +194,13 @@ def _losses(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
         seeds = st.over_seeds(one, two, blocks=_same_seeds(arm, baseline))
         estimate = st.combine(float(one.mean() - two.mean()), None, seeds, level=level)
         after = measured("eval_loss", (one, two), estimate, reason="no losses by conversation")
-    # The change is what training gains: its difference is the interaction of the 2×2 on loss.
+    # The difference of the changes is the interaction of quantisation and training on loss.
     others = [_conversations(arm, baseline, key, level) for key in ("loss_before", "loss_change")]
     return [after, *(other for other in others if other), *_steps(arm, baseline, level)]
 
 
 def _no_loss(arm: Arm, baseline: Arm) -> str | None:
-    """Why the evaluation losses of two arms can't be compared, if so."""
+    """Why the evaluation losses of two arms can't be compared; None if they can."""
     records = [*_summaries(arm), *_summaries(baseline)]
     if any(record.status != "completed" for record in records):
         return "a run was interrupted"
@@ -215,7 +214,7 @@ def _no_loss(arm: Arm, baseline: Arm) -> str | None:
 
 
 def _conversations(arm: Arm, baseline: Arm, key: str, level: float) -> Endpoint | None:
-    """Paired by conversation, weighted by token, seeds as blocks; None without such a record."""
+    """Paired by conversation, weighted by token, seeds as blocks; None if not recorded."""
     logs = _logs(arm, baseline)
     if logs is None:
         return None
@@ -241,7 +240,7 @@ def _conversations(arm: Arm, baseline: Arm, key: str, level: float) -> Endpoint 
 
 
 def _steps(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
-    """Training losses of the same batches: at the first step, before any update, and at the end."""
+    """Training losses on the same batches: at the first step, before any update, and at the end."""
     logs = _logs(arm, baseline)
     if logs is None or not _same_seeds(arm, baseline):
         return []

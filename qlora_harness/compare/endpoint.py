@@ -1,4 +1,4 @@
-"""Endpoints: what is known of each beforehand, and how an estimate becomes one."""
+"""The specification of each endpoint, and how an estimate becomes an endpoint."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class Spec(NamedTuple):
-    """An endpoint's name, unit and margin, the difference within which arms count as the same.
+    """An endpoint's name and unit, and the difference within which arms count as the same.
 
-    A relative endpoint's difference is arm / baseline - 1, and so is its margin.
+    Difference and margin of a relative endpoint are arm / baseline - 1.
     """
 
     name: str
@@ -59,8 +59,8 @@ def measured(
 ) -> Endpoint:
     """Returns the endpoint of an estimate, with the word for what it shows.
 
-    `values` are those of arm and baseline, whose means are reported. Where the endpoint is
-    relative, the estimate is of the logarithm of their ratio. `spec` replaces that of the key.
+    `values` are those of arm and baseline; their means are reported. The estimate of a relative
+    endpoint is that of the logarithm of their ratio. `spec` replaces that of the key.
     """
     spec = spec or SPECS[key]
     limit = spec.margin if not spec.relative or spec.margin is None else math.log1p(spec.margin)

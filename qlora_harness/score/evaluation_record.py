@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qlora_harness.accuracy import accuracy, micro_macro
 from qlora_harness.errors import ResultsError
 from qlora_harness.families import LETTERS
 from qlora_harness.question_hashes import prompts_hash
@@ -20,7 +19,14 @@ from qlora_harness.record import (
     remove_leftovers,
     write_json,
 )
-from qlora_harness.schema.evaluation import Evaluation, Progress, QuestionRow, TaskScores
+from qlora_harness.schema.evaluation import (
+    Evaluation,
+    Progress,
+    QuestionRow,
+    TaskScores,
+    accuracy,
+    micro_macro,
+)
 from qlora_harness.schema.section import read_record
 from qlora_harness.score.mmlu import is_tie, predict
 
