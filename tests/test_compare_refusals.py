@@ -33,6 +33,7 @@ from qlora_harness.errors import ComparisonError, HarnessError, ResultsError, Se
 
 Spoil = Callable[[Path], object]
 OURS = f"results/{FAMILY}_anatomy"
+CONTRADICTS = "line 3: filtered_resps, target and acc contradict"
 
 
 def in_sample(key: str, new: object) -> Spoil:
@@ -116,13 +117,10 @@ DAMAGED: dict[str, tuple[Spoil, str]] = {
         lambda folder: next(folder.rglob("samples_*_law_*.jsonl")).unlink(),
         r"_law_.*jsonl is missing \(1 of 2 ",
     ),
-    "generated text": (in_sample("filtered_resps", ["A"]), r"line 3: filtered_resps"),
-    "NaN of a choice": (
-        in_sample("filtered_resps", [["nan", "False"]] * 4),
-        r"line 3: filtered_resps",
-    ),
-    "target": (in_sample("target", "7"), r"line 3: the target"),
-    "changed": (in_sample("target", "3"), r"line 3: acc is 1"),
+    "generated text": (in_sample("filtered_resps", ["A"]), CONTRADICTS),
+    "NaN of a choice": (in_sample("filtered_resps", [["nan", "False"]] * 4), CONTRADICTS),
+    "target": (in_sample("target", "7"), CONTRADICTS),
+    "other target": (in_sample("target", "3"), CONTRADICTS),
 }
 # What can be read, and not compared.
 UNEQUAL: dict[str, tuple[Spoil, str]] = {

@@ -27,19 +27,11 @@ class Arm:
     @property
     def seeds(self) -> tuple[int | None, ...]:
         """The seed of each run; None where it isn't recorded."""
-        return tuple(None if run.training is None else run.training.seed for run in self.runs)
+        return tuple(run.seed for run in self.runs)
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Pairs of an arm and its baseline.
-
-    Primary pairs answer the question, the first above all. Secondary pairs compare the untrained
-    bases, or adapter and base.
-    """
-
-    primary: tuple[tuple[Arm, Arm], ...]
-    secondary: tuple[tuple[Arm, Arm], ...]
+Pairs = list[tuple[Arm, Arm]]
+"""Arms with their baselines."""
 
 
 def settings_of(run: Run) -> dict[str, object]:
@@ -57,8 +49,7 @@ def group(runs: Sequence[Run], *, labelled: bool = False) -> list[Arm]:
     groups: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
         key = _key(run)
-        seeds = {r.training.seed for r in groups.get(key, []) if r.training is not None}
-        if run.training is None or run.training.seed in seeds:
+        if run.training is None or run.seed in [other.seed for other in groups.get(key, [])]:
             key = (*key, run.label)  # not a further seed of the arm
         groups.setdefault(key, []).append(run)
     if len(groups) == 1:  # seeds of one arm, compared with each other
@@ -66,14 +57,9 @@ def group(runs: Sequence[Run], *, labelled: bool = False) -> list[Arm]:
     members = list(groups.values())
     names = _names(members, by_label=labelled)
     return [
-        Arm(name, tuple(sorted(part, key=_seed)), part[0].quant, part[0].tuned)
+        Arm(name, tuple(sorted(part, key=lambda run: run.seed or 0)), part[0].quant, part[0].tuned)
         for name, part in zip(names, members, strict=True)
     ]
-
-
-def _seed(run: Run) -> int:
-    """Sort key that pairs the runs of two arms with the same seeds."""
-    return (run.training.seed if run.training is not None else None) or 0
 
 
 def _key(run: Run) -> tuple[object, ...]:
@@ -97,9 +83,6 @@ def _names(groups: Sequence[Sequence[Run]], *, by_label: bool) -> list[str]:
         rows = [row for row, other in enumerate(names) if other == name]
         for row, part in zip(rows, _distinctions([groups[row][0] for row in rows]), strict=True):
             names[row] = ", ".join([name, *part]) if part else groups[row][0].label
-        if len({names[row] for row in rows}) < len(rows):
-            for row in rows:
-                names[row] = groups[row][0].label
     return [
         f"{name} ({group[0].label})" if names.count(name) > 1 else name
         for name, group in zip(names, groups, strict=True)
@@ -118,11 +101,12 @@ def _distinctions(runs: Sequence[Run]) -> list[list[str]]:
     return [[f"{key} {item[key]}" for key in differing[:2]] for item in settings]
 
 
-def pair(arms: Sequence[Arm], baseline: str | None = None) -> Pairs:
-    """Decides which arms are compared; raises SettingsError if there is no such baseline.
+def pair(arms: Sequence[Arm], baseline: str | None = None) -> tuple[Pairs, Pairs]:
+    """Returns primary pairs, which answer the question, and secondary ones, about the bases.
 
     The default baseline is a bf16 arm, else the first arm: fine-tuned for fine-tuned arms, a base
-    for bases, and among several the one with the most settings in common.
+    for bases, and among several the one with the most settings in common. Raises SettingsError if
+    there is no such baseline.
     """
     if baseline is not None:
         chosen = [a for a in arms if a.name == baseline]
@@ -130,7 +114,7 @@ def pair(arms: Sequence[Arm], baseline: str | None = None) -> Pairs:
         if not chosen:
             names = ", ".join(arm.name for arm in arms)
             raise SettingsError(f"--baseline {baseline} is neither arm nor run", f"Arms: {names}")
-        return Pairs(tuple((arm, chosen[0]) for arm in arms if arm is not chosen[0]), ())
+        return [(arm, chosen[0]) for arm in arms if arm is not chosen[0]], []
     tuned, bases = [a for a in arms if a.tuned], [a for a in arms if not a.tuned]
     primary, secondary = _against_bf16(tuned), _against_bf16(bases)
     if not primary:
@@ -140,10 +124,10 @@ def pair(arms: Sequence[Arm], baseline: str | None = None) -> Pairs:
     elif not secondary:
         # No second base: what training gained in its quantisation.
         secondary = [(arm, base) for arm in tuned for base in bases if base.quant == arm.quant]
-    return Pairs(tuple(primary), tuple(secondary))
+    return primary, secondary
 
 
-def _against_bf16(arms: list[Arm]) -> list[tuple[Arm, Arm]]:
+def _against_bf16(arms: list[Arm]) -> Pairs:
     """Each arm with the bf16 arm most like it; then bf16 arms that are nobody's baseline."""
     references = [arm for arm in arms if arm.quant == "bf16"] or arms[:1]
     others = [arm for arm in arms if arm not in references]

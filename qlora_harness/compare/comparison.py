@@ -108,16 +108,16 @@ def compare(
     notes += checks.check_limit(scored, allow_limit, intersect)
     frames, dropped = _answers(scored, intersect, notes)
     arms = group(loaded, labelled=labels is not None)
-    pairs = pair(arms, baseline)
+    primary, secondary = pair(arms, baseline)
     answers = {label: RunAnswers(frame) for label, frame in frames.items()}
     contrasts = [
-        contrast(a, b, answers, task, margin=margin, tests=len(pairs.primary), primary=primary)
-        for part, primary in ((pairs.primary, True), (pairs.secondary, False))
-        for a, b in part
+        contrast(a, b, answers, task, margin=margin, tests=tests)
+        for pairs, tests in ((primary, len(primary)), (secondary, None))
+        for a, b in pairs
     ]
     arm_of = {run.label: arm.name for arm in arms for run in arm.runs}
     different, same = checks.differing(loaded, task)
-    leading = [arm for arm in arms if any(arm in both for both in pairs.primary)]
+    leading = [arm for arm in arms if any(arm in both for both in primary)]
     first = next(iter(scored.values()), None)
     sizes = [len(frame) for frame in frames.values()] or [s.n for s in scored.values()]
     chances = [chance(arm.name, answers_of(arm, answers)) for arm in arms]
@@ -205,7 +205,7 @@ def _info(run: Run, arm: str, task: str | None, answers: bool) -> RunInfo:
         label=run.label,
         path=scrub(str(run.path).encode(errors="backslashreplace").decode()),
         arm=arm,
-        seed=training.seed if training else None,
+        seed=run.seed,
         model=None if run.model is None else scrub(run.model),
         quant=run.quant,
         device=device if isinstance(device, str) else None,

@@ -26,15 +26,15 @@ def contrast(
     task: str | None,
     *,
     margin: float,
-    tests: int = 1,
-    primary: bool = True,
+    tests: int | None = None,
 ) -> Contrast:
     """Compares an arm with its baseline.
 
     `answers` are the aligned ones by label of the run. Accuracies within `margin`, a share, count
-    as the same. `tests` is the number of primary arms, by which their intervals are corrected.
+    as the same. `tests` is the number of primary arms, for which intervals and
+    p-values are corrected; None for a secondary contrast.
     """
-    level = st.LEVEL / (tests if primary else 1)
+    level = st.LEVEL / (tests or 1)
     endpoints = costs(arm, baseline, level)
     detail, groups = None, []
     runs = [*arm.runs, *baseline.runs]
@@ -48,7 +48,7 @@ def contrast(
         endpoints = [sc.mark_letters(endpoint, detail) for endpoint in endpoints]
     elif task is not None and all(task in run.scored for run in runs):
         endpoints.append(sc.unpaired_accuracy(arm, baseline, task, level, margin))
-    if primary and tests > 1:  # Bonferroni's correction, as in the intervals
+    if tests is not None and tests > 1:  # Bonferroni's correction, as in the intervals
         endpoints = [
             one if one.p is None else one.model_copy(update={"p": min(1.0, tests * one.p)})
             for one in endpoints
@@ -56,7 +56,7 @@ def contrast(
     return Contrast(
         arm=arm.name,
         baseline=baseline.name,
-        primary=primary,
+        primary=tests is not None,
         seeds=(len(arm.runs), len(baseline.runs)),
         paired=paired,
         endpoints={endpoint.key: endpoint for endpoint in endpoints},
@@ -84,8 +84,7 @@ def effects(
         return []
     base, base4, tuned, tuned4 = four
     gains = [
-        contrast(a, b, answers, task, margin=margin, primary=False)
-        for a, b in ((tuned, base), (tuned4, base4))
+        contrast(a, b, answers, task, margin=margin) for a, b in ((tuned, base), (tuned4, base4))
     ]
     return [*gains, _interaction(tuned4, base4, tuned, base, answers)]
 

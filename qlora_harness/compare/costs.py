@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -31,20 +31,22 @@ _NEGLIGIBLE = 2**30
 
 def costs(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
     """Returns memory, time and losses, arm less baseline, with intervals at a two-sided level."""
-    one, two = _summaries(arm), _summaries(baseline)
-    if not one and not two:
+    trained = [run.training is not None for run in (*arm.runs, *baseline.runs)]
+    if not any(trained):
         return []
-    if len(one) < len(arm.runs) or len(two) < len(baseline.runs):
+    if not all(trained):
         return [absent(key, "not trained here") for key in ("memory", "time", "eval_loss")]
-    return [
-        _memory(one, two, level),
-        _time(arm, baseline, level),
-        *_losses(arm, baseline, level),
-    ]
+    return [_memory(arm, baseline, level), _time(arm, baseline, level),
+            *_losses(arm, baseline, level)]  # fmt: skip
 
 
 def _summaries(arm: Arm) -> list[TrainingSummary]:
     return [run.training for run in arm.runs if run.training]
+
+
+def _values(arm: Arm, value: Callable[[TrainingSummary], float | None]) -> Floats:
+    """A recorded number of each run; NaN if it is missing."""
+    return np.array([value(summary) for summary in _summaries(arm)], np.float64)
 
 
 def _logs(arm: Arm, baseline: Arm) -> tuple[list[TrainingLog], list[TrainingLog]] | None:
@@ -54,12 +56,11 @@ def _logs(arm: Arm, baseline: Arm) -> tuple[list[TrainingLog], list[TrainingLog]
     return (one, two) if complete else None
 
 
-def _memory(one: list[TrainingSummary], two: list[TrainingSummary], level: float) -> Endpoint:
-    peaks = [[run.peak_bytes for run in runs] for runs in (one, two)]
-    kinds = {run.memory.device_type for run in (*one, *two)}
-    if len(kinds) > 1 or any(not peak for part in peaks for peak in part):
+def _memory(arm: Arm, baseline: Arm, level: float) -> Endpoint:
+    a, b = (_values(part, lambda summary: summary.peak_bytes or None) for part in (arm, baseline))
+    kinds = {run.memory.device_type for run in (*_summaries(arm), *_summaries(baseline))}
+    if len(kinds) > 1 or np.isnan([*a, *b]).any():
         return absent("memory", "different devices" if len(kinds) > 1 else "not recorded")
-    a, b = (np.array(part, dtype=np.float64) for part in peaks)
     estimate = _ratio(a, b, level)
     difference = estimate.difference or 0.0
     if 1 in (len(a), len(b)):  # one arm's spread says nothing about the other's
@@ -91,10 +92,7 @@ def _time(arm: Arm, baseline: Arm, level: float) -> Endpoint:
     reason = _disturbance([*arm.runs, *baseline.runs])
     if reason is not None:
         return absent("time", reason)
-    one, two = (
-        np.array([run.runtime.train_seconds for run in _summaries(a)], float)
-        for a in (arm, baseline)
-    )
+    one, two = (_values(a, lambda summary: summary.runtime.train_seconds) for a in (arm, baseline))
     if not one.all() or not two.all():
         return absent("time", "no step was taken")
     pairs = zip(arm.runs, baseline.runs, strict=False) if _same_seeds(arm, baseline) else ()
@@ -113,8 +111,6 @@ def _time(arm: Arm, baseline: Arm, level: float) -> Endpoint:
 def _disturbance(runs: Sequence[Run]) -> str | None:
     """Why the times of runs can't be compared; None if they can."""
     trained = [(run.label, run.training) for run in runs if run.training is not None]
-    if len(trained) < len(runs):
-        return "not trained here"
     alone = [_of_one(label, one) for label, one in trained]
     together = [_of_two(*one, *other) for one, other in combinations(trained, 2)]
     return next((reason for reason in (*alone, *together) if reason), None)
@@ -167,16 +163,15 @@ def _overlap(one: TrainingSummary, other: TrainingSummary) -> bool:
 
 def _step_ratios(one: TrainingLog | None, two: TrainingLog | None) -> Floats:
     """Log ratios of the seconds of the same steps, averaged over neighbours; empty if unpaired."""
-    nothing = np.zeros(0)
     if one is None or two is None or len(one.steps) != len(two.steps):
-        return nothing
+        return np.zeros(0)
     pairs = list(zip(one.steps, two.steps, strict=True))[_FIRST_STEPS:]
     if any(a.tokens != b.tokens or not a.seconds or not b.seconds for a, b in pairs):
-        return nothing
+        return np.zeros(0)
     ratios = np.array([math.log((a.seconds or 1) / (b.seconds or 1)) for a, b in pairs])
     size = min(_STEPS_TOGETHER, len(ratios) // _FEWEST_GROUPS)
     if size == 0:
-        return nothing
+        return np.zeros(0)
     return np.asarray(ratios[: len(ratios) // size * size].reshape(-1, size).mean(axis=1))
 
 
@@ -187,10 +182,7 @@ def _losses(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
         return [absent("eval_loss", reason)]
     after = _conversations(arm, baseline, "eval_loss", level)
     if after is None:
-        one, two = (
-            np.array([run.results.eval_loss for run in _summaries(a)], float)
-            for a in (arm, baseline)
-        )
+        one, two = (_values(a, lambda summary: summary.results.eval_loss) for a in (arm, baseline))
         seeds = st.over_seeds(one, two, blocks=_same_seeds(arm, baseline))
         estimate = st.combine(float(one.mean() - two.mean()), None, seeds, level=level)
         after = measured("eval_loss", (one, two), estimate, reason="no losses by conversation")

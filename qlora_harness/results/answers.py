@@ -166,15 +166,9 @@ def _row(where: str, sample: Mapping[str, Any], scored: Scored) -> dict[str, Any
         known = _Sample.model_validate(sample)
     except ValidationError as error:
         raise ResultsError(f"{where}: {first_problem(error)}", _OTHER_RUN) from None
-    ours = scored.task in FAMILIES
     logprobs = _logprobs(sample.get("filtered_resps"))
-    if ours and len(logprobs) != len(LETTERS):
-        raise ResultsError(
-            f"{where}: filtered_resps does not hold four [log-probability, greedy] pairs",
-            _OTHER_RUN,
-        )
     doc, target = sample.get("doc"), str(sample.get("target"))
-    index = doc.get("index") if ours and isinstance(doc, Mapping) else None
+    index = doc.get("index") if scored.task in FAMILIES and isinstance(doc, dict) else None
     position = int(target) if target.isdecimal() and len(target) < 4 else -1
     return {
         "item": known.doc_id,
@@ -205,24 +199,20 @@ def _choices(
 ) -> Floats | None:
     """The log-probabilities, [n, most choices]; None if the best choices don't give the score."""
     ours = scored.task in FAMILIES
-    answer = frame["answer"].to_numpy()
-    missing = np.flatnonzero(answer < 0)
-    if len(missing) and ours:
+    fits = [
+        0 <= answer < len(row) > 1
+        and (len(row) == len(LETTERS) or not ours)
+        and (row.index(max(row)) == answer) == score
+        for row, answer, score in zip(responses, frame["answer"], frame["score"], strict=True)
+    ]
+    if ours and not all(fits):
         raise ResultsError(
-            f"{lines[missing[0]]}: the target is not a choice from 0 to 3", _OTHER_RUN
+            f"{lines[fits.index(False)]}: filtered_resps, target and acc contradict each other",
+            _OTHER_RUN,
         )
-    # acc_norm chooses by other numbers.
-    if len(missing) or scored.metric != "acc" or min(map(len, responses)) < 2:
+    if scored.metric != "acc" or not all(fits):  # acc_norm chooses by other numbers
         return None
-    logprobs = np.array(list(zip_longest(*responses, fillvalue=np.nan)), dtype=np.float64).T
-    wrong = np.flatnonzero((np.nanargmax(logprobs, axis=1) == answer) != frame["score"])
-    if len(wrong) and ours:
-        raise ResultsError(
-            f"{lines[wrong[0]]}: acc is {frame['score'].iloc[wrong[0]]:g}, but the best "
-            f"log-probability says otherwise for the target {answer[wrong[0]]}",
-            "The file was changed or is damaged; score again",
-        )
-    return None if len(wrong) else logprobs
+    return np.array(list(zip_longest(*responses, fillvalue=np.nan)), dtype=np.float64).T
 
 
 def _with_choices(frame: pd.DataFrame, logprobs: Floats | None) -> pd.DataFrame:

@@ -54,6 +54,11 @@ class Run:
         return read_answers(self.scored[task])
 
     @property
+    def seed(self) -> int | None:
+        """Seed of the training, if recorded."""
+        return None if self.training is None else self.training.seed
+
+    @property
     def quant(self) -> str | None:
         """nf4, fp4, bf16 or another, if recorded."""
         trained = self.training.quant if self.training else None
