@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic_core import from_json
 
 from qlora_harness.errors import ResultsError, shown
 from qlora_harness.record import nested, read_json
@@ -29,7 +30,7 @@ _CACHED = "scored with --use_cache, which isn't keyed by model: the answers may 
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, protected_namespaces=())
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
 
 class _Size(_Part):
@@ -38,7 +39,6 @@ class _Size(_Part):
 
 
 class _Config(_Part):
-    model_config = ConfigDict(extra="allow")
     model: str | None = None
     model_args: dict[str, Any] | str | None = None
     model_dtype: Any = None
@@ -52,10 +52,20 @@ class _Config(_Part):
             return dict(part.partition("=")[::2] for part in self.model_args.split(",") if part)
         return dict(self.model_args or {})
 
+    @property
+    def quant(self) -> str | None:
+        """nf4, fp4, int8 or bf16, if recorded."""
+        arguments = {key: str(value) for key, value in self.arguments.items()}
+        if "quant" in arguments:
+            return arguments["quant"]
+        if arguments.get("load_in_4bit", "").lower() == "true":
+            return arguments.get("bnb_4bit_quant_type", "fp4")
+        if arguments.get("load_in_8bit", "").lower() == "true":
+            return "int8"
+        return "bf16" if _as_recorded(self.model_dtype) == "bfloat16" else None
 
-class _Results(_Part):
-    """The parts of a results file that are read."""
 
+class _ResultsFile(_Part):
     results: dict[str, dict[str, Any]]
     sizes: dict[str, _Size] = Field(alias="n-samples")
     config: _Config
@@ -63,18 +73,22 @@ class _Results(_Part):
     versions: dict[str, Any] = {}
     shots: dict[str, Any] = Field({}, alias="n-shot")
     higher_is_better: dict[str, dict[str, Any] | None] = {}
+    model_name: str | None = None
     date: Number | None = None
     duration: Annotated[Number | None, Strict(False)] = Field(
         None, alias="total_evaluation_time_seconds"
     )
-    model_name: str | None = None
-    max_length: Any = None
-    lm_eval_version: Any = None
-    transformers_version: Any = None
-    pretty_env_info: str | None = None
-    chat_template_sha: Any = None
-    system_instruction_sha: Any = None
-    fewshot_as_multiturn: Any = None
+
+    @property
+    def model(self) -> EvaluatedModel:
+        arguments = self.config.arguments
+        base = arguments.get("pretrained") or self.model_name or self.config.model
+        peft = arguments.get("peft")
+        return EvaluatedModel(
+            base=None if base is None else str(base),
+            peft=str(peft) if peft else None,
+            quant=self.config.quant,
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,7 @@ class HarnessFile:
 
     path: Path
     date: str
-    record: _Results
+    record: _ResultsFile
     tasks: Mapping[str, tuple[str, ...]]
     roots: tuple[str, ...]
 
@@ -95,7 +109,7 @@ class HarnessFile:
 def read_file(path: Path) -> HarnessFile:
     """Reads one results file; raises ResultsError if it is unreadable or not lm_eval's."""
     try:
-        record = _Results.model_validate(read_json(path))
+        record = _ResultsFile.model_validate(read_json(path))
     except ValidationError as error:
         raise ResultsError(
             f"{path}: not a results file of lm_eval: {first_problem(error)}",
@@ -111,7 +125,7 @@ def _own_name(name: str) -> str:
     return name.rsplit("::", 1)[-1]
 
 
-def _tasks(record: _Results) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+def _tasks(record: _ResultsFile) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
     every = leaves = list(record.sizes)
     groups = record.group_subtasks
     tasks: dict[str, tuple[str, ...]] = {}
@@ -144,7 +158,7 @@ def newest(files: Sequence[HarnessFile], task: str, *, one_model: bool) -> Harne
     holding = sorted((f for f in files if task in f.tasks), key=lambda f: f.date, reverse=True)
     for rival in holding[1:]:
         both = f"{holding[0].path} and {rival.path}"
-        first, second = _model(holding[0].record), _model(rival.record)
+        first, second = holding[0].record.model, rival.record.model
         if one_model and (first.base, first.peft) != (second.base, second.peft):
             raise ResultsError(
                 f"{both} are of different models, and both hold {task}",
@@ -166,7 +180,16 @@ def read_scored(file: HarnessFile, task: str, metric: str | None = None) -> Scor
     """
     record, leaves = file.record, file.tasks[task]
     name, filter_name = _choose_metric(file, leaves[0], metric)
-    names = _subject_names(task, leaves)
+    names = {leaf: _own_name(leaf).removeprefix(f"{task}_") for leaf in leaves}
+    if len(set(names.values())) < len(names):
+        names = {leaf: leaf for leaf in leaves}
+    groups = record.group_subtasks
+    categories = {
+        names[leaf]: part.removeprefix(f"{task}_")
+        for part in groups.get(task, [])
+        for leaf in groups.get(part, [])
+        if leaf in leaves
+    }
     key = f"{name},{filter_name}"
     sizes = [record.sizes[leaf] for leaf in leaves]
     subjects = {
@@ -177,7 +200,6 @@ def read_scored(file: HarnessFile, task: str, metric: str | None = None) -> Scor
     if n == 0 or n > total:
         raise ResultsError(f"{file.path}: {task}: {n} of {total} questions answered", _DAMAGED)
     value, stderr = _total(file, task, name, filter_name, subjects)
-    model = _model(record)
     return Scored(
         task=task,
         path=file.path,
@@ -190,9 +212,9 @@ def read_scored(file: HarnessFile, task: str, metric: str | None = None) -> Scor
         n=n,
         n_total=total,
         subjects=subjects,
-        category_of=category_of(task) or _categories(record, task, leaves),
-        model=model,
-        conditions=_conditions(record, model),
+        category_of=category_of(task) or categories,
+        model=record.model,
+        conditions=_conditions(record),
         versions={
             f"{what} of {leaf}": part[leaf]
             for what, part in (("version", record.versions), ("shots", record.shots))
@@ -256,11 +278,11 @@ def _choose_metric(file: HarnessFile, leaf: str, name: str | None) -> tuple[str,
             f" ({recorded or 'no metric at all'})",
             "Choose a recorded metric with --metric" if recorded else _DAMAGED,
         )
-    return min(known, key=lambda pair: (_rank(pair[0], _METRICS), _rank(pair[1], _FILTERS)))
 
+    def rank(name: str, usual: Sequence[str]) -> int:
+        return usual.index(name) if name in usual else len(usual)
 
-def _rank(name: str, usual: Sequence[str]) -> int:
-    return usual.index(name) if name in usual else len(usual)
+    return min(known, key=lambda pair: (rank(pair[0], _METRICS), rank(pair[1], _FILTERS)))
 
 
 def read_samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -268,8 +290,6 @@ def read_samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Raises ResultsError if the file is unreadable or a line is not a JSON object.
     """
-    from pydantic_core import from_json
-
     try:
         with path.open("rb") as file:
             for line_number, line in enumerate(file, start=1):
@@ -285,12 +305,6 @@ def read_samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ResultsError(f"{path} can't be read: {error.strerror}", "Check the file") from None
 
 
-def _subject_names(task: str, leaves: Sequence[str]) -> dict[str, str]:
-    """The names of leaves without that of the task, unless two would be the same."""
-    short = {leaf: _own_name(leaf).removeprefix(f"{task}_") for leaf in leaves}
-    return short if len(set(short.values())) == len(leaves) else {leaf: leaf for leaf in leaves}
-
-
 def _number(file: HarnessFile, task: str, key: str) -> float:
     value = nested(file.record.results, task, key)
     if not isinstance(value, int | float) or not abs(value) <= LARGEST:
@@ -300,64 +314,30 @@ def _number(file: HarnessFile, task: str, key: str) -> float:
     return float(value)
 
 
-def _categories(record: _Results, task: str, leaves: Sequence[str]) -> dict[str, str]:
-    """The group directly below the task's that holds each leaf."""
-    groups, names = record.group_subtasks, _subject_names(task, leaves)
-    return {
-        names[leaf]: part.removeprefix(f"{task}_")
-        for part in groups.get(task, [])
-        for leaf in groups.get(part, [])
-        if leaf in leaves
-    }
-
-
-def _model(record: _Results) -> EvaluatedModel:
-    arguments = record.config.arguments
-    base = arguments.get("pretrained") or record.model_name or record.config.model
-    peft = arguments.get("peft")
-    return EvaluatedModel(
-        base=None if base is None else str(base),
-        peft=str(peft) if peft else None,
-        quant=_quant(record.config),
-    )
-
-
-def _quant(config: _Config) -> str | None:
-    arguments = {key: str(value) for key, value in config.arguments.items()}
-    if "quant" in arguments:
-        return arguments["quant"]
-    if arguments.get("load_in_4bit", "").lower() == "true":
-        return arguments.get("bnb_4bit_quant_type", "fp4")
-    if arguments.get("load_in_8bit", "").lower() == "true":
-        return "int8"
-    return "bf16" if _as_recorded(config.model_dtype) == "bfloat16" else None
-
-
-def _conditions(record: _Results, model: EvaluatedModel) -> dict[str, object]:
-    """The settings, under the names that evaluation_results.json has for them."""
-    others = {"model_args", "batch_size", "model_dtype"}
-    config = record.config.model_dump(exclude=others, exclude_unset=True)
-    arguments = record.config.arguments
-    environment = record.pretty_env_info or ""
+def _conditions(record: _ResultsFile) -> dict[str, object]:
+    """The settings, under their names in evaluation_results.json."""
+    config, others = record.config, record.model_extra or {}
+    environment = str(others.get("pretty_env_info"))
     torch, gpu = _TORCH_VERSION.search(environment), _GPU_NAME.search(environment)
     conditions: dict[str, object] = {
-        "model.base": model.base,
-        "model.peft": model.peft,
-        "settings.batch_size": _as_recorded(record.config.batch_size),
-        "settings.dtype": _as_recorded(record.config.model_dtype),
-        "settings.max_length": record.max_length,
-        "environment.versions.lm_eval": record.lm_eval_version,
-        "environment.versions.transformers": record.transformers_version,
+        "model.base": record.model.base,
+        "model.peft": record.model.peft,
+        "settings.batch_size": _as_recorded(config.batch_size),
+        "settings.dtype": _as_recorded(config.model_dtype),
+        "settings.max_length": others.get("max_length"),
+        "environment.versions.lm_eval": others.get("lm_eval_version"),
+        "environment.versions.transformers": others.get("transformers_version"),
         "environment.versions.torch": torch[1].strip() if torch else None,
         "environment.device.name": gpu[1].strip() if gpu else None,
-        "chat_template_sha": record.chat_template_sha,
-        "system_instruction_sha": record.system_instruction_sha,
-        "fewshot_as_multiturn": record.fewshot_as_multiturn,
     }
+    for name in ("chat_template_sha", "system_instruction_sha", "fewshot_as_multiturn"):
+        conditions[name] = others.get(name)
+    arguments = config.arguments
     arguments.pop("pretrained", None)
     arguments.pop("peft", None)
     conditions |= flatten(arguments, "model_args")
-    conditions |= flatten(config, "harness")
+    named = {"model_args", "batch_size", "model_dtype"}
+    conditions |= flatten(config.model_dump(exclude=named, exclude_unset=True), "harness")
     return {f"evaluation.{name}": value for name, value in conditions.items()}
 
 
