@@ -262,6 +262,7 @@ def test_unpaired_single_runs_have_an_interval(arcs: list[Path]) -> None:
     comparison = compare(arcs)
     endpoint = accuracy(comparison)
     assert not comparison.primary[0].paired
+    assert "unpaired" in " ".join(comparison.notes)
     assert endpoint.stderr == pytest.approx(0.01 * math.sqrt(2))
     assert endpoint.high - endpoint.difference == pytest.approx(1.959964 * endpoint.stderr)
 

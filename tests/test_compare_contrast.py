@@ -262,17 +262,6 @@ def test_seeds_alone_are_compared_as_runs(tmp_path: Path) -> None:
     assert (item.arm, item.baseline) == ("bf16_1", "bf16_0")
 
 
-def test_unpaired_where_answers_are_not_recorded(tmp_path: Path) -> None:
-    runs = [run(tmp_path, "nf4", skill=0.5), run(tmp_path, "bf16")]
-    (runs[0] / "mmlu_progress_llama_arm.json").unlink()
-    comparison = compare(runs)
-    accuracy = leading(comparison)["accuracy"]
-    errors = [info.stderr for info in comparison.runs]
-    assert accuracy.stderr == pytest.approx(math.hypot(*errors))
-    assert not leading(comparison).paired
-    assert "unpaired" in " ".join(comparison.notes)
-
-
 def test_subjects_have_tangos_interval_and_holms_p(pair_of_arms: Comparison) -> None:
     groups = [g for g in leading(pair_of_arms).groups if g.kind == "subject"]
     assert [g.name for g in groups] == [f"subject_{i}" for i in range(8)]

@@ -26,7 +26,7 @@ class Arm:
 
     @property
     def seeds(self) -> tuple[int | None, ...]:
-        """The seed of each run; None where it isn't recorded."""
+        """The seed of each run; None if it isn't recorded."""
         return tuple(run.seed for run in self.runs)
 
 

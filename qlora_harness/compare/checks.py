@@ -120,8 +120,9 @@ def check_limit(scored: Mapping[str, Scored], allow: bool, intersect: bool) -> l
 def check_results(
     scored: Mapping[str, Scored], paired: Sequence[str], intersect: bool
 ) -> list[str]:
-    """Returns notes on runs without answers, those that are not `paired`.
+    """Returns notes on runs that can't be paired by question.
 
+    `paired` are the labels of runs with recorded answers, which are compared one by one later.
     Raises ComparisonError if metric, version, shots, prompts or numbers of questions differ.
     """
     labels, notes = list(scored), []
@@ -152,26 +153,22 @@ def check_results(
 
 def _check_same_task(both: str, one: Scored, other: Scored, intersect: bool) -> None:
     facts: dict[str, tuple[object, object]] = {
-        what: (one.versions[what], other.versions[what])
-        for what in one.versions
-        if what in other.versions
+        name: (version, other.versions.get(name, version)) for name, version in one.versions.items()
     }
     facts["higher_is_better"] = (one.higher_is_better, other.higher_is_better)
     if one.prompts_sha256 and other.prompts_sha256 and not intersect:
-        facts["prompts_sha256"] = (
-            _short_hash(one.prompts_sha256),
-            _short_hash(other.prompts_sha256),
-        )
+        hashes = _short_hash(one.prompts_sha256), _short_hash(other.prompts_sha256)
+        facts["prompts_sha256"] = hashes
     if (one.metric, one.filter) != (other.metric, other.filter):
         raise ComparisonError(
             f"{both} have different metrics of {one.task}: {one.metric},{one.filter} and "
             f"{other.metric},{other.filter}",
             "Choose one that both have with --metric",
         )
-    for what, values in facts.items():
-        if values[0] != values[1]:
+    for name, (first, second) in facts.items():
+        if first != second:
             raise ComparisonError(
-                f"{both} answered different questions: {what} is {values[0]} and {values[1]}",
+                f"{both} answered different questions: {name} is {first} and {second}",
                 _SAME_QUESTIONS,
             )
 

@@ -9,20 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.special import softmax
 
+from qlora_harness.compare.statistics import Floats
 from qlora_harness.results.answers import logprobs_of
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
-    Positions = NDArray[np.integer]
-
+Positions = NDArray[np.integer]
 _BINS = 15  # of the calibration error, of equal width (Guo et al. 2017)
 _SMALLEST = 1e-300  # floor under probabilities, so that logarithms stay finite
 

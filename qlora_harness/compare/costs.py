@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,13 +13,9 @@ from qlora_harness.compare import statistics as st
 from qlora_harness.compare.arms import Arm
 from qlora_harness.compare.endpoint import SPECS, absent, measured
 from qlora_harness.compare.record import Endpoint, Estimate, Word
+from qlora_harness.compare.statistics import Floats
 from qlora_harness.results.runs import Run
 from qlora_harness.schema.training import TrainingLog, TrainingSummary
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
 
 _FIRST_STEPS = 3  # not timed: kernels are chosen in them
 _FEWEST = 10  # conversations; an interval over fewer says little

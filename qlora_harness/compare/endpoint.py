@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from qlora_harness.compare.record import Endpoint, Estimate, Unit, Word
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from qlora_harness.compare.statistics import Floats
 
 
 class Spec(NamedTuple):
@@ -49,7 +46,7 @@ def absent(key: str, reason: str) -> Endpoint:
 
 def measured(
     key: str,
-    values: tuple[NDArray[np.float64], NDArray[np.float64]],
+    values: tuple[Floats, Floats],
     estimate: Estimate,
     *,
     spec: Spec | None = None,

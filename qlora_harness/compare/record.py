@@ -27,7 +27,6 @@ class Quantity(Part):
     """One quantity of both arms; each value is the mean over seeds."""
 
     key: str
-    """For programs, for example eval_loss."""
     name: str
     unit: Unit
     """Of the values, and of the difference unless it is relative."""
@@ -65,11 +64,9 @@ class Endpoint(Estimate, Quantity):
     """One quantity of both arms, and the word for what their difference shows."""
 
     margin: float | None = None
-    """Difference within which the arms count as the same."""
     lower_is_better: bool = True
     word: Word = "no measurement"
     within: bool = False
-    """Whether the difference is shown to be within the margin."""
     letters: bool = False
     """Whether a preference for letters makes most of an accuracy difference."""
     reason: str | None = None
@@ -82,13 +79,12 @@ class Detail(Part):
     """More on the answers of two arms; pairs are arm and baseline."""
 
     flips: float
-    """Share of questions whose best choice differs, mean over pairs of runs."""
+    """Share of questions whose best choice differs, mean over pairs of runs; the floor is that
+    between two seeds of one arm."""
     flips_floor: float | None = None
-    """The same between two seeds of one arm."""
     divergence: float
-    """KL(baseline ‖ arm) of the choices, nats."""
+    """KL(baseline ‖ arm) of the choices, nats, and its floor."""
     divergence_floor: float | None = None
-    """The same between two seeds of one arm."""
     calibration: tuple[float, float]
     letters: tuple[list[float], list[float]] | None = None
     explained: float | None = None
@@ -124,7 +120,7 @@ class Chance(Part):
     centred: float
     """Letter-centred accuracy above that of the arm's own letters, a share."""
     stderr: float
-    """Its standard error over subjects (questions where subjects are few) and seeds."""
+    """Its standard error over subjects (if there are few, over questions) and seeds."""
     at_chance: bool
     """Whether it isn't shown to be above 0 (one-sided, 5%)."""
 
@@ -135,9 +131,7 @@ class Contrast(Part):
     arm: str
     baseline: str
     primary: bool
-    """Whether this contrast answers the question of the comparison."""
     seeds: tuple[int, int]
-    """Number of runs of the arm and of the baseline."""
     paired: bool
     """Whether answers were paired question by question."""
     endpoints: dict[str, Endpoint]

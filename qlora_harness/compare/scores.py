@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, product
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from qlora_harness.compare import choices
 from qlora_harness.compare import statistics as st
@@ -16,13 +17,9 @@ from qlora_harness.compare.arms import Arm
 from qlora_harness.compare.choices import RunAnswers, stacked
 from qlora_harness.compare.endpoint import SPECS, Spec, measured
 from qlora_harness.compare.record import Chance, Detail, Endpoint, GroupDifference, Kind
+from qlora_harness.compare.statistics import Floats
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
-    Runs = Sequence[RunAnswers]
-
+Runs = Sequence[RunAnswers]
 MOSTLY = 0.5  # a cause of more than this share of a difference is named
 _FEWEST_SUBJECTS = 10  # a standard error over fewer says little
 
@@ -129,7 +126,9 @@ def unpaired_accuracy(arm: Arm, baseline: Arm, task: str, level: float, margin: 
     results = [[run.scored[task] for run in a.runs] for a in (arm, baseline)]
     one, two = (np.array([result.value for result in part]) for part in results)
     errors = [[r.stderr for r in part if r.stderr is not None] for part in results]
-    estimate = st.unpaired(one, two, (errors[0], errors[1]), level)
+    items = st.Variance(sum(max(part) ** 2 for part in errors), st.NORMAL) if all(errors) else None
+    seeds = st.over_seeds(one, two, blocks=False)
+    estimate = st.combine(float(one.mean() - two.mean()), items, seeds, level=level)
     spec = _accuracy_spec(arm, task, margin, (one, two))
     reason = "unpaired: no answers by question"
     return measured("accuracy", (one, two), estimate, spec=spec, n=results[0][0].n, reason=reason)

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from qlora_harness.compare.record import Estimate
 
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
-
-    Floats = NDArray[np.float64]
-
+Floats = NDArray[np.float64]
 LEVEL = 0.05
-_NORMAL = 1e9  # degrees of freedom of the normal distribution
+NORMAL = 1e9  # degrees of freedom of the normal distribution
 
 
 class Variance(NamedTuple):
@@ -241,18 +238,3 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     return min(share, middle - half), max(share, middle + half)
-
-
-def unpaired(
-    one: Floats, two: Floats, errors: tuple[list[float], list[float]], level: float
-) -> Estimate:
-    """Returns the difference of two arms whose questions can't be paired.
-
-    Takes the metric of each run, and the standard errors over questions of each arm's runs, of
-    which the largest counts.
-    """
-    items = None
-    if all(errors):
-        items = Variance(max(errors[0]) ** 2 + max(errors[1]) ** 2, _NORMAL)
-    difference = float(one.mean() - two.mean())
-    return combine(difference, items, over_seeds(one, two, blocks=False), level=level)

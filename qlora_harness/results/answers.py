@@ -12,10 +12,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qlora_harness.errors import ComparisonError, ResultsError, shown
@@ -26,11 +27,6 @@ from qlora_harness.results.harness import read_samples
 from qlora_harness.results.scored import FAMILIES, Scored
 from qlora_harness.schema.evaluation import Progress
 from qlora_harness.schema.section import LARGEST, first_problem, read_record
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
 
 _OTHER_RUN = "The file is half written or belongs to another run; score again or remove it"
 
@@ -196,7 +192,7 @@ def _logprobs(responses: object) -> list[float]:
 
 def _choices(
     frame: pd.DataFrame, responses: Sequence[list[float]], lines: Sequence[str], scored: Scored
-) -> Floats | None:
+) -> NDArray[np.float64] | None:
     """The log-probabilities, [n, most choices]; None if the best choices don't give the score."""
     ours = scored.task in FAMILIES
     fits = [
@@ -215,7 +211,7 @@ def _choices(
     return np.array(list(zip_longest(*responses, fillvalue=np.nan)), dtype=np.float64).T
 
 
-def _with_choices(frame: pd.DataFrame, logprobs: Floats | None) -> pd.DataFrame:
+def _with_choices(frame: pd.DataFrame, logprobs: NDArray[np.float64] | None) -> pd.DataFrame:
     """Adds choice, credit and log-probabilities; without [n, choices] the score is the credit."""
     frame = frame.assign(subject=frame["subject"].astype("category"))
     if logprobs is None:
@@ -231,9 +227,9 @@ def _with_choices(frame: pd.DataFrame, logprobs: Floats | None) -> pd.DataFrame:
     return pd.concat([frame, pd.DataFrame(logprobs, columns=names)], axis=1)
 
 
-def logprobs_of(frame: pd.DataFrame) -> Floats:
+def logprobs_of(frame: pd.DataFrame) -> NDArray[np.float64]:
     """Returns the log-probabilities, [n, choices]; NaN for choices that a question lacks."""
-    table: Floats = frame.filter(regex="^logprob_").to_numpy(dtype=np.float64)
+    table: NDArray[np.float64] = frame.filter(regex="^logprob_").to_numpy(dtype=np.float64)
     return table
 
 

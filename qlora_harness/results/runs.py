@@ -45,7 +45,7 @@ class Run:
         return replace(self, scored=scored)
 
     def answers(self, task: str) -> pd.DataFrame | None:
-        """Reads the answers to the questions of a task; None where they aren't recorded.
+        """Reads the answers to the questions of a task; None if they aren't recorded.
 
         Raises ResultsError if the files are broken, or not those of the result.
         """
