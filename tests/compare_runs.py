@@ -13,6 +13,7 @@ from typing import Any
 from qlora_harness.compare import command
 from qlora_harness.families import LETTERS
 from qlora_harness.question_hashes import prompts_hash
+from qlora_harness.schema.evaluation import accuracy
 
 FAMILY = "mmlu_qlora_5shot"
 DATE = "2026-11-24T08-14-04.277787"
@@ -24,7 +25,7 @@ Edit = Callable[[dict[str, Any]], None]
 
 
 def put(value: dict[str, Any], dotted: str, new: object) -> None:
-    """Sets value["a"]["b"] for "a.b"; a missing value is removed."""
+    """Sets value["a"]["b"] for "a/b"; `...` removes it."""
     *keys, last = dotted.split("/")
     for key in keys:
         value = value[key]
@@ -78,17 +79,9 @@ def summary(quant: str = "nf4", **changes: Any) -> dict[str, Any]:
     return record
 
 
-def accuracy(marks: str) -> float:
-    return marks.count("1") / len(marks)
-
-
-def stderr(marks: str) -> float | None:
-    n, p = len(marks), accuracy(marks)
-    return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
-
-
 def score(marks: str) -> dict[str, Any]:
-    return {"acc": accuracy(marks), "acc_stderr": stderr(marks), "n": len(marks)}
+    value, error = accuracy([mark == "1" for mark in marks])
+    return {"acc": value, "acc_stderr": error, "n": len(marks)}
 
 
 def scores(marks: Mapping[str, str], **changes: Any) -> dict[str, Any]:
@@ -96,7 +89,7 @@ def scores(marks: Mapping[str, str], **changes: Any) -> dict[str, Any]:
     every = "".join(marks.values())
     return {
         **score(every),
-        "acc_macro": sum(map(accuracy, marks.values())) / len(marks),
+        "acc_macro": sum(score(item)["acc"] for item in marks.values()) / len(marks),
         "acc_macro_stderr": 0.125,
         "n_total": len(every),
         "ties": 1,
@@ -126,8 +119,8 @@ def harness(marks: Mapping[str, str], family: str = FAMILY) -> dict[str, Any]:
     """Returns lm_eval's results JSON."""
 
     def metrics(name: str, item: str) -> dict[str, Any]:
-        error = stderr(item) or "N/A"
-        return {"name": name, "alias": name, "acc,none": accuracy(item), "acc_stderr,none": error}
+        value, error = score(item)["acc"], score(item)["acc_stderr"] or "N/A"
+        return {"name": name, "alias": name, "acc,none": value, "acc_stderr,none": error}
 
     leaves = {f"{family}_{name}": item for name, item in marks.items()}
     groups = {family: metrics(family, "".join(marks.values()))}

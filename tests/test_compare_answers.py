@@ -17,7 +17,6 @@ from compare_runs import DATE, changed, digest, edit, write
 
 from qlora_harness.compare.comparison import Comparison, compare
 from qlora_harness.errors import ComparisonError, ResultsError
-from qlora_harness.results.harness import read_file
 from qlora_harness.results.runs import load_run
 
 Sample = dict[str, Any]
@@ -283,16 +282,6 @@ def test_other_prompts_versions_and_shots_are_other_questions(
     spoil(arcs[1] / "model" / f"results_{DATE}.json", 0, **in_results)
     with pytest.raises(ComparisonError, match=message):
         compare(arcs)
-
-
-@pytest.mark.parametrize(
-    "record",
-    [{}, {"results": {}, "n-samples": {}}, {"results": [], "n-samples": {}, "config": {}}],
-)
-def test_results_files_that_are_none(tmp_path: Path, record: dict[str, object]) -> None:
-    path = write(tmp_path / f"results_{DATE}.json", record)
-    with pytest.raises(ResultsError, match="not a results file of lm_eval"):
-        read_file(path)
 
 
 TASK = """\

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -161,13 +161,17 @@ def test_refused(
     pair: tuple[Path, Path], error: type[HarnessError], spoil: Spoil, message: str
 ) -> None:
     spoil(pair[1])
-    before = sorted(pair[0].parent.rglob("*"))
+    check_refused(pair, error, message)
+
+
+def check_refused(runs: Sequence[Path], error: type[HarnessError], message: str) -> None:
+    before = sorted(runs[0].parent.rglob("*"))
     with pytest.raises(error, match=message) as caught:
-        main(*pair)
+        main(*runs)
     assert type(caught.value) is error
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) <= 500
-    assert sorted(pair[0].parent.rglob("*")) == before
+    assert sorted(runs[0].parent.rglob("*")) == before
 
 
 QUESTIONS = [("law", i % 4, [-1.0 - (i + k) % 4 for k in range(4)]) for i in range(12)]
@@ -197,10 +201,7 @@ QUESTIONS = [("law", i % 4, [-1.0 - (i + k) % 4 for k in range(4)]) for i in ran
 def test_spoilt_progress_is_refused(tmp_path: Path, spoil: Spoil, message: str) -> None:
     runs = [write_scored(tmp_path / q, QUESTIONS, summary(q), q) for q in ("nf4", "bf16")]
     spoil(runs[0])
-    with pytest.raises(ResultsError, match=message) as caught:
-        main(*runs)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) <= 500
+    check_refused(runs, ResultsError, message)
 
 
 def test_which_runs(pair: tuple[Path, Path], tmp_path: Path) -> None:
