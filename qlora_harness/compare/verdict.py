@@ -26,13 +26,13 @@ def sentences(comparison: ComparisonRecord) -> list[str]:
     primary = comparison.primary
     if not primary:
         return ["There is nothing to compare."]
-    said = [_validity(comparison)]
+    parts = [_validity(comparison)]
     if len(primary) == 1:
-        said += [_costs(primary[0]), _accuracy(primary[0], comparison), _won_back(primary[0])]
+        parts += [_costs(primary[0]), _accuracy(primary[0], comparison), _won_back(primary[0])]
     else:
-        said.append(_counts(primary))
-    said += [_secondary(item) for item in comparison.contrasts if not item.primary]
-    return [sentence for sentence in said if sentence]
+        parts.append(_counts(primary))
+    parts += [_secondary(item) for item in comparison.contrasts if not item.primary]
+    return [sentence for sentence in parts if sentence]
 
 
 def _validity(comparison: ComparisonRecord) -> str:
@@ -54,12 +54,12 @@ def _validity(comparison: ComparisonRecord) -> str:
 
 def _costs(item: Contrast) -> str:
     """What is shown of memory, time, loss and NLL."""
-    said = _savings_and_costs(item)
+    changes = _savings_and_costs(item)
     trained = "memory" in item.endpoints
-    if not said and not trained:
+    if not changes and not trained:
         return ""
-    text = f"{item.arm} {said} compared with {item.baseline}"
-    if not said:
+    text = f"{item.arm} {changes} compared with {item.baseline}"
+    if not changes:
         text = f"{item.arm} and {item.baseline} show no difference in cost"
     if item.seeds == (1, 1) and trained:
         return f"In these two runs, {text}. A second seed would show how much seeds matter."
