@@ -21,6 +21,7 @@ GIB = 2**30
 # Ten questions each: right in both 4 + 3, only first 3 + 2, only second 1 + 2, neither 2 + 3.
 FIRST = {"anatomy": "1111111000", "law": "1111100000"}
 SECOND = {"anatomy": "1111000100", "law": "1110011000"}
+Sample = dict[str, Any]
 Edit = Callable[[dict[str, Any]], None]
 
 
@@ -151,21 +152,32 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def sample(subject: str, doc_id: int, right: bool) -> dict[str, Any]:
-    """Returns a logged sample as lm_eval writes it: log-probabilities as text, the first best."""
+def sample(doc_id: int, metrics: dict[str, float], *, task: str = "t", **more: Any) -> Sample:
     return {
         "doc_id": doc_id,
-        "doc": {},
-        "target": "0" if right else "1",
-        "filtered_resps": [[str(-0.5 - choice), "False"] for choice in range(4)],
+        "doc": {"question": f"q{doc_id}"},
+        "target": "",
+        "filtered_resps": ["text"],
         "filter": "none",
-        "metrics": ["acc", "acc_macro"],
-        "doc_hash": digest("doc", subject, doc_id),
-        "prompt_hash": digest("prompt", subject, doc_id),
-        "target_hash": digest("target", subject, doc_id),
-        "acc": float(right),
-        "acc_macro": float(right),
+        "metrics": list(metrics),
+        "doc_hash": digest("doc", task, doc_id),
+        "prompt_hash": digest("prompt", task, doc_id),
+        "target_hash": digest("target", task, doc_id),
+        **metrics,
+        **more,
     }
+
+
+def chosen(doc_id: int, answer: int, logprobs: list[float], task: str = "t") -> Sample:
+    """A sample of multiple choice as lm_eval writes it: numbers as text."""
+    right = float(max(range(len(logprobs)), key=logprobs.__getitem__) == answer)
+    return sample(
+        doc_id,
+        {"acc": right, "acc_norm": 1 - right},
+        task=task,
+        target=str(answer),
+        filtered_resps=[[str(value), "False"] for value in logprobs],
+    )
 
 
 def write(path: Path, value: object) -> Path:
@@ -174,9 +186,13 @@ def write(path: Path, value: object) -> Path:
     return path
 
 
+LOGPROBS = [-0.5, -1.5, -2.5, -3.5]  # the first choice is best
+
+
 def write_harness(folder: Path, marks: Mapping[str, str], *, family: str = FAMILY) -> Path:
     for subject, item in marks.items():
-        lines = [json.dumps(sample(subject, n, mark == "1")) for n, mark in enumerate(item)]
+        samples = [chosen(n, int(mark == "0"), LOGPROBS, subject) for n, mark in enumerate(item)]
+        lines = map(json.dumps, samples)
         write(folder / "gpt2" / f"samples_{family}_{subject}_{DATE}.jsonl", "\n".join(lines) + "\n")
     return write(folder / "gpt2" / f"results_{DATE}.json", harness(marks, family))
 
@@ -277,11 +293,11 @@ def in_evaluation(dotted: str, new: object) -> Callable[[Path], object]:
 
 
 def in_harness(dotted: str, new: object) -> Callable[[Path], object]:
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         (folder / "evaluation_results.json").unlink()
         changed(next(folder.rglob("results_*.json")), edit(dotted, new))
 
-    return spoil
+    return damage
 
 
 def in_progress(row: int, key: str, new: object) -> Callable[[Path], object]:
@@ -292,12 +308,18 @@ def in_progress(row: int, key: str, new: object) -> Callable[[Path], object]:
 
 
 def in_text(pattern: str, change: Callable[[str], str]) -> Callable[[Path], object]:
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         path = next(folder.rglob(pattern))
         path.write_text(change(path.read_text()))
 
-    return spoil
+    return damage
 
 
 def half(text: str) -> str:
     return text[: len(text) // 2]
+
+
+def spoil(path: Path, line: int, **changes: Any) -> None:
+    rows = [json.loads(text) for text in path.read_text().splitlines()]
+    rows[line] |= changes
+    path.write_text("\n".join(map(json.dumps, rows)))

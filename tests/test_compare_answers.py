@@ -13,42 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from compare_runs import DATE, changed, digest, edit, write
+from compare_runs import DATE, Sample, changed, chosen, edit, sample, spoil, write
 
 from qlora_harness.compare.comparison import Comparison, compare
 from qlora_harness.errors import ComparisonError, ResultsError
 from qlora_harness.results.runs import load_run
-
-Sample = dict[str, Any]
-
-
-def sample(doc_id: int, metrics: dict[str, float], *, task: str = "t", **more: Any) -> Sample:
-    return {
-        "doc_id": doc_id,
-        "doc": {"question": f"q{doc_id}"},
-        "target": "",
-        "arguments": {"gen_args_0": {"arg_0": f"Shots\n\nQuestion {doc_id}?\nAnswer:"}},
-        "filtered_resps": ["text"],
-        "filter": "none",
-        "metrics": list(metrics),
-        "doc_hash": digest("doc", task, doc_id),
-        "prompt_hash": digest("prompt", task, doc_id),
-        "target_hash": digest("target", task, doc_id),
-        **metrics,
-        **more,
-    }
-
-
-def chosen(doc_id: int, answer: int, logprobs: list[float], task: str = "t") -> Sample:
-    """A sample of multiple choice as lm_eval writes it: numbers as text."""
-    right = float(max(range(len(logprobs)), key=logprobs.__getitem__) == answer)
-    return sample(
-        doc_id,
-        {"acc": right, "acc_norm": 1 - right},
-        task=task,
-        target=str(answer),
-        filtered_resps=[[str(value), "False"] for value in logprobs],
-    )
 
 
 def random_logprobs(rng: np.random.Generator, choices: int = 4) -> list[float]:
@@ -222,12 +191,6 @@ def test_same_document_twice(tmp_path: Path) -> None:
             item |= {k: samples[0][k] for k in ("doc_hash", "prompt_hash", "target_hash")}
         folders.append(write_task(tmp_path / str(seed), {"t": samples}))
     assert accuracy(compare(folders)).n == 10
-
-
-def spoil(path: Path, line: int, **changes: Any) -> None:
-    rows = [json.loads(text) for text in path.read_text().splitlines()]
-    rows[line] |= changes
-    path.write_text("\n".join(map(json.dumps, rows)))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from compare_runs import (
     in_summary,
     in_text,
     main,
+    spoil,
     summary,
     write,
     write_harness,
@@ -37,13 +38,7 @@ CONTRADICTS = "line 3: filtered_resps, target and acc contradict"
 
 
 def in_sample(key: str, new: object) -> Spoil:
-    def spoil(folder: Path) -> None:
-        path = next(folder.rglob("samples_*_anatomy_*.jsonl"))
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        lines[2][key] = new
-        path.write_text("\n".join(map(json.dumps, lines)) + "\n")
-
-    return spoil
+    return lambda folder: spoil(next(folder.rglob("samples_*_anatomy_*.jsonl")), 2, **{key: new})
 
 
 def in_log(key: str, new: object) -> Spoil:
@@ -51,13 +46,13 @@ def in_log(key: str, new: object) -> Spoil:
 
 
 def rescored(marks: dict[str, str], **changes: object) -> Spoil:
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         for path in folder.rglob("*"):
             if path.name.startswith(("results_", "samples_")):
                 path.unlink()
         write_run(folder, None, evaluation(marks, **changes))
 
-    return spoil
+    return damage
 
 
 def failed(folder: Path) -> None:
@@ -150,7 +145,7 @@ UNEQUAL: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.mark.parametrize(
-    ("error", "spoil", "message"),
+    ("error", "damage", "message"),
     [
         pytest.param(error, *case, id=name)
         for error, cases in ((ResultsError, DAMAGED), (ComparisonError, UNEQUAL))
@@ -158,9 +153,9 @@ UNEQUAL: dict[str, tuple[Spoil, str]] = {
     ],
 )
 def test_refused(
-    pair: tuple[Path, Path], error: type[HarnessError], spoil: Spoil, message: str
+    pair: tuple[Path, Path], error: type[HarnessError], damage: Spoil, message: str
 ) -> None:
-    spoil(pair[1])
+    damage(pair[1])
     check_refused(pair, error, message)
 
 
@@ -178,7 +173,7 @@ QUESTIONS = [("law", i % 4, [-1.0 - (i + k) % 4 for k in range(4)]) for i in ran
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (in_progress(3, "prediction", "A"), r"\[3\]: prediction is A .*logprobs and answer give"),
         (in_progress(3, "correct", True), r"\[3\]: .*correct is True"),
@@ -198,9 +193,9 @@ QUESTIONS = [("law", i % 4, [-1.0 - (i + k) % 4 for k in range(4)]) for i in ran
         ),
     ],
 )
-def test_spoilt_progress_is_refused(tmp_path: Path, spoil: Spoil, message: str) -> None:
+def test_spoilt_progress_is_refused(tmp_path: Path, damage: Spoil, message: str) -> None:
     runs = [write_scored(tmp_path / q, QUESTIONS, summary(q), q) for q in ("nf4", "bf16")]
-    spoil(runs[0])
+    damage(runs[0])
     check_refused(runs, ResultsError, message)
 
 
