@@ -13,6 +13,7 @@ from typing import Any
 from qlora_harness.compare import command
 from qlora_harness.families import LETTERS
 from qlora_harness.question_hashes import prompts_hash
+from qlora_harness.schema.evaluation import accuracy
 
 FAMILY = "mmlu_qlora_5shot"
 DATE = "2026-11-24T08-14-04.277787"
@@ -20,11 +21,12 @@ GIB = 2**30
 # Ten questions each: right in both 4 + 3, only first 3 + 2, only second 1 + 2, neither 2 + 3.
 FIRST = {"anatomy": "1111111000", "law": "1111100000"}
 SECOND = {"anatomy": "1111000100", "law": "1110011000"}
+Sample = dict[str, Any]
 Edit = Callable[[dict[str, Any]], None]
 
 
 def put(value: dict[str, Any], dotted: str, new: object) -> None:
-    """Sets value["a"]["b"] for "a.b"; a missing value is removed."""
+    """Sets value["a"]["b"] for "a/b"; `...` removes it."""
     *keys, last = dotted.split("/")
     for key in keys:
         value = value[key]
@@ -78,17 +80,9 @@ def summary(quant: str = "nf4", **changes: Any) -> dict[str, Any]:
     return record
 
 
-def accuracy(marks: str) -> float:
-    return marks.count("1") / len(marks)
-
-
-def stderr(marks: str) -> float | None:
-    n, p = len(marks), accuracy(marks)
-    return math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
-
-
 def score(marks: str) -> dict[str, Any]:
-    return {"acc": accuracy(marks), "acc_stderr": stderr(marks), "n": len(marks)}
+    value, error = accuracy([mark == "1" for mark in marks])
+    return {"acc": value, "acc_stderr": error, "n": len(marks)}
 
 
 def scores(marks: Mapping[str, str], **changes: Any) -> dict[str, Any]:
@@ -96,7 +90,7 @@ def scores(marks: Mapping[str, str], **changes: Any) -> dict[str, Any]:
     every = "".join(marks.values())
     return {
         **score(every),
-        "acc_macro": sum(map(accuracy, marks.values())) / len(marks),
+        "acc_macro": sum(score(item)["acc"] for item in marks.values()) / len(marks),
         "acc_macro_stderr": 0.125,
         "n_total": len(every),
         "ties": 1,
@@ -126,8 +120,8 @@ def harness(marks: Mapping[str, str], family: str = FAMILY) -> dict[str, Any]:
     """Returns lm_eval's results JSON."""
 
     def metrics(name: str, item: str) -> dict[str, Any]:
-        error = stderr(item) or "N/A"
-        return {"name": name, "alias": name, "acc,none": accuracy(item), "acc_stderr,none": error}
+        value, error = score(item)["acc"], score(item)["acc_stderr"] or "N/A"
+        return {"name": name, "alias": name, "acc,none": value, "acc_stderr,none": error}
 
     leaves = {f"{family}_{name}": item for name, item in marks.items()}
     groups = {family: metrics(family, "".join(marks.values()))}
@@ -158,21 +152,32 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def sample(subject: str, doc_id: int, right: bool) -> dict[str, Any]:
-    """Returns a logged sample as lm_eval writes it: log-probabilities as text, the first best."""
+def sample(doc_id: int, metrics: dict[str, float], *, task: str = "t", **more: Any) -> Sample:
     return {
         "doc_id": doc_id,
-        "doc": {},
-        "target": "0" if right else "1",
-        "filtered_resps": [[str(-0.5 - choice), "False"] for choice in range(4)],
+        "doc": {"question": f"q{doc_id}"},
+        "target": "",
+        "filtered_resps": ["text"],
         "filter": "none",
-        "metrics": ["acc", "acc_macro"],
-        "doc_hash": digest("doc", subject, doc_id),
-        "prompt_hash": digest("prompt", subject, doc_id),
-        "target_hash": digest("target", subject, doc_id),
-        "acc": float(right),
-        "acc_macro": float(right),
+        "metrics": list(metrics),
+        "doc_hash": digest("doc", task, doc_id),
+        "prompt_hash": digest("prompt", task, doc_id),
+        "target_hash": digest("target", task, doc_id),
+        **metrics,
+        **more,
     }
+
+
+def chosen(doc_id: int, answer: int, logprobs: list[float], task: str = "t") -> Sample:
+    """A sample of multiple choice as lm_eval writes it: numbers as text."""
+    right = float(max(range(len(logprobs)), key=logprobs.__getitem__) == answer)
+    return sample(
+        doc_id,
+        {"acc": right, "acc_norm": 1 - right},
+        task=task,
+        target=str(answer),
+        filtered_resps=[[str(value), "False"] for value in logprobs],
+    )
 
 
 def write(path: Path, value: object) -> Path:
@@ -181,9 +186,13 @@ def write(path: Path, value: object) -> Path:
     return path
 
 
+LOGPROBS = [-0.5, -1.5, -2.5, -3.5]  # the first choice is best
+
+
 def write_harness(folder: Path, marks: Mapping[str, str], *, family: str = FAMILY) -> Path:
     for subject, item in marks.items():
-        lines = [json.dumps(sample(subject, n, mark == "1")) for n, mark in enumerate(item)]
+        samples = [chosen(n, int(mark == "0"), LOGPROBS, subject) for n, mark in enumerate(item)]
+        lines = map(json.dumps, samples)
         write(folder / "gpt2" / f"samples_{family}_{subject}_{DATE}.jsonl", "\n".join(lines) + "\n")
     return write(folder / "gpt2" / f"results_{DATE}.json", harness(marks, family))
 
@@ -284,11 +293,11 @@ def in_evaluation(dotted: str, new: object) -> Callable[[Path], object]:
 
 
 def in_harness(dotted: str, new: object) -> Callable[[Path], object]:
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         (folder / "evaluation_results.json").unlink()
         changed(next(folder.rglob("results_*.json")), edit(dotted, new))
 
-    return spoil
+    return damage
 
 
 def in_progress(row: int, key: str, new: object) -> Callable[[Path], object]:
@@ -299,12 +308,18 @@ def in_progress(row: int, key: str, new: object) -> Callable[[Path], object]:
 
 
 def in_text(pattern: str, change: Callable[[str], str]) -> Callable[[Path], object]:
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         path = next(folder.rglob(pattern))
         path.write_text(change(path.read_text()))
 
-    return spoil
+    return damage
 
 
 def half(text: str) -> str:
     return text[: len(text) // 2]
+
+
+def spoil(path: Path, line: int, **changes: Any) -> None:
+    rows = [json.loads(text) for text in path.read_text().splitlines()]
+    rows[line] |= changes
+    path.write_text("\n".join(map(json.dumps, rows)))

@@ -13,43 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from compare_runs import DATE, changed, digest, edit, write
+from compare_runs import DATE, Sample, changed, chosen, edit, sample, spoil, write
 
 from qlora_harness.compare.comparison import Comparison, compare
 from qlora_harness.errors import ComparisonError, ResultsError
-from qlora_harness.results.harness import read_file
 from qlora_harness.results.runs import load_run
-
-Sample = dict[str, Any]
-
-
-def sample(doc_id: int, metrics: dict[str, float], *, task: str = "t", **more: Any) -> Sample:
-    return {
-        "doc_id": doc_id,
-        "doc": {"question": f"q{doc_id}"},
-        "target": "",
-        "arguments": {"gen_args_0": {"arg_0": f"Shots\n\nQuestion {doc_id}?\nAnswer:"}},
-        "filtered_resps": ["text"],
-        "filter": "none",
-        "metrics": list(metrics),
-        "doc_hash": digest("doc", task, doc_id),
-        "prompt_hash": digest("prompt", task, doc_id),
-        "target_hash": digest("target", task, doc_id),
-        **metrics,
-        **more,
-    }
-
-
-def chosen(doc_id: int, answer: int, logprobs: list[float], task: str = "t") -> Sample:
-    """A sample of multiple choice as lm_eval writes it: numbers as text."""
-    right = float(max(range(len(logprobs)), key=logprobs.__getitem__) == answer)
-    return sample(
-        doc_id,
-        {"acc": right, "acc_norm": 1 - right},
-        task=task,
-        target=str(answer),
-        filtered_resps=[[str(value), "False"] for value in logprobs],
-    )
 
 
 def random_logprobs(rng: np.random.Generator, choices: int = 4) -> list[float]:
@@ -225,12 +193,6 @@ def test_same_document_twice(tmp_path: Path) -> None:
     assert accuracy(compare(folders)).n == 10
 
 
-def spoil(path: Path, line: int, **changes: Any) -> None:
-    rows = [json.loads(text) for text in path.read_text().splitlines()]
-    rows[line] |= changes
-    path.write_text("\n".join(map(json.dumps, rows)))
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -262,6 +224,7 @@ def test_unpaired_single_runs_have_an_interval(arcs: list[Path]) -> None:
     comparison = compare(arcs)
     endpoint = accuracy(comparison)
     assert not comparison.primary[0].paired
+    assert "unpaired" in " ".join(comparison.notes)
     assert endpoint.stderr == pytest.approx(0.01 * math.sqrt(2))
     assert endpoint.high - endpoint.difference == pytest.approx(1.959964 * endpoint.stderr)
 
@@ -282,16 +245,6 @@ def test_other_prompts_versions_and_shots_are_other_questions(
     spoil(arcs[1] / "model" / f"results_{DATE}.json", 0, **in_results)
     with pytest.raises(ComparisonError, match=message):
         compare(arcs)
-
-
-@pytest.mark.parametrize(
-    "record",
-    [{}, {"results": {}, "n-samples": {}}, {"results": [], "n-samples": {}, "config": {}}],
-)
-def test_results_files_that_are_none(tmp_path: Path, record: dict[str, object]) -> None:
-    path = write(tmp_path / f"results_{DATE}.json", record)
-    with pytest.raises(ResultsError, match="not a results file of lm_eval"):
-        read_file(path)
 
 
 TASK = """\

@@ -193,18 +193,10 @@ def test_page_shows_headlines_then_figures_and_folds_tables(published: qh.Compar
     assert body.count('role="img" aria-label="') == body.count('class="plotly-graph-div"') == 6
     assert 'src="http' not in html
     assert '<link rel="stylesheet' not in html
-    for head in re.findall(r"<details><summary><h2>(.*?)</h2>", body):
-        assert head
-    count, shown = page.flips(published)
-    detail = published.contrasts[0].detail
-    assert (count, len(shown)) == (detail.won + detail.lost, 200)
-
-
-def test_notebook_gets_the_head_of_the_page(published: qh.Comparison) -> None:
-    html = published._repr_html_()
-    assert html.count('class="tile"') == 4
-    assert published.verdict[:40] in html
-    assert "plotly" not in html
+    notebook = published._repr_html_()
+    assert notebook.count('class="tile"') == 4
+    assert published.verdict[:40] in notebook
+    assert "plotly" not in notebook
 
 
 def test_python_interface(published: qh.Comparison) -> None:
@@ -229,20 +221,6 @@ def test_examples_of_docstrings(module: str, monkeypatch: pytest.MonkeyPatch) ->
     outcome = doctest.testmod(import_module(module))
     assert outcome.attempted > 0
     assert outcome.failed == 0
-
-
-def test_import_is_light() -> None:
-    code = (
-        "import sys, time; t = time.perf_counter(); import qlora_harness;"
-        "print(time.perf_counter() - t); print([m for m in sys.argv[1:] if m in sys.modules])"
-    )
-    heavy = ["torch", "pandas", "numpy", "pydantic", "lm_eval", "transformers"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True
-    )
-    seconds, loaded = done.stdout.splitlines()
-    assert loaded == "[]"
-    assert float(seconds) < 0.1
 
 
 def test_labels_are_the_shortest_that_differ() -> None:

@@ -14,7 +14,7 @@ from scipy import stats
 
 from qlora_harness.compare.comparison import Comparison, compare
 from qlora_harness.compare.contrast import Contrast
-from qlora_harness.study_plan import report
+from qlora_harness.compare.study import report
 
 Questions = list[tuple[str, int, list[float]]]
 LETTERS = 4
@@ -240,7 +240,7 @@ def test_chance_comes_first(tmp_path: Path) -> None:
     runs = [run(tmp_path, "nf4", skill=0.0), run(tmp_path, "bf16", skill=1.0)]
     comparison = compare(runs)
     assert {one.arm: one.at_chance for one in comparison.chance} == {"NF4": True, "bf16": False}
-    assert comparison.verdict.startswith("NF4 does not clearly beat chance")
+    assert comparison.verdict.startswith("NF4 is not shown to beat chance")
 
 
 def test_tied_letters_share_the_credit(tmp_path: Path) -> None:
@@ -260,17 +260,6 @@ def test_seeds_alone_are_compared_as_runs(tmp_path: Path) -> None:
     comparison = compare([run(tmp_path, "bf16", seed) for seed in (0, 1)])
     item = leading(comparison)
     assert (item.arm, item.baseline) == ("bf16_1", "bf16_0")
-
-
-def test_unpaired_where_answers_are_not_recorded(tmp_path: Path) -> None:
-    runs = [run(tmp_path, "nf4", skill=0.5), run(tmp_path, "bf16")]
-    (runs[0] / "mmlu_progress_llama_arm.json").unlink()
-    comparison = compare(runs)
-    accuracy = leading(comparison)["accuracy"]
-    errors = [info.stderr for info in comparison.runs]
-    assert accuracy.stderr == pytest.approx(math.hypot(*errors))
-    assert not leading(comparison).paired
-    assert "unpaired" in " ".join(comparison.notes)
 
 
 def test_subjects_have_tangos_interval_and_holms_p(pair_of_arms: Comparison) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from compare_runs import (
     in_summary,
     in_text,
     main,
+    spoil,
     summary,
     write,
     write_harness,
@@ -33,16 +34,11 @@ from qlora_harness.errors import ComparisonError, HarnessError, ResultsError, Se
 
 Spoil = Callable[[Path], object]
 OURS = f"results/{FAMILY}_anatomy"
+CONTRADICTS = "line 3: filtered_resps, target and acc contradict"
 
 
 def in_sample(key: str, new: object) -> Spoil:
-    def spoil(folder: Path) -> None:
-        path = next(folder.rglob("samples_*_anatomy_*.jsonl"))
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        lines[2][key] = new
-        path.write_text("\n".join(map(json.dumps, lines)) + "\n")
-
-    return spoil
+    return lambda folder: spoil(next(folder.rglob("samples_*_anatomy_*.jsonl")), 2, **{key: new})
 
 
 def in_log(key: str, new: object) -> Spoil:
@@ -50,13 +46,13 @@ def in_log(key: str, new: object) -> Spoil:
 
 
 def rescored(marks: dict[str, str], **changes: object) -> Spoil:
-    def spoil(folder: Path) -> None:
+    def damage(folder: Path) -> None:
         for path in folder.rglob("*"):
             if path.name.startswith(("results_", "samples_")):
                 path.unlink()
         write_run(folder, None, evaluation(marks, **changes))
 
-    return spoil
+    return damage
 
 
 def failed(folder: Path) -> None:
@@ -97,7 +93,7 @@ DAMAGED: dict[str, tuple[Spoil, str]] = {
     "half a results file": (in_text("results_*.json", half), r"line 1: not valid"),
     "foreign results file": (
         lambda folder: write(folder / "x" / "results_1.json", {"accuracy": 1}),
-        r'results_1.json: .*"results"',
+        r"results_1.json: .*: results ",
     ),
     "two of a date": (
         lambda f: write(
@@ -110,19 +106,16 @@ DAMAGED: dict[str, tuple[Spoil, str]] = {
     "no metric": (in_harness(f"{OURS}/acc,none", ...), r"_anatomy"),
     "no count": (
         in_harness(f"n-samples/{FAMILY}_law/effective", ...),
-        rf"n-samples.{FAMILY}_law.effective is missing",
+        rf"n-samples.{FAMILY}_law.effective .*required",
     ),
     "a sample file": (
         lambda folder: next(folder.rglob("samples_*_law_*.jsonl")).unlink(),
         r"_law_.*jsonl is missing \(1 of 2 ",
     ),
-    "generated text": (in_sample("filtered_resps", ["A"]), r"line 3: filtered_resps"),
-    "NaN of a choice": (
-        in_sample("filtered_resps", [["nan", "False"]] * 4),
-        r"line 3: filtered_resps",
-    ),
-    "target": (in_sample("target", "7"), r"line 3: the target"),
-    "changed": (in_sample("target", "3"), r"line 3: acc is 1"),
+    "generated text": (in_sample("filtered_resps", ["A"]), CONTRADICTS),
+    "NaN of a choice": (in_sample("filtered_resps", [["nan", "False"]] * 4), CONTRADICTS),
+    "target": (in_sample("target", "7"), CONTRADICTS),
+    "other target": (in_sample("target", "3"), CONTRADICTS),
 }
 # What can be read, and not compared.
 UNEQUAL: dict[str, tuple[Spoil, str]] = {
@@ -152,7 +145,7 @@ UNEQUAL: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.mark.parametrize(
-    ("error", "spoil", "message"),
+    ("error", "damage", "message"),
     [
         pytest.param(error, *case, id=name)
         for error, cases in ((ResultsError, DAMAGED), (ComparisonError, UNEQUAL))
@@ -160,23 +153,27 @@ UNEQUAL: dict[str, tuple[Spoil, str]] = {
     ],
 )
 def test_refused(
-    pair: tuple[Path, Path], error: type[HarnessError], spoil: Spoil, message: str
+    pair: tuple[Path, Path], error: type[HarnessError], damage: Spoil, message: str
 ) -> None:
-    spoil(pair[1])
-    before = sorted(pair[0].parent.rglob("*"))
+    damage(pair[1])
+    check_refused(pair, error, message)
+
+
+def check_refused(runs: Sequence[Path], error: type[HarnessError], message: str) -> None:
+    before = sorted(runs[0].parent.rglob("*"))
     with pytest.raises(error, match=message) as caught:
-        main(*pair)
+        main(*runs)
     assert type(caught.value) is error
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) <= 500
-    assert sorted(pair[0].parent.rglob("*")) == before
+    assert sorted(runs[0].parent.rglob("*")) == before
 
 
 QUESTIONS = [("law", i % 4, [-1.0 - (i + k) % 4 for k in range(4)]) for i in range(12)]
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (in_progress(3, "prediction", "A"), r"\[3\]: prediction is A .*logprobs and answer give"),
         (in_progress(3, "correct", True), r"\[3\]: .*correct is True"),
@@ -196,13 +193,10 @@ QUESTIONS = [("law", i % 4, [-1.0 - (i + k) % 4 for k in range(4)]) for i in ran
         ),
     ],
 )
-def test_spoilt_progress_is_refused(tmp_path: Path, spoil: Spoil, message: str) -> None:
+def test_spoilt_progress_is_refused(tmp_path: Path, damage: Spoil, message: str) -> None:
     runs = [write_scored(tmp_path / q, QUESTIONS, summary(q), q) for q in ("nf4", "bf16")]
-    spoil(runs[0])
-    with pytest.raises(ResultsError, match=message) as caught:
-        main(*runs)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) <= 500
+    damage(runs[0])
+    check_refused(runs, ResultsError, message)
 
 
 def test_which_runs(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from compare_runs import FIRST, SECOND, evaluation, step_log, summary, write_harness, write_run
-from mutations import Reader, damaged_bytes, damaged_json, damaged_value, dumps
+from mutations import VALUES, Reader, damaged_bytes, damaged_json, dumps
 
 from qlora_harness.compare import text
 from qlora_harness.compare.comparison import compare
@@ -60,9 +60,8 @@ def damaged_recipe(rng: random.Random) -> str:
     names = ["model", "lora_r", "memory", "languages", "seed", "learning_rate", "extends", "x"]
     lines = []
     for _ in range(rng.randint(1, 5)):
-        value = rng.choice(
-            [dumps(damaged_value(rng)), "&a [1]", "*a", "2024-01-01", "0x1F", "~", "|"]
-        )
+        plain = dumps(rng.choice(VALUES))
+        value = rng.choice([plain, "&a [1]", "*a", "2024-01-01", "0x1F", "~", "|"])
         lines.append(f"{rng.choice(names)}: {value}")
     return "\n".join(lines) + "\n" * rng.randint(0, 2)
 

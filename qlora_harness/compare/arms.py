@@ -1,4 +1,4 @@
-"""Arms: runs that differ in their seed alone. Arms are compared, not runs."""
+"""Arms: runs that differ only in their seed. Arms are compared, not runs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from qlora_harness.results.runs import Run
 from qlora_harness.settings import BOOKKEEPING
 
 _NAMES = {"nf4": "NF4", "fp4": "FP4", "int4": "int4", "int8": "int8", "bf16": "bf16"}
-# What follows from the quantisation, or names the run.
+# Settings that follow from the quantisation, and the seed.
 _FOLLOWING = ("double_quant", "quant", "seed")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ in their seed alone; `tuned` says that they have adapters."""
+    """Runs that differ only in their seed; `tuned` ones have adapters."""
 
     name: str
     runs: tuple[Run, ...]
@@ -26,23 +26,16 @@ class Arm:
 
     @property
     def seeds(self) -> tuple[int | None, ...]:
-        """The seed of each run; None where it isn't recorded."""
-        return tuple(None if run.training is None else run.training.seed for run in self.runs)
+        """The seed of each run; None if it isn't recorded."""
+        return tuple(run.seed for run in self.runs)
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Pairs of an arm and its baseline: those that answer the question, and further ones.
-
-    The first primary pair leads. Secondary pairs are the untrained bases, or what training gained.
-    """
-
-    primary: tuple[tuple[Arm, Arm], ...]
-    secondary: tuple[tuple[Arm, Arm], ...]
+Pairs = list[tuple[Arm, Arm]]
+"""Arms with their baselines."""
 
 
 def settings_of(run: Run) -> dict[str, object]:
-    """Returns the training settings that decide what a run computes."""
+    """Returns the training settings that affect what a run computes."""
     if run.training is None:
         return {}
     return {name: value for name, value in run.training.settings.items() if name not in BOOKKEEPING}
@@ -51,13 +44,12 @@ def settings_of(run: Run) -> dict[str, object]:
 def group(runs: Sequence[Run], *, labelled: bool = False) -> list[Arm]:
     """Groups runs into arms, in the order of their first runs.
 
-    `labelled` says that the user named the runs; an arm of one run then has the run's name.
+    If the runs are `labelled` by the user, an arm of one run has its label.
     """
     groups: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
         key = _key(run)
-        seeds = {r.training.seed for r in groups.get(key, []) if r.training is not None}
-        if run.training is None or run.training.seed in seeds:
+        if run.training is None or run.seed in [other.seed for other in groups.get(key, [])]:
             key = (*key, run.label)  # not a further seed of the arm
         groups.setdefault(key, []).append(run)
     if len(groups) == 1:  # seeds of one arm, compared with each other
@@ -65,14 +57,9 @@ def group(runs: Sequence[Run], *, labelled: bool = False) -> list[Arm]:
     members = list(groups.values())
     names = _names(members, by_label=labelled)
     return [
-        Arm(name, tuple(sorted(part, key=_seed)), part[0].quant, part[0].tuned)
+        Arm(name, tuple(sorted(part, key=lambda run: run.seed or 0)), part[0].quant, part[0].tuned)
         for name, part in zip(names, members, strict=True)
     ]
-
-
-def _seed(run: Run) -> int:
-    """Orders an arm's runs, so that those of two arms with the same seeds are pairs."""
-    return (run.training.seed if run.training is not None else None) or 0
 
 
 def _key(run: Run) -> tuple[object, ...]:
@@ -85,7 +72,7 @@ def _key(run: Run) -> tuple[object, ...]:
 
 
 def _names(groups: Sequence[Sequence[Run]], *, by_label: bool) -> list[str]:
-    """The quantisation, and what tells two arms of the same quantisation apart."""
+    """Each arm's quantisation, and the settings that tell arms of one quantisation apart."""
     names = []
     for group in groups:
         run = group[0]
@@ -96,9 +83,6 @@ def _names(groups: Sequence[Sequence[Run]], *, by_label: bool) -> list[str]:
         rows = [row for row, other in enumerate(names) if other == name]
         for row, part in zip(rows, _distinctions([groups[row][0] for row in rows]), strict=True):
             names[row] = ", ".join([name, *part]) if part else groups[row][0].label
-        if len({names[row] for row in rows}) < len(rows):
-            for row in rows:
-                names[row] = groups[row][0].label
     return [
         f"{name} ({group[0].label})" if names.count(name) > 1 else name
         for name, group in zip(names, groups, strict=True)
@@ -117,11 +101,12 @@ def _distinctions(runs: Sequence[Run]) -> list[list[str]]:
     return [[f"{key} {item[key]}" for key in differing[:2]] for item in settings]
 
 
-def pair(arms: Sequence[Arm], baseline: str | None = None) -> Pairs:
-    """Decides which arms are compared; raises SettingsError if there is no such baseline.
+def pair(arms: Sequence[Arm], baseline: str | None = None) -> tuple[Pairs, Pairs]:
+    """Returns primary pairs, which answer the question, and secondary ones, about the bases.
 
-    bf16 is the baseline wherever one arm is bf16: fine-tuned for fine-tuned arms, the base for
-    bases, and of several the one with the most settings in common. Otherwise the first arm is.
+    The default baseline is a bf16 arm, else the first arm: fine-tuned for fine-tuned arms, a base
+    for bases, and among several the one with the most settings in common. Raises SettingsError if
+    there is no such baseline.
     """
     if baseline is not None:
         chosen = [a for a in arms if a.name == baseline]
@@ -129,7 +114,7 @@ def pair(arms: Sequence[Arm], baseline: str | None = None) -> Pairs:
         if not chosen:
             names = ", ".join(arm.name for arm in arms)
             raise SettingsError(f"--baseline {baseline} is neither arm nor run", f"Arms: {names}")
-        return Pairs(tuple((arm, chosen[0]) for arm in arms if arm is not chosen[0]), ())
+        return [(arm, chosen[0]) for arm in arms if arm is not chosen[0]], []
     tuned, bases = [a for a in arms if a.tuned], [a for a in arms if not a.tuned]
     primary, secondary = _against_bf16(tuned), _against_bf16(bases)
     if not primary:
@@ -137,13 +122,13 @@ def pair(arms: Sequence[Arm], baseline: str | None = None) -> Pairs:
     if not primary:
         primary = _against_bf16(list(arms))
     elif not secondary:
-        # A base or an adapter without a partner: what training gained in its quantisation.
+        # No second base: what training gained in its quantisation.
         secondary = [(arm, base) for arm in tuned for base in bases if base.quant == arm.quant]
-    return Pairs(tuple(primary), tuple(secondary))
+    return primary, secondary
 
 
-def _against_bf16(arms: list[Arm]) -> list[tuple[Arm, Arm]]:
-    """Each arm with the bf16 arm that is most like it; bf16 arms that no other arm meets last."""
+def _against_bf16(arms: list[Arm]) -> Pairs:
+    """Each arm with the bf16 arm most like it; then bf16 arms that are nobody's baseline."""
     references = [arm for arm in arms if arm.quant == "bf16"] or arms[:1]
     others = [arm for arm in arms if arm not in references]
     pairs = [(arm, min(references, key=partial(_distance, arm))) for arm in others]

@@ -1,4 +1,4 @@
-"""Whether runs may be compared, what differs between them, and what a reader has to know."""
+"""Whether runs may be compared, what differs between them, and notes for the reader."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from qlora_harness.settings import NOTABLE_SHARE
 if TYPE_CHECKING:
     import pandas as pd
 
-# What changes nothing (`verify` scores some texts twice), names the run, or follows from it.
+# Settings that only name the run, follow from others, or don't affect numbers.
 _FOLLOWS = re.compile(
     r"\.(arm|output_dir|results_dir|peft|adapter_sha256|peft_sha|model_num_parameters|verify|"
     r"unquantised_share|parameter_dtypes\..+|(memory|plan)\..+)$"
 )
-# What two arms and their seeds are meant to differ in.
+# Settings in which arms and their seeds are meant to differ.
 _INTENDED = ("quant", "double_quant", "seed", "expanded_once")
 _NOTABLE_TIES = 0.001
 _SAME_QUESTIONS = "Score all runs with the same task, data folder and template"
@@ -29,10 +29,10 @@ _INTERSECT = "--intersect to compare the questions that all runs answered"
 
 
 def choose_task(runs: Sequence[Run], name: str | None) -> str | None:
-    """Returns the task to compare: the one named with --task, or else one that all runs have.
+    """Returns the task to compare: the named one, or else one that all scored runs have.
 
-    None if no run was scored; runs that were not scored take part only without --task. Raises
-    ComparisonError if a run lacks the named task, or if no task or several are common to all.
+    None if no run was scored. Raises ComparisonError if a run lacks the named task, or if the
+    scored runs have no task or several in common.
     """
     if name is not None:
         for run in runs:
@@ -75,10 +75,7 @@ def check_substance(runs: Sequence[Run]) -> None:
 
 
 def check_data(runs: Sequence[Run], allow_different: bool) -> list[str]:
-    """Checks that the runs trained here used the same data, and returns notes for the reader.
-
-    Raises ComparisonError if a fingerprint differs and that was not allowed.
-    """
+    """Returns notes on data; raises ComparisonError for different data unless allowed."""
     notes = []
     for part in ("train", "eval"):
         splits = {r.label: getattr(r.training.data, part) for r in runs if r.training is not None}
@@ -96,9 +93,9 @@ def check_data(runs: Sequence[Run], allow_different: bool) -> list[str]:
 
 
 def check_limit(scored: Mapping[str, Scored], allow: bool, intersect: bool) -> list[str]:
-    """Checks that every run answered all questions, and returns notes for the reader.
+    """Returns a note if runs were limited.
 
-    Raises ComparisonError if a run was limited and that was not allowed, or if the limits differ.
+    Raises ComparisonError if that isn't allowed, or if the limits differ.
     """
     limited = [(label, item) for label, item in scored.items() if item.limited]
     if not limited:
@@ -123,10 +120,10 @@ def check_limit(scored: Mapping[str, Scored], allow: bool, intersect: bool) -> l
 def check_results(
     scored: Mapping[str, Scored], paired: Sequence[str], intersect: bool
 ) -> list[str]:
-    """Checks what results record of their questions, and returns notes for the reader.
+    """Returns notes on runs that can't be paired by question.
 
-    `paired` names the runs whose answers are known and so are checked one by one. Raises
-    ComparisonError if metric, version, shots, prompts or numbers of questions differ.
+    `paired` are the labels of runs with recorded answers, which are compared one by one later.
+    Raises ComparisonError if metric, version, shots, prompts or numbers of questions differ.
     """
     labels, notes = list(scored), []
     for label in labels[1:]:
@@ -156,35 +153,28 @@ def check_results(
 
 def _check_same_task(both: str, one: Scored, other: Scored, intersect: bool) -> None:
     facts: dict[str, tuple[object, object]] = {
-        what: (one.versions[what], other.versions[what])
-        for what in one.versions
-        if what in other.versions
+        name: (version, other.versions.get(name, version)) for name, version in one.versions.items()
     }
     facts["higher_is_better"] = (one.higher_is_better, other.higher_is_better)
     if one.prompts_sha256 and other.prompts_sha256 and not intersect:
-        facts["prompts_sha256"] = (
-            _short_hash(one.prompts_sha256),
-            _short_hash(other.prompts_sha256),
-        )
+        hashes = _short_hash(one.prompts_sha256), _short_hash(other.prompts_sha256)
+        facts["prompts_sha256"] = hashes
     if (one.metric, one.filter) != (other.metric, other.filter):
         raise ComparisonError(
             f"{both} have different metrics of {one.task}: {one.metric},{one.filter} and "
             f"{other.metric},{other.filter}",
             "Choose one that both have with --metric",
         )
-    for what, values in facts.items():
-        if values[0] != values[1]:
+    for name, (first, second) in facts.items():
+        if first != second:
             raise ComparisonError(
-                f"{both} answered different questions: {what} is {values[0]} and {values[1]}",
+                f"{both} answered different questions: {name} is {first} and {second}",
                 _SAME_QUESTIONS,
             )
 
 
 def differing(runs: Sequence[Run], task: str | None) -> tuple[list[Setting], list[Setting]]:
-    """Returns the recorded settings that differ between runs, and those that agree.
-
-    Settings that only follow from others are left out of those that differ.
-    """
+    """Returns the recorded settings that differ between runs, and those that agree."""
     conditions = [run.conditions(task) for run in runs]
     parts = [{name.partition(".")[0] for name in one} for one in conditions]
     different: list[Setting] = []
@@ -201,7 +191,7 @@ def differing(runs: Sequence[Run], task: str | None) -> tuple[list[Setting], lis
                 same.append(Setting(name=name, values=recorded[:1]))
             continue
         values = [one.get(name) for one in conditions]
-        # The records repeat `quant` and others in several sections.
+        # Sections of a record repeat `quant` and others.
         echo = repr((name.rpartition(".")[2], values))
         if echo not in seen and not _FOLLOWS.search(name):
             different.append(Setting(name=name, values=values))
@@ -230,7 +220,7 @@ def _short_name(parts: Sequence[str]) -> str:
 def notes_on(
     runs: Sequence[Run], task: str | None, answers: Mapping[str, pd.DataFrame]
 ) -> list[str]:
-    """Returns what a reader has to know about the runs before quoting numbers."""
+    """Returns what to know about the runs before quoting numbers."""
     notes = []
     for run in runs:
         remarks = _notes_on_training(run)
@@ -280,6 +270,6 @@ def _notes_on_scores(scored: Scored, frame: pd.DataFrame | None) -> list[str]:
 
 
 def _short_hash(digest: str) -> str:
-    """The beginning of a hash, long enough to tell two apart."""
+    """The first 12 digits of a hash, with its kind."""
     kind, _, digits = digest.rpartition(":")
     return f"{kind}:{digits[:12]}" if kind else digits[:12]

@@ -1,28 +1,24 @@
-"""What log-probabilities of choices say, question by question.
+"""Scores computed from the log-probabilities of choices.
 
-`logprobs` are in nats, [n, choices], NaN where a question has no such choice; `shares` are the
-probabilities of the choices among each other, [n, choices], 0 there; `answer` is the position of
-the right choice, [n].
+`logprobs` are nats, [n, choices], NaN for choices that a question lacks; `shares` are the
+probabilities, normalised over the choices, [n, choices], 0 there; `answer` is the position of the
+right choice, [n].
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.special import softmax
 
+from qlora_harness.compare.statistics import Floats
 from qlora_harness.results.answers import logprobs_of
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
-    Positions = NDArray[np.integer]
-
+Positions = NDArray[np.integer]
 _BINS = 15  # of the calibration error, of equal width (Guo et al. 2017)
 _SMALLEST = 1e-300  # floor under probabilities, so that logarithms stay finite
 
@@ -65,12 +61,11 @@ def best_choices(logprobs: Floats) -> Floats:
 
 
 def letter_centred(logprobs: Floats, answer: Positions) -> Floats:
-    """Returns values, [n], whose mean is the accuracy without a preference for letters.
+    """Returns values, [n], whose mean is the accuracy without letter preference: 0 at chance.
 
-    Each letter's log-probability is taken less its mean over the questions, and the accuracy of
-    the best choices then less what their own mix of letters scores: 0 without knowledge. The
-    values are the estimate's linearisation, so they can be paired as others are. All questions
-    must have the same choices.
+    The mean over questions is subtracted from each letter's log-probability, and the expected
+    accuracy of the resulting mix of letters from the accuracy of the best choices. The values
+    linearise this estimate, so they can be paired. All questions must have the same choices.
     """
     chosen = best_choices(logprobs - logprobs.mean(axis=0))
     chosen_share = chosen.mean(axis=0)

@@ -1,4 +1,4 @@
-"""`qlora-harness compare RUN_A RUN_B [RUN_C …]`: the flags, and where the result is written."""
+"""`qlora-harness compare RUN_A RUN_B [RUN_C …]`: flags and output files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from qlora_harness.results.scored import DEFAULT_TASK
 
 MARKDOWN_FILE = "comparison.md"
 JSON_FILE = "comparison.json"
-# What an earlier comparison begins with, by the kind of file.
+# How to recognise an earlier comparison, which may be overwritten.
 _MARKS = {
-    "--markdown": ("# What do the 4 bits cost?", "# Comparison"),
-    "--json": ('{\n "schema_version"', '{"schema_version"'),
-    "--html": ('<meta name="generator" content="qlora-harness compare">',),
+    "--markdown": "# What do the 4 bits cost?",
+    "--json": '"kind": "comparison"',
+    "--html": '<meta name="generator" content="qlora-harness compare">',
 }
 
 
@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="RUN",
         help="two or more runs: a folder such as results/4bit, a results_*.json of lm_eval, or a "
-        "folder that holds one; runs that differ in their seed alone are one arm",
+        "folder that holds one; runs that differ only in their seed are one arm",
     )
     switch("--details", help="also print all tables, 120 columns wide")
     task = (
-        f"the task to compare, of any that lm_eval has (default: {DEFAULT_TASK} if all runs have "
-        "it, else the only one they have in common)"
+        f"any task of lm_eval (default: {DEFAULT_TASK} if all runs have it, else the only one "
+        "that they have in common)"
     )
     add("--task", metavar="NAME", help=task)
     metric = "metric of that task, for example acc_norm or exact_match,flexible-extract"
@@ -46,11 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--baseline", metavar="NAME", help=baseline)
     margin = "accuracies within ± this many percentage points count as equal (default %(default)g)"
     add("--margin", type=float, default=1.0, metavar="POINTS", help=margin)
-    limit = "compare runs scored with --limit, if all have the same limit and questions"
+    limit = "compare runs scored with the same --limit"
     switch("--allow-limit", help=limit)
-    intersect = "compare only the questions that all runs answered, and count those left out"
+    intersect = "compare only the questions that all runs answered"
     switch("--intersect", help=intersect)
-    different = "compare runs trained on different data; a note says so"
+    different = "compare runs trained on different data"
     switch("--allow-different-data", help=different)
     for flag, text in (
         ("--markdown", f"default: {MARKDOWN_FILE} beside the runs"),
@@ -61,11 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compares the runs, writes the comparison as Markdown and JSON, and prints the answer.
+    """Compares the runs, writes the comparison, prints the answer, and returns exit status 0.
 
-    Returns the exit status, 0. Raises SettingsError for an unusable flag, ResultsError if a file
-    can't be read or written, and ComparisonError, with nothing written, if the runs can't be
-    compared.
+    Raises SettingsError for an unusable flag, ResultsError if a file can't be read or written, and
+    ComparisonError if the runs can't be compared; nothing is written then.
     """
     if not 0 < args.margin < 100:
         raise SettingsError(
@@ -101,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.html is not None:
         texts["--html"] = page.to_html(comparison)
-    # Written before anything is printed: a reader that closes the pipe early loses no file.
+    # Written before printing: whoever closes the pipe early loses no file.
     for flag, path in outputs.items():
         try:
             write_text(path, texts[flag])
@@ -118,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _common_folder(paths: Sequence[Path]) -> Path:
-    """Returns the folder in which the runs lie; the working directory if that is only "/"."""
+    """Returns the folder that holds all runs; the working directory if that is only "/"."""
     if not paths:
         return Path()
     common = Path(os.path.commonpath([path.resolve().parent for path in paths]))
@@ -131,7 +130,7 @@ def _common_folder(paths: Sequence[Path]) -> Path:
 
 
 def _check_outputs(outputs: dict[str, Path]) -> None:
-    """Refuses two outputs in one file, and to overwrite anything but an earlier comparison."""
+    """Refuses one file for two outputs, and overwriting anything but an earlier comparison."""
     taken: dict[Path, str] = {}
     for flag, path in outputs.items():
         other = taken.setdefault(path.resolve(), flag)
@@ -144,12 +143,9 @@ def _check_outputs(outputs: dict[str, Path]) -> None:
             )
 
 
-def _is_ours(path: Path, marks: Sequence[str]) -> bool:
+def _is_ours(path: Path, mark: str) -> bool:
     try:
         with path.open(encoding="utf-8") as file:
-            head = file.read(600)
+            return mark in file.read(600)
     except (OSError, UnicodeDecodeError):
         return False
-    if path.suffix == ".json" and '"comparison"' not in head:
-        return False
-    return any(mark in head for mark in marks)

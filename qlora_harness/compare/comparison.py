@@ -1,4 +1,4 @@
-"""`compare`: from the paths of runs to a Comparison."""
+"""`compare`: from the paths of runs to a comparison."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEFAULT_MARGIN = 0.01
 
 
 class Comparison(ComparisonRecord):
-    """What `compare` computed; print it, or let a notebook show it."""
+    """The result of `compare`; print it, or let a notebook show it."""
 
     @property
     def verdict(self) -> str:
@@ -34,7 +34,7 @@ class Comparison(ComparisonRecord):
         return verdict(self)
 
     def to_frame(self) -> pd.DataFrame:
-        """Returns one row for each endpoint of each contrast."""
+        """Returns a row for each endpoint of each contrast."""
         return pd.DataFrame(
             [
                 {"contrast": f"{item.arm} vs {item.baseline}", **endpoint.model_dump()}
@@ -44,7 +44,7 @@ class Comparison(ComparisonRecord):
         )
 
     def answers(self) -> pd.DataFrame:
-        """Returns every answer as a row: run, arm, seed, task, subject, item and the rest."""
+        """Returns a row for each answer: run, arm, seed, task, subject, item, score and others."""
         info = {run.label: run for run in self.runs}
         parts = [
             frame.assign(run=label, arm=info[label].arm, seed=info[label].seed, task=self.task)
@@ -75,8 +75,8 @@ def compare(
     """Compares runs from their files.
 
     Args:
-        runs: Two or more: a run folder, a results_*.json of lm_eval, or a folder of those.
-        labels: Their names; by default as much of the path as tells them apart.
+        runs: Two or more run folders, results_*.json of lm_eval, or folders of those.
+        labels: Their names; by default the end of the path that tells them apart.
         baseline: Arm or run that all others are compared with; by default bf16.
         task: By default mmlu_qlora_5shot, or the only task that all have.
         metric: Metric of other tasks, for example "acc_norm" or "exact_match,flexible-extract".
@@ -108,16 +108,16 @@ def compare(
     notes += checks.check_limit(scored, allow_limit, intersect)
     frames, dropped = _answers(scored, intersect, notes)
     arms = group(loaded, labelled=labels is not None)
-    pairs = pair(arms, baseline)
+    primary, secondary = pair(arms, baseline)
     answers = {label: RunAnswers(frame) for label, frame in frames.items()}
     contrasts = [
-        contrast(a, b, answers, task, margin=margin, tests=len(pairs.primary), primary=primary)
-        for part, primary in ((pairs.primary, True), (pairs.secondary, False))
-        for a, b in part
+        contrast(a, b, answers, task, margin=margin, tests=tests)
+        for pairs, tests in ((primary, len(primary)), (secondary, None))
+        for a, b in pairs
     ]
     arm_of = {run.label: arm.name for arm in arms for run in arm.runs}
     different, same = checks.differing(loaded, task)
-    leading = [arm for arm in arms if any(arm in both for both in pairs.primary)]
+    leading = [arm for arm in arms if any(arm in both for both in primary)]
     first = next(iter(scored.values()), None)
     sizes = [len(frame) for frame in frames.values()] or [s.n for s in scored.values()]
     chances = [chance(arm.name, answers_of(arm, answers)) for arm in arms]
@@ -154,7 +154,7 @@ def _load(paths: list[Path], labels: Sequence[str] | None, metric: str | None) -
     for path, other in combinations(paths, 2):
         if path.resolve() == other.resolve():
             raise ComparisonError(f"the run {other} is named twice", "Name two different runs")
-    # A folder's name may hold any byte.
+    # Folder names may hold any byte.
     names = default_labels(paths) if labels is None else labels
     names = [" ".join(name.encode(errors="backslashreplace").decode().split()) for name in names]
     if len(names) != len(paths) or len(set(names)) < len(paths) or not all(names):
@@ -167,7 +167,7 @@ def _load(paths: list[Path], labels: Sequence[str] | None, metric: str | None) -
 
 
 def _results(runs: Sequence[Run], task: str | None) -> dict[str, Scored]:
-    """The result of each scored run; one that is named by its folder and its file is refused."""
+    """The result of each scored run; raises ComparisonError if two runs are one file."""
     scored = {
         run.label: run.scored[task] for run in runs if task is not None and task in run.scored
     }
@@ -180,7 +180,7 @@ def _results(runs: Sequence[Run], task: str | None) -> dict[str, Scored]:
 def _answers(
     scored: Mapping[str, Scored], intersect: bool, notes: list[str]
 ) -> tuple[dict[str, pd.DataFrame], dict[str, int]]:
-    """The answers of each run, aligned, and how many were left out; adds to the notes."""
+    """The aligned answers of each run, and how many were dropped; adds to the notes."""
     read = {label: read_answers(result) for label, result in scored.items()}
     frames = {label: frame for label, frame in read.items() if frame is not None}
     notes += checks.check_results(scored, list(frames), intersect)
@@ -205,7 +205,7 @@ def _info(run: Run, arm: str, task: str | None, answers: bool) -> RunInfo:
         label=run.label,
         path=scrub(str(run.path).encode(errors="backslashreplace").decode()),
         arm=arm,
-        seed=training.seed if training else None,
+        seed=run.seed,
         model=None if run.model is None else scrub(run.model),
         quant=run.quant,
         device=device if isinstance(device, str) else None,

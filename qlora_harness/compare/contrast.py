@@ -1,4 +1,4 @@
-"""One arm against its baseline on every endpoint, and what training gains in more bits or fewer."""
+"""One arm against its baseline on every endpoint, and what training gains in 4 and 16 bits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Answers = Mapping[str, RunAnswers]
 
 
 def answers_of(arm: Arm, answers: Answers) -> list[RunAnswers]:
-    """Returns the answers of an arm's runs, without runs whose answers aren't recorded."""
+    """Returns the answers of an arm's runs that have them recorded."""
     return [answers[run.label] for run in arm.runs if run.label in answers]
 
 
@@ -26,16 +26,15 @@ def contrast(
     task: str | None,
     *,
     margin: float,
-    tests: int = 1,
-    primary: bool = True,
+    tests: int | None = None,
 ) -> Contrast:
     """Compares an arm with its baseline.
 
-    `answers` are aligned, by label of the run, without runs whose answers aren't recorded. `margin`
-    is the share of the questions within which accuracies count as the same. `tests` is the number
-    of primary arms, whose intervals hold for all of them together.
+    `answers` are the aligned ones by label of the run. Accuracies within `margin`, a share, count
+    as the same. `tests` is the number of primary arms, for which intervals and
+    p-values are corrected; None for a secondary contrast.
     """
-    level = st.LEVEL / (tests if primary else 1)
+    level = st.LEVEL / (tests or 1)
     endpoints = costs(arm, baseline, level)
     detail, groups = None, []
     runs = [*arm.runs, *baseline.runs]
@@ -49,7 +48,7 @@ def contrast(
         endpoints = [sc.mark_letters(endpoint, detail) for endpoint in endpoints]
     elif task is not None and all(task in run.scored for run in runs):
         endpoints.append(sc.unpaired_accuracy(arm, baseline, task, level, margin))
-    if primary and tests > 1:  # Bonferroni's correction, as in the intervals
+    if tests is not None and tests > 1:  # Bonferroni's correction, as in the intervals
         endpoints = [
             one if one.p is None else one.model_copy(update={"p": min(1.0, tests * one.p)})
             for one in endpoints
@@ -57,7 +56,7 @@ def contrast(
     return Contrast(
         arm=arm.name,
         baseline=baseline.name,
-        primary=primary,
+        primary=tests is not None,
         seeds=(len(arm.runs), len(baseline.runs)),
         paired=paired,
         endpoints={endpoint.key: endpoint for endpoint in endpoints},
@@ -69,9 +68,9 @@ def contrast(
 def effects(
     arms: Sequence[Arm], answers: Answers, task: str | None, margin: float
 ) -> list[Contrast]:
-    """Returns what training gains in 4 and in 16 bits, and the interaction.
+    """Returns what training gains in 16 and in 4 bits, and the interaction.
 
-    Empty unless there is just one base and one adapter of each, all with known answers.
+    Empty unless there is exactly one base and one adapter of each, all with recorded answers.
     """
     by_kind: dict[tuple[bool, bool], list[Arm]] = {}
     for arm in arms:
@@ -85,8 +84,7 @@ def effects(
         return []
     base, base4, tuned, tuned4 = four
     gains = [
-        contrast(a, b, answers, task, margin=margin, primary=False)
-        for a, b in ((tuned, base), (tuned4, base4))
+        contrast(a, b, answers, task, margin=margin) for a, b in ((tuned, base), (tuned4, base4))
     ]
     return [*gains, _interaction(tuned4, base4, tuned, base, answers)]
 

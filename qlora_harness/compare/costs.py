@@ -1,12 +1,11 @@
-"""What training took: memory, time and losses of two arms."""
+"""What training costs: memory, time and losses of two arms."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,38 +13,35 @@ from qlora_harness.compare import statistics as st
 from qlora_harness.compare.arms import Arm
 from qlora_harness.compare.endpoint import SPECS, absent, measured
 from qlora_harness.compare.record import Endpoint, Estimate, Word
+from qlora_harness.compare.statistics import Floats
 from qlora_harness.results.runs import Run
 from qlora_harness.schema.training import TrainingLog, TrainingSummary
-from qlora_harness.units import GIB
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
-
-_FIRST_STEPS = 3  # left out of times: kernels are chosen in them
-_FEWEST = 10  # conversations, below which an interval says little
+_FIRST_STEPS = 3  # not timed: kernels are chosen in them
+_FEWEST = 10  # conversations; an interval over fewer says little
 _STEPS_TOGETHER, _FEWEST_GROUPS = 10, 5  # neighbouring steps share stalls
-# Device memory of others, bytes, that is no other program: a driver's own and a desktop's.
-_NEGLIGIBLE = GIB
+# Device memory, bytes, that drivers and desktops hold while no other program runs.
+_NEGLIGIBLE = 2**30
 
 
 def costs(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
     """Returns memory, time and losses, arm less baseline, with intervals at a two-sided level."""
-    one, two = _summaries(arm), _summaries(baseline)
-    if not one and not two:
+    trained = [run.training is not None for run in (*arm.runs, *baseline.runs)]
+    if not any(trained):
         return []
-    if len(one) < len(arm.runs) or len(two) < len(baseline.runs):
+    if not all(trained):
         return [absent(key, "not trained here") for key in ("memory", "time", "eval_loss")]
-    return [
-        _memory(one, two, level),
-        _time(arm, baseline, level),
-        *_losses(arm, baseline, level),
-    ]
+    return [_memory(arm, baseline, level), _time(arm, baseline, level),
+            *_losses(arm, baseline, level)]  # fmt: skip
 
 
 def _summaries(arm: Arm) -> list[TrainingSummary]:
     return [run.training for run in arm.runs if run.training]
+
+
+def _values(arm: Arm, value: Callable[[TrainingSummary], float | None]) -> Floats:
+    """A recorded number of each run; NaN if it is missing."""
+    return np.array([value(summary) for summary in _summaries(arm)], np.float64)
 
 
 def _logs(arm: Arm, baseline: Arm) -> tuple[list[TrainingLog], list[TrainingLog]] | None:
@@ -55,15 +51,14 @@ def _logs(arm: Arm, baseline: Arm) -> tuple[list[TrainingLog], list[TrainingLog]
     return (one, two) if complete else None
 
 
-def _memory(one: list[TrainingSummary], two: list[TrainingSummary], level: float) -> Endpoint:
-    peaks = [[run.peak_bytes for run in runs] for runs in (one, two)]
-    kinds = {run.memory.device_type for run in (*one, *two)}
-    if len(kinds) > 1 or any(not peak for part in peaks for peak in part):
+def _memory(arm: Arm, baseline: Arm, level: float) -> Endpoint:
+    a, b = (_values(part, lambda summary: summary.peak_bytes or None) for part in (arm, baseline))
+    kinds = {run.memory.device_type for run in (*_summaries(arm), *_summaries(baseline))}
+    if len(kinds) > 1 or np.isnan([*a, *b]).any():
         return absent("memory", "different devices" if len(kinds) > 1 else "not recorded")
-    a, b = (np.array(part, dtype=np.float64) for part in peaks)
     estimate = _ratio(a, b, level)
     difference = estimate.difference or 0.0
-    if 1 in (len(a), len(b)):  # one arm's spread in memory says nothing about the other's
+    if 1 in (len(a), len(b)):  # one arm's spread says nothing about the other's
         estimate = Estimate(difference=difference)
     spec = SPECS["memory"]
     if kinds == {"cpu"}:
@@ -71,14 +66,14 @@ def _memory(one: list[TrainingSummary], two: list[TrainingSummary], level: float
     endpoint = measured("memory", (a, b), estimate)
     if estimate.low is not None:
         return endpoint
-    # A run allocates the same each time, so that one is enough.
+    # A run allocates the same each time, so one is enough.
     same = abs(difference) < math.log1p(spec.margin or 0)
     word: Word = "same" if same else "better" if difference < 0 else "worse"
     return endpoint.model_copy(update={"word": word, "within": same})
 
 
 def _ratio(one: Floats, two: Floats, level: float) -> Estimate:
-    """Of the logarithm of the ratio of geometric means, over seeds."""
+    """The logarithm of the ratio of geometric means, over seeds."""
     a, b = np.log(one), np.log(two)
     seeds = st.over_seeds(a, b, blocks=False)
     return st.combine(float(a.mean() - b.mean()), None, seeds, level=level)
@@ -92,10 +87,7 @@ def _time(arm: Arm, baseline: Arm, level: float) -> Endpoint:
     reason = _disturbance([*arm.runs, *baseline.runs])
     if reason is not None:
         return absent("time", reason)
-    one, two = (
-        np.array([run.runtime.train_seconds for run in _summaries(a)], float)
-        for a in (arm, baseline)
-    )
+    one, two = (_values(a, lambda summary: summary.runtime.train_seconds) for a in (arm, baseline))
     if not one.all() or not two.all():
         return absent("time", "no step was taken")
     pairs = zip(arm.runs, baseline.runs, strict=False) if _same_seeds(arm, baseline) else ()
@@ -112,10 +104,8 @@ def _time(arm: Arm, baseline: Arm, level: float) -> Endpoint:
 
 
 def _disturbance(runs: Sequence[Run]) -> str | None:
-    """Why the times of runs can't be compared; None if nothing speaks against it."""
+    """Why the times of runs can't be compared; None if they can."""
     trained = [(run.label, run.training) for run in runs if run.training is not None]
-    if len(trained) < len(runs):
-        return "not trained here"
     alone = [_of_one(label, one) for label, one in trained]
     together = [_of_two(*one, *other) for one, other in combinations(trained, 2)]
     return next((reason for reason in (*alone, *together) if reason), None)
@@ -130,7 +120,7 @@ def _of_one(label: str, run: TrainingSummary) -> str | None:
         return f"{run.memory.other_processes} other processes used the GPU of {label}"
     others = run.memory.other_bytes or 0
     if others > _NEGLIGIBLE:
-        return f"others held {others / GIB:.1f} GiB of the GPU of {label}"
+        return f"others held {others / 2**30:.1f} GiB of the GPU of {label}"
     return None
 
 
@@ -152,7 +142,7 @@ def _device(run: TrainingSummary, key: str) -> object:
 def _same_device(one: TrainingSummary, other: TrainingSummary) -> bool:
     if one.process.host is None or one.process.host != other.process.host:
         return False
-    # Older records name the kind of device only, so it may have been the same one.
+    # Older records name only the kind of device: it may have been the same one.
     ids = _device(one, "id"), _device(other, "id")
     return None in ids or ids[0] == ids[1]
 
@@ -167,17 +157,16 @@ def _overlap(one: TrainingSummary, other: TrainingSummary) -> bool:
 
 
 def _step_ratios(one: TrainingLog | None, two: TrainingLog | None) -> Floats:
-    """Log ratios of the seconds of the same steps after warm-up, neighbours together."""
-    nothing = np.zeros(0)
+    """Log ratios of the seconds of the same steps, averaged over neighbours; empty if unpaired."""
     if one is None or two is None or len(one.steps) != len(two.steps):
-        return nothing
+        return np.zeros(0)
     pairs = list(zip(one.steps, two.steps, strict=True))[_FIRST_STEPS:]
     if any(a.tokens != b.tokens or not a.seconds or not b.seconds for a, b in pairs):
-        return nothing
+        return np.zeros(0)
     ratios = np.array([math.log((a.seconds or 1) / (b.seconds or 1)) for a, b in pairs])
     size = min(_STEPS_TOGETHER, len(ratios) // _FEWEST_GROUPS)
     if size == 0:
-        return nothing
+        return np.zeros(0)
     return np.asarray(ratios[: len(ratios) // size * size].reshape(-1, size).mean(axis=1))
 
 
@@ -188,20 +177,17 @@ def _losses(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
         return [absent("eval_loss", reason)]
     after = _conversations(arm, baseline, "eval_loss", level)
     if after is None:
-        one, two = (
-            np.array([run.results.eval_loss for run in _summaries(a)], float)
-            for a in (arm, baseline)
-        )
+        one, two = (_values(a, lambda summary: summary.results.eval_loss) for a in (arm, baseline))
         seeds = st.over_seeds(one, two, blocks=_same_seeds(arm, baseline))
         estimate = st.combine(float(one.mean() - two.mean()), None, seeds, level=level)
         after = measured("eval_loss", (one, two), estimate, reason="no losses by conversation")
-    # The change is what training gains: its difference is the interaction of the 2×2 on loss.
+    # The difference of the changes is the interaction of quantisation and training on loss.
     others = [_conversations(arm, baseline, key, level) for key in ("loss_before", "loss_change")]
     return [after, *(other for other in others if other), *_steps(arm, baseline, level)]
 
 
 def _no_loss(arm: Arm, baseline: Arm) -> str | None:
-    """Why the evaluation losses of two arms can't be compared, if so."""
+    """Why the evaluation losses of two arms can't be compared; None if they can."""
     records = [*_summaries(arm), *_summaries(baseline)]
     if any(record.status != "completed" for record in records):
         return "a run was interrupted"
@@ -215,7 +201,7 @@ def _no_loss(arm: Arm, baseline: Arm) -> str | None:
 
 
 def _conversations(arm: Arm, baseline: Arm, key: str, level: float) -> Endpoint | None:
-    """Paired by conversation, weighted by token, seeds as blocks; None without such a record."""
+    """Paired by conversation, weighted by token, seeds as blocks; None if not recorded."""
     logs = _logs(arm, baseline)
     if logs is None:
         return None
@@ -241,7 +227,7 @@ def _conversations(arm: Arm, baseline: Arm, key: str, level: float) -> Endpoint 
 
 
 def _steps(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
-    """Training losses of the same batches: at the first step, before any update, and at the end."""
+    """Training losses on the same batches: at the first step, before any update, and at the end."""
     logs = _logs(arm, baseline)
     if logs is None or not _same_seeds(arm, baseline):
         return []

@@ -1,21 +1,18 @@
-"""Endpoints: what is known of each beforehand, and how an estimate becomes one."""
+"""The specification of each endpoint, and how an estimate becomes an endpoint."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from qlora_harness.compare.record import Endpoint, Estimate, Unit, Word
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from qlora_harness.compare.statistics import Floats
 
 
 class Spec(NamedTuple):
-    """An endpoint's name, unit and margin, the difference within which arms count as the same.
+    """An endpoint's name and unit, and the difference within which arms count as the same.
 
-    A relative endpoint's difference is arm / baseline - 1, and so is its margin.
+    Difference and margin of a relative endpoint are arm / baseline - 1.
     """
 
     name: str
@@ -49,7 +46,7 @@ def absent(key: str, reason: str) -> Endpoint:
 
 def measured(
     key: str,
-    values: tuple[NDArray[np.float64], NDArray[np.float64]],
+    values: tuple[Floats, Floats],
     estimate: Estimate,
     *,
     spec: Spec | None = None,
@@ -59,8 +56,8 @@ def measured(
 ) -> Endpoint:
     """Returns the endpoint of an estimate, with the word for what it shows.
 
-    `values` are those of arm and baseline, whose means are reported. Where the endpoint is
-    relative, the estimate is of the logarithm of their ratio. `spec` replaces that of the key.
+    `values` are those of arm and baseline; their means are reported. The estimate of a relative
+    endpoint is that of the logarithm of their ratio. `spec` replaces that of the key.
     """
     spec = spec or SPECS[key]
     limit = spec.margin if not spec.relative or spec.margin is None else math.log1p(spec.margin)

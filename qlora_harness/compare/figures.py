@@ -12,9 +12,8 @@ from qlora_harness.compare.numbers import difference, interval, word
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint, GroupDifference
 from qlora_harness.compare.statistics import wilson
 from qlora_harness.schema.training import TrainingLog
-from qlora_harness.units import GIB
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, as they show on light and dark.
+# Okabe and Ito's colours, distinct to the colour-blind, on light and dark pages.
 _BASELINE = "#7a828a"
 _COLOURS = ("#009E73", "#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#6A51A3",
             "#B15928", "#3B7C8C")  # fmt: skip
@@ -23,7 +22,7 @@ _SMOOTHING = 0.9
 
 
 class Figure(NamedTuple):
-    """A Plotly plot with its heading and, for readers who can't see it, what it shows."""
+    """A Plotly plot with its heading and its alternative text."""
 
     heading: str
     alt: str
@@ -33,7 +32,7 @@ class Figure(NamedTuple):
 
 
 def figures(comparison: ComparisonRecord) -> list[Figure]:
-    """Returns the figures that there are numbers for."""
+    """Returns the figures for which the comparison has numbers."""
     baseline = comparison.primary[0].baseline if comparison.primary else None
     others = [arm for arm in comparison.arms if arm != baseline]
     colours = {arm: _COLOURS[number % len(_COLOURS)] for number, arm in enumerate(others)}
@@ -53,7 +52,7 @@ def _layout(figure: Any, height: int) -> Any:
     legend = sum(trace.showlegend is not False for trace in figure.data) > 1
     figure.update_layout(
         height=height,
-        # Plotly's buttons stand above the legend.
+        # Plotly's buttons are above the legend.
         margin={"l": 8, "r": 12, "t": 56 if legend else 28, "b": 8},
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         paper_bgcolor="rgba(0,0,0,0)",
@@ -80,7 +79,7 @@ def _error_bars(
 
 
 def _forest(comparison: ComparisonRecord, key: str) -> Figure | None:
-    """Every contrast on one endpoint, with its interval and what it shows."""
+    """Every contrast on one endpoint, with its interval and word."""
     contrasts = [*comparison.contrasts, *comparison.effects]
     items = [(c, c.endpoints[key]) for c in contrasts if key in c.endpoints]
     items = [(item, one) for item, one in items if one.low is not None]
@@ -131,7 +130,7 @@ def _memory_and_loss(comparison: ComparisonRecord, colours: dict[str, str]) -> F
     named = len(points) < 5  # more names would overlap
     for arm, (size, height, half) in points.items():
         figure.add_scatter(
-            x=[size / GIB],
+            x=[size / 2**30],
             y=[height],
             mode="markers+text" if named else "markers",
             name=arm,
@@ -147,12 +146,12 @@ def _memory_and_loss(comparison: ComparisonRecord, colours: dict[str, str]) -> F
     room = max(max(losses) - min(losses), 0.01)
     ends = [min(losses) - room / 2, max(losses) + room]
     figure.update_yaxes(title="evaluation loss, nats", range=ends)
-    alt = "; ".join(f"{arm} {m / GIB:.2f} GiB, loss {v:.3f}" for arm, (m, v, _) in points.items())
+    alt = "; ".join(f"{arm} {m / 2**30:.2f} GiB, loss {v:.3f}" for arm, (m, v, _) in points.items())
     return Figure("Memory and loss", alt, _layout(figure, 320 + 12 * len(points)))
 
 
 def _curves(comparison: ComparisonRecord, colours: dict[str, str]) -> Figure | None:
-    """Training losses: thin lines are runs, thick ones arms; points before the first step."""
+    """Training losses: thin lines are runs, thick lines arms, diamonds the loss before training."""
     arms: dict[str, list[TrainingLog]] = {}
     arm_of = {run.label: run.arm for run in comparison.runs}
     for run in comparison.source.runs:
@@ -195,7 +194,7 @@ def _add_curves(figure: Any, arm: str, logs: Sequence[TrainingLog], colour: str)
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """An exponential moving average, corrected for its start as Adam's moments are."""
+    """An exponential moving average with Adam's bias correction."""
     mean, weight, means = 0.0, 0.0, []
     for value in values:
         mean = _SMOOTHING * mean + (1 - _SMOOTHING) * float(value)
@@ -205,7 +204,7 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _groups(comparison: ComparisonRecord, colours: dict[str, str]) -> list[Figure]:
-    """Accuracies by category and by subject, with the line of chance where there is one."""
+    """Accuracies by category and by subject; a line marks chance."""
     items = [item for item in comparison.primary if item.groups]
     if not items:
         return []

@@ -1,13 +1,13 @@
-"""Formats the numbers of endpoints for every renderer."""
+"""The numbers of endpoints as text, for every renderer."""
 
 from __future__ import annotations
 
 from qlora_harness.compare.record import Endpoint
-from qlora_harness.units import GIB, NOTHING, duration
+from qlora_harness.results.output import NOTHING, duration, gib
 
 
 def signed(value: float, digits: int) -> str:
-    """Returns a number with its sign, a true minus for less, and none where it rounds to 0."""
+    """Returns a number with its sign and a true minus; without a sign if it rounds to 0."""
     text = f"{abs(value):,.{digits}f}"
     if float(text.replace(",", "")) == 0:
         return text
@@ -29,7 +29,7 @@ def value(endpoint: Endpoint, number: float | None) -> str:
     if number is None:
         return NOTHING
     if endpoint.unit == "bytes":
-        return f"{number / GIB:.2f} GiB"
+        return f"{gib(number)} GiB"
     if endpoint.unit == "seconds":
         return duration(number)
     return f"{100 * number:.2f}%" if endpoint.unit == "share" else f"{number:.3f}"
@@ -49,23 +49,18 @@ def _difference(endpoint: Endpoint, number: float) -> str:
     return points(number) if endpoint.unit == "share" else signed(number, 3)
 
 
-def interval(endpoint: Endpoint) -> str:
-    """Returns the 95% interval as "+0.1 to +0.3"; "" without one."""
-    if endpoint.low is None or endpoint.high is None:
-        return ""
-    return f"{_difference(endpoint, endpoint.low)} to {_difference(endpoint, endpoint.high)}"
-
-
-def inner_interval(endpoint: Endpoint) -> str:
-    """Returns the 90% interval, by which equivalence is judged; "" without one."""
-    low, high = endpoint.inner_low, endpoint.inner_high
+def interval(endpoint: Endpoint, *, inner: bool = False) -> str:
+    """Returns the 95% interval as "+0.1 to +0.3", or the inner one of 90%; "" without one."""
+    low, high = endpoint.low, endpoint.high
+    if inner:
+        low, high = endpoint.inner_low, endpoint.inner_high
     if low is None or high is None:
         return ""
     return f"{_difference(endpoint, low)} to {_difference(endpoint, high)}"
 
 
 def word(endpoint: Endpoint) -> str:
-    """Returns what is shown, such as "worse", "same within ±1" or "worse, within ±1"."""
+    """Returns the word with its margin: "worse", "same within ±1" or "worse, within ±1"."""
     if endpoint.letters:
         return f"{endpoint.word} (letters)"
     if not endpoint.within or endpoint.margin is None:

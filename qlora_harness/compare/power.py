@@ -4,58 +4,56 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from scipy.special import gammaincinv, ndtr, ndtri, stdtrit
 
 from qlora_harness.compare.record import ComparisonRecord, Contrast
-from qlora_harness.compare.statistics import LEVEL, POWER
+from qlora_harness.compare.statistics import LEVEL
 
+_POWER = 0.8
 _MOST = 10**8
-_GRID = (np.arange(40) + 0.5) / 40  # of a distribution
+_GRID = (np.arange(40) + 0.5) / 40  # quantiles of a distribution
 
 
 class Need(NamedTuple):
-    """Questions that a study with a number of seeds per arm needs; None where no number is enough.
+    """Questions that a study needs; None if no number is enough.
 
-    `equivalence` shows that arms are the same within the margin if they don't differ, `detection`
-    a difference as large as the margin.
+    `equivalence` shows that arms that don't differ are the same within the margin, `detection`
+    shows a difference as large as the margin.
     """
 
-    seeds: int
     equivalence: int | None
     detection: int | None
 
 
-def questions_needed(
-    margin: float, discordance: float, seed_sd: float, seeds: Sequence[int]
-) -> list[Need]:
-    """Returns how many questions are needed, at 5% and in 80% of studies, for numbers of seeds.
+def questions_needed(margin: float, discordance: float, seed_sd: float, seeds: int) -> Need:
+    """Returns how many questions are needed at the 5% level for 80% power.
 
-    A difference of two arms has the variance discordance / questions + 2 seed_sd² / seeds. With
-    one seed per arm the answer is about those two adapters, and seeds add nothing. All three are
-    shares: the margin of accuracies, the questions that one arm gets right and the other wrong (to
-    differ by the margin, at least so many must), and the SD of an arm's accuracy between seeds.
+    The first three are shares: the margin of accuracies, the questions that only one arm gets right
+    (at least the margin, for the arms to differ by it), and the SD of an arm's accuracy between
+    seeds. A difference of two arms has the variance discordance / questions + 2 seed_sd² / seeds.
+    With one seed per arm the answer is about those two adapters, and seeds add nothing.
     """
-    needs = []
+
+    def fewest(share: float, same: bool) -> int | None:
+        return _fewest(lambda n: _power(margin, share, seed_sd, seeds, n, same=same))
+
     # Equal answers to fewer questions are no proof: Tango's interval would still be wider.
     least = math.ceil(ndtri(1 - LEVEL) ** 2 * (1 - margin) / margin)
-    for count in seeds:
-        same, differ = (
-            _fewest(partial(_power, margin, share, seed_sd, count, same=kind))
-            for share, kind in ((discordance, True), (max(margin, discordance), False))
-        )
-        needs.append(Need(count, None if same is None else max(same, least), differ))
-    return needs
+    equivalence = fewest(discordance, same=True)
+    return Need(
+        None if equivalence is None else max(equivalence, least),
+        fewest(max(margin, discordance), same=False),
+    )
 
 
 def _power(
     margin: float, discordance: float, seed_sd: float, seeds: int, questions: int, *, same: bool
 ) -> float:
-    """The share of studies that show that two arms are the same, or that they differ.
+    """The share of studies that show equivalence, or else a difference.
 
     The variances between seeds are themselves estimated: the power is averaged over their
     distribution, with the interval that `compare` gives for each.
@@ -76,10 +74,10 @@ def _fewest(power_of: Callable[[int], float]) -> int | None:
     """The fewest questions with enough power; with few seeds, more don't always have more."""
     below, questions = 1, 10
     while questions < _MOST:
-        if power_of(questions) >= POWER:
+        if power_of(questions) >= _POWER:
             while questions - below > 1:
                 middle = (below + questions) // 2
-                enough = power_of(middle) >= POWER
+                enough = power_of(middle) >= _POWER
                 below, questions = (below, middle) if enough else (middle, questions)
             return questions
         below, questions = questions, int(questions * 1.3) + 1
@@ -87,7 +85,7 @@ def _fewest(power_of: Callable[[int], float]) -> int | None:
 
 
 def discordance(item: Contrast) -> float | None:
-    """Returns the share of questions that only one arm got right, where answers are known."""
+    """Returns the share of questions that only one arm got right; None without answers."""
     accuracy = item.endpoints.get("accuracy")
     if item.detail is None or accuracy is None or not accuracy.n:
         return None
@@ -96,6 +94,8 @@ def discordance(item: Contrast) -> float | None:
 
 def seed_deviation(comparison: ComparisonRecord, item: Contrast) -> float | None:
     """Returns the SD of an arm's accuracy between seeds; None without a second seed."""
-    values = [comparison.values_of(arm) for arm in (item.arm, item.baseline)]
-    spreads = [statistics.variance(part) for part in values if len(part) > 1]
+    spreads = []
+    for arm in (item.arm, item.baseline):
+        values = [r.value for r in comparison.runs if r.arm == arm and r.value is not None]
+        spreads += [statistics.variance(values)] if len(values) > 1 else []
     return math.sqrt(statistics.fmean(spreads)) if spreads else None

@@ -1,4 +1,4 @@
-"""What `comparison.json` holds: contrasts of arms, endpoint by endpoint, and what differs."""
+"""comparison.json: contrasts of arms on each endpoint, and the settings that differ."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ class Part(BaseModel):
 
 
 class Quantity(Part):
-    """One quantity of both arms: their values, each the mean over seeds."""
+    """One quantity of both arms; each value is the mean over seeds."""
 
     key: str
-    """For programs, for example eval_loss."""
     name: str
     unit: Unit
     """Of the values, and of the difference unless it is relative."""
@@ -38,19 +37,19 @@ class Quantity(Part):
 
 
 class Estimate(Part):
-    """A difference, the arm's value less the baseline's, and its error; null where unknown."""
+    """A difference, arm less baseline, and its error; null if unknown."""
 
     difference: float | None = None
     stderr: float | None = None
     """Standard error of the difference (of a relative one, of the ratio's logarithm)."""
     low: float | None = None
-    """The 95% interval, which holds for all primary arms together."""
+    """The 95% interval, for all primary arms together."""
     high: float | None = None
     inner_low: float | None = None
     """The 90% interval, by which equivalence is judged."""
     inner_high: float | None = None
     p: float | None = None
-    """Two-sided p of no difference, corrected for all primary arms together as the interval is."""
+    """Two-sided p of no difference, corrected for several arms as the interval is."""
     freedom: float | None = None
     """Degrees of freedom; null for Tango's interval."""
 
@@ -62,14 +61,12 @@ class Estimate(Part):
 
 
 class Endpoint(Estimate, Quantity):
-    """One quantity of both arms, the difference between them, and what it shows."""
+    """One quantity of both arms, and the word for what their difference shows."""
 
     margin: float | None = None
-    """Difference within which the arms count as the same."""
     lower_is_better: bool = True
     word: Word = "no measurement"
     within: bool = False
-    """Whether the difference is shown to be within the margin."""
     letters: bool = False
     """Whether a preference for letters makes most of an accuracy difference."""
     reason: str | None = None
@@ -79,16 +76,15 @@ class Endpoint(Estimate, Quantity):
 
 
 class Detail(Part):
-    """What else the answers of two arms say; pairs are arm and baseline."""
+    """More on the answers of two arms; pairs are arm and baseline."""
 
     flips: float
-    """Share of questions whose best choice differs, mean over pairs of runs."""
+    """Share of questions whose best choice differs, mean over pairs of runs; the floor is that
+    between two seeds of one arm."""
     flips_floor: float | None = None
-    """The same between two seeds of one arm."""
     divergence: float
-    """KL(baseline ‖ arm) of the choices, nats."""
+    """KL(baseline ‖ arm) of the choices, nats, and its floor."""
     divergence_floor: float | None = None
-    """The same between two seeds of one arm."""
     calibration: tuple[float, float]
     letters: tuple[list[float], list[float]] | None = None
     explained: float | None = None
@@ -100,8 +96,6 @@ class Detail(Part):
     """Questions that only the baseline got right, first seeds."""
     won: int
     """Questions that only the arm got right, first seeds."""
-    mcnemar_midp: float
-    """Mid-p of McNemar's test of lost and won."""
 
 
 class GroupDifference(Part):
@@ -120,26 +114,24 @@ class GroupDifference(Part):
 
 
 class Chance(Part):
-    """Whether an arm's answers follow the questions at all."""
+    """Whether an arm beats chance."""
 
     arm: str
     centred: float
     """Letter-centred accuracy above that of the arm's own letters, a share."""
     stderr: float
-    """Its standard error over subjects (questions where subjects are few) and seeds."""
+    """Its standard error over subjects (if there are few, over questions) and seeds."""
     at_chance: bool
     """Whether it isn't shown to be above 0 (one-sided, 5%)."""
 
 
 class Contrast(Part):
-    """One arm against its baseline, on every endpoint that the records have."""
+    """One arm against its baseline on every recorded endpoint."""
 
     arm: str
     baseline: str
     primary: bool
-    """Whether this contrast answers the question of the comparison."""
     seeds: tuple[int, int]
-    """Number of runs of the arm and of the baseline."""
     paired: bool
     """Whether answers were paired question by question."""
     endpoints: dict[str, Endpoint]
@@ -157,7 +149,7 @@ class Contrast(Part):
 
 
 class RunInfo(Part):
-    """One run: its training, its loss in nats per token, and its metric as recorded."""
+    """One run; losses are nats per token, `value` is the metric as recorded."""
 
     label: str
     path: str
@@ -182,18 +174,18 @@ class Setting(Part):
 
     name: str
     values: list[Any]
-    """The value in each run, null where it isn't recorded; one value where all agree."""
+    """The value in each run, null if it isn't recorded; a single value if all agree."""
 
 
 class Source(NamedTuple):
-    """The runs as read from their files, and the aligned answers by label where they are known."""
+    """The runs as read from their files, and their aligned answers by label, if recorded."""
 
     runs: Sequence[Run]
     frames: Mapping[str, pd.DataFrame]
 
 
 class ComparisonRecord(BaseModel):
-    """The numbers of a comparison; comparison.json holds exactly these."""
+    """A comparison; comparison.json holds exactly this."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -210,11 +202,11 @@ class ComparisonRecord(BaseModel):
     questions: int | None
     """Questions compared."""
     dropped: dict[str, int]
-    """With --intersect, questions of each run that others had not answered."""
+    """With --intersect, questions of each run that others lack."""
     model: str | None
-    """The base model, where all runs have the same."""
+    """The base model, if all runs have the same."""
     dataset: str | None
-    """The training data, where all runs have the same."""
+    """The training data, if all runs have the same."""
     margin: float
     """Accuracies within this difference count as the same, a share of the questions."""
     runs: list[RunInfo]
@@ -234,24 +226,20 @@ class ComparisonRecord(BaseModel):
     same: list[Setting]
     """Recorded settings that agree."""
     notes: list[str]
-    """What a reader has to know before quoting numbers."""
+    """What to know before quoting numbers."""
 
     _source: Source = PrivateAttr(default_factory=lambda: Source((), {}))
 
     def attach(self, source: Source) -> None:
-        """Keeps what the numbers were computed from."""
+        """Sets what the numbers were computed from."""
         self._source = source
 
     @property
     def source(self) -> Source:
-        """What the numbers were computed from; empty if the record was read from a file."""
+        """What the numbers were computed from; empty for a record read from a file."""
         return self._source
 
     @property
     def primary(self) -> list[Contrast]:
         """The contrasts that answer the question."""
         return [item for item in self.contrasts if item.primary]
-
-    def values_of(self, arm: str) -> list[float]:
-        """Returns the recorded metric of each run of an arm."""
-        return [run.value for run in self.runs if run.arm == arm and run.value is not None]

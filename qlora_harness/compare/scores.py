@@ -1,14 +1,15 @@
-"""What two arms answered: accuracies, probabilities of right answers, letters, groups."""
+"""Endpoints from the answers of two arms: accuracy, NLL, Brier score, letters, groups."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, product
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from qlora_harness.compare import choices
 from qlora_harness.compare import statistics as st
@@ -16,15 +17,11 @@ from qlora_harness.compare.arms import Arm
 from qlora_harness.compare.choices import RunAnswers, stacked
 from qlora_harness.compare.endpoint import SPECS, Spec, measured
 from qlora_harness.compare.record import Chance, Detail, Endpoint, GroupDifference, Kind
+from qlora_harness.compare.statistics import Floats
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
-    Runs = Sequence[RunAnswers]
-
-MOSTLY = 0.5  # share of a difference from which on its cause is named
-_FEWEST_SUBJECTS = 10  # below which a standard error by subject says little
+Runs = Sequence[RunAnswers]
+MOSTLY = 0.5  # a cause of more than this share of a difference is named
+_FEWEST_SUBJECTS = 10  # a standard error over fewer says little
 
 
 class Design(NamedTuple):
@@ -38,10 +35,9 @@ class Design(NamedTuple):
 def scores(
     one: Runs, two: Runs, arms: tuple[Arm, Arm], task: str, level: float, margin: float
 ) -> list[Endpoint]:
-    """Returns what the answers to the same questions say, arm less baseline.
+    """Returns the endpoints from aligned answers of an arm (`one`) and its baseline (`two`).
 
-    `one` and `two` are the aligned answers of the arm and of its baseline, `margin` is the share
-    of questions within which accuracies are the same.
+    `margin` is the difference, a share, within which accuracies are the same.
     """
     credit = stacked(one, "credit"), stacked(two, "credit")
     spec = _accuracy_spec(arms[0], task, margin, credit)
@@ -79,9 +75,9 @@ def paired(
     *,
     counts: bool = False,
 ) -> Endpoint:
-    """Compares values of questions and seeds, [seeds, n]; all but accuracy with errors by subject.
+    """Compares values by question, [seeds, n]; all but accuracy with errors by subject.
 
-    `counts` says that each value is a right or a wrong answer, or a part of one.
+    With `counts`, each value is the credit for an answer, 0 to 1.
     """
     change = one.mean(axis=0) - two.mean(axis=0)
     difference, items = st.over_items(change)
@@ -100,14 +96,14 @@ def paired(
 
 
 def _by_subject(values: Floats, subjects: NDArray[np.intp]) -> st.Variance | None:
-    """The variance of their mean when questions of a subject may depend on each other."""
+    """The variance of the mean, clustered by subject; None if there are too few subjects."""
     if subjects.max() < _FEWEST_SUBJECTS - 1:
         return None
     return st.over_items(values, clusters=subjects)[1]
 
 
 def _never_zero(items: st.Variance, n: int) -> st.Variance:
-    """Adds half a question to each cell, as Agresti and Min do: equal answers are no proof."""
+    """Adds half a question to each cell (Agresti and Min): equal answers are no proof."""
     return st.Variance(items.value + 1 / n**2, items.freedom)
 
 
@@ -126,18 +122,20 @@ def _macro(one: Floats, two: Floats, design: Design, spec: Spec) -> Endpoint:
 
 
 def unpaired_accuracy(arm: Arm, baseline: Arm, task: str, level: float, margin: float) -> Endpoint:
-    """Returns the difference of two accuracies whose answers aren't recorded."""
+    """Returns the difference of two accuracies without their answers."""
     results = [[run.scored[task] for run in a.runs] for a in (arm, baseline)]
     one, two = (np.array([result.value for result in part]) for part in results)
     errors = [[r.stderr for r in part if r.stderr is not None] for part in results]
-    estimate = st.unpaired(one, two, (errors[0], errors[1]), level)
+    items = st.Variance(sum(max(part) ** 2 for part in errors), st.NORMAL) if all(errors) else None
+    seeds = st.over_seeds(one, two, blocks=False)
+    estimate = st.combine(float(one.mean() - two.mean()), items, seeds, level=level)
     spec = _accuracy_spec(arm, task, margin, (one, two))
     reason = "unpaired: no answers by question"
     return measured("accuracy", (one, two), estimate, spec=spec, n=results[0][0].n, reason=reason)
 
 
 def chance(name: str, runs: Runs) -> Chance | None:
-    """Tests whether an arm's answers follow the questions; None where that can't be told."""
+    """Tests whether an arm beats chance; None without the same choices in all questions."""
     if not runs or not all(run.alike for run in runs):
         return None
     centred = stacked(runs, "centred")
@@ -165,7 +163,7 @@ def _divergence(run: RunAnswers, reference: RunAnswers) -> float:
 
 
 def detail(one: Runs, two: Runs) -> Detail | None:
-    """Returns what else the answers say; None where the questions have no choices."""
+    """Returns more on the answers; None if the questions have no choices."""
     if not one[0].has_choices:
         return None
     parts = (one, two)
@@ -197,12 +195,11 @@ def detail(one: Runs, two: Runs) -> Detail | None:
         tie_effect=float(score - credit),
         won=won,
         lost=lost,
-        mcnemar_midp=st.mcnemar_midp(lost, won),
     )
 
 
 def mark_letters(endpoint: Endpoint, detail: Detail | None) -> Endpoint:
-    """Returns an endpoint that says whether letters make most of a difference in accuracy."""
+    """Returns an endpoint that notes if letters make most of an accuracy difference."""
     if endpoint.key != "accuracy" or detail is None or detail.explained is None:
         return endpoint
     shown = endpoint.word in ("better", "worse") and endpoint.difference
@@ -211,7 +208,7 @@ def mark_letters(endpoint: Endpoint, detail: Detail | None) -> Endpoint:
 
 
 def groups(one: Runs, two: Runs, category_of: Mapping[str, str]) -> list[GroupDifference]:
-    """Returns categories and subjects, each with its interval; p corrected within their kind."""
+    """Returns the differences by category and by subject."""
     arm, baseline = (stacked(part, "credit").mean(axis=0) for part in (one, two))
     subjects = one[0].frame["subject"].astype(str)
     change = pd.DataFrame(

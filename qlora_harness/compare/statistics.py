@@ -1,29 +1,25 @@
 """Intervals and tests for the difference of two arms; each test inverts its interval.
 
 Questions and seeds are crossed: other questions and other seeds would both move a difference, and
-their variances add (the interaction is counted twice, which is cautious). Intervals over questions
-are for questions like these or, clustered, for subjects like these.
+their variances add (the interaction counts twice, which is cautious). Intervals over questions hold
+for questions like these or, if clustered, for subjects like these.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from scipy.special import bdtr, gammaln, ndtr, ndtri, stdtr, stdtrit
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from qlora_harness.compare.record import Estimate
 
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
-
-    Floats = NDArray[np.float64]
-
+Floats = NDArray[np.float64]
 LEVEL = 0.05
-POWER = 0.8
-_NORMAL = 1e9  # degrees of freedom of the normal distribution
+NORMAL = 1e9  # degrees of freedom of the normal distribution
 
 
 class Variance(NamedTuple):
@@ -70,14 +66,13 @@ def over_strata(differences: Floats, strata: NDArray[np.intp]) -> tuple[float, V
 def over_seeds(
     first: Floats, second: Floats, *, blocks: bool, fixed: tuple[bool, bool] = (False, False)
 ) -> list[Variance]:
-    """Returns what other seeds would do to the difference of two arms' means, a value each seed.
+    """Returns the variances over seeds of the difference of two arms' means, one value a seed.
 
-    With `blocks`, the values are of the same seeds in the same order, and runs of one seed move
-    together, as losses do, which share batches, first weights and dropout. Otherwise each arm has
-    its own variance (Welch). `fixed` arms have no seed, as an untrained base has none.
-
-    Returns one variance for each arm. One in all with blocks, and where one arm has a single seed
-    and is assumed to vary as the other does. None where nothing tells how seeds vary.
+    With `blocks`, both arms have the same seeds in the same order, and runs of one seed move
+    together: losses share batches, initial weights and dropout. That gives one variance. Otherwise
+    each arm has its own (Welch); an arm of one seed is assumed to vary as the other does, which
+    again gives one. `fixed` arms have no seed, such as an untrained base. The list is empty if no
+    arm has two seeds.
     """
     arms = [arm for arm, no_seed in zip((first, second), fixed, strict=True) if not no_seed]
     if max((len(arm) for arm in arms), default=0) < 2:
@@ -96,9 +91,9 @@ def combine(
 ) -> Estimate:
     """Returns the interval at a two-sided level from the variances over items and over seeds.
 
-    The inner interval has twice the level. The degrees of freedom are Satterthwaite's. With one
-    variance over few seeds beside that over items these are too many (88% coverage at worst), so
-    there the quantile is Cochran's weighted mean of the parts' own (Biometrics 20, 1964).
+    The inner interval has twice the level. The degrees of freedom are Satterthwaite's. Those are
+    too many for variances over items and over few seeds (88% coverage at worst); the quantile is
+    then Cochran's weighted mean of the parts' own (Biometrics 20, 1964).
     """
     parts = ([] if items is None else [items]) + seeds
     parts = [part for part in parts if part.freedom > 0 and math.isfinite(part.value)]
@@ -137,7 +132,7 @@ def _estimate(
 
 
 def _tail(quantile: Callable[[float], float], size: float) -> float:
-    """The probability beyond a size, by bisection."""
+    """The tail probability whose quantile is a size, by bisection."""
     low, high = 1e-300, 0.5
     for _ in range(200):
         middle = math.sqrt(low * high)
@@ -167,8 +162,8 @@ def tango_interval(
 ) -> tuple[Floats, Floats]:
     """Returns the differences that the score test at a two-sided level doesn't reject.
 
-    `lost` and `won` count the pairs that are right in the second and in the first only, `n` all
-    pairs; any shape.
+    `lost` counts the pairs that only the second arm got right, `won` those that only the first did,
+    `n` all pairs; any shape.
     """
     b, c, size = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (lost, won, n)))
     z = float(ndtri(1 - level / 2))
@@ -198,8 +193,8 @@ def no_difference(lost: ArrayLike, won: ArrayLike, n: ArrayLike) -> Floats:
 def pair_counts(total: ArrayLike, squares: ArrayLike) -> tuple[Floats, Floats]:
     """Returns how many questions only the second and only the first arm got right.
 
-    Takes the sum over questions of the credit of the first less that of the second, and the sum of
-    its squares, of any shape. With ties worth a part, the two counts have the same two sums.
+    Takes the sum and the sum of squares of credit differences, first less second; any shape. If
+    ties give partial credit, the counts are those with the same two sums.
     """
     net = np.asarray(total, dtype=np.float64)
     changed = np.maximum(np.asarray(squares, dtype=np.float64), np.abs(net))
@@ -209,9 +204,8 @@ def pair_counts(total: ArrayLike, squares: ArrayLike) -> tuple[Floats, Floats]:
 def paired_proportions(differences: Floats, *, level: float = LEVEL) -> Estimate:
     """Returns the difference of two accuracies on the same questions, one run each.
 
-    Takes the credit of the first less that of the second, [n], each from -1 to 1. Interval and
-    tests are Tango's, which hold where hardly any answer changed; the test of no difference, which
-    the interval inverts, is McNemar's without correction.
+    Takes credit differences, first less second, [n], from -1 to 1. The interval is Tango's, which
+    also holds if hardly any answer changed; it inverts McNemar's test without correction.
     """
     n = len(differences)
     lost, won = (float(x) for x in pair_counts(differences.sum(), (differences**2).sum()))
@@ -238,32 +232,9 @@ def holm(values: Floats) -> Floats:
     return adjusted
 
 
-def mcnemar_midp(lost: int, won: int) -> float:
-    """Returns the two-sided mid-p of McNemar's test (Fagerland et al. 2013), for reference."""
-    changed, few = lost + won, min(lost, won)
-    logarithm = gammaln(changed + 1) - gammaln(few + 1) - gammaln(changed - few + 1)
-    point = math.exp(float(logarithm) - changed * math.log(2))
-    return float(min(1.0, 2 * bdtr(few, changed, 0.5) - point)) if lost != won else 1.0
-
-
 def wilson(share: float, n: int) -> tuple[float, float]:
     """Returns Wilson's 95% interval of a share of n."""
     z = 1.959964
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
     return min(share, middle - half), max(share, middle + half)
-
-
-def unpaired(
-    one: Floats, two: Floats, errors: tuple[list[float], list[float]], level: float
-) -> Estimate:
-    """Returns the difference of two arms whose questions can't be paired.
-
-    Takes the metric, one value for each run, and the standard errors of each arm's values over
-    questions, of which the largest counts.
-    """
-    items = None
-    if all(errors):
-        items = Variance(max(errors[0]) ** 2 + max(errors[1]) ** 2, _NORMAL)
-    difference = float(one.mean() - two.mean())
-    return combine(difference, items, over_seeds(one, two, blocks=False), level=level)

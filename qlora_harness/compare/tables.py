@@ -1,4 +1,4 @@
-"""The tables behind the answer, as texts: for --details, comparison.md and the page."""
+"""The tables behind the answer, for --details, comparison.md and the page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from qlora_harness.compare.numbers import (
     difference,
-    inner_interval,
     interval,
     optional,
     p_text,
@@ -17,13 +16,13 @@ from qlora_harness.compare.numbers import (
     word,
 )
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Detail
-from qlora_harness.units import GIB, NOTHING, duration
+from qlora_harness.results.output import NOTHING, duration, gib
 
 Row = tuple[str, ...]
 
 
 class Table(NamedTuple):
-    """A table of texts; the first column names the rows, the others may be `numeric`."""
+    """A table of texts; the first column names the rows, `numeric` columns align right."""
 
     title: str
     columns: Row
@@ -32,7 +31,7 @@ class Table(NamedTuple):
 
 
 def tables(comparison: ComparisonRecord) -> list[Table]:
-    """Returns all tables that there are numbers for."""
+    """Returns all tables that have rows."""
     made = [_runs(comparison)]
     for item in comparison.contrasts:
         made.append(_endpoints(item))
@@ -55,11 +54,10 @@ def _runs(comparison: ComparisonRecord) -> Table:
         if run.value is not None and 0 <= run.value <= 1:
             error = "" if run.stderr is None else f" ± {100 * run.stderr:.2f}"
             score = f"{100 * run.value:.2f}%{error}"
-        peak = None if run.peak_bytes is None else run.peak_bytes / GIB
         time = NOTHING if run.train_seconds is None else duration(run.train_seconds)
         loss, perplexity = optional(run.eval_loss, "{:.4f}"), optional(run.perplexity, "{:.3f}")
         rows.append(
-            (run.label, run.arm, optional(run.seed, "{}"), optional(peak, "{:.2f}"), time, loss,
+            (run.label, run.arm, optional(run.seed, "{}"), gib(run.peak_bytes), time, loss,
              perplexity, score)
         )  # fmt: skip
     metric = f"{comparison.metric or 'accuracy'}, as recorded"
@@ -70,7 +68,11 @@ def _runs(comparison: ComparisonRecord) -> Table:
 def _endpoints(item: Contrast) -> Table:
     rows: list[Row] = []
     for one in item.endpoints.values():
-        notes = [f"90%: {inner_interval(one)}"] if one.within and one.inner_low is not None else []
+        notes = (
+            [f"90%: {interval(one, inner=True)}"]
+            if one.within and one.inner_low is not None
+            else []
+        )
         notes += [one.reason] if one.reason else []
         shown = f"{word(one)} ({'; '.join(notes)})" if notes else word(one)
         scale, form = (100, "{:.2f}") if one.unit == "share" else (1, "{:.3f}")
@@ -103,9 +105,11 @@ def _detail(item: Contrast, detail: Detail) -> Table:
         explained = points(detail.explained or 0, " pts")
         rows.append(("accuracy difference from these shares alone", explained))
     rows.append(
-        (f"right only in {item.arm}, only in {item.baseline}", f"{detail.won}, {detail.lost}")
+        (
+            f"right only in {item.arm}, only in {item.baseline} (first runs)",
+            f"{detail.won}, {detail.lost}",
+        )
     )
-    rows.append(("McNemar's mid-p for these (first runs)", p_text(detail.mcnemar_midp)))
     return _table(f"Answers of {item.arm} and {item.baseline}", ("", ""), rows)
 
 

@@ -1,4 +1,4 @@
-"""The answer on a terminal, and all of it as Markdown."""
+"""The answer and its details for a terminal, and both as Markdown."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from qlora_harness.compare.numbers import difference, interval, value, word
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint
 from qlora_harness.compare.tables import Table, tables
 from qlora_harness.compare.verdict import sentences, verdict
+from qlora_harness.results.output import NOTHING
 from qlora_harness.results.scored import DEFAULT_TASK
-from qlora_harness.units import NOTHING
 
 LINES, COLUMNS = 12, 80
-_DETAILS = 120  # columns that the widest table takes
+_DETAILS = 120  # columns
 MARKDOWN_TITLE = "# What do the 4 bits cost?"
 _HEADLINES = ("memory", "time", "eval_loss", "accuracy", "nll")
 _MARKS = {"better": "✓", "worse": "✗", "same": "≈", "unclear": "?", "no measurement": ""}
@@ -48,7 +48,7 @@ def answer(comparison: ComparisonRecord) -> str:
         lines += _one(primary[0])
     elif primary:
         lines += _many(primary)
-    # Whole sentences, the most important first, as many as there is room for.
+    # Whole sentences only, the most important first.
     for sentence in sentences(comparison):
         wrapped = textwrap.wrap(sentence, COLUMNS, break_long_words=True)
         if len(lines) + len(wrapped) <= LINES:
@@ -68,7 +68,7 @@ def _cut(line: str, columns: int = COLUMNS) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
-    """Rows as lines; all columns but those named align right, and the first gives way."""
+    """Rows as lines; columns align right unless in `left`, and the first is cut if need be."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     widths[0] = min(widths[0], max(8, COLUMNS - sum(widths[1:]) - 2 * len(widths[1:])))
     lines = []
@@ -85,7 +85,7 @@ def _one(item: Contrast) -> list[str]:
     """The two arms side by side."""
     endpoints = [item.endpoints[key] for key in _HEADLINES if key in item.endpoints]
     lines = _side_by_side(item, endpoints, [word(one) for one in endpoints])
-    if max(map(len, lines)) == COLUMNS:  # cut: without the margins there is more room
+    if max(map(len, lines)) == COLUMNS:  # probably cut: leave the margins out
         lines = _side_by_side(item, endpoints, [one.word for one in endpoints])
     for row, one in enumerate(endpoints, start=1):
         if one.word == "no measurement":
@@ -124,9 +124,9 @@ def _many(items: Sequence[Contrast]) -> list[str]:
 
 
 def _cell(endpoint: Endpoint | None) -> str:
-    return (
-        NOTHING if endpoint is None else f"{difference(endpoint)} {_MARKS[endpoint.word]}".rstrip()
-    )
+    if endpoint is None:
+        return NOTHING
+    return f"{difference(endpoint)} {_MARKS[endpoint.word]}".rstrip()
 
 
 def markdown(comparison: ComparisonRecord) -> str:
@@ -175,7 +175,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Escapes marks of Markdown, which texts of records may hold."""
+    """Escapes Markdown in texts from records."""
     for mark in "\\|`*_<[":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.split())

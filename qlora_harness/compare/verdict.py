@@ -1,13 +1,13 @@
-"""The answer in sentences, the most important first."""
+"""The verdict: the answer in sentences."""
 
 from __future__ import annotations
 
-from qlora_harness.compare.numbers import difference, inner_interval, points
+from qlora_harness.compare.numbers import difference, interval, points
 from qlora_harness.compare.power import discordance, questions_needed, seed_deviation
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint
 from qlora_harness.compare.scores import MOSTLY
 
-# How much less or more of an endpoint is said, and its name.
+# How less or more of an endpoint is phrased, and its name.
 _COSTS = {
     "memory": ("{} of memory", "{} more memory", "memory"),
     "time": ("{} of training time", "{} more training time", "training time"),
@@ -17,49 +17,49 @@ _COSTS = {
 
 
 def verdict(comparison: ComparisonRecord) -> str:
-    """Returns the whole answer."""
+    """Returns the answer in sentences."""
     return " ".join(sentences(comparison))
 
 
 def sentences(comparison: ComparisonRecord) -> list[str]:
-    """Returns the sentences of the answer by their importance."""
+    """Returns the sentences of the answer, the most important first."""
     primary = comparison.primary
     if not primary:
         return ["There is nothing to compare."]
-    said = [_validity(comparison)]
+    parts = [_validity(comparison)]
     if len(primary) == 1:
-        said += [_costs(primary[0]), _accuracy(primary[0], comparison), _won_back(primary[0])]
+        parts += [_costs(primary[0]), _accuracy(primary[0], comparison), _won_back(primary[0])]
     else:
-        said.append(_counts(primary))
-    said += [_secondary(item) for item in comparison.contrasts if not item.primary]
-    return [sentence for sentence in said if sentence]
+        parts.append(_counts(primary))
+    parts += [_secondary(item) for item in comparison.contrasts if not item.primary]
+    return [sentence for sentence in parts if sentence]
 
 
 def _validity(comparison: ComparisonRecord) -> str:
-    """States first what would make everything after it meaningless."""
+    """What would make the rest meaningless, so it comes first."""
     if any("random weights" in note for note in comparison.notes):
         return "The base has random weights: loss and accuracy say nothing."
     leading = {name for item in comparison.primary for name in (item.arm, item.baseline)}
     guessing = [one for one in comparison.chance if one.arm in leading and one.at_chance]
     if not guessing:
         return ""
-    verb = "does" if len(guessing) == 1 else "do"
+    verb = "is" if len(guessing) == 1 else "are"
     sizes = [f"{points(one.centred)} ± {100 * one.stderr:.2f}" for one in guessing]
     names = _listed([one.arm for one in guessing])
     return (
-        f"{names} {verb} not clearly beat chance ({_listed(sizes)} points without letter "
+        f"{names} {verb} not shown to beat chance ({_listed(sizes)} points without letter "
         "preference): accuracy may come from letter preference alone."
     )
 
 
 def _costs(item: Contrast) -> str:
-    """Memory, time, loss and NLL, where something is shown."""
-    said = _savings_and_costs(item)
+    """What is shown of memory, time, loss and NLL."""
+    changes = _savings_and_costs(item)
     trained = "memory" in item.endpoints
-    if not said and not trained:
+    if not changes and not trained:
         return ""
-    text = f"{item.arm} {said} compared with {item.baseline}"
-    if not said:
+    text = f"{item.arm} {changes} compared with {item.baseline}"
+    if not changes:
         text = f"{item.arm} and {item.baseline} show no difference in cost"
     if item.seeds == (1, 1) and trained:
         return f"In these two runs, {text}. A second seed would show how much seeds matter."
@@ -88,7 +88,7 @@ def _savings_and_costs(item: Contrast) -> str:
 
 
 def _counts(primary: list[Contrast]) -> str:
-    """Of many arms: for how many something is shown, and which costs least."""
+    """For several arms: how many are better or worse, and which is best on NLL."""
     parts = []
     for key in ("memory", "time", "eval_loss", "accuracy", "nll"):
         known = [item.endpoints[key] for item in primary if key in item.endpoints]
@@ -129,17 +129,17 @@ def _shown(endpoint: Endpoint) -> str:
     if endpoint.word == "unclear":
         return f"{size}, neither a difference nor equivalence within {margin} is shown"
     if endpoint.word == "same":
-        return f"{size}, the same within {margin} (90% interval {inner_interval(endpoint)})"
+        return f"{size}, the same within {margin} (90% interval {interval(endpoint, inner=True)})"
     return f"{size}, {endpoint.word}{f', though within {margin}' if endpoint.within else ''}"
 
 
 def _needed(item: Contrast, comparison: ComparisonRecord) -> str:
-    """How many questions would show equivalence; nothing if these would, or if it isn't known."""
+    """How many questions would show equivalence; "" if these are enough, or it isn't known."""
     n, share = item["accuracy"].n, discordance(item)
     if share is None or not n or item["accuracy"].unit != "share":
         return ""
     deviation = seed_deviation(comparison, item) or 0.0
-    (need,) = questions_needed(comparison.margin, max(share, 1 / n), deviation, (min(item.seeds),))
+    need = questions_needed(comparison.margin, max(share, 1 / n), deviation, min(item.seeds))
     margin = f"±{100 * comparison.margin:g}"
     if need.equivalence is None:
         return f"; with so few seeds, no number of questions shows equivalence within {margin}"
@@ -151,7 +151,7 @@ def _needed(item: Contrast, comparison: ComparisonRecord) -> str:
 
 
 def _letters(item: Contrast) -> str:
-    """How much of an accuracy difference is letters and ties."""
+    """How much of an accuracy difference comes from letters and ties."""
     detail, endpoint = item.detail, item["accuracy"]
     if detail is None or not endpoint.difference or endpoint.word not in ("better", "worse"):
         return ""
@@ -167,6 +167,7 @@ def _letters(item: Contrast) -> str:
 
 
 def _won_back(item: Contrast) -> str:
+    """How much of a gap in loss training closes, by held-out data or else by training steps."""
     before, after, what = item.measured("loss_before"), item.measured("eval_loss"), ""
     if "loss_before" not in item.endpoints:
         before, after = item.measured("first_step_loss"), item.measured("last_steps_loss")

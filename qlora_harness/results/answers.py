@@ -1,9 +1,9 @@
-"""Every answer of every run as rows of one DataFrame, whatever task and file they come from.
+"""The answers of a run as a DataFrame with one row per question, for any task and file.
 
 Columns: subject, item (its number there), index (the line in a data file of this project, else -1),
-the hashes document, prompt and target, answer (position of the right choice, -1 where there are no
-choices), choice (position of the best), logprob_0, logprob_1, … (nats), score (the metric as
-recorded) and credit (the same, with a tie of k best choices that holds the right one worth 1/k).
+the hashes document, prompt and target, answer (position of the right choice, -1 without choices),
+choice (position of the best), logprob_0, logprob_1, … (nats), score (the metric as recorded) and
+credit (the same, but 1/k if the right choice is one of k tied best).
 """
 
 from __future__ import annotations
@@ -12,39 +12,32 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qlora_harness.errors import ComparisonError, ResultsError, shown
 from qlora_harness.families import LETTERS
 from qlora_harness.question_hashes import PROMPT_DIGITS, prompts_hash
 from qlora_harness.record import EVALUATION_FILE
-from qlora_harness.results.harness import read_samples, samples_path
-from qlora_harness.results.scored import FAMILIES, HarnessFile, Scored
+from qlora_harness.results.harness import read_samples
+from qlora_harness.results.scored import FAMILIES, Scored
 from qlora_harness.schema.evaluation import Progress
 from qlora_harness.schema.section import LARGEST, first_problem, read_record
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
-
 _OTHER_RUN = "The file is half written or belongs to another run; score again or remove it"
-_SHOWN_CHARACTERS = 600  # of a question
 
 
 def read_answers(scored: Scored) -> pd.DataFrame | None:
-    """Reads the answers behind a result; None where they aren't recorded.
+    """Reads the answers behind a result; None if they aren't recorded.
 
-    Raises ResultsError if a file is unreadable, contradicts itself, or is another run's.
+    Raises ResultsError if a file is unreadable, contradicts itself, or belongs to another run.
     """
     frame = _read_progress(scored) if scored.path.name == EVALUATION_FILE else None
-    if frame is None and scored.harness is not None:
-        frame = _read_logged(scored.harness, scored)
-    return frame
+    return _read_logged(scored) if frame is None else frame
 
 
 def _read_progress(scored: Scored) -> pd.DataFrame | None:
@@ -97,7 +90,7 @@ def _read_progress(scored: Scored) -> pd.DataFrame | None:
 
 
 def _find_progress(scored: Scored) -> tuple[Path, Progress | None]:
-    """The progress file of the model that evaluation_results.json is about."""
+    """The progress file of the model in evaluation_results.json."""
     folder = scored.path.parent
     paths = sorted(p for p in folder.glob("mmlu_progress_*.json") if p.is_file())
     records = {path: read_record(path, Progress) for path in paths}
@@ -106,37 +99,37 @@ def _find_progress(scored: Scored) -> tuple[Path, Progress | None]:
         problem = (
             f"{mine[0]} and {mine[1]} are both of the model of {EVALUATION_FILE}"
             if mine
-            else f"{paths[0]}: arm or model is not that of {EVALUATION_FILE}"
+            else f"{paths[0]}: arm or model differs from {EVALUATION_FILE}"
         )
-        raise ResultsError(problem, "Remove the file that is another run's or out of date")
+        raise ResultsError(problem, "Remove the file that is out of date or another run's")
     return (mine[0], records[mine[0]]) if mine else (folder, None)
 
 
-def _read_logged(file: HarnessFile, scored: Scored) -> pd.DataFrame | None:
+def _read_logged(scored: Scored) -> pd.DataFrame | None:
     """The answers that lm_eval logged with --log_samples; None without any samples file."""
-    paths = [samples_path(file, leaf) for leaf in file.tasks[scored.task]]
+    paths = list(scored.samples.values())
     missing = [path for path in paths if not path.is_file()]
-    if not file.date or len(missing) == len(paths):
+    if len(missing) == len(paths):
         return None
     if missing:
         raise ResultsError(
-            f"{missing[0]} is missing ({len(missing)} of {len(paths)} sample files are)",
-            "Score again with --log_samples, or remove the sample files that are left",
+            f"{missing[0]} is missing ({len(missing)} of {len(paths)} samples files are)",
+            "Score again with --log_samples, or remove the other samples files",
         )
     rows = [
         row
-        for path, subject in zip(paths, scored.subjects, strict=True)
+        for subject, path in scored.samples.items()
         for row in _read_leaf(path, subject, scored)
     ]
     frame = pd.DataFrame(rows)
     lines, logprobs = frame.pop("where"), frame.pop("logprobs")
     frame = _with_choices(frame, _choices(frame, list(logprobs), list(lines), scored))
-    _check_totals(frame, scored, str(file.path))
+    _check_totals(frame, scored, str(paths[0].parent))
     return frame
 
 
 class _Sample(BaseModel):
-    """What every sample must have."""
+    """The fields that every sample must have."""
 
     model_config = ConfigDict(strict=True)
     doc_id: int
@@ -169,15 +162,9 @@ def _row(where: str, sample: Mapping[str, Any], scored: Scored) -> dict[str, Any
         known = _Sample.model_validate(sample)
     except ValidationError as error:
         raise ResultsError(f"{where}: {first_problem(error)}", _OTHER_RUN) from None
-    ours = scored.task in FAMILIES
     logprobs = _logprobs(sample.get("filtered_resps"))
-    if ours and len(logprobs) != len(LETTERS):
-        raise ResultsError(
-            f"{where}: filtered_resps does not hold four [log-probability, greedy] pairs",
-            _OTHER_RUN,
-        )
     doc, target = sample.get("doc"), str(sample.get("target"))
-    index = doc.get("index") if ours and isinstance(doc, Mapping) else None
+    index = doc.get("index") if scored.task in FAMILIES and isinstance(doc, dict) else None
     position = int(target) if target.isdecimal() and len(target) < 4 else -1
     return {
         "item": known.doc_id,
@@ -192,7 +179,7 @@ def _row(where: str, sample: Mapping[str, Any], scored: Scored) -> dict[str, Any
 
 
 def _logprobs(responses: object) -> list[float]:
-    """[[-1.2, false], …], or with every leaf turned into text; empty for generated text."""
+    """From [[-1.2, false], …], also with every leaf as text; empty for generated text."""
     if not isinstance(responses, list):
         return []
     try:
@@ -205,31 +192,27 @@ def _logprobs(responses: object) -> list[float]:
 
 def _choices(
     frame: pd.DataFrame, responses: Sequence[list[float]], lines: Sequence[str], scored: Scored
-) -> Floats | None:
-    """The log-probabilities, [n, most choices]; None if the best of them don't give the score."""
+) -> NDArray[np.float64] | None:
+    """The log-probabilities, [n, most choices]; None if the best choices don't give the score."""
     ours = scored.task in FAMILIES
-    answer = frame["answer"].to_numpy()
-    missing = np.flatnonzero(answer < 0)
-    if len(missing) and ours:
+    fits = [
+        0 <= answer < len(row) > 1
+        and (len(row) == len(LETTERS) or not ours)
+        and (row.index(max(row)) == answer) == score
+        for row, answer, score in zip(responses, frame["answer"], frame["score"], strict=True)
+    ]
+    if ours and not all(fits):
         raise ResultsError(
-            f"{lines[missing[0]]}: the target is not a choice from 0 to 3", _OTHER_RUN
+            f"{lines[fits.index(False)]}: filtered_resps, target and acc contradict each other",
+            _OTHER_RUN,
         )
-    # acc_norm chooses by other numbers.
-    if len(missing) or scored.metric != "acc" or min(map(len, responses)) < 2:
+    if scored.metric != "acc" or not all(fits):  # acc_norm chooses by other numbers
         return None
-    logprobs = np.array(list(zip_longest(*responses, fillvalue=np.nan)), dtype=np.float64).T
-    wrong = np.flatnonzero((np.nanargmax(logprobs, axis=1) == answer) != frame["score"])
-    if len(wrong) and ours:
-        raise ResultsError(
-            f"{lines[wrong[0]]}: acc is {frame['score'].iloc[wrong[0]]:g}, but the best "
-            f"log-probability says otherwise for the target {answer[wrong[0]]}",
-            "The file was changed or is damaged; score again",
-        )
-    return None if len(wrong) else logprobs
+    return np.array(list(zip_longest(*responses, fillvalue=np.nan)), dtype=np.float64).T
 
 
-def _with_choices(frame: pd.DataFrame, logprobs: Floats | None) -> pd.DataFrame:
-    """Adds what follows from log-probabilities, [n, choices], if they are known."""
+def _with_choices(frame: pd.DataFrame, logprobs: NDArray[np.float64] | None) -> pd.DataFrame:
+    """Adds choice, credit and log-probabilities; without [n, choices] the score is the credit."""
     frame = frame.assign(subject=frame["subject"].astype("category"))
     if logprobs is None:
         return frame.assign(answer=np.int16(-1), choice=np.int16(-1), credit=frame["score"])
@@ -244,18 +227,14 @@ def _with_choices(frame: pd.DataFrame, logprobs: Floats | None) -> pd.DataFrame:
     return pd.concat([frame, pd.DataFrame(logprobs, columns=names)], axis=1)
 
 
-def _logprob_columns(frame: pd.DataFrame) -> list[str]:
-    return [str(name) for name in frame.columns if str(name).startswith("logprob_")]
-
-
-def logprobs_of(frame: pd.DataFrame) -> Floats:
-    """Returns the log-probabilities of the choices, [n, choices]; NaN where there is none."""
-    table: Floats = frame[_logprob_columns(frame)].to_numpy(dtype=np.float64)
+def logprobs_of(frame: pd.DataFrame) -> NDArray[np.float64]:
+    """Returns the log-probabilities, [n, choices]; NaN for choices that a question lacks."""
+    table: NDArray[np.float64] = frame.filter(regex="^logprob_").to_numpy(dtype=np.float64)
     return table
 
 
 def _check_totals(frame: pd.DataFrame, scored: Scored, where: str) -> None:
-    """Checks that the answers are those that the result was made of."""
+    """Checks that the answers give the recorded result of each subject."""
     groups = frame.groupby("subject", observed=True)["score"]
     sums, sizes = groups.sum().to_dict(), groups.size().to_dict()
     for subject in sizes.keys() | scored.subjects.keys():
@@ -271,10 +250,10 @@ def _check_totals(frame: pd.DataFrame, scored: Scored, where: str) -> None:
 
 
 def _item_keys(frames: Sequence[pd.DataFrame]) -> list[pd.MultiIndex]:
-    """What identifies each question, in a form that all frames have in common.
+    """Keys of the questions in each frame, by the first of these that all frames have.
 
-    The line in the data file for tasks of this project; else lm_eval's hash of the document; else
-    that of the prompt. Questions of one subject with the same hash are numbered.
+    The line in the data file (tasks of this project), lm_eval's hash of the document, or that of
+    the prompt. Questions of one subject with the same hash are numbered.
     """
     name = "prompt"
     if all((frame["index"] >= 0).all() for frame in frames):
@@ -292,10 +271,10 @@ def _item_keys(frames: Sequence[pd.DataFrame]) -> list[pd.MultiIndex]:
 def align(
     frames: Mapping[str, pd.DataFrame], *, intersect: bool
 ) -> tuple[dict[str, pd.DataFrame], dict[str, int]]:
-    """Brings the answers of runs, by label, to the same questions in the same order.
+    """Aligns the answers of runs, by label, to the same questions in the same order.
 
-    Returns the frames, and how many questions of each were left out, which only `intersect`
-    allows. Raises ComparisonError if the runs answered different questions.
+    Returns the frames and how many questions of each were dropped. Raises ComparisonError if the
+    runs answered different questions, unless `intersect` allows to drop those.
     """
     labels, parts = list(frames), list(frames.values())
     keys = _item_keys(parts)
@@ -332,7 +311,7 @@ def align(
 
 
 def _check_same(first: str, one: pd.DataFrame, label: str, other: pd.DataFrame) -> None:
-    """Checks the hashes that both have."""
+    """Checks the hashes that both runs have."""
     for name in ("document", "prompt", "target"):
         a, b = one[name].to_numpy(), other[name].to_numpy()
         differ = np.flatnonzero((a != b) & (a != "") & (b != ""))
@@ -344,26 +323,3 @@ def _check_same(first: str, one: pd.DataFrame, label: str, other: pd.DataFrame) 
                 f"{row['item']}",
                 "Score all runs with the same task, data folder and template",
             )
-
-
-def questions_of(file: HarnessFile, task: str, prompts: set[str]) -> dict[str, str]:
-    """Returns texts of questions by prompt hash, from logged samples, cut and without shots."""
-    texts = {}
-    for path in (samples_path(file, leaf) for leaf in file.tasks[task]):
-        for _, sample in read_samples(path) if path.is_file() else ():
-            prompt = str(sample.get("prompt_hash"))[:PROMPT_DIGITS]
-            if prompt in prompts:
-                texts[prompt] = _question(sample)
-    return texts
-
-
-def _question(sample: Mapping[str, Any]) -> str:
-    arguments = sample.get("arguments")
-    text = sample["doc"].get("input") if isinstance(sample.get("doc"), Mapping) else None
-    if not isinstance(text, str) and isinstance(arguments, Mapping) and arguments:
-        first = next(iter(arguments.values()))
-        text = first.get("arg_0") if isinstance(first, Mapping) else None
-    if not isinstance(text, str):
-        return ""
-    text = text.rsplit("\n\n", 1)[-1].removesuffix("Answer:").strip()
-    return text if len(text) <= _SHOWN_CHARACTERS else f"…{text[-_SHOWN_CHARACTERS:]}"

@@ -1,4 +1,4 @@
-"""`qlora-harness runs` and `qlora-harness show RUN`: what lies in the results folder."""
+"""`qlora-harness runs` and `qlora-harness show RUN`: the runs in a results folder, and one run."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from rich.table import Table as RichTable
 
 from qlora_harness.errors import ResultsError
 from qlora_harness.record import EVALUATION_FILE, SUMMARY_FILE
-from qlora_harness.results.output import PrintableText
+from qlora_harness.results.output import NOTHING, PrintableText, duration, gib
 from qlora_harness.results.runs import find_runs
 from qlora_harness.results.scored import DEFAULT_TASK
 from qlora_harness.schema.evaluation import EvaluatedModel, Evaluation, TaskScores
 from qlora_harness.schema.section import read_record
 from qlora_harness.schema.training import TrainingSummary, read_summary
-from qlora_harness.units import GIB, NOTHING, duration
 
 _COLUMNS = ("run", "model", "data", "quant", "status", "GiB", "loss", "MMLU %")
 _NUMBERS = ("GiB", "loss", "MMLU %")
 
 
 def print_runs(folder: Path, console: Console) -> None:
-    """Prints one line for each run; raises ResultsError if there is none."""
+    """Prints one line for each run; raises ResultsError if there is no run."""
     table = RichTable(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for name in _COLUMNS:
         side = "right" if name in _NUMBERS else "left"
@@ -50,7 +49,8 @@ def _line(path: Path, folder: Path) -> list[str]:
     summary, evaluation = _read(path)
     scored = EvaluatedModel() if evaluation is None else evaluation.model
     model, quant, random = scored.base, scored.quant, scored.random_weights
-    data, loss, status = None, None, "scored"
+    data = loss = None
+    status = "scored"
     if summary is not None:
         model, quant = summary.model.name or model, summary.quant or quant
         random = random or summary.model.random_weights
@@ -72,7 +72,7 @@ def _peak(summary: TrainingSummary | None) -> str:
     if summary is None or summary.peak_bytes is None:
         return NOTHING
     on_cpu = summary.memory.peak_allocated_bytes is None
-    return f"{summary.peak_bytes / GIB:.2f}{' CPU' if on_cpu else ''}"
+    return f"{gib(summary.peak_bytes)}{' CPU' if on_cpu else ''}"
 
 
 def _accuracy(evaluation: Evaluation | None) -> str:
@@ -88,10 +88,7 @@ def _accuracy(evaluation: Evaluation | None) -> str:
 
 
 def print_run(path: Path, console: Console) -> None:
-    """Prints what is recorded of one run.
-
-    Raises ResultsError, before anything is printed, if it holds no record or a broken one.
-    """
+    """Prints the records of one run; raises ResultsError if there is none, or one is broken."""
     summary, evaluation = _read(path)
     if summary is None and evaluation is None:
         raise ResultsError(

@@ -1,17 +1,18 @@
-"""One run: its training record, its log, and what it scored, made to agree."""
+"""One run: its training record, step log and scores, checked against each other."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_harness.errors import ComparisonError, ResultsError
 from qlora_harness.record import EVALUATION_FILE, LOGS_FILE, SUMMARY_FILE
-from qlora_harness.results.harness import newest, read_file, read_scored
-from qlora_harness.results.scored import HarnessFile, Scored, read_evaluation
+from qlora_harness.results.harness import HarnessFile, newest, read_file, read_scored
+from qlora_harness.results.scored import Scored, read_evaluation
 from qlora_harness.schema.evaluation import EvaluatedModel
 from qlora_harness.schema.section import flatten, read_record
 from qlora_harness.schema.training import TrainingLog, TrainingSummary, read_summary
@@ -25,11 +26,10 @@ _AGREEMENT = 1e-9
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """One run; `path` is its folder or results file, as given.
 
-    `path` is its folder or results file, as named. `tasks` are what it was scored on, groups
-    standing for their parts; `scored` holds the results by task, also by the parts of groups, each
-    read when it is first used.
+    `tasks` lists what was scored, a group instead of its parts. `scored` holds the results of both
+    by task, each read on first use.
     """
 
     path: Path
@@ -40,18 +40,23 @@ class Run:
     scored: Mapping[str, Scored]
 
     def on(self, task: str | None) -> Run:
-        """Returns the run with the result on one task alone, which then says what was scored."""
+        """Returns the run with its result on one task only."""
         scored = {task: self.scored[task]} if task is not None and task in self.scored else {}
         return replace(self, scored=scored)
 
     def answers(self, task: str) -> pd.DataFrame | None:
-        """Reads the answers to the questions of a task; None where they aren't recorded.
+        """Reads the answers to the questions of a task; None if they aren't recorded.
 
         Raises ResultsError if the files are broken, or not those of the result.
         """
         from qlora_harness.results.answers import read_answers
 
         return read_answers(self.scored[task])
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the training, if recorded."""
+        return None if self.training is None else self.training.seed
 
     @property
     def quant(self) -> str | None:
@@ -104,18 +109,15 @@ class Run:
 
 
 class _LazyResults(Mapping[str, Scored]):
-    """Results by task, each read when it is first used."""
+    """Results by task, each read on first use."""
 
     def __init__(self, names: Sequence[str], read: Callable[[str], Scored]) -> None:
-        self._names, self._read = names, read
-        self._known: dict[str, Scored] = {}
+        self._names, self._read = names, cache(read)
 
     def __getitem__(self, task: str) -> Scored:
         if task not in self._names:
             raise KeyError(task)
-        if task not in self._known:
-            self._known[task] = self._read(task)
-        return self._known[task]
+        return self._read(task)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -171,7 +173,7 @@ def load_run(path: str | Path, *, label: str | None = None, metric: str | None =
         file = newest(files, task, one_model=training is None and task not in ours)
         scored = _join(ours.get(task), file, task, metric)
         rivals = sum(task in other.tasks for other in files)
-        if file is None or scored.harness is None or rivals == 1:
+        if file is None or not scored.samples or rivals == 1:
             return scored
         note = f"{file.path} is the newest of {rivals} lm_eval files with {task}: used"
         return replace(scored, notes=(*scored.notes, note))
@@ -199,7 +201,7 @@ def _read_log(path: Path, training: TrainingSummary) -> TrainingLog | None:
         return None
     log = read_record(path, TrainingLog)
     steps, rows = training.results.steps, len(log.steps)
-    # A resumed run may lack the rows before its checkpoint.
+    # The log of a resumed run may begin after its checkpoint.
     wrong = steps is not None and (rows > steps or (rows < steps and not training.runtime.resumed))
     if training.status == "completed" and wrong:
         raise ResultsError(
@@ -228,20 +230,22 @@ def _refuse_parent_folder(path: Path) -> None:
 
 
 def _join(ours: Scored | None, file: HarnessFile | None, task: str, metric: str | None) -> Scored:
-    """Joins our record of a task with lm_eval's, of which there is at least one."""
+    """Joins our record of a task with lm_eval's; one of them may be missing."""
     if ours is not None and metric not in (None, "acc", "acc,none"):
         raise ResultsError(
             f"{ours.path}: {task} has no metric {metric}, only acc", "Leave --metric out"
         )
-    if ours is None or file is None:
-        assert ours is not None or file is not None
-        return ours if file is None else read_scored(file, task, metric)  # type: ignore[return-value]
+    if file is None:
+        assert ours is not None
+        return ours
     theirs = read_scored(file, task, metric)
+    if ours is None:
+        return theirs
     same = ours.n == theirs.n and ours.subjects.keys() == theirs.subjects.keys()
     if same and abs(ours.value - theirs.value) <= _AGREEMENT:
         joined = {**theirs.conditions, **ours.conditions}
         notes = (*ours.notes, *theirs.notes)
-        return replace(ours, conditions=joined, notes=notes, harness=file)
+        return replace(ours, conditions=joined, notes=notes, samples=theirs.samples)
     if ours.ended is None or theirs.ended is None or theirs.ended >= ours.ended:
         raise ResultsError(
             f"{ours.path} and {theirs.path} contradict each other on {task}: acc {ours.value:.6f} "
@@ -271,7 +275,7 @@ def find_runs(folder: str | Path = "results") -> list[Path]:
 
 
 def default_labels(paths: Sequence[Path]) -> list[str]:
-    """Returns for each run the shortest end of its path that tells it from the others."""
+    """Returns the shortest end of each path that tells it from the others."""
     parts = [
         (path.parent if path.suffix == ".json" else path).resolve().parts[1:] or ("/",)
         for path in paths

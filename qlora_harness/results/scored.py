@@ -1,4 +1,4 @@
-"""What one run scored on one task, wherever it was read from."""
+"""One run's result on one task, from this project's records or lm_eval's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qlora_harness.errors import ResultsError
 from qlora_harness.families import families
@@ -24,24 +24,8 @@ FAMILIES = (
 )
 
 
-@dataclass(frozen=True)
-class HarnessFile:
-    """One results file of lm_eval.
-
-    `date` is the one in its name, "" without one. `tasks` holds the leaves of each task: a task of
-    its own is its only leaf, a group has those below it. `roots` are tasks that are no part of
-    another.
-    """
-
-    path: Path
-    date: str
-    record: Mapping[str, Any]
-    tasks: Mapping[str, tuple[str, ...]]
-    roots: tuple[str, ...]
-
-
 class Subject(NamedTuple):
-    """The metric and the questions answered of a part of a task that has a name of its own."""
+    """Metric and number of answered questions of a subject, or of a task in a group."""
 
     value: float
     n: int
@@ -49,13 +33,11 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True)
 class Scored:
-    """One run's result on one task.
+    """One run's result on one task; what isn't recorded is None or missing.
 
-    `ended` is when the evaluation ended, seconds since 1970. `value` is the metric over all `n`
-    questions answered of `n_total`. `subjects` holds the task itself where it has none, and
-    `category_of` those that have a category. `versions` are those of the tasks, and their numbers
-    of shots; `conditions` every recorded setting by dotted name; `harness` the lm_eval file behind
-    the result. What isn't recorded is None or missing.
+    `value` is the metric over the `n` answered questions of `n_total`. `ended` is in seconds since
+    1970. A task without subjects is its own only subject. `conditions` are the recorded settings by
+    dotted name, `samples` the file of each subject in which lm_eval logs samples.
     """
 
     task: str
@@ -77,27 +59,27 @@ class Scored:
     truncated: int | None = None
     versions: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    harness: HarnessFile | None = None
+    samples: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def limited(self) -> bool:
-        """Whether only a part of the questions was answered (--limit, or single subjects)."""
+        """Whether only some questions were answered (--limit, or single subjects)."""
         return self.n < self.n_total
 
     @property
     def tuned(self) -> bool:
-        """Whether an adapter was scored, as far as is recorded."""
+        """Whether the record names an adapter."""
         return bool(self.model.peft or self.model.adapter_sha256)
 
 
 def category_of(task: str) -> dict[str, str]:
-    """Returns the category of each subject of a task of this project; of others, nothing."""
+    """Returns the category of each subject; empty for tasks that aren't this project's."""
     categories = families().get(task, {}).get("categories", {})
     return {subject: name for name, subjects in categories.items() for subject in subjects}
 
 
 def read_evaluation(path: Path) -> dict[str, Scored]:
-    """Reads what was scored, by task, from evaluation_results.json.
+    """Reads the results in evaluation_results.json by task.
 
     Raises ResultsError if the file is unreadable, foreign, incomplete or contradicts itself.
     """
@@ -108,7 +90,7 @@ def read_evaluation(path: Path) -> dict[str, Scored]:
     for task, scores in record.tasks.items():
         sections = {
             "model": record.model.model_dump(),
-            # Families scored at different times share a file; each has the settings of its time.
+            # Families scored at different times share a file, with settings of their own.
             "settings": scores.settings or record.settings,
             "environment": record.environment.model_dump(exclude={"command"}),
         }

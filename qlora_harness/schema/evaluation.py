@@ -3,6 +3,8 @@
 # ruff: noqa: RUF012  # pydantic copies mutable defaults
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -78,6 +80,36 @@ class TaskScores(Score):
             if abs(stored - computed) > _TOLERANCE:
                 raise ValueError(f"{name} is {stored:.6f}, but its subjects give {computed:.6f}")
         return self
+
+
+def accuracy(correct: Sequence[bool]) -> tuple[float, float | None]:
+    """Returns the mean, and the standard error of lm-eval's `mean_stderr`; None for one value."""
+    n = len(correct)
+    mean = sum(correct) / n
+    return mean, math.sqrt(mean * (1 - mean) / (n - 1)) if n > 1 else None
+
+
+def micro_macro(subjects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns micro and macro accuracy of subjects, with errors as lm-eval pools them for groups.
+
+    Each subject has "acc", "acc_stderr", "n" and "correct".
+    """
+    n = sum(s["n"] for s in subjects)
+    errors = [s["acc_stderr"] for s in subjects]
+    pooled = macro_error = None
+    if None not in errors:
+        macro_error = math.sqrt(sum(e**2 for e in errors)) / len(errors)
+        # lm-eval's pooled_sample_stderr: within-subject variances, weighted by their freedom.
+        weighted = sum((s["n"] - 1) * s["acc_stderr"] ** 2 * s["n"] for s in subjects)
+        freedom = n - len(subjects)
+        pooled = math.sqrt(weighted / freedom / n) if freedom else None
+    return {
+        "acc": sum(s["correct"] for s in subjects) / n,
+        "acc_stderr": pooled,
+        "acc_macro": sum(s["acc"] for s in subjects) / len(subjects),
+        "acc_macro_stderr": macro_error,
+        "n": n,
+    }
 
 
 class Evaluation(Header):

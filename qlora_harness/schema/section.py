@@ -50,7 +50,6 @@ class Environment(Section):
     """Revision of qlora-harness, and whether it had uncommitted changes."""
     platform: str | None = None
     machine: str | None = None
-    """For example x86_64."""
     cpu_count: int | None = None
     """Logical cores of the host."""
     cpu_threads: Count | None = None
@@ -60,7 +59,6 @@ class Environment(Section):
     device: dict[str, Any] | None = None
     """Name, type, hashed id and memory of the device."""
     world_size: Count | None = None
-    """Processes that took part."""
 
 
 def read_record(path: Path, model: type[_Record]) -> _Record:

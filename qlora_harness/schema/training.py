@@ -74,10 +74,9 @@ class Process(Section):
 
 
 class PhaseMemory(Section):
-    """Peaks of one phase, bytes; null where a number doesn't apply."""
+    """Peaks of one phase, bytes; allocated memory is that in live tensors on the GPU."""
 
     peak_allocated_bytes: Amount | None = None
-    """In live tensors on the GPU."""
     peak_reserved_bytes: Amount | None = None
     peak_device_used_bytes: Amount | None = None
     """In use on the whole device, as the driver counts it."""
@@ -100,10 +99,9 @@ class Memory(PhaseMemory):
 
 
 class Runtime(Section):
-    """Seconds."""
+    """Seconds; `train_seconds` covers all segments of a resumed run."""
 
     train_seconds: Amount | None = None
-    """Training, over all segments of a resumed run."""
     load_seconds: Amount | None = None
     data_seconds: Amount | None = None
     eval_seconds: Amount | None = None

@@ -19,7 +19,6 @@ from qlora_harness.settings import (
     unknown_name,
     with_recipe,
 )
-from qlora_harness.units import GIB
 
 _EPILOG = """\
 Every flag is also a recipe key (learning_rate: 0.0002). Flags win over the recipe, the recipe over
@@ -132,10 +131,10 @@ def _report(settings: Settings, summary: dict[str, Any]) -> None:
     memory = summary.get("memory") or {}
     if (allocated := memory.get("peak_allocated_bytes")) is not None:
         paged = memory.get("peak_managed_bytes")
-        managed = f" + {paged / GIB:.2f} managed" if paged else ""
-        parts.append(f"peak GPU memory {allocated / GIB:.2f}{managed} GiB allocated")
+        managed = f" + {paged / 2**30:.2f} managed" if paged else ""
+        parts.append(f"peak GPU memory {allocated / 2**30:.2f}{managed} GiB allocated")
     if (resident := memory.get("cpu_peak_rss_bytes")) is not None:
-        parts.append(f"peak CPU memory {resident / GIB:.2f} GiB (RSS)")
+        parts.append(f"peak CPU memory {resident / 2**30:.2f} GiB (RSS)")
     results = summary.get("results") or {}
     if (loss := results.get("final_train_loss")) is not None:
         parts.append(f"last train loss {loss:.3f}")

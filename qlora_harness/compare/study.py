@@ -1,4 +1,4 @@
-"""`qlora-harness plan-study`: how many questions and seeds a margin takes, before the run."""
+"""`qlora-harness plan-study`: how many questions and seeds a margin takes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_harness.compare import power
+from qlora_harness.compare.comparison import compare
 from qlora_harness.errors import SettingsError
 
 _SEEDS = (1, 2, 3, 5, 10)
@@ -14,16 +15,14 @@ _SEEDS = (1, 2, 3, 5, 10)
 def report(
     runs: Sequence[Path], margin: float, discordance: float | None, seed_sd: float | None
 ) -> str:
-    """Returns the plan as text, for two or more pilot runs or none.
+    """Returns the plan as text.
 
-    `margin` and `seed_sd` are percentage points, `discordance` is a share; the last two are by
-    default those of the pilot runs, or else 0.2 and 0.1. Raises SettingsError if a number is out
-    of its range, and ComparisonError if the pilot runs can't be compared.
+    `margin` and `seed_sd` are percentage points, `discordance` is a share. The last two default to
+    those of the pilot runs, if there are any, else to 0.2 and 0.1. Raises SettingsError if a number
+    is out of range, and ComparisonError if the pilot runs can't be compared.
     """
     source = ""
     if runs:
-        from qlora_harness.compare.comparison import compare
-
         pilot = compare(runs)
         item = pilot.primary[0]
         if discordance is None:
@@ -47,11 +46,12 @@ def report(
         "",
         "seeds per arm   questions to show they are the same   to show they differ by the margin",
     ]
-    for need in power.questions_needed(margin / 100, discordance, seed_sd / 100, _SEEDS):
+    for seeds in _SEEDS:
+        need = power.questions_needed(margin / 100, discordance, seed_sd / 100, seeds)
         same, differ = (
             "no number is enough" if n is None else f"{n:,}"
             for n in (need.equivalence, need.detection)
         )
-        lines.append(f"{need.seeds:>13}   {same:>35}   {differ:>34}")
+        lines.append(f"{seeds:>13}   {same:>35}   {differ:>34}")
     lines += ["", "MMLU has 14,042 questions. One seed per arm compares those two adapters only."]
     return "\n".join(lines)
