@@ -19,10 +19,16 @@ from qlora_harness.model.lora import attach_lora
 from qlora_harness.model.shape import Shape
 from qlora_harness.settings import CHECKPOINTING, Quant, build_settings
 from qlora_harness.train.command import main, parse_settings
-from qlora_harness.train.memory_choice import LADDER, choose_memory_plan, with_rung
-from qlora_harness.train.memory_prediction import GIB, largest_pass, predict
-from qlora_harness.train.model_shape import measure_shape
+from qlora_harness.train.memory_plan import (
+    LADDER,
+    choose_memory_plan,
+    largest_pass,
+    measure_shape,
+    predict,
+    with_rung,
+)
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
+from qlora_harness.units import GIB
 
 
 @pytest.fixture(scope="module")
@@ -329,6 +335,6 @@ def test_lack_of_the_hosts_memory_is_told(shape: Shape) -> None:
         assert host_shortage(plans[name], 0) is None
     selective, offload = plans["selective"], plans["offload"]
     assert host_shortage(selective, 4 * selective.host) is None
-    assert "computed again" in (host_shortage(selective, 4 * selective.host - 4) or "")
+    assert "recomputed" in (host_shortage(selective, 4 * selective.host - 4) or "")
     assert host_shortage(offload, offload.host) is None
     assert "1.0 GiB" in (host_shortage(offload, GIB) or "")

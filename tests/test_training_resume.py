@@ -120,7 +120,7 @@ def test_truncated_checkpoint_is_passed_over_with_a_word(
     path.write_bytes(path.read_bytes()[:-100])
     capsys.readouterr()
     assert train(quant="bf16", output_dir="run", save_steps=2) == 0
-    assert "run: passed over checkpoint-4: optimizer.pt " in capsys.readouterr().out
+    assert "run: skipped checkpoint-4: optimizer.pt " in capsys.readouterr().out
     assert losses("run") == whole
 
 

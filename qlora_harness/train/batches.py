@@ -1,4 +1,4 @@
-"""Examples to padded batches."""
+"""Examples as batches, with padding or without."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_harness.data.chat import IGNORE, Example
 
 
 class ExampleSet(Dataset[dict[str, list[int]]]):
-    """A list of examples as Trainer takes it."""
+    """Examples as rows for Trainer."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._examples = examples
@@ -26,10 +26,10 @@ class ExampleSet(Dataset[dict[str, list[int]]]):
 
 
 def pad_batch(rows: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pads rows on the right; what is padding is known by length, never by token id.
+    """Pads rows on the right.
 
-    Returns `input_ids`, `attention_mask` and `labels` (-100 on padding), each [B, T] int64. The pad
-    id may be any valid one: it is neither attended to nor learned.
+    Returns `input_ids`, `attention_mask` and `labels` (-100 on padding), each [B, T] int64. Any
+    valid `pad_id` will do: padding is neither attended to nor learned.
     """
     longest = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
@@ -44,13 +44,13 @@ def pad_batch(rows: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, to
 
 
 def pack_batch(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
-    """Lays rows one after the other, without padding; none of them sees another.
+    """Concatenates rows without padding; no row attends to another.
 
-    Returns `input_ids`, `position_ids` and `labels`, each [1, T] int64, where positions start anew
-    in each row and a row's first label is -100, as nothing comes before it; `shift_labels`, [1, T]:
-    the label of the token after each, -100 at the end of a row; `read_at` and `read_token`, [R]
-    int64: where a token is learned, and which; `borders`, [N + 1] int32, and `starts`, the same as
-    a tuple: where rows begin and the last ends; `longest`: tokens of the longest row.
+    Returns `input_ids`, `position_ids` and `labels`, each [1, T] int64: positions restart in each
+    row, and a row's first label is -100. `shift_labels`, [1, T], are the labels of the next tokens,
+    -100 at the end of a row. `read_at` and `read_token`, [R] int64, say where a token is learned,
+    and which. `borders`, [N + 1] int32, and `starts`, the same as a tuple, are the beginnings of
+    the rows and the end of the last. `longest` is the number of tokens of the longest row.
     """
     input_ids = [token for row in rows for token in row["input_ids"]]
     positions = [position for row in rows for position in range(len(row["input_ids"]))]
@@ -74,7 +74,7 @@ def pack_batch(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """Returns an id to pad with: the tokenizer's pad, unknown or end token, or 0."""
+    """Returns the id of the tokenizer's pad, unknown or end token, or 0."""
     for name in ("pad_token_id", "unk_token_id", "eos_token_id"):
         value = getattr(tokenizer, name, None)
         if isinstance(value, int) and value >= 0:
