@@ -133,7 +133,7 @@ BAD_INPUT: dict[str, tuple[dict[str, str], str]] = {
     "template": ({"template": "chatml"}, "--template chatml needs the token '<|im_start|>'"),
     "layers": ({"lora_targets": "typo"}, "--lora-targets: the model has no layers named typo"),
     "seed": ({"seed": "8589934592"}, "--seed: 8589934592 "),
-    "checkpoint": ({"resume": "{folder}/nope"}, "--resume: {folder}/nope does not say its step"),
+    "checkpoint": ({"resume": "{folder}/nope"}, "--resume: {folder}/nope has no step in its name"),
     "output folder is a file": ({"output_dir": "{rows}"}, "--output-dir {rows}: "),
     "output folder below a file": ({"output_dir": "{rows}/run"}, "--output-dir {rows}/run: "),
 }
