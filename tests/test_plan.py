@@ -271,14 +271,14 @@ def test_plan_marks_what_memory_chooses(
     assert f" {passes} a step" in lines[-1]
 
 
-def test_memory_of_the_host_is_told(shape: Shape) -> None:
+def test_plan_states_the_host_memory(shape: Shape) -> None:
     """bfloat16, 1,000 tokens; gates of 21 of 32 layers; blocks of 16 MiB and a quarter more."""
     pinned = {}
     for checkpointing in CHECKPOINTING:
         plan = predict(shape, build_settings({"checkpointing": checkpointing}), 1000)
         pinned[checkpointing] = plan.host
-        told = f"{plan.host / GIB:.1f} GiB of the host's memory"
-        assert (told in describe(plan, 1000)) is (plan.host > 0)
+        host = f"{plan.host / GIB:.1f} GiB of the host's memory"
+        assert (host in describe(plan, 1000)) is (plan.host > 0)
     # Gates of a layer take 42 MiB, an input 8.
     block = 2**24
     assert pinned == {
@@ -291,7 +291,7 @@ def test_memory_of_the_host_is_told(shape: Shape) -> None:
     assert predict(shape, peft, 1000).host == 0
 
 
-def test_lack_of_the_hosts_memory_is_told(shape: Shape) -> None:
+def test_shortage_of_host_memory_is_reported(shape: Shape) -> None:
     plans = {
         checkpointing: predict(shape, build_settings({"checkpointing": checkpointing}), 8192)
         for checkpointing in CHECKPOINTING

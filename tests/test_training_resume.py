@@ -244,10 +244,10 @@ def test_resume_of_another_way_to_compute_is_refused(
     record["computation"]["optimizer"] = "paged_adamw_32bit"
     Path("run/training_summary.json").write_text(json.dumps(record))
     line = refused(train, capsys, save_steps=2, memory="fast", **chosen)
-    assert "computation.optimizer was paged_adamw_32bit, and is now adamw_torch" in line
+    assert "computation.optimizer was paged_adamw_32bit and is now adamw_torch" in line
 
 
-def test_completed_run_is_left_alone_unless_told(
+def test_completed_run_is_never_replaced_without_overwrite(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(quant="bf16", output_dir="run") == 0

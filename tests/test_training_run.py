@@ -294,7 +294,7 @@ def test_epochs_without_evaluation(train: Train) -> None:
     assert results["eval_loss"] is results["perplexity"] is results["eval_tokens"] is None
 
 
-# Models that are not held in 4 bits as a whole
+# Models that 4 bits hold only in part
 
 
 SIZES = {"vocab_size": 358, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
@@ -340,5 +340,5 @@ def test_base_without_sdpa_trains_with_eager_attention(
     assert train(model=model, output_dir="run") == 0
     attention = summary("run")["model"]["attention"]
     assert attention == ("sdpa" if Gemma2ForCausalLM._supports_sdpa else "eager")
-    told = [m for m in caplog.messages if m.endswith(f"has {attention} attention only")]
-    assert len(told) == (attention == "eager")
+    warnings = [m for m in caplog.messages if m.endswith(f"has {attention} attention only")]
+    assert len(warnings) == (attention == "eager")

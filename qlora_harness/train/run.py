@@ -194,18 +194,18 @@ class _Run:
         )
         self.base_fingerprint = weights_fingerprint(model)
         model = attach_adapter(model, settings)
-        # PEFT writes this name into every adapter folder; people upload those, so no local path.
+        # PEFT writes this name into every adapter folder. Users upload those: no local path.
         model.peft_config["default"].base_model_name_or_path = public_name(source.name)
         model.config.name_or_path = public_name(source.name)
         # The vocabulary never grows, and "auto" would ask the Hub at every checkpoint.
         model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
-        # Otherwise PEFT replaces bfloat16 parameters by float32 ones behind the fused layers' back.
+        # Otherwise PEFT replaces bfloat16 parameters, and fused layers hold on to the old ones.
         model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)
         self.fused = self._fuse(model)
         return model
 
     def _fuse(self, model: Any) -> bool:
-        """Attaches fused layers if settings and model allow; returns whether it did."""
+        """Attaches fused layers if the settings and the model allow; returns whether it did."""
         optimization = self.chosen.optimization
         auto = optimization.kernels == "auto"
         reason = FusedDecoder.reason_against(model) if auto else "--kernels none"
@@ -249,17 +249,19 @@ class _Run:
         if self.start.checkpoint is not None:
             self.earlier_rows, self.losses = earlier_steps(self.start.checkpoint)
         on_main(self.state, self._take_folder)
-        weights, computation = self.base_fingerprint, self.computation
         self.record.begin(
-            source, model, data, fingerprint=weights, computation=computation, plan=self.plan
+            *(source, model, data),
+            fingerprint=self.base_fingerprint,
+            computation=self.computation,
+            plan=self.plan,
         )
 
     def _take_folder(self) -> None:
         self.lock = lock_run_folder(self.run_dir)
         if self.find_start(has_lock=True) != self.start:
             raise RunError(
-                f"{self.run_dir} was changed by another run while this one loaded its model",
-                "Give the command again, or use another --output-dir",
+                f"another run changed {self.run_dir} while this one loaded its model",
+                "Run the command again, or use another --output-dir",
             )
         remove_temporary_files(self.run_dir)
         if self.start.replace:
@@ -281,8 +283,7 @@ class _Run:
         )
         example = show(data.train[0], tokenizer)
         say(self.state, f"first example, learned parts in ⟦ ⟧:\n{example}\n")
-        # Otherwise Trainer prints every step's row.
-        transformers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()  # else Trainer prints every row
         log = StepLog(self.run_dir, self.memory, list(self.earlier_rows))
         self.trainer = log.trainer = CountingTrainer(
             model=model,
@@ -317,13 +318,13 @@ class _Run:
             self.log.evaluation = self.losses
 
     def _train(self) -> None:
-        """Trains to the last step; raises TrainingError if a signal ends the run before it."""
+        """Trains to the last step; raises TrainingError if a signal stops the run first."""
         checkpoint, trainer, log = self.start.checkpoint, self.trainer, self.log
         done = 0 if checkpoint is None else checkpoint_step(checkpoint)
         if checkpoint is not None and done >= self.steps:
             # Stopped after its last step: Trainer would take one more.
-            trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE))
             try:
+                trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE))
                 trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
             except Exception as error:  # noqa: BLE001  # PEFT and safetensors raise many kinds
                 raise cannot_be_loaded(checkpoint, error) from None
@@ -346,7 +347,7 @@ class _Run:
             raise TrainingError(
                 f"{self.stop.received} stopped the run at step {last} of {self.steps}; a "
                 "checkpoint was saved",
-                "Give the same command again to go on",
+                "Run the same command again to resume",
             )
 
     def _save_adapter(self, source: BaseSource, tokenizer: Any, data: TrainingData) -> None:
@@ -364,7 +365,7 @@ class _Run:
             "template": settings.data.template,
             "run": self.run_dir.name,
         }
-        # The base's own template is not the one that this adapter has learned.
+        # The adapter has learned this template, not the base's own.
         tokenizer.chat_template = chat_template(settings.data.template, tokenizer)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         try:

@@ -63,7 +63,7 @@ class StartingPoint:
         before = self.recorded(*keys)
         if before not in (None, now):
             raise RunError(
-                f"{run_dir} holds a run whose {'.'.join(keys)} was {before}, and is now {now}",
+                f"{run_dir} holds a run whose {'.'.join(keys)} was {before} and is now {now}",
                 "Undo the change (perhaps of qlora-harness's version), use --overwrite to start "
                 "again, or another --output-dir",
             )
@@ -162,7 +162,7 @@ def _completed(run_dir: Path) -> RunError:
 
 
 def _refuse_unrecorded_files(run_dir: Path, previous: Mapping[str, Any] | None) -> None:
-    """Files of which no record says who made them are never replaced."""
+    """Raises RunError for files that no record of ours accounts for; they are never replaced."""
     for name in (ADAPTER_DIR, CHECKPOINT_DIR, LOGS_FILE, TRAINER_STATE_FILE):
         if previous is None and (run_dir / name).exists():
             raise RunError(
@@ -172,7 +172,7 @@ def _refuse_unrecorded_files(run_dir: Path, previous: Mapping[str, Any] | None) 
     adapter = run_dir / ADAPTER_DIR
     if adapter.exists() and not (adapter / RECORD_FILE).is_file():
         raise RunError(
-            f"{adapter} is in the way: qlora-harness did not make it",
+            f"{adapter} was not made by qlora-harness",
             "Move it, or use another --output-dir",
         )
 
@@ -203,7 +203,7 @@ def earlier_steps(checkpoint: Path) -> tuple[list[dict[str, Any]], EvaluationLos
     except ResultsError as error:
         raise RunError(error.problem, remedy) from None
     if any(not row.seconds for row in log.steps):
-        raise RunError(f"{path}: a step has no seconds, so the log is damaged", remedy)
+        raise RunError(f"{path} is damaged: a step has no seconds", remedy)
     last = checkpoint_step(checkpoint)
     rows = [row.model_dump(exclude_unset=True) for row in log.steps if row.step <= last]
     if log.evaluation.nll_before:

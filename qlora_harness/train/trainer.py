@@ -238,14 +238,7 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
         self._learning_rate: float | None = None
         self._pending: deque[MeasuredStep] = deque()
 
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        lr_scheduler: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_optimizer_step(self, *args: Any, lr_scheduler: Any, **kwargs: Any) -> None:
         """Reads the learning rate before the scheduler changes it."""
         self._learning_rate = float(lr_scheduler.get_last_lr()[0])
 
@@ -266,9 +259,7 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
                 shutil.rmtree(_checkpoint_folder(args, state), ignore_errors=True)
             self.trainer.accelerator.wait_for_everyone()
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Removes unused files that name the host or the user's folders."""
         if state.is_world_process_zero:
             for name in ("training_args.bin", "README.md"):
