@@ -12,13 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora_harness.train.memory import (
-    MemoryMeter,
-    OtherProcesses,
-    PhasePeak,
-    largest_peaks,
-    managed_bytes,
-)
+from qlora_harness.train import memory
+from qlora_harness.train.memory import MemoryMeter, PhasePeak, largest_peaks, managed_bytes
 
 MIB = 2**20
 
@@ -36,10 +31,10 @@ linux_only = pytest.mark.skipif(
 
 
 def test_cpu_run_has_resident_memory_only() -> None:
-    memory = MemoryMeter(torch.device("cpu"), rank=0)
-    with pytest.raises(RuntimeError), memory.phase("train"):  # a phase that fails is measured, too
+    meter = MemoryMeter(torch.device("cpu"), rank=0)
+    with pytest.raises(RuntimeError), meter.phase("train"):  # a phase that fails is measured, too
         raise RuntimeError("boom")
-    peaks = asdict(memory.phases[0])
+    peaks = asdict(meter.phases[0])
     rss = peaks.pop("cpu_peak_rss_bytes")
     assert (peaks.pop("phase"), peaks.pop("rank")) == ("train", 0)
     assert set(peaks.values()) == {None}
@@ -117,12 +112,13 @@ def test_paged_states_are_counted_and_others_are_not() -> None:
     ],
 )
 def test_other_processes_on_a_device(
-    running: list[tuple[int, int | None]], expected: tuple[int | None, int | None]
+    monkeypatch: pytest.MonkeyPatch,
+    running: list[tuple[int, int | None]],
+    expected: tuple[int | None, int | None],
 ) -> None:
-    others = OtherProcesses.__new__(OtherProcesses)
     processes = [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in running]
-    others._handle = None
-    others._nvml = SimpleNamespace(nvmlDeviceGetComputeRunningProcesses=lambda handle: processes)
-    assert others.count() == expected
-    others._nvml = None
-    assert others.count() == (None, None)
+    nvml = SimpleNamespace(nvmlDeviceGetComputeRunningProcesses=lambda handle: processes)
+    monkeypatch.setattr(memory, "_nvml", lambda device: (nvml, None))
+    assert memory.other_processes(torch.device("cuda")) == expected
+    monkeypatch.setattr(memory, "_nvml", lambda device: (None, None))
+    assert memory.other_processes(torch.device("cuda")) == (None, None)

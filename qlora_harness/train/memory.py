@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import resource
@@ -49,7 +50,6 @@ class MemoryMeter:
     def __init__(self, device: torch.device, rank: int) -> None:
         self._device = device
         self._rank = rank
-        self._others = OtherProcesses(device) if device.type == "cuda" else None
         self.optimizer: Callable[[], Any] = lambda: None
         self.phases: list[PhasePeak] = []
 
@@ -93,8 +93,7 @@ class MemoryMeter:
         peak.peak_device_used_bytes = max(peak.peak_device_used_bytes or 0, total - free)
         peak.peak_managed_bytes = max(peak.peak_managed_bytes or 0, managed_bytes(self.optimizer()))
         peak.peak_needed_bytes = peak.peak_allocated_bytes + peak.peak_managed_bytes
-        assert self._others is not None
-        count, size = self._others.count()
+        count, size = other_processes(self._device)
         if count is not None:
             peak.other_processes = max(peak.other_processes or 0, count)
         if size is not None:
@@ -112,35 +111,35 @@ def managed_bytes(optimizer: Any) -> int:
     )
 
 
-class OtherProcesses:
-    """Counts other processes on a GPU and their memory, if nvidia-ml-py is installed."""
+@functools.cache
+def _nvml(device: torch.device) -> tuple[Any, Any]:
+    """Returns NVML and its handle of a GPU, or None for both if nvidia-ml-py is not installed."""
+    import torch
 
-    def __init__(self, device: torch.device) -> None:
-        import torch
+    try:
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        return nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
+    except Exception:  # noqa: BLE001  # NVML raises its own kinds
+        return None, None
 
-        self._nvml: Any = None
-        try:
-            self._nvml = importlib.import_module("pynvml")
-            self._nvml.nvmlInit()
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            self._handle = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
-        except Exception:  # noqa: BLE001  # not installed, or no NVML: nothing is recorded
-            self._nvml = None
 
-    def count(self) -> tuple[int | None, int | None]:
-        """Returns the number of other processes that use the device, and their bytes."""
-        if self._nvml is None:
-            return None, None
-        try:
-            running = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
-        except Exception:  # noqa: BLE001  # NVML raises its own kinds
-            return None, None
-        others = [process for process in running if process.pid != os.getpid()]
-        if len(others) == len(running) and others:
-            # In a container NVML sees another PID, so this process is one of these.
-            return len(others) - 1, None if len(others) > 1 else 0
-        sizes = [process.usedGpuMemory for process in others]
-        return len(others), None if None in sizes else sum(sizes)
+def other_processes(device: torch.device) -> tuple[int | None, int | None]:
+    """Returns the number of other processes on a GPU and their bytes, None if unknown."""
+    nvml, handle = _nvml(device)
+    if nvml is None:
+        return None, None
+    try:
+        running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except Exception:  # noqa: BLE001  # as above
+        return None, None
+    others = [process for process in running if process.pid != os.getpid()]
+    if len(others) == len(running) and others:
+        # In a container NVML sees another PID, so this process is one of these.
+        return len(others) - 1, None if len(others) > 1 else 0
+    sizes = [process.usedGpuMemory for process in others]
+    return len(others), None if None in sizes else sum(sizes)
 
 
 def _peak_rss_bytes() -> int:
