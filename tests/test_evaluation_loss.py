@@ -1,4 +1,4 @@
-"""Evaluation loss: a mean over tokens, against a reference written out here."""
+"""The evaluation loss, against a plain reference."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def by_hand(model: Any, example: Example) -> list[float]:
     ]
 
 
-def test_rows_without_padding_give_the_same(tiny_llama: Path, accelerator: Accelerator) -> None:
+def test_unpadded_rows_give_the_same_losses(tiny_llama: Path, accelerator: Accelerator) -> None:
     from qlora_harness.fused.model import FusedDecoder
     from qlora_harness.model.lora import attach_lora
 
@@ -80,7 +80,7 @@ def test_loss_is_the_mean_over_learned_tokens(model: Any, accelerator: Accelerat
     for example, (nll, tokens) in zip(EXAMPLES, evaluation.conversations, strict=True):
         assert tokens == sum(label != -100 for label in example.labels[1:])
         assert nll == pytest.approx(sum(by_hand(model, example)), abs=1e-4)
-    # The mean of the rows' means is another number, so the weighting shows.
+    # The mean of the rows' means differs, so the test sees the weighting.
     per_row = [by_hand(model, example) for example in EXAMPLES]
     unweighted = sum(sum(row) / len(row) for row in per_row) / len(per_row)
     assert abs(evaluation.loss - unweighted) > 1e-3
@@ -104,7 +104,9 @@ def test_autocast_is_close_but_not_the_same(model: Any, accelerator: Accelerator
     assert rough.loss != exact.loss
 
 
-def test_model_is_left_in_the_mode_it_was_in(tiny_llama: Path, accelerator: Accelerator) -> None:
+def test_evaluation_restores_the_mode_of_the_model(
+    tiny_llama: Path, accelerator: Accelerator
+) -> None:
     model = base(tiny_llama, "bf16")
     for training in (True, False):
         model.train(training)
@@ -116,7 +118,7 @@ def test_model_is_left_in_the_mode_it_was_in(tiny_llama: Path, accelerator: Acce
 def test_each_process_takes_its_share(
     tiny_llama: Path, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two processes, each played here: their conversations make the whole."""
+    """Simulates each of two processes; their conversations make the whole."""
 
     class Played:
         process_index = rank

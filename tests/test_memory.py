@@ -1,4 +1,4 @@
-"""The memory meter: peaks by phase, on the CPU as resident memory in a field of its own."""
+"""The memory meter: peaks by phase, of a GPU or of the process."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_cpu_run_has_resident_memory_only() -> None:
 
 
 @linux_only
-def test_peak_is_that_of_its_phase_and_a_sample_that_of_the_running_one() -> None:
-    """In a process of its own: what other tests have freed would be used again here."""
+def test_peaks_and_samples_belong_to_their_phase() -> None:
+    """In a new process, because memory freed by other tests would be reused."""
     code = """
 import torch
 from qlora_harness.train.memory import MemoryMeter
@@ -64,7 +64,7 @@ for phase, size in (("load", 400), ("train", 20)):
     assert load[2] - train[2] > 200 * MIB
 
 
-def test_headline_is_the_largest_over_ranks_of_the_training_phase() -> None:
+def test_largest_peaks_are_those_of_training_over_ranks() -> None:
     phases = [
         asdict(PhasePeak("load", 0, 900, 950, 990, None)),
         asdict(PhasePeak("train", 0, 500, 700, 800, None, 90, 590, 1, 10)),

@@ -1,4 +1,4 @@
-"""The predicted memory peak: against measured ones, against a real model's bytes, and as a flag."""
+"""The predicted memory peak, against measured ones and a real model's bytes; and --memory."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def shape(llama: Path) -> Shape:
 
 
 # Peaks on an H100, LLaMA-2-7B's shape, rank 64 on all linear layers, `qlora-harness
-# benchmark-training` with batch 16 (28 and 31 where there are more tokens) and at most 512 tokens:
-# 6,870 in the largest pass, 8,192 with padding. Paged optimizer states (0.30 and 1.19 GiB) stand
-# beside what was measured.
+# benchmark-training` with batch 16 (28 and 31 for the larger passes) and at most 512 tokens:
+# 6,870 in the largest pass, 8,192 with padding. Paged optimizer states (0.30 and 1.19 GiB) are
+# added to the measurement.
 MEASURED: list[tuple[dict[str, Any], int, float]] = [
     ({"checkpointing": "none"}, 6870, 25.50),
     ({"checkpointing": "none"}, 10146, 34.95),
@@ -171,7 +171,7 @@ def test_steps_learn_from_the_same_examples_in_one_pass_or_several(
 
 
 @pytest.mark.parametrize("value", ["huge", "0", "-2", "nan", "inf"])
-def test_other_words_are_refused(value: str) -> None:
+def test_other_values_of_memory_are_refused(value: str) -> None:
     with pytest.raises(SettingsError, match=f"--memory.*{value}"):
         build_settings({"memory": value})
 
@@ -179,7 +179,7 @@ def test_other_words_are_refused(value: str) -> None:
 def test_memory_and_what_it_chooses_exclude_each_other() -> None:
     with pytest.raises(SettingsError, match="--memory and --checkpointing exclude each other"):
         parse_settings(["--memory", "lean", "--checkpointing", "none"])
-    # A recipe's own value is not a clash.
+    # --memory overrides a recipe.
     settings, _ = parse_settings(["--recipe", "qlora-llama2-7b", "--memory", "lean"])
     assert settings.optimization.memory == "lean"
 
@@ -203,13 +203,13 @@ def test_largest_pass() -> None:
         ({"optimizer": "adamw_8bit"}, "adamw_8bit"),
     ],
 )
-def test_what_fits_is_not_paged(changes: dict[str, str], optimizer: str) -> None:
+def test_rung_replaces_the_paged_optimizer(changes: dict[str, str], optimizer: str) -> None:
     settings = with_rung(build_settings(changes), {"checkpointing": "none"})
     assert settings.optimization.optimizer == optimizer
     assert settings.lora.adapter_dtype == changes.get("adapter_dtype", "float32")
 
 
-def test_one_pass_is_offered_where_it_fits(shape: Shape) -> None:
+def test_one_pass_is_suggested_if_it_fits(shape: Shape) -> None:
     def offered(gib: float, **changes: Any) -> str | None:
         return one_pass(shape, build_settings(changes), [400] * 100, int(gib * GIB))
 
@@ -272,7 +272,7 @@ def test_plan_marks_what_memory_chooses(
 
 
 def test_plan_states_the_host_memory(shape: Shape) -> None:
-    """bfloat16, 1,000 tokens; gates of 21 of 32 layers; blocks of 16 MiB and a quarter more."""
+    """In bfloat16: the gates of 21 of 32 layers, in blocks of 16 MiB, plus a quarter."""
     pinned = {}
     for checkpointing in CHECKPOINTING:
         plan = predict(shape, build_settings({"checkpointing": checkpointing}), 1000)

@@ -309,7 +309,7 @@ def test_resume_from_a_path_does_not_replace_a_run(tmp_path: Path) -> None:
 def test_resume_from_a_path_that_is_not_a_checkpoint(tmp_path: Path) -> None:
     write_run(tmp_path, "interrupted")
     half = write_checkpoint(tmp_path, 4, without="optimizer.pt")
-    # Trainer, and our step log, read the step from the name.
+    # Trainer and our step log read the step from the name.
     renamed = write_checkpoint(tmp_path, 8).rename(tmp_path / "best")
     unrecorded = write_checkpoint(tmp_path / "elsewhere", 4)
     for checkpoint, words in {
@@ -351,7 +351,7 @@ def test_clearing_removes_the_files_of_the_run_only(tmp_path: Path) -> None:
 
 
 def test_results_of_other_runs_are_left_alone(tmp_path: Path) -> None:
-    """A run whose folder holds those of others, as in `--output-dir results --overwrite`."""
+    """The run's folder may hold other runs, as in `--output-dir results --overwrite`."""
     write_run(tmp_path, "completed")
     own_adapter(tmp_path)
     digest = hashlib.sha256(b"{}{}").hexdigest()

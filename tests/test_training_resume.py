@@ -1,4 +1,4 @@
-"""Training runs that were interrupted or killed go on; completed ones are left alone."""
+"""Interrupted and killed runs resume; completed ones are left alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def signal_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signa
 
 
 @pytest.mark.parametrize(("quant", "number"), [("nf4", signal.SIGTERM), ("bf16", signal.SIGINT)])
-def test_signal_ends_the_run_with_a_checkpoint_and_the_same_command_goes_on(
+def test_signal_ends_the_run_with_a_checkpoint_and_the_same_command_resumes(
     train: Train,
     signal_after: Callable[[int, signal.Signals], None],
     capsys: pytest.CaptureFixture[str],
@@ -74,7 +74,7 @@ def test_signal_ends_the_run_with_a_checkpoint_and_the_same_command_goes_on(
 
 
 def as_if_killed(run_dir: str, *lost: int) -> None:
-    """Makes a completed run look as kill -9 leaves it, without the checkpoints of some steps."""
+    """Makes a completed run look as if killed; removes the checkpoints of the `lost` steps."""
     record = summary(run_dir)
     for name in ("results", "memory", "runtime", "throughput"):
         del record[name]
@@ -104,7 +104,7 @@ def test_killed_run_repeats_the_steps_after_its_checkpoint(
 
 
 def test_time_and_steps_before_a_kill_are_counted(train: Train) -> None:
-    """Also where somebody has cut the step log: rows are lost, not the count of steps."""
+    """Even if the step log was cut: rows are lost, not the number of steps."""
     assert train(quant="bf16", output_dir="run", save_steps=2) == 0
     as_if_killed("run", 4)
     log = read("run/training_logs.json")
@@ -120,7 +120,7 @@ def test_time_and_steps_before_a_kill_are_counted(train: Train) -> None:
 def test_checkpoint_that_torch_cannot_load_is_one_line(
     train: Train, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """Its checksums are right, so that only loading it shows what it is."""
+    """Its checksums are right, so only loading it shows the problem."""
     assert train(quant="bf16", output_dir="run", save_steps=2) == 0
     as_if_killed("run", 4)
     torch.save(Path("a pickled object"), f"run/checkpoints/checkpoint-2/{name}")
@@ -142,7 +142,7 @@ def test_resume_from_a_checkpoint_of_another_run(train: Train) -> None:
 def refused(
     train: Train, capsys: pytest.CaptureFixture[str], run_dir: str = "run", **flags: Any
 ) -> str:
-    """The one line of a run that is refused and touches nothing."""
+    """Returns the error of a run that is refused and touches nothing."""
     before = everything_in(Path(run_dir))
     capsys.readouterr()
     assert train(quant="bf16", output_dir=run_dir, **flags) == 2
@@ -177,7 +177,7 @@ def test_checkpoint_of_another_rank_is_refused_whatever_the_record_says(
     assert "does not fit this model" in refused(train, capsys, lora_r=2)
 
 
-def test_folder_that_another_process_takes_while_the_model_is_loaded_is_refused(
+def test_folder_taken_by_another_process_during_loading_is_refused(
     train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = []
@@ -193,8 +193,8 @@ def test_folder_that_another_process_takes_while_the_model_is_loaded_is_refused(
 
 
 @pytest.mark.parametrize("kernels", ["auto", "none"])
-def test_resumed_adapter_in_bfloat16_stays_so_and_learns_on(train: Train, kernels: str) -> None:
-    """PEFT's own loading would replace its parameters by others in float32."""
+def test_resumed_bfloat16_adapter_stays_bfloat16_and_learns(train: Train, kernels: str) -> None:
+    """PEFT would replace its parameters by float32 ones on loading."""
     options = {"adapter_dtype": "bfloat16", "kernels": kernels, "save_steps": 2}
     assert train(quant="nf4", output_dir="whole", **options) == 0
     shutil.copytree("whole", "resumed")
@@ -209,7 +209,7 @@ def test_resumed_adapter_in_bfloat16_stays_so_and_learns_on(train: Train, kernel
     assert all(row["grad_norm"] > 0 for row in steps("resumed"))
 
 
-def test_resumed_in_a_later_epoch_goes_on_with_the_same_examples(train: Train) -> None:
+def test_resuming_in_a_later_epoch_continues_with_the_same_examples(train: Train) -> None:
     options = {"quant": "bf16", "max_steps": 10, "batch_size": 2, "save_steps": 8}
     assert train(output_dir="run", group_by_length=True, **options) == 0
     rows = steps("run")
@@ -224,7 +224,7 @@ def test_resumed_in_a_later_epoch_goes_on_with_the_same_examples(train: Train) -
 def test_resume_of_changed_data_is_refused(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The settings are the same, the rows of the file are not: the losses would be of both."""
+    """The settings agree, but the file has changed."""
     rows = tiny_rows(tmp_path / "mine.jsonl")
     assert train(quant="bf16", output_dir="run", save_steps=2, dataset=rows) == 0
     as_if_killed("run", 4)
@@ -232,10 +232,10 @@ def test_resume_of_changed_data_is_refused(
     assert "data.train.fingerprint" in refused(train, capsys, save_steps=2, dataset=rows)
 
 
-def test_resume_of_another_way_to_compute_is_refused(
+def test_resume_with_another_computation_is_refused(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The flags are the same: another version chose another way for them."""
+    """The flags agree, but another version chose another computation for them."""
     chosen = {"optimizer": None, "checkpointing": None}  # by --memory
     assert train(quant="bf16", output_dir="run", save_steps=2, memory="fast", **chosen) == 0
     as_if_killed("run", 4)
