@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EvaluationLoss:
-    """The loss over a set of examples."""
+class Evaluation:
+    """The losses of a set of examples, one value each, in order."""
 
-    loss: float  # nats per supervised token
-    tokens: int  # supervised
-    conversations: tuple[tuple[float, int], ...] = ()
-    """Summed loss in nats and supervised tokens of each example, in order."""
+    nll: list[float]  # summed over the supervised tokens, in nats
+    tokens: list[int]  # supervised
+
+    @property
+    def loss(self) -> float:
+        """Nats per supervised token."""
+        return math.fsum(self.nll) / sum(self.tokens)
 
     @property
     def perplexity(self) -> float:
@@ -45,7 +48,7 @@ def evaluate_loss(
     accelerator: Accelerator,
     autocast_dtype: torch.dtype | None,
     fused: bool = False,
-) -> EvaluationLoss:
+) -> Evaluation:
     """Computes the loss of a causal language model over examples, shared among the processes.
 
     The mean is over tokens, not batches, so batch size and number of processes matter only to
@@ -78,10 +81,8 @@ def evaluate_loss(
         parts: list[dict[int, tuple[float, int]]] = [{} for _ in range(world)]
         torch.distributed.all_gather_object(parts, losses)
         losses = {i: value for part in parts for i, value in part.items()}
-    conversations = tuple(losses[i] for i in range(len(examples)))
-    total = math.fsum(nll for nll, _ in conversations)
-    count = sum(tokens for _, tokens in conversations)
-    return EvaluationLoss(total / count, count, conversations)
+    ordered = [losses[i] for i in range(len(examples))]
+    return Evaluation([nll for nll, _ in ordered], [tokens for _, tokens in ordered])
 
 
 def _padded_losses(

@@ -44,7 +44,7 @@ from qlora_harness.train.arguments import attach_adapter, planned_steps, trainin
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkpoint_step
 from qlora_harness.train.cpu import bfloat16_slowdown, use_all_cores
-from qlora_harness.train.evaluation import EvaluationLoss, evaluate_loss
+from qlora_harness.train.evaluation import Evaluation, evaluate_loss
 from qlora_harness.train.memory import MemoryMeter
 from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
@@ -295,7 +295,7 @@ class _Run:
         self.log = log
         self.memory.optimizer = lambda: self.trainer.optimizer
 
-    def _evaluate(self, data: TrainingData) -> EvaluationLoss:
+    def _evaluate(self, data: TrainingData) -> Evaluation:
         return evaluate_loss(
             self.trainer.model,
             data.evaluation,
@@ -312,8 +312,7 @@ class _Run:
             with self.memory.phase("evaluate_before"):
                 untrained = self._evaluate(data)
             if math.isfinite(untrained.loss):
-                self.losses.nll_before = [nll for nll, _ in untrained.conversations]
-                self.losses.tokens = [tokens for _, tokens in untrained.conversations]
+                self.losses.nll_before, self.losses.tokens = untrained.nll, untrained.tokens
         if self.losses.nll_before:
             self.log.evaluation = self.losses
 
@@ -384,8 +383,7 @@ class _Run:
                 "Lower --learning-rate or look at the step log",
             )
         self.record.evaluated(evaluation)
-        self.losses.nll = [nll for nll, _ in evaluation.conversations]
-        self.losses.tokens = [tokens for _, tokens in evaluation.conversations]
+        self.losses.nll, self.losses.tokens = evaluation.nll, evaluation.tokens
         self.log.evaluation = self.losses
         self.log.write()
 

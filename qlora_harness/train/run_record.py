@@ -34,7 +34,7 @@ from qlora_harness.schema.training import (
     TrainingSummary,
 )
 from qlora_harness.settings import Settings
-from qlora_harness.train.evaluation import EvaluationLoss
+from qlora_harness.train.evaluation import Evaluation
 from qlora_harness.train.memory import MemoryMeter, largest_peaks
 from qlora_harness.train.process import host_id, short_hash, this_process
 
@@ -137,11 +137,11 @@ class RunRecord:
             eval_loss_before=loss_before,
         )
 
-    def evaluated(self, evaluation: EvaluationLoss) -> None:
+    def evaluated(self, evaluation: Evaluation) -> None:
         """Records the evaluation after training; call `trained` first."""
         results = self._summary.results
-        results.eval_loss, results.eval_tokens = evaluation.loss, evaluation.tokens
-        results.perplexity = evaluation.perplexity
+        results.eval_loss, results.perplexity = evaluation.loss, evaluation.perplexity
+        results.eval_tokens = sum(evaluation.tokens)
 
     def finish(
         self,
