@@ -141,7 +141,7 @@ class LoraSettings:
     lora_dropout: float = _setting(0.1, "dropout on the adapter's input", "probability", high=0.99)
     lora_targets: str = _setting(
         "all-linear",
-        "layers that get an adapter: all-linear (no output head) or a comma list",
+        "layers that get an adapter: all-linear (all but the output head) or a comma-separated list",
         listed=True,
     )
     adapter_dtype: str = _setting(
@@ -182,7 +182,7 @@ class OptimizationSettings:
     adam_beta2: float = _setting(0.999, "decay of the second moment", "0 to 1", high=0.999999)
     weight_decay: float = _setting(0.0, "decoupled weight decay")
     max_grad_norm: float = _setting(0.3, "gradients are clipped to this norm", low=_ABOVE_ZERO)
-    group_by_length: bool = _setting(True, "put examples of like length into one batch")
+    group_by_length: bool = _setting(True, "put examples of similar length into one batch")
     checkpointing: str = _setting(
         "full",
         "activations that the backward pass recomputes to save memory: none; selective (the "
