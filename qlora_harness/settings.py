@@ -141,7 +141,7 @@ class LoraSettings:
     lora_dropout: float = _setting(0.1, "dropout on the adapter's input", "probability", high=0.99)
     lora_targets: str = _setting(
         "all-linear",
-        "layers that get an adapter: all-linear (all but the output head) or a comma-separated list",
+        "layers that get an adapter: all-linear (not the output head) or a comma-separated list",
         listed=True,
     )
     adapter_dtype: str = _setting(

@@ -82,8 +82,8 @@ def find_start(
     named = None if resume in ("auto", "never") else Path(resume)
     if reason := why_not_writable(run_dir):
         raise RunError(f"--output-dir {run_dir}: {reason}", "Name another folder")
-    if not has_lock and _is_locked(run_dir):
-        raise _in_use(run_dir)
+    if not has_lock and (run_dir / LOCK_FILE).is_file():
+        lock_run_folder(run_dir).release()
     if overwrite and named is not None and named.resolve().is_relative_to(run_dir.resolve()):
         raise RunError(
             f"--overwrite would remove the checkpoint of --resume {named}", "Give one of the two"
@@ -146,13 +146,6 @@ def _from_checkpoint(
     if previous is not None and not replace and previous["status"] == "completed":
         raise _completed(run_dir)
     return StartingPoint(checkpoint, summary, replace)
-
-
-def _in_use(run_dir: Path) -> RunError:
-    return RunError(
-        f"a run is still training in {run_dir} (it is locked)",
-        "Wait for it, stop it, or use another --output-dir",
-    )
 
 
 def _completed(run_dir: Path) -> RunError:
@@ -228,18 +221,6 @@ def _check_same_experiment(run_dir: Path, previous: Mapping[str, Any], settings:
             )
 
 
-def _is_locked(run_dir: Path) -> bool:
-    if not (run_dir / LOCK_FILE).is_file():
-        return False
-    try:
-        with FileLock(run_dir / LOCK_FILE).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
-    except (OSError, NotImplementedError):  # this file system has no locks
-        return False
-
-
 def lock_run_folder(run_dir: Path) -> FileLock:
     """Creates and locks a run folder; raises RunError if another process has the lock.
 
@@ -251,7 +232,10 @@ def lock_run_folder(run_dir: Path) -> FileLock:
         with contextlib.suppress(NotImplementedError):  # this file system has no locks
             lock.acquire(timeout=0)
     except Timeout:
-        raise _in_use(run_dir) from None
+        raise RunError(
+            f"a run is still training in {run_dir} (it is locked)",
+            "Wait for it, stop it, or use another --output-dir",
+        ) from None
     return lock
 
 
