@@ -116,8 +116,7 @@ def _plan(words: Sequence[str]) -> None:
     """Parses the flags of launch/train.py and prints the memory of every way to train."""
     from qlora_harness.model.base import find_base
     from qlora_harness.train.command import parse_settings
-    from qlora_harness.train.memory_choice import choose_memory_plan
-    from qlora_harness.train.model_shape import measure_shape
+    from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
     from qlora_harness.train.plan_text import table
 
     settings, _ = parse_settings(words, prog="qlora-harness plan")

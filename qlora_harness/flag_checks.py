@@ -1,4 +1,4 @@
-"""Checks of flags that belong to no run: numbers, and files and folders to write."""
+"""Checks of flags that are not settings of a run: numbers and output files."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from qlora_harness.errors import SettingsError
 
 
 def check_at_least(numbers: Mapping[str, int | None], low: int) -> None:
-    """Raises SettingsError for the first number below `low`; keys are flags, None is not given."""
+    """Raises SettingsError for the first flag whose number is below `low`; None is not given."""
     for flag, number in numbers.items():
         if number is not None and number < low:
             raise SettingsError(f"{flag}: {number} is out of range", f"It must be at least {low}")
 
 
 def check_above_zero(flag: str, number: float) -> None:
-    """Raises SettingsError for 0, what is below, and what is no number."""
+    """Raises SettingsError unless a number is positive; NaN is not."""
     if not number > 0:
         raise SettingsError(f"{flag}: {number:g} is out of range", "It must be above 0")
 
 
 def check_output_file(flag: str, path: Path | None) -> None:
-    """Refuses, before hours of work, a file that could not be written at their end.
+    """Raises SettingsError if a file can't be written, before hours of work rather than after.
 
-    The file and its folder need not exist. Raises SettingsError.
+    The file and its folder need not exist.
     """
     if path is None:
         return
@@ -47,7 +47,7 @@ def check_output_file(flag: str, path: Path | None) -> None:
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Returns why nothing could be written into a folder, or the nearest parent that exists."""
+    """Returns why a folder, or its nearest existing parent, can't be written, or None."""
     nearest = folder
     try:
         for nearest in (folder, *folder.parents):
@@ -56,7 +56,7 @@ def why_not_writable(folder: Path) -> str | None:
                 break
         if not nearest.is_dir():
             return f"{nearest} is a file"
-        # Permissions alone say too little: about root, and about file systems such as /proc.
+        # Permissions alone don't tell, for root or for file systems such as /proc.
         with tempfile.TemporaryFile(dir=nearest):
             return None
     except OSError as error:

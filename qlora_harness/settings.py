@@ -1,8 +1,7 @@
-"""All settings of a training run: the only place with defaults, units and their checks.
+"""Every setting of a training run, with its default, unit and check; and recipes.
 
-Flags and recipe keys are made from these fields (`learning_rate` is `--learning-rate` on the
-command line), so that the help text, the stored record and the arms of a comparison agree.
-The defaults are the published QLoRA recipe for LLaMA-2-7B on OASST1
+Flags and recipe keys are generated from these fields: `learning_rate` is `--learning-rate`. The
+defaults are the published QLoRA recipe for LLaMA-2-7B on OASST1
 (https://github.com/artidoro/qlora, scripts/finetune_llama2_guanaco_7b.sh).
 """
 
@@ -11,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -25,7 +25,7 @@ from qlora_harness.errors import SettingsError, shown
 from qlora_harness.locations import recipes_dir
 
 DEFAULT_MAX_STEPS = 1875
-# A 4-bit base that keeps at least this share of its layer weights in 16 bits is worth a warning.
+# We warn if a 4-bit base holds at least this share of its layer weights in 16 bits.
 NOTABLE_SHARE = 0.05
 CHECKPOINTING = ("none", "selective", "full", "offload")
 
@@ -39,7 +39,7 @@ class Quant(str, Enum):
 
     @property
     def is_4bit(self) -> bool:
-        """Whether bitsandbytes holds the linear layers in 4 bits."""
+        """Whether the linear layers are held in 4 bits."""
         return self is not Quant.BF16
 
     @property
@@ -53,7 +53,7 @@ class Quant(str, Enum):
         return f"{self.arm}_{'qlora' if self.is_4bit else 'lora'}"
 
 
-_ABOVE_ZERO = math.ulp(0.0)  # the smallest number above it
+_ABOVE_ZERO = math.ulp(0.0)  # the smallest positive float
 
 
 def _setting(
@@ -66,12 +66,8 @@ def _setting(
     low: float = 0,
     high: float = math.inf,
 ) -> Any:
-    """A dataclass field with what the help and the checks need; a recipe may list what is `listed`.
-
-    Numbers go from `low` to `high`.
-    """
-    choices = tuple(choices) if choices else None
-    rules = {"choices": choices, "listed": listed, "low": low, "high": high}
+    """A field that lies between `low` and `high`; a `listed` one may be a YAML list in a recipe."""
+    rules = {"choices": tuple(choices or ()), "listed": listed, "low": low, "high": high}
     return field(default=default, metadata={"help": help_text, "unit": unit, **rules})
 
 
@@ -92,14 +88,14 @@ class ModelSettings:
     double_quant: bool = _setting(True, "quantise the 4-bit scales as well (4-bit arms only)")
     compute_dtype: str = _setting(
         "auto",
-        "dtype of matrix products; auto: bfloat16 on a GPU, on a CPU what is faster there",
+        "dtype of matrix products; auto: bfloat16 on a GPU, the faster dtype on a CPU",
         choices=["auto", "bfloat16", "float32"],
     )
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which conversations, and what of them is trained on."""
+    """Which conversations, and which of their tokens are learned."""
 
     dataset: str = _setting(
         "oasst1",
@@ -128,7 +124,7 @@ class DataSettings:
     max_length: int = _setting(512, "longest example, BOS and EOS included", "tokens", low=8)
     eval_fraction: float = _setting(
         0.05,
-        "share of trees held out where the data set has no validation split",
+        "share of trees held out if the data set has no validation split",
         "0 to 0.5",
         high=0.5,
     )
@@ -145,7 +141,7 @@ class LoraSettings:
     lora_dropout: float = _setting(0.1, "dropout on the adapter's input", "probability", high=0.99)
     lora_targets: str = _setting(
         "all-linear",
-        "layers that get an adapter: all-linear (no output head) or a comma list",
+        "layers that get an adapter: all-linear (not the output head) or a comma-separated list",
         listed=True,
     )
     adapter_dtype: str = _setting(
@@ -186,24 +182,24 @@ class OptimizationSettings:
     adam_beta2: float = _setting(0.999, "decay of the second moment", "0 to 1", high=0.999999)
     weight_decay: float = _setting(0.0, "decoupled weight decay")
     max_grad_norm: float = _setting(0.3, "gradients are clipped to this norm", low=_ABOVE_ZERO)
-    group_by_length: bool = _setting(True, "put examples of like length into one batch")
+    group_by_length: bool = _setting(True, "put examples of similar length into one batch")
     checkpointing: str = _setting(
         "full",
-        "activations that the backward pass computes again, to save memory: none, selective (the "
-        "large ones of the MLP; on a GPU those of two layers in three wait in host memory), full "
-        "(all but each layer's input), offload (full, and the inputs wait in host memory)",
+        "activations that the backward pass recomputes to save memory: none; selective (the "
+        "large ones of the MLP; on a GPU, two layers in three store them in host memory instead); "
+        "full (all but each layer's input); offload (full, with the inputs in host memory)",
         choices=CHECKPOINTING,
     )
     memory: str | None = _setting(
         None,
-        "fast, balanced, lean, or so many GiB: chooses checkpointing, optimizer bits, adapter "
-        "dtype and how many of a step's examples go into one pass (default: what their own flags "
+        "fast, balanced, lean, or a number of GiB: chooses checkpointing, optimizer bits, adapter "
+        "dtype and how many of a step's examples go into one pass (default: as their own flags "
         "say)",
     )
     kernels: str = _setting(
         "auto",
-        "auto: fused layers and rows without padding, for LLaMA-type models; none: PEFT's own "
-        "modules and padded batches",
+        "auto: fused layers and unpadded rows for LLaMA-type models; none: PEFT's own modules and "
+        "padded batches",
         choices=["auto", "none"],
     )
     seed: int = _setting(0, "seed of adapter weights, dropout and data order", high=2**32 - 1)
@@ -211,7 +207,7 @@ class OptimizationSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where the run is kept, and what happens if something is there already."""
+    """Where the run is stored, and what happens if the folder is not empty."""
 
     output_dir: str | None = _setting(
         None, "run folder (default results/4bit for nf4, results/16bit, results/4bit_fp4)"
@@ -219,12 +215,12 @@ class RunSettings:
     save_steps: int = _setting(250, "steps between checkpoints", "steps", low=1)
     resume: str = _setting(
         "auto",
-        "auto: resume an unfinished run from its newest whole checkpoint; never; or a checkpoint "
+        "auto: resume an unfinished run from its newest intact checkpoint; never; or a checkpoint "
         "folder",
     )
-    overwrite: bool = _setting(False, "replace what the run folder holds")
+    overwrite: bool = _setting(False, "replace the run in the folder")
     report_to: str = _setting(
-        "none", "where Trainer logs as well", choices=["none", "tensorboard", "wandb"]
+        "none", "where else Trainer logs", choices=["none", "tensorboard", "wandb"]
     )
 
 
@@ -236,8 +232,7 @@ GROUPS: dict[str, type] = {
     "run": RunSettings,
 }
 
-# Settings that don't make it another experiment: where and how a run is kept, and how it is
-# evaluated. A resumed run keeps all others, and `compare` looks at all others.
+# Settings that don't change what is learned. Resuming and `compare` require all others to agree.
 BOOKKEEPING = frozenset({f.name for f in fields(RunSettings)} | {"eval_batch_size"})
 
 
@@ -270,12 +265,12 @@ class Settings:
         }
 
     def experiment(self) -> dict[str, Any]:
-        """Returns the settings that decide what is learned."""
+        """Returns the settings that affect what is learned."""
         return {k: v for k, v in self.flat().items() if k not in BOOKKEEPING}
 
 
 def setting_fields() -> dict[str, tuple[str, dataclasses.Field[Any]]]:
-    """Returns each setting's group and dataclass field by its name."""
+    """Returns the group and the dataclass field of each setting, by name."""
     return {f.name: (group, f) for group, cls in GROUPS.items() for f in fields(cls)}
 
 
@@ -285,7 +280,7 @@ def flag_of(name: str) -> str:
 
 
 def field_kind(f: dataclasses.Field[Any]) -> type:
-    """Returns the plain type of a setting; one whose default is None may also be None."""
+    """Returns the type of a setting, without its None."""
     return {"str": str, "int": int, "float": float, "bool": bool}[str(f.type).split(" ")[0]]
 
 
@@ -293,8 +288,8 @@ def build_settings(values: Mapping[str, Any], sources: Mapping[str, str] | None 
     """Checks values by name and fills in the defaults.
 
     `sources` says where each value came from (a flag, or a recipe file and key). Raises
-    SettingsError for an unknown name, a wrong type, a value out of range, or two that exclude each
-    other.
+    SettingsError for an unknown name, a wrong type, a value out of range, or two values that
+    exclude each other.
     """
     given = dict(sources or {})
     where = {name: flag_of(name) for name in values} | given
@@ -304,7 +299,7 @@ def build_settings(values: Mapping[str, Any], sources: Mapping[str, str] | None 
         if name not in known:
             raise unknown_name(name, given.get(name, f"setting '{name}'"), known)
         group, f = known[name]
-        grouped[group][name] = _typed(f, value, where[name])
+        grouped[group][name] = _checked(f, value, where[name])
     optimization = grouped["optimization"]
     _check_exclusions(optimization, where, given)
     if optimization.get("max_steps") is None and optimization.get("epochs") is None:
@@ -329,7 +324,7 @@ def _check_exclusions(
             f"{where['memory']}: {shown(memory)} is not fast, balanced, lean or a number of GiB",
             "Choose one of these",
         )
-    # A recipe, and a record that is read back, may state what --memory then replaces.
+    # Only flags exclude --memory; it replaces the values of a recipe or an earlier record.
     for name in ("checkpointing", "optimizer", "adapter_dtype"):
         if given.get(name, "").startswith("--"):
             raise SettingsError(
@@ -338,7 +333,7 @@ def _check_exclusions(
 
 
 def unknown_name(name: str, source: str, known: Iterable[str]) -> SettingsError:
-    """Returns the error for a name from a flag or a recipe key, with the nearest known one."""
+    """Returns the error for an unknown flag or recipe key; it suggests the nearest known one."""
     close = difflib.get_close_matches(name.replace("-", "_"), list(known), n=1)
     if close and source.startswith("flag "):
         close = [flag_of(close[0])]
@@ -348,27 +343,27 @@ def unknown_name(name: str, source: str, known: Iterable[str]) -> SettingsError:
     )
 
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-
-
-def _typed(f: dataclasses.Field[Any], value: Any, source: str) -> Any:
-    """A value in the type of its field."""
-    kind = field_kind(f)
+def _checked(f: dataclasses.Field[Any], value: Any, source: str) -> Any:
+    """Returns a value in its field's type, or raises SettingsError."""
     if value is None and f.default is None:
         return None
-    typed: Any
+    kind, rules = field_kind(f), f.metadata
     if kind is bool:
-        typed = _as_bool(value)
-    elif kind is str:
-        typed = _as_text(value, f.metadata["listed"])
-    else:
-        typed = _as_number(value, whole=kind is int)
-    if typed is None:
-        raise SettingsError(f"{source}: {shown(value)} is not {_KINDS[kind]}", "Correct the value")
+        return _required(_as_bool(value), value, "true or false", source)
     if kind is str:
-        _check_text(typed, f.metadata["choices"], source)
-    elif kind is not bool:
-        _check_range(typed, f.metadata["low"], f.metadata["high"], source)
+        text = _required(_as_text(value, rules["listed"]), value, "a text", source)
+        _check_text(text, rules["choices"], source)
+        return text
+    whole = kind is int
+    name = "a whole number" if whole else "a number"
+    number = _required(_as_number(value, whole=whole), value, name, source)
+    _check_range(number, rules["low"], rules["high"], source)
+    return number
+
+
+def _required(typed: Any, value: Any, kind: str, source: str) -> Any:
+    if typed is None:
+        raise SettingsError(f"{source}: {shown(value)} is not {kind}", "Correct the value")
     return typed
 
 
@@ -386,7 +381,7 @@ def _as_number(value: Any, *, whole: bool) -> float | None:
 
 
 def _as_float(value: Any) -> float:
-    """A number, or NaN."""
+    """Returns a number, or NaN."""
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
@@ -394,7 +389,6 @@ def _as_float(value: Any) -> float:
 
 
 def _as_text(value: Any, listed: bool) -> str | None:
-    """A text, a list of texts where a setting takes one, or a number with all of its digits."""
     if listed and isinstance(value, list) and all(isinstance(item, str) for item in value):
         value = ",".join(value)
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100:
@@ -402,7 +396,7 @@ def _as_text(value: Any, listed: bool) -> str | None:
     return value if isinstance(value, str) and value and value == value.strip() else None
 
 
-def _check_text(text: str, choices: tuple[str, ...] | None, source: str) -> None:
+def _check_text(text: str, choices: tuple[str, ...], source: str) -> None:
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
         raise SettingsError(
             f"{source}: {shown(text)} holds a control character or bytes that are not UTF-8",
@@ -427,24 +421,16 @@ _LARGEST_RECIPE = 100_000  # bytes
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """Plain YAML: no aliases, which can stand for gigabytes, no key twice, and no guessed types.
+    """Reads every value but null as text, and refuses a repeated key.
 
-    YAML reads the revision 0123456 as 42798, 1.10 as 1.1, and the language no as false. Here only
-    null is special: everything else is text, of which the setting decides what it means.
+    YAML reads the revision 0123456 as 42798, 1.10 as 1.1, and the language no as false. Here the
+    type of the setting decides.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012  # declared in the base class
         first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if getattr(event, "anchor", None) is not None:
-            raise yaml.YAMLError(
-                f"line {event.start_mark.line + 1}: anchors and aliases are not taken"
-            )
-        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         keys = Counter(
@@ -458,11 +444,11 @@ class _RecipeLoader(yaml.SafeLoader):
 def read_recipe(
     path: Path, extending: tuple[Path, ...] = ()
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Reads a YAML recipe: settings by name, and for each the file and key it came from.
+    """Reads a YAML recipe: its settings by name, and the file and key that each came from.
 
-    With `extends: NAME` a recipe holds its differences to another one; `extending` are the files
-    that extend this one. Raises SettingsError if the file is missing, not YAML, not a mapping, or
-    has an unknown key.
+    A recipe with `extends: NAME` states its differences from another one; `extending` are the
+    recipes on the way here. Raises SettingsError if the file is missing, not YAML, not a mapping,
+    or has an unknown key.
     """
     path = path.resolve()
     if path in extending:
@@ -476,14 +462,14 @@ def read_recipe(
         beside = _recipe_in(path.parent, str(base)) or find_recipe(str(base), source)
         values, sources = read_recipe(beside, (*extending, path))
     known = setting_fields()
-    own: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
         sources[name] = f"recipe {path}, key {shown(str(key))}"
         if name not in known:
             raise unknown_name(name, sources[name], known)
-        own[name] = value
-    return _replaced(values, own), sources
+        changes[name] = value
+    return _merged(values, changes), sources
 
 
 def _load_yaml(path: Path) -> dict[Any, Any]:
@@ -508,34 +494,34 @@ def _load_yaml(path: Path) -> dict[Any, Any]:
     return loaded
 
 
-def _replaced(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Values with others in their place; epochs replace max_steps, and the other way round."""
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns values with changes applied; epochs replace max_steps, and the reverse."""
     merged = dict(values)
     for name, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
-        if name in own and other not in own:
+        if name in changes and other not in changes:
             merged.pop(other, None)
-    return {**merged, **own}
+    return merged | dict(changes)
 
 
 def with_recipe(
     recipe: str | None, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Puts given settings in place of those of a recipe (its name or path, or None).
+    """Overrides the settings of a recipe (its name or path, or None) with those given.
 
-    Returns all values, and for each of the recipe the file and key it came from. Raises
-    SettingsError if there is no such recipe, or it is damaged.
+    Returns all values, and the file and key of each recipe value. Raises SettingsError if the
+    recipe is missing or damaged.
     """
     values, sources = ({}, {}) if recipe is None else read_recipe(find_recipe(recipe))
-    return _replaced(values, given), sources
+    return _merged(values, given), sources
 
 
 def find_recipe(name: str, source: str = "--recipe") -> Path:
-    """Returns the file of a recipe given by path, or by its name in launch/recipes.
+    """Returns the file of a recipe, given by path or by its name in launch/recipes.
 
-    Raises SettingsError if there is none; `source` is the flag, or the recipe file and key.
+    Raises SettingsError if there is none; `source` is the flag or the recipe key that named it.
     """
     folder = recipes_dir()
-    path = Path(name) if _is_file(Path(name)) else _recipe_in(folder, name)
+    path = Path(name) if os.path.isfile(name) else _recipe_in(folder, name)
     if path is None:
         names = sorted(p.stem for p in folder.glob("*.yaml"))
         raise SettingsError(
@@ -546,11 +532,5 @@ def find_recipe(name: str, source: str = "--recipe") -> Path:
 
 
 def _recipe_in(folder: Path, name: str) -> Path | None:
-    return next((p for p in (folder / name, folder / f"{name}.yaml") if _is_file(p)), None)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that no file can have
-        return False
+    paths = (folder / name, folder / f"{name}.yaml")
+    return next((path for path in paths if os.path.isfile(path)), None)

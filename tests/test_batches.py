@@ -1,4 +1,4 @@
-"""Padding is known by length, never by token id."""
+"""Padding depends on length, never by token id."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_rows_are_padded_on_the_right() -> None:
     assert all(value.dtype == torch.int64 for value in batch.values())
 
 
-def test_pad_id_that_occurs_in_the_text_stays_attended_and_learned() -> None:
+def test_text_tokens_equal_to_the_pad_id_are_attended_and_learned() -> None:
     # SmolLM2 pads with its end-of-turn token, which every reply ends with.
     rows = [
         {"input_ids": [2, 6, 2], "labels": [-100, 6, 2]},
@@ -53,5 +53,5 @@ def test_example_set_gives_ids_and_labels() -> None:
         (SimpleNamespace(pad_token_id=None), 0),
     ],
 )
-def test_padding_id_is_one_that_exists(tokenizer: SimpleNamespace, expected: int) -> None:
+def test_padding_id_exists(tokenizer: SimpleNamespace, expected: int) -> None:
     assert padding_id(tokenizer) == expected

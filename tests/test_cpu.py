@@ -1,4 +1,4 @@
-"""Training on the CPU: threads that the user named, and those that a launcher made up."""
+"""Training on the CPU: threads that the user or the launcher set, and the faster dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation loss: a mean over tokens, against a reference written out here."""
+"""The evaluation loss, against a plain reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from training_runs import base
 
 from qlora_harness.data.chat import Example
-from qlora_harness.train.evaluation import EvaluationLoss, evaluate_loss
+from qlora_harness.train.evaluation import Evaluation, evaluate_loss
 
 PAD = 2
 
@@ -24,7 +24,8 @@ EXAMPLES = [
     Example([2, 330, 331, 332, 333], [2, 330, 331, 332, 333]),
     Example([1, *range(280, 320)], [-100] * 39 + [318, 319]),
 ]
-LEARNED = 2 + 5 + 1 + 4 + 2
+LEARNED_BY_EXAMPLE = [2, 5, 1, 4, 2]
+LEARNED = sum(LEARNED_BY_EXAMPLE)
 
 
 @pytest.fixture(scope="module", params=["nf4", "bf16"])
@@ -37,9 +38,7 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-def evaluate(
-    model: Any, accelerator: Accelerator, batch_size: int, **options: Any
-) -> EvaluationLoss:
+def evaluate(model: Any, accelerator: Accelerator, batch_size: int, **options: Any) -> Evaluation:
     chosen: dict[str, Any] = {"pad_id": PAD, "autocast_dtype": None} | options
     return evaluate_loss(model, EXAMPLES, batch_size=batch_size, accelerator=accelerator, **chosen)
 
@@ -57,7 +56,7 @@ def by_hand(model: Any, example: Example) -> list[float]:
     ]
 
 
-def test_rows_without_padding_give_the_same(tiny_llama: Path, accelerator: Accelerator) -> None:
+def test_unpadded_rows_give_the_same_losses(tiny_llama: Path, accelerator: Accelerator) -> None:
     from qlora_harness.fused.model import FusedDecoder
     from qlora_harness.model.lora import attach_lora
 
@@ -66,21 +65,18 @@ def test_rows_without_padding_give_the_same(tiny_llama: Path, accelerator: Accel
     FusedDecoder.attach(model, "none")
     packed = evaluate(model, accelerator, batch_size=3, fused=True)
     assert packed.tokens == padded.tokens
-    for one, other in zip(packed.conversations, padded.conversations, strict=True):
-        assert one[1] == other[1]
-        assert one[0] == pytest.approx(other[0], abs=1e-4)
+    assert packed.nll == pytest.approx(padded.nll, abs=1e-4)
 
 
 def test_loss_is_the_mean_over_learned_tokens(model: Any, accelerator: Accelerator) -> None:
     losses = [loss for example in EXAMPLES for loss in by_hand(model, example)]
     assert len(losses) == LEARNED
     evaluation = evaluate(model, accelerator, batch_size=2)
-    assert evaluation.tokens == LEARNED
+    assert evaluation.tokens == LEARNED_BY_EXAMPLE
     assert evaluation.loss == pytest.approx(sum(losses) / LEARNED, abs=1e-5)
-    for example, (nll, tokens) in zip(EXAMPLES, evaluation.conversations, strict=True):
-        assert tokens == sum(label != -100 for label in example.labels[1:])
-        assert nll == pytest.approx(sum(by_hand(model, example)), abs=1e-4)
-    # The mean of the rows' means is another number, so the weighting shows.
+    nll = [sum(by_hand(model, example)) for example in EXAMPLES]
+    assert evaluation.nll == pytest.approx(nll, abs=1e-4)
+    # The mean of the rows' means differs, so the test sees the weighting.
     per_row = [by_hand(model, example) for example in EXAMPLES]
     unweighted = sum(sum(row) / len(row) for row in per_row) / len(per_row)
     assert abs(evaluation.loss - unweighted) > 1e-3
@@ -104,7 +100,9 @@ def test_autocast_is_close_but_not_the_same(model: Any, accelerator: Accelerator
     assert rough.loss != exact.loss
 
 
-def test_model_is_left_in_the_mode_it_was_in(tiny_llama: Path, accelerator: Accelerator) -> None:
+def test_evaluation_restores_the_mode_of_the_model(
+    tiny_llama: Path, accelerator: Accelerator
+) -> None:
     model = base(tiny_llama, "bf16")
     for training in (True, False):
         model.train(training)
@@ -116,7 +114,7 @@ def test_model_is_left_in_the_mode_it_was_in(tiny_llama: Path, accelerator: Acce
 def test_each_process_takes_its_share(
     tiny_llama: Path, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two processes, each played here: their conversations make the whole."""
+    """Simulates each of two processes; their conversations make the whole."""
 
     class Played:
         process_index = rank
@@ -136,11 +134,12 @@ def test_each_process_takes_its_share(
     losses = {i: by_hand(model, EXAMPLES[i]) for i in mine}
     total = sum(map(sum, losses.values())) + sum(map(float, others))
     tokens = sum(map(len, losses.values())) + 5 * len(others)
-    assert evaluation.tokens == tokens
+    assert sum(evaluation.tokens) == tokens
     assert evaluation.loss == pytest.approx(total / tokens, abs=1e-5)
-    assert [evaluation.conversations[i] for i in others] == [(float(i), 5) for i in others]
+    for i in others:
+        assert (evaluation.nll[i], evaluation.tokens[i]) == (float(i), 5)
 
 
 def test_perplexity_is_exp_of_the_loss() -> None:
-    assert EvaluationLoss(loss=0.0, tokens=1).perplexity == 1.0
-    assert EvaluationLoss(loss=math.log(7.5), tokens=1).perplexity == pytest.approx(7.5, rel=1e-12)
+    assert Evaluation([0.0], [1]).perplexity == 1.0
+    assert Evaluation([2 * math.log(7.5)], [2]).perplexity == pytest.approx(7.5, rel=1e-12)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qlora_harness.accuracy import accuracy
 from scoring_runs import read, refused
 
-from qlora_harness.accuracy import accuracy
 from qlora_harness.errors import ResultsError
 from qlora_harness.question_hashes import prompt_hash
 from qlora_harness.results.scored import read_evaluation

@@ -1,4 +1,4 @@
-"""Flags that belong to no run: what is refused, and that nothing is left behind."""
+"""Flags that are not settings: what is refused, and that no file is left behind."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_files_that_can_be_written_leave_nothing_behind(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_output_that_is_not_a_file(tmp_path: Path) -> None:
     assert refusal(tmp_path) == f"--json {tmp_path} is a folder. Name a file."
     assert refusal(Path("/dev/null")) == "--json /dev/null is not a file. Name a file."
     os.mkfifo(tmp_path / "pipe")
@@ -59,7 +59,7 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
-def test_file_system_without_files_of_users() -> None:
+def test_proc_is_not_writable() -> None:
     reason = why_not_writable(Path("/proc/x/y"))
     assert str(reason).startswith("/proc can't be written (")
 

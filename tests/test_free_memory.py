@@ -1,4 +1,4 @@
-"""What is free of the host's memory, with and without a control group's limit."""
+"""Free memory of the host, with and without a control group's limit."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def limit(group: Path, most: str, used: int, files: int) -> None:
     (group / "memory.stat").write_text(f"anon 5\ninactive_file {files}\nslab 1\n")
 
 
-def test_without_a_limit_it_is_what_the_machine_has(groups: Path) -> None:
+def test_without_a_limit_the_machine_decides(groups: Path) -> None:
     assert available_memory() == ALL
     limit(groups, "max", 100, 0)
     assert available_memory() == ALL
 
 
-def test_limit_counts_and_cached_files_do_not(groups: Path) -> None:
+def test_cached_files_count_as_free(groups: Path) -> None:
     limit(groups, "900", 500, 300)
     assert available_memory() == 900 - (500 - 300)
     limit(groups, "900", 1000, 0)
@@ -51,7 +51,7 @@ def test_limit_counts_and_cached_files_do_not(groups: Path) -> None:
     assert available_memory() == ALL
 
 
-def test_limit_is_that_of_the_own_group_and_those_above(groups: Path) -> None:
+def test_limits_of_parent_groups_count(groups: Path) -> None:
     limit(groups, "max", 0, 0)
     limit(groups / "slice" / "job", "700", 200, 0)
     assert available_memory() == 500

@@ -1,4 +1,4 @@
-"""A run folder with damaged files, read at resume: a run starts, or one line says why not."""
+"""Resuming from a damaged run folder: a run starts, or one line says why not."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def other_bytes(content: bytes, numbers: random.Random) -> bytes:
 
 
 def loads(path: Path) -> bool:
-    """Whether torch can load a file that was taken for whole; then it holds what was saved."""
+    """Whether torch can load a file that was judged intact; if so, it holds what was saved."""
     try:
         state = torch.load(path)["state"]
     except Exception:  # noqa: BLE001  # torch raises many kinds

@@ -31,8 +31,7 @@ from qlora_harness.score.prefix_tree import Query, plan
 from qlora_harness.score.tree_attention import TreeAttention, block_mask
 from qlora_harness.settings import CHECKPOINTING, Quant, build_settings
 from qlora_harness.train.batches import pack_batch, pad_batch
-from qlora_harness.train.memory_prediction import predict
-from qlora_harness.train.model_shape import measure_shape
+from qlora_harness.train.memory_plan import measure_shape, predict
 
 pytestmark = pytest.mark.gpu
 every_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTING)

@@ -1,4 +1,4 @@
-"""Training and scoring killed with SIGKILL at random points: nothing is lost, no number changes.
+"""Training and scoring killed at random points: nothing is lost, no number changes.
 
 Each try is a process forked from this one, which has imported everything already. Other tests
 start threads, with which a fork may hang, so these run by themselves:
@@ -33,7 +33,7 @@ def alone(request: pytest.FixtureRequest) -> None:
 
 
 def forked(work: Callable[[], object], seconds: float | None = None) -> bool:
-    """Runs `work` in a forked process, killed after so many seconds; whether it ended by itself."""
+    """Runs `work` in a forked process, killed after `seconds`; returns whether it ended first."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -65,7 +65,7 @@ def is_completed(folder: str) -> bool:
     return path.is_file() and bool(read(path)["status"] == "completed")
 
 
-def test_killed_training_goes_on_to_the_same_numbers(train: Train) -> None:
+def test_killed_training_resumes_to_the_same_numbers(train: Train) -> None:
     import qlora_harness.train.run  # noqa: F401  (imported once, for all tries)
 
     numbers = random.Random(1)
@@ -85,7 +85,7 @@ def test_killed_training_goes_on_to_the_same_numbers(train: Train) -> None:
         tries += 1
         while not forked(run(folder), numbers.uniform(0, duration) if done < KILLS else None):
             done += 1
-            if is_completed(folder):  # and killed between its last file and its end
+            if is_completed(folder):  # killed after its last file
                 break
         resumed += summary(folder)["runtime"]["resumed"]
         assert losses(folder) == losses("whole")
@@ -98,7 +98,7 @@ def test_killed_training_goes_on_to_the_same_numbers(train: Train) -> None:
     assert resumed > 0
 
 
-def test_killed_scoring_goes_on_to_the_same_numbers(
+def test_killed_scoring_resumes_to_the_same_numbers(
     make_lm: Callable[..., Any], manager: TaskManager, adapter: Path, tmp_path: Path
 ) -> None:
     numbers = random.Random(2)

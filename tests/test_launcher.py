@@ -1,4 +1,4 @@
-"""Training as users start it: `accelerate launch launch/train.py`, killed and in two processes.
+"""Training as users start it: through the launcher, killed, and in two processes.
 
 Each run is a subprocess that imports torch anew (about 6 seconds), so there are few of them.
 """
@@ -27,7 +27,7 @@ ONE_PROCESS = [
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A working folder in which `launch/train.py` is the launcher and results/ is our own."""
+    """A working folder with `launch/train.py` and an empty results/."""
     (tmp_path / "launch").symlink_to(REPOSITORY / "launch")
     return tmp_path
 
@@ -56,7 +56,7 @@ def run(folder: Path, *words: str, **more: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_the_command_of_the_mission(checkout: Path, flags: list[str]) -> None:
+def test_accelerate_launch_trains(checkout: Path, flags: list[str]) -> None:
     status, out, err = run(
         checkout, str(ACCELERATE), "launch", *ONE_PROCESS, "launch/train.py", "--quant", "nf4",
         *flags, "--max-steps", "2",
@@ -96,7 +96,7 @@ def test_launcher_runs_without_accelerate_too(
     assert (err.count("\n"), bool(out)) == ((0, True) if status == 0 else (1, False))
 
 
-def test_kill_leaves_valid_files_and_the_same_command_goes_on(
+def test_kill_leaves_valid_files_and_the_same_command_resumes(
     checkout: Path, flags: list[str]
 ) -> None:
     words = [
@@ -131,7 +131,7 @@ def test_kill_leaves_valid_files_and_the_same_command_goes_on(
 def test_sigterm_to_accelerate_launch_ends_the_run_with_a_checkpoint(
     checkout: Path, flags: list[str]
 ) -> None:
-    """Schedulers signal that process; it dies of it and tells its child nothing."""
+    """Schedulers signal that process, which dies without forwarding the signal."""
     run_dir = checkout / "run"
     process = start(
         checkout, str(ACCELERATE), "launch", *ONE_PROCESS, "launch/train.py", "--quant", "bf16",
@@ -181,7 +181,7 @@ def test_two_processes_give_the_numbers_of_one(checkout: Path, flags: list[str])
         for path in sorted(checkout.glob("*/training_logs.json"))
     ]
     assert counts[0] == counts[1]
-    # Both processes are in the record, and only the first one talks.
+    # Both processes are in the record; only the first one prints.
     assert (one["environment"]["world_size"], two["environment"]["world_size"]) == (1, 2)
     phases = [(phase["phase"], phase["rank"]) for phase in two["memory"]["phases"]]
     assert sorted(phases) == [

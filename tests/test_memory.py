@@ -1,4 +1,4 @@
-"""The memory meter: peaks by phase, on the CPU as resident memory in a field of its own."""
+"""The memory meter: peaks by phase, of a GPU or of the process."""
 
 from __future__ import annotations
 
@@ -12,13 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora_harness.train.memory import (
-    MemoryMeter,
-    OtherProcesses,
-    PhasePeak,
-    largest_peaks,
-    managed_bytes,
-)
+from qlora_harness.train import memory
+from qlora_harness.train.memory import MemoryMeter, PhasePeak, largest_peaks, managed_bytes
 
 MIB = 2**20
 
@@ -36,10 +31,10 @@ linux_only = pytest.mark.skipif(
 
 
 def test_cpu_run_has_resident_memory_only() -> None:
-    memory = MemoryMeter(torch.device("cpu"), rank=0)
-    with pytest.raises(RuntimeError), memory.phase("train"):  # a phase that fails is measured, too
+    meter = MemoryMeter(torch.device("cpu"), rank=0)
+    with pytest.raises(RuntimeError), meter.phase("train"):  # a phase that fails is measured, too
         raise RuntimeError("boom")
-    peaks = asdict(memory.phases[0])
+    peaks = asdict(meter.phases[0])
     rss = peaks.pop("cpu_peak_rss_bytes")
     assert (peaks.pop("phase"), peaks.pop("rank")) == ("train", 0)
     assert set(peaks.values()) == {None}
@@ -48,8 +43,8 @@ def test_cpu_run_has_resident_memory_only() -> None:
 
 
 @linux_only
-def test_peak_is_that_of_its_phase_and_a_sample_that_of_the_running_one() -> None:
-    """In a process of its own: what other tests have freed would be used again here."""
+def test_peaks_and_samples_belong_to_their_phase() -> None:
+    """In a new process, because memory freed by other tests would be reused."""
     code = """
 import torch
 from qlora_harness.train.memory import MemoryMeter
@@ -69,7 +64,7 @@ for phase, size in (("load", 400), ("train", 20)):
     assert load[2] - train[2] > 200 * MIB
 
 
-def test_headline_is_the_largest_over_ranks_of_the_training_phase() -> None:
+def test_largest_peaks_are_those_of_training_over_ranks() -> None:
     phases = [
         asdict(PhasePeak("load", 0, 900, 950, 990, None)),
         asdict(PhasePeak("train", 0, 500, 700, 800, None, 90, 590, 1, 10)),
@@ -117,12 +112,13 @@ def test_paged_states_are_counted_and_others_are_not() -> None:
     ],
 )
 def test_other_processes_on_a_device(
-    running: list[tuple[int, int | None]], expected: tuple[int | None, int | None]
+    monkeypatch: pytest.MonkeyPatch,
+    running: list[tuple[int, int | None]],
+    expected: tuple[int | None, int | None],
 ) -> None:
-    others = OtherProcesses.__new__(OtherProcesses)
     processes = [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in running]
-    others._handle = None
-    others._nvml = SimpleNamespace(nvmlDeviceGetComputeRunningProcesses=lambda handle: processes)
-    assert others.count() == expected
-    others._nvml = None
-    assert others.count() == (None, None)
+    nvml = SimpleNamespace(nvmlDeviceGetComputeRunningProcesses=lambda handle: processes)
+    monkeypatch.setattr(memory, "_nvml", lambda device: (nvml, None))
+    assert memory.other_processes(torch.device("cuda")) == expected
+    monkeypatch.setattr(memory, "_nvml", lambda device: (None, None))
+    assert memory.other_processes(torch.device("cuda")) == (None, None)

@@ -1,4 +1,4 @@
-"""The predicted memory peak: against measured ones, against a real model's bytes, and as a flag."""
+"""The predicted memory peak, against measured ones and a real model's bytes; and --memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from qlora_harness.units import GIB
 
 from qlora_harness.benchmark.training import WAYS
 from qlora_harness.cli import main as cli
@@ -19,9 +20,14 @@ from qlora_harness.model.lora import attach_lora
 from qlora_harness.model.shape import Shape
 from qlora_harness.settings import CHECKPOINTING, Quant, build_settings
 from qlora_harness.train.command import main, parse_settings
-from qlora_harness.train.memory_choice import LADDER, choose_memory_plan, with_rung
-from qlora_harness.train.memory_prediction import GIB, largest_pass, predict
-from qlora_harness.train.model_shape import measure_shape
+from qlora_harness.train.memory_plan import (
+    LADDER,
+    choose_memory_plan,
+    largest_pass,
+    measure_shape,
+    predict,
+    with_rung,
+)
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
 
 
@@ -46,9 +52,9 @@ def shape(llama: Path) -> Shape:
 
 
 # Peaks on an H100, LLaMA-2-7B's shape, rank 64 on all linear layers, `qlora-harness
-# benchmark-training` with batch 16 (28 and 31 where there are more tokens) and at most 512 tokens:
-# 6,870 in the largest pass, 8,192 with padding. Paged optimizer states (0.30 and 1.19 GiB) stand
-# beside what was measured.
+# benchmark-training` with batch 16 (28 and 31 for the larger passes) and at most 512 tokens:
+# 6,870 in the largest pass, 8,192 with padding. Paged optimizer states (0.30 and 1.19 GiB) are
+# added to the measurement.
 MEASURED: list[tuple[dict[str, Any], int, float]] = [
     ({"checkpointing": "none"}, 6870, 25.50),
     ({"checkpointing": "none"}, 10146, 34.95),
@@ -138,7 +144,7 @@ def test_presets_and_amounts_choose_from_the_ladder(shape: Shape) -> None:
 
 @pytest.mark.parametrize("by_length", [True, False])
 def test_steps_learn_from_the_same_examples_in_one_pass_or_several(
-    tiny_llama: Path, tmp_path: Path, by_length: bool
+    tiny_llama: Path, tmp_path: Path, by_length: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = []
     for memory in (None, "fast"):
@@ -151,6 +157,12 @@ def test_steps_learn_from_the_same_examples_in_one_pass_or_several(
         runs.append(json.loads((folder / "training_logs.json").read_text())["steps"])
         summary = json.loads((folder / "training_summary.json").read_text())
         assert summary["computation"]["grad_accum"] == (1 if memory else 4)
+    # What --memory chose is recorded beside the flags.
+    assert summary["settings"]["checkpointing"] == "full"
+    assert summary["settings"]["memory"] == "fast"
+    assert summary["computation"]["checkpointing"] == summary["plan"]["checkpointing"] == "none"
+    assert summary["plan"]["peak"] > summary["plan"]["weights"] > 0
+    assert "planned peak" in capsys.readouterr().out
     assert len(runs[0]) == len(runs[1]) > 4
     for one, other in zip(*runs, strict=True):
         assert one["tokens"] == other["tokens"]
@@ -159,7 +171,7 @@ def test_steps_learn_from_the_same_examples_in_one_pass_or_several(
 
 
 @pytest.mark.parametrize("value", ["huge", "0", "-2", "nan", "inf"])
-def test_other_words_are_refused(value: str) -> None:
+def test_other_values_of_memory_are_refused(value: str) -> None:
     with pytest.raises(SettingsError, match=f"--memory.*{value}"):
         build_settings({"memory": value})
 
@@ -167,7 +179,7 @@ def test_other_words_are_refused(value: str) -> None:
 def test_memory_and_what_it_chooses_exclude_each_other() -> None:
     with pytest.raises(SettingsError, match="--memory and --checkpointing exclude each other"):
         parse_settings(["--memory", "lean", "--checkpointing", "none"])
-    # A recipe's own value is not a clash.
+    # --memory overrides a recipe.
     settings, _ = parse_settings(["--recipe", "qlora-llama2-7b", "--memory", "lean"])
     assert settings.optimization.memory == "lean"
 
@@ -191,13 +203,13 @@ def test_largest_pass() -> None:
         ({"optimizer": "adamw_8bit"}, "adamw_8bit"),
     ],
 )
-def test_what_fits_is_not_paged(changes: dict[str, str], optimizer: str) -> None:
+def test_rung_replaces_the_paged_optimizer(changes: dict[str, str], optimizer: str) -> None:
     settings = with_rung(build_settings(changes), {"checkpointing": "none"})
     assert settings.optimization.optimizer == optimizer
     assert settings.lora.adapter_dtype == changes.get("adapter_dtype", "float32")
 
 
-def test_one_pass_is_offered_where_it_fits(shape: Shape) -> None:
+def test_one_pass_is_suggested_if_it_fits(shape: Shape) -> None:
     def offered(gib: float, **changes: Any) -> str | None:
         return one_pass(shape, build_settings(changes), [400] * 100, int(gib * GIB))
 
@@ -251,63 +263,22 @@ def test_plan_marks_what_memory_chooses(
     lines = capsys.readouterr().out.splitlines()
     assert f"rank 64, {tokens} tokens a pass;" in lines[0]
     assert [line.split()[:4] for line in lines[1:-1] if " * " in line] == [marked]
-    # The others are the ladder's, whatever was chosen.
+    assert not lines[2].endswith("  none listed")
+    # The other rows are the ladder's, whatever was chosen.
     assert sum("paged_adamw_8bit" in line for line in lines) == 1
     assert len(lines) == 8
     assert f"--memory {memory} " in lines[-1]
     assert f" {passes} a step" in lines[-1]
 
 
-def test_plan_of_a_way_that_fits_no_gpu(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["plan", "--model", str(llama), "--batch-size", "16", "--memory", "fast"]
-    assert cli(words) == 0  # 256 conversations in one pass
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("none *")
-    assert lines[2].endswith("  none listed")
-    assert any(line.endswith("GiB and more") for line in lines)
-
-
-@pytest.mark.parametrize(
-    ("words", "problem"),
-    [
-        (["--memory", "3"], "--memory 3: the leanest way takes 4."),
-        (["--quant", "int8"], "--quant: 'int8' is not one of nf4, fp4, bf16"),
-    ],
-)
-def test_plan_refuses_in_one_line(
-    llama: Path, capsys: pytest.CaptureFixture[str], words: list[str], problem: str
-) -> None:
-    assert cli(["plan", "--model", str(llama), *words]) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert problem in output.err
-    assert output.err.count("\n") == 1
-
-
-def test_run_with_memory_records_what_was_chosen(
-    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--model", str(tiny_llama), "--dataset", "demo", "--compute-dtype", "float32"]
-    words += ["--max-steps", "2", "--max-length", "64", "--lora-r", "4", "--batch-size", "2"]
-    words += ["--memory", "balanced", "--output-dir", str(tmp_path / "run")]
-    assert main(words) == 0
-    summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
-    assert summary["settings"]["checkpointing"] == "full"  # as asked
-    assert summary["settings"]["memory"] == "balanced"
-    assert summary["computation"]["checkpointing"] == "selective"
-    assert summary["plan"]["checkpointing"] == "selective"
-    assert summary["plan"]["peak"] > summary["plan"]["weights"] > 0
-    assert "planned peak" in capsys.readouterr().out
-
-
-def test_memory_of_the_host_is_told(shape: Shape) -> None:
-    """bfloat16, 1,000 tokens; gates of 21 of 32 layers; blocks of 16 MiB and a quarter more."""
+def test_plan_states_the_host_memory(shape: Shape) -> None:
+    """In bfloat16: the gates of 21 of 32 layers, in blocks of 16 MiB, plus a quarter."""
     pinned = {}
     for checkpointing in CHECKPOINTING:
         plan = predict(shape, build_settings({"checkpointing": checkpointing}), 1000)
         pinned[checkpointing] = plan.host
-        told = f"{plan.host / GIB:.1f} GiB of the host's memory"
-        assert (told in describe(plan, 1000)) is (plan.host > 0)
+        host = f"{plan.host / GIB:.1f} GiB of the host's memory"
+        assert (host in describe(plan, 1000)) is (plan.host > 0)
     # Gates of a layer take 42 MiB, an input 8.
     block = 2**24
     assert pinned == {
@@ -320,7 +291,7 @@ def test_memory_of_the_host_is_told(shape: Shape) -> None:
     assert predict(shape, peft, 1000).host == 0
 
 
-def test_lack_of_the_hosts_memory_is_told(shape: Shape) -> None:
+def test_shortage_of_host_memory_is_reported(shape: Shape) -> None:
     plans = {
         checkpointing: predict(shape, build_settings({"checkpointing": checkpointing}), 8192)
         for checkpointing in CHECKPOINTING
@@ -329,6 +300,6 @@ def test_lack_of_the_hosts_memory_is_told(shape: Shape) -> None:
         assert host_shortage(plans[name], 0) is None
     selective, offload = plans["selective"], plans["offload"]
     assert host_shortage(selective, 4 * selective.host) is None
-    assert "computed again" in (host_shortage(selective, 4 * selective.host - 4) or "")
+    assert "recomputed" in (host_shortage(selective, 4 * selective.host - 4) or "")
     assert host_shortage(offload, offload.host) is None
     assert "1.0 GiB" in (host_shortage(offload, GIB) or "")

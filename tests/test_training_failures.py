@@ -1,4 +1,4 @@
-"""Training runs that fail, and input that is refused in one line before anything is touched."""
+"""Runs that fail, and bad input, which is refused in one line before anything is touched."""
 
 from __future__ import annotations
 
@@ -49,25 +49,23 @@ def test_poisoned_base_weight_stops_the_run_at_once(
 def test_last_step_that_ruins_the_adapter_fails_the_run(
     train: Train, capsys: pytest.CaptureFixture[str], learning_rate: float
 ) -> None:
-    """The only step's own loss is fine. After it the evaluation, or the adapter, is not finite."""
+    """The loss of the only step is fine; then the evaluation or the adapter is not finite."""
     assert train(quant="bf16", output_dir="run", learning_rate=learning_rate, max_steps=1) == 3
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("qlora-harness: error: ")
     assert summary("run")["status"] == "failed"
 
 
-def test_evaluation_loss_without_a_finite_perplexity_is_no_crash(
-    train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """exp(loss) leaves the range of a float above 709 nats."""
+def test_infinite_perplexity_fails_the_run(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """exp(loss) overflows above 709 nats."""
     from qlora_harness.train import run
-    from qlora_harness.train.evaluation import EvaluationLoss
+    from qlora_harness.train.evaluation import Evaluation
 
-    monkeypatch.setattr(run, "evaluate_loss", lambda *_, **__: EvaluationLoss(800.0, 5))
+    monkeypatch.setattr(run, "evaluate_loss", lambda *_, **__: Evaluation([4000.0], [5]))
     assert train(quant="bf16", output_dir="run", max_steps=1) == 3
     assert summary("run")["status"] == "failed"
 
 
-def test_unexpected_error_is_noted_and_raised(
+def test_unexpected_error_is_recorded_and_raised(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
@@ -80,7 +78,7 @@ def test_unexpected_error_is_noted_and_raised(
     assert summary("run")["failure"] == {"problem": "ZeroDivisionError: boom"}
 
 
-def test_step_that_is_done_is_logged_when_the_next_one_fails(
+def test_completed_step_is_logged_when_the_next_one_fails(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, where the row of a step waits for the next one."""
@@ -114,7 +112,7 @@ def test_out_of_memory_gives_advice(
 
 # --- bad input ------------------------------------------------------------------------------------
 
-# Flags, and how the message begins (or what it holds, for a folder).
+# Flags, and how the message begins.
 BAD_INPUT: dict[str, tuple[dict[str, str], str]] = {
     "missing model": ({"model": "{folder}/nope"}, "--model: {folder}/nope does not exist"),
     "model on an unreachable hub": ({"model": "me/my-model"}, "--model: 'me/my-model' "),
@@ -133,7 +131,7 @@ BAD_INPUT: dict[str, tuple[dict[str, str], str]] = {
     "template": ({"template": "chatml"}, "--template chatml needs the token '<|im_start|>'"),
     "layers": ({"lora_targets": "typo"}, "--lora-targets: the model has no layers named typo"),
     "seed": ({"seed": "8589934592"}, "--seed: 8589934592 "),
-    "checkpoint": ({"resume": "{folder}/nope"}, "--resume: {folder}/nope does not say its step"),
+    "checkpoint": ({"resume": "{folder}/nope"}, "--resume: {folder}/nope has no step in its name"),
     "output folder is a file": ({"output_dir": "{rows}"}, "--output-dir {rows}: "),
     "output folder below a file": ({"output_dir": "{rows}/run"}, "--output-dir {rows}/run: "),
 }
@@ -158,11 +156,9 @@ def test_bad_input_is_one_line_and_touches_nothing(
     given = {name: text.format(folder=tmp_path, rows=rows) for name, text in flags.items()}
     assert train(quant="nf4", **given) == 2
     err = capfd.readouterr().err
-    told = [line for line in err.splitlines() if "qlora-harness: error: " in line]
-    assert len(told) == 1
-    assert err.endswith(f"{told[0]}\n")
-    message = told[0].split("qlora-harness: error: ")[1]
+    _, message = err.split("qlora-harness: error: ")  # once
     assert message.startswith(expected.format(folder=tmp_path, rows=rows))
+    assert message.count("\n") == 1
     assert everything_in(tmp_path) == before
 
 

@@ -1,4 +1,4 @@
-"""A training run of each arm: its records, its adapter, and what both arms have in common."""
+"""A training run of each arm: records, adapter, and what the arms have in common."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PEAK_KEYS = {
 
 
 @pytest.mark.parametrize(("quant", "folder"), [("nf4", "results/4bit"), ("bf16", "results/16bit")])
-def test_run_and_all_it_leaves(
+def test_files_and_numbers_of_a_run(
     train: Train,
     tiny_llama: Path,
     rows: Path,
@@ -165,12 +165,12 @@ def test_run_and_all_it_leaves(
     assert (state["global_step"], state["max_steps"]) == (4, 4)
     assert [row["loss"] for row in state["log_history"] if "loss" in row] == losses(run_dir)
 
-    # What a newcomer sees: how much data, and the first example with its masked part.
+    # Printed: the amount of data, and the first example with its masked part.
     assert f"{rows}: 16 trees, 32 messages" in out
     assert "<s> ### Human: What is 1 plus 1?### Assistant:⟦It is 2. ok</s>⟧" in out
 
 
-def test_the_first_example_of_a_stranger_does_not_steer_the_terminal(
+def test_control_characters_of_the_first_example_are_escaped(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("qlora_harness.train.run.show", lambda *_: "a\x1b[2J\u202e\n⟦b⟧")
@@ -181,7 +181,7 @@ def test_the_first_example_of_a_stranger_does_not_steer_the_terminal(
 def test_no_file_of_a_run_names_the_machine_or_the_home_folder(
     train: Train, tiny_llama: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """People upload adapters and commit records."""
+    """Users upload adapters and commit records."""
     monkeypatch.setenv("HOME", str(tiny_llama.parent))
     monkeypatch.setattr(socket, "gethostname", lambda: "machine-of-somebody")
     assert train(quant="bf16", output_dir="run", save_steps=2, max_steps=2) == 0
@@ -294,7 +294,7 @@ def test_epochs_without_evaluation(train: Train) -> None:
     assert results["eval_loss"] is results["perplexity"] is results["eval_tokens"] is None
 
 
-# Models that are not held in 4 bits as a whole
+# Models that 4 bits hold only in part
 
 
 SIZES = {"vocab_size": 358, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
@@ -340,5 +340,5 @@ def test_base_without_sdpa_trains_with_eager_attention(
     assert train(model=model, output_dir="run") == 0
     attention = summary("run")["model"]["attention"]
     assert attention == ("sdpa" if Gemma2ForCausalLM._supports_sdpa else "eager")
-    told = [m for m in caplog.messages if m.endswith(f"has {attention} attention only")]
-    assert len(told) == (attention == "eager")
+    warnings = [m for m in caplog.messages if m.endswith(f"has {attention} attention only")]
+    assert len(warnings) == (attention == "eager")

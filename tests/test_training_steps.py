@@ -1,4 +1,4 @@
-"""Training steps: exact losses, rows read one step later, the learning rate, the arguments."""
+"""Training steps: exact losses, rows read one step later, learning rate, arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qlora_harness.train.arguments import OPTIMIZERS, planned_steps, training_ar
 def test_first_loss_is_that_of_the_base_model(
     train: Train, tiny_llama: Path, rows: Path, quant: str
 ) -> None:
-    """The fresh adapter is zero, so the first step's loss can be worked out without it."""
+    """A new adapter is zero, so the first loss follows without it."""
     assert train(quant=quant, output_dir="run", batch_size=6, grad_accum=2, max_steps=1) == 0
     expected = loss_of(base(tiny_llama, quant), data_of(tiny_llama, rows).train)
     assert losses("run")[0] == pytest.approx(expected, abs=1e-5)
@@ -39,7 +39,7 @@ def test_accumulation_and_checkpointing_change_no_number(train: Train, quant: st
         assert run == pytest.approx(runs[0], abs=1e-5)
 
 
-def test_same_seed_same_losses_other_seed_others(train: Train) -> None:
+def test_losses_depend_on_the_seed_alone(train: Train) -> None:
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert train(quant="bf16", output_dir=folder, seed=seed, lora_dropout=0.3) == 0
     assert losses("a") == losses("b")
@@ -49,10 +49,10 @@ def test_same_seed_same_losses_other_seed_others(train: Train) -> None:
 def test_steps_read_one_step_later_leave_the_same_records(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where a step's numbers are read when the next one is under way."""
+    """As on a GPU, where a step's numbers are read after the next one is launched."""
     run = {"quant": "bf16", "max_steps": 5, "save_steps": 2, "grad_accum": 2, "batch_size": 2}
     assert train(output_dir="at_once", **run) == 0
-    rows: list[tuple[int, int]] = []  # a step, and the one that had been launched by then
+    rows: list[tuple[int, int]] = []  # a step, and the newest one launched by then
     add_row = trainer.StepLog.add_row
 
     def noted(self: Any, step: Any) -> None:
@@ -82,7 +82,7 @@ def test_steps_read_one_step_later_leave_the_same_records(
     assert states[0]["total_flos"] == states[1]["total_flos"] > 0
 
 
-# What `train.trainer` replaces, all of it public.
+# The public methods that `train.trainer` overrides.
 HOOKS = {
     transformers.Trainer: [
         "train", "get_train_dataloader", "get_batch_samples", "training_step",
@@ -94,7 +94,7 @@ HOOKS = {
 
 
 @pytest.mark.parametrize("owner", HOOKS)
-def test_release_still_has_the_methods_that_are_replaced(owner: type) -> None:
+def test_installed_release_has_the_overridden_methods(owner: type) -> None:
     assert [name for name in HOOKS[owner] if not hasattr(owner, name)] == []
 
 
@@ -105,7 +105,7 @@ def test_release_still_has_the_methods_that_are_replaced(owner: type) -> None:
 def test_release_that_no_longer_calls_a_method_fails_the_run(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """Without this a run would complete without the rows of its steps."""
+    """Otherwise a run would complete without step rows."""
     if name == "clip_grad_norm_":
         monkeypatch.setattr(
             trainer.CountingTrainer, "_clip_gradients", lambda self, *args: self._clip(*args)
@@ -121,9 +121,9 @@ def test_release_that_no_longer_calls_a_method_fails_the_run(
     assert read("run/training_summary.json")["status"] == "failed"
 
 
-def test_listed_modules_answer_as_before() -> None:
+def test_listed_modules_behave_as_before() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Dropout(0.5))
-    model[1].eval()  # as a base model is when an adapter has been put around it
+    model[1].eval()  # as in a base model inside a new adapter
     parameters = list(model.parameters())
     with trainer.listed_modules(model):
         for mode in (True, True, False, True):
@@ -217,7 +217,7 @@ def test_arguments_of_the_published_recipe(tmp_path: Path) -> None:
     assert {n: getattr(v, "value", v) for n, v in values.items()} == stated
 
 
-def test_every_optimizer_is_one_of_the_installed_transformers() -> None:
+def test_installed_transformers_knows_every_optimizer() -> None:
     from transformers.training_args import OptimizerNames
 
     assert set(OPTIMIZERS) == set(setting_fields()["optimizer"][1].metadata["choices"])

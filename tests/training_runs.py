@@ -1,4 +1,4 @@
-"""Training runs of a tiny model on the CPU: what they left, read back, and what it should be.
+"""Helpers for training runs of a tiny model on the CPU.
 
 The fixture `train` in conftest.py runs the command's own main function: real NF4 and real bf16
 bases, in float32 arithmetic so that losses can be compared to 1e-5. What needs processes of its own
@@ -80,7 +80,7 @@ def loss_of(model: Any, examples: list[Example]) -> float:
     ).loss
 
 
-# Run folders made by hand, for tests that only read them.
+# Run folders made by hand.
 
 CHECKPOINT_FILES = (
     "adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt",

@@ -1,4 +1,4 @@
-"""Training under the Hugging Face Trainer, with a full record of every run."""
+"""Training with the Hugging Face Trainer, and a full record of every run."""
 
 from qlora_harness.callable_package import make_callable
 

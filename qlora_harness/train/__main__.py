@@ -1,4 +1,4 @@
-"""`accelerate launch -m qlora_harness.train`: launch/train.py for those who installed a wheel."""
+"""`accelerate launch -m qlora_harness.train`: launch/train.py for an installed wheel."""
 
 import sys
 

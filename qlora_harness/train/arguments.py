@@ -1,4 +1,4 @@
-"""Our settings to the arguments of transformers and PEFT: the only such place."""
+"""Settings as arguments of transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -24,19 +24,12 @@ OPTIMIZERS = {
 
 
 def planned_steps(optimization: OptimizationSettings, examples: int, processes: int) -> int:
-    """Returns the number of optimizer steps of a run over so many examples."""
+    """Returns the optimizer steps of a run over a number of examples."""
     if optimization.max_steps is not None:
         return optimization.max_steps
     assert optimization.epochs is not None
     per_step = optimization.batch_size * optimization.grad_accum * processes
     return max(1, math.ceil(optimization.epochs * examples / per_step))
-
-
-def _schedule(optimization: OptimizationSettings) -> str:
-    """Trainer's "constant" ignores the warm-up."""
-    if optimization.lr_schedule == "constant" and optimization.warmup_ratio > 0:
-        return "constant_with_warmup"
-    return optimization.lr_schedule
 
 
 def training_arguments(
@@ -52,14 +45,17 @@ def training_arguments(
     kind: type[TrainingArguments] | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> TrainingArguments:
-    """Builds the TrainingArguments of a run; every value that matters is stated, none inherited.
+    """Builds the TrainingArguments of a run; states every value that matters.
 
-    `steps` are those of the whole run, `save_steps` those between checkpoints. `fused` says that
-    fused layers do the checkpointing themselves. `kind` is a subclass to build instead, `changes`
-    are arguments that are added or replace those here.
+    `steps` are those of the whole run, `save_steps` those between checkpoints. Fused layers do the
+    checkpointing themselves. `kind` is a subclass to build instead; `changes` are arguments to add
+    or replace.
     """
     from transformers import TrainingArguments
 
+    schedule = optimization.lr_schedule
+    if schedule == "constant" and optimization.warmup_ratio > 0:
+        schedule = "constant_with_warmup"  # Trainer's "constant" ignores the warm-up
     values: dict[str, Any] = {
         "output_dir": str(checkpoint_dir),
         "max_steps": steps,
@@ -67,7 +63,7 @@ def training_arguments(
         "per_device_eval_batch_size": optimization.eval_batch_size,
         "gradient_accumulation_steps": optimization.grad_accum,
         "learning_rate": optimization.learning_rate,
-        "lr_scheduler_type": _schedule(optimization),
+        "lr_scheduler_type": schedule,
         "warmup_steps": math.ceil(optimization.warmup_ratio * steps),
         "optim": OPTIMIZERS[optimization.optimizer],
         "adam_beta1": 0.9,
@@ -79,7 +75,7 @@ def training_arguments(
         "fp16": False,
         "seed": optimization.seed,
         "data_seed": optimization.seed,
-        # Trainer would wait for the device at each step; StepLog logs all of them later.
+        # StepLog logs every step; Trainer would wait for the device at each one.
         "logging_strategy": "no",
         "logging_steps": 1,
         # A NaN loss must be seen, not replaced by the mean of its neighbours.
@@ -93,10 +89,9 @@ def training_arguments(
         "label_names": ["labels"],
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": not use_cpu,
-        # The next batch is copied while the device works.
         "accelerator_config": {"non_blocking": not use_cpu},
         "use_cpu": use_cpu,
-        # Trainer's own tracker would reset the peak counters that we read.
+        # Trainer's tracker would reset our peak counters.
         "skip_memory_metrics": True,
         "disable_tqdm": False,
         "train_sampling_strategy": "group_by_length" if optimization.group_by_length else "random",
@@ -111,7 +106,7 @@ def training_arguments(
 
 
 def attach_adapter(base: PreTrainedModel, settings: Settings) -> PeftModel:
-    """Attaches the adapter that settings describe; its first weights follow their seed."""
+    """Attaches the adapter that the settings describe, initialised with their seed."""
     import torch
 
     torch.manual_seed(settings.optimization.seed)

@@ -1,18 +1,20 @@
-"""Examples to padded batches."""
+"""Examples as batches, with padding or without."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from qlora_harness.data.chat import IGNORE, Example
 
 
 class ExampleSet(Dataset[dict[str, list[int]]]):
-    """A list of examples as Trainer takes it."""
+    """Examples as rows for Trainer."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._examples = examples
@@ -26,39 +28,35 @@ class ExampleSet(Dataset[dict[str, list[int]]]):
 
 
 def pad_batch(rows: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pads rows on the right; what is padding is known by length, never by token id.
+    """Pads rows on the right.
 
-    Returns `input_ids`, `attention_mask` and `labels` (-100 on padding), each [B, T] int64. The pad
-    id may be any valid one: it is neither attended to nor learned.
+    Returns `input_ids`, `attention_mask` and `labels` (-100 on padding), each [B, T] int64. Any
+    valid `pad_id` will do: padding is neither attended to nor learned.
     """
-    longest = max(len(row["input_ids"]) for row in rows)
-    input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-    labels = torch.full((len(rows), longest), IGNORE, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        length = len(row["input_ids"])
-        input_ids[i, :length] = torch.tensor(row["input_ids"], dtype=torch.int64)
-        attention_mask[i, :length] = 1
-        labels[i, :length] = torch.tensor(row["labels"], dtype=torch.int64)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    input_ids = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in rows]
+    labels = [torch.tensor(row["labels"], dtype=torch.int64) for row in rows]
+    return {
+        "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+    }
 
 
 def pack_batch(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
-    """Lays rows one after the other, without padding; none of them sees another.
+    """Concatenates rows without padding; no row attends to another.
 
-    Returns `input_ids`, `position_ids` and `labels`, each [1, T] int64, where positions start anew
-    in each row and a row's first label is -100, as nothing comes before it; `shift_labels`, [1, T]:
-    the label of the token after each, -100 at the end of a row; `read_at` and `read_token`, [R]
-    int64: where a token is learned, and which; `borders`, [N + 1] int32, and `starts`, the same as
-    a tuple: where rows begin and the last ends; `longest`: tokens of the longest row.
+    Returns `input_ids`, `position_ids` and `labels`, each [1, T] int64: positions restart in each
+    row, and a row's first label is -100. `shift_labels`, [1, T], are the labels of the next tokens,
+    -100 at the end of a row. `read_at` and `read_token`, [R] int64, say where a token is learned,
+    and which. `borders`, [N + 1] int32, and `starts`, the same as a tuple, are the beginnings of
+    the rows and the end of the last. `longest` is the number of tokens of the longest row.
     """
+    lengths = [len(row["input_ids"]) for row in rows]
+    starts = (0, *accumulate(lengths))
     input_ids = [token for row in rows for token in row["input_ids"]]
-    positions = [position for row in rows for position in range(len(row["input_ids"]))]
+    positions = [position for length in lengths for position in range(length)]
     labels = [label for row in rows for label in (IGNORE, *row["labels"][1:])]
     shifted = torch.tensor([*labels[1:], IGNORE], dtype=torch.int64)
-    starts = [0]
-    for row in rows:
-        starts.append(starts[-1] + len(row["input_ids"]))
     read_at = torch.nonzero(shifted != IGNORE).squeeze(1)
     return {
         "input_ids": torch.tensor([input_ids], dtype=torch.int64),
@@ -68,13 +66,13 @@ def pack_batch(rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
         "read_at": read_at,
         "read_token": shifted[read_at],
         "borders": torch.tensor(starts, dtype=torch.int32),
-        "starts": tuple(starts),
-        "longest": max(len(row["input_ids"]) for row in rows),
+        "starts": starts,
+        "longest": max(lengths),
     }
 
 
 def padding_id(tokenizer: Any) -> int:
-    """Returns an id to pad with: the tokenizer's pad, unknown or end token, or 0."""
+    """Returns the id of the tokenizer's pad, unknown or end token, or 0."""
     for name in ("pad_token_id", "unk_token_id", "eos_token_id"):
         value = getattr(tokenizer, name, None)
         if isinstance(value, int) and value >= 0:

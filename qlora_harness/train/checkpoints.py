@@ -1,7 +1,4 @@
-"""The checkpoints of a run: which is the newest that can be read?
-
-They are checked by header and checksum; nothing is unpickled.
-"""
+"""The checkpoints of a run, checked by header and checksum without unpickling anything."""
 
 from __future__ import annotations
 
@@ -20,18 +17,10 @@ from qlora_harness.record import TRAINER_STATE_FILE
 
 _NAME = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
 _END_BYTES = 22  # the record at the end of a zip archive
-_STATE_TYPES: dict[str, type | tuple[type, ...]] = {
-    "epoch": (int, float),
-    "max_steps": int,
-    "num_train_epochs": int,
-    "total_flos": (int, float),
-    "log_history": list,
-    "stateful_callbacks": dict,
-}
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Returns whether a folder is called checkpoint-N."""
+    """Returns whether a folder name is checkpoint-N."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -51,30 +40,29 @@ def all_checkpoints(folder: Path) -> list[Path]:
     return sorted(paths, key=checkpoint_step, reverse=True)
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """Returns the newest checkpoint that can be read, or None, and what each newer one lacks.
+def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
+    """Returns the newest intact checkpoint, or None, and the faults of the newer ones.
 
-    Raises RunError where checkpoints were saved to the end and none of them can be read.
+    Raises RunError if checkpoints were completed but none is intact.
     """
-    passed_over: list[str] = []
-    saved = 0
+    faults: list[str] = []
+    completed = False
     for path in all_checkpoints(folder):
         problem = fault(path)
         if problem is None:
-            return path, passed_over
-        passed_over.append(f"{path.name}: {problem}")
-        saved += _was_saved(path)
-    if saved:
+            return path, faults
+        faults.append(f"{path.name}: {problem}")
+        completed = completed or _was_completed(path)
+    if completed:
         raise RunError(
-            f"{folder} holds no checkpoint that can be read ({'; '.join(passed_over)[:250]})",
+            f"{folder} holds no intact checkpoint ({'; '.join(faults)[:250]})",
             "Restore one, use --overwrite to start again, or another --output-dir",
         )
-    return None, passed_over
+    return None, faults
 
 
-def _was_saved(checkpoint: Path) -> bool:
-    """Whether it was saved to the end: Trainer writes its state last."""
-    try:
+def _was_completed(checkpoint: Path) -> bool:
+    try:  # Trainer writes its state last
         json.loads((checkpoint / TRAINER_STATE_FILE).read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
@@ -82,48 +70,38 @@ def _was_saved(checkpoint: Path) -> bool:
 
 
 def fault(checkpoint: Path) -> str | None:
-    """Returns what is wrong with a checkpoint, or None for one that can be resumed from."""
+    """Returns what is wrong with a checkpoint, or None if a run can resume from it."""
     random_states = sorted(path.name for path in checkpoint.glob("rng_state*.pth"))
     names = [WEIGHTS_FILE, CONFIG_FILE, "optimizer.pt", "scheduler.pt"]
     for name in (*names, *(random_states or ["rng_state.pth"]), TRAINER_STATE_FILE):
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if not path.stat().st_size:
-            return f"{name} is empty"
         try:
             problem = _damage(path)
         except Exception as error:  # noqa: BLE001  # the parsers of damaged files raise many kinds
-            problem = f"can't be read ({type(error).__name__})"
+            return f"{name} can't be read ({type(error).__name__})"
         if problem is not None:
             return f"{name} {problem}"
     return None
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with one file; other faults are raised."""
+    """Returns what is wrong with a file, or raises what its parser raises."""
     if path.suffix == ".safetensors":
         _tensor_shapes(path)  # raises if header and length don't agree
     elif path.suffix == ".json":
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
             return "holds no JSON object"
-        if path.name == TRAINER_STATE_FILE:
-            return _wrong_state(content, checkpoint_step(path.parent))
+        step = content.get("global_step")
+        if path.name == TRAINER_STATE_FILE and step != checkpoint_step(path.parent):
+            return f"says step {str(step)[:20]}"
     else:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             file.seek(-_END_BYTES, os.SEEK_END)
-            ends = file.read(4) == b"PK\5\6"  # torch reads no archive with anything behind it
+            ends = file.read(4) == b"PK\5\6"  # torch refuses an archive with bytes after its end
             return None if ends and archive.testzip() is None else "is damaged"
-    return None
-
-
-def _wrong_state(state: dict[str, Any], step: int) -> str | None:
-    if state.get("global_step") != step:
-        return f"says step {str(state.get('global_step'))[:20]}"
-    for name, kind in _STATE_TYPES.items():
-        if not isinstance(state.get(name), kind) or isinstance(state.get(name), bool):
-            return f"has no valid {name}"
     return None
 
 
@@ -133,7 +111,7 @@ def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_fits(checkpoint: Path, model: Any) -> None:
-    """Raises RunError if a checkpoint's tensors are not those of a PEFT model's adapter."""
+    """Raises RunError if a checkpoint's tensors differ from a PEFT model's in name or shape."""
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -149,9 +127,9 @@ def check_fits(checkpoint: Path, model: Any) -> None:
 
 
 def cannot_be_loaded(checkpoint: Path | str, error: Exception) -> RunError:
-    """Returns what torch or PEFT raised while loading a checkpoint as one line."""
+    """Returns the error for an exception that torch or PEFT raised while loading a checkpoint."""
     reason = (str(error).strip().splitlines() or [""])[0][:120]
     return RunError(
         f"{checkpoint} can't be loaded ({type(error).__name__}: {reason})",
-        "Remove it, so that an older one is taken, or use another --output-dir",
+        "Remove it to resume from an older one, or use another --output-dir",
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from qlora_harness.errors import SettingsError, printable, run_command
-from qlora_harness.record import nested
+from qlora_harness.record import ADAPTER_DIR, nested
 from qlora_harness.settings import (
     GROUPS,
     Settings,
@@ -21,8 +21,8 @@ from qlora_harness.settings import (
 )
 
 _EPILOG = """\
-Every flag is also a recipe key (learning_rate: 0.0002). Flags win over the recipe, the recipe over
-the defaults. Recipes that come along: qlora-llama2-7b (the published one; its values are the
+Every flag is also a recipe key (learning_rate: 0.0002). Flags override the recipe, and the recipe
+overrides the defaults. Included recipes: qlora-llama2-7b (the published one; its values are the
 defaults), lora-llama2-7b (the same in bf16), demo (SmolLM2 on the embedded data, for CPUs).
 
 examples:
@@ -43,11 +43,8 @@ class _FlagParser(argparse.ArgumentParser):
         raise SettingsError(message, "`launch/train.py --help` lists every flag")
 
 
-def flag_parser(prog: str = "launch/train.py") -> argparse.ArgumentParser:
-    """Returns the parser of the launcher or of `qlora-harness plan`.
-
-    It names flags only; defaults and checks are those of `settings`.
-    """
+def flag_parser(prog: str) -> argparse.ArgumentParser:
+    """Returns the parser of the launcher or of `qlora-harness plan`; values stay unchecked."""
     trains = prog == "launch/train.py"
     parser = _FlagParser(
         prog=prog,
@@ -101,7 +98,7 @@ def parse_settings(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the training command; returns 0, 2 for a mistake in the input, 3 for a failed run."""
-    # Imported early: it remembers the launcher, which may end while torch is imported.
+    # Before torch: it remembers the launcher, which may end during that import.
     import qlora_harness.train.process  # noqa: F401
 
     return run_command(lambda: _train(argv))
@@ -109,37 +106,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(argv: Sequence[str] | None) -> int:
     settings, resume_given = parse_settings(argv)
+    from accelerate import PartialState
+
     from qlora_harness.train.run import run_training
 
-    _report(settings, run_training(settings, resume_given=resume_given))
+    summary = run_training(settings, resume_given=resume_given)
+    if PartialState().is_main_process:
+        print(f"{settings.quant.value}: " + "; ".join(_numbers(summary)))
+        adapter = settings.run_dir / ADAPTER_DIR
+        print(printable(f"adapter: {adapter}   record: {settings.run_dir}"))
     return 0
 
 
-def _report(settings: Settings, summary: dict[str, Any]) -> None:
-    """Prints the numbers that a user looks for."""
-    from accelerate import PartialState
-
-    if not PartialState().is_main_process:
-        return
+def _numbers(summary: dict[str, Any]) -> list[str]:
+    """Returns the numbers that a user looks for, as far as the run has them."""
     parts = []
+    results, memory = summary.get("results") or {}, summary.get("memory") or {}
     if (seconds := nested(summary, "runtime", "train_seconds")) is not None:
         speed = nested(summary, "throughput", "tokens_per_second")
-        steps = nested(summary, "results", "steps")
-        parts.append(
-            f"{steps} steps in {seconds:.0f} s" + (f" ({speed:,.0f} tokens/s)" if speed else "")
-        )
-    memory = summary.get("memory") or {}
+        rate = f" ({speed:,.0f} tokens/s)" if speed else ""
+        parts.append(f"{results.get('steps')} steps in {seconds:.0f} s{rate}")
     if (allocated := memory.get("peak_allocated_bytes")) is not None:
         paged = memory.get("peak_managed_bytes")
         managed = f" + {paged / 2**30:.2f} managed" if paged else ""
         parts.append(f"peak GPU memory {allocated / 2**30:.2f}{managed} GiB allocated")
     if (resident := memory.get("cpu_peak_rss_bytes")) is not None:
         parts.append(f"peak CPU memory {resident / 2**30:.2f} GiB (RSS)")
-    results = summary.get("results") or {}
     if (loss := results.get("final_train_loss")) is not None:
         parts.append(f"last train loss {loss:.3f}")
     loss, perplexity = results.get("eval_loss"), results.get("perplexity")
     if loss is not None and perplexity is not None:
         parts.append(f"evaluation loss {loss:.3f}, perplexity {perplexity:.2f}")
-    print(f"{settings.quant.value}: " + "; ".join(parts))
-    print(printable(f"adapter: {settings.run_dir / 'adapter'}   record: {settings.run_dir}"))
+    return parts

@@ -1,4 +1,4 @@
-"""Training on the CPU: how many threads compute, and in which dtype they are faster."""
+"""Training on the CPU: the number of threads, and the faster dtype."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _REPETITIONS = 3
 def use_all_cores() -> bool:
     """Lets torch use every physical core; returns whether the number of threads changed.
 
-    `accelerate launch` and torchrun set OMP_NUM_THREADS to 1 where nobody has set it. A number
-    that the user named stays.
+    `accelerate launch` and torchrun set OMP_NUM_THREADS to 1 if it is not set. A number from the
+    user stays.
     """
-    if LAUNCHER is None or _threads_are_given():
+    if _user_set_threads():
         return False
     cores = psutil.cpu_count(logical=False) or 1
     if hasattr(os, "sched_getaffinity"):
@@ -33,9 +33,9 @@ def use_all_cores() -> bool:
     return True
 
 
-def _threads_are_given() -> bool:
-    """Whether the launcher's own environment or command line says how many threads to use."""
-    if os.environ.get("OMP_NUM_THREADS") != "1" or LAUNCHER is None:
+def _user_set_threads() -> bool:
+    """Whether the user chose the number, in the launcher's environment or on its command line."""
+    if LAUNCHER is None or os.environ.get("OMP_NUM_THREADS") != "1":
         return True
     try:
         words, environment = LAUNCHER.cmdline(), LAUNCHER.environ()
@@ -47,10 +47,9 @@ def _threads_are_given() -> bool:
 
 
 def bfloat16_slowdown() -> float:
-    """Returns how many times as long as in float32 the products of a layer take in bfloat16.
+    """Returns the time of a layer's products in bfloat16, divided by that in float32.
 
-    One thread multiplies 256 rows with a matrix of 512 by 512, forward and backward. Its own time
-    counts, so that other processes on the machine change nothing.
+    Measures the CPU time of one thread, which other processes don't affect.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -65,7 +64,7 @@ def _product_seconds(dtype: torch.dtype) -> float:
     x = torch.full((_ROWS, _WIDTH), 0.5, dtype=dtype)
     weight = torch.full((_WIDTH, _WIDTH), 0.5, dtype=dtype)
     best = float("inf")
-    for _ in range(_REPETITIONS + 1):  # the first one chooses kernels
+    for _ in range(_REPETITIONS + 1):  # the first one warms up
         begun = time.thread_time()
         out = x @ weight.t()
         out @ weight

@@ -1,4 +1,4 @@
-"""Evaluation loss weighted by token, and its perplexity."""
+"""The evaluation loss per token, and its perplexity."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EvaluationLoss:
-    """The loss over a set of examples."""
+class Evaluation:
+    """The losses of a set of examples, one value each, in order."""
 
-    loss: float  # nats per supervised token
-    tokens: int  # supervised ones
-    conversations: tuple[tuple[float, int], ...] = ()
-    """Summed loss, nats, and supervised tokens of each example, in their order."""
+    nll: list[float]  # summed over the supervised tokens, in nats
+    tokens: list[int]  # supervised
+
+    @property
+    def loss(self) -> float:
+        """Nats per supervised token."""
+        return math.fsum(self.nll) / sum(self.tokens)
 
     @property
     def perplexity(self) -> float:
-        """Exp of the token-weighted loss."""
+        """exp(loss)."""
         try:
             return math.exp(self.loss)
         except OverflowError:  # above 709 nats
@@ -45,13 +48,11 @@ def evaluate_loss(
     accelerator: Accelerator,
     autocast_dtype: torch.dtype | None,
     fused: bool = False,
-) -> EvaluationLoss:
-    """Computes the loss of a causal language model over examples, divided among the processes.
+) -> Evaluation:
+    """Computes the loss of a causal language model over examples, shared among the processes.
 
-    The sum runs over tokens, not over batches, so the result does not depend on batch size or
-    number of processes (beyond rounding). `examples` are the same on every process; without an
-    `autocast_dtype` the weights' own is used; `fused` says that the model takes rows without
-    padding.
+    The mean is over tokens, not batches, so batch size and number of processes matter only to
+    rounding. `examples` are the same on every process. A `fused` model takes rows without padding.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))[rank::world]
@@ -80,16 +81,14 @@ def evaluate_loss(
         parts: list[dict[int, tuple[float, int]]] = [{} for _ in range(world)]
         torch.distributed.all_gather_object(parts, losses)
         losses = {i: value for part in parts for i, value in part.items()}
-    conversations = tuple(losses[i] for i in range(len(examples)))
-    total = math.fsum(nll for nll, _ in conversations)
-    count = sum(tokens for _, tokens in conversations)
-    return EvaluationLoss(total / count, count, conversations)
+    ordered = [losses[i] for i in range(len(examples))]
+    return Evaluation([nll for nll, _ in ordered], [tokens for _, tokens in ordered])
 
 
 def _padded_losses(
     model: torch.nn.Module, rows: Sequence[dict[str, list[int]]], pad_id: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss and supervised tokens of each row, each [B]."""
+    """Returns the summed loss and the supervised tokens of each row, each [B]."""
     batch = {k: v.to(device) for k, v in pad_batch(rows, pad_id).items()}
     labels = batch.pop("labels")[:, 1:]
     logits = model(**batch, use_cache=False).logits[:, :-1]
@@ -104,7 +103,6 @@ def _padded_losses(
 def _packed_losses(
     model: torch.nn.Module, rows: Sequence[dict[str, list[int]]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of rows without padding."""
     packed = send_to_device(pack_batch(rows), device)
     losses = model(**packed, per_token=True).loss.double()
     owner = torch.searchsorted(packed["borders"], packed["read_at"], right=True) - 1

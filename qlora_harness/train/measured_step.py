@@ -1,8 +1,7 @@
-"""An optimizer step's numbers, fetched without waiting for the device.
+"""The numbers of an optimizer step, read without making the device idle.
 
-Reading a loss right after its step was launched would stop the launching of work until the device
-is done, and leave it idle afterwards. So the numbers travel to the host behind the step, and are
-read one step later.
+Reading a loss right after launching its step blocks the host until the device is done, which then
+has no work queued. So the numbers are copied to the host behind the step and read one step later.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 
 
 class Clock:
-    """A point in time on a device: when it has done all that was launched so far."""
+    """The point in time at which a device has done all work launched so far."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None
@@ -24,12 +23,12 @@ class Clock:
             self._event.record(torch.cuda.current_stream(device))
 
     def wait(self) -> None:
-        """Waits until the device is there."""
+        """Waits until the device has reached it."""
         if self._event is not None:
             self._event.synchronize()
 
     def seconds_since(self, earlier: Clock) -> float:
-        """Returns the seconds between two points on one device, both of them reached."""
+        """Returns the seconds since an earlier point on the same device; both must be reached."""
         if self._event is not None and earlier._event is not None:
             return float(earlier._event.elapsed_time(self._event)) / 1000
         return self._now - earlier._now
@@ -37,11 +36,11 @@ class Clock:
 
 @dataclass
 class MeasuredStep:
-    """An optimizer step whose numbers may still be on their way.
+    """An optimizer step; its numbers are valid once `ended` is reached.
 
     `numbers`, [4] float64 on the host, are the mean loss over the learned tokens in nats, the
     gradient norm before clipping, and the tokens and learned tokens of all processes, without
-    padding. They are complete once `ended` is reached.
+    padding.
     """
 
     step: int
@@ -50,11 +49,3 @@ class MeasuredStep:
     begun: Clock
     ended: Clock
     numbers: torch.Tensor
-
-
-def to_host(numbers: torch.Tensor) -> torch.Tensor:
-    """Starts a copy to the host, complete when the device has done all that was launched so far."""
-    if not numbers.is_cuda:
-        return numbers.clone()
-    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-    return host.copy_(numbers, non_blocking=True)

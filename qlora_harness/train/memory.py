@@ -1,8 +1,9 @@
-"""What the memory peak really was: per phase, as the allocator and as the driver see it."""
+"""Measures the memory peak of each phase, as the allocator and the driver see it."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import resource
@@ -15,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-
-# What each row of the step log holds.
+# In each row of the step log.
 _STEP_PEAKS = (
     "peak_allocated_bytes",
     "peak_reserved_bytes",
@@ -27,14 +27,14 @@ _STEP_PEAKS = (
 
 @dataclass
 class PhasePeak:
-    """The peaks of one phase in one process, bytes; see `schema.training.PhaseMemory`."""
+    """The peaks of one phase in one process, in bytes; see `schema.training.PhaseMemory`."""
 
     phase: str
     rank: int
     peak_allocated_bytes: int | None = None
     peak_reserved_bytes: int | None = None
     peak_device_used_bytes: int | None = None  # sampled at the end of steps and of the phase
-    cpu_peak_rss_bytes: int | None = None  # of the process so far, where it can't be reset
+    cpu_peak_rss_bytes: int | None = None  # since the process began, if it can't be reset
     peak_managed_bytes: int | None = None
     peak_needed_bytes: int | None = None
     other_processes: int | None = None
@@ -42,21 +42,20 @@ class PhasePeak:
 
 
 class MemoryMeter:
-    """Measures phase by phase. Nothing else in the program may reset torch's peak counters.
+    """Measures phase by phase. Nothing else may reset torch's peak counters.
 
-    `optimizer` returns the optimizer, once there is one.
+    `optimizer` returns the optimizer once there is one.
     """
 
     def __init__(self, device: torch.device, rank: int) -> None:
         self._device = device
         self._rank = rank
-        self._others = OtherProcesses(device) if device.type == "cuda" else None
         self.optimizer: Callable[[], Any] = lambda: None
         self.phases: list[PhasePeak] = []
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measures what runs inside the `with` block, even if it ends in an exception."""
+        """Measures a `with` block, even if it raises."""
         peak = PhasePeak(name, self._rank)
         self.phases.append(peak)
         self._reset()
@@ -66,7 +65,7 @@ class MemoryMeter:
             self._read(peak)
 
     def sample(self) -> dict[str, int | None]:
-        """Returns the current phase's peaks so far, for the step log, in bytes."""
+        """Returns the current phase's peaks so far, for the step log."""
         peak = self.phases[-1]
         self._read(peak)
         return {name: v for name in _STEP_PEAKS if (v := getattr(peak, name)) is not None}
@@ -94,8 +93,7 @@ class MemoryMeter:
         peak.peak_device_used_bytes = max(peak.peak_device_used_bytes or 0, total - free)
         peak.peak_managed_bytes = max(peak.peak_managed_bytes or 0, managed_bytes(self.optimizer()))
         peak.peak_needed_bytes = peak.peak_allocated_bytes + peak.peak_managed_bytes
-        assert self._others is not None
-        count, size = self._others.count()
+        count, size = other_processes(self._device)
         if count is not None:
             peak.other_processes = max(peak.other_processes or 0, count)
         if size is not None:
@@ -103,10 +101,7 @@ class MemoryMeter:
 
 
 def managed_bytes(optimizer: Any) -> int:
-    """Returns the bytes that bitsandbytes' paged optimizer holds in managed memory; None has none.
-
-    Works through accelerate's wrapper as well.
-    """
+    """Returns the bytes that a paged optimizer of bitsandbytes holds in managed memory."""
     states = getattr(optimizer, "state", None) or {}
     return sum(
         tensor.nbytes
@@ -116,35 +111,35 @@ def managed_bytes(optimizer: Any) -> int:
     )
 
 
-class OtherProcesses:
-    """Counts what other processes use of a GPU, through NVML where nvidia-ml-py is installed."""
+@functools.cache
+def _nvml(device: torch.device) -> tuple[Any, Any]:
+    """Returns NVML and its handle of a GPU, or None for both if nvidia-ml-py is not installed."""
+    import torch
 
-    def __init__(self, device: torch.device) -> None:
-        import torch
+    try:
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        return nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
+    except Exception:  # noqa: BLE001  # NVML raises its own kinds
+        return None, None
 
-        self._nvml: Any = None
-        try:
-            self._nvml = importlib.import_module("pynvml")
-            self._nvml.nvmlInit()
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            self._handle = self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-')}")
-        except Exception:  # noqa: BLE001  # not installed, or no NVML: nothing is recorded
-            self._nvml = None
 
-    def count(self) -> tuple[int | None, int | None]:
-        """Returns how many other processes compute on the device, and how many bytes they use."""
-        if self._nvml is None:
-            return None, None
-        try:
-            running = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
-        except Exception:  # noqa: BLE001  # NVML raises its own kinds
-            return None, None
-        others = [process for process in running if process.pid != os.getpid()]
-        if len(others) == len(running) and others:
-            # In a container NVML knows this process by another number, so none can be told apart.
-            return len(others) - 1, None if len(others) > 1 else 0
-        sizes = [process.usedGpuMemory for process in others]
-        return len(others), None if None in sizes else sum(sizes)
+def other_processes(device: torch.device) -> tuple[int | None, int | None]:
+    """Returns the number of other processes on a GPU and their bytes, None if unknown."""
+    nvml, handle = _nvml(device)
+    if nvml is None:
+        return None, None
+    try:
+        running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except Exception:  # noqa: BLE001  # as above
+        return None, None
+    others = [process for process in running if process.pid != os.getpid()]
+    if len(others) == len(running) and others:
+        # In a container NVML sees another PID, so this process is one of these.
+        return len(others) - 1, None if len(others) > 1 else 0
+    sizes = [process.usedGpuMemory for process in others]
+    return len(others), None if None in sizes else sum(sizes)
 
 
 def _peak_rss_bytes() -> int:
@@ -157,9 +152,9 @@ def _peak_rss_bytes() -> int:
 
 
 def largest_peaks(phases: list[dict[str, Any]], device_type: str) -> dict[str, Any]:
-    """Returns the largest peaks of the training phase over ranks, by name, and all phases.
+    """Returns the largest peaks of the training phase over ranks, and all phases.
 
-    `phases` are `PhasePeak`s of every rank as dictionaries; `device_type` is "cuda" or "cpu".
+    `phases` are the `PhasePeak`s of every rank as dictionaries.
     """
 
     def largest(name: str) -> int | None:

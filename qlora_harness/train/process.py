@@ -1,6 +1,6 @@
-"""The processes of a run: this one, the others, and the launcher that started them.
+"""What identifies this process, and the launcher that started it.
 
-Imported before torch, as the launcher may end while torch is imported.
+Imported before torch, because the launcher may end during that import.
 """
 
 from __future__ import annotations
@@ -18,36 +18,32 @@ _LAUNCHER_VARIABLES = ("ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID")
 
 
 def host_id() -> str:
-    """Returns 16 hexadecimal digits that tell this machine from others without naming it."""
-    machine = ""
-    for path in (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id")):
-        if path.is_file():
-            machine = path.read_text(encoding="utf-8", errors="replace").strip()
-            break
+    """Returns 16 hexadecimal digits that identify this machine without naming it."""
+    path = Path("/etc/machine-id")
+    machine = path.read_text(errors="replace").strip() if path.is_file() else ""
     return short_hash(f"{socket.gethostname()}\0{machine or uuid.getnode()}")
 
 
 def short_hash(text: str) -> str:
-    """Returns 16 hexadecimal digits for a name that records must not hold."""
+    """Returns 16 hexadecimal digits in place of a name that records must not hold."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def this_process() -> dict[str, Any]:
-    """Returns what identifies this process in a record."""
+    """Returns what identifies this process in a record, even after its PID is reused."""
     return {"id": os.getpid(), "host": host_id(), "started": psutil.Process().create_time()}
 
 
 def _find_launcher() -> psutil.Process | None:
-    """The launcher that started this process, or None if it was started without one."""
     if not any(name in os.environ for name in _LAUNCHER_VARIABLES):
         return None
     return psutil.Process().parent()
 
 
-# As early as can be: once the launcher has ended, another process is the parent.
+# Read early: once the launcher has ended, another process is the parent.
 LAUNCHER = _find_launcher()
 
 
 def launcher_has_ended() -> bool:
-    """Returns whether the launcher of this process has ended and left it alone."""
+    """Returns whether this process has outlived its launcher."""
     return LAUNCHER is not None and os.getppid() != LAUNCHER.pid

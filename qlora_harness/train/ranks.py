@@ -1,4 +1,4 @@
-"""The processes that train together: where they compute, and what only the first of them does."""
+"""The processes that train together: their devices, and work for the main process only."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _Result = TypeVar("_Result")
 
 
 def start_processes() -> PartialState:
-    """Joins the other processes; `accelerate launch --cpu`, and no GPU, mean the CPU.
+    """Joins the other processes, on the CPU with `accelerate launch --cpu` or without a GPU.
 
-    Raises SettingsError if one process sees several GPUs, of which Trainer would use all.
+    Raises SettingsError if one process sees several GPUs: Trainer would use all of them.
     """
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     state = PartialState(cpu=on_cpu or not torch.cuda.is_available())
     if not state.is_main_process:
-        logging.getLogger("qlora_harness").setLevel(logging.ERROR)  # warnings appear once
+        logging.getLogger("qlora_harness").setLevel(logging.ERROR)  # so that warnings appear once
     if state.device.type == "cuda" and state.num_processes == 1 and torch.cuda.device_count() > 1:
         raise SettingsError(
             f"{torch.cuda.device_count()} GPUs are visible to one process",
@@ -36,12 +36,12 @@ def device_of(state: PartialState) -> torch.device:
     """Returns the device of this process."""
     if state.device.type != "cuda":
         return torch.device(state.device.type)
-    # The LOCAL rank: the global one would name a GPU that a second machine does not have.
+    # The local rank: the global one may exceed the GPUs of this machine.
     return torch.device("cuda", state.local_process_index)
 
 
 def on_main(state: PartialState, work: Callable[[], _Result]) -> _Result:
-    """Returns the main process's result on every process; what it refuses, all refuse."""
+    """Returns the main process's result, or raises its HarnessError, on every process."""
     outcome: list[Any] = [None]
     if state.is_main_process:
         try:
@@ -59,6 +59,6 @@ def on_main(state: PartialState, work: Callable[[], _Result]) -> _Result:
 
 
 def say(state: PartialState, text: str) -> None:
-    """Prints a text on the main process, with control characters made visible."""
+    """Prints a text on the main process, with control characters escaped."""
     if state.is_main_process:
         print(printable(text, keep="\n"), flush=True)

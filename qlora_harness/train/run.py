@@ -1,16 +1,14 @@
-"""One training run, from settings to adapter and record: `run_training`, then `_Run.execute`."""
+"""One training run, from settings to adapter and record."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,10 +44,9 @@ from qlora_harness.train.arguments import attach_adapter, planned_steps, trainin
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkpoint_step
 from qlora_harness.train.cpu import bfloat16_slowdown, use_all_cores
-from qlora_harness.train.evaluation import EvaluationLoss, evaluate_loss
+from qlora_harness.train.evaluation import Evaluation, evaluate_loss
 from qlora_harness.train.memory import MemoryMeter
-from qlora_harness.train.memory_choice import choose_memory_plan
-from qlora_harness.train.model_shape import measure_shape
+from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
 from qlora_harness.train.ranks import device_of, on_main, say, start_processes
 from qlora_harness.train.run_folder import (
@@ -69,32 +66,29 @@ def run_training(settings: Settings, *, resume_given: bool = False) -> dict[str,
     """Trains one arm, writes its run folder and returns the summary, as stored.
 
     `resume_given` says whether the user gave --resume. Raises HarnessError for anything the user
-    can mend; the folder then says "failed", or is untouched if training had not begun.
+    can fix; the folder then says "failed", or is untouched if training had not begun.
     """
     with sigterm_as_ctrl_c():
         state = start_processes()
-        _check_report_to(settings.run.report_to)
+        report_to = settings.run.report_to
+        if report_to != "none" and find_spec(report_to) is None:
+            raise SettingsError(
+                f"--report-to {report_to} needs a package that is not installed",
+                f"pip install {report_to}",
+            )
         find = partial(find_start, settings.run_dir, settings, resume_given=resume_given)
         start = on_main(state, find)
         for note in start.notes:
-            say(state, f"{settings.run_dir}: passed over {note}")
+            say(state, f"{settings.run_dir}: skipped {note}")
         if start.nothing_to_do and start.previous is not None:
-            done = "holds this run already, completed; nothing is left to do"
-            say(state, f"{settings.run_dir} {done}")
+            say(state, f"{settings.run_dir} holds this run, completed; nothing is left to do")
             return start.previous
         settings = _with_compute_dtype(settings, state, start)
         return _Run(settings, state, start, find).execute()
 
 
-def _check_report_to(name: str) -> None:
-    if name != "none" and find_spec(name) is None:
-        raise SettingsError(
-            f"--report-to {name} needs a package that is not installed", f"pip install {name}"
-        )
-
-
 def _with_compute_dtype(settings: Settings, state: PartialState, start: StartingPoint) -> Settings:
-    """Puts a dtype in place of "auto", and says how the CPU computes."""
+    """Replaces the compute dtype "auto", and sets the threads of a CPU."""
     on_cpu = state.device.type == "cpu"
     if on_cpu and use_all_cores():
         flag = "accelerate launch --num_cpu_threads_per_process N"
@@ -105,10 +99,9 @@ def _with_compute_dtype(settings: Settings, state: PartialState, start: Starting
         dtype = recorded
     elif dtype == "auto" and on_cpu:
         slowdown = on_main(state, bfloat16_slowdown)
-        # Clearly faster: a choice at the edge could give the arms of a comparison two dtypes.
+        # Only if clearly faster: near 1, noise could give the arms of a comparison two dtypes.
         dtype = "bfloat16" if slowdown < 2 / 3 else "float32"
-        times = f"bfloat16 takes {slowdown:.1f} times as long as float32"
-        say(state, f"on the CPU: {dtype} ({times})")
+        say(state, f"on the CPU: {dtype} (bfloat16 takes {slowdown:.1f} times as long as float32)")
     elif dtype == "auto":
         dtype = "bfloat16"
     model = dataclasses.replace(settings.model, compute_dtype=dtype)
@@ -131,7 +124,7 @@ class _Run:
         find: Callable[..., StartingPoint],
     ) -> None:
         self.settings = settings
-        self.chosen = settings  # the same, with what --memory chooses in place of its own
+        self.chosen = settings  # with the choices of --memory applied
         self.state = state
         self.start = start
         self.find_start = find
@@ -145,7 +138,7 @@ class _Run:
         self.record = RunRecord(settings, state, self.device, self.memory, resumed)
 
     def execute(self) -> dict[str, Any]:
-        """Runs it all and returns the summary."""
+        """Runs every phase and returns the summary."""
         source = find_base(self.settings.model.model, self.settings.model.revision)
         tokenizer = load_tokenizer(source)
         # The main process goes first: it fills the cache that the others read.
@@ -178,7 +171,7 @@ class _Run:
         return self.record.content
 
     def _plan_memory(self, source: BaseSource, lengths: Sequence[int]) -> None:
-        """Applies --memory, and says what the peak on a GPU will be."""
+        """Applies --memory and prints the planned peak."""
         if self.device.type != "cuda" and self.settings.optimization.memory is None:
             return
         shape = measure_shape(source.path, source.revision, self.settings.lora.lora_targets)
@@ -201,18 +194,18 @@ class _Run:
         )
         self.base_fingerprint = weights_fingerprint(model)
         model = attach_adapter(model, settings)
-        # PEFT writes this into every adapter folder, which people upload: no path of this machine.
+        # PEFT writes this name into every adapter folder. Users upload those: no local path.
         model.peft_config["default"].base_model_name_or_path = public_name(source.name)
         model.config.name_or_path = public_name(source.name)
-        # The vocabulary never grows; "auto" asks the Hub about that name at every checkpoint.
+        # The vocabulary never grows, and "auto" would ask the Hub at every checkpoint.
         model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
-        # Else PEFT replaces bfloat16 parameters by float32 ones, which fused layers don't know of.
+        # Otherwise PEFT replaces bfloat16 parameters, and fused layers hold on to the old ones.
         model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)
         self.fused = self._fuse(model)
         return model
 
     def _fuse(self, model: Any) -> bool:
-        """Gives the model fused layers where it can have them."""
+        """Attaches fused layers if the settings and the model allow; returns whether it did."""
         optimization = self.chosen.optimization
         auto = optimization.kernels == "auto"
         reason = FusedDecoder.reason_against(model) if auto else "--kernels none"
@@ -231,19 +224,20 @@ class _Run:
 
     @property
     def computation(self) -> dict[str, Any]:
-        """How the steps are computed: what --memory and the kind of model decide."""
+        """How a step is computed, as --memory and the model type decide."""
+        optimization = self.chosen.optimization
         return {
             "fused_layers": self.fused,
             "padding": "none" if self.fused else "right",
-            "checkpointing": self.chosen.optimization.checkpointing,
-            "optimizer": self.chosen.optimization.optimizer,
+            "checkpointing": optimization.checkpointing,
+            "optimizer": optimization.optimizer,
             "adapter_dtype": self.chosen.lora.adapter_dtype,
-            "batch_size": self.chosen.optimization.batch_size,
-            "grad_accum": self.chosen.optimization.grad_accum,
+            "batch_size": optimization.batch_size,
+            "grad_accum": optimization.grad_accum,
         }
 
     def _check_same_computation(self, model: Any) -> None:
-        """A resumed run must continue on the same weights, by the same steps."""
+        """Refuses to resume on other weights or with another computation."""
         for name, value in self.computation.items():
             self.start.check_same(self.run_dir, value, "computation", name)
         self.start.check_same(self.run_dir, self.base_fingerprint, "model", "weights_fingerprint")
@@ -251,22 +245,23 @@ class _Run:
             check_fits(self.start.checkpoint, model)
 
     def _begin(self, source: BaseSource, data: TrainingData, model: Any) -> None:
-        """From here on the run folder is ours."""
+        """Takes the run folder and writes the first record."""
         if self.start.checkpoint is not None:
             self.earlier_rows, self.losses = earlier_steps(self.start.checkpoint)
         on_main(self.state, self._take_folder)
-        weights, computation = self.base_fingerprint, self.computation
         self.record.begin(
-            source, model, data, fingerprint=weights, computation=computation, plan=self.plan
+            *(source, model, data),
+            fingerprint=self.base_fingerprint,
+            computation=self.computation,
+            plan=self.plan,
         )
 
     def _take_folder(self) -> None:
-        """Locks the run folder and removes what is replaced."""
         self.lock = lock_run_folder(self.run_dir)
-        if self.find_start(has_lock=True) != self.start:  # changed while the model was loaded
+        if self.find_start(has_lock=True) != self.start:
             raise RunError(
-                f"{self.run_dir} was changed by another run in the meantime",
-                "Give the command again, or use another --output-dir",
+                f"another run changed {self.run_dir} while this one loaded its model",
+                "Run the command again, or use another --output-dir",
             )
         remove_temporary_files(self.run_dir)
         if self.start.replace:
@@ -288,8 +283,7 @@ class _Run:
         )
         example = show(data.train[0], tokenizer)
         say(self.state, f"first example, learned parts in ⟦ ⟧:\n{example}\n")
-        # Trainer resets the log level to "warning", which repeats every step's row on the screen.
-        transformers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()  # else Trainer prints every row
         log = StepLog(self.run_dir, self.memory, list(self.earlier_rows))
         self.trainer = log.trainer = CountingTrainer(
             model=model,
@@ -301,7 +295,7 @@ class _Run:
         self.log = log
         self.memory.optimizer = lambda: self.trainer.optimizer
 
-    def _evaluate(self, data: TrainingData) -> EvaluationLoss:
+    def _evaluate(self, data: TrainingData) -> Evaluation:
         return evaluate_loss(
             self.trainer.model,
             data.evaluation,
@@ -313,24 +307,23 @@ class _Run:
         )
 
     def _evaluate_before(self, data: TrainingData) -> None:
-        """Evaluates before the first step; a resumed run has done so already."""
+        """Evaluates the untrained adapter; a resumed run has that evaluation already."""
         if data.evaluation and self.start.checkpoint is None:
             with self.memory.phase("evaluate_before"):
                 untrained = self._evaluate(data)
             if math.isfinite(untrained.loss):
-                self.losses.nll_before = [nll for nll, _ in untrained.conversations]
-                self.losses.tokens = [tokens for _, tokens in untrained.conversations]
+                self.losses.nll_before, self.losses.tokens = untrained.nll, untrained.tokens
         if self.losses.nll_before:
             self.log.evaluation = self.losses
 
     def _train(self) -> None:
-        """Trains to the last step; raises TrainingError if a signal ends the run before it."""
+        """Trains to the last step; raises TrainingError if a signal stops the run first."""
         checkpoint, trainer, log = self.start.checkpoint, self.trainer, self.log
         done = 0 if checkpoint is None else checkpoint_step(checkpoint)
         if checkpoint is not None and done >= self.steps:
-            # It was stopped after its last step: Trainer would take one more.
-            trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE))
+            # Stopped after its last step: Trainer would take one more.
             try:
+                trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE))
                 trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
             except Exception as error:  # noqa: BLE001  # PEFT and safetensors raise many kinds
                 raise cannot_be_loaded(checkpoint, error) from None
@@ -342,7 +335,9 @@ class _Run:
         log.check_complete(done + 1, last)
         log.write()
         if self.state.is_main_process:
-            _save_state(trainer.state, self.run_dir / TRAINER_STATE_FILE)
+            temporary = self.run_dir / f".{TRAINER_STATE_FILE}.tmp"
+            trainer.state.save_to_json(str(temporary))
+            temporary.replace(self.run_dir / TRAINER_STATE_FILE)
         self.record.trained(
             log.rows, last, self.losses.loss_before if self.losses.nll_before else None
         )
@@ -351,7 +346,7 @@ class _Run:
             raise TrainingError(
                 f"{self.stop.received} stopped the run at step {last} of {self.steps}; a "
                 "checkpoint was saved",
-                "Give the same command again to go on",
+                "Run the same command again to resume",
             )
 
     def _save_adapter(self, source: BaseSource, tokenizer: Any, data: TrainingData) -> None:
@@ -369,12 +364,12 @@ class _Run:
             "template": settings.data.template,
             "run": self.run_dir.name,
         }
-        # The base's own would not be what this adapter has learned.
+        # The adapter has learned this template, not the base's own.
         tokenizer.chat_template = chat_template(settings.data.template, tokenizer)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         try:
             save_adapter(model, tokenizer, self.run_dir / ADAPTER_DIR, scrub_all(record))
-        except AdapterError as error:  # here it is the run that failed
+        except AdapterError as error:
             raise TrainingError(error.problem, error.remedy) from None
 
     def _evaluate_after(self, data: TrainingData) -> None:
@@ -388,8 +383,7 @@ class _Run:
                 "Lower --learning-rate or look at the step log",
             )
         self.record.evaluated(evaluation)
-        self.losses.nll = [nll for nll, _ in evaluation.conversations]
-        self.losses.tokens = [tokens for _, tokens in evaluation.conversations]
+        self.losses.nll, self.losses.tokens = evaluation.nll, evaluation.tokens
         self.log.evaluation = self.losses
         self.log.write()
 
@@ -397,7 +391,7 @@ class _Run:
         print(file=sys.stderr, flush=True)  # ends the line of the progress bar
         if hasattr(self, "log"):
             with contextlib.suppress(Exception):
-                self.log.log_pending()  # the step before may be done, and not logged yet
+                self.log.log_pending()  # the previous step may be complete but not logged
             self.log.write()
         self.record.fail(error)
 
@@ -414,25 +408,17 @@ class _Run:
 def _description(
     settings: Settings, source: BaseSource, data: TrainingData, device: torch.device
 ) -> str:
-    """What is trained, where and on what, for the screen."""
     report = data.report
     train, held_out = report["train"], report["eval"]
     dropped = ", ".join(f"{n} {reason}" for reason, n in report["dropped"].items()) or "none"
     note = " (random weights)" if source.random_weights else ""
-    lines = [
-        f"{source.name}{note}, {settings.quant.value}, into {settings.run_dir}, on {device}",
+    return (
+        f"{source.name}{note}, {settings.quant.value}, into {settings.run_dir}, on {device}\n"
         f"data: {report['source']}: {report['trees']} trees, {report['messages']} messages; "
-        f"dropped: {dropped}",
+        f"dropped: {dropped}\n"
         f"train: {train['conversations']} conversations, {train['tokens']:,} tokens, "
         f"{train['supervised_tokens']:,} learned; {train['truncated']} truncated to "
-        f"{settings.data.max_length}, {train['without_supervised_token']} left out",
+        f"{settings.data.max_length}, {train['without_supervised_token']} left out\n"
         f"evaluation ({report['evaluation_source']}): {held_out['conversations']} "
-        f"conversations, {held_out['supervised_tokens']:,} learned tokens",
-    ]
-    return "\n".join(lines)
-
-
-def _save_state(state: TrainerState, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    state.save_to_json(str(temporary))
-    os.replace(temporary, path)
+        f"conversations, {held_out['supervised_tokens']:,} learned tokens"
+    )

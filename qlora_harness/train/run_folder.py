@@ -1,4 +1,4 @@
-"""The run folder: may this run start here, and from which checkpoint?"""
+"""The run folder: whether a run may start there, and from which checkpoint."""
 
 from __future__ import annotations
 
@@ -30,47 +30,42 @@ from qlora_harness.record import (
 )
 from qlora_harness.schema.section import read_record
 from qlora_harness.schema.training import EvaluationLosses, TrainingLog, TrainingSummary
-from qlora_harness.settings import Settings, setting_fields
+from qlora_harness.settings import Settings, flag_of, setting_fields
 from qlora_harness.train.checkpoints import (
     all_checkpoints,
     checkpoint_step,
     fault,
     is_checkpoint_name,
-    newest_whole,
+    newest_intact,
     run_of,
 )
 
 LOCK_FILE = ".qlora_harness.lock"
-STALE = "replaced_"  # before the names of lm_eval's files about an adapter that was replaced
+STALE = "replaced_"  # prefix for lm_eval's files about a replaced adapter
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """What to do in a run folder."""
+    """How a run starts."""
 
-    checkpoint: Path | None = None
-    """Resume from here; None for a fresh start."""
-    previous: dict[str, Any] | None = None
-    """The summary of the run that the checkpoint belongs to."""
-    replace: bool = False
-    """Whether the folder's files are removed before the first step."""
-    nothing_to_do: bool = False
-    """Whether the run is complete already."""
-    notes: tuple[str, ...] = ()
-    """Newer checkpoints that can't be read, and why."""
+    checkpoint: Path | None = None  # None for a fresh start
+    previous: dict[str, Any] | None = None  # summary of the checkpoint's run
+    replace: bool = False  # remove the earlier run's files
+    nothing_to_do: bool = False  # the run is complete
+    notes: tuple[str, ...] = ()  # newer checkpoints with their faults
 
     def recorded(self, *keys: str) -> Any:
-        """Returns what the resumed run recorded under nested keys; None on a fresh start."""
+        """Returns what a resumed run recorded under nested keys, or None."""
         return None if self.checkpoint is None else nested(self.previous or {}, *keys)
 
     def check_same(self, run_dir: Path, now: object, *keys: str) -> None:
-        """Raises RunError if the resumed run recorded another value than `now` under the keys."""
+        """Raises RunError if a resumed run recorded another value than `now` under the keys."""
         before = self.recorded(*keys)
         if before not in (None, now):
             raise RunError(
-                f"{run_dir} holds a run whose {'.'.join(keys)} was {before}, and is now {now}",
-                "Restore what has changed (it may be the version of qlora-harness), use "
-                "--overwrite to start again, or another --output-dir",
+                f"{run_dir} holds a run whose {'.'.join(keys)} was {before} and is now {now}",
+                "Undo the change (perhaps of qlora-harness's version), use --overwrite to start "
+                "again, or another --output-dir",
             )
 
 
@@ -79,22 +74,22 @@ def find_start(
 ) -> StartingPoint:
     """Decides how a run starts, without touching anything.
 
-    A completed run is left alone only if --resume was given. Raises RunError if the folder is in
-    use (by another process, where this one has the lock), or holds a run that would be lost or
-    can't be resumed.
+    A completed run is refused unless --resume was given; then there is nothing to do. Raises
+    RunError if the folder is locked by another process, or holds a run that would be lost or can't
+    be resumed.
     """
     resume, overwrite = settings.run.resume, settings.run.overwrite
     named = None if resume in ("auto", "never") else Path(resume)
     if reason := why_not_writable(run_dir):
         raise RunError(f"--output-dir {run_dir}: {reason}", "Name another folder")
-    if not has_lock and _is_locked(run_dir):
-        raise _in_use(run_dir)
+    if not has_lock and (run_dir / LOCK_FILE).is_file():
+        lock_run_folder(run_dir).release()
     if overwrite and named is not None and named.resolve().is_relative_to(run_dir.resolve()):
         raise RunError(
-            f"--overwrite removes the checkpoint of --resume {named}", "Give one of the two"
+            f"--overwrite would remove the checkpoint of --resume {named}", "Give one of the two"
         )
     previous = _read_summary(run_dir)
-    _refuse_files_of_others(run_dir, previous)
+    _refuse_unrecorded_files(run_dir, previous)
     if named is not None:
         return _from_checkpoint(run_dir, named, previous, settings)
     if previous is None or overwrite:
@@ -109,29 +104,29 @@ def find_start(
 
 def _from_newest(run_dir: Path, previous: dict[str, Any], settings: Settings) -> StartingPoint:
     """Resumes an unfinished run, or starts it again if it has no checkpoint."""
-    newest, passed_over = newest_whole(run_dir / CHECKPOINT_DIR)
+    newest, faults = newest_intact(run_dir / CHECKPOINT_DIR)
     if newest is None:
-        return StartingPoint(replace=True, notes=tuple(passed_over))
+        return StartingPoint(replace=True, notes=tuple(faults))
     if settings.run.resume == "never":
         raise RunError(
             f"{run_dir} holds a run with status {previous['status']!r} and {newest.name}",
             "Use --resume auto to resume it, --overwrite to replace it, or another --output-dir",
         )
     _check_same_experiment(run_dir, previous, settings)
-    return StartingPoint(newest, previous, notes=tuple(passed_over))
+    return StartingPoint(newest, previous, notes=tuple(faults))
 
 
 def _from_checkpoint(
     run_dir: Path, checkpoint: Path, previous: Mapping[str, Any] | None, settings: Settings
 ) -> StartingPoint:
-    """Resumes from the checkpoint that --resume names, of this run or of another one."""
+    """Resumes from the checkpoint that --resume names, which may belong to another run."""
     if not is_checkpoint_name(checkpoint.name):
         raise RunError(
-            f"--resume: {checkpoint} does not say its step", "Name a checkpoint-N folder"
+            f"--resume: {checkpoint} has no step in its name", "Name a checkpoint-N folder"
         )
     if problem := fault(checkpoint):
         raise RunError(
-            f"--resume: {checkpoint} is no whole checkpoint ({problem})",
+            f"--resume: {checkpoint} is not an intact checkpoint ({problem})",
             "Name another checkpoint-N folder, or use --resume auto",
         )
     owner = run_of(checkpoint)
@@ -145,19 +140,12 @@ def _from_checkpoint(
     replace = previous is not None and owner.resolve() != run_dir.resolve()
     if replace and not settings.run.overwrite:
         raise RunError(
-            f"{run_dir} holds another run than {checkpoint} belongs to",
+            f"{run_dir} holds a different run from that of {checkpoint}",
             "Use --overwrite to replace it, or another --output-dir",
         )
     if previous is not None and not replace and previous["status"] == "completed":
         raise _completed(run_dir)
     return StartingPoint(checkpoint, summary, replace)
-
-
-def _in_use(run_dir: Path) -> RunError:
-    return RunError(
-        f"{run_dir} belongs to a run that is still training (it is locked)",
-        "Wait for it, stop it, or use another --output-dir",
-    )
 
 
 def _completed(run_dir: Path) -> RunError:
@@ -166,18 +154,18 @@ def _completed(run_dir: Path) -> RunError:
     )
 
 
-def _refuse_files_of_others(run_dir: Path, previous: Mapping[str, Any] | None) -> None:
-    """Without a record nothing says who made these files, so they are never replaced."""
+def _refuse_unrecorded_files(run_dir: Path, previous: Mapping[str, Any] | None) -> None:
+    """Raises RunError for files that no record of ours accounts for; they are never replaced."""
     for name in (ADAPTER_DIR, CHECKPOINT_DIR, LOGS_FILE, TRAINER_STATE_FILE):
         if previous is None and (run_dir / name).exists():
             raise RunError(
-                f"{run_dir} holds {name} but no {SUMMARY_FILE}, so nothing says which run made it",
+                f"{run_dir} holds {name} but no {SUMMARY_FILE} that says which run made it",
                 "Move it, or use another --output-dir",
             )
     adapter = run_dir / ADAPTER_DIR
     if adapter.exists() and not (adapter / RECORD_FILE).is_file():
         raise RunError(
-            f"{adapter} is in the way: qlora-harness did not make it",
+            f"{adapter} was not made by qlora-harness",
             "Move it, or use another --output-dir",
         )
 
@@ -194,78 +182,65 @@ def _read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 
 def earlier_steps(checkpoint: Path) -> tuple[list[dict[str, Any]], EvaluationLosses]:
-    """Returns the step rows before a checkpoint, and the evaluation before the first of them.
+    """Returns the step rows up to a checkpoint, and the evaluation before the first step.
 
     Both come from the step log of the checkpoint's run, and are empty without one. Raises RunError
     if it is damaged.
     """
-    path = run_of(checkpoint) / LOGS_FILE
+    path, before = run_of(checkpoint) / LOGS_FILE, EvaluationLosses()
     if not path.is_file():
-        return [], EvaluationLosses()
+        return [], before
     remedy = "Restore it, or use another --output-dir"
     try:
         log = read_record(path, TrainingLog)
     except ResultsError as error:
         raise RunError(error.problem, remedy) from None
     if any(not row.seconds for row in log.steps):
-        raise RunError(f"{path}: a step has no seconds, so the log is damaged", remedy)
+        raise RunError(f"{path} is damaged: a step has no seconds", remedy)
     last = checkpoint_step(checkpoint)
     rows = [row.model_dump(exclude_unset=True) for row in log.steps if row.step <= last]
-    if not log.evaluation.nll_before:
-        return rows, EvaluationLosses()
-    return rows, EvaluationLosses(
-        nll_before=log.evaluation.nll_before, tokens=log.evaluation.tokens
-    )
+    if log.evaluation.nll_before:
+        before.nll_before, before.tokens = log.evaluation.nll_before, log.evaluation.tokens
+    return rows, before
 
 
 def _check_same_experiment(run_dir: Path, previous: Mapping[str, Any], settings: Settings) -> None:
     before = dict(previous["settings"])
-    recorded = nested(previous, "quantization", "compute_dtype")
-    if recorded is not None:
-        before["compute_dtype"] = recorded
+    if dtype := nested(previous, "quantization", "compute_dtype"):
+        before["compute_dtype"] = dtype
     known = setting_fields()
     for name, value in settings.experiment().items():
         if name == "compute_dtype" and value == "auto":
-            continue  # the run's own is taken
+            continue  # the resumed run's dtype will be used
         old = before.get(name, known[name][1].default)
         if old != scrub_all(value):
-            seen = reprlib.repr(old).strip("'")
+            short = reprlib.repr(old).strip("'")
             raise RunError(
-                f"{run_dir} holds a run with --{name.replace('_', '-')} {seen}, not {value}",
+                f"{run_dir} holds a run with {flag_of(name)} {short}, not {value}",
                 "Give the same value to resume it, or use another --output-dir",
             )
 
 
-def _is_locked(run_dir: Path) -> bool:
-    if not (run_dir / LOCK_FILE).is_file():
-        return False
-    try:
-        with FileLock(run_dir / LOCK_FILE).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
-    except (OSError, NotImplementedError):  # this file system has no locks
-        return False
-
-
 def lock_run_folder(run_dir: Path) -> FileLock:
-    """Takes the lock of a run folder, which is made if missing; raises RunError if it is taken.
+    """Creates and locks a run folder; raises RunError if another process has the lock.
 
-    The system frees it when the process ends, however it does.
+    The lock ends with the process, however that ends.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / LOCK_FILE)
     try:
-        lock.acquire(timeout=0)
+        with contextlib.suppress(NotImplementedError):  # this file system has no locks
+            lock.acquire(timeout=0)
     except Timeout:
-        raise _in_use(run_dir) from None
-    except NotImplementedError:  # this file system has no locks
-        pass
+        raise RunError(
+            f"a run is still training in {run_dir} (it is locked)",
+            "Wait for it, stop it, or use another --output-dir",
+        ) from None
     return lock
 
 
 def remove_temporary_files(run_dir: Path) -> None:
-    """Removes what a killed run left half written in a folder that this process has locked."""
+    """Removes half-written files of a killed run; this process must hold the folder's lock."""
     for name in (SUMMARY_FILE, LOGS_FILE, TRAINER_STATE_FILE):
         remove_leftovers(run_dir / name)
         (run_dir / f".{name}.tmp").unlink(missing_ok=True)
@@ -274,16 +249,16 @@ def remove_temporary_files(run_dir: Path) -> None:
 
 
 def clear_run_folder(run_dir: Path) -> None:
-    """Removes what an earlier run made in its folder, and nothing else.
+    """Removes the files of an earlier run and no others.
 
-    lm_eval's results about its adapter are renamed: they would seem to be about the next one.
+    lm_eval's results about its adapter are renamed, so that they don't pass for the next one's.
     """
     _rename_stale_results(run_dir)
     if (run_dir / ADAPTER_DIR / RECORD_FILE).is_file():
         shutil.rmtree(run_dir / ADAPTER_DIR)
     for checkpoint in all_checkpoints(run_dir / CHECKPOINT_DIR):
         shutil.rmtree(checkpoint)
-    with contextlib.suppress(OSError):  # somebody else's files stay
+    with contextlib.suppress(OSError):  # not empty: other files stay
         (run_dir / CHECKPOINT_DIR).rmdir()
     for name in (LOGS_FILE, TRAINER_STATE_FILE, EVALUATION_FILE, SUMMARY_FILE):
         (run_dir / name).unlink(missing_ok=True)
@@ -308,7 +283,7 @@ def _rename_stale_results(run_dir: Path) -> None:
 
 
 def _is_about(path: Path, adapter: Path, digest: str | None) -> bool:
-    """Whether lm_eval wrote a file about an adapter: it names its digest or its folder."""
+    """Whether lm_eval's results name an adapter, by its digest or its folder."""
     try:
         config = json.loads(path.read_bytes())["config"]
         arguments = config["model_args"]

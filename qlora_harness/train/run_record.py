@@ -1,4 +1,4 @@
-"""training_summary.json: what is stored of a run, from its beginning to whatever ends it."""
+"""training_summary.json, from the beginning of a run to whatever ends it."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from qlora_harness.schema.training import (
     TrainingSummary,
 )
 from qlora_harness.settings import Settings
-from qlora_harness.train.evaluation import EvaluationLoss
+from qlora_harness.train.evaluation import Evaluation
 from qlora_harness.train.memory import MemoryMeter, largest_peaks
 from qlora_harness.train.process import host_id, short_hash, this_process
 
-# Left out of the throughput: kernels are chosen and memory is mapped in these steps.
+# Not counted in the throughput: these steps choose kernels and map memory.
 WARM_UP_STEPS = 3
 
 
 class RunRecord:
-    """The summary of a run, kept in its folder by the main process.
+    """The summary of a run, which the main process writes into its folder.
 
-    `previous` is the summary of the run that this one resumes; None for a run from the start.
+    `previous` is the summary of the run that this one resumes, or None.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class RunRecord:
 
     @property
     def content(self) -> dict[str, Any]:
-        """The summary as JSON, without what isn't known yet."""
+        """The summary as JSON, without values that aren't known yet."""
         content: dict[str, Any] = scrub_all(self._summary.content())
         return content
 
@@ -87,9 +87,8 @@ class RunRecord:
     ) -> None:
         """Describes the run and writes the summary for the first time.
 
-        `model` is the base of `source` with its adapter. `fingerprint` is that of the base's
-        weights, None for a checkpoint without safetensors files; `computation` says how the steps
-        are computed, and `plan` how much memory that takes.
+        `model` is the base with its adapter. `fingerprint` is that of the base's weights; a base
+        without safetensors files has none.
         """
         settings, quant = self._settings, self._settings.quant
         self._summary.model = TrainedModel(
@@ -121,9 +120,9 @@ class RunRecord:
     def trained(
         self, rows: Sequence[Mapping[str, Any]], steps: int, loss_before: float | None
     ) -> None:
-        """Notes the losses of training, and the evaluation loss before it, nats per token.
+        """Records the losses of all steps, those before a resume included.
 
-        Trainer's own mean leaves out the steps before a resume.
+        `loss_before` is the evaluation loss before training, in nats per token.
         """
         losses = [row["loss"] for row in rows]
         last = losses[-10:]
@@ -138,11 +137,11 @@ class RunRecord:
             eval_loss_before=loss_before,
         )
 
-    def evaluated(self, evaluation: EvaluationLoss) -> None:
-        """Notes the evaluation after training; follows `trained`."""
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Records the evaluation after training; call `trained` first."""
         results = self._summary.results
-        results.eval_loss, results.eval_tokens = evaluation.loss, evaluation.tokens
-        results.perplexity = evaluation.perplexity
+        results.eval_loss, results.perplexity = evaluation.loss, evaluation.perplexity
+        results.eval_tokens = sum(evaluation.tokens)
 
     def finish(
         self,
@@ -150,16 +149,16 @@ class RunRecord:
         rows: Sequence[Mapping[str, Any]],
         earlier: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Notes the end of a run; every process takes part.
+        """Records the end of a run; every process must call it.
 
-        `earlier` are those of the rows that come from before the checkpoint of a resumed run.
+        `earlier` are the rows before the checkpoint of a resumed run.
         """
         phases = self._phases()
         if self._state.num_processes > 1:
             from accelerate.utils import gather_object
 
             phases = gather_object(phases)
-        # A killed run has no runtime, but its step log has the seconds of each step.
+        # A killed run has no runtime, but its step log has the seconds of its steps.
         recorded = nested(self._previous or {}, "runtime", "train_seconds") or 0.0
         before = max(recorded, sum(row["seconds"] for row in earlier))
         seconds = self._seconds
@@ -177,7 +176,7 @@ class RunRecord:
         self.write()
 
     def fail(self, error: BaseException) -> None:
-        """Notes what ended the run, unless an interruption has been noted already."""
+        """Records what ended the run, unless it was recorded as interrupted."""
         if self._summary.status != "running":
             return
         text = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
@@ -198,7 +197,7 @@ class RunRecord:
 
     @contextmanager
     def timed(self, name: Literal["data", "load", "train", "eval"]) -> Iterator[None]:
-        """Measures the seconds of a `with` block, device work included."""
+        """Measures a `with` block, device work included."""
         began = time.perf_counter()
         try:
             yield
@@ -225,7 +224,7 @@ def _device_record(device: torch.device) -> dict[str, Any]:
 
 
 def _throughput(rows: Sequence[Mapping[str, Any]]) -> Throughput:
-    """Tokens a second over the steps, with the first ones left out where there are enough."""
+    """Speed without the first steps, if there are enough others."""
     steady = rows[WARM_UP_STEPS:] if len(rows) > 2 * WARM_UP_STEPS else rows
     seconds = sum(row["seconds"] for row in steady)
     if not seconds:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run ends with a record, and once it trains with a checkpoint."""
+"""SIGTERM and Ctrl-C: a run ends with a record and, during training, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qlora_harness.train.process import launcher_has_ended
 
 @contextlib.contextmanager
 def _handled(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
-    """Sets a signal handler inside the `with` block, if this is the main thread."""
+    """Handles signals inside the `with` block; does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -35,10 +35,10 @@ def sigterm_as_ctrl_c() -> contextlib.AbstractContextManager[None]:
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to mypy
-    """Ends a run at the next step border, with a checkpoint, on SIGTERM or Ctrl-C.
+    """Ends a run after the current step, with a checkpoint, on SIGTERM or Ctrl-C.
 
-    The end of the launcher counts as well: `accelerate launch` does not pass on its SIGTERM.
-    `received` is None until then; afterwards it is the signal's name, or what else stopped the run.
+    So does the end of the launcher: `accelerate launch` does not forward SIGTERM. `received` is
+    then the signal's name, or whatever else stopped the run.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Catches the signals inside the `with` block; a second one acts as usual."""
+        """Catches the signals inside the `with` block; a second one has its usual effect."""
         numbers = (signal.SIGTERM, signal.SIGINT)
         previous = {number: signal.getsignal(number) for number in numbers}
 
@@ -61,7 +61,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Asks Trainer to save and stop, on all processes at the same step."""
+        """Makes Trainer save and stop, at the same step on all processes."""
         if not self.received and launcher_has_ended():
             self.received = "the end of the launcher"
         if torch.distributed.is_available() and torch.distributed.is_initialized():

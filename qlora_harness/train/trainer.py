@@ -1,7 +1,7 @@
 """The HF Trainer with a row for every optimizer step.
 
-Only public methods and callbacks of Trainer are replaced. A release that no longer calls one of
-them stops the run with one line, instead of training on without its rows.
+Only public methods and callbacks of Trainer are overridden. If a release of transformers no longer
+calls one of them, the run stops with an error instead of training without rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qlora_harness.errors import HarnessError, TrainingError
 from qlora_harness.record import LOGS_FILE, write_json
 from qlora_harness.schema.training import EvaluationLosses, StepRow, TrainingLog
 from qlora_harness.train.checkpoints import cannot_be_loaded
-from qlora_harness.train.measured_step import Clock, MeasuredStep, to_host
+from qlora_harness.train.measured_step import Clock, MeasuredStep
 from qlora_harness.train.memory import MemoryMeter
 
 _WRITE_EVERY_SECONDS = 10.0
@@ -35,7 +35,7 @@ _WRITE_EVERY_SECONDS = 10.0
 class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to mypy
     """Trainer that counts the tokens, the loss and the gradient norm of each step.
 
-    They stay on the device, so that nothing waits for it; `StepLog` makes rows of them.
+    The counts stay on the device, so that nothing waits for it; `StepLog` turns them into rows.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -64,10 +64,10 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
             raise cannot_be_loaded(self._checkpoint, error) from None
 
     def get_train_dataloader(self) -> Any:
-        """Groups examples of like length, in an order that depends on seed and epoch alone.
+        """Groups examples of similar length, in an order that depends on seed and epoch alone.
 
-        Trainer's own order depends on the global random state, which a run that resumes after its
-        first epoch gets back too late: it would continue with other examples.
+        Trainer's own order depends on the global random state. A run that resumes in a later epoch
+        restores that state too late, and would continue with other examples.
         """
         if self.args.train_sampling_strategy != "group_by_length":
             return super().get_train_dataloader()
@@ -102,7 +102,7 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Computes one micro-batch and adds up the loss of its optimizer step."""
-        self._checkpoint = None  # by now all of it has been loaded
+        self._checkpoint = None  # it has been loaded by now
         loss = super().training_step(*args, **kwargs)
         if self._loss is None:
             self._loss = torch.zeros((), device=self.args.device)
@@ -114,39 +114,40 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
         return self._norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
-        """Returns Trainer's estimate for a batch, without counting the model each time."""
+        """Returns Trainer's estimate for a batch; counts the model's parameters only once."""
         if self._operations is None:
             one = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
             self._operations = float(super().floating_point_ops(one))
         return self._operations * float(inputs["input_ids"].numel())
 
     def measured_step(self, learning_rate: float | None) -> MeasuredStep:
-        """Returns the step just launched, with its numbers on their way to the host.
+        """Returns the step just launched, and starts copying its numbers to the host.
 
-        Raises TrainingError if Trainer went past one of the methods that count.
+        Raises TrainingError if Trainer did not call one of the counting methods.
         """
         device, step = self.args.device, self.state.global_step
         begun, counts, loss, grad_norm = self._begun, self._counts, self._loss, self._norm
         if begun is None or counts is None or loss is None:
-            raise _unknown_release(f"there are no tokens or no loss for step {step}")
+            raise _unsupported_release(f"no tokens or loss for step {step}")
         if grad_norm is None or learning_rate is None:
-            raise _unknown_release(f"there is no gradient norm or learning rate for step {step}")
+            raise _unsupported_release(f"no gradient norm or learning rate for step {step}")
         norm = torch.as_tensor(grad_norm, device=device)
         means = torch.stack([loss.detach().double(), norm.detach().double()])
         counts = counts.double()
         if self.accelerator.num_processes > 1:
             means = self.accelerator.reduce(means, reduction="mean")
             counts = self.accelerator.reduce(counts, reduction="sum")
-        numbers = to_host(torch.cat([means, counts]))
+        numbers = torch.empty(4, dtype=torch.float64, pin_memory=device.type == "cuda")
+        numbers.copy_(torch.cat([means, counts]), non_blocking=True)
         self._begun = ended = Clock(device)
         return MeasuredStep(step, self.state.epoch, learning_rate, begun, ended, numbers)
 
     def pause(self) -> None:
-        """Leaves the time until the next batch out of the next step."""
+        """Excludes the time until the next batch from the next step."""
         self._begun = None
 
     def log_step(self, step: MeasuredStep, loss: float, grad_norm: float) -> None:
-        """Logs a step under its own number and epoch; a later one may have been launched."""
+        """Logs a step under its own number and epoch, even if a later one has been launched."""
         self._losses.append(loss)
         state = self.state
         now = state.global_step, state.epoch
@@ -157,29 +158,29 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
             state.global_step, state.epoch = now
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs; the mean loss is that over all processes, of which Trainer doesn't know."""
+        """Logs, with the mean loss over all processes in place of Trainer's own."""
         if "train_loss" in logs:
             logs["train_loss"] = sum(self._losses) / max(len(self._losses), 1)
         super().log(logs, *args, **kwargs)
 
 
-def _unknown_release(problem: str) -> TrainingError:
+def _unsupported_release(problem: str) -> TrainingError:
     return TrainingError(
-        f"transformers {transformers.__version__} trains in an unknown way: {problem}",
+        f"transformers {transformers.__version__} is not supported: {problem}",
         "Install one of the releases that pyproject.toml names",
     )
 
 
 @contextlib.contextmanager
 def listed_modules(model: Any) -> Iterator[None]:
-    """Inside the `with` block, a list answers what Trainer asks of all modules at each pass.
+    """Makes `model.parameters()` and `model.train()` cheap inside the `with` block.
 
     A model of 32 layers with PEFT's modules around each projection has 2,665 modules. Walking them
-    for `train()`, clipping and `zero_grad()` takes 10 ms and more a step, during which a GPU idles
-    unless it is behind. (Around a model for several processes, only `train()` is shorter.)
+    for `train()`, clipping and `zero_grad()` takes over 10 ms a step, in which a GPU may idle. (If
+    the model is wrapped for several processes, only `train()` gets cheaper.)
     """
     parameters, train = list(model.parameters()), model.train
-    current: bool | None = None  # only what was set here is known of all modules
+    current: bool | None = None  # unknown: modules may be in different modes
 
     def train_if_not_yet(mode: bool = True) -> Any:
         nonlocal current
@@ -199,7 +200,7 @@ def listed_modules(model: Any) -> Iterator[None]:
 
 
 class _ByLength(Sampler[int]):
-    """Examples of like length side by side, in a new order each epoch."""
+    """Puts examples of similar length next to each other, in a new order each epoch."""
 
     def __init__(
         self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int]
@@ -219,11 +220,11 @@ class _ByLength(Sampler[int]):
 
 
 class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to mypy
-    """Keeps one row per optimizer step, and stops a run whose loss is not finite.
+    """Logs a row per optimizer step, and stops a run whose loss is not finite.
 
-    On a GPU the row of a step is made once the next one has been launched, so that reading its
-    numbers never leaves the device idle. Before anything is saved, and at the end, no step waits.
-    It must come after every callback that asks for a checkpoint.
+    On a GPU the row of a step is made after the next one is launched, so that the device never
+    idles. All rows are complete before anything is saved, and at the end. It must come after every
+    callback that requests a checkpoint.
     """
 
     trainer: CountingTrainer
@@ -237,21 +238,14 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
         self._learning_rate: float | None = None
         self._pending: deque[MeasuredStep] = deque()
 
-    def on_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        lr_scheduler: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Notes the learning rate of the step, which the scheduler then replaces."""
+    def on_optimizer_step(self, *args: Any, lr_scheduler: Any, **kwargs: Any) -> None:
+        """Reads the learning rate before the scheduler changes it."""
         self._learning_rate = float(lr_scheduler.get_last_lr()[0])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes the step over, makes the rows that are due, and prepares a checkpoint."""
+        """Queues the step, makes the rows that are due, and prepares a checkpoint."""
         self._pending.append(self.trainer.measured_step(self._learning_rate))
         self._learning_rate = None
         pauses = control.should_save or control.should_training_stop
@@ -259,22 +253,20 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
         if pauses:
             self.trainer.pause()
         if control.should_save:
-            self.write()  # a checkpoint never knows more steps than the log
+            self.write()  # so that a checkpoint is never ahead of the log
             if args.should_save:
-                # Files of two checkpoints in one folder would look whole after a kill.
+                # After a kill, files of two checkpoints in one folder would look intact.
                 shutil.rmtree(_checkpoint_folder(args, state), ignore_errors=True)
             self.trainer.accelerator.wait_for_everyone()
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Removes files that nobody reads and that name the host or the user's folders."""
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Removes unused files that name the host or the user's folders."""
         if state.is_world_process_zero:
             for name in ("training_args.bin", "README.md"):
                 (_checkpoint_folder(args, state) / name).unlink(missing_ok=True)
 
     def log_pending(self, *, leave: int = 0) -> None:
-        """Makes the rows of the steps that wait, oldest first, but for the newest `leave`."""
+        """Makes the rows of all pending steps but the newest `leave`."""
         while len(self._pending) > leave:
             self.add_row(self._pending.popleft())
 
@@ -285,8 +277,8 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
         self.trainer.log_step(step, loss, norm)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise TrainingError(
-                f"step {step.step}: loss {loss}, gradient norm {norm}; the run was stopped and "
-                f"{self._path.name} keeps the steps before",
+                f"step {step.step}: loss {loss}, gradient norm {norm}; the run was stopped, and "
+                f"{self._path.name} has the earlier steps",
                 "Lower --learning-rate, or look at the data of this step",
             )
         seconds = step.ended.seconds_since(step.begun)
@@ -320,11 +312,11 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
         """Raises TrainingError if a step from `first` to `last` has no row."""
         missing = set(range(first, last + 1)) - {row["step"] for row in self.rows}
         if missing:
-            raise _unknown_release(f"{self._path.name} lacks step {min(missing)} of {last}")
+            raise _unsupported_release(f"{self._path.name} lacks step {min(missing)} of {last}")
 
 
 def _runs_ahead(device: torch.device) -> bool:
-    """Whether the device computes while the host goes on."""
+    """Whether the device computes asynchronously."""
     return device.type == "cuda"
 
 
