@@ -59,10 +59,10 @@ def training(name: str) -> dict[str, TrainingMeasurement]:
     return {m.way: m for m in record.measurements if m.failure is None}
 
 
-def scoring(name: str) -> dict[str, ScoringMeasurement]:
-    """The measurements of a scoring record of SmolLM2, by name."""
+def scoring(name: str, model: str = "smollm2") -> dict[str, ScoringMeasurement]:
+    """The measurements of a scoring record, by name."""
     record = ScoringBenchmark.model_validate_json((RECORDS / name).read_text(encoding="utf-8"))
-    check_model(name, record.title, "smollm2")
+    check_model(name, record.title, model)
     return {m.name: m for m in record.measurements}
 
 
@@ -139,28 +139,30 @@ def peers_sentence() -> str:
 def scoring_table() -> str:
     rows = [
         [
-            m.name,
+            f"{m.name}, {base} base",
             f"{m.questions:,}",
             f"{m.encoding_seconds:.1f}",
             f"{m.scoring_seconds:.1f}",
             f"{m.computed_tokens:,}",
             "–" if m.peak_allocated_bytes is None else f"{m.peak_allocated_bytes / 2**30:.2f}",
             f"{m.ratio:.1f}",
+            f"{m.scoring_ratio:.1f}",
         ]
-        for m in scoring("scoring_smollm2.json").values()
+        for base in ("bf16", "NF4")
+        for m in scoring(f"scoring_7b_{base.lower()}.json", "llama7b").values()
     ]
-    head = ["", "questions", "encoding, s", "scoring, s", "computed tokens", "peak, GiB", "ratio"]
-    return table(head, rows)
+    head = ["", "questions", "encoding, s", "scoring, s", "computed tokens", "peak, GiB"]
+    return table([*head, "ratio", "ratio of scoring alone"], rows)
 
 
 def scoring_sentence() -> str:
-    record = scoring("scoring_smollm2.json")
+    record = scoring("scoring_7b_bf16.json", "llama7b")
     hf, packed = record[HF], record["packed"]
     seconds = packed.encoding_seconds + packed.scoring_seconds
     return (
-        f"Scoring the {packed.questions:,} five-shot MMLU prompts with SmolLM2-135M takes "
-        f"{seconds:.0f} s, against {packed.ratio * seconds:.0f} s with lm-eval's `hf` (estimated "
-        f"from a sample of {hf.questions:,})."
+        f"The {packed.questions:,} five-shot MMLU prompts take {seconds:.0f} s, against "
+        f"{packed.ratio * seconds:.0f} s with lm-eval's `hf` (estimated from {hf.questions:,} of "
+        "them), in bf16."
     )
 
 

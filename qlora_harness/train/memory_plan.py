@@ -23,7 +23,8 @@ from typing import Any
 from qlora_harness.errors import SettingsError
 from qlora_harness.model.shape import Shape
 from qlora_harness.settings import Settings
-from qlora_harness.units import GIB
+
+GIB = 2**30
 
 # The ways to save memory, from the fastest to the leanest.
 LADDER: tuple[dict[str, str], ...] = (

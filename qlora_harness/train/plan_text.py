@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from qlora_harness.model.shape import Shape
 from qlora_harness.settings import Settings
 from qlora_harness.train.memory_plan import (
+    GIB,
     MemoryPlan,
     choose_memory_plan,
     predict,
@@ -15,7 +16,6 @@ from qlora_harness.train.memory_plan import (
     uses_fused,
     with_rung,
 )
-from qlora_harness.units import GIB
 
 _CONTEXT = 0.6 * GIB  # CUDA context and libraries, which the allocator does not count
 _MARGIN = 1.05  # the plan is a prediction, and the allocator needs room
