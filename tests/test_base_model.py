@@ -129,7 +129,7 @@ def test_missing_tokenizer(copy: Callable[[str], Path]) -> None:
     for path in folder.glob("tokenizer*"):
         path.unlink()
     line = refusal(lambda: load_tokenizer(find_base(str(folder))))
-    assert line.startswith(f"--model: '{folder}' has no readable tokenizer (")
+    assert line.startswith(f"the tokenizer of --model: '{folder}' can't be loaded (")
 
 
 def test_missing_and_damaged_weights(copy: Callable[[str], Path]) -> None:
