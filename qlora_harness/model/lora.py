@@ -50,13 +50,14 @@ def attach_lora(
         known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
         names = target_names(targets)
         if unknown := [name for name in names if name.rsplit(".", 1)[-1] not in known]:
-            raise _no_layers(", ".join(unknown))
+            raise SettingsError(
+                f"--lora-targets: the model has no layers named {', '.join(unknown)}",
+                "Name layers such as q_proj,v_proj, or all-linear",
+            )
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config)
     except ValueError as error:
-        if "not found in the base model" in str(error):
-            raise _no_layers(targets) from None
         if "lora_dropout" in str(error):
             raise SettingsError(
                 f"--lora-dropout {dropout:g}: PEFT has no dropout for the expert tensors of this "
@@ -71,13 +72,6 @@ def attach_lora(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, dtype))
     return adapted
-
-
-def _no_layers(names: str) -> SettingsError:
-    return SettingsError(
-        f"--lora-targets: the model has no layers named {names}",
-        "Name layers such as q_proj,v_proj, or all-linear",
-    )
 
 
 def lora_config(*, r: int, alpha: float, dropout: float, targets: str) -> LoraConfig:
