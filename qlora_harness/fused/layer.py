@@ -376,7 +376,7 @@ def _spread(rows: Tensor, read_at: Tensor | None, tokens: int) -> Tensor:
     return rows.new_zeros(tokens, rows.shape[1]).index_copy_(0, read_at, rows)
 
 
-def activation_bytes(
+def fused_activation_bytes(
     shape: Shape, rank: int, *, has_dropout: bool, checkpointing: str, tokens: int, size: int
 ) -> tuple[int, int]:
     """Returns the bytes that all layers save for backward, and those of the layer at work.

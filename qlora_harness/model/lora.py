@@ -181,7 +181,7 @@ def _was_trained(name: str, value: torch.Tensor, start: torch.Tensor | None) -> 
     return not bool((value.to(start.dtype) == start.to("cpu")).all())
 
 
-def activation_bytes(
+def peft_activation_bytes(
     shape: Shape, rank: int, checkpointing: str, tokens: int, size: int
 ) -> tuple[int, int]:
     """Estimates the bytes that PEFT's modules save for backward, and those of the layer at work.

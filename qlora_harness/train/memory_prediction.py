@@ -61,7 +61,7 @@ def predict(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
     """
     from qlora_harness.fused import bordered, layer, model
     from qlora_harness.model.base import expansion_bytes, weight_bytes
-    from qlora_harness.model.lora import activation_bytes
+    from qlora_harness.model.lora import peft_activation_bytes
 
     optimization, lora, rank = settings.optimization, settings.lora, settings.lora.lora_r
     checkpointing, quant = optimization.checkpointing, settings.quant
@@ -70,7 +70,7 @@ def predict(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
     width = 2 if lora.adapter_dtype == "bfloat16" else 4
     host = 0
     if uses_fused(shape, settings):
-        waiting, work = layer.activation_bytes(
+        waiting, work = layer.fused_activation_bytes(
             *(shape, rank),
             has_dropout=bool(lora.lora_dropout),
             checkpointing=checkpointing,
@@ -80,7 +80,7 @@ def predict(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
         work += bordered.matrix_bytes(shape, rank, size, is_4bit=quant.is_4bit)
         host = model.host_bytes(shape, checkpointing, tokens, size)
     else:
-        waiting, work = activation_bytes(shape, rank, checkpointing, tokens, size)
+        waiting, work = peft_activation_bytes(shape, rank, checkpointing, tokens, size)
         work += expansion_bytes(shape, quant, size)
     return MemoryPlan(
         checkpointing=checkpointing,
