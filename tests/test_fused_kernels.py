@@ -1,4 +1,4 @@
-"""The Triton kernels of fused layers, in Triton's interpreter, against the plain torch code."""
+"""The Triton kernels of fused layers, in Triton's interpreter, against plain torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from packaging.version import Version
 
 triton = pytest.importorskip("triton", reason="Triton comes with CUDA builds of torch only")
 
-# Its loops convert arrays of one element to a number, which NumPy no longer does.
+# Triton's loops then convert one-element arrays to numbers, which NumPy no longer allows.
 BROKEN = Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4")
 
 LOAD = """
