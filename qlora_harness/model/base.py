@@ -84,7 +84,7 @@ def find_base(name: str, revision: str | None = None, *, argument: str = "--mode
             name_or_path, revision=revision or "main", trust_remote_code=False
         )
     except Exception as error:  # noqa: BLE001  # the Hub client and the parsers raise many kinds
-        raise _unreadable(_flag_and_value(argument, name), argument, error) from None
+        raise _unreadable(_flag_and_value(argument, name), error, _remedy(argument)) from None
     if getattr(config, "quantization_config", None):
         # transformers would load it as it is and ignore `quant`.
         raise ModelError(
@@ -102,7 +102,7 @@ def find_base(name: str, revision: str | None = None, *, argument: str = "--mode
     )
 
 
-def _unreadable(shown: str, argument: str, error: Exception) -> ModelError:
+def _unreadable(shown: str, error: Exception, remedy: str) -> ModelError:
     """Returns the error for a model or tokenizer that transformers can't load."""
     if _is_refused_by_hub(error):
         return ModelError(
@@ -115,11 +115,12 @@ def _unreadable(shown: str, argument: str, error: Exception) -> ModelError:
             f"{shown} comes with its own code, which is never run",
             "Use a model and a tokenizer that transformers implements",
         )
+    return ModelError(f"{shown} can't be loaded ({first_line(error)})", remedy)
+
+
+def _remedy(argument: str) -> str:
     revision = "revision=" if argument.endswith("=") else "--revision"
-    return ModelError(
-        f"{shown} can't be loaded ({first_line(error)})",
-        f"Check the name, {revision} and the network, or give a local folder",
-    )
+    return f"Check the name, {revision} and the network, or give a local folder"
 
 
 def _flag_and_value(argument: str, name: str) -> str:
@@ -153,7 +154,7 @@ def load_tokenizer(source: BaseSource, folder: Path | None = None) -> PreTrained
         )
     except Exception as error:  # noqa: BLE001  # as in `find_base`
         what = f"the tokenizer of {folder or source.shown}"
-        raise _unreadable(what, source.argument, error) from None
+        raise _unreadable(what, error, "Put the tokenizer's files there") from None
 
 
 def load_base(
@@ -231,7 +232,7 @@ def _read_weights(
             "Free the device, or use --quant nf4",
         ) from None
     except Exception as error:  # noqa: BLE001  # as in `find_base`
-        raise _unreadable(source.shown, source.argument, error) from None
+        raise _unreadable(source.shown, error, _remedy(source.argument)) from None
     if missing := sorted(loaded["missing_keys"]):
         # transformers fills them with random numbers.
         raise ModelError(
