@@ -44,9 +44,8 @@ def test_step_equals_peft_and_padding(kind: str, quantised: bool, checkpointing:
     FusedDecoder.attach(model, checkpointing)
     assert FusedDecoder.reason_against(model) is None
     assert_alike(fused_step(model, rows), expected)
-    # Gradients accumulate over passes, and a second pass is like the first.
-    assert_alike(fused_step(model, rows), expected)
-    # Any other input goes the model's own way.
+    assert_alike(fused_step(model, rows), expected)  # a second pass is like the first
+    # Any other batch runs the model's own forward.
     assert plain_step(model, rows)[0] == expected[0]
 
 
@@ -83,10 +82,7 @@ def test_no_text_sees_another(pair: tuple[Any, Any], lengths: list[int], seed: i
 
 
 class Drop(torch.nn.Module):
-    """Dropout with the seed that the fused layer gives to the same projection.
-
-    In the last layer only the tokens that are read go on behind the attention.
-    """
+    """Dropout with the mask that the fused layer draws for the same projection."""
 
     def __init__(self, probability: float, seed: int, read_at: torch.Tensor | None) -> None:
         super().__init__()
@@ -127,9 +123,9 @@ def test_dropout_is_the_same_in_both_passes(checkpointing: str, targets: str) ->
 
 
 def test_first_steps_count_in_bfloat16() -> None:
-    """What a first update changes in the loss is what it changes in float32, within 4%.
+    """A first update changes the loss as in float32, within 4%.
 
-    PEFT's own modules round a layer's output before they add the adapter's: here they lose a sixth.
+    PEFT's modules round a layer's output before adding the adapter's, and lose a sixth of it here.
     """
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -171,7 +167,7 @@ def _three_losses(models: list[Any], rows: list[dict[str, list[int]]]) -> list[f
 
 @every_checkpointing
 def test_memory_that_was_never_written_is_never_read(checkpointing: str) -> None:
-    """It holds NaN here, which a product with zero would show."""
+    """It holds NaN here, which survives a product with zero."""
     model = adapted(tiny("llama").to(torch.bfloat16)).to(torch.bfloat16)
     rows = texts([60, 33, 90, 20])
     FusedDecoder.attach(model, checkpointing)
@@ -190,7 +186,7 @@ def test_memory_that_was_never_written_is_never_read(checkpointing: str) -> None
 
 @every_checkpointing
 def test_graph_without_a_backward_pass_is_freed_at_once(checkpointing: str) -> None:
-    """Not by the garbage collector: a pass that ran out of memory leaves nothing behind."""
+    """Without the garbage collector, so that a pass that ran out of memory leaves nothing."""
     model = adapted(tiny("llama", layers=6))
     FusedDecoder.attach(model, checkpointing)
     nodes = []

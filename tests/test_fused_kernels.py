@@ -1,4 +1,4 @@
-"""The Triton kernels of fused layers, in Triton's interpreter, against the plain torch code."""
+"""The Triton kernels of fused layers, in Triton's interpreter, against plain torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from packaging.version import Version
 
 triton = pytest.importorskip("triton", reason="Triton comes with CUDA builds of torch only")
 
-# Its loops convert arrays of one element to a number, which NumPy no longer does.
+# Triton's loops then convert one-element arrays to numbers, which NumPy no longer allows.
 BROKEN = Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4")
 
 LOAD = """
@@ -125,14 +125,14 @@ from itertools import accumulate
 import torch
 from qlora_harness.fused import attention, ops, triton_attention
 from qlora_harness.fused.packed_row import PackedRow
-from qlora_harness.fused.triton_attention import Tiling
+from qlora_harness.fused.triton_attention import AttentionTiling
 
 torch.manual_seed(0)
 for lengths, heads, keys, size, tiling in (
     ((1, 5, 64, 65, 130), 2, 1, 16, None),
     ((130, 3), 1, 1, 64, None),
-    ((70, 1), 3, 1, 16, Tiling(64, 32, 4, 1)),
-    ((33, 70), 2, 2, 16, Tiling(32, 64, 4, 1)),
+    ((70, 1), 3, 1, 16, AttentionTiling(64, 32, 4, 1)),
+    ((33, 70), 2, 2, 16, AttentionTiling(32, 64, 4, 1)),
 ):
     if tiling is not None:
         triton_attention.FORWARD = tiling
@@ -201,7 +201,7 @@ import numpy as np
 import torch
 from qlora_harness.fused import dropout, triton_dropout
 from qlora_harness.fused.dropout import Masks
-from qlora_harness.fused.triton_dropout import Tiling
+from qlora_harness.fused.triton_dropout import DropoutTiling
 
 def philox(seed, c0, c1):
     # Salmon et al. 2011: 10 rounds of Philox-4x32.
@@ -252,7 +252,7 @@ triton_dropout._LEAST = 1  # several shares
 for rows, columns, adapters, rank, tiling in (
     (1, 16, 1, 4, None),
     (70, 200, 3, 5, None),
-    (130, 72, 2, 16, Tiling(16, 4, 1)),
+    (130, 72, 2, 16, DropoutTiling(16, 4, 1)),
     (20, 1100, 2, 4, None),
 ):
     if tiling is not None:

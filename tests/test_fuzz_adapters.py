@@ -1,4 +1,4 @@
-"""Damaged adapter folders: each loads, or is refused in one line, in bounded time and memory."""
+"""Damaged adapter folders load, or are refused in one line, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ PATTERNS = ("(a+)+$", "(.*)*(.*)*(.*)*!", {"(.*)*x": 2}, {"q_proj": 10**9}, [[0,
 EXTRA = [*sorted(adapter_folder._KNOWN_FIELDS), "alora_invocation_tokens"]
 WEIGHTS = "adapter_model.safetensors"
 ARGUMENTS = (
-    *("pretrained", "peft", "quant", "double_quant", "revision", "peft_revision", "results_dir"),
+    "pretrained",
+    "peft",
+    "quant",
+    "double_quant",
+    "revision",
+    "peft_revision",
+    "results_dir",
 )
 
 

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: run by hand with `pytest -m gpu`."""
+"""Tests that need a CUDA device: run them with `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -107,18 +107,10 @@ def test_memory_is_measured_as_allocated_reserved_and_by_the_driver(
     memory = train(tiny_llama, tmp_path / "run", quant="nf4")["memory"]
     assert memory["device_type"] == "cuda"
     assert memory["cpu_peak_rss_bytes"] is None
-    assert (
-        0
-        < memory["peak_allocated_bytes"]
-        <= memory["peak_reserved_bytes"]
-        <= memory["peak_device_used_bytes"]
-    )
-    assert [phase["phase"] for phase in memory["phases"]] == [
-        "load",
-        "evaluate_before",
-        "train",
-        "evaluate",
-    ]
+    peaks = [memory[f"peak_{kind}_bytes"] for kind in ("allocated", "reserved", "device_used")]
+    assert 0 < peaks[0] <= peaks[1] <= peaks[2]
+    phases = [phase["phase"] for phase in memory["phases"]]
+    assert phases == ["load", "evaluate_before", "train", "evaluate"]
 
 
 @pytest.mark.parametrize("quant", ["nf4", "bf16"])
@@ -144,7 +136,7 @@ def test_scoring_on_the_gpu_agrees_with_the_cpu(tiny_llama: Path, quant: str) ->
 
 
 def test_kernels_built_ahead_serve_the_packs() -> None:
-    """Built in another thread; the first pack of that length builds nothing more."""
+    """A thread builds them, and the first pack of that length compiles nothing."""
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()
@@ -247,12 +239,12 @@ def test_attention_of_short_texts_errs_no_more_than_flash_attention(
     flash = both(torch.bfloat16)
     for a, b, c in zip(short, flash, expected, strict=True):
         assert not a.isnan().any()
-        assert not torch.equal(a, b)  # they are two ways
+        assert not torch.equal(a, b)  # two different kernels ran
         assert (a - c).norm() <= 1.5 * (b - c).norm()
 
 
 def test_activations_come_back_from_the_host() -> None:
-    """In any order; while one is at work the next is on its way. Pinned memory is used again."""
+    """In any order, with the next one prefetched, and with pinned memory reused."""
     host = HostMemory()
     for order in ([4, 3, 2, 1, 0], [0, 3, 4, 1, 2], []):
         tensors = [torch.randn(3000, 2048, device="cuda") for _ in range(5)]  # two blocks each
@@ -308,7 +300,7 @@ def test_gates_of_two_layers_in_three_wait_on_the_host(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj,down_proj"])
 def test_dropout_is_the_same_with_every_checkpointing(targets: str) -> None:
-    """Masks are drawn again in the backward pass: others would change gradients by a third."""
+    """Other masks in the backward pass would change gradients by a third."""
     steps = {}
     for checkpointing in ("none", "selective", "full", "offload"):
         model = adapted(tiny("llama").to(torch.bfloat16), dropout=0.3, targets=targets).cuda()
@@ -325,7 +317,7 @@ def test_dropout_is_the_same_with_every_checkpointing(targets: str) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @every_checkpointing
 def test_host_never_waits_for_a_pass(checkpointing: str, dropout: float) -> None:
-    """It must be free to launch what follows; CUDA says when it is not."""
+    """CUDA raises an error at every synchronisation."""
     model = adapted(tiny("llama", layers=4).to(torch.bfloat16), dropout=dropout).cuda()
     FusedDecoder.attach(model, checkpointing)
     batch = send_to_device(pack_batch(texts([9, 20, 33, 14])), "cuda")
@@ -450,7 +442,7 @@ def test_fused_packs_in_bfloat16_are_near_float32(targets: str | None) -> None:
 
 
 def test_attention_of_fused_packs_copies_nothing() -> None:
-    """Queries, keys and values are views of one row; what comes back lies token by token."""
+    """Queries, keys and values are views of one row; the output is contiguous by token."""
     projected = torch.randn(16384, (4 + 2 * 2) * 64, device="cuda", dtype=torch.bfloat16)
     q, k, v = projected.view(16384, 8, 64).split([4, 2, 2], dim=1)
     mask = block_mask(np.full(16384, 16384, dtype=np.int32), projected.device)
@@ -461,7 +453,7 @@ def test_attention_of_fused_packs_copies_nothing() -> None:
         out = TreeAttention((), mask)(q, k, v, 0.125)
         peak = torch.cuda.max_memory_allocated() - before
     assert out.is_contiguous()
-    # The output and two numbers a head and token, not copies of the row.
+    # The output and two numbers per head and token, no copy of the row.
     assert peak < out.nbytes + projected.nbytes // 2
     causal = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, scale=0.125, enable_gqa=True
@@ -481,7 +473,7 @@ def gpu_step(model: Any, rows: Any, *, packed: bool) -> Any:
 
 @pytest.fixture(scope="module")
 def eight_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaMA whose activations of 8,192 tokens outweigh what no formula counts."""
+    """A LLaMA whose activations for 8,192 tokens dwarf everything the formulas ignore."""
     config = transformers.LlamaConfig(
         hidden_size=1024,
         intermediate_size=2816,
@@ -501,7 +493,7 @@ def eight_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_peak_is_within_a_seventh_of_the_prediction(
     eight_layers: Path, quant: str, checkpointing: str
 ) -> None:
-    """The second of two steps of AdamW; what cuBLAS takes for itself is not counted."""
+    """In the second AdamW step, without cuBLAS's workspace."""
     changes = {"quant": quant, "checkpointing": checkpointing, "optimizer": "adamw_torch"}
     settings = build_settings(changes | {"lora_r": 16, "lora_dropout": 0.0})
     rows = [{"input_ids": list(range(1, 513)), "labels": [-100] * 256 + [7] * 256}] * 16

@@ -1,4 +1,4 @@
-"""Activations in the host's memory; streams that copy as late as they may stand for CUDA's."""
+"""Activations in host memory, with fake CUDA streams that copy as late as they may."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BLOCK = 2**24
 
 
 class Side:
-    """A stream on which nothing happens until another waits for it."""
+    """A stream that does nothing until another waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -63,7 +63,7 @@ class Main:
 
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of the CPU stand for those of a device, which is poisoned where it is not written."""
+    """Runs on CPU tensors; fresh memory holds NaN."""
     empty, copy = torch.empty, torch.Tensor.copy_
 
     def poisoned(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
@@ -148,7 +148,7 @@ def test_tensors_come_back_in_any_order(streams: None, order: list[int]) -> None
 def test_steps_are_the_same_wherever_activations_wait(
     streams: None, monkeypatch: pytest.MonkeyPatch, checkpointing: str, dtype: torch.dtype
 ) -> None:
-    """Gates of two layers in three, or the input of each; three steps, with rows of any length."""
+    """Gates of two layers in three, or all inputs; three steps with rows of different lengths."""
     widths = noted_widths(monkeypatch)
     steps = {}
     for way in ("none", checkpointing):
@@ -229,9 +229,7 @@ def test_host_gives_a_quarter_of_what_is_free(
     assert sizes == [4 * BLOCK, 2 * BLOCK]
 
 
-def test_memory_that_the_system_does_not_pin_is_done_without(
-    streams: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_system_that_pins_no_more_memory(streams: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*shape: Any, **options: Any) -> None:
         raise RuntimeError("CUDA error: out of memory\nand more")
 
@@ -244,9 +242,7 @@ def test_memory_that_the_system_does_not_pin_is_done_without(
         host.put(x)
 
 
-def test_another_error_is_not_taken_for_a_lack_of_memory(
-    streams: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_cuda_errors_are_raised(streams: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(side: Side) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 

@@ -1,1 +1,1 @@
-"""A LLaMA-type decoder layer with LoRA as one differentiable function, on rows without padding."""
+"""A LLaMA-type decoder layer with LoRA as one differentiable function on packed rows."""

@@ -1,7 +1,7 @@
-"""Causal attention inside each text of a row, and its backward, outside autograd.
+"""Causal attention within each text of a packed row, forward and backward, outside autograd.
 
-One entry with three backends: Triton for short texts, with heads of 64 or 128 in 16 bits on CUDA;
-FlashAttention over variable lengths for other heads in 16 bits there; torch's own, text by text.
+Three backends: on CUDA in 16 bits, Triton for head sizes 64 and 128, which is faster for short
+texts, and FlashAttention for others; elsewhere torch's attention, text by text.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from qlora_harness.fused.packed_row import PackedRow
 def forward(
     projected: Tensor, heads: int, key_heads: int, row: PackedRow, scale: float
 ) -> tuple[Tensor, Any]:
-    """Returns what each query attends to, [T, heads, D], and what `backward` needs besides.
+    """Returns the attended values, [T, heads, D], and a state for `backward`.
 
-    `projected` holds rotated queries and keys, and values, side by side,
-    [T, (heads + 2 key heads) D]; scores are multiplied by `scale`.
+    `projected` holds rotated queries, rotated keys and values side by side,
+    [T, (heads + 2 key heads) D]; `scale` multiplies the scores.
     """
     if uses_triton(projected, row.cos.shape[1]):
         from qlora_harness.fused import triton_attention
@@ -44,10 +44,7 @@ def backward(
     row: PackedRow,
     scale: float,
 ) -> Tensor:
-    """Returns the gradient of the row before it was rotated, side by side, [T, N].
-
-    `attended` and `state` come from `forward`; `d_attended` is [T, heads, D].
-    """
+    """Returns the gradient of `projected` before rotation, from that of `attended`."""
     heads, size = attended.shape[1:]
     if uses_triton(projected, size):
         from qlora_harness.fused import triton_attention
@@ -67,7 +64,7 @@ def backward(
 
 
 def uses_triton(projected: Tensor, size: int) -> bool:
-    """Whether the Triton kernels take a row with heads of a size."""
+    """Whether the Triton kernels support a row with heads of a size."""
     return (
         launch.usable(projected)
         and projected.dtype in (torch.bfloat16, torch.float16)
@@ -77,7 +74,7 @@ def uses_triton(projected: Tensor, size: int) -> bool:
 
 
 def split_heads(projected: Tensor, heads: int, key_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns views of queries, keys and values, [T, heads, D], that lie side by side."""
+    """Returns views of queries, keys and values, [T, heads, D]."""
     x = projected.view(len(projected), heads + 2 * key_heads, -1)
     return x[:, :heads], x[:, heads : heads + key_heads], x[:, heads + key_heads :]
 
@@ -89,10 +86,10 @@ def _uses_flash(q: Tensor) -> bool:
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, row: PackedRow, scale: float
 ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
-    """Returns the output, and it again with its graph and the graph's leaves."""
+    """Returns the output; and for backward, the output with its graph, and the graph's leaves."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 takes any number of key heads; later versions want to be told that they differ.
+    # torch 2.11 accepts any number of key heads; later versions need a flag if it differs.
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
     if "enable_gqa" in signature(varlen_attn).parameters:
         options["enable_gqa"] = True
@@ -114,7 +111,7 @@ def _texts(tensors: tuple[Tensor, ...], row: PackedRow) -> list[tuple[Tensor, ..
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """One text: [t, heads, D]."""
+    """Attends within one text, [t, heads, D]."""
     grouped = q.shape[1] != k.shape[1]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)

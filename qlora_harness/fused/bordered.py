@@ -1,14 +1,14 @@
-"""The weights of linear layers that read one input, bordered by their adapters.
+"""The weights of linear layers that share one input, bordered by their adapters.
 
-    M = [ W  B ]    W: the frozen weights one below the other, [N, K]
-        [ A    ]    B: the adapters' second matrices, each beside its own rows, [N, R]
-                    A: the adapters' first matrices times alpha / r, [R, K]
+    M = [ W  B ]    W: the stacked frozen weights, [N, K]
+        [ A    ]    B: the adapters' second matrices, each beside its layer's rows, [N, R]
+                    A: the adapters' stacked first matrices times alpha / r, [R, K]
 
-One product then gives a layer with its adapter, in one rounding: [x, h] [W, B]^T with h = x A^T;
+One product then computes layers and adapters with one rounding: [x, h] [W, B]^T with h = x A^T;
 and dy [W, B] is the gradient of both x and h.
 
-A 4-bit W is expanded into memory that all groups share, at every pass. A full-precision W moves
-into its M once, and the layer's own weight becomes a view of it.
+Every pass expands a 4-bit W into memory that all groups share. A full-precision W moves into its M
+once, and the layer's own weight becomes a view of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ALIGN = 64  # elements; rows that start on 128 bytes are read faster
 
 @dataclass
 class Projection:
-    """One frozen linear layer of a group, with its adapter or without."""
+    """One frozen linear layer of a group, and its adapter, if any."""
 
     layer: Any
     down: torch.nn.Parameter | None  # LoRA's A, [r, K]
@@ -39,18 +39,18 @@ class Projection:
 
 
 class Scratch:
-    """Memory that groups share, as they run one after the other."""
+    """Memory that all groups share, since they run one after the other."""
 
     def __init__(self) -> None:
         self._flat: Tensor | None = None
         self._count = 0
 
     def announce(self, count: int) -> None:
-        """Says how many elements a group will need, so that all is allocated at once."""
+        """Registers the elements that a group needs, so that one allocation suffices."""
         self._count = max(self._count, count)
 
     def get(self, like: Tensor) -> Tensor:
-        """Returns the memory, [elements], of a dtype and device; it holds what came last."""
+        """Returns the memory, [elements], in the dtype and on the device of `like`."""
         flat = self._flat
         if flat is None or flat.dtype != like.dtype or flat.device != like.device:
             self._flat = flat = torch.empty(self._count, dtype=like.dtype, device=like.device)
@@ -70,10 +70,10 @@ class Views:
 
 
 class Bordered:
-    """M of a group of projections; those with an adapter have one scale and rank.
+    """M of a group of projections, whose adapters share scale and rank.
 
-    `heights` are N of each and `height` their sum, `width` is K, `rank` that of each adapter,
-    `border` R, the ranks of all; `slots` holds for each projection which of the adapters is its.
+    `heights` are the output sizes, `height` is N, `width` K, and `border` R, the sum of ranks.
+    `slots` numbers the projections with an adapter; the others have None.
     """
 
     def __init__(self, projections: Sequence[Projection], scratch: Scratch) -> None:
@@ -107,16 +107,16 @@ class Bordered:
             projection.layer.weight.data = view
 
     def move_out(self) -> None:
-        """Gives full-precision weights memory of their own again."""
+        """Gives full-precision weights separate memory again."""
         if self._owns:
             for projection in self.projections:
                 projection.layer.weight.data = projection.layer.weight.data.contiguous()
             self._views = None
 
     def load(self, like: Tensor, *, again: bool = False) -> Views:
-        """Fills M in a dtype and on a device; valid until another 4-bit group is loaded.
+        """Fills M, which stays valid until another 4-bit group is loaded.
 
-        `again` says that adapters haven't changed since the last time, as in a backward pass.
+        `again` promises that the adapters haven't changed since the last call.
         """
         views = self.loaded(like)
         if self._owns and (again or not self.border):
@@ -126,7 +126,7 @@ class Bordered:
         return views
 
     def loaded(self, like: Tensor) -> Views:
-        """Returns M as it was loaded last."""
+        """Returns M without filling it."""
         views = self._views
         if self._owns:
             assert views is not None
@@ -151,7 +151,7 @@ class Bordered:
         )
 
     def _load_in_triton(self, matrix: Tensor) -> bool:
-        """Returns whether the kernel takes weights such as these."""
+        """Returns whether the kernel supports these weights."""
         if self._loader is None:
             from qlora_harness.fused.triton_weights import Loader
 
@@ -170,7 +170,7 @@ class Bordered:
                 rows[:, : self.width] = (
                     weight if state is None else expand_4bit(weight, state, matrix.dtype)
                 )
-                rows[:, self.width :] = 0  # where no adapter of its own is
+                rows[:, self.width :] = 0  # beside other projections' adapters
             if projection.up is not None and projection.down is not None and slot is not None:
                 at = slot * self.rank
                 rows[:, self.width + at : self.width + at + self.rank] = projection.up.detach()
@@ -179,12 +179,12 @@ class Bordered:
 
 
 def aligned(columns: int) -> int:
-    """Returns a number of columns rounded up to whole 128 bytes of bfloat16."""
+    """Rounds columns up to a multiple of 128 bytes of bfloat16."""
     return -(-columns // _ALIGN) * _ALIGN
 
 
 def matrix_sizes(shape: Shape, rank: int) -> list[int]:
-    """Returns the elements of M of each group of a decoder layer, for memory predictions."""
+    """Returns the elements of M for each group of a decoder layer."""
     groups = [
         (shape.queries + 2 * shape.keys, shape.hidden, 3),
         (shape.hidden, shape.queries, 1),
@@ -196,9 +196,9 @@ def matrix_sizes(shape: Shape, rank: int) -> list[int]:
 
 
 def matrix_bytes(shape: Shape, rank: int, size: int, *, is_4bit: bool) -> int:
-    """Returns what the matrices take beside the base, with elements of `size` bytes.
+    """Returns the bytes that the matrices take in addition to the base; an element takes `size`.
 
-    That is the largest matrix for a 4-bit base, and for full-precision weights what they grow by.
+    That is the largest matrix for a 4-bit base, and the added borders for full-precision weights.
     """
     matrices = matrix_sizes(shape, rank)
     if is_4bit:

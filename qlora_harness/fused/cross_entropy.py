@@ -1,7 +1,6 @@
-"""The loss of tokens from their hidden states; on a GPU a few rows of logits at a time.
+"""Cross-entropy from hidden states; on a GPU a few rows of logits at a time.
 
-No number is read back from the device: the host would have to wait for all it has launched, and
-leave the device idle while it launches what follows.
+Nothing is read back from the device: the host would have to wait for it, and couldn't launch ahead.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from torch.nn.functional import cross_entropy, linear
 from qlora_harness.fused import launch
 
 _LOGITS = 2**25  # at a time
-_ROWS = 64  # and multiples of it
+_ROWS = 64  # at least, and in multiples
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Returns the summed negative log-likelihood of targets, [R] int64: nats, a float32 scalar.
 
-    `hidden`, [R, H], is differentiable; the head's weight, [V, H], is frozen. Where there is
-    Triton, the gradient is computed in the forward pass, so that no logits stay: logits and their
-    gradient are rounded to the dtype of `hidden`, and float32 lies between.
+    `hidden`, [R, H], is differentiable; the head's weight, [V, H], is frozen. With Triton the
+    forward pass also computes the gradient, so that no logits stay. Logits and their gradient are
+    rounded to the dtype of `hidden`; what happens between is float32.
     """
     if launch.usable(hidden):
         total: Tensor = _Summed.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
@@ -57,10 +56,10 @@ class _Summed(torch.autograd.Function):
             triton_rows.cross_entropy(logits, targets[part], losses[part])
             if ctx.gradient is not None:
                 torch.mm(logits, weight, out=ctx.gradient[part])
-            del logits  # before the next ones
+            del logits  # before the next part's
         return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> Any:
-        # A scalar on the device would be rounded to the gradient's dtype before it multiplies.
+        # In the gradient's dtype, torch would round the factor before multiplying.
         return (ctx.gradient.float() * factor).to(ctx.gradient.dtype), None, None

@@ -1,9 +1,9 @@
-"""Dropout on the inputs of LoRA: masks of groups of adapters, and the products that they enter.
+"""Dropout on the inputs of LoRA: the masks, and the products with masked inputs.
 
-Each adapter of a group has a mask of its own on the one input, as PEFT has a module for each. The
-masks of a layer are drawn at once from a seed, and anew in the backward pass. In Triton
-(`triton_dropout`) they are bits, and no input without its dropped elements is written down: each
-product reads the input and the bits. Elsewhere a few lines of torch do the same.
+Each adapter of a group has its own mask on the shared input, as in PEFT. A layer draws all its
+masks at once from a seed, and draws them again in the backward pass. In Triton (`triton_dropout`)
+masks are packed into bits, and products read input and bits, so that no masked input is stored.
+Elsewhere plain torch does the same.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from qlora_harness.fused.launch import usable
 
 @dataclass(frozen=True)
 class Masks:
-    """Which elements of one input each adapter of a group sees."""
+    """The elements of one input that each adapter of a group sees."""
 
     keep: Tensor  # [adapters, T, K] bool; or packed into bits, from `triton_dropout.draw`
-    factor: float  # 1 / (1 - p), of the elements that stay
+    factor: float  # 1 / (1 - p), applied to the elements that stay
 
     @property
     def packed(self) -> bool:
-        """Whether the kernels can take them."""
+        """Whether the masks are bits for the kernels."""
         return self.keep.dtype == torch.uint8
 
 
 def can_pack(rank: int, like: Tensor) -> bool:
-    """Whether the kernels take masks of adapters of a rank, on inputs such as `like`."""
+    """Whether the kernels support adapters of a rank on inputs such as `like`."""
     if not usable(like):
         return False
     from qlora_harness.fused import triton_dropout
@@ -47,10 +47,10 @@ def draw(
     *,
     packed: bool,
 ) -> list[Masks]:
-    """Draws the masks of each (adapters, T, K); the same arguments give the same.
+    """Draws masks for each (adapters, T, K); equal arguments give equal masks.
 
-    An element is dropped with the probability; the seed is below 2**62. `packed` is right where
-    `can_pack` says so for all of them.
+    `probability` is that of dropping an element; the seed is below 2**62. `packed` requires that
+    `can_pack` holds for all inputs.
     """
     factor = 1.0 / (1.0 - probability)
     if packed:
@@ -71,9 +71,9 @@ def draw(
 
 
 def products(x: Tensor, down: Tensor, masks: Masks, beside: Tensor | None = None) -> Tensor:
-    """Returns h, drop_i(x) A_i^T of all adapters side by side, [T, R]; writes it to `beside` too.
+    """Returns h, drop_i(x) A_i^T of all adapters side by side, [T, R]; also writes it to `beside`.
 
-    x is [T, K]; `down` is the adapters' A with any factor, one below the other, [R, K].
+    x is [T, K]; `down` stacks the adapters' A, scaled or not, [R, K].
     """
     if masks.packed:
         from qlora_harness.fused import triton_dropout
@@ -87,9 +87,9 @@ def products(x: Tensor, down: Tensor, masks: Masks, beside: Tensor | None = None
 
 
 def add_products(gradient: Tensor, d_inner: Tensor, down: Tensor, masks: Masks) -> None:
-    """Adds sum_i drop_i(dh_i A_i), what reaches an input through the adapters, to its gradient.
+    """Adds the adapters' part, sum_i drop_i(dh_i A_i), to the gradient of their input, [T, K].
 
-    `gradient` is [T, K] and `d_inner`, that of h, [T, R]; `down` is as in `products`.
+    `d_inner` is the gradient of h, [T, R]; `down` is as in `products`.
     """
     if masks.packed:
         from qlora_harness.fused import triton_dropout
@@ -102,7 +102,7 @@ def add_products(gradient: Tensor, d_inner: Tensor, down: Tensor, masks: Masks) 
 
 
 def gradients(d_inner: Tensor, x: Tensor, masks: Masks, scale: float, dtype: torch.dtype) -> Tensor:
-    """Returns the gradients of the adapters' A, s dh_i^T drop_i(x), one below the other, [R, K]."""
+    """Returns the stacked gradients of the adapters' A, s dh_i^T drop_i(x), [R, K]."""
     factor = scale * masks.factor
     if masks.packed:
         from qlora_harness.fused import triton_dropout

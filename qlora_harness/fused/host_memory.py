@@ -1,8 +1,7 @@
-"""Copies between host and device that nothing waits for, through pinned memory.
+"""Asynchronous copies of activations between device and pinned host memory.
 
-Activations of layers go to the host and come back beside the computation: a copy out runs on a
-stream of its own while the layers above are computed. Backward asks for them in the opposite order,
-so while a layer is at work what was stored before it comes back.
+Copies run on a separate stream: out while the layers above run forward, and back while the layer
+above runs backward, since backward needs them in the opposite order.
 """
 
 from __future__ import annotations
@@ -23,20 +22,19 @@ from qlora_harness.model.free_memory import available_memory
 
 logger = logging.getLogger("qlora_harness")
 
-_BLOCK = 2**24  # bytes; torch would take a power of two for each tensor
-_LEAVING = 2  # tensors that are on their way out at once
+_BLOCK = 2**24  # bytes; torch would round each tensor up to a power of two
+_LEAVING = 2  # tensors on their way out at once
 
 
 class NoPinnedMemory(RuntimeError):
-    """The system pins no more memory."""
+    """The system refuses to pin more memory."""
 
 
 class Blocks:
-    """Pinned memory of the host, in blocks of one size that are used again and again.
+    """A pool of pinned host memory, in blocks of equal size.
 
-    To pin memory takes longer than to fill it, and rows differ in length from step to step: where
-    blocks are missing, up to a quarter of what is pinned is pinned besides. `pinned` counts all
-    blocks, in use or not.
+    Pinning memory takes longer than filling it, and rows differ in length from step to step, so the
+    pool grows by an extra quarter of what is pinned. `pinned` counts all blocks, in use or not.
     """
 
     def __init__(self) -> None:
@@ -44,12 +42,12 @@ class Blocks:
         self.pinned = 0
 
     def new_bytes(self, size: int) -> int:
-        """Returns how much more memory would be pinned to hold so many bytes."""
+        """Returns the bytes that `take(size)` would pin."""
         missing = _blocks(size) - len(self._free)
         return (missing + self.pinned // 4) * _BLOCK if missing > 0 else 0
 
     def take(self, size: int) -> list[Tensor]:
-        """Returns blocks that hold so many bytes; raises NoPinnedMemory if the system has none."""
+        """Returns blocks for `size` bytes; raises NoPinnedMemory if the system pins no more."""
         for _ in range(_blocks(self.new_bytes(size))):
             try:
                 block = torch.empty(_BLOCK, dtype=torch.uint8, pin_memory=True)
@@ -62,7 +60,7 @@ class Blocks:
         return taken
 
     def give(self, blocks: list[Tensor]) -> None:
-        """Takes blocks back. What is still copied to or from them comes before the next copy."""
+        """Takes blocks back, even during a copy: later copies follow it on the same stream."""
         self._free += blocks
 
 
@@ -71,15 +69,15 @@ def _blocks(size: int) -> int:
 
 
 def pinned_bytes(tensors: int, size: int) -> int:
-    """Returns the most memory that `Blocks` pin for so many tensors of `size` bytes each."""
+    """Returns the most bytes that `Blocks` pins for a number of tensors of `size` bytes each."""
     return tensors * _blocks(size) * _BLOCK * 5 // 4
 
 
 class Stored:
-    """A contiguous tensor in the host's memory.
+    """A contiguous tensor in host memory.
 
-    `device_copy` is the tensor on the device: until its memory is given up, and again when it comes
-    back. `below` is what was stored before it, if its graph is still there.
+    `device_copy` is the tensor on the device, before it has left and once it comes back. `below`
+    refers to the tensor stored before it.
     """
 
     def __init__(self, x: Tensor, blocks: Blocks, below: Stored | None) -> None:
@@ -92,22 +90,22 @@ class Stored:
         self.host = blocks.take(x.nbytes)
 
     def release(self) -> None:
-        """Gives its memory back, on both sides."""
+        """Frees its memory on both sides."""
         if self.device_copy is not None and self.copied is not None:
-            # It may still be read or written.
+            # The copy may still be reading or writing it.
             torch.cuda.current_stream(self.device).wait_event(self.copied)
         self.device_copy = None
         self._blocks.give(self.host)
         self.host = []
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # Where a graph goes without a backward pass.
+        # For graphs that are dropped without a backward pass.
         if not finalizing():
             self.release()
 
 
 class HostMemory:
-    """Where activations of all layers of a model go."""
+    """Host memory for the activations of all layers of a model."""
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
@@ -117,14 +115,13 @@ class HostMemory:
         self._full_logged = False
 
     def serves(self, x: Tensor) -> bool:
-        """Whether a tensor can be stored: one of a CUDA device, on which copies need no waiting."""
+        """Whether a tensor can be stored."""
         return x.is_cuda
 
     def put_if_room(self, x: Tensor) -> Stored | None:
-        """Begins to copy a tensor to the host, as `put` does, if there is room.
+        """Does as `put`, but returns None if the system pins no more, or beyond the limit.
 
-        Room is a quarter of what was available at first. Returns None without it, or where the
-        system pins no more.
+        The limit is a quarter of the host memory that was free at first.
         """
         more = self._blocks.new_bytes(x.nbytes)
         if not more or self._pinned + more <= self._limit:
@@ -135,19 +132,18 @@ class HostMemory:
         if not self._full_logged:
             self._full_logged = True
             logger.info(
-                "%.1f GiB of the host's memory are pinned for activations, and no more: what does "
-                "not fit is computed again",
+                "%.1f GiB of host memory are pinned for activations, the limit; activations that "
+                "don't fit are recomputed",
                 self._pinned / 2**30,
             )
         return None
 
     @property
     def _pinned(self) -> int:
-        """Bytes."""
         return self._blocks.pinned * _BLOCK
 
     def put(self, x: Tensor) -> Stored:
-        """Begins to copy to the host a contiguous tensor that nothing writes to any more.
+        """Starts copying a contiguous tensor, which must no longer change, to the host.
 
         Raises TrainingError if the system pins no more memory.
         """
@@ -155,7 +151,7 @@ class HostMemory:
             return self._put(x)
         except NoPinnedMemory as error:
             raise TrainingError(
-                f"--checkpointing offload: the system pins no more of the host's memory than "
+                f"--checkpointing offload: the system pins no more host memory than "
                 f"{self._pinned / 2**30:.1f} GiB ({error})",
                 "Lower --batch-size (and raise --grad-accum), or use --checkpointing full",
             ) from None
@@ -168,13 +164,13 @@ class HostMemory:
         if len(self._leaving) > _LEAVING:
             oldest = self._leaving.popleft()()
             if oldest is not None and oldest.host and oldest.copied is not None:
-                # That copy has had the time of a layer or two; now the memory may be used again.
+                # That copy had the time of a layer or two; reuse its memory once it is done.
                 torch.cuda.current_stream(x.device).wait_event(oldest.copied)
                 oldest.device_copy = None
         return stored
 
     def get(self, stored: Stored) -> Tensor:
-        """Returns a tensor to the device, once, and begins to fetch what was stored before it."""
+        """Returns a tensor on the device, once, and starts fetching the one stored before it."""
         self._fetch(stored)
         x = stored.device_copy
         assert x is not None
@@ -184,7 +180,7 @@ class HostMemory:
         stored.release()
         below = None if stored.below is None else stored.below()
         if below is not None:
-            # Where there is no memory for it now, there is when it is its turn.
+            # Without memory now, `get` fetches it later.
             with contextlib.suppress(torch.OutOfMemoryError):
                 self._fetch(below)
         return x
@@ -192,7 +188,7 @@ class HostMemory:
     def _fetch(self, stored: Stored) -> None:
         if stored.device_copy is not None or not stored.host:
             return
-        # Taken on the stream that computes, as its allocator knows when it is free again.
+        # Allocated on the computing stream, whose order then governs reuse of the memory.
         x = torch.empty(stored.shape, dtype=stored.dtype, device=stored.device)
         stored.device_copy = x
         self._copy(stored, x, back=True)
@@ -214,12 +210,12 @@ class HostMemory:
 
 
 def memory_of_a_process() -> int:
-    """Returns the bytes of the host's memory that are free for each process of a launcher."""
+    """Returns the free host memory, in bytes, for each process of a launcher."""
     return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copies a tensor of the host to a device, without waiting for it."""
+    """Copies a host tensor to a device without waiting."""
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""How a Triton kernel is launched, and where one can be. Importable where there is no Triton."""
+"""Launches Triton kernels. Importable without Triton."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _compiled: dict[Any, Any] = {}
 
 
 def usable(x: Tensor) -> bool:
-    """Whether Triton kernels can work on a tensor."""
+    """Whether Triton kernels can run on a tensor."""
     return x.is_cuda and _HAS_TRITON
 
 
@@ -24,15 +24,15 @@ def launch(
     *constants: Any,
     **options: Any,
 ) -> None:
-    """Launches a kernel of a module; `constants` are its constexpr parameters, behind the others.
+    """Launches a kernel; `constants` are its constexpr parameters, which come last.
 
-    Triton compiles for dtypes, for numbers, and for addresses that are multiples of 16 or not, and
-    looks at all of that at every launch. Here one look-up returns what it compiled before.
+    Triton specialises a kernel on dtypes, integers and the alignment of addresses, and analyses
+    them at every launch. This finds the compiled kernel with one look-up.
     """
-    # By id, since the kernel's own hash takes longer than all else here.
+    # The kernel's id, since its hash takes longer than everything else here.
     key: list[Any] = [id(kernel), *constants, *options.values()]
     values: list[Any] = []
-    addresses = 0  # all bits that are set in any address
+    addresses = 0  # bitwise or
     for argument in arguments:
         if isinstance(argument, Tensor):
             address = argument.data_ptr()
@@ -54,10 +54,10 @@ def launch(
 
 
 def _kind(number: int) -> tuple[bool, bool, bool]:
-    """What Triton compiles an integer for."""
+    """Returns what Triton specialises on in an integer."""
     return number == 1, number % 16 == 0, number < 2**31
 
 
 def power_of_two(number: int) -> int:
-    """Returns the next power of two, which tiles take."""
+    """Rounds up to a power of two, as the sizes of tiles must be."""
     return 1 << (number - 1).bit_length()

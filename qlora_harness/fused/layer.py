@@ -1,19 +1,18 @@
-"""One decoder layer as one differentiable function, with the choice of what it keeps for backward.
+"""One decoder layer as one differentiable function, with a choice of what it saves for backward.
 
     n = norm(x); q, k, v = rotate(project(n)); h = x + o(attention(q, k, v))
-    (Qwen3 normalises the heads of q and k before it rotates them)
+    (Qwen3 normalises the heads of q and k before rotation)
     m = norm(h); y = h + down(silu(gate(m)) * up(m))
 
-What it keeps between forward and backward:
+What it saves, by checkpointing:
 
-- none (no checkpointing): everything but norms and the gated product, which are cheap to repeat
-- selective: all but the two large activations of the MLP; those of two layers in three go to
-  pinned memory of the host and come back, those of the third are computed again
-- full: the input of the layer alone; the products with o and down are not needed again, or only
-  for what follows them
-- offload: the input of the layer, in pinned memory of the host
+- none: everything except norms and the gated product, which are cheap to recompute
+- selective: also without the MLP's two large activations; two layers in three move theirs to pinned
+  host memory, the third recomputes them
+- full: only the layer's input
+- offload: only the layer's input, in pinned host memory
 
-A layer takes and gives h and what the MLP adds to it apart: the next norm adds them on its way.
+A layer returns h and the MLP's output separately, and the next layer's norm adds them.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 class _Drops(NamedTuple):
-    """What the adapters see of the inputs; None where that is everything."""
+    """The dropout masks of the groups; None without dropout."""
 
     qkv: Masks | None = None
     out: Masks | None = None
@@ -48,7 +47,7 @@ class _Drops(NamedTuple):
 
 @dataclass
 class _Attention:
-    """What backward needs of the first half."""
+    """What backward needs from the first half."""
 
     projected: Tensor  # queries, keys and values side by side, rotated
     attended: Tensor
@@ -60,9 +59,9 @@ class _Attention:
 
 @dataclass
 class _Mlp:
-    """What backward needs of the second half."""
+    """What backward needs from the second half."""
 
-    gates: Tensor | Stored  # gate and up side by side; or in the host's memory
+    gates: Tensor | Stored  # gate and up side by side
     inner_gate_up: Inner
     inner_down: Inner
 
@@ -71,9 +70,9 @@ class _Mlp:
 class FusedLayer:
     """The parts of a decoder layer.
 
-    Tensors are rows of tokens, [T, H]. A layer reads x + added, and returns two tensors whose sum
-    is its output. `read_at` names the tokens whose output is needed, [R] int64, each once; None is
-    all of them. In the last layer only those that are read need more than keys and values.
+    A layer reads x + added, [T, H] each, and returns two tensors whose sum is its output.
+    `read_at`, [R] int64 without duplicates, lists the tokens whose output is needed; None means
+    all. The last layer computes only keys and values for the others.
     """
 
     attention_norm: Tensor  # [H]
@@ -90,7 +89,7 @@ class FusedLayer:
     checkpointing: str = "none"  # one of `settings.CHECKPOINTING`
     head_norms: tuple[Tensor, Tensor] | None = None  # [D] each, of queries and keys
     host: HostMemory | None = None  # shared by all layers
-    gates_on_host: bool = False  # whether gate and up go there with selective, if there is room
+    gates_on_host: bool = False  # with selective: whether gate and up go to the host, given room
 
     def groups(self) -> tuple[LoraGroup, ...]:
         """Returns the groups in the order of their parameters."""
@@ -102,7 +101,7 @@ class FusedLayer:
         return max(group.dropout for group in self.groups())
 
     def has_adapters_of(self, layer: Any) -> bool:
-        """Whether the adapters are still those of the model's own decoder layer."""
+        """Whether the model's decoder layer still has the same adapters."""
         own = {id(p) for group in self.groups() for p in group.parameters() if p is not None}
         return own <= {id(p) for p in layer.parameters()}
 
@@ -115,11 +114,11 @@ class FusedLayer:
         training: bool,
         read_at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Runs the layer on a row; the adapters' dropout acts in training."""
+        """Runs the layer on a row; dropout acts only if `training`."""
         parameters = [p for group in self.groups() for p in group.parameters()]
-        # From torch's own generator, so that seeding, checkpoints and resuming cover it.
+        # From torch's generator, which seeding, checkpoints and resuming cover.
         seed = int(torch.randint(0, 2**62, ())) if training and self.dropout else None
-        keep = torch.is_grad_enabled()  # inside `forward` it never is
+        keep = torch.is_grad_enabled()  # always False inside `forward`
         output: tuple[Tensor, Tensor] = _Layer.apply(  # type: ignore[no-untyped-call]
             x, added, self, row, read_at, seed, keep, *parameters
         )
@@ -133,7 +132,7 @@ class FusedLayer:
         attend: Attend,
         read_at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Runs the layer without dropout and gradients, with any attention."""
+        """Runs the layer without dropout and gradients, with a given attention."""
         x, projected, _, _ = self._project(x, added, rotation, _Drops())
         q, k, v = attention.split_heads(projected, self.heads, self.key_heads)
         attended = attend(q, k, v, self.scale)
@@ -146,7 +145,7 @@ class FusedLayer:
     def draw(
         self, row: PackedRow, read_at: Tensor | None, seed: int | None, like: Tensor
     ) -> _Drops:
-        """Draws the masks of a layer in training; `like` gives dtype and device."""
+        """Draws the masks of a layer; `like` gives dtype and device."""
         if seed is None:
             return _Drops()
         tokens = len(row.cos)
@@ -158,7 +157,7 @@ class FusedLayer:
     def first_half(
         self, x: Tensor, added: Tensor | None, row: PackedRow, read_at: Tensor | None, drops: _Drops
     ) -> tuple[Tensor, Tensor, _Attention]:
-        """Returns x + added, what attention adds where it is read, and what backward needs."""
+        """Returns x + added, what attention adds at `read_at`, and what backward needs."""
         x, projected, inner_qkv, raw = self._project(x, added, row, drops)
         attended, state = attention.forward(projected, self.heads, self.key_heads, row, self.scale)
         y, inner_out = self._leave(attended, read_at, drops)
@@ -167,7 +166,7 @@ class FusedLayer:
     def _project(
         self, x: Tensor, added: Tensor | None, rotation: Rotation, drops: _Drops
     ) -> tuple[Tensor, Tensor, Inner, Tensor | None]:
-        """Returns x + added; queries, keys and values, rotated; what backward needs of them."""
+        """Returns x + added, the rotated projections, and what backward needs from them."""
         wide = self.qkv.input(len(x), x)
         x = ops.rms_norm(x, self.attention_norm, self.eps, wide[:, : x.shape[1]], add=added)
         projected, inner = self.qkv.forward(wide, drops.qkv)
@@ -179,12 +178,12 @@ class FusedLayer:
     def _leave(
         self, attended: Tensor, read_at: Tensor | None, drops: _Drops
     ) -> tuple[Tensor, Inner]:
-        """The product with o of what was attended, [T, heads, D], where it is read."""
+        """Applies the output projection to the attended values, [T, heads, D], at `read_at`."""
         x = _at(attended.flatten(1), read_at)
         return self.out.forward(self.out.as_input(x), drops.out)
 
     def _gates(self, x: Tensor, added: Tensor | None, drops: _Drops) -> tuple[Tensor, _Mlp]:
-        """The second half of x + added without the product with down; returns the sum as well."""
+        """Returns x + added, and gate and up of it."""
         wide = self.gate_up.input(len(x), x)
         h = ops.rms_norm(x, self.mlp_norm, self.eps, wide[:, : x.shape[1]], add=added)
         gates, inner = self.gate_up.forward(wide, drops.gate_up)
@@ -200,17 +199,17 @@ class FusedLayer:
         return h, y, mlp
 
     def keep(self, x: Tensor, h: Tensor, first: _Attention, second: _Mlp) -> Any:
-        """Returns what waits for backward; see the top of this file."""
+        """Returns what to save for backward; see the top of this file."""
         if self.checkpointing == "offload" and self.host is not None and self.host.serves(x):
             return self.host.put(x)
         if self.checkpointing in ("full", "offload"):
             return x
         mlp = self._put_away(second) if self.checkpointing == "selective" else second
-        # Not h itself: what holds its own output is freed by the garbage collector alone.
+        # Detached: saving the function's own output would make a reference cycle.
         return x, h.detach(), first, mlp
 
     def _put_away(self, mlp: _Mlp) -> _Mlp | None:
-        """Begins to copy gates to the host, if they belong there and there is room."""
+        """Starts copying gates to the host, if they belong there and there is room."""
         gates = mlp.gates
         assert isinstance(gates, Tensor)
         if self.host is None or not self.gates_on_host or not self.host.serves(gates):
@@ -221,7 +220,7 @@ class FusedLayer:
     def restore(
         self, saved: Any, row: PackedRow, read_at: Tensor | None, drops: _Drops
     ) -> tuple[Tensor, Tensor, _Attention, _Mlp]:
-        """Returns what `keep` was given, computing again what it left out."""
+        """Returns the arguments of `keep`, recomputing what it left out."""
         if self.checkpointing in ("none", "selective"):
             x, h, first, mlp = saved
         else:
@@ -241,7 +240,7 @@ class FusedLayer:
     def second_half_backward(
         self, dy: Tensor, h: Tensor, mlp: _Mlp, drops: _Drops
     ) -> tuple[Tensor, Gradients]:
-        """Returns the gradient of h, in memory with room for what follows, and of adapters."""
+        """Returns the gradient of h, with room for the next group's dh, and those of adapters."""
         tokens, hidden = dy.shape
         gates = mlp.gates
         assert isinstance(gates, Tensor)
@@ -285,7 +284,7 @@ class FusedLayer:
         dx: Tensor | None = None
         if needs_dx:
             normed, d_inner = self.qkv.backward(d_projected, drops.qkv)
-            # With the room that the layer below needs.
+            # With room for dh in the layer below.
             dx = self.down.output_gradient(tokens, x)[:, :hidden]
             residual = _spread(dh[:, :hidden], read_at, tokens)
             ops.rms_norm_backward(normed, x, self.attention_norm, self.eps, dx, add=residual)
@@ -297,7 +296,7 @@ class FusedLayer:
         return dx, [*grads, *out_grads]
 
     def _normalise_heads(self, projected: Tensor) -> Tensor | None:
-        """Normalises the heads of queries and keys in place, and returns what they were."""
+        """Normalises the heads of queries and keys in place; returns a copy from before."""
         if self.head_norms is None:
             return None
         raw = projected[:, : (self.heads + self.key_heads) * self.head_size].clone()
@@ -309,7 +308,6 @@ class FusedLayer:
         return raw
 
     def _normalise_heads_backward(self, d_projected: Tensor, raw: Tensor | None) -> None:
-        """In place."""
         if self.head_norms is None or raw is None:
             return
         for weight, columns in zip(self.head_norms, self._head_columns(), strict=True):
@@ -320,7 +318,6 @@ class FusedLayer:
             d_projected[:, columns] = d_heads.view(len(raw), -1)
 
     def _head_columns(self) -> tuple[slice, slice]:
-        """Where queries and keys stand."""
         queries = self.heads * self.head_size
         return slice(0, queries), slice(queries, queries + self.key_heads * self.head_size)
 
@@ -348,7 +345,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor, dy: Tensor) -> Any:
-        """Both gradients are the same: only the sum of the outputs is used."""
+        """Both gradients are equal, since only the sum of the outputs is used."""
         del dh
         layer, row, read_at, saved = ctx.layer, ctx.row, ctx.read_at, ctx.saved
         if saved is None:
@@ -360,7 +357,7 @@ class _Layer(torch.autograd.Function):
             del saved
             dh, mlp_grads = layer.second_half_backward(dy, h, mlp, drops)
             del mlp, h
-            # The input of the first layer learns nothing.
+            # False in the first layer: embeddings are frozen.
             needs_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
             dx, attention_grads = layer.first_half_backward(
                 dh, x, first, row, read_at, drops, needs_dx=needs_dx
@@ -369,37 +366,36 @@ class _Layer(torch.autograd.Function):
 
 
 def _at(rows: Tensor, read_at: Tensor | None) -> Tensor:
-    """The rows that are read."""
     return rows if read_at is None else rows[read_at]
 
 
 def _spread(rows: Tensor, read_at: Tensor | None, tokens: int) -> Tensor:
-    """The opposite of `_at`: rows where they were read, among zeros."""
+    """Inverts `_at`, with zeros in the other rows."""
     if read_at is None:
         return rows
     return rows.new_zeros(tokens, rows.shape[1]).index_copy_(0, read_at, rows)
 
 
-def activation_bytes(
+def fused_activation_bytes(
     shape: Shape, rank: int, *, has_dropout: bool, checkpointing: str, tokens: int, size: int
 ) -> tuple[int, int]:
-    """Returns what all layers keep between the passes, and what the layer at work takes.
+    """Returns the bytes that all layers save for backward, and those of the layer at work.
 
-    `size` is the bytes of an element; without dropout no masks are counted.
+    An element takes `size` bytes.
     """
     hidden, inner, adapters = shape.hidden, shape.inner, rank * shape.adapted
     first = 2 * hidden + 2 * shape.queries + 2 * shape.keys + adapters * 4 / 7
     first += (shape.queries + shape.keys) * shape.head_norms
     second = 2 * inner + adapters * 3 / 7
     saved = {"none": first + second, "selective": first, "full": hidden, "offload": 0}
-    # The product of the MLP, which its gradient replaces; what the norms and the stream take.
+    # The MLP's gated product, then its gradient; norms and residual stream.
     work = float(inner + 4 * hidden)
-    if has_dropout:  # a bit for each element that an adapter reads
+    if has_dropout:  # one bit per element that an adapter reads
         work += (5 * hidden + shape.queries + inner) * shape.adapted / 7 / 8 / size
     work += {
         "none": 0,
-        "selective": second + 2 * inner,  # gates of another layer come back from the host
+        "selective": second + 2 * inner,  # with another layer's gates on their way back
         "full": first + second,
-        "offload": first + second + hidden,  # the input of the layer below comes back
+        "offload": first + second + hidden,  # with the next input on its way back
     }[checkpointing]
     return int(saved[checkpointing] * size * tokens * shape.layers), int(work * size * tokens)

@@ -1,17 +1,17 @@
-"""Linear layers with LoRA that read one input, forward and backward, outside autograd.
+"""Linear layers with LoRA that share one input, forward and backward, outside autograd.
 
 y_i = x W_i^T + b_i + h_i B_i^T,  h_i = s drop_i(x) A_i^T
 
-The weights and the adapters of a group stand in one matrix M (`bordered`), so that its layers and
-their adapters are one product, [x, h] [W, B]^T. Gradients follow by hand (W and b are frozen):
+One matrix M (`bordered`) holds the weights and adapters of a group, so that its forward is one
+product, [x, h] [W, B]^T. The gradients (W and b are frozen):
 
 dB_i = dy_i^T h_i,  dh_i = dy_i B_i,  dA_i = s dh_i^T drop_i(x),
 dx = sum_i dy_i W_i + drop_i(s dh_i A_i)
 
-Several layers give [dx, dh] = dy [W, B] in one product, and dh A is added; one layer alone takes
-dh = dy B first, which is narrow, and then dx = [dy, dh] [W; s A].
+A group of several layers computes [dx, dh] = dy [W, B] in one product and adds dh A; a single layer
+computes the narrow dh = dy B first, then dx = [dy, dh] [W; s A].
 
-Adapters are held in their own dtype; M has them in that of the input.
+Adapters have their own dtype; M has the input's.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Inner = Tensor | None
 
 
 class LoraGroup:
-    """Projections of one input; those with an adapter have one scale, rank, dropout and dtype."""
+    """Projections of one input. All adapters share scale, rank, dropout and dtype."""
 
     def __init__(self, projections: Sequence[Projection], scratch: Scratch) -> None:
         self.projections = list(projections)
         self.dropout = max(p.dropout for p in projections)
         self._weights = Bordered(projections, scratch)
-        # Each projection with an adapter, and the adapter's slot.
+        # (index, slot) of each projection with an adapter.
         self._adapted = [(i, n) for i, n in enumerate(self._weights.slots) if n is not None]
         self._dtype = next((p.down.dtype for p in projections if p.down is not None), torch.float32)
         self._bias: Tensor | None = None
@@ -55,15 +55,15 @@ class LoraGroup:
         return [p for projection in self.projections for p in (projection.down, projection.up)]
 
     def release(self) -> None:
-        """Gives full-precision weights memory of their own again; the group is of no use then."""
+        """Gives full-precision weights separate memory again; the group is unusable afterwards."""
         self._weights.move_out()
 
     def input(self, tokens: int, like: Tensor) -> Tensor:
-        """Returns memory for an input with room for h behind it, [T, K + R]."""
+        """Allocates an input with room for h beside it, [T, K + R]."""
         return _room(tokens, self._weights.width + self._weights.border, like)
 
     def as_input(self, x: Tensor) -> Tensor:
-        """Returns an input, [T, K], in memory as from `input`: as it is, if it needs no room."""
+        """Returns x, [T, K], with room for h; x itself if the group has no adapter."""
         if not self._weights.border:
             return x
         wide = self.input(len(x), x)
@@ -71,11 +71,11 @@ class LoraGroup:
         return wide
 
     def output_gradient(self, tokens: int, like: Tensor) -> Tensor:
-        """Returns memory for dy with room for dh behind it, [T, N + R]; for a group of one."""
+        """Allocates dy with room for dh beside it, [T, N + R], for a group of one."""
         return _room(tokens, self._weights.height + self._weights.border, like)
 
     def with_room(self, dy: Tensor) -> Tensor:
-        """Returns dy, [T, N], in memory as from `output_gradient`: as it is, if it has the room."""
+        """Returns dy, [T, N], with room for dh; a view if its memory has it already."""
         columns = self._weights.height + self._weights.border
         stride = aligned(columns)
         bytes_needed = len(dy) * stride * dy.element_size()
@@ -90,18 +90,17 @@ class LoraGroup:
         return wide
 
     def can_pack_masks(self, like: Tensor) -> bool:
-        """Whether the masks of its adapters may be packed, on inputs such as `like`."""
+        """Whether the masks of its adapters can be packed, on inputs such as `like`."""
         return not self._adapted or dropout.can_pack(self._weights.rank, like)
 
     def mask_shape(self, tokens: int) -> tuple[int, int, int]:
-        """Returns how many adapters have masks, and the shape of their input: [T, K]."""
+        """Returns the shape of the group's masks, (adapters, T, K)."""
         return len(self._adapted), tokens, self._weights.width
 
     def forward(self, wide: Tensor, masks: Masks | None) -> tuple[Tensor, Inner]:
         """Returns the outputs side by side, [T, N], and h, [T, R].
 
-        `wide` comes from `input`, with the input in its first K columns. Without masks the adapters
-        see all of it.
+        `wide` comes from `input`, with its first K columns filled.
         """
         m = self._weights
         views = m.load(wide)
@@ -111,10 +110,9 @@ class LoraGroup:
         return torch.addmm(self._bias.to(wide.dtype), wide, views.weights.t()), inner
 
     def backward(self, dy: Tensor, masks: Masks | None) -> tuple[Tensor, Tensor | None]:
-        """Returns the gradients of x, [T, K], and of h, [T, R], from that of the outputs, [T, N].
+        """Returns the gradients of x, [T, K], and h, [T, R], from that of the outputs, [T, N].
 
-        For a group of one with an adapter dy is the memory of `output_gradient`, whose first N
-        columns are filled.
+        For a group of one with an adapter, dy comes from `output_gradient` or `with_room`.
         """
         m = self._weights
         views = m.load(dy, again=True)
@@ -137,7 +135,7 @@ class LoraGroup:
         return dx, inner
 
     def backward_inner(self, dy: Tensor) -> Tensor | None:
-        """Returns the gradient of h alone, [T, R], where that of x is of no use."""
+        """Returns the gradient of h alone, [T, R]."""
         if not self._weights.border:
             return None
         return dy @ self._weights.load(dy, again=True).up
@@ -145,9 +143,9 @@ class LoraGroup:
     def gradients(
         self, dy: Tensor, d_inner: Tensor | None, x: Tensor, inner: Inner, masks: Masks | None
     ) -> Gradients:
-        """Returns the gradients of A and B of each projection; follows `backward`.
+        """Returns the gradients of A and B of each projection; call it after `backward`.
 
-        dy is [T, N] or wider, `inner` None where it was dropped after `forward`.
+        dy is [T, N] or wider; `inner` is recomputed if None.
         """
         m = self._weights
         gradients: Gradients = [None] * (2 * len(self.projections))
@@ -170,7 +168,7 @@ class LoraGroup:
         return gradients
 
     def _inner(self, x: Tensor, down: Tensor, masks: Masks | None, beside: Tensor | None) -> Inner:
-        """Returns h of all adapters side by side, and writes it to `beside`; None without any."""
+        """Returns h, and writes it to `beside`; None without adapters."""
         if not self._weights.border:
             return None
         if masks is not None:
@@ -182,14 +180,14 @@ class LoraGroup:
 
 
 def _room(tokens: int, columns: int, like: Tensor) -> Tensor:
-    # oneDNN multiplies what lies behind the columns by zero, on CPUs with AMX in bfloat16: a NaN
-    # there would show (https://github.com/uxlfoundation/oneDNN/issues/5717).
+    # On CPUs with AMX, oneDNN multiplies the padding by zero in bfloat16, so NaN there would spread
+    # (https://github.com/uxlfoundation/oneDNN/issues/5717).
     new = like.new_zeros if like.device.type == "cpu" else like.new_empty
     return new(tokens, aligned(columns))[:, :columns]
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix product in another dtype than its factors', without rounding in between on CUDA."""
+    """Multiplies matrices into another dtype; on CUDA without rounding to theirs first."""
     if a.is_cuda and dtype == torch.float32 and a.dtype == torch.bfloat16:
         wide: Tensor = torch.mm(a, b, out_dtype=dtype)
         return wide

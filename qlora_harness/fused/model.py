@@ -1,7 +1,4 @@
-"""Fused layers beside a model's own modules, for models of LLaMA's kind.
-
-The adapter stays PEFT's: the same parameters, saved and loaded by PEFT.
-"""
+"""Fused layers for models of LLaMA's kind, which share weights and PEFT adapter with the model."""
 
 from __future__ import annotations
 
@@ -24,13 +21,13 @@ from qlora_harness.model.shape import Shape
 from qlora_harness.settings import CHECKPOINTING
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-# Gates of all layers but each third go to the host with selective checkpointing: as many as can be
-# copied while an H100 computes a forward pass.
+# With selective checkpointing, every third layer recomputes its gates; the others copy them to the
+# host: as many as fit into the time of a forward pass on an H100.
 _THIRD = 3
 
 
 def reason_against_config(config: Any) -> str | None:
-    """Returns why a model of a configuration can't have fused layers, or None if it can."""
+    """Returns why a configuration's model can't have fused layers, or None if it can."""
     if config.model_type not in MODEL_TYPES:
         return f"model type {config.model_type!r} is not one of {', '.join(sorted(MODEL_TYPES))}"
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
@@ -43,16 +40,14 @@ def reason_against_config(config: Any) -> str | None:
 
 
 class FusedDecoder:
-    """The fused layers of a model, and how they are used.
+    """The fused layers of a model.
 
-    - `reason_against(model)` says why a model can't have them.
-    - `FusedDecoder(model)` builds them. `infer` then computes hidden states, without gradients.
-    - `FusedDecoder.attach(model, checkpointing)` also puts them in the place of the model's
-      `forward`, until `detach`: a batch of `train.batches.pack_batch`, which has `borders`, goes
-      through the fused layers, any other through the model's own.
+    `FusedDecoder(model)` builds them; `infer` then computes hidden states without gradients.
+    `attach` also replaces the model's `forward` until `detach`: batches of
+    `train.batches.pack_batch`, which have `borders`, run the fused layers, others the model's own.
 
-    They hold on to the weights, scales and adapters that the model has now: it must stay on its
-    device and in its dtypes. Full-precision weights become views of larger matrices until `detach`.
+    The layers hold the model's current weights and adapters, so it must not change device or dtype.
+    Full-precision weights become views of larger matrices until `detach`.
     """
 
     def __init__(self, model: Any, checkpointing: str = "none") -> None:
@@ -69,7 +64,7 @@ class FusedDecoder:
 
     @staticmethod
     def reason_against(model: Any) -> str | None:
-        """Returns why a model, with an adapter or without, can't have them, or None if it can."""
+        """Returns why a model, with or without an adapter, can't have them, or None if it can."""
         base = base_of(model)
         reason = reason_against_config(base.config)
         if reason is None and base is not model:
@@ -78,13 +73,13 @@ class FusedDecoder:
 
     @classmethod
     def attach(cls, model: Any, checkpointing: str) -> FusedDecoder:
-        """Builds the layers and puts them in the place of the model's `forward`."""
+        """Builds the layers and replaces the model's `forward`."""
         decoder = cls(model, checkpointing)
         decoder._base.forward = decoder
         return decoder
 
     def detach(self) -> None:
-        """Gives the model its own `forward` and weights back; the layers are of no use then."""
+        """Restores the model's `forward` and weights; the layers are unusable afterwards."""
         for layer in self.layers:
             for group in layer.groups():
                 group.release()
@@ -93,7 +88,7 @@ class FusedDecoder:
     def __call__(
         self, input_ids: Tensor | None = None, borders: Tensor | None = None, **options: Any
     ) -> Any:
-        """Stands for the model's `forward`; returns the loss of a row, see `_row_loss`."""
+        """Replaces the model's `forward`; returns the loss of a packed row."""
         if borders is None:
             return self._own_forward(input_ids=input_ids, **options)
         assert input_ids is not None
@@ -115,7 +110,7 @@ class FusedDecoder:
         per_token: bool = False,
         **ignored: Any,
     ) -> Tensor:
-        """The loss of the tokens that are read: of each, [R], or summed over the items' number."""
+        """Returns the losses at `read_at`, [R], if `per_token`; else their sum per item."""
         hidden, rotation = self._embed(input_ids, position_ids)
         row = PackedRow(rotation.cos, rotation.sin, borders, starts, longest)
         training = self._base.training
@@ -123,7 +118,7 @@ class FusedDecoder:
         *below, last = self.layers
         for layer in below:
             hidden, added = layer(hidden, added, row, training=training)
-        # The rest of the last layer, the norm and the head run only where a token is learned.
+        # The rest of the last layer, the norm and the head run only at learned tokens.
         learned = read_at if len(read_at) else None
         hidden, added = last(hidden, added, row, training=training, read_at=learned)
         head = self._base.lm_head.weight
@@ -137,9 +132,9 @@ class FusedDecoder:
     def infer(
         self, input_ids: Tensor, position_ids: Tensor, attend: Attend, read_at: Tensor
     ) -> Tensor:
-        """Returns the normalised hidden states of the tokens at `read_at`, [R, H].
+        """Returns the normalised hidden states at `read_at`, [R, H], without gradients.
 
-        Ids and positions are [1, T]. There are no gradients, and any attention.
+        Ids and positions are [1, T].
         """
         hidden, rotation = self._embed(input_ids, position_ids)
         added: Tensor | None = None
@@ -151,7 +146,7 @@ class FusedDecoder:
         return normed
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Rotation]:
-        """What the first layer reads, [T, H], and how tokens are rotated."""
+        """Returns the embeddings, [T, H], and the tokens' rotation."""
         hidden = self._decoder.embed_tokens(input_ids)
         cos, sin = self._decoder.rotary_emb(hidden, position_ids)
         hidden = hidden[0]
@@ -159,10 +154,7 @@ class FusedDecoder:
 
 
 def host_bytes(shape: Shape, checkpointing: str, tokens: int, size: int) -> int:
-    """Returns the most memory of the host that the layers of a model pin, in bytes.
-
-    `size` is the bytes of an element.
-    """
+    """Returns the most host memory that a model's layers pin, in bytes; an element takes `size`."""
     layers, elements = {
         "selective": (shape.layers - -(-shape.layers // _THIRD), 2 * shape.inner),
         "offload": (shape.layers, shape.hidden),
@@ -206,7 +198,7 @@ def _reason_against_layers(base: Any) -> str | None:
 
 
 def _is_linear(layer: torch.nn.Module, dtype: torch.dtype) -> bool:
-    """Whether a layer's weight is 4-bit, as bitsandbytes lays it out first, or of a dtype."""
+    """Whether a linear layer's weight has a dtype, or 4 bits in bitsandbytes' original layout."""
     if not is_plain_linear(layer):
         return False
     state: Any = getattr(layer.weight, "quant_state", None)
@@ -242,7 +234,7 @@ def _fused_layer(layer: Any, checkpointing: str, scratch: Scratch, host: HostMem
 
 
 def _groups(layer: Any) -> list[list[Any]]:
-    """The linear layers of a decoder layer, those that read one input together."""
+    """Groups the linear layers of a decoder layer by their input."""
     attention, mlp = layer.self_attn, layer.mlp
     return [
         [attention.q_proj, attention.k_proj, attention.v_proj],

@@ -1,7 +1,7 @@
-"""The operations of a layer on rows of tokens, and their backward, outside autograd.
+"""The elementwise operations of a layer, forward and backward, outside autograd.
 
-Each is one entry with two backends: Triton on CUDA (`triton_rows`), and a few lines of torch
-elsewhere, which the tests compare with autograd.
+Each runs in Triton on CUDA (`triton_rows`), and in plain torch elsewhere, which the tests compare
+with autograd.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from qlora_harness.fused.packed_row import Rotation
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None = None
 ) -> Tensor:
-    """Normalises x + add, [T, H] and contiguous, into `out` as LLaMA does; returns x + add.
+    """Normalises x + add, [T, H] and contiguous, into `out`; returns x + add.
 
-    That is: in float32, cast back, then multiplied by the weight, [H].
+    As in LLaMA: in float32, cast back, then multiplied by the weight, [H].
     """
     if usable(x):
         from qlora_harness.fused import triton_rows
@@ -35,10 +35,9 @@ def rms_norm(
 def rms_norm_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None = None
 ) -> None:
-    """Writes the gradient of x, plus `add`, to `out`, given that of the normalised rows, [T, H].
+    """Writes the gradient of x plus `add` to `out`, from that of the normalised rows, [T, H].
 
-    The normalised rows themselves take the place of `gradient`. x is contiguous; the weight is
-    frozen.
+    Overwrites `gradient` with the normalised rows. x is contiguous; the weight is frozen.
     """
     if usable(x):
         from qlora_harness.fused import triton_rows
@@ -55,7 +54,7 @@ def rms_norm_backward(
 
 
 def copy(source: Tensor, out: Tensor) -> None:
-    """Copies contiguous rows into longer ones; torch's own copy takes three times as long there."""
+    """Copies contiguous rows into strided ones; torch's copy takes three times as long on CUDA."""
     if usable(source):
         from qlora_harness.fused import triton_rows
 
@@ -65,7 +64,7 @@ def copy(source: Tensor, out: Tensor) -> None:
 
 
 def swiglu(gates: Tensor, out: Tensor) -> None:
-    """Writes silu(gate) * up, [T, I], of [gate, up] side by side, [T, 2 I] and contiguous."""
+    """Writes silu(gate) * up to `out`, [T, I]; `gates` is [gate, up], [T, 2 I] and contiguous."""
     if usable(gates):
         from qlora_harness.fused import triton_rows
 
@@ -76,7 +75,7 @@ def swiglu(gates: Tensor, out: Tensor) -> None:
 
 
 def swiglu_backward(gates: Tensor, gradient: Tensor) -> None:
-    """Turns [gate, up] into their gradients, and the product's gradient into the product."""
+    """Overwrites [gate, up] with their gradients, and the product's gradient with the product."""
     if usable(gates):
         from qlora_harness.fused import triton_rows
 
@@ -93,7 +92,7 @@ def swiglu_backward(gates: Tensor, gradient: Tensor) -> None:
 
 
 def rotate(projected: Tensor, heads: int, rotation: Rotation) -> None:
-    """Rotates the first heads of queries, keys and values side by side, [T, N], in place."""
+    """Rotates the first `heads` heads of each row, [T, N], in place."""
     if usable(projected):
         from qlora_harness.fused import triton_rows
 
@@ -105,7 +104,7 @@ def rotate(projected: Tensor, heads: int, rotation: Rotation) -> None:
 
 
 def rotated(x: Tensor, rotation: Rotation, *, back: bool = False) -> Tensor:
-    """Returns heads, [T, heads, D], rotated by the positions of their tokens, or back."""
+    """Returns heads, [T, heads, D], rotated, or rotated back."""
     cos, sin = rotation.cos[:, None], rotation.sin[:, None]
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((second, -first) if back else (-second, first), dim=-1)

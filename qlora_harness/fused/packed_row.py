@@ -1,4 +1,4 @@
-"""A row: several texts one after the other, without padding, none of which sees another."""
+"""A packed row: several texts in sequence, without padding, none of which attends to another."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Rotation:
 
 @dataclass
 class PackedRow(Rotation):
-    """Where the texts of a row begin and end, beside the rotation of its tokens."""
+    """The rotation of a row's tokens, and where its texts begin and end."""
 
     cu_seqlens: Tensor  # first token of each text and the end of the last, [N + 1] int32
     starts: tuple[int, ...]  # cu_seqlens on the host
@@ -28,11 +28,11 @@ class PackedRow(Rotation):
     _tiles: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def tiles(self, size: int) -> Tensor:
-        """Returns the texts cut into tiles of so many tokens, [tiles, 3] int32 on the device.
+        """Cuts the texts into tiles of `size` tokens: [tiles, 3] int32 on the device.
 
-        A line holds the text's first token in the row, its length, and the tile's first token in
-        the text. The longest texts come first, and of each the last tile, which sees most: what
-        takes long starts early, and the tiles of a text meet in the cache.
+        The columns are the text's first token in the row, its length, and the tile's first token in
+        the text. Long texts come first, each from its last tile, which sees the most tokens: the
+        slowest tiles start early, and those of one text share the cache.
         """
         if size not in self._tiles:
             texts = [(b - a, a) for a, b in zip(self.starts[:-1], self.starts[1:], strict=True)]

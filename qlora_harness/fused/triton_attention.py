@@ -1,23 +1,21 @@
-"""Attention of a row of short texts in Triton, of queries and keys that are rotated already.
+"""Attention within the short texts of a packed row, in Triton, on rotated queries and keys.
 
-Attention by tiles with a running softmax, and its backward from the log-sum-exp of each query, are
-those of FlashAttention-2 (Dao 2023, arXiv:2307.08691, algorithms 1 and 2). With c = scale log2(e):
+Follows FlashAttention-2 (Dao 2023, arXiv:2307.08691, algorithms 1 and 2): tiles with a running
+softmax, and a backward pass from the log-sum-exp of each query. With c = scale log2(e):
 
     S = c Q K^T, masked; L = log2(sum 2^S); P = 2^(S - L); O = P V
     D = rowsum(dO O); dP = dO V^T; dS = P (dP - D)
     dV = P^T dO; dQ = scale dS K; dK = scale dS^T Q
 
-FlashAttention takes large tiles, and a program for each tile that the longest text could have;
-where many short texts share a row, much of that is empty. Here a list of tiles names only those
-there are. A program has one tile of one text and one head, [first, first + M) of its queries or
-[first, first + N) of its keys, and meets only what that tile sees or is seen by. A line of `tiles`
-holds the text's first token in the row, its length, and the tile's first token in the text.
+FlashAttention uses large tiles, and as many for each text as the longest has; with many short texts
+in a row, most are empty. Here a list (`PackedRow.tiles`) holds only the tiles that exist. A program
+has one tile of one text and one head, [first, first + M) of its queries or [first, first + N) of
+its keys, and visits only what that tile sees or is seen by.
 
-Gradients of queries and keys are rotated back where they are written: of a head [x, y] in halves,
-with the angles of the token, the same for both halves, [x cos + y sin, y cos - x sin]. Products are
-of the row's dtype and summed in float32.
+Gradients of queries and keys are rotated back as they are written: a head with halves [x, y]
+becomes [x cos + y sin, y cos - x sin]. Products have the row's dtype and are summed in float32.
 
-Imported only where Triton is, whose compiler reads annotations as well: kernels have none.
+Import this only with Triton installed. Triton's compiler reads annotations, so kernels have none.
 """
 
 from __future__ import annotations
@@ -34,19 +32,19 @@ from qlora_harness.fused.launch import launch
 from qlora_harness.fused.packed_row import PackedRow
 
 
-class Tiling(NamedTuple):
-    """How a kernel divides its work: tokens of a tile, warps of a program, loads under way."""
+class AttentionTiling(NamedTuple):
+    """How an attention kernel divides its work."""
 
-    queries: int
+    queries: int  # of a tile
     keys: int
-    warps: int  # a product of 64 rows takes four
-    stages: int
+    warps: int  # a product of 64 rows needs four
+    stages: int  # loads in flight
 
 
 # The fastest of ten each on an H100, for 28 texts of 300 tokens and 32 heads of 128.
-FORWARD = Tiling(64, 32, 4, 3)
-QUERY_GRADIENT = Tiling(64, 32, 4, 2)
-KEY_GRADIENT = Tiling(32, 64, 4, 1)
+FORWARD = AttentionTiling(64, 32, 4, 3)
+QUERY_GRADIENT = AttentionTiling(64, 32, 4, 2)
+KEY_GRADIENT = AttentionTiling(32, 64, 4, 1)
 
 
 def forward(
@@ -77,7 +75,7 @@ def backward(
     row: PackedRow,
     scale: float,
 ) -> Tensor:
-    """See `attention.backward`; tokens of `d_attended` may be further apart than [heads, D]."""
+    """See `attention.backward`; the tokens of `d_attended` may have any stride."""
     tokens, heads, size = attended.shape
     key_heads = (projected.shape[1] // size - heads) // 2
     if d_attended.stride()[1:] != (size, 1):
@@ -110,7 +108,7 @@ def backward(
 
 
 def _factor(scale: float) -> float:
-    """The scale of scores whose exponentials have base 2."""
+    """Returns the scale of scores for exponentials of base 2."""
     return float(scale) * log2(e)
 
 

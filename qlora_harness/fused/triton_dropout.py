@@ -1,11 +1,11 @@
-"""Dropout in Triton, on packed masks: kernels and what launches them.
+"""Dropout in Triton, on packed masks: the functions of `dropout` and their kernels.
 
-The entries are those of the same name in `dropout`. The 8 bits of byte 64 g + c of a row of a mask,
-from the lowest, are those of columns 512 g + 64 j + c: a tile of 64 columns reads as many bytes,
-and one bit of each. Nothing is compiled for the length of a row. Long sums are divided into shares,
-so that narrow results occupy the device; shares are summed in a fixed order, so that reruns agree.
+Bit j of byte 64 g + c in a mask's row belongs to column 512 g + 64 j + c, so that a tile of 64
+columns reads 64 bytes, one bit of each. Kernels aren't specialised on the length of a row. Long
+sums are split into shares, which keeps the device busy when the result is narrow; shares are summed
+in a fixed order, so that reruns agree.
 
-Imported only where Triton is, whose compiler reads annotations as well: kernels have none.
+Import this only with Triton installed. Triton's compiler reads annotations, so kernels have none.
 """
 
 from __future__ import annotations
@@ -23,43 +23,54 @@ from torch import Tensor
 
 from qlora_harness.fused.launch import launch, power_of_two
 
-_BYTES = 512  # of a mask, drawn by a program
+_BYTES = 512  # of a mask, drawn by one program
 _COLUMNS = 64  # of a tile; 8 tiles share their bytes
 _SUM_ROWS = 8
-_PROGRAMS = 528  # four for each multiprocessor of an H100
-_LEAST = 8  # steps of a share; to sum more shares takes longer than it saves
+_PROGRAMS = 528  # four per multiprocessor of an H100
+_LEAST = 8  # steps of a share; summing more shares takes longer than it saves
 _LARGEST_RANK = 256
 
 
-class Tiling(NamedTuple):
-    """How a kernel divides its work: rows of a tile, warps of a program, loads under way."""
+class DropoutTiling(NamedTuple):
+    """How a dropout kernel divides its work."""
 
-    rows: int
+    rows: int  # of a tile
     warps: int
-    stages: int
+    stages: int  # loads in flight
 
 
-# From the fastest on an H100, for 4,617 tokens, widths of 4,096 and 11,008 and a rank of 64, to
-# those for other ranks, dtypes and devices, which have less shared memory for a tile.
-PRODUCT = Tiling(64, 4, 3), Tiling(64, 4, 2), Tiling(32, 4, 2), Tiling(32, 4, 1)
-ADD = Tiling(64, 4, 1), Tiling(32, 4, 1)
-GRADIENT = Tiling(128, 4, 3), Tiling(64, 4, 3), Tiling(64, 4, 2), Tiling(32, 4, 2), Tiling(32, 4, 1)
+# The first of each is the fastest on an H100, for 4,617 tokens, widths of 4,096 and 11,008 and rank
+# 64; the others need less shared memory, for other ranks, dtypes and devices.
+PRODUCT = (
+    DropoutTiling(64, 4, 3),
+    DropoutTiling(64, 4, 2),
+    DropoutTiling(32, 4, 2),
+    DropoutTiling(32, 4, 1),
+)
+ADD = DropoutTiling(64, 4, 1), DropoutTiling(32, 4, 1)
+GRADIENT = (
+    DropoutTiling(128, 4, 3),
+    DropoutTiling(64, 4, 3),
+    DropoutTiling(64, 4, 2),
+    DropoutTiling(32, 4, 2),
+    DropoutTiling(32, 4, 1),
+)
 
 
 class _Tilings(NamedTuple):
-    product: Tiling
-    add: Tiling
-    gradient: Tiling
+    product: DropoutTiling
+    add: DropoutTiling
+    gradient: DropoutTiling
 
 
 def tilings(rank: int, like: Tensor) -> _Tilings | None:
-    """Returns the tilings for a rank and a dtype, or None where the device has no room for one."""
+    """Returns the tilings for a rank and dtype, or None if the device lacks shared memory."""
     return _first_tilings(_block(rank), like.element_size(), like.get_device())
 
 
 @lru_cache(maxsize=64)
 def _first_tilings(rank: int, size: int, device: int) -> _Tilings | None:
-    """The first that fit a device, -1 for none."""
+    """Returns the first tilings that fit a device; -1 is the CPU, for Triton's interpreter."""
     if rank > _LARGEST_RANK:
         return None
     room = sys.maxsize
@@ -78,19 +89,19 @@ def _first_tilings(rank: int, size: int, device: int) -> _Tilings | None:
     return _Tilings(product, add, gradient)
 
 
-# The most shared memory that a kernel takes, bytes; `size` is that of an element.
+# Upper bounds of a kernel's shared memory in bytes; an element takes `size`.
 
 
-def _product_bytes(tiling: Tiling, rank: int, size: int) -> int:
+def _product_bytes(tiling: DropoutTiling, rank: int, size: int) -> int:
     rows, stages = tiling.rows, tiling.stages
     return (stages * (rows + rank) + rows) * _COLUMNS * size + rows * _COLUMNS
 
 
-def _add_bytes(tiling: Tiling, rank: int, size: int) -> int:
+def _add_bytes(tiling: DropoutTiling, rank: int, size: int) -> int:
     return (tiling.rows + _COLUMNS) * rank * size + tiling.rows * _COLUMNS
 
 
-def _gradient_bytes(tiling: Tiling, rank: int, size: int) -> int:
+def _gradient_bytes(tiling: DropoutTiling, rank: int, size: int) -> int:
     rows, stages = tiling.rows, tiling.stages
     return (stages * (rank + _COLUMNS) + _COLUMNS) * rows * size + rows * _COLUMNS
 
@@ -98,10 +109,10 @@ def _gradient_bytes(tiling: Tiling, rank: int, size: int) -> int:
 def draw(
     shapes: Sequence[tuple[int, int, int]], probability: float, seed: int, device: torch.device
 ) -> list[Tensor]:
-    """Draws packed masks, of each (adapters, T, K) one [adapters, T, 64 ceil(K / 512)] uint8.
+    """Draws a packed mask, [adapters, T, 64 ceil(K / 512)] uint8, for each (adapters, T, K).
 
-    Philox-4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405) gives 16 bits to an element, so
-    the probability is rounded to a multiple of 2**-16. The seed is below 2**63.
+    Philox-4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405) gives 16 bits to each element,
+    so the probability is rounded to a multiple of 2**-16. The seed is below 2**63.
     """
     sizes = [(n, rows, -(-k // (8 * _COLUMNS)) * _COLUMNS) for n, rows, k in shapes]
     counts = [prod(size) for size in sizes]
@@ -190,19 +201,19 @@ def _chosen(rank: int, like: Tensor) -> _Tilings:
 
 
 def _shares(length: int, step: int, programs: int) -> tuple[int, int]:
-    """How long each share of a sum is, a multiple of `step`, and how many there are."""
+    """Returns the length of each share of a sum, a multiple of `step`, and their number."""
     steps = -(-length // step)
     share = max(_LEAST, -(-steps // max(1, _PROGRAMS // max(1, programs)))) * step
     return share, -(-length // share)
 
 
 def _block(number: int) -> int:
-    """The next power of two that a product of tiles can take."""
+    """Rounds up to a size that `tl.dot` supports."""
     return max(16, power_of_two(number))
 
 
 def _precision(x: Tensor) -> str:
-    """How products are computed: float32 stays float32."""
+    """Returns the precision of products: float32 stays float32."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 

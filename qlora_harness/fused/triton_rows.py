@@ -1,7 +1,6 @@
-"""Norms, gated products, rotations and losses of rows in Triton: kernels and what launches them.
+"""The functions of `ops`, and cross-entropy, in Triton.
 
-The entries are those of the same name in `ops` and `cross_entropy`. Imported only where Triton is,
-whose compiler reads annotations as well: kernels have none.
+Import this only with Triton installed. Triton's compiler reads annotations, so kernels have none.
 """
 
 from __future__ import annotations
@@ -80,9 +79,9 @@ def rotate(projected: Tensor, heads: int, cos: Tensor, sin: Tensor) -> None:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor) -> None:
-    """Turns contiguous logits, [R, V], into their gradients, softmax less one-hot.
+    """Overwrites contiguous logits, [R, V], with their gradients, softmax less one-hot.
 
-    Writes the cross-entropies of the targets, [R] int64 below V, to `losses`: nats, [R] float32.
+    Writes the cross-entropies of the targets, [R] int64, to `losses`: nats, [R] float32.
     """
     rows, columns = logits.shape
     block = min(_LOGITS_BLOCK, power_of_two(columns))

@@ -1,6 +1,6 @@
-"""Fills the matrices of `bordered` in Triton: expands 4-bit weights, and copies adapters.
+"""Fills the matrices of `bordered` in Triton: expands 4-bit weights and copies adapters.
 
-Imported only where Triton is, whose compiler reads annotations as well: the kernel has none.
+Import this only with Triton installed. Its compiler reads annotations, so the kernel has none.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from qlora_harness.fused.launch import launch, power_of_two
 
-_BLOCK = 64  # weights that share a scale, as base models are quantised here
-_NESTED_BLOCK = 256  # scales that share a scale
+_BLOCK = 64  # weights per scale, as `model.base` quantises
+_NESTED_BLOCK = 256  # scales per scale of scales
 _CHUNK = 2048  # weights of a row that one program expands
-_WARPS = 2  # of a program; the fastest of 2, 4 and 8 on an H100
+_WARPS = 2  # the fastest of 2, 4 and 8 on an H100
 
 
 class Loader:
-    """Fills the matrix of a `bordered.Bordered`; `fits` says whether the kernel can.
+    """Fills the matrix of a `Bordered`; `fits` says whether the kernel can.
 
-    `states` are bitsandbytes' QuantStates of the weights, None where one is not in 4 bits.
+    `states` holds bitsandbytes' QuantState of each weight, or None for one not in 4 bits.
     """
 
     def __init__(self, group: Any, states: Sequence[Any]) -> None:
@@ -35,7 +35,7 @@ class Loader:
         expand = first is not None
         nested = expand and first.nested
         missing = 3 - len(states)
-        # A weight or an adapter that isn't there is another one of the same dtype, never read.
+        # Another tensor of the same dtype, never read, replaces a missing weight or adapter.
         self._weights: list[Any] = []
         for projection, state in zip(group.projections, states, strict=True):
             if expand:
@@ -62,10 +62,10 @@ class Loader:
         self._constants = (*slots, group.rank, border, expand, nested, _CHUNK // _BLOCK)
 
     def __call__(self, matrix: Tensor) -> None:
-        """Fills M with its unused columns, [N + R, stride], contiguous."""
+        """Fills M, [N + R, stride], contiguous with its unused columns."""
         weights, adapters = self._weights or [matrix] * 14, self._adapters or [matrix] * 6
         arguments = [*weights, *adapters, matrix, *self._numbers]
-        # Scale times scale plus offset in two roundings, as bitsandbytes computes it.
+        # Without fused multiply-add, scales are rounded twice, as in bitsandbytes.
         options = {"enable_fp_fusion": False, "num_warps": _WARPS}
         launch(load_kernel, self._grid, arguments, *self._constants, **options)
 

@@ -1,1 +1,1 @@
-"""Base models (held in 4 bits or bf16) and adapters. Used by training and by scoring alike."""
+"""Base models and adapters, for training and for scoring."""

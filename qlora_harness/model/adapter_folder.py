@@ -1,4 +1,4 @@
-"""PEFT adapter folders: read, and checked against a base model before anything is allocated."""
+"""Reads PEFT adapter folders, and checks them against a base model before allocating anything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
-from qlora_harness.errors import AdapterError, HarnessError, shown
+from qlora_harness.errors import AdapterError, HarnessError, first_line, shown
 from qlora_harness.record import read_json
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ CONFIG_FILE = "adapter_config.json"
 RECORD_FILE = "qlora_harness.json"
 
 _DTYPES = ("F64", "F32", "F16", "BF16")
-_LARGEST_CONFIG = 1_000_000  # bytes; a list of every layer of a 70B model takes 30,000
+_LARGEST_CONFIG = 1_000_000  # bytes; listing every layer of a 70B model takes 30,000
 _PATTERN_SECONDS = 2.0
 _SAVE_ANEW = "Save the adapter anew"
 
@@ -41,7 +41,7 @@ _Names = StrictStr | list[StrictStr] | None
 
 
 class _CheckedFields(BaseModel):
-    """Fields of adapter_config.json with which PEFT would compute nonsense if they were wrong."""
+    """Fields of adapter_config.json that PEFT doesn't check."""
 
     r: _Rank = 8
     lora_alpha: _Number = 8
@@ -63,8 +63,8 @@ class _CheckedFields(BaseModel):
     ) = None
 
 
-# What the fields that are checked do shows in the modules that PEFT makes of them, each by itself
-# and token by token; so it does for these. Any other field that is set may change more.
+# Besides the checked fields, these too affect only PEFT's modules, each token by itself. Any other
+# field may do more.
 _HARMLESS_FIELDS = (
     "auto_mapping base_model_name_or_path bias ensure_weight_tying inference_mode "
     "init_lora_weights layers_to_transform megatron_core peft_type peft_version qalora_group_size "
@@ -76,8 +76,7 @@ _KNOWN_FIELDS = {*_CheckedFields.model_fields, *_HARMLESS_FIELDS.split()} - {"us
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Returns the checked adapter_config.json of a PEFT adapter folder.
 
-    Raises AdapterError if the folder is no LoRA adapter, a field is of the wrong kind, or the
-    weights are pickled.
+    Raises AdapterError if it isn't a LoRA adapter, has a wrong field, or has pickled weights.
     """
     path = folder / CONFIG_FILE
     if not folder.is_dir():
@@ -102,7 +101,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         pickled = sorted(p.name for p in folder.glob("adapter_model.*"))
         if pickled:
             raise AdapterError(
-                f"{folder / pickled[0]} is pickled, and unpickling runs code",
+                f"{folder / pickled[0]} is pickled, and unpickling can run any code",
                 f"Convert it to {WEIGHTS_FILE}",
             )
         raise AdapterError(f"{folder} holds no {WEIGHTS_FILE}", _SAVE_ANEW)
@@ -125,10 +124,7 @@ def _check_fields(config: Mapping[str, Any], path: Path) -> None:
 
 
 def unknown_field(config: Mapping[str, Any]) -> str | None:
-    """Returns a field that is set and whose effect this package doesn't know, or None.
-
-    That of a newer PEFT, for instance, or of a variant of LoRA that looks at the whole text.
-    """
+    """Returns a field that is set but unknown here, such as one of a newer PEFT, or None."""
     from peft import LoraConfig
 
     defaults = LoraConfig().to_dict()
@@ -139,7 +135,7 @@ def unknown_field(config: Mapping[str, Any]) -> str | None:
 
 
 def read_adapter_record(folder: Path) -> dict[str, Any] | None:
-    """Returns this project's record beside an adapter, or None for an adapter made elsewhere."""
+    """Returns this project's record of an adapter, or None if another tool made the adapter."""
     path = folder / RECORD_FILE
     return read_json(path) if path.is_file() else None
 
@@ -155,14 +151,11 @@ def adapter_digest(folder: Path) -> str:
 
 
 def check_fit(model: PreTrainedModel, folder: Path) -> LoraConfig:
-    """Checks that an adapter's configuration, its tensors and a base model belong together.
+    """Checks that an adapter's configuration and tensors fit a base model; returns the former.
 
-    The adapter is attached to a copy of the base that has shapes and no memory, and the names and
-    shapes in the header of the safetensors file are loaded into that, by PEFT's own rules.
-
-    Returns PEFT's configuration. Raises AdapterError if the configuration is broken, the file is
-    damaged or holds something else than floating-point tensors, or a tensor has another name or
-    shape than the base and the configuration ask for.
+    PEFT attaches the adapter to a copy of the base on the meta device, which has no memory, and
+    loads tensors with the names and shapes in the safetensors header. Raises AdapterError if the
+    configuration or the file is broken, or a tensor isn't floating point or doesn't fit.
     """
     import torch
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -179,16 +172,15 @@ def check_fit(model: PreTrainedModel, folder: Path) -> LoraConfig:
         del plain.quantization_config
     try:
         config: LoraConfig = LoraConfig.from_pretrained(str(folder))
-        # Else PEFT warns that it renames the base, which is checked elsewhere.
-        config.base_model_name_or_path = None
+        config.base_model_name_or_path = None  # else PEFT warns about another name of the base
         shapes = copy.deepcopy(config)
-        shapes.init_lora_weights = False  # some start from a decomposition of the base's weights
+        shapes.init_lora_weights = False  # some initialisations decompose the base's weights
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come again when it is attached
+            warnings.simplefilter("ignore")  # the real attachment repeats them
             adapted = get_peft_model(type(model)(plain), shapes, low_cpu_mem_usage=True)
             empty = {name: torch.empty(shape) for name, shape in header.items()}
             outcome = set_peft_model_state_dict(adapted, empty)
-    except Exception as error:  # noqa: BLE001  # PEFT raises many kinds where a field makes no sense
+    except Exception as error:  # noqa: BLE001  # PEFT raises many kinds for senseless fields
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         detail = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
         raise AdapterError(f"{problem} ({detail:.300})", remedy) from None
@@ -205,7 +197,7 @@ def check_fit(model: PreTrainedModel, folder: Path) -> LoraConfig:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Hides a deprecation inside PEFT 0.21, and logs its warnings, which repeat what files say."""
+    """Logs PEFT's warnings, shortened, but not a deprecation inside PEFT 0.21."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -215,7 +207,7 @@ def quiet_peft() -> Iterator[None]:
 
 
 def _read_header(path: Path) -> dict[str, list[int]]:
-    """The shape of each tensor of a safetensors file, by name."""
+    """Returns the shape of each tensor in a safetensors file."""
     from safetensors import safe_open
 
     shapes, dtypes = {}, {}
@@ -224,9 +216,8 @@ def _read_header(path: Path) -> dict[str, list[int]]:
             for name in file.keys():  # noqa: SIM118  # not a dict
                 tensor = file.get_slice(name)
                 shapes[name], dtypes[name] = tensor.get_shape(), tensor.get_dtype()
-    except Exception as error:  # noqa: BLE001  # its own kinds, and those of the system
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise AdapterError(f"{path} is damaged ({reason:.200})", _SAVE_ANEW) from None
+    except Exception as error:  # noqa: BLE001  # kinds of safetensors and of the system
+        raise AdapterError(f"{path} is damaged ({first_line(error):.200})", _SAVE_ANEW) from None
     for name, dtype in dtypes.items():
         if dtype not in _DTYPES:
             raise AdapterError(
@@ -237,7 +228,7 @@ def _read_header(path: Path) -> dict[str, list[int]]:
 
 
 def _check_replication(ranges: list[list[int]], names: Iterable[str], folder: Path) -> None:
-    """Refuses more copies of layers than the file has weights for."""
+    """Rejects layer ranges that are invalid or need more layers than the file has weights for."""
     key = f"{folder / CONFIG_FILE}, key 'layer_replication'"
     if not all(0 <= start < end for start, end in ranges):
         raise AdapterError(f"{key}: {shown(ranges)}", "It must be a list of [start, end]")
@@ -250,9 +241,9 @@ def _check_replication(ranges: list[list[int]], names: Iterable[str], folder: Pa
 
 
 def _check_patterns(config: Mapping[str, Any], names: list[str], folder: Path) -> None:
-    """Refuses patterns that are none, or that take too long on the names of the base's modules.
+    """Rejects invalid patterns, and those that take too long to match the base's module names.
 
-    PEFT matches them with `re`, which can't be interrupted: another process tries them first.
+    PEFT matches them with `re`, which can't be interrupted, so a subprocess tries them first.
     """
     patterns: dict[str, list[str]] = {}
     for key in ("target_modules", "exclude_modules"):
@@ -274,19 +265,18 @@ def _check_patterns(config: Mapping[str, Any], names: list[str], folder: Path) -
         if not each or each == ["all-linear"]:
             continue
         try:
-            done = subprocess.run(
+            subprocess.run(
                 [sys.executable, "-I", "-S", "-c", program],
                 input=json.dumps([each, names]),
                 capture_output=True,
                 text=True,
                 timeout=_PATTERN_SECONDS,
-                check=False,
+                check=True,
             )
+            continue
         except subprocess.TimeoutExpired:
             reason = f"it takes more than {_PATTERN_SECONDS:g} s to match the model's modules"
-        else:
-            if not done.returncode:
-                continue
+        except subprocess.CalledProcessError:
             reason = "it is not a regular expression"
         raise AdapterError(
             f"{folder / CONFIG_FILE}, key '{key}': {shown(config[key])}: {reason}", _SAVE_ANEW

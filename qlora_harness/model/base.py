@@ -1,6 +1,6 @@
-"""Base models, held in 4 bits or in bf16. The only file that names bitsandbytes.
+"""Base models in 4 bits or bf16. The only file that names bitsandbytes.
 
-Training and scoring load through `load_base`, so that what is scored is what was trained.
+Training and scoring both load through `load_base`, so they see the same weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_harness.errors import ModelError
+from qlora_harness.errors import ModelError, first_line
 from qlora_harness.locations import expanded
 from qlora_harness.model.fingerprint import checkpoint_fingerprint
 from qlora_harness.model.free_memory import available_memory
@@ -36,27 +36,26 @@ class BaseSource:
 
     name: str  # as the user named it
     path: str  # what transformers loads: a folder or a Hub id
-    revision: str | None  # branch, tag or commit that was named
-    commit: str | None  # the commit the Hub resolved it to; None for a folder
-    random_weights: bool  # whether it says of itself that its weights are random
+    revision: str | None  # branch, tag or commit, as the user named it
+    commit: str | None  # the commit that the Hub resolved it to; None for a folder
+    random_weights: bool  # as its configuration declares
     argument: str = "--model"  # the flag or model argument that named it, for messages
 
     def record(self) -> dict[str, Any]:
-        """Returns what is stored about it; the path is left out, it is this machine's."""
+        """Returns the fields to store: all but the path, which is local, and the argument."""
         return {k: v for k, v in asdict(self).items() if k not in ("path", "argument")}
 
     @property
     def shown(self) -> str:
         """The flag with its value: "--model: 'x'", or "--model_args pretrained=x"."""
-        return _shown(self.name, self.argument)
+        return _flag_and_value(self.argument, self.name)
 
 
 def find_base(name: str, revision: str | None = None, *, argument: str = "--model") -> BaseSource:
-    """Reads the configuration of a base model, not its weights.
+    """Resolves a Hub id, a folder or "smollm2", and reads the configuration, not the weights.
 
-    The name is a Hub id, a folder, or "smollm2"; `argument` is the flag or model argument that
-    named it, for messages. Raises ModelError if the model is missing, gated, quantised already, or
-    has no readable configuration.
+    Raises ModelError if the model is missing, gated or already quantised, or has no readable
+    configuration; the message names `argument`.
     """
     from transformers import AutoConfig
 
@@ -85,11 +84,11 @@ def find_base(name: str, revision: str | None = None, *, argument: str = "--mode
             name_or_path, revision=revision or "main", trust_remote_code=False
         )
     except Exception as error:  # noqa: BLE001  # the Hub client and the parsers raise many kinds
-        raise _unreadable(name, argument, error) from None
+        raise _unreadable(_flag_and_value(argument, name), error, _remedy(argument)) from None
     if getattr(config, "quantization_config", None):
-        # transformers would load it as it is, whatever `quant` says.
+        # transformers would load it as it is and ignore `quant`.
         raise ModelError(
-            f"{_shown(name, argument)} is quantised already (its config.json has a "
+            f"{_flag_and_value(argument, name)} is already quantised (its config.json has a "
             "quantization_config)",
             "Name the model that it was made from",
         )
@@ -103,9 +102,8 @@ def find_base(name: str, revision: str | None = None, *, argument: str = "--mode
     )
 
 
-def _unreadable(name: str, argument: str, error: Exception) -> ModelError:
-    """The one line for a model that transformers can't load."""
-    shown = _shown(name, argument)
+def _unreadable(shown: str, error: Exception, remedy: str) -> ModelError:
+    """Returns the error for a model or tokenizer that transformers can't load."""
     if _is_refused_by_hub(error):
         return ModelError(
             f"{shown} is gated on the Hub and this account has no access",
@@ -114,22 +112,23 @@ def _unreadable(name: str, argument: str, error: Exception) -> ModelError:
         )
     if "trust_remote_code" in str(error):
         return ModelError(
-            f"{shown} brings program code of its own, which is never run",
-            "Use a model whose architecture transformers has",
+            f"{shown} comes with its own code, which is never run",
+            "Use a model and a tokenizer that transformers implements",
         )
+    return ModelError(f"{shown} can't be loaded ({first_line(error)})", remedy)
+
+
+def _remedy(argument: str) -> str:
     revision = "revision=" if argument.endswith("=") else "--revision"
-    return ModelError(
-        f"{shown} can't be loaded ({first_line(error)})",
-        f"Check the name, {revision} and the network, or give a local folder",
-    )
+    return f"Check the name, {revision} and the network, or give a local folder"
 
 
-def _shown(name: str, argument: str) -> str:
+def _flag_and_value(argument: str, name: str) -> str:
     return f"{argument}{name}" if argument.endswith("=") else f"{argument}: {name!r}"
 
 
 def _is_refused_by_hub(error: BaseException) -> bool:
-    """Whether the Hub said no, somewhere in a chain of exceptions."""
+    """Whether any exception in the chain says that the Hub denied access."""
     current: BaseException | None = error
     while current is not None:
         status = getattr(getattr(current, "response", None), "status_code", None)
@@ -140,19 +139,10 @@ def _is_refused_by_hub(error: BaseException) -> bool:
     return False
 
 
-def first_line(error: BaseException) -> str:
-    """Returns the first line of a library's exception, behind its name where it says little."""
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    terse = isinstance(error, KeyError | TypeError | AttributeError | IndexError)
-    return f"{type(error).__name__}: {lines[0]}" if terse else lines[0]
-
-
 def load_tokenizer(source: BaseSource, folder: Path | None = None) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a base model, or the copy in an adapter's folder.
+    """Loads the tokenizer of a base model, or its copy in an adapter folder.
 
-    Nothing is added to its vocabulary. Raises ModelError if there is none, or it can't be read.
+    Adds nothing to the vocabulary; raises ModelError if there is no readable tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -163,16 +153,8 @@ def load_tokenizer(source: BaseSource, folder: Path | None = None) -> PreTrained
             path, revision=revision or "main", trust_remote_code=False
         )
     except Exception as error:  # noqa: BLE001  # as in `find_base`
-        shown = f"{folder}" if folder else source.shown
-        if "trust_remote_code" in str(error):
-            raise ModelError(
-                f"the tokenizer of {shown} brings program code of its own, which is never run",
-                "Use a tokenizer that transformers has",
-            ) from None
-        raise ModelError(
-            f"{shown} has no readable tokenizer ({first_line(error)})",
-            "Put the tokenizer's files there",
-        ) from None
+        what = f"the tokenizer of {folder or source.shown}"
+        raise _unreadable(what, error, "Put the tokenizer's files there") from None
 
 
 def load_base(
@@ -183,14 +165,12 @@ def load_base(
     compute_dtype: str,
     device: torch.device,
 ) -> PreTrainedModel:
-    """Loads a base model onto one device: frozen, in evaluation mode.
+    """Loads a base model onto one device, frozen and in evaluation mode.
 
-    Weights are read as bfloat16; with a 4-bit `quant` the linear layers but the output head are
-    then quantised, with `double_quant` their scales too. With compute dtype "float32" everything
-    that is not 4-bit is then cast to float32, so the values are those of the bfloat16 model.
-    Attention is scaled dot product attention, or eager where the architecture has no other.
-
-    Raises ModelError if the weights are missing or unreadable, or the device can't compute so.
+    Reads weights as bfloat16. A 4-bit `quant` then quantises all linear layers except the output
+    head; `double_quant` quantises their scales too. Compute dtype "float32" casts all other weights
+    to float32, so their values are still the bfloat16 ones. Raises ModelError if weights are
+    missing or unreadable, or if the device can't compute in that dtype.
     """
     import torch
 
@@ -212,8 +192,8 @@ def load_base(
         model.qlora_harness_unquantised_share = share
         if share > NOTABLE_SHARE:
             logger.warning(
-                "%s in %s: %.0f%% of the weights of its layers stay in 16 bits, as they are not in "
-                "linear layers",
+                "%s in %s: %.0f%% of the weights in its layers stay in 16 bits because they are "
+                "not in linear layers",
                 *(source.name, quant.value, 100 * share),
             )
     model.qlora_harness_fingerprint = checkpoint_fingerprint(source.path, source.revision)
@@ -252,27 +232,26 @@ def _read_weights(
             "Free the device, or use --quant nf4",
         ) from None
     except Exception as error:  # noqa: BLE001  # as in `find_base`
-        raise _unreadable(source.name, source.argument, error) from None
+        raise _unreadable(source.shown, error, _remedy(source.argument)) from None
     if missing := sorted(loaded["missing_keys"]):
-        # transformers fills what is missing with random numbers.
+        # transformers fills them with random numbers.
         raise ModelError(
             f"{source.shown} lacks {len(missing)} weights (first: {missing[0]})",
-            "Fetch the model anew",
+            "Download the model again",
         )
     return model
 
 
 def attention_of(model: Any) -> str:
     """Returns the attention implementation that transformers chose, such as "sdpa" or "eager"."""
-    return str(model.config._attn_implementation)  # noqa: SLF001  # transformers has no other name
+    return str(model.config._attn_implementation)  # noqa: SLF001  # has no public name
 
 
 def unquantised_share(model: Any) -> float | None:
-    """Returns the share of the weight matrices of a model's layers that 4 bits left in 16, 0 to 1.
+    """Returns the share, 0 to 1, of the layers' matrix weights that a 4-bit base holds in 16 bits.
 
-    Embeddings and the output head, which stay in 16 bits in every model, and vectors such as norms
-    and biases don't count. bitsandbytes quantises linear layers only, so the experts of most
-    mixtures of experts, which are one tensor, count as unquantised. None without quantisation.
+    Ignores embeddings, output head, norms and biases. bitsandbytes quantises only linear layers,
+    not the fused expert tensors of most mixtures of experts. None without quantisation.
     """
     return getattr(base_of(model), "qlora_harness_unquantised_share", None)
 
@@ -296,7 +275,7 @@ def is_4bit(layer: torch.nn.Module) -> bool:
 
 
 def is_plain_linear(layer: torch.nn.Module) -> bool:
-    """Whether a layer is a linear layer of torch, or bitsandbytes' 4-bit one, and no subclass."""
+    """Whether a layer is exactly torch's Linear or bitsandbytes' Linear4bit, not a subclass."""
     import torch
     from bitsandbytes.nn import Linear4bit
 
@@ -304,21 +283,21 @@ def is_plain_linear(layer: torch.nn.Module) -> bool:
 
 
 def base_of(model: Any) -> Any:
-    """Returns the model below a PEFT adapter, or the model itself."""
+    """Returns the model under a PEFT adapter, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def head_size(config: Any) -> int:
-    """Returns the size of an attention head."""
+    """Returns the size of one attention head."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(size)
 
 
 def dequantise(model: PreTrainedModel, compute_dtype: str) -> int:
-    """Expands 4-bit linear layers once, in place, and returns how many there were.
+    """Expands all 4-bit linear layers in place, and returns their number.
 
-    bitsandbytes expands a weight to the dtype of the input at every call, so the numbers are the
-    same; only the time and the memory of doing so are not.
+    The numbers stay the same, since bitsandbytes expands each weight to the input's dtype at every
+    call: this trades memory for time.
     """
     import torch
     from bitsandbytes.nn import Linear4bit
@@ -338,7 +317,7 @@ def dequantise(model: PreTrainedModel, compute_dtype: str) -> int:
                 plain.bias = layer.bias
             setattr(parent, name, plain)
             count += 1
-    # transformers and PEFT choose their layers by these marks.
+    # transformers and PEFT choose their layers by these attributes.
     base = base_of(model)
     base.is_quantized = False
     base.is_loaded_in_4bit = False
@@ -350,7 +329,7 @@ def dequantise(model: PreTrainedModel, compute_dtype: str) -> int:
 
 
 def expand_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Returns a 4-bit weight, two a byte, expanded by bitsandbytes' QuantState to [N, K]."""
+    """Returns a packed 4-bit weight expanded to [N, K]; `state` is bitsandbytes' QuantState."""
     from bitsandbytes.functional import dequantize_4bit
 
     if state.dtype != dtype:
@@ -361,7 +340,7 @@ def expand_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.T
 
 
 def fits_dequantised(model: PreTrainedModel, compute_dtype: str) -> bool:
-    """Whether the expanded 4-bit layers, and 3 GiB to work in, fit into the free memory."""
+    """Whether free memory holds the expanded 4-bit layers and 3 GiB of working memory."""
     import torch
     from bitsandbytes.nn import Linear4bit
 
@@ -374,10 +353,9 @@ def fits_dequantised(model: PreTrainedModel, compute_dtype: str) -> bool:
 
 
 def _keep_layout(model: PreTrainedModel) -> None:
-    """On CPUs with AVX512-BF16, keeps 4-bit layers as they were quantised.
+    """Stops bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
-    There bitsandbytes would lay their weights out anew when they first run outside training, in
-    which form nothing else can expand them, and round float32 activations to bfloat16.
+    Nothing else can expand the repacked form, and it rounds float32 activations to bfloat16.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -387,28 +365,28 @@ def _keep_layout(model: PreTrainedModel) -> None:
 
 
 def weight_bytes(shape: Shape, quant: Quant, *, double_quant: bool, size: int) -> int:
-    """Returns what the weights of a base take; those that aren't in 4 bits have `size` bytes."""
+    """Returns the bytes of a base's weights; one that isn't in 4 bits takes `size` bytes."""
     if not quant.is_4bit:
         return (shape.linear + shape.others) * size
-    # A scale for 64 weights; with double quantisation a byte, and a scale for 256 of them.
+    # A float32 scale per 64 weights; or one byte, and a float32 scale per 256 of these.
     scale = (1 + 4 / 256) / 64 if double_quant else 4 / 64
     return int(shape.linear * (0.5 + scale)) + shape.others * size
 
 
 def expansion_bytes(shape: Shape, quant: Quant, size: int) -> int:
-    """Returns the most that bitsandbytes' own layers take: the weight that was just expanded."""
+    """Returns the bytes of the one weight that bitsandbytes' own layers hold expanded."""
     return shape.largest * size if quant.is_4bit else 0
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-    """Returns the number of parameters; a 4-bit one counts as what it stands for."""
+    """Returns the number of parameters; a uint8 holds two 4-bit ones."""
     import torch
 
     return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
 
 
 def parameter_dtypes(model: torch.nn.Module) -> dict[str, int]:
-    """Counts parameters by dtype, as stored (a uint8 holds two 4-bit weights)."""
+    """Counts stored elements by dtype (a uint8 holds two 4-bit weights)."""
     counts: Counter[str] = Counter()
     for parameter in model.parameters():
         counts[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
@@ -416,7 +394,7 @@ def parameter_dtypes(model: torch.nn.Module) -> dict[str, int]:
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str | None:
-    """Returns the `checkpoint_fingerprint` of what `load_base` read, whatever `quant` was."""
+    """Returns the `checkpoint_fingerprint` of the checkpoint that `load_base` read."""
     fingerprint: str | None = getattr(model, "qlora_harness_fingerprint", None)
     return fingerprint
 

@@ -1,4 +1,4 @@
-"""What tells base models apart, whatever they are called and however they are quantised."""
+"""A fingerprint of a base model's weights, the same under any name and quantisation."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ from pathlib import Path
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads; a folder may hold others beside them."""
+    """Returns the safetensors files that transformers reads, which need not be all."""
     single = folder / "model.safetensors"
-    if single.is_file():  # then transformers doesn't look at an index
+    if single.is_file():  # transformers then ignores the index
         return [single]
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return []
-    # As transformers reads it, which has loaded the model by now.
     names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     return [folder / name for name in sorted(set(names))]
 
 
 def checkpoint_fingerprint(name_or_path: str, revision: str | None) -> str | None:
-    """Hashes the first row of every tensor of a checkpoint, as bfloat16, by name.
+    """Hashes the first row of every tensor, as bfloat16, in the order of names.
 
-    A mirror in another sharding or in float16 has the same hash; a merged adapter changes it. The
-    checkpoint is a folder, or a Hub id that is in the cache. Returns "sha256:" and 64 hexadecimal
-    digits, or None for a checkpoint without safetensors files.
+    Resharding or float32 doesn't change the hash; merging an adapter does. The checkpoint is a
+    folder or a cached Hub id. Returns "sha256:…", or None if it has no safetensors files.
     """
     import torch
     from safetensors import safe_open
@@ -43,7 +41,7 @@ def checkpoint_fingerprint(name_or_path: str, revision: str | None) -> str | Non
                     allow_patterns=["*.safetensors", "*.index.json"],
                 )
             )
-        except Exception:  # noqa: BLE001  # no cached snapshot: nothing to compare with
+        except Exception:  # noqa: BLE001  # no cached snapshot
             return None
     rows: dict[str, bytes] = {}
     for path in _weight_files(folder):

@@ -1,4 +1,4 @@
-"""Adapters: attached, saved, loaded, and checked before they are believed."""
+"""Attaches, saves and loads adapters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_harness.errors import AdapterError, SettingsError
+from qlora_harness.errors import AdapterError, SettingsError, first_line
 from qlora_harness.locations import expanded
 from qlora_harness.model.adapter_folder import (
     CONFIG_FILE,
@@ -15,7 +15,6 @@ from qlora_harness.model.adapter_folder import (
     check_fit,
     quiet_peft,
 )
-from qlora_harness.model.base import first_line
 from qlora_harness.model.shape import Shape
 from qlora_harness.record import nested, new_folder, write_json
 
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# Ways to start that leave the base as it is, some of which PEFT can't repeat on a 4-bit base.
-_STARTS_OF_THEIR_OWN = ("gaussian", "orthogonal", "eva")
+# Initialisations that leave the base as it is; PEFT can't repeat some of them on a 4-bit base.
+_HARMLESS_INITS = ("gaussian", "orthogonal", "eva")
 
 
 def attach_lora(
@@ -38,11 +37,10 @@ def attach_lora(
     targets: str,
     dtype: str = "float32",
 ) -> PeftModel:
-    """Attaches a fresh LoRA adapter to a frozen base model.
+    """Attaches a fresh LoRA adapter, whose update is zero, to a frozen base model.
 
-    The adapter's weights have the same dtype on every base, "float32" (PEFT's default) or
-    "bfloat16", so both arms learn alike; the update is zero until the first step. For the other
-    arguments see `lora_config`. Raises SettingsError if no layer has a name of `targets`.
+    `dtype` is that of its weights on every base, so that both arms learn alike. See `lora_config`
+    for the other arguments. Raises SettingsError if the model has no layer of one of the names.
     """
     import torch
     from peft import get_peft_model
@@ -52,17 +50,18 @@ def attach_lora(
         known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
         names = target_names(targets)
         if unknown := [name for name in names if name.rsplit(".", 1)[-1] not in known]:
-            raise _no_layers(", ".join(unknown))
+            raise SettingsError(
+                f"--lora-targets: the model has no layers named {', '.join(unknown)}",
+                "Name layers such as q_proj,v_proj, or all-linear",
+            )
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config)
     except ValueError as error:
-        if "not found in the base model" in str(error):
-            raise _no_layers(targets) from None
         if "lora_dropout" in str(error):
             raise SettingsError(
-                f"--lora-dropout {dropout:g}: this model keeps its experts in tensors that are no "
-                "layers, for which PEFT has no dropout",
+                f"--lora-dropout {dropout:g}: PEFT has no dropout for the expert tensors of this "
+                "model, which are not layers",
                 "Use --lora-dropout 0",
             ) from None
         raise SettingsError(
@@ -75,24 +74,17 @@ def attach_lora(
     return adapted
 
 
-def _no_layers(names: str) -> SettingsError:
-    return SettingsError(
-        f"--lora-targets: the model has no layers named {names}",
-        "Name layers such as q_proj,v_proj, or all-linear",
-    )
-
-
 def lora_config(*, r: int, alpha: float, dropout: float, targets: str) -> LoraConfig:
-    """Returns PEFT's description of an adapter of rank r, whose update is scaled by alpha / r.
+    """Returns PEFT's configuration; `dropout` is the probability on the adapter's input.
 
-    `dropout` is a probability, on the adapter's input; `targets` is "all-linear" (every linear
-    layer but the output head) or a comma list of layer names.
+    `targets` is "all-linear" (all linear layers except the output head) or a comma-separated list
+    of layer names.
     """
     from peft import LoraConfig
 
     return LoraConfig(
         r=r,
-        lora_alpha=alpha,  # PEFT's hint says int, its arithmetic is float
+        lora_alpha=alpha,  # declared int in PEFT, which computes with floats
         lora_dropout=dropout,
         target_modules=targets if targets == "all-linear" else target_names(targets),
         bias="none",
@@ -101,12 +93,12 @@ def lora_config(*, r: int, alpha: float, dropout: float, targets: str) -> LoraCo
 
 
 def target_names(targets: str) -> list[str]:
-    """Returns the layer names of a comma list, such as "q_proj, v_proj"."""
+    """Splits a comma-separated list of layer names, such as "q_proj, v_proj"."""
     return [name.strip() for name in targets.split(",")]
 
 
 def public_name(base: str) -> str:
-    """Returns how files that people upload call a base model: without this machine's folders."""
+    """Returns a base model's name for files that people upload: a folder loses its local path."""
     path = expanded(base)
     return path.resolve().name if path.is_dir() else base
 
@@ -114,11 +106,10 @@ def public_name(base: str) -> str:
 def save_adapter(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, record: dict[str, Any]
 ) -> None:
-    """Saves adapter, tokenizer and record into a folder that appears whole or not at all.
+    """Saves adapter, tokenizer and record to a folder, atomically; replaces an older folder.
 
-    The tokenizer is that of scoring, which then encodes as training did; the record names base,
-    revision and quantisation. An older folder is replaced. Raises AdapterError if a weight is not
-    finite.
+    Scoring uses the saved tokenizer, so that it encodes as training did. Raises AdapterError if a
+    weight isn't finite.
     """
     import torch
 
@@ -129,12 +120,11 @@ def save_adapter(
                 "Lower --learning-rate or look at the step log",
             )
     with new_folder(folder, replace=True) as work:
-        # save_embedding_layers=False: nothing is ever added to the vocabulary, and "auto" may ask
-        # the Hub for the base model's configuration.
+        # The vocabulary never grows, and save_embedding_layers="auto" may query the Hub.
         model.save_pretrained(str(work), safe_serialization=True, save_embedding_layers=False)
         tokenizer.save_pretrained(str(work))
         write_json(work / RECORD_FILE, record)
-        # PEFT writes this list in the order of a set, which would change the adapter's digest.
+        # PEFT writes this list in the random order of a set, and the digest depends on it.
         config = json.loads((work / CONFIG_FILE).read_text(encoding="utf-8"))
         if isinstance(config.get("target_modules"), list):
             config["target_modules"].sort()
@@ -145,10 +135,10 @@ def save_adapter(
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Loads an adapter folder onto a base, unmerged, as `PeftModel.from_pretrained` does.
+    """Loads an adapter onto a base, unmerged, as `PeftModel.from_pretrained` does.
 
-    Raises AdapterError if the adapter does not fit the base (see `adapter_folder.check_fit`), a
-    weight is not finite, or every trained tensor equals its start.
+    Raises AdapterError if it doesn't fit the base (see `check_fit`), has a non-finite weight, or
+    was never trained.
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -162,12 +152,12 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
                 f"{path}, tensor {name:.200}: non-finite values", "Train the adapter anew"
             )
     config.inference_mode = True
-    if config.init_lora_weights in _STARTS_OF_THEIR_OWN:
-        config.init_lora_weights = True  # the numbers come from the file
+    if config.init_lora_weights in _HARMLESS_INITS:
+        config.init_lora_weights = True  # the file overwrites it
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config)
-    except Exception as error:  # noqa: BLE001  # what fits by its shapes may not suit a 4-bit base
+    except Exception as error:  # noqa: BLE001  # the shapes fit, but maybe not with a 4-bit base
         raise AdapterError(
             f"peft={folder}: PEFT can't attach it to this base model ({first_line(error)})",
             "Try another quant= in --model_args",
@@ -176,27 +166,27 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     if not any(_was_trained(name, value, start.get(name)) for name, value in weights.items()):
         raise AdapterError(
             f"{path}: every trained tensor equals its start, so the adapter was never trained",
-            "Name the adapter of a completed run",
+            "Use the adapter of a completed run",
         )
     set_peft_model_state_dict(adapted, weights)
     return adapted.requires_grad_(False).eval()
 
 
 def _was_trained(name: str, value: torch.Tensor, start: torch.Tensor | None) -> bool:
-    """Whether a tensor differs from what it was before the first step, as far as can be told."""
+    """Whether a tensor has visibly changed since initialisation."""
     if ".lora_A." in name or ".lora_embedding_B" in name:
-        return False  # random at the start
+        return False  # starts with unknown random numbers
     if start is None or ".lora_B." in name or ".lora_embedding_A" in name:
         return bool(value.any())
     return not bool((value.to(start.dtype) == start.to("cpu")).all())
 
 
-def activation_bytes(
+def peft_activation_bytes(
     shape: Shape, rank: int, checkpointing: str, tokens: int, size: int
 ) -> tuple[int, int]:
-    """Estimates what PEFT's modules keep between the passes, and what the layer at work takes.
+    """Estimates the bytes that PEFT's modules save for backward, and those of the layer at work.
 
-    The logits are whole, and activations there in several copies; an element has `size` bytes.
+    An element takes `size` bytes; the logits exist as a whole.
     """
     hidden, adapters = shape.hidden, rank * shape.adapted
     layer = 8 * hidden + 4 * shape.inner + shape.queries + 2 * shape.keys + 2 * adapters

@@ -1,7 +1,6 @@
-"""Which LoRA layers are plain, and a faster way to compute those without gradients.
+"""Recognises plain LoRA layers, and computes them faster without gradients.
 
-A forward is only ever replaced where the replacement is known to be exact: a plain LoRA on a plain
-linear layer. Everything else goes through PEFT's own forward.
+All other layers run PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -17,15 +16,12 @@ _ADAPTER = "default"
 
 
 def is_plain(module: Any) -> bool:
-    """Whether a LoraLayer of PEFT is one plain LoRA on a plain linear layer.
-
-    Then its output is base(x) + scale · (dropout(x) Aᵀ) Bᵀ, and nothing else.
-    """
+    """Whether a PEFT LoraLayer computes exactly base(x) + scale · (dropout(x) Aᵀ) Bᵀ."""
     import torch
     from peft.tuners import lora
 
     kinds = [lora.Linear]
-    if hasattr(lora, "Linear4bit"):  # where bitsandbytes is installed
+    if hasattr(lora, "Linear4bit"):  # only with bitsandbytes installed
         kinds.append(lora.Linear4bit)
     if type(module) not in kinds:
         return False
@@ -48,18 +44,17 @@ def is_plain(module: Any) -> bool:
 
 
 def _is_changed(module: torch.nn.Module) -> bool:
-    """Whether hooks or a forward of its own change what a module computes."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001  # torch has no others
+    """Whether hooks or a replaced forward change a module's output."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001  # no public names
     return any(hooks) or "forward" in vars(module)
 
 
 class FastLora:
-    """Inside its `with` block, a model's plain LoRA layers take two products without gradients.
+    """A context in which a model's plain LoRA layers run faster, without gradients.
 
-    PEFT computes x·A·B in the adapter's float32 and adds it in three passes over the output. Here
-    both matrices are held in the compute dtype (as autocast does in training) and the second
-    product accumulates into the output of the base layer. Nothing is merged, and outside the
-    block every module is PEFT's own. The adapter's weights are only read at first.
+    PEFT computes x·A·B in the adapter's float32 and adds it in three passes over the output. Here A
+    and B have the compute dtype (as with autocast in training), and the second product accumulates
+    into the base layer's output. Nothing is merged. The adapter's weights are copied at creation.
     """
 
     def __init__(self, model: Any, compute_dtype: torch.dtype) -> None:

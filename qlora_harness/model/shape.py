@@ -1,4 +1,4 @@
-"""The sizes of a decoder that the memory of a training run depends on."""
+"""The sizes of a decoder that decide how much memory training takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes in elements, counts of parameters."""
+    """Sizes in elements; counts of parameters."""
 
     hidden: int
     inner: int  # of the MLP
@@ -15,10 +15,10 @@ class Shape:
     keys: int  # key heads times head size
     layers: int
     vocabulary: int  # rows of the output head
-    linear: int  # parameters of the linear layers, which a 4-bit base holds in 4 bits
-    largest: int  # parameters of the largest of them
+    linear: int  # parameters of the linear layers that a 4-bit base quantises
+    largest: int  # parameters of the largest of these
     others: int  # all other parameters
-    sides: int  # in- and output sizes of the linear layers that get an adapter, summed
-    adapted: float  # adapters in a layer
-    fused: bool  # whether it can have fused layers
-    head_norms: bool  # whether heads of queries and keys are normalised, which keeps both twice
+    sides: int  # input plus output sizes of all linear layers with an adapter
+    adapted: float  # adapters per layer
+    fused: bool  # whether the model can have fused layers
+    head_norms: bool  # whether query and key heads are normalised, so that each is saved twice

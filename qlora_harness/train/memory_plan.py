@@ -118,7 +118,7 @@ def predict(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
     """Predicts the peak of a step whose largest forward pass has `tokens`, padding included."""
     from qlora_harness.fused import bordered, layer, model
     from qlora_harness.model.base import expansion_bytes, weight_bytes
-    from qlora_harness.model.lora import activation_bytes
+    from qlora_harness.model.lora import peft_activation_bytes
 
     optimization, lora, rank = settings.optimization, settings.lora, settings.lora.lora_r
     checkpointing, quant = optimization.checkpointing, settings.quant
@@ -127,7 +127,7 @@ def predict(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
     width = 2 if lora.adapter_dtype == "bfloat16" else 4
     host = 0
     if uses_fused(shape, settings):
-        activations, work = layer.activation_bytes(
+        activations, work = layer.fused_activation_bytes(
             *(shape, rank),
             has_dropout=bool(lora.lora_dropout),
             checkpointing=checkpointing,
@@ -137,7 +137,7 @@ def predict(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
         work += bordered.matrix_bytes(shape, rank, size, is_4bit=quant.is_4bit)
         host = model.host_bytes(shape, checkpointing, tokens, size)
     else:
-        activations, work = activation_bytes(shape, rank, checkpointing, tokens, size)
+        activations, work = peft_activation_bytes(shape, rank, checkpointing, tokens, size)
         work += expansion_bytes(shape, quant, size)
     return MemoryPlan(
         checkpointing=checkpointing,
