@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qlora_harness.accuracy import accuracy
+from qlora_harness.schema.evaluation import accuracy
 from scoring_runs import read, refused
 
 from qlora_harness.errors import ResultsError

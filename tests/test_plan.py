@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from qlora_harness.units import GIB
 
 from qlora_harness.benchmark.training import WAYS
 from qlora_harness.cli import main as cli
@@ -21,6 +20,7 @@ from qlora_harness.model.shape import Shape
 from qlora_harness.settings import CHECKPOINTING, Quant, build_settings
 from qlora_harness.train.command import main, parse_settings
 from qlora_harness.train.memory_plan import (
+    GIB,
     LADDER,
     choose_memory_plan,
     largest_pass,
