@@ -236,7 +236,8 @@ def picture() -> str:
     ):
         endpoint = contrast[key]
         low, middle, high = (
-            factor * value for value in (endpoint.low, endpoint.difference, endpoint.high)
+            factor * float(value or 0)
+            for value in (endpoint.low, endpoint.difference, endpoint.high)
         )
         scale = 130 / max(abs(low), abs(high))
         y = 66 + 34 * number

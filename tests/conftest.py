@@ -255,7 +255,8 @@ def make_lm(
         if "peft" not in arguments:
             arguments.setdefault("pretrained", str(tiny_llama))
         arguments.setdefault("results_dir", str(tmp_path / "records"))
-        return QloraAdapterLM(device="cpu", **{"dtype": "float32", "batch_size": 4} | arguments)
+        options: dict[str, Any] = {"dtype": "float32", "batch_size": 4}
+        return QloraAdapterLM(device="cpu", **options | arguments)
 
     return make
 

@@ -170,7 +170,7 @@ def test_4_bit_arms_hold_every_linear_layer_but_the_head_in_4_bits(
     for name in in_4_bits:
         weight = linear[name].weight
         assert weight.dtype == torch.uint8
-        state = weight.quant_state
+        state = weight.quant_state  # type: ignore[attr-defined]
         assert (state.quant_type, state.nested, state.blocksize) == (quant, True, 64)
         assert linear[name].compute_dtype == torch.float32
     assert parameter_dtypes(model) == {"float32": NOT_QUANTISED, "uint8": QUANTISED // 2}
@@ -269,7 +269,7 @@ def test_fingerprint_is_that_of_the_model_not_of_its_quantisation(
     }
     assert len(prints) == 1
     (one,) = prints
-    assert re.fullmatch("sha256:[0-9a-f]{64}", one)
+    assert re.fullmatch("sha256:[0-9a-f]{64}", one)  # type: ignore[arg-type]
 
     other = tmp_path / "other"
     write_random_model(

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from compare_runs import (
@@ -45,7 +46,7 @@ def in_log(key: str, new: object) -> Spoil:
     return lambda folder: changed(folder / "training_logs.json", edit(key, new))
 
 
-def rescored(marks: dict[str, str], **changes: object) -> Spoil:
+def rescored(marks: dict[str, str], **changes: Any) -> Spoil:
     def damage(folder: Path) -> None:
         for path in folder.rglob("*"):
             if path.name.startswith(("results_", "samples_")):

@@ -130,7 +130,7 @@ def test_each_process_takes_its_share(
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", exchange)
     model = base(tiny_llama, "bf16")
-    evaluation = evaluate(model, Played(), batch_size=2)  # type: ignore[arg-type]
+    evaluation = evaluate(model, Played(), batch_size=2)
     losses = {i: by_hand(model, EXAMPLES[i]) for i in mine}
     total = sum(map(sum, losses.values())) + sum(map(float, others))
     tokens = sum(map(len, losses.values())) + 5 * len(others)

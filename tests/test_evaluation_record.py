@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qlora_harness.schema.evaluation import accuracy
 from scoring_runs import read, refused
 
 from qlora_harness.errors import ResultsError
 from qlora_harness.question_hashes import prompt_hash
 from qlora_harness.results.scored import read_evaluation
-from qlora_harness.schema.evaluation import QuestionRow
+from qlora_harness.schema.evaluation import QuestionRow, accuracy
 from qlora_harness.score.evaluation_record import (
     Family,
     check_folder,

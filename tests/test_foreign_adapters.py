@@ -31,7 +31,7 @@ from qlora_harness.model.base import unquantised_share
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY_SIZE,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -89,7 +89,7 @@ def write_adapter(base: Path, folder: Path, **options: Any) -> Path:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[arg-type]
     return folder
 
 
@@ -180,7 +180,7 @@ def test_scored_as_peft_computes(kind: str, bases: Bases, make_lm: MakeLm, tmp_p
     lm = make_lm(**options, verify=8)
     right = expected(lm, base, adapter, prompts)
     assert score(lm, prompts) == right
-    assert lm.session.verification.largest < 2e-4
+    assert lm.session.verification.largest < 2e-4  # type: ignore[union-attr]
     assert score(make_lm(**options, kernels="none"), prompts) == right
     assert score(make_lm(**options, scoring="hf"), prompts) == right
     # And the adapter wasn't just left out.
@@ -222,7 +222,7 @@ def test_scored_on_a_4_bit_base_as_peft_computes(
     adapter = write_adapter(base, tmp_path / "adapter", **KINDS[kind][1])
     lm = make_lm(**options_of(base, adapter) | {"quant": "nf4"}, verify=8)
     score(lm, demo_prompts(2))
-    assert lm.session.verification.largest < 5e-5
+    assert lm.session.verification.largest < 5e-5  # type: ignore[union-attr]
     assert lm.session.path.expanded == (kind in ("plain", "orthogonal", "head"))
 
 
@@ -238,7 +238,7 @@ def test_only_an_adapter_at_its_start_was_never_trained(
     base = bases(KINDS[kind][0])
     config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **KINDS[kind][1])
     model = get_peft_model(load(base), config)
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)  # type: ignore[arg-type]
     options = options_of(base, tmp_path / "adapter")
     text = refused(lambda: make_lm(**options), AdapterError)
     assert "every trained tensor equals its start" in text

@@ -104,7 +104,7 @@ def test_dropout_is_the_same_in_both_passes(checkpointing: str, targets: str) ->
     fused = copy.deepcopy(plain)
     torch.manual_seed(7)
     order = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    order = order if targets == "all-linear" else tuple(targets.split(","))
+    order = order if targets == "all-linear" else tuple(targets.split(","))  # type: ignore[assignment]
     rows = texts([20])
     layers = plain.get_base_model().model.layers
     for layer in layers:
@@ -128,7 +128,7 @@ def test_first_steps_count_in_bfloat16() -> None:
     PEFT's modules round a layer's output before adding the adapter's, and lose a sixth of it here.
     """
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    config = transformers.LlamaConfig(  # type: ignore[call-arg]
         vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=6,
         num_attention_heads=8, num_key_value_heads=8, attn_implementation="sdpa",
     )  # fmt: skip
@@ -174,7 +174,7 @@ def test_memory_that_was_never_written_is_never_read(checkpointing: str) -> None
     expected = fused_step(model, rows)
     torch.use_deterministic_algorithms(True)
     try:
-        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
         step = fused_step(model, rows)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -244,7 +244,7 @@ def test_evaluation_keeps_nothing_for_a_backward_pass(
     normalise = fused_layer.ops.rms_norm
 
     def noted(x: torch.Tensor, *arguments: Any, add: torch.Tensor | None = None) -> torch.Tensor:
-        total = normalise(x, *arguments, add=add)
+        total = normalise(x, *arguments, add=add)  # type: ignore[misc]
         inputs.append(weakref.ref(total))
         return total
 
@@ -294,4 +294,4 @@ def test_row_without_a_learned_token_gives_no_gradient(checkpointing: str) -> No
 def test_models_without_fused_layers_say_why(config: Any, reason: str) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config)
     model = attach_lora(model, r=2, alpha=2, dropout=0.0, targets="all-linear")
-    assert reason in FusedDecoder.reason_against(model)
+    assert reason in FusedDecoder.reason_against(model)  # type: ignore[operator]

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from compare_runs import FIRST, SECOND, evaluation, step_log, summary, write_harness, write_run
@@ -91,7 +92,11 @@ def comparison(folder: Path) -> tuple[dict[Path, bytes], Callable[[], object]]:
 
 
 def recorded(folder: Path) -> tuple[dict[Path, bytes], Callable[[], object]]:
-    answer = {"prompt_sha256": "a" * 16, "answer": "B", "logprobs": (-1.0, -0.5, -2.0, -3.0)}
+    answer: dict[str, Any] = {
+        "prompt_sha256": "a" * 16,
+        "answer": "B",
+        "logprobs": (-1.0, -0.5, -2.0, -3.0),
+    }
     questions = [question_row(index=i, subject="law", **answer) for i in (0, 1)]
     families = {"mmlu_qlora_demo": Family(questions, {"social": ["law"]}, 2)}
     write_records(folder, PROGRESS, HEADER, families)

@@ -357,7 +357,9 @@ def test_dropout_kernels_agree_with_plain_torch(
     assert bits.float().mean(dim=(1, 2)).tolist() == [pytest.approx(0.9, abs=0.005)] * adapters
     plain = Masks(bits, packed.factor)
     # Products in float64; in bfloat16 what is left is one rounding.
-    near = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 8e-3, "atol": 8e-3}
+    near: dict[str, Any] = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 8e-3, "atol": 8e-3}
+    )
 
     def alike(result: torch.Tensor, expected: torch.Tensor) -> None:
         torch.testing.assert_close(result.double(), expected, **near)
@@ -456,7 +458,10 @@ def test_attention_of_fused_packs_copies_nothing() -> None:
     # The output and two numbers per head and token, no copy of the row.
     assert peak < out.nbytes + projected.nbytes // 2
     causal = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True, scale=0.125, enable_gqa=True
+        *(x.transpose(0, 1)[None] for x in (q, k, v)),  # type: ignore[misc]
+        is_causal=True,
+        scale=0.125,
+        enable_gqa=True,
     )
     assert torch.allclose(out, causal[0].transpose(0, 1), atol=2e-2)
 

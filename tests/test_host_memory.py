@@ -82,7 +82,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def given_up(stored: Stored, name: str, value: Any) -> None:
         if name == "device_copy" and value is None and vars(stored).get(name) is not None:
-            assert stored.copied is None or stored.copied.reached, "memory that is still in use"
+            assert stored.copied is None or stored.copied.reached, "memory that is still in use"  # type: ignore[attr-defined]
         object.__setattr__(stored, name, value)
 
     monkeypatch.setattr(torch, "empty", poisoned)
@@ -165,7 +165,7 @@ def test_steps_are_the_same_wherever_activations_wait(
         assert loss == expected
         assert all(torch.equal(gradients[name], others[name]) for name in others)
     host = decoder.layers[0].host
-    assert len(host._blocks._free) == host._blocks.pinned > 0
+    assert len(host._blocks._free) == host._blocks.pinned > 0  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("checkpointing", ["selective", "offload"])
@@ -175,7 +175,7 @@ def test_graph_that_goes_without_a_backward_pass_gives_its_blocks_back(
     model = adapted(tiny("llama", layers=6))
     decoder = FusedDecoder.attach(model, checkpointing)
     output = model(**pack_batch(texts([9, 20])))
-    blocks = decoder.layers[0].host._blocks
+    blocks = decoder.layers[0].host._blocks  # type: ignore[union-attr]
     assert len(blocks._free) < blocks.pinned
     del output
     assert len(blocks._free) == blocks.pinned

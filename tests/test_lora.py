@@ -206,7 +206,7 @@ def test_fused_adapter_gives_the_same_logits_unmerged(
     tiny_llama: Path, saved: Path, quant: str
 ) -> None:
     model = load_adapter(base(tiny_llama, quant), saved)
-    weight = model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight
+    weight = model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight  # type: ignore[index, union-attr]
     held = weight.detach().clone()
     before = logits(model)
     fast = FastLora(model, torch.float32)

@@ -55,7 +55,7 @@ def rows(*lines: str, **changes: Mapping[str, Any]) -> list[Row]:
         identity, parent, role, *rank = line.split()
         number = int(rank[0]) if rank else None
         row = message(identity, None if parent == "-" else parent, role, number)
-        made.append(row | changes.get(identity, {}))
+        made.append(row | changes.get(identity, {}))  # type: ignore[operator]
     return made
 
 

@@ -83,7 +83,7 @@ def write_form(path: Path, rows: list[Row] = ROWS) -> Path:
             stream.write(text.encode())
         return path
     compress = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}
-    path.write_bytes(compress.get(name.rsplit(".", 1)[-1], bytes)(text.encode()))
+    path.write_bytes(compress.get(name.rsplit(".", 1)[-1], bytes)(text.encode()))  # type: ignore[operator]
     return path
 
 
@@ -268,7 +268,7 @@ def fuzz(folder: Path, seed: int, count: int) -> dict[str, int]:
             path.write_bytes(damaged_bytes(rng, path.read_bytes()))
         languages = rng.choice([None, ("en",)])
         reader.read(
-            lambda path=path, languages=languages: build_conversations(
+            lambda path=path, languages=languages: build_conversations(  # type: ignore[misc]
                 load_splits(str(path)).train, languages
             ),
             (seed, number, form),

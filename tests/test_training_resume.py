@@ -24,7 +24,8 @@ def signal_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signa
     """Sends this process a signal when the row of a step is logged, once."""
 
     def install(step: int, number: signal.Signals) -> None:
-        add_row, sent = trainer.StepLog.add_row, []
+        add_row = trainer.StepLog.add_row
+        sent: list[int] = []
 
         def add_row_and_send(self: Any, measured: Any) -> None:
             add_row(self, measured)
@@ -243,7 +244,7 @@ def test_resume_with_another_computation_is_refused(
     assert record["computation"]["optimizer"] == "adamw_torch"
     record["computation"]["optimizer"] = "paged_adamw_32bit"
     Path("run/training_summary.json").write_text(json.dumps(record))
-    line = refused(train, capsys, save_steps=2, memory="fast", **chosen)
+    line = refused(train, capsys, save_steps=2, memory="fast", **chosen)  # type: ignore[arg-type]
     assert "computation.optimizer was paged_adamw_32bit and is now adamw_torch" in line
 
 

@@ -8,6 +8,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -297,7 +298,12 @@ def test_epochs_without_evaluation(train: Train) -> None:
 # Models that 4 bits hold only in part
 
 
-SIZES = {"vocab_size": 358, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+SIZES: dict[str, Any] = {
+    "vocab_size": 358,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "pad_token_id": 0,
+}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
 
 

@@ -119,7 +119,12 @@ def write_checkpoint(run_dir: Path, step: int, without: str = "") -> Path:
     (folder / "adapter_config.json").write_text('{"r": 2, "peft_type": "LORA"}')
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"state": torch.arange(50)}, folder / name)
-    state = {"epoch": 1.0, "global_step": step, "max_steps": 8, "num_train_epochs": 1}
+    state: dict[str, Any] = {
+        "epoch": 1.0,
+        "global_step": step,
+        "max_steps": 8,
+        "num_train_epochs": 1,
+    }
     state |= {"total_flos": 0.0, "log_history": [{"loss": 1.0}], "stateful_callbacks": {}}
     (folder / "trainer_state.json").write_text(json.dumps(state))
     if without:

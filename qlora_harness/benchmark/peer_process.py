@@ -196,7 +196,7 @@ def _time_steps(trainer: Any, device: Any) -> dict[str, Any]:
     losses: list[Any] = []
     training_step = trainer.training_step
 
-    class StepClock(TrainerCallback):  # type: ignore[misc]  # untyped to mypy
+    class StepClock(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             clocks.append(Clock(device))
 

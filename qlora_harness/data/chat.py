@@ -22,9 +22,9 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
 
-    def encode(self, text: str, **options: Any) -> list[int]: ...  # noqa: D102
+    def encode(self, text: str, /, **options: Any) -> list[int]: ...  # noqa: D102
 
-    def decode(self, ids: Sequence[int], **options: Any) -> str: ...  # noqa: D102
+    def decode(self, token_ids: Any, skip_special_tokens: bool = ...) -> Any: ...  # noqa: D102
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def parse_line(line: str, place: str, remedy: str) -> object:
     raise DataError(f"{place}: not valid JSON ({reason:.120})", remedy) from None
 
 
-def _loads(text: str) -> Any:
+def _loads(text: str | bytes) -> Any:
     return json.loads(text, object_pairs_hook=without_duplicates)
 
 

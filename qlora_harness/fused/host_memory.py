@@ -195,7 +195,7 @@ class HostMemory:
 
     def _copy(self, stored: Stored, x: Tensor, *, back: bool) -> None:
         if self._stream is None or self._stream.device != stored.device:
-            self._stream = torch.cuda.Stream(stored.device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(stored.device)
         self._stream.wait_stream(torch.cuda.current_stream(stored.device))
         try:
             with torch.cuda.stream(self._stream):

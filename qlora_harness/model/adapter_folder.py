@@ -179,7 +179,7 @@ def check_fit(model: PreTrainedModel, folder: Path) -> LoraConfig:
             warnings.simplefilter("ignore")  # the real attachment repeats them
             adapted = get_peft_model(type(model)(plain), shapes, low_cpu_mem_usage=True)
             empty = {name: torch.empty(shape) for name, shape in header.items()}
-            outcome = set_peft_model_state_dict(adapted, empty)
+            outcome: Any = set_peft_model_state_dict(adapted, empty)
     except Exception as error:  # noqa: BLE001  # PEFT raises many kinds for senseless fields
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         detail = lines[min(1, len(lines) - 1)] if lines else type(error).__name__

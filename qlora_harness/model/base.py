@@ -199,7 +199,8 @@ def load_base(
     model.qlora_harness_fingerprint = checkpoint_fingerprint(source.path, source.revision)
     model.requires_grad_(False)
     model.config.use_cache = False
-    return model.eval()
+    model.eval()
+    return model  # type: ignore[no-any-return]
 
 
 def _read_weights(
@@ -217,7 +218,7 @@ def _read_weights(
             bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
         )
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path,
             revision=source.revision or "main",
             dtype=torch.bfloat16,
@@ -233,7 +234,8 @@ def _read_weights(
         ) from None
     except Exception as error:  # noqa: BLE001  # as in `find_base`
         raise _unreadable(source.shown, error, _remedy(source.argument)) from None
-    if missing := sorted(loaded["missing_keys"]):
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
         # transformers fills them with random numbers.
         raise ModelError(
             f"{source.shown} lacks {len(missing)} weights (first: {missing[0]})",

@@ -84,7 +84,7 @@ def lora_config(*, r: int, alpha: float, dropout: float, targets: str) -> LoraCo
 
     return LoraConfig(
         r=r,
-        lora_alpha=alpha,  # declared int in PEFT, which computes with floats
+        lora_alpha=alpha,  # type: ignore[arg-type]  # declared int; PEFT computes with floats
         lora_dropout=dropout,
         target_modules=targets if targets == "all-linear" else target_names(targets),
         bias="none",

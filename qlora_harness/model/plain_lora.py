@@ -60,7 +60,7 @@ class FastLora:
     def __init__(self, model: Any, compute_dtype: torch.dtype) -> None:
         from peft.tuners.lora import LoraLayer
 
-        self._forwards = [
+        self._forwards: list[tuple[Any, Any]] = [
             (module, _fast_forward(module, compute_dtype))
             for module in model.modules()
             if isinstance(module, LoraLayer)

@@ -43,7 +43,7 @@ def materialise_smollm2() -> Path:
             for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
                 if getattr(model, mark, None) is not None:
                     setattr(model, mark, False if mark == "is_quantized" else None)
-            model.to(torch.bfloat16).save_pretrained(work)
+            model.bfloat16().save_pretrained(work)
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, gguf_file=name, trust_remote_code=False
             )

@@ -83,7 +83,8 @@ def load_scored_model(
         compute_dtype=compute_dtype,
         device=device,
     )
-    _check_vocabulary(choice, tokens, base.get_input_embeddings().weight.shape[0])
+    embedding: Any = base.get_input_embeddings()
+    _check_vocabulary(choice, tokens, embedding.weight.shape[0])
     if choice.adapter is None:
         return ScoredModel(base, choice, source, compute_dtype)
     _check_base(choice, weights_fingerprint(base))

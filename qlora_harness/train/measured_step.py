@@ -19,7 +19,7 @@ class Clock:
         self._event: torch.cuda.Event | None = None
         self._now = time.perf_counter()
         if device.type == "cuda":
-            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event = torch.cuda.Event(enable_timing=True)
             self._event.record(torch.cuda.current_stream(device))
 
     def wait(self) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -185,7 +185,7 @@ class _Run:
 
     def _load_model(self, source: BaseSource) -> Any:
         settings = self.chosen
-        model = load_base(
+        model: Any = load_base(
             source,
             quant=settings.quant,
             double_quant=settings.model.double_quant,
@@ -297,7 +297,7 @@ class _Run:
 
     def _evaluate(self, data: TrainingData) -> Evaluation:
         return evaluate_loss(
-            self.trainer.model,
+            cast(torch.nn.Module, self.trainer.model),
             data.evaluation,
             batch_size=self.settings.optimization.eval_batch_size,
             pad_id=self.pad_id,
@@ -324,7 +324,7 @@ class _Run:
             # Stopped after its last step: Trainer would take one more.
             try:
                 trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE))
-                trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
+                cast(Any, trainer.model).load_adapter(str(checkpoint), "default", is_trainable=True)
             except Exception as error:  # noqa: BLE001  # PEFT and safetensors raise many kinds
                 raise cannot_be_loaded(checkpoint, error) from None
         else:

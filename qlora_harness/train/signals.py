@@ -34,7 +34,7 @@ def sigterm_as_ctrl_c() -> contextlib.AbstractContextManager[None]:
     return _handled(signal.default_int_handler, signal.SIGTERM)
 
 
-class StopOnSignal(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to mypy
+class StopOnSignal(TrainerCallback):
     """Ends a run after the current step, with a checkpoint, on SIGTERM or Ctrl-C.
 
     So does the end of the launcher: `accelerate launch` does not forward SIGTERM. `received` is

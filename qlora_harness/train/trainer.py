@@ -32,7 +32,7 @@ from qlora_harness.train.memory import MemoryMeter
 _WRITE_EVERY_SECONDS = 10.0
 
 
-class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to mypy
+class CountingTrainer(Trainer):
     """Trainer that counts the tokens, the loss and the gradient norm of each step.
 
     The counts stay on the device, so that nothing waits for it; `StepLog` turns them into rows.
@@ -50,12 +50,12 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
         self._clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_gradients
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; a checkpoint that torch can't load raises RunError."""
         self._checkpoint = resume_from_checkpoint
         try:
             with listed_modules(self.model):
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         except (HarnessError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -71,7 +71,7 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
         """
         if self.args.train_sampling_strategy != "group_by_length":
             return super().get_train_dataloader()
-        data = self.train_dataset
+        data: Any = self.train_dataset
         sampler = _ByLength(
             [len(data[i]["input_ids"]) for i in range(len(data))],
             self.args.train_batch_size * self.args.gradient_accumulation_steps,
@@ -113,7 +113,7 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
         self._norm = self._clip(*args, **kwargs)
         return self._norm
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> Any:
         """Returns Trainer's estimate for a batch; counts the model's parameters only once."""
         if self._operations is None:
             one = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
@@ -151,7 +151,7 @@ class CountingTrainer(Trainer):  # type: ignore[misc]  # Trainer is untyped to m
         self._losses.append(loss)
         state = self.state
         now = state.global_step, state.epoch
-        state.global_step, state.epoch = step.step, step.epoch
+        state.global_step, state.epoch = step.step, step.epoch or 0.0
         try:
             self.log({"loss": loss, "learning_rate": step.learning_rate, "grad_norm": grad_norm})
         finally:
@@ -219,7 +219,7 @@ class _ByLength(Sampler[int]):
         )
 
 
-class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to mypy
+class StepLog(TrainerCallback):
     """Logs a row per optimizer step, and stops a run whose loss is not finite.
 
     On a GPU the row of a step is made after the next one is launched, so that the device never
@@ -238,9 +238,9 @@ class StepLog(TrainerCallback):  # type: ignore[misc]  # Trainer is untyped to m
         self._learning_rate: float | None = None
         self._pending: deque[MeasuredStep] = deque()
 
-    def on_optimizer_step(self, *args: Any, lr_scheduler: Any, **kwargs: Any) -> None:
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Reads the learning rate before the scheduler changes it."""
-        self._learning_rate = float(lr_scheduler.get_last_lr()[0])
+        self._learning_rate = float(kwargs["lr_scheduler"].get_last_lr()[0])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -321,4 +321,4 @@ def _runs_ahead(device: torch.device) -> bool:
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir, f"checkpoint-{state.global_step}")
+    return Path(str(args.output_dir), f"checkpoint-{state.global_step}")
