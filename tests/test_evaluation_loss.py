@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from training_runs import base
 
 from qlora_harness.data.chat import Example
-from qlora_harness.train.evaluation import Evaluation, evaluate_loss
+from qlora_harness.train.evaluation import ConversationLosses, evaluate_loss
 
 PAD = 2
 
@@ -38,7 +38,9 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-def evaluate(model: Any, accelerator: Accelerator, batch_size: int, **options: Any) -> Evaluation:
+def evaluate(
+    model: Any, accelerator: Accelerator, batch_size: int, **options: Any
+) -> ConversationLosses:
     chosen: dict[str, Any] = {"pad_id": PAD, "autocast_dtype": None} | options
     return evaluate_loss(model, EXAMPLES, batch_size=batch_size, accelerator=accelerator, **chosen)
 
@@ -141,5 +143,5 @@ def test_each_process_takes_its_share(
 
 
 def test_perplexity_is_exp_of_the_loss() -> None:
-    assert Evaluation([0.0], [1]).perplexity == 1.0
-    assert Evaluation([2 * math.log(7.5)], [2]).perplexity == pytest.approx(7.5, rel=1e-12)
+    assert ConversationLosses([0.0], [1]).perplexity == 1.0
+    assert ConversationLosses([2 * math.log(7.5)], [2]).perplexity == pytest.approx(7.5, rel=1e-12)

@@ -31,7 +31,7 @@ from qlora_harness.score.prefix_tree import Query, plan
 from qlora_harness.score.tree_attention import TreeAttention, block_mask
 from qlora_harness.settings import CHECKPOINTING, Quant, build_settings
 from qlora_harness.train.batches import pack_batch, pad_batch
-from qlora_harness.train.memory_plan import measure_shape, predict
+from qlora_harness.train.memory_plan import measure_shape, predict_memory
 
 pytestmark = pytest.mark.gpu
 every_checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTING)
@@ -527,4 +527,4 @@ def test_peak_is_within_a_seventh_of_the_prediction(
         optimizer.zero_grad()
     peak = torch.cuda.max_memory_allocated() - before
     shape = measure_shape(str(eight_layers), None, "all-linear")
-    assert peak == pytest.approx(predict(shape, settings, 8192).peak, rel=0.15)
+    assert peak == pytest.approx(predict_memory(shape, settings, 8192).peak, rel=0.15)

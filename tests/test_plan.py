@@ -25,7 +25,7 @@ from qlora_harness.train.memory_plan import (
     choose_memory_plan,
     largest_pass,
     measure_shape,
-    predict,
+    predict_memory,
     with_rung,
 )
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
@@ -83,7 +83,7 @@ def test_prediction_is_within_a_tenth_of_the_measurement(
     shape: Shape, changes: dict[str, Any], tokens: int, gib: float
 ) -> None:
     settings = build_settings({"optimizer": "adamw_torch"} | changes)
-    assert predict(shape, settings, tokens).peak / GIB == pytest.approx(gib, rel=0.1)
+    assert predict_memory(shape, settings, tokens).peak / GIB == pytest.approx(gib, rel=0.1)
 
 
 @pytest.mark.parametrize("quant", ["nf4", "bf16"])
@@ -108,7 +108,7 @@ def test_weights_and_adapter_are_counted_to_the_byte(
     adapted = attach_lora(model, r=4, alpha=8, dropout=0.0, targets="all-linear")
     adapter = sum(p.numel() * p.element_size() for p in adapted.parameters() if p.requires_grad)
     settings = build_settings({"quant": quant, "double_quant": double_quant, "lora_r": 4})
-    plan = predict(measure_shape(str(tiny_llama), None, "all-linear"), settings, 100)
+    plan = predict_memory(measure_shape(str(tiny_llama), None, "all-linear"), settings, 100)
     # Scales of scales are rounded up to whole blocks, one a layer.
     assert plan.weights == pytest.approx(held, abs=4 * 14)
     assert plan.adapter == plan.gradients == adapter
@@ -275,7 +275,7 @@ def test_plan_states_the_host_memory(shape: Shape) -> None:
     """In bfloat16: the gates of 21 of 32 layers, in blocks of 16 MiB, plus a quarter."""
     pinned = {}
     for checkpointing in CHECKPOINTING:
-        plan = predict(shape, build_settings({"checkpointing": checkpointing}), 1000)
+        plan = predict_memory(shape, build_settings({"checkpointing": checkpointing}), 1000)
         pinned[checkpointing] = plan.host
         host = f"{plan.host / GIB:.1f} GiB of the host's memory"
         assert (host in describe(plan, 1000)) is (plan.host > 0)
@@ -288,12 +288,12 @@ def test_plan_states_the_host_memory(shape: Shape) -> None:
         "offload": 32 * 1 * block * 5 // 4,
     }
     peft = build_settings({"checkpointing": "full", "kernels": "none"})
-    assert predict(shape, peft, 1000).host == 0
+    assert predict_memory(shape, peft, 1000).host == 0
 
 
 def test_shortage_of_host_memory_is_reported(shape: Shape) -> None:
     plans = {
-        checkpointing: predict(shape, build_settings({"checkpointing": checkpointing}), 8192)
+        checkpointing: predict_memory(shape, build_settings({"checkpointing": checkpointing}), 8192)
         for checkpointing in CHECKPOINTING
     }
     for name in ("none", "full"):

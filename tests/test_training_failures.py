@@ -58,9 +58,9 @@ def test_last_step_that_ruins_the_adapter_fails_the_run(
 def test_infinite_perplexity_fails_the_run(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """exp(loss) overflows above 709 nats."""
     from qlora_harness.train import run
-    from qlora_harness.train.evaluation import Evaluation
+    from qlora_harness.train.evaluation import ConversationLosses
 
-    monkeypatch.setattr(run, "evaluate_loss", lambda *_, **__: Evaluation([4000.0], [5]))
+    monkeypatch.setattr(run, "evaluate_loss", lambda *_, **__: ConversationLosses([4000.0], [5]))
     assert train(quant="bf16", output_dir="run", max_steps=1) == 3
     assert summary("run")["status"] == "failed"
 

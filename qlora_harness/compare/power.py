@@ -18,7 +18,7 @@ _MOST = 10**8
 _GRID = (np.arange(40) + 0.5) / 40  # quantiles of a distribution
 
 
-class Need(NamedTuple):
+class QuestionCount(NamedTuple):
     """Questions that a study needs; None if no number is enough.
 
     `equivalence` shows that arms that don't differ are the same within the margin, `detection`
@@ -29,7 +29,9 @@ class Need(NamedTuple):
     detection: int | None
 
 
-def questions_needed(margin: float, discordance: float, seed_sd: float, seeds: int) -> Need:
+def questions_needed(
+    margin: float, discordance: float, seed_sd: float, seeds: int
+) -> QuestionCount:
     """Returns how many questions are needed at the 5% level for 80% power.
 
     The first three are shares: the margin of accuracies, the questions that only one arm gets right
@@ -44,7 +46,7 @@ def questions_needed(margin: float, discordance: float, seed_sd: float, seeds: i
     # Equal answers to fewer questions are no proof: Tango's interval would still be wider.
     least = math.ceil(ndtri(1 - LEVEL) ** 2 * (1 - margin) / margin)
     equivalence = fewest(discordance, same=True)
-    return Need(
+    return QuestionCount(
         None if equivalence is None else max(equivalence, least),
         fewest(max(margin, discordance), same=False),
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ConversationLosses:
     """The losses of a set of examples, one value each, in order."""
 
     nll: list[float]  # summed over the supervised tokens, in nats
@@ -48,7 +48,7 @@ def evaluate_loss(
     accelerator: Accelerator,
     autocast_dtype: torch.dtype | None,
     fused: bool = False,
-) -> Evaluation:
+) -> ConversationLosses:
     """Computes the loss of a causal language model over examples, shared among the processes.
 
     The mean is over tokens, not batches, so batch size and number of processes matter only to
@@ -82,7 +82,7 @@ def evaluate_loss(
         torch.distributed.all_gather_object(parts, losses)
         losses = {i: value for part in parts for i, value in part.items()}
     ordered = [losses[i] for i in range(len(examples))]
-    return Evaluation([nll for nll, _ in ordered], [tokens for _, tokens in ordered])
+    return ConversationLosses([nll for nll, _ in ordered], [tokens for _, tokens in ordered])
 
 
 def _padded_losses(

@@ -114,7 +114,7 @@ def uses_fused(shape: Shape, settings: Settings) -> bool:
     return shape.fused and settings.optimization.kernels == "auto"
 
 
-def predict(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
+def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
     """Predicts the peak of a step whose largest forward pass has `tokens`, padding included."""
     from qlora_harness.fused import bordered, layer, model
     from qlora_harness.model.base import expansion_bytes, weight_bytes
@@ -190,7 +190,7 @@ def choose_memory_plan(
 
     def planned(changed: Settings) -> tuple[Settings, MemoryPlan, int]:
         tokens = largest_pass(lengths, changed, fused=fused)
-        return changed, predict(shape, changed, tokens), tokens
+        return changed, predict_memory(shape, changed, tokens), tokens
 
     memory = settings.optimization.memory
     if memory is None:

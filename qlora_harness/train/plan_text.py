@@ -11,7 +11,7 @@ from qlora_harness.train.memory_plan import (
     GIB,
     MemoryPlan,
     choose_memory_plan,
-    predict,
+    predict_memory,
     rungs_of,
     uses_fused,
     with_rung,
@@ -88,7 +88,7 @@ def table(shape: Shape, settings: Settings, chosen: Settings, tokens: int) -> st
     }
     plans: dict[tuple[str, str, str], MemoryPlan] = {}
     for rung in (first, *rungs_of(fused)):
-        plan = predict(shape, with_rung(settings, rung), tokens)
+        plan = predict_memory(shape, with_rung(settings, rung), tokens)
         plans.setdefault((plan.checkpointing, plan.optimizer, plan.adapter_dtype), plan)
     kind = "fused layers" if fused else "PEFT's own modules: an estimate"
     dtype = settings.model.compute_dtype.replace("auto", "bfloat16")

@@ -44,7 +44,7 @@ from qlora_harness.train.arguments import attach_adapter, planned_steps, trainin
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkpoint_step
 from qlora_harness.train.cpu import bfloat16_slowdown, use_all_cores
-from qlora_harness.train.evaluation import Evaluation, evaluate_loss
+from qlora_harness.train.evaluation import ConversationLosses, evaluate_loss
 from qlora_harness.train.memory import MemoryMeter
 from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
@@ -295,7 +295,7 @@ class _Run:
         self.log = log
         self.memory.optimizer = lambda: self.trainer.optimizer
 
-    def _evaluate(self, data: TrainingData) -> Evaluation:
+    def _evaluate(self, data: TrainingData) -> ConversationLosses:
         return evaluate_loss(
             cast(torch.nn.Module, self.trainer.model),
             data.evaluation,

@@ -34,7 +34,7 @@ from qlora_harness.schema.training import (
     TrainingSummary,
 )
 from qlora_harness.settings import Settings
-from qlora_harness.train.evaluation import Evaluation
+from qlora_harness.train.evaluation import ConversationLosses
 from qlora_harness.train.memory import MemoryMeter, largest_peaks
 from qlora_harness.train.process import host_id, short_hash, this_process
 
@@ -137,7 +137,7 @@ class RunRecord:
             eval_loss_before=loss_before,
         )
 
-    def evaluated(self, evaluation: Evaluation) -> None:
+    def evaluated(self, evaluation: ConversationLosses) -> None:
         """Records the evaluation after training; call `trained` first."""
         results = self._summary.results
         results.eval_loss, results.perplexity = evaluation.loss, evaluation.perplexity
