@@ -275,6 +275,28 @@ def test_the_learned_exchange_stays_whichever_it_is(
     )
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_exchanges_cut_from_the_front_leave_no_trace(smollm2_tokenizer: Any, template: str) -> None:
+    exchanges = [
+        (Turn("user", f"question {i}"), Turn("assistant", f"reply {i}", supervised=i == 2))
+        for i in range(4)
+    ]
+
+    def encode(numbers: range, max_length: int) -> Example | None:
+        turns = [turn for number in numbers for turn in exchanges[number]]
+        encoder = ChatEncoder(smollm2_tokenizer, template, max_length, "prompt")
+        return encoder.encode(Conversation("t", tuple(turns)))
+
+    for first in (0, 1, 2):
+        alone = encode(range(first, 3), 1000)
+        assert alone is not None
+        # chatml's line end between exchanges is counted before it is cut.
+        cut = encode(range(4), len(alone.input_ids) + (template == "chatml" and first > 0))
+        assert cut is not None
+        assert (cut.input_ids, cut.labels) == (alone.input_ids, alone.labels)
+        assert cut.turns == alone.turns
+
+
 def test_cut_and_dropped_conversations_are_counted(tokenizer: Any) -> None:
     short, too_long = conversation("q", "r"), conversation("x" * 100, "r")
     encoded = encoder(tokenizer, length=59).encode_all([short, too_long, PAIR, short])
