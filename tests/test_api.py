@@ -1,4 +1,4 @@
-"""`qh.train` and `qh.score`: the same as the commands, from Python."""
+"""`qh.train` and `qh.score` are the commands, from Python (docs/quickstart.ipynb scores as well)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import qlora_harness as qh
 from qlora_harness.errors import RunError, SettingsError
 
 
-def test_an_arm_is_trained_scored_and_compared(
+def test_two_arms_are_trained_and_compared(
     tiny_llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -29,9 +29,6 @@ def test_an_arm_is_trained_scored_and_compared(
     log = runs[0].log
     assert log is not None
     assert len(log.evaluation.nll_before) == len(log.evaluation.nll) > 0
-    scored = qh.score(runs[0].path, tasks="mmlu_qlora_demo", limit=1)
-    assert scored.scored["mmlu_qlora_demo"].n == 8  # one of each subject
-    assert scored.answers("mmlu_qlora_demo") is not None
 
 
 def test_mistakes_are_errors_of_ours(tmp_path: Path) -> None:
