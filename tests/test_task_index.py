@@ -23,11 +23,11 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 
 from qlora_harness.errors import DataError
-from qlora_harness.families import families
 from qlora_harness.lm_eval_compat import tasks as compat_tasks
 from qlora_harness.lm_eval_compat.index_cache import cached_index
 from qlora_harness.lm_eval_compat.tasks import extend_index, task_entries
 from qlora_harness.locations import demo_dir
+from qlora_harness.schema.mmlu import families
 from qlora_harness.score import mmlu_files
 from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
 

@@ -16,10 +16,10 @@ import torch
 
 from qlora_harness.benchmark.record import ScoringBenchmark, ScoringMeasurement
 from qlora_harness.errors import SettingsError
-from qlora_harness.families import LETTERS
 from qlora_harness.lm_eval_compat.hflm import Encoded, StockHFLM
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.record import environment, write_json
+from qlora_harness.schema.mmlu import LETTERS
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.encoding import Pair, encode_pairs
 from qlora_harness.score.mmlu import is_tie, predict

@@ -14,8 +14,8 @@ from qlora_harness.compare.tables import tables
 from qlora_harness.compare.text import differences_line, title
 from qlora_harness.compare.verdict import verdict
 from qlora_harness.errors import SettingsError
-from qlora_harness.families import LETTERS
 from qlora_harness.results.answers import questions_of
+from qlora_harness.schema.mmlu import LETTERS
 from qlora_harness.units import NOTHING
 
 _FLIPS = 200  # shown on the page

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import install_excepthook
-from qlora_harness.families import FOLDER, families
 from qlora_harness.lm_eval_compat.index_cache import cached_index
 from qlora_harness.locations import tasks_dir
+from qlora_harness.schema.mmlu import FOLDER, families
 from qlora_harness.score.mmlu_files import load_questions
 
 if TYPE_CHECKING:

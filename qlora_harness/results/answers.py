@@ -19,8 +19,8 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qlora_harness.errors import ComparisonError, ResultsError, shown
-from qlora_harness.families import LETTERS
-from qlora_harness.question_hashes import PROMPT_DIGITS, prompts_hash
+from qlora_harness.schema.mmlu import LETTERS
+from qlora_harness.schema.mmlu import PROMPT_DIGITS, prompts_hash
 from qlora_harness.record import EVALUATION_FILE
 from qlora_harness.results.harness import read_samples, samples_path
 from qlora_harness.results.scored import FAMILIES, HarnessFile, Scored

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from qlora_harness.accuracy import accuracy, micro_macro
 from qlora_harness.errors import ResultsError
-from qlora_harness.families import LETTERS
-from qlora_harness.question_hashes import prompts_hash
 from qlora_harness.record import EVALUATION_FILE, now, remove_leftovers, write_json
 from qlora_harness.schema.evaluation import Evaluation, Progress, QuestionRow, TaskScores
+from qlora_harness.schema.mmlu import LETTERS, prompts_hash
 from qlora_harness.schema.section import read_record
 from qlora_harness.score.mmlu import is_tie, predict
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_harness.errors import DataError, install_excepthook
-from qlora_harness.families import LETTERS
+from qlora_harness.schema.mmlu import LETTERS
 from qlora_harness.score.mmlu_files import load_questions
 
 

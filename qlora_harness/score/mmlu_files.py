@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from qlora_harness.data.sources import parse_line
 from qlora_harness.errors import DataError
-from qlora_harness.families import LETTERS
 from qlora_harness.locations import cache_dir, demo_dir, expanded
+from qlora_harness.schema.mmlu import LETTERS
 
 COMMIT = "7f4e95a68dc076bea9b3a413d2b512eca6d004e5"
 BASE_URL = f"https://raw.githubusercontent.com/artidoro/qlora/{COMMIT}/data/mmlu/"

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from qlora_harness.errors import ResultsError, SettingsError
-from qlora_harness.families import LETTERS
 from qlora_harness.lm_eval_compat.hflm import Encoded, LoadedHFLM, Request
 from qlora_harness.model.base import dequantise
 from qlora_harness.record import environment, scrub_all
+from qlora_harness.schema.mmlu import LETTERS
 from qlora_harness.score.encoding import Pair, encode_pairs
 from qlora_harness.score.journal import Journal, question_key
 from qlora_harness.score.mmlu_recorder import MmluRecorder
