@@ -148,6 +148,6 @@ class QloraAdapterLM(LoadedHFLM):
     def _check_chat_template(self) -> None:
         if not self.tokenizer.chat_template:
             raise SettingsError(
-                f"--apply_chat_template: the tokenizer of {self.loaded.choice.base} has no template",
+                f"--apply_chat_template: {self.loaded.choice.base} has no chat template",
                 "Leave the flag out",
             )
