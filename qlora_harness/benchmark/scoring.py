@@ -1,4 +1,4 @@
-"""Times packed scoring against lm-eval's `hf` model: one process, one base, the same prompts."""
+"""Times packed scoring against lm-eval's `hf` model with the same weights and prompts."""
 
 from __future__ import annotations
 
@@ -26,43 +26,32 @@ from qlora_harness.score.mmlu import is_tie, predict
 from qlora_harness.score.mmlu_files import Question, known_files, load_questions
 from qlora_harness.score.session import TokenScores
 
-Logprobs = list[list[float]]  # four of each question, nats
+Logprobs = list[list[float]]  # four per question, nats
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `qlora-harness benchmark-scoring` was told to measure."""
+    """The flags of `qlora-harness benchmark-scoring`."""
 
     model: str
     quant: str
     dtype: str
-    file: str
-    """Name of an MMLU file, looked for in `folder`, or fetched."""
-    folder: str | None
+    file: str  # name of an MMLU file
+    folder: str | None  # of that file; None fetches it
     subjects: Sequence[str] | None
-    rows: int | None
-    """Most questions of a subject."""
-    batch_size: int
-    """Of lm-eval's `hf`."""
-    margin_batch_size: int | None
-    """Another batch size of `hf`, to show how far that alone moves its numbers."""
-    baseline_questions: int | None
-    """Size of the random sample that `hf` scores; None for all questions."""
+    rows: int | None  # most questions per subject
+    batch_size: int  # of `hf`
+    margin_batch_size: int | None  # another one, which shows how far that alone moves the numbers
+    baseline_questions: int | None  # size of the random sample for `hf`; None for all questions
     pack_tokens: int | None
-    adapter_rank: int | None
-    """Rank of a random unmerged adapter that is measured, too."""
+    adapter_rank: int | None  # of a random unmerged adapter to measure, too
     kernels: str
-    float32_reference: bool
-    """Whether the weights are also scored in float32, to say how far each way is from that."""
+    float32_reference: bool  # also scores the weights in float32, and compares each way with that
     output: Path | None
 
 
 def measure_scoring(plan: Plan) -> str:
-    """Loads the base, measures, and returns the table.
-
-    Raises HarnessError if the model or the file can't be read, or if a float32 reference is wanted
-    of 4-bit weights.
-    """
+    """Measures each way of scoring, writes the record and returns the table."""
     if plan.float32_reference and plan.quant != "bf16":
         raise SettingsError(
             f"--float32-reference with --quant {plan.quant}: 4-bit weights have no float32 form",
@@ -101,7 +90,7 @@ def choose_questions(
     """Returns the questions of an MMLU file, at most `rows` of each subject."""
     if file not in known_files():
         raise SettingsError(
-            f"--file: {file!r} is not one of {', '.join(known_files())}", "Choose one of these"
+            f"--file: {file!r} is unknown", f"Use one of {', '.join(known_files())}"
         )
     questions = load_questions(file, folder, argument="--mmlu-dir")
     known = sorted({question.subject for question in questions})
@@ -110,7 +99,7 @@ def choose_questions(
             near = difflib.get_close_matches(subject, known, n=1)
             raise SettingsError(
                 f"--subjects: {file} has no subject {subject!r}",
-                f"The nearest is {near[0]!r}" if near else f"It has {', '.join(known)}",
+                f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(known)}",
             )
     taken: Counter[str] = Counter()
     chosen = []
@@ -123,7 +112,7 @@ def choose_questions(
 
 @dataclass
 class _Way:
-    """A way of scoring: how texts are encoded and how token ids are scored."""
+    """A way of encoding texts and scoring token ids."""
 
     name: str
     encode: Callable[[Sequence[Pair]], list[Encoded]]
@@ -131,7 +120,7 @@ class _Way:
 
 
 class _Bench:
-    """Measures lm-eval's `hf`, then packed scoring, then the same with an unmerged adapter."""
+    """Measures `hf`, then packed scoring without and with an unmerged adapter."""
 
     def __init__(self, lm: QloraAdapterLM, questions: Sequence[Question], plan: Plan) -> None:
         self._lm = lm
@@ -146,7 +135,7 @@ class _Bench:
         self.measurements = [self._baseline]
         by_way = [(self._baseline, self._expected)]
         if plan.margin_batch_size is not None:
-            seconds = self._baseline.encoding_seconds  # it encodes alike
+            seconds = self._baseline.encoding_seconds  # the ids are the same
             way = _hf_way(lm, plan.margin_batch_size)
             measured, logprobs, _ = self._measure(way, self._sample, (encoded, seconds))
             by_way.append((self._add(measured, logprobs), logprobs))
@@ -203,7 +192,7 @@ class _Bench:
         return measured, logprobs, ids
 
     def _add(self, measured: ScoringMeasurement, logprobs: Logprobs | None) -> ScoringMeasurement:
-        """Adds a way and compares it with the baseline; `logprobs` are those of the sample."""
+        """Adds a measurement compared with the baseline; `logprobs` are of the sample."""
         baseline, expected = self._baseline, self._expected
         scale = measured.prompt_tokens / baseline.prompt_tokens
         seconds = measured.encoding_seconds + measured.scoring_seconds
@@ -229,7 +218,6 @@ class _Bench:
 
 
 def _hf_way(lm: QloraAdapterLM, batch_size: int) -> _Way:
-    """lm-eval's own model around the same weights."""
     hf = StockHFLM(lm, batch_size)
     return _Way(
         f"lm-eval hf, batch size {batch_size}",
@@ -262,7 +250,7 @@ def _score(
 ) -> tuple[dict[Pair, float], float, float, list[Encoded], int | None]:
     """Returns log-probabilities, seconds of encoding and scoring, token ids, computed tokens.
 
-    `encoded` holds ids and seconds of a way that encodes alike.
+    `encoded` holds the ids and the seconds of an earlier encoding.
     """
     pairs = list(dict.fromkeys((q.prompt, f" {letter}") for q in questions for letter in LETTERS))
     started = time.perf_counter()
