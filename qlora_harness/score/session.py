@@ -254,7 +254,7 @@ class ScoringSession:
             if journal is not None:
                 journal.close(remove=True)
             raise ResultsError(
-                f"verify={self.options.verify}: packed scoring is {mean:.2g} nats from HFLM on average",
+                f"verify={self.options.verify}: packed scoring is {mean:.2g} nats off HFLM's",
                 "Use scoring=hf in --model_args, and report this",
             )
 
