@@ -124,7 +124,7 @@ class MmluRecorder:
                 logger.warning("record of %s written to %s", family, self._folder)
             else:
                 logger.warning(
-                    "kept the record of %s in %s, which has more questions than this run",
+                    "record of %s in %s not replaced: it has more questions than this run",
                     family,
                     self._folder,
                 )

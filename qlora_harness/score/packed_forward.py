@@ -64,15 +64,15 @@ def why_unsupported(config: Any) -> str | None:
     return None
 
 
-class Running:
+class Running(NamedTuple):
     """A started pack, which a GPU may still be computing."""
 
-    def __init__(self, logprobs: torch.Tensor, greedy: torch.Tensor) -> None:
-        self._logprobs, self._greedy = logprobs, greedy
+    logprobs: torch.Tensor
+    greedy: torch.Tensor
 
     def reads(self) -> Reads:
         """Waits for the pack and returns its results."""
-        return Reads(self._logprobs.double().cpu().numpy(), self._greedy.cpu().numpy())
+        return Reads(self.logprobs.double().cpu().numpy(), self.greedy.cpu().numpy())
 
 
 class PackedModel:
@@ -169,14 +169,15 @@ class PackedModel:
         # The head runs once for choices that follow the same token.
         distinct, which = map(self._moved, np.unique(pack.read_at, return_inverse=True))
         tree = TreeAttention(segments, mask)
-        logprobs, greedy = self._head.read(
-            self._hidden(tokens[None], positions[None], tree, distinct),
+        hidden = self._hidden(tokens[None], positions[None], tree, distinct)
+        read = self._head.read(
+            hidden,
             which,
             self._moved(pack.read_token),
             scaling=self._logits_scaling,
             softmax_dtype=self._softmax_dtype,
         )
-        return Running(logprobs, greedy)
+        return Running(*read)
 
     def _hidden(
         self, tokens: torch.Tensor, positions: torch.Tensor, tree: TreeAttention, at: torch.Tensor

@@ -166,7 +166,7 @@ class ScoringSession:
             if self.lm.world_size == 1 and texts * _FEW_TOKENS >= scorer.pack_tokens:
                 scorer.build_ahead()
         try:
-            encoded = self._encode(pending)
+            encoded = self.encode(pending)
             scores = self._score_with(scorer, encoded, journal, show_progress).scores
         finally:
             if scorer is not None:
@@ -175,7 +175,8 @@ class ScoringSession:
         truncated = {pair[0] for pair, ids, more in encoded if len(ids) + len(more) > window + 1}
         return known | dict(zip(pending, scores, strict=True)), truncated
 
-    def _encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
+    def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
+        """Encodes texts in batches."""
         return [(pair, *ids) for pair, ids in zip(pairs, encode_pairs(self.lm, pairs), strict=True)]
 
     def _scorer(self) -> PackedScorer:
@@ -234,7 +235,7 @@ class ScoringSession:
             return {}
         distinct = sorted(set(pairs))
         sample = random.Random(0).sample(distinct, min(self.options.verify, len(distinct)))
-        scores = self.lm.score_as_hflm(self._encode(sample))
+        scores = self.lm.score_as_hflm(self.encode(sample))
         return {pair: logprob for pair, (logprob, _) in zip(sample, scores, strict=True)}
 
     def _verify(
