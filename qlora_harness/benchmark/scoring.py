@@ -127,10 +127,10 @@ class _Bench:
         self._sample = list(questions)
         if plan.baseline_questions is not None and plan.baseline_questions < len(questions):
             self._sample = random.Random(0).sample(self._sample, plan.baseline_questions)
-        warm = questions[:64]
+        self._warm, self._kernels = questions[:64], plan.kernels
         lm.session.expand_base()
         hf = _hf_way(lm, plan.batch_size)
-        _score(hf, warm[: 2 * plan.batch_size])
+        _score(hf, self._warm[: 2 * plan.batch_size])
         self._baseline, self._expected, encoded = self._measure(hf, self._sample)
         self.measurements = [self._baseline]
         by_way = [(self._baseline, self._expected)]
@@ -142,28 +142,31 @@ class _Bench:
         exact: Logprobs | None = None
         base = lm.model
         if plan.float32_reference:
-            lm.take(copy.deepcopy(base).float(), plan.kernels)
-            way = _packed_way(lm, "packed, weights in float32")
-            _score(way, warm)
-            measured, exact, _ = self._measure(way, self._sample)
+            copied, name = copy.deepcopy(base).float(), "packed, weights in float32"
+            measured, exact = self._measure_packed(copied, name, self._sample)
             by_way.append((self._add(measured, exact), exact))
-        lm.take(base, plan.kernels)
-        way = _packed_way(lm, "packed")
-        _score(way, warm)
-        measured, logprobs, _ = self._measure(way, questions)
+        measured, logprobs = self._measure_packed(base, "packed", questions)
         by_prompt = {q.prompt: row for q, row in zip(questions, logprobs, strict=True)}
         logprobs = [by_prompt[q.prompt] for q in self._sample]
         by_way.append((self._add(measured, logprobs), logprobs))
         if plan.adapter_rank is not None:
-            lm.take(_with_random_adapter(lm.model, plan.adapter_rank), plan.kernels)
-            way = _packed_way(lm, f"packed, unmerged adapter of rank {plan.adapter_rank}")
-            _score(way, warm)
-            self._add(self._measure(way, questions)[0], None)
+            adapted = _with_random_adapter(lm.model, plan.adapter_rank)
+            name = f"packed, unmerged adapter of rank {plan.adapter_rank}"
+            self._add(self._measure_packed(adapted, name, questions)[0], None)
         if exact is not None:
             for measured, logprobs in by_way:
                 distances = [abs(a - b) for a, b in _both(logprobs, exact)]
                 measured.float32_difference = sum(distances) / len(distances)
                 measured.float32_predictions = _agreement(logprobs, exact)
+
+    def _measure_packed(
+        self, model: Any, name: str, questions: Sequence[Question]
+    ) -> tuple[ScoringMeasurement, Logprobs]:
+        self._lm.take(model, self._kernels)
+        way = _Way(name, self._lm.session.encode, self._lm.session.score_tokens)
+        _score(way, self._warm)
+        measured, logprobs, _ = self._measure(way, questions)
+        return measured, logprobs
 
     def _measure(
         self,
@@ -224,10 +227,6 @@ def _hf_way(lm: QloraAdapterLM, batch_size: int) -> _Way:
         hf.encode,
         lambda encoded: TokenScores(hf.score(encoded), None),
     )
-
-
-def _packed_way(lm: QloraAdapterLM, name: str) -> _Way:
-    return _Way(name, lm.session.encode, lm.session.score_tokens)
 
 
 def _with_random_adapter(model: Any, rank: int) -> Any:

@@ -127,7 +127,7 @@ def _checked_record(adapter: Path) -> dict[str, Any]:
         if not valid:
             raise AdapterError(
                 f"{adapter / RECORD_FILE}, key {name!r}: {record.get(name)!r}",
-                "Train anew, or remove the file and give pretrained= and quant=",
+                "Train again, or remove the file and give pretrained= and quant=",
             )
     return record
 
