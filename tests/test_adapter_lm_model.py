@@ -46,7 +46,7 @@ def test_what_was_trained_is_what_is_scored(
     assert bases[0]["model_num_parameters"] == bases[1]["model_num_parameters"]
 
 
-def test_softmax_is_float32_unless_asked_otherwise(make_lm: MakeLm) -> None:
+def test_softmax_is_float32_by_default(make_lm: MakeLm) -> None:
     prompts = demo_prompts(3)
     for options, dtype in (({}, torch.float32), ({"softmax_dtype": "bfloat16"}, torch.bfloat16)):
         lm = make_lm(dtype="bfloat16", **options)

@@ -11,9 +11,8 @@ from conftest import BOS, token_ids
 from lm_eval.tasks import TaskManager
 from scoring_runs import KNOWN, MakeLm, demo_prompts, evaluate, read, score
 
-from qlora_harness.families import families
 from qlora_harness.model.adapter_folder import adapter_digest
-from qlora_harness.question_hashes import prompt_hash
+from qlora_harness.schema.mmlu import families, prompt_hash
 from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
 
 

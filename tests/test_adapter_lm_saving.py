@@ -67,7 +67,7 @@ def test_interrupted_run_scores_only_what_is_missing(
 def test_answers_that_come_from_a_cache_do_not_break_the_rest(
     make_lm: MakeLm, manager: TaskManager, known_answers: list[str]
 ) -> None:
-    """After an interrupted run with --use_cache the model is asked some letters of a question."""
+    """After an interrupted run with --use_cache lm_eval may request some letters only."""
     task = manager.load("mmlu_qlora_demo_nutrition")["tasks"]["mmlu_qlora_demo_nutrition"]
     task.build_all_requests(limit=2, rank=0, world_size=1)
     remaining = task.instances[2:]

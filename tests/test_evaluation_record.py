@@ -14,9 +14,9 @@ import pytest
 from scoring_runs import read, refused
 
 from qlora_harness.errors import ResultsError
-from qlora_harness.question_hashes import prompt_hash
 from qlora_harness.results.scored import read_evaluation
 from qlora_harness.schema.evaluation import QuestionRow, accuracy
+from qlora_harness.schema.mmlu import prompt_hash
 from qlora_harness.score.evaluation_record import (
     Family,
     check_folder,
@@ -76,10 +76,7 @@ def test_accuracy_and_its_standard_error(values: list[int]) -> None:
     mean, error = accuracy([bool(value) for value in values])
     assert mean == pytest.approx(statistics.mean(values), abs=1e-15)
     assert error == pytest.approx(stderr(values), abs=1e-15)
-
-
-def test_one_value_has_no_standard_error() -> None:
-    assert accuracy([True]) == (1.0, None)
+    assert accuracy([True]) == (1.0, None)  # one value has no standard error
 
 
 def test_summary_by_question_subject_and_category() -> None:
@@ -256,18 +253,14 @@ def test_a_smaller_run_does_not_replace_a_larger_record(tmp_path: Path) -> None:
     before = read(tmp_path)["tasks"]
     assert write(tmp_path, NINE[:2]) == ["mmlu_qlora_demo"]  # the same questions, scored again
     assert read(tmp_path)["tasks"] == before
-    assert write(tmp_path, NINE[:2], settings={"batch_size": 4}) == []
-    assert read(tmp_path)["tasks"] == before
-    progress = read(tmp_path, PROGRESS)["tasks"]
-    assert len(progress["mmlu_qlora_demo"]) == 9
-
-
-def test_a_record_that_stays_has_its_own_environment(tmp_path: Path) -> None:
-    write(tmp_path, NINE)
-    write(tmp_path, NINE[:2], settings={"batch_size": 4}, environment={"device": {"name": "cpu"}})
+    cpu = {"device": {"name": "cpu"}}
+    assert write(tmp_path, NINE[:2], settings={"batch_size": 4}, environment=cpu) == []
     evaluation = read(tmp_path)
+    assert evaluation["tasks"] == before
     assert evaluation["environment"] == {"device": {"name": "a GPU"}}
     assert evaluation["settings"] == {"batch_size": 1}
+    progress = read(tmp_path, PROGRESS)["tasks"]
+    assert len(progress["mmlu_qlora_demo"]) == 9
 
 
 def test_a_run_of_the_same_size_replaces_the_record(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -24,22 +25,21 @@ def queries(count: int, vocabulary: int = VOCABULARY) -> list[Query]:
     rng = np.random.default_rng(0)
 
     def ids(size: int) -> list[int]:
-        found: list[int] = rng.integers(1, vocabulary, size=size).tolist()
-        return found
+        drawn: list[int] = rng.integers(1, vocabulary, size=size).tolist()
+        return drawn
 
     prefixes = [ids(size) for size in (1, 7, 20)]
     contexts = [[*prefixes[n % 3], *ids(int(rng.integers(1, 9)))] for n in range(count)]
     return [Query(context, ids(size)) for context in contexts for size in (1, 1, 3)]
 
 
-def one_pack(asked: list[Query]) -> Pack:
-    (pack,) = plan(asked, pack_tokens=10**6, window=WINDOW)
+def one_pack(texts: list[Query]) -> Pack:
+    (pack,) = plan(texts, pack_tokens=10**6, window=WINDOW)
     return pack
 
 
 def logprobs(model: Any, pack: Pack, **options: Any) -> list[float]:
-    found: list[float] = PackedModel(model, torch.float32, **options).start(pack).reads().logprobs
-    return list(found)
+    return list(PackedModel(model, torch.float32, **options).start(pack).reads().logprobs)
 
 
 def model_of(kind: str, quantised: bool, keys: int, targets: str | None) -> Any:
@@ -59,19 +59,18 @@ def test_packs_equal_the_models_own_modules(
 ) -> None:
     model = model_of(kind, quantised, keys, targets)
     pack = one_pack(queries(9))
-    wanted = logprobs(model, pack, fused=False)
+    expected = logprobs(model, pack, fused=False)
     assert FusedDecoder.reason_against(model) is None
     for flex in (False, True):
-        assert logprobs(model, pack, flex=flex) == pytest.approx(wanted, abs=1e-5)
+        assert logprobs(model, pack, flex=flex) == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_adapter_is_seen() -> None:
     """The tolerance above tells the models apart."""
     pack = one_pack(queries(9))
-    found = [logprobs(model_of("llama", False, 2, targets), pack) for targets in TARGETS]
-    for place, one in enumerate(found):
-        for other in found[:place]:
-            assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 1e-2
+    scores = [logprobs(model_of("llama", False, 2, targets), pack) for targets in TARGETS]
+    for one, other in combinations(scores, 2):
+        assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 1e-2
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
@@ -114,8 +113,8 @@ def test_moved_weights_take_no_more_memory() -> None:
     assert stored() == before
 
 
-def reading(pack: Pack, places: list[int]) -> Pack:
-    at = np.array(places, dtype=np.int32)
+def reading(pack: Pack, tokens_read: list[int]) -> Pack:
+    at = np.array(tokens_read, dtype=np.int32)
     tokens = (at * 7 + 3) % VOCABULARY
     return Pack(
         *(pack.tokens, pack.positions, pack.end, pack.segments),
@@ -139,12 +138,12 @@ def test_behind_the_last_attention_only_what_is_read_is_computed(
 
     monkeypatch.setattr(ops, "swiglu", noted)
     last, every = [size - 1], list(range(size))
-    for places in (last, [0], every, every[::-1], [5, 2, 5, 5, size - 1, 2]):
-        asked = reading(pack, places)
-        wanted = logprobs(model, asked, fused=False)
+    for tokens_read in (last, [0], every, every[::-1], [5, 2, 5, 5, size - 1, 2]):
+        changed = reading(pack, tokens_read)
+        expected = logprobs(model, changed, fused=False)
         assert not gated
-        assert logprobs(model, asked) == pytest.approx(wanted, abs=1e-5)
-        assert gated == [size, len(set(places))]
+        assert logprobs(model, changed) == pytest.approx(expected, abs=1e-5)
+        assert gated == [size, len(set(tokens_read))]
         gated.clear()
 
 
@@ -223,10 +222,10 @@ def test_adapters_that_are_not_fused_go_the_models_own_way(name: str) -> None:
     model = make()
     assert FusedDecoder.reason_against(model) == reason
     query = Query([1, 2, 3], [4])
-    (found,) = logprobs(model, one_pack([query]))
+    (logprob,) = logprobs(model, one_pack([query]))
     with torch.no_grad():
         row = torch.log_softmax(model(torch.tensor([[1, 2, 3]])).logits[0, -1], dim=-1)
-    assert found == pytest.approx(float(row[4]), abs=1e-4)
+    assert logprob == pytest.approx(float(row[4]), abs=1e-4)
 
 
 def test_weights_of_other_dtypes_are_not_fused() -> None:

@@ -143,7 +143,7 @@ def test_installed_wheel_finds_its_tasks_recipes_and_demo_data(
 import json, qlora_harness
 from qlora_harness import locations
 from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
-from qlora_harness.families import families
+from qlora_harness.schema.mmlu import families
 from qlora_harness.settings import find_recipe, read_recipe
 recipe = find_recipe("qlora-llama2-7b", locations.recipes_dir())
 result = {

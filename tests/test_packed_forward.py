@@ -130,6 +130,7 @@ def test_blocks_of_the_mask_are_those_that_torch_finds(queries: list[Query], fil
 
 
 def test_the_model_is_left_as_it_was(model: Any) -> None:
+    assert why_unsupported(model.config) is None
     before = model.config._attn_implementation
     query = Query([1, 2, 3], [4])
     expected = plain(model, query)
@@ -274,10 +275,6 @@ def test_what_can_not_be_built_ahead_is_left_to_the_first_pack(
 )
 def test_models_it_cannot_take_are_refused(values: dict[str, Any], reason: str) -> None:
     assert reason in str(why_unsupported(SimpleNamespace(**values)))
-
-
-def test_models_it_can_take_are_not_refused(model: Any) -> None:
-    assert why_unsupported(model.config) is None
 
 
 def test_packs_of_any_number_of_lengths_stay_compiled() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scoring_runs import refused
+from scoring_runs import refused, write_summary
 
 from qlora_harness.errors import AdapterError, HarnessError, ResultsError, SettingsError
 from qlora_harness.score.run_choice import ScoringChoice, choose_scored_run
@@ -45,8 +45,7 @@ def write_adapter(folder: Path, record: dict[str, Any] | None = None, **config: 
 
 def write_run(folder: Path, *, finished: str | None, status: str = "completed") -> Path:
     write_adapter(folder / "adapter", RECORD)
-    summary = {"status": status, "finished": finished}
-    (folder / "training_summary.json").write_text(json.dumps(summary))
+    write_summary(folder, finished=finished, status=status)
     return folder
 
 
@@ -148,7 +147,7 @@ def test_names_of_digits_are_texts() -> None:
 
 def test_newest_completed_run_is_the_one_that_finished_last() -> None:
     write_run(Path("results/4bit"), finished="2026-11-24T10:00:00+00:00", status="interrupted")
-    assert "no completed run lies under results/" in refused(pick, SettingsError)
+    assert "no completed run under results/" in refused(pick, SettingsError)
     write_run(Path("results/demo/4bit"), finished="2026-11-24T10:00:00+00:00")
     assert pick().results_dir == Path("results/demo/4bit")
     write_run(Path("results/16bit"), finished="2026-11-24T12:00:00+00:00")
@@ -184,7 +183,7 @@ def test_hub_adapter_is_fetched_at_its_revision_and_leaves_the_cache_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     text = refused(lambda: pick(peft="someone/guanaco-7b"), AdapterError)  # without network
-    assert text.startswith("peft=someone/guanaco-7b is no folder")
+    assert text.startswith("peft=someone/guanaco-7b ")
     snapshot = write_adapter(Path("cache/models--someone--guanaco-7b/snapshots/0123abc"), RECORD)
     fetched = []
 

@@ -23,11 +23,11 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 
 from qlora_harness.errors import DataError
-from qlora_harness.families import families
 from qlora_harness.lm_eval_compat import tasks as compat_tasks
 from qlora_harness.lm_eval_compat.index_cache import cached_index
 from qlora_harness.lm_eval_compat.tasks import extend_index, task_entries
 from qlora_harness.locations import demo_dir
+from qlora_harness.schema.mmlu import families
 from qlora_harness.score import mmlu_files
 from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
 
@@ -94,7 +94,7 @@ def manager(quick_index: None) -> TaskManager:
 
 
 class Recorder(LM):
-    """Notes what it is asked and answers that "B" is likeliest."""
+    """Notes the requests and answers that "B" is likeliest."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ def test_test_subject_is_read_from_xz_by_metadata(quick_index: None, shared_data
 
 
 @pytest.mark.parametrize("num_fewshot", [None, 5])
-def test_model_is_asked_the_prompts_of_the_file_and_nothing_else(
+def test_requests_are_the_prompts_of_the_file_and_nothing_else(
     manager: TaskManager, num_fewshot: int | None
 ) -> None:
     model = Recorder()
@@ -356,7 +356,7 @@ def small_index(**cfg: Any) -> Index:
 
 
 def builds(folder: Path, index: Index, times: int = 1) -> int:
-    """How often an index is built, asked for so many times."""
+    """How many builds `times` calls take."""
     calls: list[int] = []
 
     def build() -> Index:

@@ -16,12 +16,12 @@ import torch
 
 from qlora_harness.benchmark.record import ScoringBenchmark, ScoringMeasurement
 from qlora_harness.errors import SettingsError
-from qlora_harness.families import LETTERS
 from qlora_harness.lm_eval_compat.hflm import Encoded, StockHFLM
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.record import environment, write_json
+from qlora_harness.schema.mmlu import LETTERS
 from qlora_harness.score.adapter_lm import QloraAdapterLM
-from qlora_harness.score.encoding import Pair, encode_pairs
+from qlora_harness.score.encoding import Pair
 from qlora_harness.score.mmlu import is_tie, predict
 from qlora_harness.score.mmlu_files import Question, known_files, load_questions
 from qlora_harness.score.session import TokenScores
@@ -239,9 +239,7 @@ def _hf_way(lm: QloraAdapterLM, batch_size: int) -> _Way:
 def _packed_way(lm: QloraAdapterLM, name: str) -> _Way:
     return _Way(
         name,
-        lambda pairs: [
-            (pair, *ids) for pair, ids in zip(pairs, encode_pairs(lm, pairs), strict=True)
-        ],
+        lm.session.encode,
         lm.session.score_tokens,
     )
 

@@ -1,12 +1,12 @@
-"""Every patch of lm_eval and every private name of it that this project uses.
+"""All our patches of lm_eval, and all its private names that we use.
 
-    hook.py         patches lm_eval as it is imported: model registry, task index, early reading
-    tasks.py        our tasks as entries of lm_eval's index, from the YAML in tasks/
-    index_cache.py  lm_eval's own index, kept between commands
+    hook.py         patches lm_eval on import: model registry, task index, early reading of files
+    tasks.py        adds our tasks from the YAML in tasks/ to lm_eval's index
+    index_cache.py  caches lm_eval's own index between commands
     saving.py       patches the tracker that saves results
-    hflm.py         the subclass of HFLM that loads another way
+    hflm.py         the subclass of HFLM with our loading
 
-`NEEDS` lists the names that may move with a release. tests/test_lm_eval_compat.py checks each one.
+`NEEDS` lists the names that a release may move. tests/test_lm_eval_compat.py checks each.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import NamedTuple
 
 
 class Need(NamedTuple):
-    """A name of lm_eval that we rely on."""
+    """A name of lm_eval that we rely on, with the parameters that we use."""
 
     module: str
     name: str
     parameters: tuple[str, ...]
-    """Of the function, as we call it or as our replacement takes them."""
     reason: str
 
 
@@ -29,15 +28,15 @@ _HFLM = "lm_eval.models.huggingface"
 NEEDS = (
     Need(
         *("lm_eval.api.registry", "model_registry.register", ("aliases", "target")),
-        "releases without plugin discovery learn of --model qlora_adapter here",
+        "registers --model qlora_adapter in releases without plugin discovery",
     ),
     Need(
         *("lm_eval.tasks._index", "TaskIndex.build", ("paths",)),
-        "patched: returns our tasks as well, and lm_eval's own from a cache",
+        "patched: adds our tasks, and takes lm_eval's own from a cache",
     ),
     Need(
         *("lm_eval.tasks._index", "Entry", ("name", "kind", "yaml_path", "cfg", "tags")),
-        "one for each of our tasks and groups, without a YAML file for each",
+        "one for each of our tasks and groups, which have no YAML file each",
     ),
     Need("lm_eval.tasks._index", "Kind.TASK", (), "the kind of such an entry"),
     Need("lm_eval.tasks._index", "Kind.GROUP", (), "the kind of such an entry"),
@@ -51,7 +50,7 @@ NEEDS = (
     ),
     Need(
         *("lm_eval.config.evaluate_config", "EvaluatorConfig", ("tasks", "metadata")),
-        "says which MMLU files those are",
+        "tells which MMLU files those are",
     ),
     Need(
         *("lm_eval.loggers", "EvaluationTracker.save_results_aggregated", ()),
@@ -63,15 +62,15 @@ NEEDS = (
     ),
     Need(
         *(_HFLM, "HFLM._create_model", ("pretrained",)),
-        "overridden: it can't quantise under transformers 5, nor attach an adapter unmerged",
+        "overridden: it can't quantise with transformers 5 or keep an adapter unmerged",
     ),
     Need(
         *(_HFLM, "HFLM._loglikelihood_tokens", ("requests", "disable_tqdm", "override_bs")),
-        "overridden and called: scores token ids; here with a float32 output head",
+        "overridden and called: scores token ids, with our float32 output head",
     ),
     Need(
         *(_HFLM, "HFLM._encode_pair", ("context", "continuation")),
-        "the benchmark times it apart from the scoring",
+        "the benchmark times encoding and scoring separately",
     ),
     Need(_HFLM, "HFLM.model", (), "overridden: public, but set through the private _model"),
     Need(_HFLM, "HFLM.rank", (), "overridden: HFLM counts local processes, and on GPUs only"),

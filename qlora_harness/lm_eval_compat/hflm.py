@@ -1,4 +1,4 @@
-"""HFLM around a model that is loaded elsewhere: the only place that touches its private names."""
+"""HFLM with a model that we load; no other module uses HFLM's private names."""
 
 from __future__ import annotations
 
@@ -19,16 +19,13 @@ if TYPE_CHECKING:
     from qlora_harness.score.scored_model import ScoredModel
 
 Request: TypeAlias = Instance
-Encoded = tuple[Pair, list[int], list[int]]  # with the token ids of context and continuation
+Encoded = tuple[Pair, list[int], list[int]]  # the ids of context and continuation
 
 
 class LoadedHFLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
-    """HFLM, but `load` brings the model to a device, and logits are computed in float32.
+    """HFLM with a model from `load`, called once with the device that HFLM chose.
 
-    Args:
-        load: Called once, after HFLM has chosen the device.
-        exact_logits: False leaves the logits as the model computes them.
-        **options: HFLM's own.
+    `exact_logits` computes the output head in float32. HFLM takes the other options.
     """
 
     loaded: ScoredModel
@@ -42,12 +39,12 @@ class LoadedHFLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
 
     @property
     def model(self) -> Any:
-        """The model that scores."""
+        """The loaded model."""
         return self.loaded.model
 
     @property
     def rank(self) -> int:
-        """This process, of all hosts; HFLM numbers those of a host, and on GPUs only."""
+        """This process's number across hosts; HFLM counts on one host, and GPUs only."""
         accelerator = getattr(self, "accelerator", None)
         return 0 if accelerator is None else int(accelerator.process_index)
 
@@ -62,7 +59,7 @@ class LoadedHFLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
         accelerator = getattr(self, "accelerator", None)
         device = self.device if accelerator is None else accelerator.device
         self.loaded = self._load(torch.device(device))
-        # HFLM ties weights once more, which fails where PEFT has wrapped one of the tied modules.
+        # HFLM ties weights again, which fails if PEFT has wrapped one of the tied modules.
         base_of(self.model).tie_weights = lambda *_, **__: None
 
     def _loglikelihood_tokens(
@@ -79,17 +76,17 @@ class LoadedHFLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
         return scores
 
     def score_plainly(self, encoded: Sequence[Encoded], *, show_progress: bool) -> list[Score]:
-        """Scores token ids through HFLM's own path, batch by batch."""
+        """Scores token ids with HFLM's batches."""
         return self._loglikelihood_tokens(encoded, disable_tqdm=not show_progress)
 
     def score_as_hflm(self, encoded: Sequence[Encoded]) -> list[Score]:
-        """Scores token ids exactly as HFLM does, with the logits that the model computes."""
+        """Scores token ids exactly as HFLM does, without the float32 output head."""
         scores: list[Score] = super()._loglikelihood_tokens(encoded, disable_tqdm=True)
         return scores
 
 
 class StockHFLM:
-    """lm_eval's own `hf` model around weights in memory, one step at a time, to be timed."""
+    """lm_eval's `hf` model with loaded weights, for timing each step."""
 
     def __init__(self, lm: LoadedHFLM, batch_size: int) -> None:
         self._hflm = HFLM(
@@ -102,8 +99,8 @@ class StockHFLM:
         )
 
     def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
-        """Turns texts into token ids, pair by pair."""
-        encode = self._hflm._encode_pair  # noqa: SLF001  # the only way to time it apart
+        """Encodes texts pair by pair."""
+        encode = self._hflm._encode_pair  # noqa: SLF001  # the only way to time it separately
         return [(pair, *encode(*pair)) for pair in pairs]
 
     def score(self, encoded: Sequence[Encoded]) -> list[Score]:

@@ -1,9 +1,9 @@
 """Makes `lm_eval` find our model and tasks.
 
-lm-eval 0.4.13 has no plugin discovery; its main branch reads the entry-point group
-`lm_eval.models`, which this distribution declares. For releases without it there is a start-up
-hook, `qlora_harness_hook.pth`: at interpreter start it adds one finder to sys.meta_path and imports
-nothing. When `lm_eval` is imported, it calls `install`. QLORA_HARNESS_NO_HOOK=1 switches it off.
+lm-eval's main branch finds models by the entry-point group `lm_eval.models`, which we declare;
+0.4.13 does not. So `qlora_harness_hook.pth` calls `install` at interpreter start, which adds a
+finder to sys.meta_path that patches modules of lm_eval after import. QLORA_HARNESS_NO_HOOK=1
+switches it off.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ def install() -> None:
 
 
 def register_model(models: ModuleType) -> None:
-    """Adds our model to the registry, unless this release discovers plugins itself.
+    """Adds our model to the registry, unless this release discovers plugins.
 
-    Before lm_eval.models is executed this would leave the registry non-empty, and lm_eval would
-    never add its own models.
+    It must run after lm_eval.models, which adds its own models to an empty registry only.
     """
     from lm_eval.api import registry
 
@@ -43,7 +42,7 @@ def register_model(models: ModuleType) -> None:
 
 
 def extend_task_index(index_module: ModuleType) -> None:
-    """Lets the index that lm_eval builds hold our tasks as well."""
+    """Adds our tasks to the index that lm_eval builds."""
     index_class = index_module.TaskIndex
     build = index_class.build
 
@@ -56,10 +55,7 @@ def extend_task_index(index_module: ModuleType) -> None:
 
 
 def read_files_first(config_module: ModuleType) -> None:
-    """Lets the command read the MMLU files of its tasks as soon as it knows the tasks.
-
-    lm_eval loads the model in between: a wrong folder would show minutes later.
-    """
+    """Reads the MMLU files before lm_eval loads the model, so that a wrong folder shows at once."""
     config_class = config_module.EvaluatorConfig
     process = config_class.process_tasks
 
@@ -82,7 +78,7 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _Finder:
-    """Finds the modules in `_PATCHES` the usual way, and patches each once it was executed."""
+    """Finds the modules in `_PATCHES` with the other finders, and patches each after import."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -102,7 +98,7 @@ class _Finder:
 
 
 class _Loader:
-    """Another loader, followed by a patch of the module that it executed."""
+    """Patches the module that another loader has executed."""
 
     def __init__(self, loader: Any, patch: Callable[[ModuleType], None]) -> None:
         self._loader = loader
@@ -116,10 +112,10 @@ class _Loader:
         self._loader.exec_module(module)
         try:
             self._patch(module)
-        except Exception as error:  # noqa: BLE001  # an unknown lm_eval must work without us
+        except Exception as error:  # noqa: BLE001  # lm_eval must work even if we can't patch it
             print(
-                f"qlora-harness: this lm_eval could not be extended ({error!r}); its own models "
-                "and tasks work, ours are missing",
+                f"qlora-harness: can't extend this lm_eval ({error!r}); its own models and tasks "
+                "work, ours are missing",
                 file=sys.stderr,
             )
 

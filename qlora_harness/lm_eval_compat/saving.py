@@ -1,4 +1,4 @@
-"""lm_eval swallows errors while it saves results and exits with 0; here they end the run."""
+"""Makes a run fail if lm_eval can't save its results; lm_eval itself would exit with 0."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qlora_harness.errors import ResultsError
 
 
 def verify_saved_results() -> None:
-    """Patches the tracker, once a process: a file missing after saving is a ResultsError."""
+    """Patches lm_eval's tracker once to raise ResultsError for a missing or partial file."""
     from lm_eval.loggers import EvaluationTracker
 
     if getattr(EvaluationTracker, "_qlora_harness", False):

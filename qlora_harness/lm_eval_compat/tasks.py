@@ -1,4 +1,4 @@
-"""Our tasks in lm_eval's index: one entry a subject, from the YAML in tasks/."""
+"""Adds our tasks to lm_eval's index, one entry per subject, from the YAML in tasks/."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import install_excepthook
-from qlora_harness.families import FOLDER, families
 from qlora_harness.lm_eval_compat.index_cache import cached_index
 from qlora_harness.locations import tasks_dir
+from qlora_harness.schema.mmlu import FOLDER, families
 from qlora_harness.score.mmlu_files import load_questions
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def task_entries() -> dict[str, Entry]:
 def build_index(
     build: Callable[..., dict[str, Entry]], paths: list[Path], options: dict[str, Any]
 ) -> dict[str, Entry]:
-    """Builds an index with lm_eval's own `build` and adds our entries."""
+    """Builds an index with lm_eval's `build`, and adds our entries."""
     own = _own_folder()
     if paths == [own] and not options:
         index = cached_index(own, lambda: build(paths))
@@ -61,10 +61,7 @@ def build_index(
 
 
 def extend_index(index: dict[str, Entry], paths: Iterable[Path]) -> dict[str, Entry]:
-    """Adds our entries in place; names that exist stay.
-
-    An index of other folders than lm_eval's own (include_defaults=False) is left alone.
-    """
+    """Adds our entries in place, but only beside lm_eval's own tasks; existing names stay."""
     own = _own_folder()
     if any(Path(path) == own for path in paths):
         logging.getLogger("lm_eval.api.task").addFilter(_is_no_hint_about_our_tasks)
@@ -74,10 +71,7 @@ def extend_index(index: dict[str, Entry], paths: Iterable[Path]) -> dict[str, En
 
 
 def read_mmlu_files(tasks: Iterable[object], metadata: Mapping[str, Any]) -> None:
-    """Reads the files of the tasks that are ours and named; `load_questions` keeps them.
-
-    A missing or damaged file raises DataError.
-    """
+    """Loads the MMLU files of the named tasks; a missing or damaged file raises DataError."""
     names = {task for task in tasks if isinstance(task, str)}
     for family, description in families().items():
         categories = description["categories"]
@@ -94,6 +88,6 @@ def _own_folder() -> Path:
 
 
 def _is_no_hint_about_our_tasks(record: logging.LogRecord) -> bool:
-    """Hides what lm_eval says of every task with a custom_dataset, 57 times a group."""
+    """Hides lm_eval's hint for tasks with a custom_dataset, which comes 57 times per group."""
     text = record.getMessage()
     return not (text.startswith("mmlu_qlora") and "Custom kwargs can be passed" in text)

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qlora_harness.errors import ComparisonError, ResultsError, shown
-from qlora_harness.families import LETTERS
-from qlora_harness.question_hashes import PROMPT_DIGITS, prompts_hash
+from qlora_harness.schema.mmlu import LETTERS
+from qlora_harness.schema.mmlu import PROMPT_DIGITS, prompts_hash
 from qlora_harness.record import EVALUATION_FILE
 from qlora_harness.results.harness import read_samples
 from qlora_harness.results.scored import FAMILIES, Scored

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qlora_harness.errors import ResultsError
-from qlora_harness.families import families
+from qlora_harness.schema.mmlu import families
 from qlora_harness.schema.evaluation import EvaluatedModel, Evaluation
 from qlora_harness.schema.section import flatten, read_record
 

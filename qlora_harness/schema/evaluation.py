@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qlora_harness.question_hashes import PROMPT_DIGITS
+from qlora_harness.schema.mmlu import PROMPT_DIGITS
 from qlora_harness.schema.section import LARGEST, Count, Environment, Header, Number, Section, Share
 
 Letter = Literal["A", "B", "C", "D"]

@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness side: tasks over the QLoRA repository's MMLU files, and the model."""
+"""Scoring with lm-evaluation-harness: the model, and tasks from QLoRA's MMLU files."""
 
 from qlora_harness.callable_package import make_callable
 

@@ -1,4 +1,4 @@
-"""`--model qlora_adapter`: a base in nf4, fp4 or bf16, with an unmerged adapter, for lm_eval."""
+"""`lm_eval --model qlora_adapter`: a base in nf4, fp4 or bf16 with an unmerged adapter."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ logger = logging.getLogger("qlora_harness")
 
 
 class QloraAdapterLM(LoadedHFLM):
-    """A base model and an adapter, scored as HFLM scores, each distinct token once.
+    """Scores a base model with an adapter as HFLM does, but computes each distinct token once.
 
-    The base is loaded by the function that training uses, and the adapter stays unmerged on it:
-    what is scored is what was trained. A ScoringSession answers the requests.
+    Training and scoring load the base with the same function, and the adapter stays unmerged.
 
     Args:
         pretrained: Base model: a Hub id, a folder, or "smollm2". Default: the adapter's.
@@ -32,19 +31,19 @@ class QloraAdapterLM(LoadedHFLM):
         quant: "nf4", "fp4" or "bf16". Default: as trained; bf16 for a base alone.
         double_quant: Whether 4-bit scales are quantised too. Default: as trained.
         revision: Branch, tag or commit of the base.
-        peft_revision: The same of an adapter on the Hub.
+        peft_revision: Branch, tag or commit of an adapter on the Hub.
         dtype: Compute dtype, "bfloat16" or "float32". Default: as trained; for a base alone
             bfloat16 on a GPU and float32 on a CPU.
-        softmax_dtype: dtype of the log-softmax; bfloat16 would make ties.
+        softmax_dtype: dtype of the log-softmax; bfloat16 makes ties.
         results_dir: Folder of the progress and evaluation records.
-        scoring: "packed", or "hf" for HFLM's own path.
-        dequantize: "auto" expands a 4-bit base once (the same values) if memory allows; "never".
+        scoring: "packed", or "hf" for HFLM's batches.
+        dequantize: "auto" expands a 4-bit base once (to the same values) if memory allows, or
+            "never".
         pack_tokens: Most tokens in a forward pass. Default: what fits the device.
-        kernels: "auto" computes packs through fused layers where they take the model; "none"
-            through transformers' own modules.
-        verify: How many texts to score exactly as HFLM does as well, before anything of the model
-            is replaced. More than rounding between the two is an error.
-        **options: Further arguments of HFLM: max_length, batch_size, device, …
+        kernels: "auto" uses fused layers if they support the model, "none" transformers' own.
+        verify: Number of texts to score through unmodified HFLM, too. A difference beyond rounding
+            is an error.
+        **options: Arguments of HFLM: max_length, batch_size, device, …
     """
 
     def __init__(
@@ -105,19 +104,19 @@ class QloraAdapterLM(LoadedHFLM):
         )
 
     def take(self, model: Any, kernels: str) -> None:
-        """Scores with another model of the same kind from now on; an adapter must be plain LoRA."""
+        """Replaces the model with one of the same kind; an adapter must be plain LoRA."""
         self.loaded = replace(self.loaded, model=model, adapter_config=None)
         self.session = ScoringSession(self, replace(self.session.options, kernels=kernels))
 
     def loglikelihood(self, requests: list[Request], disable_tqdm: bool = False) -> list[Score]:
-        """Scores continuations as HFLM does, and records the questions of our MMLU tasks."""
+        """Scores continuations, and records the answers to our MMLU tasks."""
         if self.enable_thinking:  # HFLM refuses this for every log-probability
             refused: list[Score] = super().loglikelihood(requests)
             return refused
         return self.session.answer(requests, show_progress=not disable_tqdm and self.rank == 0)
 
     def get_model_info(self) -> dict[str, Any]:
-        """Returns what the results JSON says of the model, without asking the Hub."""
+        """Returns the model's entry in the results JSON, without a request to the Hub."""
         choice = self.loaded.choice
         settings = self.session.settings_record()
         return {
@@ -149,6 +148,6 @@ class QloraAdapterLM(LoadedHFLM):
     def _check_chat_template(self) -> None:
         if not self.tokenizer.chat_template:
             raise SettingsError(
-                f"--apply_chat_template with {self.loaded.choice.base}, whose tokenizer has none",
-                "Leave it out",
+                f"--apply_chat_template: {self.loaded.choice.base} has no chat template",
+                "Leave the flag out",
             )

@@ -1,9 +1,8 @@
-"""Texts to token ids as HFLM does it, each distinct piece of text once, in batches.
+"""Encodes texts as HFLM does, but each distinct piece of text only once, in batches.
 
-HFLM encodes context and continuation together for every pair and splits the ids at the length of
-the context's own. Here texts are cut where that provably changes nothing: between a non-space and
-a space, with a tokenizer none of whose tokens reaches over such a border. Few-shot prompts then
-fall into pieces that most of them share.
+HFLM encodes context and continuation together, and splits the ids at the length of the context's
+ids. Here texts are cut between a non-space and a space, if no token of the vocabulary crosses such
+a border. Few-shot prompts then share most of their pieces.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from contextlib import contextmanager
 from typing import Any
 
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
-_SAMPLE = 32  # pairs that are encoded the plain way as well
-_ANCHOR = 24  # characters in which the word before a piece is looked for
-_PIECE = 128  # characters that a piece has at least
+_SAMPLE = 32  # pairs encoded whole, too, as a check
+_ANCHOR = 24  # characters to search for the word before a piece
+_PIECE = 128  # least characters of a piece
 _BORDER = re.compile(r"(?<=[^\s▁Ġ]) (?=[^\s▁Ġ])")
 
 Pair = tuple[str, str]
@@ -26,10 +25,7 @@ TokenIds = tuple[list[int], list[int]]  # of the context and the continuation
 
 
 def encode_pairs(lm: Any, pairs: Sequence[Pair]) -> list[TokenIds]:
-    """Encodes (context, continuation) pairs as `TemplateLM.loglikelihood` of the HFLM `lm` does.
-
-    An empty context stands for the prefix token.
-    """
+    """Encodes (context, continuation) pairs as `lm.loglikelihood` of an HFLM does."""
     moved = [_move_spaces(context, continuation) for context, continuation in pairs]
     distinct = list(dict.fromkeys(moved))
     encoded = _by_pieces(lm, distinct) if _is_separable(lm.tokenizer) else {}
@@ -39,16 +35,16 @@ def encode_pairs(lm: Any, pairs: Sequence[Pair]) -> list[TokenIds]:
 
 
 def _whole(lm: Any, pairs: Sequence[Pair]) -> list[TokenIds]:
-    """The plain rule, each distinct text once."""
+    """Encodes pairs as HFLM does, each distinct text once."""
     texts = (text for c, k in pairs if c for text in (c, c + k))
     ids = _encode_distinct(lm, texts)
     return [(ids[c], ids[c + k][len(ids[c]) :]) if c else _without_context(lm, k) for c, k in pairs]
 
 
 def _by_pieces(lm: Any, pairs: Sequence[Pair]) -> dict[Pair, TokenIds]:
-    """Encodes distinct pieces and joins them, for pairs whose continuation is such a piece.
+    """Encodes distinct pieces and joins their ids, for pairs whose continuation is a piece.
 
-    Returns nothing if a piece isn't what it is in its text.
+    Returns an empty dict if the ids differ from those of whole texts.
     """
     added = _added_tokens(lm.tokenizer)
     words = {pair: _word_before(pair[0]) for pair in pairs if _splits(*pair, added)}
@@ -63,16 +59,16 @@ def _by_pieces(lm: Any, pairs: Sequence[Pair]) -> dict[Pair, TokenIds]:
         for context, (head, cut) in pieces.items()
     }
     encoded = {pair: (ids[pair[0]], tails[word, pair[1]]) for pair, word in words.items()}
-    # A tokenizer may do what its vocabulary hides.
+    # The vocabulary does not show all that a tokenizer may do.
     sample = random.Random(0).sample(list(encoded), min(_SAMPLE, len(encoded)))
     confirmed = _whole(lm, sample) == [encoded[pair] for pair in sample]
     return encoded if confirmed else {}
 
 
 def _cut(text: str) -> tuple[str, list[Pair]]:
-    """Cuts a text at the first border of a line, where the piece is long enough.
+    """Cuts a text at the first border of a line once a piece is long enough.
 
-    Returns the first piece, and the others with the word before each.
+    Returns the first piece, then the others, each with the word before it.
     """
     starts = [0]
     while (line := text.find("\n", starts[-1] + _PIECE)) >= 0:
@@ -96,14 +92,14 @@ def _move_spaces(context: str, continuation: str) -> Pair:
 
 
 def _splits(context: str, continuation: str, added: re.Pattern[str] | None) -> bool:
-    """Whether a continuation can be encoded apart from its context."""
+    """Whether a continuation can be encoded without its context."""
     if not _BORDER.match(context[-1:] + continuation[:2], 1):
         return False
     return added is None or not (added.search(continuation) or added.search(context))
 
 
 def _is_separable(tokenizer: Any) -> bool:
-    """Whether no token reaches over a border between a non-space and a space."""
+    """Whether no token crosses a border between a non-space and a space."""
     if not getattr(tokenizer, "is_fast", False):
         return False
     if type(tokenizer.backend_tokenizer.model).__name__ != "BPE":
@@ -114,19 +110,19 @@ def _is_separable(tokenizer: Any) -> bool:
 
 
 def _added_tokens(tokenizer: Any) -> re.Pattern[str] | None:
-    """Finds tokens that stand outside the vocabulary and may swallow the spaces around them."""
+    """Matches added tokens, which may swallow the spaces around them."""
     contents = [token.content for token in tokenizer.added_tokens_decoder.values()]
     return re.compile("|".join(map(re.escape, contents))) if contents else None
 
 
 def _word_before(text: str) -> str:
-    """The end of a text, after which a tail is encoded in place of the whole text."""
+    """The last word of a text, which replaces the text before a tail."""
     words = text[-_ANCHOR:].split()
     return words[-1] if words else text[-1:]
 
 
 def _encode_tails(lm: Any, tails: Iterable[Pair]) -> dict[Pair, list[int]] | None:
-    """The ids that texts add after a word; None if the word's own ids change."""
+    """The ids that each tail adds after its word; None if the word's ids change."""
     distinct = list(dict.fromkeys(tails))
     if not distinct:
         return {}
@@ -146,21 +142,20 @@ def _encode_tails(lm: Any, tails: Iterable[Pair]) -> dict[Pair, list[int]] | Non
 def _encode_distinct(lm: Any, texts: Iterable[str]) -> dict[str, list[int]]:
     distinct = list(dict.fromkeys(texts))
     bos = lm.tokenizer.decode(lm.prefix_token_id)
-    # HFLM adds no second BOS to a text that begins with one; such texts go its own way.
-    special = [text for text in distinct if bos and text.startswith(bos)]
-    plain = [text for text in distinct if not (bos and text.startswith(bos))]
+    # HFLM adds no second BOS to a text that begins with one.
+    special = {text: lm.tok_encode(text) for text in distinct if bos and text.startswith(bos)}
+    plain = [text for text in distinct if text not in special]
     options = {} if lm.add_bos_token is None else {"add_special_tokens": lm.add_bos_token}
-    encoded = {text: lm.tok_encode(text) for text in special}
-    if plain:
-        with _parallel():
-            ids = lm.tokenizer(plain, return_attention_mask=False, **options)["input_ids"]
-        encoded.update(zip(plain, ids, strict=True))
-    return encoded
+    if not plain:
+        return special
+    with _parallel():
+        ids = lm.tokenizer(plain, return_attention_mask=False, **options)["input_ids"]
+    return special | dict(zip(plain, ids, strict=True))
 
 
 @contextmanager
 def _parallel() -> Iterator[None]:
-    """lm_eval switches the tokenizers library to one thread; a batch gains from all of them."""
+    """Undoes lm_eval's limit of the tokenizers library to one thread."""
     before = os.environ.get(_PARALLELISM)
     os.environ[_PARALLELISM] = "true"
     try:
@@ -173,7 +168,7 @@ def _parallel() -> Iterator[None]:
 
 
 def _without_context(lm: Any, continuation: str) -> TokenIds:
-    """An empty context is the prefix token, unless the continuation begins with it."""
+    """Encodes a pair without context: the prefix token is its context."""
     ids = lm.tok_encode(continuation, add_special_tokens=False)
     prefix = lm.prefix_token_id
     return ([prefix], ids) if prefix != ids[0] else (ids[:1], ids[1:])

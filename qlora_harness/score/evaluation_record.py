@@ -1,4 +1,4 @@
-"""What is stored of a scored MMLU run: every question, and accuracies that follow from them."""
+"""Writes the records of a scored MMLU run: its questions, and the accuracies over them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from qlora_harness.errors import ResultsError
-from qlora_harness.families import LETTERS
-from qlora_harness.question_hashes import prompts_hash
 from qlora_harness.record import EVALUATION_FILE, now, remove_leftovers, write_json
 from qlora_harness.schema.evaluation import (
     Evaluation,
@@ -21,22 +19,21 @@ from qlora_harness.schema.evaluation import (
     accuracy,
     micro_macro,
 )
+from qlora_harness.schema.mmlu import LETTERS, prompts_hash
 from qlora_harness.schema.section import read_record
 from qlora_harness.score.mmlu import is_tie, predict
 
-_WRITTEN_SECONDS = 3600.0  # by then no process is still writing a record
+_WRITTEN_SECONDS = 3600.0  # a temporary file of this age belongs to a dead process
 
 _Record = TypeVar("_Record", Progress, Evaluation)
 
 
 class Family(NamedTuple):
-    """What was scored of one task family."""
+    """The scored questions of one task family."""
 
     questions: Sequence[QuestionRow]
-    categories: Mapping[str, Sequence[str]]
-    """Subjects by category."""
-    n_total: int
-    """Questions in the file; more than were scored with --limit or a single subject."""
+    categories: Mapping[str, Sequence[str]]  # subjects by category
+    n_total: int  # questions in the file, of which --limit scores fewer
 
 
 def question_row(
@@ -48,7 +45,7 @@ def question_row(
     logprobs: Sequence[float],
     truncated: bool = False,
 ) -> QuestionRow:
-    """Returns a question with the log-probabilities of " A" … " D" in nats and what follows."""
+    """Returns a question's row from the log-probabilities of " A" … " D" in nats."""
     prediction = predict(logprobs)
     return QuestionRow.model_validate(
         {
@@ -65,7 +62,7 @@ def question_row(
 
 
 def summarise(family: Family) -> TaskScores:
-    """Returns micro and macro accuracy with standard errors, subjects, categories, ties, hash."""
+    """Computes the accuracies of a family, with its ties and the hash of its prompts."""
     rows = family.questions
     by_subject: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
@@ -98,7 +95,7 @@ def summarise(family: Family) -> TaskScores:
 
 
 def progress_rows(questions: Sequence[QuestionRow]) -> list[QuestionRow]:
-    """Returns the questions in the order of the file, each with the accuracy so far."""
+    """Returns the questions in file order, each with the accuracy up to it."""
     rows = []
     right = 0
     for count, row in enumerate(sorted(questions, key=lambda row: row.index), start=1):
@@ -108,7 +105,7 @@ def progress_rows(questions: Sequence[QuestionRow]) -> list[QuestionRow]:
 
 
 def model_slug(name: str) -> str:
-    """Returns a model's name as it stands in file names: meta-llama/Llama-2-7b-hf → llama2_7b."""
+    """Returns a model's name for file names: meta-llama/Llama-2-7b-hf → llama2_7b."""
     short = Path(name).name.lower().removesuffix("-hf")
     short = re.sub(r"^([a-z]+)-(\d)", r"\1\2", short)
     return re.sub(r"[^a-z0-9]+", "_", short).strip("_")
@@ -117,15 +114,14 @@ def model_slug(name: str) -> str:
 def write_records(
     folder: Path, progress_name: str, header: Mapping[str, Any], families: Mapping[str, Family]
 ) -> list[str]:
-    """Writes evaluation_results.json and the progress file of a run.
+    """Writes evaluation_results.json and the progress file, and returns the families written.
 
-    What the same model was scored on before stays: other families; other questions of a family
-    scored with the same settings; and, with other settings, a family of which more questions were
-    scored then. So a later run with --limit, or of one subject, loses nothing. What another model
-    was scored on goes.
+    Earlier results of the same model stay: other families, other questions scored with the same
+    settings, and a family with more questions scored with other settings. So a later run with
+    --limit or of one subject loses nothing. Results of another model are replaced.
 
-    `header` holds arm, model, settings and environment of this run. Returns the families that were
-    written; raises ResultsError where a record that is there is damaged.
+    `header` holds arm, model, settings and environment. Raises ResultsError if an existing record
+    is damaged.
     """
     tasks: dict[str, TaskScores] = {}
     rows: dict[str, list[QuestionRow]] = {}
@@ -160,10 +156,7 @@ def write_records(
 
 
 def check_folder(folder: Path, progress_name: str) -> None:
-    """Checks, before hours of scoring, that the records in a folder can be read and written.
-
-    The folder is made if it is missing. Raises ResultsError.
-    """
+    """Creates the folder if needed; raises ResultsError if its records can't be read or written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -189,7 +182,7 @@ def _existing(path: Path, kind: type[_Record]) -> _Record | None:
 
 
 def _is_of_same_model(record: Progress | Evaluation, header: Mapping[str, Any]) -> bool:
-    """A record of an earlier version lacks some keys of the model."""
+    """Compares the keys that both have; earlier versions wrote fewer."""
     known = record.model.model_dump(exclude_unset=True)
     return record.arm == header["arm"] and all(
         known.get(key, value) == value for key, value in header["model"].items()

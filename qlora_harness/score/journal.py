@@ -1,4 +1,4 @@
-"""Scored texts on disk as they come, so that a killed run loses none of them."""
+"""Saves each scored text at once, so that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -17,21 +17,16 @@ logger = logging.getLogger("qlora_harness")
 
 
 def question_key(context: str, continuation: str) -> str:
-    """Returns the key of a scored text, a hash: equal texts are the same question."""
+    """Returns the hash by which the journal identifies a scored text."""
     return hashlib.sha256(f"{context}\0{continuation}".encode()).hexdigest()[:32]
 
 
 class Journal:
-    """JSON Lines files: a first line that names the model, then one line a scored text.
+    """JSON Lines files whose first line identifies the model, with one line per scored text.
 
-    Each process writes a file of its own and reads those of all. A file of another model or other
-    settings is never read; it is replaced. A line that was cut off, whose checksum fails or whose
-    number is no log-probability is skipped: its text is scored again.
-
-    Args:
-        path: The file of the first process; others add their rank.
-        identity: What the scores depend on: base, revision, adapter content, quantisation, dtypes.
-        rank: This process.
+    Each process writes its own file (`path`, with the rank appended after the first) and reads all.
+    A file with another `identity`, all that scores depend on, is replaced. A damaged line is
+    skipped, and its text scored again.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], rank: int = 0) -> None:
@@ -46,13 +41,13 @@ class Journal:
             known, damaged = self._read(file)
             self.known |= known
             if damaged:
-                logger.warning("%s: %d damaged lines, which are scored again", file, damaged)
+                logger.warning("%s: %d damaged lines; their texts are scored again", file, damaged)
 
     def _files(self) -> list[Path]:
         return [self._first, *sorted(self._first.parent.glob(f"{self._first.name}.*"))]
 
     def _read(self, path: Path) -> tuple[dict[str, tuple[float, bool]], int]:
-        """The scores of a file, and how many of its lines are damaged."""
+        """Returns the scores of a file, and its number of damaged lines."""
         try:
             lines = path.read_bytes().split(b"\n") if path.is_file() else []
         except OSError:
@@ -80,18 +75,18 @@ class Journal:
         return digest.hexdigest()
 
     def append(self, scored: Iterable[tuple[str, float, bool]]) -> None:
-        """Adds (key, log-probability in nats, greedy) and waits until they are on the disk.
+        """Adds (key, log-probability in nats, greedy) and waits until the disk has them.
 
-        Raises ResultsError where the file can't be written.
+        Raises ResultsError if the file can't be written.
         """
         try:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("a" if self._continued else "w", encoding="utf-8")
-                # After a cut-off last line, or as the first line of a new file.
+                # The newline ends a last line that may have been cut off.
                 self._file.write("\n" if self._continued else self._identity + "\n")
             for key, logprob, greedy in scored:
-                if math.isfinite(logprob):  # a fault of this run must not become one of the next
+                if math.isfinite(logprob):  # the next run must not inherit a fault of this one
                     check = self._checksum(key, logprob, greedy)
                     line = {"key": key, "logprob": logprob, "greedy": greedy, "check": check}
                     self._file.write(json.dumps(line) + "\n")
@@ -101,7 +96,7 @@ class Journal:
             raise unwritable(self._path, error) from None
 
     def close(self, remove: bool) -> None:
-        """Closes the file; `remove` removes those of all processes, once records hold it all."""
+        """Closes the file; `remove` deletes the files of all processes."""
         if self._file is not None:
             self._file.close()
             self._file = None

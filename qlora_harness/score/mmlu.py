@@ -1,4 +1,4 @@
-"""The functions that the MMLU task YAML names: its data set and its metrics."""
+"""The data set and the metrics of the MMLU tasks, as their YAML names them."""
 
 from __future__ import annotations
 
@@ -6,31 +6,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_harness.errors import DataError, install_excepthook
-from qlora_harness.families import LETTERS
+from qlora_harness.schema.mmlu import LETTERS
 from qlora_harness.score.mmlu_files import load_questions
 
 
 class Documents(list[dict[str, Any]]):
-    """The rows of a task, at least one, with what lm_eval uses of a data set beside a list.
+    """The rows of a task (at least one) as a list with a data set's `features`.
 
-    It goes through them three times, and `datasets` would convert every row anew each time, which
-    takes longer than all else that is done with it.
+    lm_eval reads the rows three times, and `datasets` would convert each row every time.
     """
 
     @property
     def features(self) -> dict[str, type]:
-        """The columns and the type of each."""
+        """The type of each column."""
         return {name: type(value) for name, value in self[0].items()}
 
 
 def load_subject(
     *, mmlu_file: str, mmlu_subject: str, mmlu_dir: str | None = None, **ignored: Any
 ) -> dict[str, Documents]:
-    """Returns {"test": the questions of a subject} with index (line of the file), input, output.
+    """Returns {"test": the questions of a subject}.
 
-    File and subject come from the task, the folder from `--metadata mmlu_dir=…`; lm_eval passes
-    everything in `--metadata` and `--model_args`. Raises DataError as `load_questions` does, or
-    where the file has no such subject.
+    lm_eval passes all of `--metadata` (such as mmlu_dir=…) and `--model_args`. Raises DataError if
+    the file can't be loaded or lacks the subject.
     """
     install_excepthook()
     documents = Documents(
@@ -39,32 +37,31 @@ def load_subject(
         if q.subject == mmlu_subject
     )
     if not documents:
-        raise DataError(f"{mmlu_file} has no subject {mmlu_subject!r}", "Fetch the file anew")
+        raise DataError(f"{mmlu_file} has no subject {mmlu_subject!r}", "Fetch the file again")
     return {"test": documents}
 
 
 def answer_index(doc: Mapping[str, Any]) -> int:
-    """Returns which of A to D is right, from 0."""
+    """Returns the index of the right letter, from 0."""
     return LETTERS.index(doc["output"])
 
 
 def process_results(
     doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]
 ) -> dict[str, float]:
-    """Scores one question: right if the answer has the highest log-probability of the four.
+    """Returns 1.0 if the answer has the highest log-probability, else 0.0.
 
-    acc and acc_macro are equal for a question; groups average the first over questions and the
-    second over subjects.
+    Groups average acc over questions and acc_macro over subjects.
     """
     right = float(predict([logprob for logprob, _ in results]) == doc["output"])
     return {"acc": right, "acc_macro": right}
 
 
 def predict(logprobs: Sequence[float]) -> str:
-    """Returns the letter of the highest of four values; of a tie, the first, as numpy.argmax."""
+    """Returns the letter with the highest of four values; of a tie, the first."""
     return LETTERS[max(range(len(LETTERS)), key=lambda i: logprobs[i])]
 
 
 def is_tie(logprobs: Sequence[float]) -> bool:
-    """Whether the highest of four values is reached more than once, exactly."""
-    return sorted(logprobs)[-1] == sorted(logprobs)[-2]
+    """Whether several letters share the highest value exactly."""
+    return logprobs.count(max(logprobs)) > 1

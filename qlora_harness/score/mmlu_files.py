@@ -1,7 +1,8 @@
-"""The QLoRA repository's MMLU files: looked for or fetched, checked by hash, read.
+"""Fetches, checks and reads the MMLU files of the QLoRA repository.
 
-Source: https://github.com/artidoro/qlora, data/mmlu (MIT). Despite their ending the files are JSON
-Lines: subject, input (the whole prompt, shots included, ending in "Answer:") and output (a letter).
+Source: https://github.com/artidoro/qlora, data/mmlu (MIT). The files are JSON Lines despite their
+extension. Each line has subject, input (the prompt with its shots, up to "Answer:") and output (a
+letter).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import NamedTuple
 
 from qlora_harness.data.sources import parse_line
 from qlora_harness.errors import DataError
-from qlora_harness.families import LETTERS
 from qlora_harness.locations import cache_dir, demo_dir, expanded
+from qlora_harness.schema.mmlu import LETTERS
 
 COMMIT = "7f4e95a68dc076bea9b3a413d2b512eca6d004e5"
 BASE_URL = f"https://raw.githubusercontent.com/artidoro/qlora/{COMMIT}/data/mmlu/"
@@ -27,7 +28,7 @@ DEMO_FILE = "five_shot_mmlu_demo.json"
 
 
 class PinnedFile(NamedTuple):
-    """SHA-256 of a file of the pinned commit, and its number of questions."""
+    """A file of the pinned commit and its number of questions."""
 
     sha256: str
     rows: int
@@ -53,17 +54,14 @@ PINNED: dict[str, PinnedFile] = {
 class Question:
     """One row of an MMLU file."""
 
-    index: int
-    """Line in the file, from 0."""
+    index: int  # line in the file, from 0
     subject: str
-    prompt: str
-    """Ends in "Answer:", verbatim."""
-    answer: str
-    """A, B, C or D."""
+    prompt: str  # verbatim, ends in "Answer:"
+    answer: str  # A, B, C or D
 
 
 def known_files() -> tuple[str, ...]:
-    """Returns the names that `load_questions` takes."""
+    """Returns the file names that `load_questions` accepts."""
     return (*PINNED, DEMO_FILE)
 
 
@@ -72,16 +70,14 @@ def load_questions(
 ) -> tuple[Question, ...]:
     """Returns the questions of one of the `known_files`.
 
-    It lies in `folder` (maybe as .xz), which `argument` named; without, in the folder in
-    QLORA_MMLU_DIR, else in the user's cache, into which it is fetched once. Raises DataError where
-    it is not known, missing, can't be fetched, has a wrong hash or a bad row.
+    The file, which may be an .xz, comes from `folder` (given by `argument`), else from
+    QLORA_MMLU_DIR, else from the user's cache after one download. Raises DataError if the file is
+    unknown, missing, damaged or can't be fetched.
     """
     if name == DEMO_FILE:
         return _read(demo_dir() / DEMO_FILE, None)
     if name not in PINNED:
-        raise DataError(
-            f"no MMLU file {name!r} is known", f"Name one of {', '.join(known_files())}"
-        )
+        raise DataError(f"unknown MMLU file {name!r}", f"Use one of {', '.join(known_files())}")
     # lm_eval parses mmlu_dir=2024 as a number.
     folder = None if folder is None else str(folder)
     chosen = folder or os.environ.get(DIR_VARIABLE)
@@ -90,13 +86,15 @@ def load_questions(
     source = argument if folder else DIR_VARIABLE
     path = expanded(chosen)
     if not path.is_dir():
-        raise DataError(f"{source}: folder {chosen} does not exist", "Name the folder of the files")
+        raise DataError(
+            f"{source}: folder {chosen} does not exist", "Name the folder with the MMLU files"
+        )
     for candidate in (path / name, path / f"{name}.xz"):
         if candidate.is_file():
             return _read(candidate, PINNED[name].sha256)
     raise DataError(
         f"{source}: {chosen} holds neither {name} nor {name}.xz",
-        f"Put it there, or leave the folder out to fetch it from {BASE_URL}",
+        f"Add the file, or omit the folder to fetch it from {BASE_URL}",
     )
 
 
@@ -120,7 +118,7 @@ def _fetch(name: str) -> Path:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
             f"{name} can't be fetched from {BASE_URL}{name} ({reason[:400]})",
-            f"Check the network, or put the file into a folder and name it in {DIR_VARIABLE}",
+            f"Check the network, or set {DIR_VARIABLE} to a folder with the file",
         ) from None
     return Path(path)
 
@@ -132,32 +130,32 @@ def _read(path: Path, sha256: str | None) -> tuple[Question, ...]:
         if path.suffix == ".xz":
             data = lzma.decompress(data)
     except (OSError, lzma.LZMAError, EOFError) as error:
-        raise DataError(f"{path} can't be read ({error})", "Fetch the file anew") from None
+        raise DataError(f"{path} can't be read ({error})", "Fetch the file again") from None
     if sha256 is not None and (actual := hashlib.sha256(data).hexdigest()) != sha256:
         raise DataError(
             f"{path}: SHA-256 of the content is {actual}, expected {sha256}",
-            "The file is damaged or another version; fetch it anew",
+            "The file is damaged or another version; fetch it again",
         )
     return parse_questions(data, str(path))
 
 
 def parse_questions(data: bytes, file: str) -> tuple[Question, ...]:
-    """Parses JSON Lines in UTF-8; a wrong row is a DataError that names its line of `file`."""
+    """Parses JSON Lines; the DataError for a bad row names its line in `file`."""
     questions: list[Question] = []
     lines = data.decode("utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
-        row = parse_line(line, where, "Fetch the file anew")
+        row = parse_line(line, where, "Fetch the file again")
         if not isinstance(row, Mapping):
             raise DataError(
                 f"{where}: not valid JSON (expected an object, found {type(row).__name__})",
-                "Fetch the file anew",
+                "Fetch the file again",
             )
         questions.append(_question(len(questions), row, where))
     if not questions:
-        raise DataError(f"{file} holds no questions", "Fetch the file anew")
+        raise DataError(f"{file} holds no questions", "Fetch the file again")
     return tuple(questions)
 
 

@@ -1,4 +1,4 @@
-"""Picks the questions of our MMLU tasks out of lm_eval's requests, and records their answers."""
+"""Records the model's answers to our MMLU tasks from lm_eval's requests."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import ResultsError, SettingsError
-from qlora_harness.families import LETTERS, families
-from qlora_harness.question_hashes import prompt_hash
 from qlora_harness.schema.evaluation import QuestionRow
+from qlora_harness.schema.mmlu import LETTERS, families, prompt_hash
 from qlora_harness.score.evaluation_record import (
     Family,
     check_folder,
@@ -31,7 +30,7 @@ Answered = dict[str, dict[int, QuestionRow]]  # by family and line of the file
 
 
 class MmluRecorder:
-    """Records the questions of our tasks in a run folder."""
+    """Records answers to our tasks in a run folder."""
 
     def __init__(self, folder: Path, progress_name: str) -> None:
         self._folder = folder
@@ -40,23 +39,22 @@ class MmluRecorder:
 
     @property
     def journal_path(self) -> Path:
-        """Where scored texts are until a run is done."""
+        """The journal of an unfinished run."""
         return self._folder / f".{self._progress_name}l"
 
     def ours(self, requests: Iterable[Request]) -> list[Request]:
-        """Returns the requests that are questions of our tasks."""
+        """Returns the requests of our tasks."""
         return [r for r in requests if self._family(r) is not None]
 
     def check(self, requests: Sequence[Request]) -> None:
-        """Refuses questions of ours that can't be scored or recorded, before any is scored.
+        """Checks, before scoring, that prompts are unchanged and records can be written.
 
-        Raises SettingsError for other prompts than those of the files, and ResultsError where
-        records can't be written.
+        Raises SettingsError for changed prompts, ResultsError for records that can't be written.
         """
         if any(request.args[0] != request.doc["input"] for request in requests):
             raise SettingsError(
                 "--apply_chat_template or --system_instruction with an mmlu_qlora task",
-                "Leave it out: these prompts are scored verbatim, as QLoRA does",
+                "Leave the flag out: these prompts are scored verbatim, as in QLoRA",
             )
         check_folder(self._folder, self._progress_name)
 
@@ -66,11 +64,10 @@ class MmluRecorder:
         results: Sequence[tuple[float, bool]],
         truncated: set[str],
     ) -> Answered:
-        """Returns the questions of ours that were answered in full.
+        """Returns the questions of our tasks with all four letters scored.
 
-        With --use_cache lm_eval asks for some letters of a question only; it is left out.
-        `truncated` holds the prompts that were longer than the window. Raises ResultsError where a
-        log-probability is not a number.
+        With --use_cache lm_eval may request only some letters. `truncated` holds the prompts that
+        were cut to the window. Raises ResultsError if a log-probability is not finite.
         """
         logprobs: dict[tuple[str, int], dict[int, float]] = defaultdict(dict)
         first: dict[tuple[str, int], tuple[str, Request]] = {}
@@ -82,7 +79,7 @@ class MmluRecorder:
                 raise ResultsError(
                     f"{request.task_name}, question {request.doc_id}: the log-probability of "
                     f"{request.args[1]!r} is {logprob}",
-                    "The model or the adapter is broken; score the base to see which",
+                    "The model or the adapter is broken; score the base alone to find out which",
                 )
             question = request.task_name, request.doc_id
             logprobs[question][request.idx] = logprob
@@ -102,9 +99,9 @@ class MmluRecorder:
         return dict(answered)
 
     def write(self, parts: Iterable[Answered], header: Mapping[str, Any]) -> None:
-        """Writes the records of a run from what each process answered.
+        """Merges the answers of all processes and writes the records.
 
-        `header` is arm, model, settings and environment.
+        `header` holds arm, model, settings and environment.
         """
         rows: Answered = defaultdict(dict)
         for part in parts:
@@ -127,13 +124,13 @@ class MmluRecorder:
                 logger.warning("record of %s written to %s", family, self._folder)
             else:
                 logger.warning(
-                    "record of %s in %s stays: it holds more questions than this run",
+                    "record of %s in %s not replaced: it has more questions than this run",
                     family,
                     self._folder,
                 )
 
     def _family(self, request: Request) -> str | None:
-        """The family of a request's task, or None for a task that is not ours."""
+        """The family of a request's task; None for the tasks of others."""
         subject = request.doc.get("subject") if isinstance(request.doc, dict) else None
         name = request.task_name or ""
         if not isinstance(subject, str) or not name.endswith(f"_{subject}"):

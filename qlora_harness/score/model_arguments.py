@@ -1,4 +1,4 @@
-"""Arguments of `--model_args` for `qlora_adapter`: which are taken, refused, or resolved."""
+"""Checks `--model_args` for `qlora_adapter` and resolves their defaults."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from qlora_harness.errors import SettingsError
 
-# Arguments of HFLM that are passed on. Others would bypass the loading that this model is about.
+# Arguments that HFLM gets. Others would bypass our loading of the model.
 _PASSED_ON = {
     "add_bos_token",
     "batch_size",
@@ -33,7 +33,7 @@ _REMEDIES = {
     "gptqmodel": "Use --model hf",
     "gguf_file": "Use pretrained=smollm2 or a converted folder",
     "token": "Log in with `hf auth login`; a token here would land in the results",
-    "trust_remote_code": "Use a model that needs no code of its own",
+    "trust_remote_code": "Use a model that transformers supports without extra code",
     "tokenizer": "The tokenizer is the adapter's, or the base model's",
     "mixed_precision_dtype": "Use dtype=bfloat16 or dtype=float32",
 }
@@ -42,7 +42,7 @@ _SOFTMAX_DTYPES = (None, "float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How a model is scored, as asked for; see `QloraAdapterLM`. Wrong values: SettingsError."""
+    """The options that `QloraAdapterLM` explains; raises SettingsError for a wrong value."""
 
     scoring: str = "packed"
     kernels: str = "auto"
@@ -59,12 +59,12 @@ class ScoringOptions:
 
     @property
     def exact_logits(self) -> bool:
-        """Whether the output head computes in float32; with scoring=hf, as the model does."""
+        """Whether the output head computes in float32."""
         return self.scoring != "hf"
 
 
 def check_arguments(options: dict[str, Any], softmax_dtype: str | None) -> None:
-    """Refuses arguments for HFLM that can't be honoured, and drops those that are switched off."""
+    """Removes unsupported arguments that are off; raises SettingsError for those that are on."""
     _check_choice("softmax_dtype", softmax_dtype, _SOFTMAX_DTYPES)
     for name in [name for name in options if name not in _PASSED_ON]:
         if options.pop(name) not in (None, False):
@@ -73,30 +73,22 @@ def check_arguments(options: dict[str, Any], softmax_dtype: str | None) -> None:
 
 
 def resolve_dtype(requested: str, recorded: str | None) -> str:
-    """Returns the compute dtype; `recorded` is that of the training, None for a base alone."""
+    """Returns the compute dtype; `recorded` is the one of training, None for a base alone."""
     _check_choice("dtype", requested, ("auto", "bfloat16", "float32"))
     if requested != "auto":
         return requested
     return recorded or ("bfloat16" if torch.cuda.is_available() else "float32")
 
 
-def _check_choice(name: str, value: object, known: tuple[str | None, ...]) -> None:
-    if value not in known:
-        raise SettingsError(
-            f"--model_args {name}={value}", f"Use one of {', '.join(map(str, known))}"
-        )
+def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:
+    if value not in choices:
+        known = ", ".join(map(str, choices))
+        raise SettingsError(f"--model_args {name}={value}", f"Use one of {known}")
 
 
 def _check_count(name: str, value: Any, low: int) -> None:
-    """Refuses counts that are none: lm_eval passes whatever it parses, such as -1.0 for -1."""
-    if value is None:
+    """Checks a count, for which lm_eval passes any type (-1.0 for -1)."""
+    if value is None or (type(value) is int and value >= low):
         return
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and value < low:
-        raise SettingsError(
-            f"--model_args {name}={value:g} is out of range", f"It must be at least {low}"
-        )
-    if not is_number or not isinstance(value, int):
-        raise SettingsError(
-            f"--model_args {name}={value} is not a whole number", "Correct the value"
-        )
+    shown = f"{value:g}" if isinstance(value, float) else value
+    raise SettingsError(f"--model_args {name}={shown}", f"Use a whole number of at least {low}")

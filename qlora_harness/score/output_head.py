@@ -1,8 +1,7 @@
-"""Log-probabilities from hidden states, with the output head's product in float32.
+"""Log-probabilities from hidden states, with an output head in float32.
 
-A logit of a bfloat16 model has steps of 0.125 nats from 16 on, so two answers often tie in it. The
-hidden state tells more: its product with the head's weights is computed in float32 here, only where
-it is read.
+Above 16, bfloat16 logits are 0.125 nats apart, so answers often tie. A float32 product of hidden
+states and weights avoids that; it is computed only where a log-probability is read.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ import torch
 
 from qlora_harness.model.base import is_4bit
 
-_ROWS = 1024  # hidden states at a time, which bounds the memory of their logits
-_COLUMNS = 8192  # of the vocabulary at a time, which bounds that of the weights in float32
+_ROWS = 1024  # hidden states at a time, to bound the memory of logits
+_COLUMNS = 8192  # vocabulary entries at a time, to bound the memory of float32 weights
 
 
 class OutputHead:
     """The output head of a model in float32.
 
-    A plain linear layer is expanded to float32 piece by piece. Any other module, such as one with
-    an adapter, is copied in float32 and runs its own forward; with 4-bit weights it stays as it is.
+    A plain linear layer is converted piece by piece. Any other module, such as one with an adapter,
+    is copied in float32; one with 4-bit weights stays as it is.
     """
 
     def __init__(self, head: torch.nn.Module) -> None:
-        has_hooks = bool(head._forward_hooks)  # noqa: SLF001  # has no public form
+        has_hooks = bool(head._forward_hooks)  # noqa: SLF001  # no public form
         plain = type(head) is torch.nn.Linear and not is_4bit(head) and not has_hooks
         self._weight: Any = head.weight if plain else None
         self._bias: Any = head.bias if plain else None
@@ -72,15 +71,15 @@ class OutputHead:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the log-probabilities [R] of token ids, and whether each is the most probable.
 
-        `hidden` are normalised hidden states [P, H], and `which` [R] int64 says which of them each
-        of the `tokens` [R] int64 follows. The model divides its logits by `scaling`.
+        `hidden` are normalised hidden states [P, H]; token i of `tokens` [R] int64 follows the
+        hidden state `which[i]` [R] int64. The model divides its logits by `scaling`.
         """
         logprobs = torch.empty(len(which), dtype=softmax_dtype, device=hidden.device)
         greedy = torch.empty(len(which), dtype=torch.bool, device=hidden.device)
         for start in range(0, len(hidden), _ROWS):
             logits = self.logits(hidden[start : start + _ROWS]) / scaling
             every = torch.log_softmax(logits, dim=-1, dtype=softmax_dtype)
-            # One piece is the usual case; a mask would make the host wait for a GPU.
+            # One piece is the usual case, and needs no mask, which would make the host wait.
             mine: Any = ...
             if len(hidden) > _ROWS:
                 mine = (which >= start) & (which < start + _ROWS)
@@ -92,13 +91,10 @@ class OutputHead:
 
 @contextlib.contextmanager
 def float32_logits(head: torch.nn.Module) -> Iterator[None]:
-    """Lets a model's output head return logits computed in float32, inside the `with` block.
-
-    What the model does with its logits after the head, such as capping them, stays its own.
-    """
+    """Makes a model's output head compute in float32; the model may still cap its logits."""
     own = OutputHead(head)
     if own.is_module(head):
-        yield  # it computes in float32 already, or can't
+        yield  # already float32, or 4-bit
         return
     handle = head.register_forward_hook(lambda module, args, out: own.logits(args[0]))
     try:

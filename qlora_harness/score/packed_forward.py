@@ -1,8 +1,8 @@
-"""One forward pass over a pack of the prefix tree, with attention along the tree's paths only.
+"""A forward pass over a pack of the prefix tree, with attention along the tree's paths.
 
-Each token sees its ancestors and itself, and its position is its distance from the root, so its
-hidden state is the one it has in the text alone. The output head runs only where a log-probability
-is read; in fused layers so does all that follows the last attention.
+Each token attends to its ancestors and itself, and its position is its depth in the tree, so its
+hidden state is the same as in the text alone. The output head runs only where a log-probability is
+read; fused layers also skip the rest of the last layer elsewhere.
 """
 
 from __future__ import annotations
@@ -28,19 +28,17 @@ logger = logging.getLogger("qlora_harness")
 
 _SMALLEST_HEAD = 16  # that FlexAttention takes
 
-# Decoders whose whole attention goes through transformers' attention interface, causal, with
-# positions given by position_ids. Others fall back to HFLM's own path.
+# Decoders whose attention is causal, uses transformers' attention interface, and takes positions
+# from position_ids only. HFLM scores all others.
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "granite", "phi3")
 PACKED_MODEL_TYPES = frozenset([*_LLAMA_LIKE, "gpt2", "gpt_neox"])
 
 
 class Reads(NamedTuple):
-    """What was read from a pack."""
+    """Results for the R tokens that were read from a pack."""
 
-    logprobs: NDArray[np.float64]
-    """Of each read token, nats, [R]."""
-    greedy: NDArray[np.bool_]
-    """Whether it was the most probable one, [R]."""
+    logprobs: NDArray[np.float64]  # nats, [R]
+    greedy: NDArray[np.bool_]  # whether the token was the most probable, [R]
 
 
 def why_unsupported(config: Any) -> str | None:
@@ -66,30 +64,29 @@ def why_unsupported(config: Any) -> str | None:
     return None
 
 
-class Running:
-    """A pack that was started; on a GPU it may still be at work."""
+class Running(NamedTuple):
+    """A started pack, which a GPU may still be computing."""
 
-    def __init__(self, logprobs: torch.Tensor, greedy: torch.Tensor) -> None:
-        self._logprobs, self._greedy = logprobs, greedy
+    logprobs: torch.Tensor
+    greedy: torch.Tensor
 
     def reads(self) -> Reads:
-        """Waits for the pack and returns what was read."""
-        return Reads(self._logprobs.double().cpu().numpy(), self._greedy.cpu().numpy())
+        """Waits for the pack and returns its results."""
+        return Reads(self.logprobs.double().cpu().numpy(), self.greedy.cpu().numpy())
 
 
 class PackedModel:
-    """Computes packs with a causal language model.
+    """Computes packs with a transformers model, with or without a PEFT adapter.
 
     With fused layers the model must keep its device, dtypes and adapter, and its full-precision
-    weights become views of larger matrices; its own modules go on giving the same numbers. Without,
+    weights become views of larger matrices; its modules still compute the same numbers. Otherwise
     plain LoRA layers are replaced while a pack is computed (see `plain_lora.FastLora`).
 
     Args:
-        model: Of transformers, with or without a PEFT adapter.
-        softmax_dtype: dtype of the log-softmax, or None for float32.
-        flex: FlexAttention with a block mask, or one call of scaled dot product attention a
-            segment; None is FlexAttention on CUDA.
-        fused: Fused layers, or the model's own modules; None is fused where they take the model.
+        softmax_dtype: dtype of the log-softmax; None is float32.
+        flex: Uses FlexAttention rather than scaled dot product attention by segment; by default
+            on CUDA.
+        fused: Uses fused layers rather than the model's modules; by default if they support it.
     """
 
     def __init__(
@@ -103,7 +100,7 @@ class PackedModel:
         self._model = base_of(model)
         self._decoder = getattr(self._model, self._model.base_model_prefix)
         self._head = OutputHead(self._model.get_output_embeddings())
-        # Granite divides its logits, a rule that stands in forward() behind the head.
+        # Granite divides its logits after the head.
         self._logits_scaling = float(getattr(self._model.config, "logits_scaling", 1.0) or 1.0)
         self._softmax_dtype = softmax_dtype
         self._device = next(model.parameters()).device
@@ -112,7 +109,7 @@ class PackedModel:
         if fused is None:
             fused = FusedDecoder.reason_against(model) is None
         self._fused = FusedDecoder(model) if fused else None
-        # Nothing to replace in fused layers, or where there is no adapter.
+        # Fused layers and a base alone have no LoRA layers to replace.
         plain = fused or self._model is model
         dtype = self._model.get_input_embeddings().weight.dtype
         self._fast_lora = contextlib.nullcontext() if plain else FastLora(model, dtype)
@@ -124,17 +121,17 @@ class PackedModel:
         return self._device.type == "cuda"
 
     def build_ahead(self, size: int) -> None:
-        """Begins to build the kernels for packs padded to `size` tokens, in a thread of its own.
+        """Builds the kernels for packs of `size` tokens in a thread, with a pack of one token.
 
-        It computes a padded pack of one token. Errors are left to the first pack, which waits for
-        the thread. Until then nothing else may use the model.
+        The first pack waits for the thread and raises its errors again. Until then nothing else may
+        use the model.
         """
         device = torch.cuda.current_device() if self._device.type == "cuda" else None
 
         def build() -> None:
             try:
                 if device is not None:
-                    torch.cuda.set_device(device)  # each thread has its own
+                    torch.cuda.set_device(device)  # each thread has its own setting
                 (one_token,) = plan([Query([0], [0])], pack_tokens=1, window=1)
                 self._start(one_token, size).reads()
             except Exception as error:  # noqa: BLE001  # the first pack raises it again
@@ -145,13 +142,13 @@ class PackedModel:
         self._building.start()
 
     def wait(self) -> None:
-        """Waits until nothing is being built ahead."""
+        """Waits for `build_ahead`."""
         if self._building is not None:
             self._building.join()
             self._building = None
 
     def start(self, pack: Pack, pad_to: int | None = None) -> Running:
-        """Starts a pack, on a GPU without waiting for it; padded, GPU kernels are built once."""
+        """Starts a pack without waiting for a GPU; one length for all needs one set of kernels."""
         self.wait()
         return self._start(pack, pad_to)
 
@@ -161,7 +158,7 @@ class PackedModel:
         mask = None
         if self._flex:
             size = -(-size // BLOCK) * BLOCK
-            # A padding token has no descendants: only itself sees it.
+            # A padding token has no descendants, so no other token attends to it.
             alone = np.arange(len(pack.tokens) + 1, size + 1, dtype=np.int32)
             mask = block_mask(np.concatenate([pack.end, alone]), self._device)
         segments = pack.segments
@@ -169,22 +166,23 @@ class PackedModel:
             segments = (*segments, Segment(len(pack.tokens), size, ()))
         padding = (0, size - len(pack.tokens))
         tokens, positions = (self._moved(np.pad(x, padding)) for x in (pack.tokens, pack.positions))
-        # Choices of one question are read at the same token: the head runs once for them.
+        # The head runs once for choices that follow the same token.
         distinct, which = map(self._moved, np.unique(pack.read_at, return_inverse=True))
         tree = TreeAttention(segments, mask)
-        logprobs, greedy = self._head.read(
-            self._hidden(tokens[None], positions[None], tree, distinct),
+        hidden = self._hidden(tokens[None], positions[None], tree, distinct)
+        read = self._head.read(
+            hidden,
             which,
             self._moved(pack.read_token),
             scaling=self._logits_scaling,
             softmax_dtype=self._softmax_dtype,
         )
-        return Running(logprobs, greedy)
+        return Running(*read)
 
     def _hidden(
         self, tokens: torch.Tensor, positions: torch.Tensor, tree: TreeAttention, at: torch.Tensor
     ) -> torch.Tensor:
-        """The last hidden states at some tokens, [R, H]."""
+        """The last hidden states at the tokens `at`, [R, H]."""
         if self._fused is not None:
             return self._fused.infer(tokens, positions, tree, at)
         with attending(self._model, tree), self._fast_lora:
@@ -194,5 +192,5 @@ class PackedModel:
         return hidden[0, at]
 
     def _moved(self, values: Any) -> torch.Tensor:
-        """Integers on the device, as int64; without waiting for the device."""
+        """Copies integers to the device as int64, without waiting for it."""
         return to_device(torch.from_numpy(values.astype(np.int64)), self._device)

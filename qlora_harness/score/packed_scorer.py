@@ -1,4 +1,4 @@
-"""Scores queries pack by pack: shares of processes, progress, and what happens out of memory."""
+"""Scores queries pack by pack, shared among processes, in smaller packs if memory runs out."""
 
 from __future__ import annotations
 
@@ -24,20 +24,14 @@ _ROUND = 128
 
 
 class PackedScores(NamedTuple):
-    """Scores by the number of the query, and the tokens that all processes compute for them."""
+    """Scores by query number, and the tokens that all processes compute for them."""
 
     scores: dict[int, Score]
     computed_tokens: int
 
 
 class PackedScorer:
-    """Scores queries with a model, in as few tokens as they distinctly hold.
-
-    Args:
-        model: Computes one pack.
-        window: Longest input of the model, tokens.
-        pack_tokens: Most tokens in a pack.
-    """
+    """Scores queries in packs of at most `pack_tokens`, with inputs of at most `window` tokens."""
 
     def __init__(self, model: PackedModel, *, window: int, pack_tokens: int) -> None:
         self._model = model
@@ -45,12 +39,12 @@ class PackedScorer:
         self.pack_tokens = pack_tokens
 
     def build_ahead(self) -> None:
-        """On a GPU, begins to build the kernels of whole packs; `wait` before anything else."""
+        """Starts to build a GPU's kernels for whole packs; call `wait` before any other use."""
         if self._model.overlaps:
             self._model.build_ahead(self.pack_tokens)
 
     def wait(self) -> None:
-        """Waits until nothing is being built ahead."""
+        """Waits for `build_ahead`."""
         self._model.wait()
 
     def score(
@@ -61,10 +55,10 @@ class PackedScorer:
         show_progress: bool = True,
         on_scored: Callable[[Sequence[tuple[int, Score]]], None] = lambda scored: None,
     ) -> PackedScores:
-        """Scores this process's share of queries, which are the same list on every process.
+        """Scores this process's share of `queries`, which every process gets in full.
 
-        `share` is this process and the number of processes; a share is a run of packs, so mostly
-        whole subtrees. `on_scored` is called after each pack with the queries that it completed.
+        `share` is (rank, processes); a share is a run of packs, so mostly of whole subtrees.
+        `on_scored` gets the queries completed by each pack.
         """
         pending = list(range(len(queries)))
         scores: dict[int, Score] = {}
@@ -88,17 +82,17 @@ class PackedScorer:
                     bar.update(len(fresh))
                 pending = sorted(n for n in mine if n not in scores)
                 if pending:
-                    # Every process must keep its share, so only its own packs are made smaller.
+                    # Each process keeps its share, so it splits its own packs only.
                     share = (0, 1)
                     self.pack_tokens //= 2
                     torch.cuda.empty_cache()
                     logger.warning(
-                        "out of memory: going on with packs of %d tokens", self.pack_tokens
+                        "out of memory: continuing with packs of %d tokens", self.pack_tokens
                     )
         return PackedScores(scores, computed_tokens)
 
     def _computed(self, packs: Sequence[Pack]) -> Iterator[tuple[Pack, Reads]]:
-        """Yields packs with what was read from them; ends early where memory runs out."""
+        """Yields packs with their results; stops early if memory runs out."""
         running: tuple[Pack, Running] | None = None
         for pack in packs:
             try:
@@ -107,7 +101,7 @@ class PackedScorer:
                 if not is_out_of_memory(error) or self.pack_tokens <= _SMALLEST_PACK:
                     raise
                 break
-            # A GPU works on this pack while the results of the one before are put away.
+            # A GPU computes this pack while the host handles the results of the last one.
             if running is not None:
                 yield running[0], running[1].reads()
             running = pack, started
@@ -118,7 +112,7 @@ class PackedScorer:
             yield running[0], running[1].reads()
 
     def _padding(self, pack: Pack, alone: bool) -> int:
-        """On a GPU one length for all packs: kernels are built anew for every other."""
+        """Pads packs to one length on a GPU, which builds kernels for every other length."""
         size = len(pack.tokens)
         if not self._model.overlaps:
             return size
@@ -129,7 +123,7 @@ class PackedScorer:
 
 
 def _share(packs: Sequence[Pack], rank: int, world: int) -> list[Pack]:
-    """A run of packs with about an equal part of the tokens."""
+    """A run of packs with about 1 / world of the tokens."""
     sizes = np.array([len(pack.tokens) for pack in packs], dtype=np.int64)
     middles = np.cumsum(sizes) - sizes / 2
     owner = np.minimum((middles * world / max(1, sizes.sum())).astype(int), world - 1)
@@ -137,7 +131,7 @@ def _share(packs: Sequence[Pack], rank: int, world: int) -> list[Pack]:
 
 
 def _sums(pack: Pack, reads: Reads) -> list[tuple[int, Score]]:
-    """The score of each query: the sum over its tokens, and whether each was the likeliest."""
+    """Sums the log-probabilities of each query; it is greedy if all its tokens are."""
     total = np.bincount(pack.read_query, weights=reads.logprobs)
     misses = np.bincount(pack.read_query, weights=~reads.greedy)
     numbers = np.unique(pack.read_query)
@@ -145,10 +139,10 @@ def _sums(pack: Pack, reads: Reads) -> list[tuple[int, Score]]:
 
 
 def default_pack_tokens(model: torch.nn.Module, device: torch.device) -> int:
-    """Returns a pack size that fits the device, which holds the model already.
+    """Returns a pack size that fits into the device's free memory.
 
-    A token of a pack takes at most ten vectors of the hidden size and four of the intermediate size
-    while it passes through a layer; through a fused layer about four and three.
+    In a layer a token takes at most ten vectors of the hidden and four of the intermediate size; in
+    a fused layer about four and three.
     """
     if device.type != "cuda":
         return _CPU_PACK

@@ -1,10 +1,9 @@
-"""Plans the scoring of many texts as a trie of tokens: each distinct token position computed once.
+"""Plans the scoring of many texts as a trie of tokens, so that shared prefixes are computed once.
 
-Pure planning: no torch, no lm_eval. Sorted lexicographically, sequences that share a prefix stand
-side by side, and what a sequence shares with the one before it is all it shares with any earlier
-one. So a pack is a run of the sorted order: each sequence adds the tokens past its common prefix
-with the one before, in depth-first order of the trie. In that order the ancestors of token q are
-the tokens k <= q with q < end[k], where end[k] is the index after the subtree of k.
+In lexicographic order, a sequence shares its longest prefix with the sequence before it. So a pack
+is a run of sorted sequences, each of which adds the tokens after that prefix: the trie in
+depth-first order. The ancestors of token q are then the tokens k <= q with q < end[k], where end[k]
+is the index after the subtree of k.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Score = tuple[float, bool]  # log-probability in nats, and whether it is the gre
 
 @dataclass(frozen=True)
 class Query:
-    """Token ids, at least one, and those after them whose log-probability is read, at least one."""
+    """Token ids, and those after them whose log-probability is read; neither is empty."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -30,12 +29,11 @@ class Query:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of new tokens in a pack, [start, stop), and the tokens it continues."""
+    """The tokens [start, stop) that a sequence adds to a pack, and their ancestors."""
 
     start: int
     stop: int
-    ancestors: tuple[tuple[int, int], ...]
-    """Ranges [start, stop) of the pack that come before it on its path, from the root."""
+    ancestors: tuple[tuple[int, int], ...]  # ranges [start, stop) of the pack, from the root
 
 
 @dataclass(frozen=True)
@@ -48,26 +46,26 @@ class Pack:
     segments: tuple[Segment, ...]  # in order; they cover the pack
     read_at: IntArray  # indices of tokens, [R]
     read_token: IntArray  # the token whose log-probability is read there, [R]
-    read_query: IntArray  # its query, [R]; the reads of a query are in the order of its tokens
+    read_query: IntArray  # its query, [R]; in the order of the query's tokens
 
 
 class _Row(NamedTuple):
-    """Input tokens, and the queries that have them in common."""
+    """Input tokens and the queries that share them."""
 
     tokens: IntArray
     queries: list[int]
 
 
 def plan(queries: Sequence[Query], *, pack_tokens: int, window: int) -> list[Pack]:
-    """Plans the forward passes that answer all queries, in any order; duplicates cost nothing.
+    """Plans the forward passes that answer all queries; duplicates cost nothing.
 
-    A pack has at most `pack_tokens` tokens; a longer sequence gets a pack of its own. Inputs longer
-    than `window` lose tokens on the left, as with HFLM.
+    A pack has at most `pack_tokens` tokens, unless one sequence is longer. Inputs longer than
+    `window` lose tokens on the left, as in HFLM.
     """
     rows = _distinct_rows(queries, window)
     packs = []
     group: list[_Row] = []
-    shared: list[int] = []  # what each row shares with the one before it; nothing in the first
+    shared: list[int] = []  # length of the prefix shared with the row before; 0 for the first
     size = 0
     for row in rows:
         common = _common(group[-1].tokens, row.tokens) if group else 0
@@ -85,7 +83,7 @@ def plan(queries: Sequence[Query], *, pack_tokens: int, window: int) -> list[Pac
 def _distinct_rows(queries: Sequence[Query], window: int) -> list[_Row]:
     """The distinct inputs in lexicographic order: all but the last token, cut to the window."""
     by_input: dict[bytes, list[int]] = {}
-    # Choices of one token have the input in common, and mostly the very list of its tokens.
+    # Choices of one token share their input, and mostly the same list object.
     known: dict[tuple[int, tuple[int, ...]], bytes] = {}
     for number, query in enumerate(queries):
         read = tuple(query.continuation[:-1])

@@ -1,4 +1,4 @@
-"""What is scored: from model arguments, an adapter's record, or the newest run in ./results."""
+"""Chooses the model to score: by arguments, an adapter's record, or the newest run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from qlora_harness.model.adapter_folder import (
     read_adapter_config,
     read_adapter_record,
 )
-from qlora_harness.record import ADAPTER_DIR, SUMMARY_FILE, nested, read_json
+from qlora_harness.record import ADAPTER_DIR, nested
+from qlora_harness.schema.training import read_summary
 from qlora_harness.score.evaluation_record import model_slug
 from qlora_harness.settings import Quant
 
@@ -24,21 +25,16 @@ _RESULTS = Path("results")
 
 @dataclass(frozen=True)
 class ScoringChoice:
-    """What is scored."""
+    """The model to score, and where its records go."""
 
     base: str
-    revision: str | None
-    """Of the base: branch, tag or commit."""
+    revision: str | None  # of the base: a branch, tag or commit
     quant: Quant
     double_quant: bool
-    compute_dtype: str | None
-    """The record's; None without a record."""
-    adapter: Path | None
-    """Adapter folder; None for the base alone."""
-    recorded: dict[str, Any] | None
-    """What the adapter's record says of its base."""
+    compute_dtype: str | None  # as trained; None without a record
+    adapter: Path | None  # None scores the base alone
+    recorded: dict[str, Any] | None  # the base in the adapter's record
     results_dir: Path
-    """Where progress and evaluation records go."""
 
     @property
     def progress_name(self) -> str:
@@ -57,10 +53,9 @@ def choose_scored_run(
     peft_revision: str | None,
     results_dir: str | None,
 ) -> ScoringChoice:
-    """Decides what is scored from `--model_args`; see `QloraAdapterLM`.
+    """Chooses the model from `--model_args`, which `QloraAdapterLM` explains.
 
-    Raises SettingsError where an argument is missing or has an unknown value, and AdapterError
-    where the adapter can't be read.
+    Raises SettingsError for a missing or unknown argument, AdapterError for an unreadable adapter.
     """
     if quant is not None and quant not in _QUANTS:
         raise SettingsError(f"--model_args quant={quant}", f"Use one of {', '.join(_QUANTS)}")
@@ -118,7 +113,7 @@ def choose_scored_run(
 
 
 def _checked_record(adapter: Path) -> dict[str, Any]:
-    """The adapter's record, empty for an adapter made elsewhere."""
+    """The adapter's record; empty for an adapter that another program made."""
     record = read_adapter_record(adapter)
     if record is None:
         return {}
@@ -132,34 +127,33 @@ def _checked_record(adapter: Path) -> dict[str, Any]:
         if not valid:
             raise AdapterError(
                 f"{adapter / RECORD_FILE}, key {name!r}: {record.get(name)!r}",
-                "Train anew, or remove the file and give pretrained= and quant=",
+                "Train again, or remove the file and give pretrained= and quant=",
             )
     return record
 
 
 def _results_dir(peft: str, adapter: Path, quant: str, recorded_quant: str | None) -> Path:
-    """The run folder of an adapter of ours, the adapter's own folder, or one in ./results."""
-    if not expanded(peft).exists():  # from the Hub: its cache is not ours to write in
+    """The folder of the adapter's run, the adapter's own, or one in ./results."""
+    if not expanded(peft).exists():  # it is in the Hub's cache, which we must not write to
         folder = _RESULTS / peft.replace("/", "__")
     else:
         folder = adapter.parent if adapter.name == ADAPTER_DIR else adapter
-    # On another quantisation than it was trained with it is another model, with its own record.
+    # On a base quantised differently from training it is another model, with its own record.
     return folder if recorded_quant in (None, quant) else folder / f"on_{quant}"
 
 
 def _newest_run() -> Path:
-    """The completed run with an adapter that finished last."""
+    """The last completed run that has an adapter."""
     runs: list[tuple[str, Path]] = []
-    for path in sorted(
-        p for depth in ("*", "*/*") for p in _RESULTS.glob(f"{depth}/{SUMMARY_FILE}")
-    ):
-        summary = read_json(path)
-        has_adapter = (path.parent / ADAPTER_DIR / CONFIG_FILE).is_file()
-        if summary.get("status") == "completed" and has_adapter:
-            runs.append((str(summary.get("finished")), path.parent))
+    for pattern in ("*", "*/*"):
+        for folder in _RESULTS.glob(pattern):
+            summary = read_summary(folder)
+            has_adapter = (folder / ADAPTER_DIR / CONFIG_FILE).is_file()
+            if summary is not None and summary.status == "completed" and has_adapter:
+                runs.append((str(summary.finished), folder))
     if not runs:
         raise SettingsError(
-            f"--model qlora_adapter: no completed run lies under {_RESULTS}/",
+            f"--model qlora_adapter: no completed run under {_RESULTS}/",
             "Train one, or give peft= or pretrained= in --model_args",
         )
     return max(runs)[1]
@@ -175,7 +169,7 @@ def _adapter_folder(peft: str, revision: str | None) -> Path:
         return Path(snapshot_download(peft, revision=revision))
     except Exception as error:  # noqa: BLE001  # the Hub client raises many kinds
         raise AdapterError(
-            f"peft={peft} is no folder and can't be loaded from the Hub "
+            f"peft={peft} is neither a folder nor loadable from the Hub "
             f"({str(error).strip().splitlines()[0]})",
-            "Check the path; adapters of this project lie in results/<arm>/adapter",
+            "Check the path; training saves adapters in results/<arm>/adapter",
         ) from None

@@ -1,4 +1,4 @@
-"""Loads what was chosen to be scored: a base, checked to be the adapter's, and its adapter."""
+"""Loads the chosen base, checks that the adapter was trained on it, and loads the adapter."""
 
 from __future__ import annotations
 
@@ -29,21 +29,17 @@ logger = logging.getLogger("qlora_harness")
 
 @dataclass(frozen=True)
 class ScoredModel:
-    """A model that is ready to be scored, and where it comes from."""
+    """A model ready for scoring, and its origin."""
 
-    model: Any
-    """The base, with its unmerged adapter where there is one."""
+    model: Any  # the base, or the base with an unmerged adapter
     choice: ScoringChoice
     source: BaseSource
-    compute_dtype: str
-    """bfloat16 or float32."""
-    adapter_config: dict[str, Any] | None = None
-    """What the adapter says of itself; None for a base alone."""
-    adapter_sha256: str | None = None
-    """Of the adapter's content; None for a base alone."""
+    compute_dtype: str  # "bfloat16" or "float32"
+    adapter_config: dict[str, Any] | None = None  # None for a base alone
+    adapter_sha256: str | None = None  # of the adapter's content
 
     def record(self) -> dict[str, Any]:
-        """Returns the model as records hold it."""
+        """Returns the "model" section of the records."""
         choice, base = self.choice, base_of(self.model)
         return {
             "base": choice.base,
@@ -61,7 +57,7 @@ class ScoredModel:
 
 
 def load_scored_tokenizer(choice: ScoringChoice, source: BaseSource) -> PreTrainedTokenizerBase:
-    """Loads the adapter's tokenizer, or the base's where none lies beside the adapter."""
+    """Loads the tokenizer saved with the adapter, else the base's."""
     folder = choice.adapter
     if folder is None or not (folder / "tokenizer_config.json").is_file():
         folder = None
@@ -71,10 +67,10 @@ def load_scored_tokenizer(choice: ScoringChoice, source: BaseSource) -> PreTrain
 def load_scored_model(
     choice: ScoringChoice, source: BaseSource, tokens: int, compute_dtype: str, device: torch.device
 ) -> ScoredModel:
-    """Loads base and adapter as they were trained; `tokens` are those of the tokenizer.
+    """Loads base and adapter; `tokens` is the size of the tokenizer.
 
-    Raises ModelError where the base is missing, unreadable or has too few rows for its tokenizer;
-    AdapterError where the adapter was trained on another base or with added tokens, or is broken.
+    Raises ModelError if the base is missing, unreadable or too small for its tokenizer, and
+    AdapterError if the adapter is broken or was trained on another base or with added tokens.
     """
     base = load_base(
         source,
@@ -89,14 +85,8 @@ def load_scored_model(
         return ScoredModel(base, choice, source, compute_dtype)
     _check_base(choice, weights_fingerprint(base))
     model = load_adapter(base, choice.adapter)
-    return ScoredModel(
-        model,
-        choice,
-        source,
-        compute_dtype,
-        adapter_config=read_adapter_config(choice.adapter),
-        adapter_sha256=adapter_digest(choice.adapter),
-    )
+    config, digest = read_adapter_config(choice.adapter), adapter_digest(choice.adapter)
+    return ScoredModel(model, choice, source, compute_dtype, config, digest)
 
 
 def _check_vocabulary(choice: ScoringChoice, tokens: int, rows: int) -> None:
@@ -106,21 +96,21 @@ def _check_vocabulary(choice: ScoringChoice, tokens: int, rows: int) -> None:
         raise ModelError(
             f"pretrained={choice.base}: its tokenizer has {tokens} tokens, its embedding "
             f"{rows} rows",
-            "Put the tokenizer that belongs to the model beside it",
+            "Put the model's own tokenizer into its folder",
         )
     raise AdapterError(
-        f"the tokenizer beside peft={choice.adapter} has {tokens} tokens, the base model {rows}",
+        f"the tokenizer of peft={choice.adapter} has {tokens} tokens, the base model {rows}",
         "This adapter was trained with added tokens, which are not supported",
     )
 
 
 def _check_base(choice: ScoringChoice, fingerprint: str | None) -> None:
-    """Refuses another base than the adapter was trained on, by the fingerprint of its weights."""
+    """Compares the fingerprint of the base's weights with the adapter's record."""
     recorded = choice.recorded or {}
     expected = recorded.get("weights_fingerprint")
     if expected is None or fingerprint is None:
         logger.warning(
-            "whether %s is the base that %s was trained on can't be checked",
+            "can't check whether %s is the base that %s was trained on",
             choice.base,
             choice.adapter,
         )

@@ -1,4 +1,4 @@
-"""How a model is scored, decided before anything of it is changed."""
+"""Chooses how to compute log-probabilities, before the model is changed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,16 @@ from qlora_harness.score.scored_model import ScoredModel
 
 
 class ScoringPath(NamedTuple):
-    """What computes the log-probabilities."""
+    """How log-probabilities are computed."""
 
-    packed: bool
-    """In packs of the prefix tree; else through HFLM's own path."""
-    fused: bool = False
-    """Packs through fused layers; else through the model's own modules."""
-    expanded: bool = False
-    """A 4-bit base expanded once."""
-    reason: str | None = None
-    """Why not packed although that was asked for."""
+    packed: bool  # in packs of the prefix tree, or else by HFLM
+    fused: bool = False  # packs run through fused layers, or else through the model's own
+    expanded: bool = False  # a 4-bit base is dequantised once
+    reason: str | None = None  # why scoring=packed is not possible
 
 
 def choose_path(scored: ScoredModel, options: ScoringOptions) -> ScoringPath:
-    """Decides how a model is scored."""
+    """Chooses the fastest path that the model and the options allow."""
     if options.scoring == "hf":
         return ScoringPath(packed=False)
     model = scored.model
@@ -35,7 +31,7 @@ def choose_path(scored: ScoredModel, options: ScoringOptions) -> ScoringPath:
     allowed = reason is None and options.kernels == "auto"
     fused = allowed and FusedDecoder.reason_against(model) is None
     if reason is None and not fused and not _share_config(base_of(model)):
-        reason = "some of its layers have a configuration of their own"
+        reason = "some of its layers have a separate configuration"
     if reason is not None:
         return ScoringPath(packed=False, reason=reason)
     expanded = (
@@ -57,7 +53,7 @@ def _why_not_packed(scored: ScoredModel) -> str | None:
 
 
 def _share_config(base: Any) -> bool:
-    """Whether the attention of all layers can be set at once; not where PEFT copied layers."""
+    """Whether one call sets the attention of all layers; PEFT may have copied some."""
     return all(getattr(m, "config", base.config) is base.config for m in base.modules())
 
 
@@ -76,10 +72,10 @@ def _is_all_plain(model: Any) -> bool:
 
 
 def _why_adapter_not_packed(model: Any) -> str | None:
-    """Why an adapter can't be computed in packs; PEFT's own modules compute what isn't plain.
+    """Why an adapter can't run in packs.
 
-    In a pack a token stands beside those of other texts, so what an adapter adds to a token may
-    depend on that token's hidden state and on nothing else of the text.
+    A pack mixes tokens of many texts, so the adapter's output for a token may depend only on that
+    token's hidden state.
     """
     from peft.tuners import lora
     from peft.tuners.lora.dora import DoraEmbeddingLayer, DoraLinearLayer

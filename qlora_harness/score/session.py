@@ -1,4 +1,4 @@
-"""From lm_eval's requests to log-probabilities and records: the plan, the journal, the recorder."""
+"""Answers lm_eval's requests, and journals and records those of our tasks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from qlora_harness.errors import ResultsError, SettingsError
-from qlora_harness.families import LETTERS
 from qlora_harness.lm_eval_compat.hflm import Encoded, LoadedHFLM, Request
 from qlora_harness.model.base import dequantise
 from qlora_harness.record import environment, scrub_all
+from qlora_harness.schema.mmlu import LETTERS
 from qlora_harness.score.encoding import Pair, encode_pairs
 from qlora_harness.score.journal import Journal, question_key
 from qlora_harness.score.mmlu_recorder import MmluRecorder
@@ -26,37 +26,31 @@ from qlora_harness.score.scoring_path import choose_path
 
 logger = logging.getLogger("qlora_harness")
 
-# Tokens that a text adds to those sharing its beginning: a low guess, as most add a question.
-_FEW_TOKENS = 16
-# Mean difference, nats, from which on two ways to score are not one: rounding alone stays below.
+_FEW_TOKENS = 16  # a low guess of the tokens that a text adds to a shared prefix
+# Largest mean difference, nats, between two ways of scoring that rounding can explain.
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How far packed scoring is from HFLM's own numbers, in nats."""
+    """Difference between packed scoring and HFLM, in nats."""
 
     mean: float
     largest: float
 
 
 class TokenScores(NamedTuple):
-    """Scores of token ids in their order, and the tokens that packs computed for them."""
+    """Scores of token ids, and the number of tokens that packs computed for them."""
 
     scores: list[Score]
     computed_tokens: int | None
 
 
 class ScoringSession:
-    """Scores requests with one model.
+    """Scores requests with one model, in packs of a trie of token ids (see `prefix_tree`).
 
-    Requests are planned as a trie over token ids and computed pack by pack (see `prefix_tree`).
-    Questions of our MMLU tasks are journaled in the run folder as they come; after an interruption
-    the same command scores the rest.
-
-    Args:
-        lm: Holds the model, its tokenizer and the processes.
-        options: From --model_args.
+    Scores for our MMLU tasks go to a journal in the run folder, so that the same command continues
+    an interrupted run.
     """
 
     def __init__(self, lm: LoadedHFLM, options: ScoringOptions) -> None:
@@ -64,17 +58,16 @@ class ScoringSession:
         choice = lm.loaded.choice
         self.path = choose_path(lm.loaded, options)
         if self.path.reason is not None:
-            logger.warning("scored through HFLM's own path: %s", self.path.reason)
+            logger.warning("scoring with HFLM's batches: %s", self.path.reason)
         self.verification: Verification | None = None
         self._recorder = MmluRecorder(choice.results_dir, choice.progress_name)
         self._packed: PackedModel | None = None
 
     def answer(self, requests: Sequence[Request], *, show_progress: bool) -> list[Score]:
-        """Scores requests of any tasks, and records those of ours.
+        """Scores requests of any task, and records those of our tasks.
 
-        Raises SettingsError for our tasks with other prompts than their files have, or with a
-        tokenizer for which " A" is several tokens; ResultsError where records can't be written, a
-        log-probability is not a number, or `verify` fails.
+        Raises SettingsError if prompts of our tasks were changed or if " A" is several tokens, and
+        ResultsError if records can't be written, a log-probability is not finite or `verify` fails.
         """
         pairs: list[Pair] = [request.args for request in requests]
         journal = self._open_journal(requests)
@@ -87,27 +80,27 @@ class ScoringSession:
         parts = self.lm.gather_object(answered, dst=0)
         if self.lm.rank == 0 and parts is not None and any(parts):
             self._recorder.write(parts, self._header())
-        self.lm.barrier()  # of all processes, also those without a question of ours
+        self.lm.barrier()  # for all processes, also those without a question of our tasks
         if journal is not None:
             journal.close(remove=self.lm.rank == 0)
         return results
 
     def score_tokens(self, encoded: Sequence[Encoded]) -> TokenScores:
-        """Scores token ids, packed where the path says so, and records nothing."""
+        """Scores token ids without a journal or a record."""
         scorer = self._scorer() if self.path.packed else None
         return self._score_with(scorer, encoded, journal=None, show_progress=False)
 
     def expand_base(self) -> None:
-        """Expands a 4-bit base to the values that it computes with, where the path says so."""
+        """Dequantises a 4-bit base if the path says so."""
         if self.path.expanded:
             dequantise(self.lm.model, self.lm.loaded.compute_dtype)
 
     def identity(self) -> dict[str, Any]:
-        """Returns all that a score depends on; a journal serves no other model."""
+        """Returns all that a score depends on, which identifies a journal."""
         return {**self.lm.loaded.record(), **self.settings_record()}
 
     def settings_record(self) -> dict[str, Any]:
-        """Returns how the model is scored, as records hold it."""
+        """Returns the "settings" section of the records."""
         return {
             "batch_size": self.lm.batch_size,
             "dtype": self.lm.loaded.compute_dtype,
@@ -138,7 +131,7 @@ class ScoringSession:
         return [bos] if bos is not None and self.lm.tok_encode("a")[:1] == [bos] else []
 
     def _open_journal(self, requests: Sequence[Request]) -> Journal | None:
-        """The journal of a run with questions of ours, after checks that hours depend on."""
+        """Checks the requests of our tasks, and opens their journal."""
         ours = self._recorder.ours(requests)
         if not ours:
             return None
@@ -160,10 +153,7 @@ class ScoringSession:
     def _score_pairs(
         self, pairs: Sequence[Pair], journal: Journal | None, show_progress: bool
     ) -> tuple[dict[Pair, Score], set[str]]:
-        """Scores distinct pairs, all processes together.
-
-        Returns the scores, and the contexts that were longer than the model's window.
-        """
+        """Scores distinct pairs, and returns the contexts that were cut to the window, too."""
         distinct = list(dict.fromkeys(pairs))
         known = {} if journal is None else _known(journal, distinct)
         pending = self._union([pair for pair in distinct if pair not in known])
@@ -171,12 +161,12 @@ class ScoringSession:
             return known, set()
         scorer = self._scorer() if self.path.packed else None
         if scorer is not None:
-            # Fewer texts may fit into one short pack, for which other kernels are built.
+            # Fewer texts may fit into one short pack, which needs other kernels.
             texts = len({context for context, _ in pending})
             if self.lm.world_size == 1 and texts * _FEW_TOKENS >= scorer.pack_tokens:
                 scorer.build_ahead()
         try:
-            encoded = self._encode(pending)
+            encoded = self.encode(pending)
             scores = self._score_with(scorer, encoded, journal, show_progress).scores
         finally:
             if scorer is not None:
@@ -185,7 +175,8 @@ class ScoringSession:
         truncated = {pair[0] for pair, ids, more in encoded if len(ids) + len(more) > window + 1}
         return known | dict(zip(pending, scores, strict=True)), truncated
 
-    def _encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
+    def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
+        """Encodes texts in batches."""
         return [(pair, *ids) for pair, ids in zip(pairs, encode_pairs(self.lm, pairs), strict=True)]
 
     def _scorer(self) -> PackedScorer:
@@ -193,7 +184,7 @@ class ScoringSession:
             self.expand_base()
             self._packed = PackedModel(self.lm.model, self.lm.softmax_dtype, fused=self.path.fused)
         tokens = self.options.pack_tokens or default_pack_tokens(self.lm.model, self.lm.device)
-        # The shares make the whole only if all processes plan alike.
+        # All processes must plan the same packs.
         return PackedScorer(
             self._packed, window=self.lm.max_length, pack_tokens=min(self._gather(tokens))
         )
@@ -205,7 +196,7 @@ class ScoringSession:
         journal: Journal | None,
         show_progress: bool,
     ) -> TokenScores:
-        """Through HFLM's own path without a scorer."""
+        """Scores with HFLM's batches if there is no scorer."""
         if scorer is None:
             return TokenScores(self.lm.score_plainly(encoded, show_progress=show_progress), None)
 
@@ -225,7 +216,7 @@ class ScoringSession:
         return TokenScores([by_number[n] for n in range(len(encoded))], mine.computed_tokens)
 
     def _gather(self, value: Any) -> list[Any]:
-        """The values of all processes, on each of them."""
+        """The values of all processes."""
         if self.lm.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.lm.world_size
@@ -233,30 +224,29 @@ class ScoringSession:
         return values
 
     def _union(self, pairs: list[Pair]) -> list[Pair]:
-        """The pairs of all processes, in one order; each scores its own through HFLM's path."""
+        """The pairs of all processes in one order, or this process's own for HFLM's batches."""
         if not self.path.packed:
             return pairs
         return list(dict.fromkeys(pair for part in self._gather(pairs) for pair in part))
 
     def _score_sample_as_hflm(self, pairs: Sequence[Pair]) -> dict[Pair, float]:
-        """A random sample for `verify`, with nothing of the model replaced."""
+        """Scores a random sample for `verify` with the unmodified model."""
         if not self.options.verify:
             return {}
         distinct = sorted(set(pairs))
         sample = random.Random(0).sample(distinct, min(self.options.verify, len(distinct)))
-        scores = self.lm.score_as_hflm(self._encode(sample))
+        scores = self.lm.score_as_hflm(self.encode(sample))
         return {pair: logprob for pair, (logprob, _) in zip(sample, scores, strict=True)}
 
     def _verify(
         self, expected: Mapping[Pair, float], scores: Mapping[Pair, Score], journal: Journal | None
     ) -> None:
-        """Ends the run where the two ways differ by more than rounding."""
+        """Raises ResultsError if the two ways differ by more than rounding."""
         differences = [abs(scores[pair][0] - logprob) for pair, logprob in expected.items()]
         mean, largest = sum(differences) / len(differences), max(differences)
         self.verification = Verification(mean, largest)
         logger.warning(
-            "verified: %d texts scored through HFLM's path as well; difference %.2g nats on "
-            "average, %.2g at most",
+            "verified %d texts with HFLM: difference %.2g nats on average, %.2g at most",
             len(differences),
             mean,
             largest,
@@ -265,14 +255,13 @@ class ScoringSession:
             if journal is not None:
                 journal.close(remove=True)
             raise ResultsError(
-                f"verify={self.options.verify}: packed scoring differs from HFLM's path by "
-                f"{mean:.2g} nats on average",
-                "Score with scoring=hf in --model_args, and report this",
+                f"verify={self.options.verify}: packed scoring is {mean:.2g} nats off HFLM's",
+                "Use scoring=hf in --model_args, and report this",
             )
 
 
 def _known(journal: Journal, pairs: Sequence[Pair]) -> dict[Pair, Score]:
-    """What an interrupted run has scored."""
+    """The scores of an interrupted run."""
     if not journal.known:
         return {}
     keys = {pair: question_key(*pair) for pair in pairs}

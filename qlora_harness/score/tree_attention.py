@@ -1,6 +1,6 @@
-"""Attention along the paths of a prefix tree: FlexAttention with a block mask, or run by run.
+"""Attention along the paths of a prefix tree, by FlexAttention with a block mask or by segment.
 
-For fused layers as a function, for transformers' own layers through its attention interface.
+Fused layers call it; transformers' layers get it through its attention interface.
 """
 
 from __future__ import annotations
@@ -29,18 +29,16 @@ _MOST_COMPILED = 1000
 class TreeAttention:
     """Attention of one pack."""
 
-    segments: tuple[Segment, ...]
-    """In order; they cover the pack."""
-    block_mask: BlockMask | None
-    """Of FlexAttention; None attends segment by segment."""
+    segments: tuple[Segment, ...]  # in order; they cover the pack
+    block_mask: BlockMask | None  # for FlexAttention; None attends segment by segment
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
     ) -> torch.Tensor:
         """Returns the attention [T, H, D] of each token to its ancestors and itself.
 
-        q is [T, H, D], in any layout whose last dimension is dense; k and v are [T, K, D], and H is
-        a multiple of K. `scale` None is 1 / sqrt(D).
+        q is [T, H, D] with a dense last dimension; k and v are [T, K, D], and H is a multiple of K.
+        `scale` None is 1 / sqrt(D).
         """
         query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
         if self.block_mask is None:
@@ -73,10 +71,10 @@ _active: TreeAttention | None = None
 
 @contextmanager
 def attending(model: Any, tree: TreeAttention) -> Iterator[None]:
-    """Lets a transformers model's own layers attend along a tree inside the `with` block."""
+    """Makes a transformers model's layers attend along a tree inside the `with` block."""
     global _active
     _register()
-    before = model.config._attn_implementation  # noqa: SLF001  # there is a public setter only
+    before = model.config._attn_implementation  # noqa: SLF001  # only the setter is public
     model.set_attn_implementation(_NAME)
     _active = tree
     try:
@@ -102,10 +100,9 @@ def _active_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of the active pack, in the form of transformers' attention interface.
+    """Adapts the active pack's attention to transformers' interface.
 
-    query is [1, H, T, D], key and value are [1, K, T, D]; the tree is the mask. Returns
-    [1, T, H, D] and no weights.
+    query is [1, H, T, D], key and value are [1, K, T, D]. Returns [1, T, H, D] and no weights.
     """
     assert _active is not None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -119,7 +116,7 @@ def _segment_attention(
     segment: Segment,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Attention of a run of tokens to its ancestors, and causally to itself."""
+    """Attention of a segment to its ancestors, and causally to itself."""
     ranges = [*segment.ancestors, (segment.start, segment.stop)]
     keys = torch.cat([key[:, :, a:b] for a, b in ranges], dim=2)
     values = torch.cat([value[:, :, a:b] for a, b in ranges], dim=2)
@@ -147,12 +144,12 @@ def _flex(compiled: bool) -> Callable[..., torch.Tensor]:
 
 
 def keep_compiling() -> None:
-    """Raises torch's limits on how often a function is compiled, in the thread that calls.
+    """Raises torch's limits on recompilation, in the calling thread.
 
-    Packs of another length or another model are compiled anew. Beyond a limit torch would compute
-    them without a kernel instead, in memory for the scores of all pairs.
+    Each length of pack and each model needs a compilation. Beyond the limit torch would run
+    FlexAttention without a kernel, with memory for the full score matrix.
     """
-    limits = torch._dynamo.config  # noqa: SLF001  # the documented place of these limits
+    limits = torch._dynamo.config  # noqa: SLF001  # documented, despite its name
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         if getattr(limits, name) < _MOST_COMPILED:
             setattr(limits, name, _MOST_COMPILED)
@@ -161,8 +158,8 @@ def keep_compiling() -> None:
 def block_mask(end: Any, device: torch.device) -> BlockMask:
     """Returns FlexAttention's mask of a pack: q sees k when k <= q < end[k].
 
-    `end` [T] int32 is the index after the subtree of each token. What create_block_mask learns by
-    trying all pairs follows from the largest and the smallest end in each block of keys.
+    `end` [T] int32 is the index after each token's subtree. Its largest and smallest value in a
+    block of keys give what create_block_mask finds by trying all pairs.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -181,7 +178,7 @@ def block_mask(end: Any, device: torch.device) -> BlockMask:
     def sees(batch: Any, head: Any, q: Any, k: Any) -> Any:
         return (k <= q) & (q < ends[k])
 
-    # For each block of queries the number of its key blocks, and all key blocks with those first.
+    # For each block of queries, the number of its key blocks, and their indices before the others.
     partial_count, partial_blocks, full_count, full_blocks = (
         to_device(torch.from_numpy(values.astype(np.int32))[None, None], device)
         for blocks in (some & ~every, every)
