@@ -92,7 +92,9 @@ def test_base_with_other_weights_is_refused(
 ) -> None:
     """Of a base with a merged adapter, for example, only linear layers differ."""
     base = another_base(
-        tiny_llama, tmp_path / "other", lambda model: model.get_submodule(layer).weight.mul_(2)
+        tiny_llama,
+        tmp_path / "other",
+        lambda model: model.get_submodule(layer).weight.mul_(2),  # type: ignore[arg-type, operator]
     )
     text = refused(lambda: make_lm(peft=str(adapter), pretrained=base), AdapterError)
     for part in (f"pretrained={base}", f"peft={adapter}", str(tiny_llama), "weights differ"):

@@ -26,7 +26,7 @@ def test_adapter_stays_unmerged_on_a_quantised_base(make_lm: MakeLm, adapter: Pa
     for layer in layers:
         assert not layer.merged
         assert isinstance(layer.get_base_layer(), bitsandbytes.nn.Linear4bit)
-        assert layer.get_base_layer().weight.quant_type == "nf4"
+        assert layer.get_base_layer().weight.quant_type == "nf4"  # type: ignore[union-attr]
         assert layer.lora_A["default"].weight.dtype == torch.float32
     assert not any(parameter.requires_grad for parameter in lm.model.parameters())
     assert not lm.model.training
@@ -171,7 +171,7 @@ def test_model_that_was_begun_ahead_is_the_one_that_scores(
     start = PackedModel._start
 
     def noted(self: PackedModel, pack: Any, pad_to: int | None) -> Any:
-        starts.append((self, pad_to))
+        starts.append((self, pad_to))  # type: ignore[arg-type]
         return start(self, pack, pad_to)
 
     monkeypatch.setattr(PackedModel, "overlaps", True)

@@ -1,4 +1,4 @@
-"""`qh.train` and `qh.score` are the commands, from Python (docs/quickstart.ipynb scores as well)."""
+"""`qh.train` and `qh.compare` from Python; docs/quickstart.ipynb scores as well."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def test_behind_the_last_attention_only_what_is_read_is_computed(
 def with_adapter(**options: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    common = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    common: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     torch.manual_seed(1)
     model = get_peft_model(tiny("llama"), LoraConfig(**common | options))
     for name, parameter in model.named_parameters():

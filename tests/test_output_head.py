@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_logits_are_the_float32_product_of_what_is_there(
 def test_many_hidden_states_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, hidden = head(torch.bfloat16), torch.randn(11, HIDDEN).to(torch.bfloat16)
     which, tokens = torch.tensor([10, 0, 3, 3, 7, 10]), torch.tensor([1, 2, 3, 4, 5, 6])
-    options = {"scaling": 2.0, "softmax_dtype": torch.float32}
+    options: Any = {"scaling": 2.0, "softmax_dtype": torch.float32}
     whole = OutputHead(layer).read(hidden, which, tokens, **options)
     monkeypatch.setattr(output_head, "_ROWS", 4)
     pieces = OutputHead(layer).read(hidden, which, tokens, **options)

@@ -24,8 +24,8 @@ WINDOW = 48
 def tiny(kind: str) -> Any:
     import transformers as tf
 
-    shared = {"vocab_size": VOCABULARY, "attn_implementation": "sdpa"}
-    llama_like = {
+    shared: dict[str, Any] = {"vocab_size": VOCABULARY, "attn_implementation": "sdpa"}
+    llama_like: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
@@ -176,7 +176,7 @@ def test_out_of_memory_halves_the_packs_and_goes_on(model: Any) -> None:
     queries = [Query(rng.integers(0, 40, size=30).tolist(), [1]) for _ in range(80)]
     packed = PackedModel(model, torch.float32)
     limited = RunsOut(packed, 300)
-    scorers = [PackedScorer(m, window=WINDOW, pack_tokens=1024) for m in (packed, limited)]
+    scorers = [PackedScorer(m, window=WINDOW, pack_tokens=1024) for m in (packed, limited)]  # type: ignore[arg-type]
     expected, scored = (s.score(queries, show_progress=False) for s in scorers)
     assert scorers[1].pack_tokens == 256
     assert limited.failed == 2

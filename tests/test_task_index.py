@@ -93,7 +93,7 @@ def manager(quick_index: None) -> TaskManager:
     return TaskManager()
 
 
-class Recorder(LM):
+class Recorder(LM):  # type: ignore[misc]
     """Notes the requests and answers that "B" is likeliest."""
 
     def __init__(self) -> None:
