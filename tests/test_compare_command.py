@@ -210,7 +210,7 @@ def test_python_interface(published: qh.Comparison) -> None:
     assert len(published.answers()) == 8 * 14_042
     assert [path.name for path in qh.runs(PUBLISHED)] == sorted([*SEEDS, *BASES])
     with pytest.raises(AttributeError, match="no attribute 'x'"):
-        qh.x
+        qh.x  # noqa: B018
 
 
 @pytest.mark.parametrize(

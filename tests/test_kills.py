@@ -66,7 +66,7 @@ def is_completed(folder: str) -> bool:
 
 
 def test_killed_training_resumes_to_the_same_numbers(train: Train) -> None:
-    import qlora_harness.train.run
+    import qlora_harness.train.run  # noqa: F401
 
     numbers = random.Random(1)
     options = {"quant": "bf16", "lora_dropout": 0.1, "max_steps": 12, "save_steps": 1}
