@@ -88,7 +88,7 @@ def test_adapter_brings_its_base_its_quantisation_and_its_folder() -> None:
     choice = pick(peft=str(adapter))
     assert choice == ScoringChoice(
         base="meta-llama/Llama-2-7b-hf",
-        revision=BASE["commit"],  # the branch may have moved  # type: ignore[arg-type]  # type: ignore[arg-type]
+        revision=BASE["commit"],  # type: ignore[arg-type]  # the branch may have moved  # type: ignore[arg-type]
         quant=Quant.NF4,
         double_quant=False,
         compute_dtype="bfloat16",
