@@ -66,7 +66,7 @@ def _setting(
     low: float = 0,
     high: float = math.inf,
 ) -> Any:
-    """A field that lies between `low` and `high`; a `listed` one may be a YAML list in a recipe."""
+    """A field between `low` and `high`; a `listed` one may be a YAML list in a recipe."""
     rules = {"choices": tuple(choices or ()), "listed": listed, "low": low, "high": high}
     return field(default=default, metadata={"help": help_text, "unit": unit, **rules})
 

@@ -275,19 +275,19 @@ def manager() -> TaskManager:
 
 @pytest.fixture
 def known_answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Lets every model find "C" likeliest, by a known margin; returns what was asked."""
+    """Lets every model find "C" likeliest, by a known margin; returns the contexts."""
     from scoring_runs import KNOWN
 
     from qlora_harness.score.session import ScoringSession, TokenScores
 
-    asked: list[str] = []
+    contexts: list[str] = []
 
     def answer(self: ScoringSession, scorer: Any, encoded: Any, *options: Any) -> TokenScores:
-        asked.extend(context for (context, _), _, _ in encoded)
+        contexts.extend(context for (context, _), _, _ in encoded)
         return TokenScores([(KNOWN[more], False) for (_, more), _, _ in encoded], None)
 
     monkeypatch.setattr(ScoringSession, "_score_with", answer)
-    return asked
+    return contexts
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def load_kernel(  # noqa: C901  # one kernel for every kind of group
     """Fills M of `bordered`: program (m, c) writes chunk c of row m.
 
     Rows before `second` are the first projection's, those before `third` the second's. PLACE_i is
-    the place of a projection's adapter, -1 without one; a chunk is so many BLOCKS of 64 weights.
+    the place of a projection's adapter, -1 without one; a chunk is BLOCKS blocks of 64 weights.
     """
     row = tl.program_id(0)
     chunk = tl.program_id(1)

@@ -33,7 +33,7 @@ RECORD_FILE = "qlora_harness.json"
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _LARGEST_CONFIG = 1_000_000  # bytes; listing every layer of a 70B model takes 30,000
 _PATTERN_SECONDS = 2.0
-_SAVE_ANEW = "Save the adapter anew"
+_SAVE_AGAIN = "Save the adapter again"
 
 _Rank = Annotated[int, Field(strict=True, ge=1, le=2**31)]
 _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -86,11 +86,11 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         hint = f"Did you mean peft={nested}" if nested.is_dir() else "Name a PEFT adapter folder"
         raise AdapterError(f"peft={folder} holds no {CONFIG_FILE}", hint)
     if path.stat().st_size > _LARGEST_CONFIG:
-        raise AdapterError(f"{path} has {path.stat().st_size:,} bytes", _SAVE_ANEW)
+        raise AdapterError(f"{path} has {path.stat().st_size:,} bytes", _SAVE_AGAIN)
     try:
         config = read_json(path)
     except HarnessError as error:
-        raise AdapterError(error.problem, _SAVE_ANEW) from None
+        raise AdapterError(error.problem, _SAVE_AGAIN) from None
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(
@@ -104,7 +104,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
                 f"{folder / pickled[0]} is pickled, and unpickling can run any code",
                 f"Convert it to {WEIGHTS_FILE}",
             )
-        raise AdapterError(f"{folder} holds no {WEIGHTS_FILE}", _SAVE_ANEW)
+        raise AdapterError(f"{folder} holds no {WEIGHTS_FILE}", _SAVE_AGAIN)
     return config
 
 
@@ -217,7 +217,7 @@ def _read_header(path: Path) -> dict[str, list[int]]:
                 tensor = file.get_slice(name)
                 shapes[name], dtypes[name] = tensor.get_shape(), tensor.get_dtype()
     except Exception as error:  # noqa: BLE001  # kinds of safetensors and of the system
-        raise AdapterError(f"{path} is damaged ({first_line(error):.200})", _SAVE_ANEW) from None
+        raise AdapterError(f"{path} is damaged ({first_line(error):.200})", _SAVE_AGAIN) from None
     for name, dtype in dtypes.items():
         if dtype not in _DTYPES:
             raise AdapterError(
@@ -236,7 +236,7 @@ def _check_replication(ranges: list[list[int]], names: Iterable[str], folder: Pa
     layers, known = sum(end - start for start, end in ranges), max(numbers, default=-1) + 1
     if layers > known:
         raise AdapterError(
-            f"{key}: {layers} layers, but {WEIGHTS_FILE} has weights of {known}", _SAVE_ANEW
+            f"{key}: {layers} layers, but {WEIGHTS_FILE} has weights of {known}", _SAVE_AGAIN
         )
 
 
@@ -279,5 +279,5 @@ def _check_patterns(config: Mapping[str, Any], names: list[str], folder: Path) -
         except subprocess.CalledProcessError:
             reason = "it is not a regular expression"
         raise AdapterError(
-            f"{folder / CONFIG_FILE}, key '{key}': {shown(config[key])}: {reason}", _SAVE_ANEW
+            f"{folder / CONFIG_FILE}, key '{key}': {shown(config[key])}: {reason}", _SAVE_AGAIN
         )

@@ -149,7 +149,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     for name, value in weights.items():
         if not bool(value.isfinite().all()):
             raise AdapterError(
-                f"{path}, tensor {name:.200}: non-finite values", "Train the adapter anew"
+                f"{path}, tensor {name:.200}: non-finite values", "Train the adapter again"
             )
     config.inference_mode = True
     if config.init_lora_weights in _HARMLESS_INITS:
