@@ -16,10 +16,10 @@ from qlora_harness.compare.command import add_arguments
 from qlora_harness.errors import SettingsError, run_command
 
 _SCHEMAS = {
-    "training_summary": "schema.training:TrainingSummary",
-    "training_logs": "schema.training:TrainingLog",
-    "evaluation_results": "schema.evaluation:Evaluation",
-    "mmlu_progress": "schema.evaluation:Progress",
+    "training_summary": "schema.training_records:TrainingSummary",
+    "training_logs": "schema.training_records:TrainingLog",
+    "evaluation_results": "schema.scoring_records:Evaluation",
+    "mmlu_progress": "schema.scoring_records:Progress",
     "comparison": "compare.comparison:Comparison",
 }
 
@@ -130,7 +130,7 @@ def _plan(words: Sequence[str]) -> None:
 
 def _read_runs(args: argparse.Namespace) -> None:
     """Runs a command that only reads; `head` or a pager may close its output early."""
-    from qlora_harness.results.output import PipedConsole, close_quietly
+    from qlora_harness.results.terminal import PipedConsole, close_quietly
 
     try:
         if args.command == "compare":

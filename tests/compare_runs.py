@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.compare import command
-from qlora_harness.schema.evaluation import accuracy
 from qlora_harness.schema.mmlu import LETTERS, prompts_hash
+from qlora_harness.schema.scoring_records import accuracy
 
 FAMILY = "mmlu_qlora_5shot"
 DATE = "2026-11-24T08-14-04.277787"

@@ -12,7 +12,7 @@ import pytest
 from conftest import BOS, EOS, token_ids
 from transformers import AutoTokenizer
 
-from qlora_harness.data.chat import IGNORE, fingerprint
+from qlora_harness.data.chat_encoder import IGNORE, fingerprint
 from qlora_harness.data.conversation import Conversation, Turn
 from qlora_harness.data.corpus import (
     TrainingData,

@@ -15,8 +15,8 @@ from scoring_runs import read, refused
 
 from qlora_harness.errors import ResultsError
 from qlora_harness.results.scored import read_evaluation
-from qlora_harness.schema.evaluation import QuestionRow, accuracy
 from qlora_harness.schema.mmlu import prompt_hash
+from qlora_harness.schema.scoring_records import QuestionRow, accuracy
 from qlora_harness.score.evaluation_record import (
     Family,
     check_folder,

@@ -66,7 +66,7 @@ print("equal")
 
 ELEMENTWISE = """
 import torch
-from qlora_harness.fused import ops, triton_rows
+from qlora_harness.fused import ops, triton_ops
 from qlora_harness.fused.packed_row import Rotation
 
 torch.manual_seed(0)
@@ -80,31 +80,31 @@ for columns in (8, 96, 300):
     weight = torch.randn(columns)
     for other in (None, add):
         a, b = room(5, columns), room(5, columns)
-        total = triton_rows.rms_norm(x, weight, 1e-5, a, other)
+        total = triton_ops.rms_norm(x, weight, 1e-5, a, other)
         near(total, ops.rms_norm(x, weight, 1e-5, b, other))
         near(a, b)
         a, b = room(5, columns), room(5, columns)
         first, second = room(5, columns).copy_(dy), dy.clone()
         more = None if other is None else room(5, columns).copy_(other)
-        triton_rows.rms_norm_backward(first, x, weight, 1e-5, a, more)
+        triton_ops.rms_norm_backward(first, x, weight, 1e-5, a, more)
         ops.rms_norm_backward(second, x, weight, 1e-5, b, more)
         near(a, b)
         near(first, second)
 
 for columns in (5, 192):
     source, out = torch.randn(70, columns), room(70, columns)
-    triton_rows.copy(source, out)
+    triton_ops.copy(source, out)
     assert torch.equal(out, source)
 
 for columns in (8, 1500):
     gates, dy = torch.randn(4, 2 * columns), torch.randn(4, columns)
     a, b = room(4, columns), torch.empty(4, columns)
-    triton_rows.swiglu(gates, a)
+    triton_ops.swiglu(gates, a)
     ops.swiglu(gates, b)
     near(a, b)
     first, second = gates.clone(), gates.clone()
     a, b = room(4, columns).copy_(dy), dy.clone()
-    triton_rows.swiglu_backward(first, a)
+    triton_ops.swiglu_backward(first, a)
     ops.swiglu_backward(second, b)
     near(first, second)
     near(a, b)
@@ -114,7 +114,7 @@ for heads, keys, size in ((4, 4, 8), (6, 2, 12), (3, 1, 2)):
     row = Rotation(angles.cos(), angles.sin())
     first = torch.randn(5, (heads + 2 * keys) * size)
     second = first.clone()
-    triton_rows.rotate(first, heads + keys, row.cos, row.sin)
+    triton_ops.rotate(first, heads + keys, row.cos, row.sin)
     ops.rotate(second, heads + keys, row)
     near(first, second)
 print("equal")
@@ -161,7 +161,7 @@ print("equal")
 CROSS_ENTROPY = """
 import torch
 from torch.nn.functional import cross_entropy
-from qlora_harness.fused import launch, triton_rows
+from qlora_harness.fused import launch, triton_ops
 import qlora_harness.fused.cross_entropy as head
 
 torch.manual_seed(0)
@@ -171,7 +171,7 @@ for vocabulary in (5, 96, 9000):
     expected = cross_entropy(logits, targets, reduction="none")
     (gradient,) = torch.autograd.grad(expected.sum(), logits)
     turned, losses = logits.detach().clone(), torch.full((7,), float("nan"))
-    triton_rows.cross_entropy(turned, targets, losses)
+    triton_ops.cross_entropy(turned, targets, losses)
     assert torch.allclose(losses, expected, rtol=1e-5, atol=1e-6), vocabulary
     assert torch.allclose(turned, gradient, rtol=1e-4, atol=1e-6), vocabulary
 
@@ -179,7 +179,7 @@ logits = 10 * torch.randn(7, 300)
 half = logits.bfloat16()
 expected = half.float().softmax(dim=1)
 expected[torch.arange(7), torch.tensor([0, 299, 1, 2, 3, 2, 0])] -= 1
-triton_rows.cross_entropy(half, torch.tensor([0, 299, 1, 2, 3, 2, 0]), torch.empty(7))
+triton_ops.cross_entropy(half, torch.tensor([0, 299, 1, 2, 3, 2, 0]), torch.empty(7))
 assert torch.allclose(half.float(), expected, rtol=2**-7, atol=1e-6)
 
 hidden = torch.randn(200, 16, requires_grad=True)

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qlora_harness.data.chat import chat_template
+from qlora_harness.data.chat_encoder import chat_template
 from qlora_harness.model.fingerprint import checkpoint_fingerprint
 from qlora_harness.model.lora import load_adapter
 from qlora_harness.score.adapter_lm import QloraAdapterLM

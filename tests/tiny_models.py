@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from qlora_harness.data.chat import IGNORE
+from qlora_harness.data.chat_encoder import IGNORE
 from qlora_harness.fused.host_memory import HostMemory, Stored
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.train.batches import pack_batch, pad_batch

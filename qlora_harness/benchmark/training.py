@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from qlora_harness.benchmark.peers import PEER_WAYS, run_peer
 from qlora_harness.benchmark.record import TrainingBenchmark, TrainingMeasurement, training_row
-from qlora_harness.data.chat import Example
+from qlora_harness.data.chat_encoder import Example
 from qlora_harness.data.corpus import load_training_data
 from qlora_harness.errors import SettingsError, TrainingError
 from qlora_harness.fused.model import FusedDecoder
@@ -34,7 +34,7 @@ from qlora_harness.record import environment, write_json
 from qlora_harness.settings import Settings, build_settings
 from qlora_harness.train.arguments import attach_adapter, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
-from qlora_harness.train.memory import MemoryMeter
+from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.trainer import CountingTrainer, StepLog
 
 _SHARED: dict[str, Any] = {

@@ -15,7 +15,7 @@ from qlora_harness.compare.endpoint import SPECS, absent, measured
 from qlora_harness.compare.record import Endpoint, Estimate, Word
 from qlora_harness.compare.statistics import Floats
 from qlora_harness.results.runs import Run
-from qlora_harness.schema.training import TrainingLog, TrainingSummary
+from qlora_harness.schema.training_records import TrainingLog, TrainingSummary
 
 _FIRST_STEPS = 3  # not timed: kernels are chosen in them
 _FEWEST = 10  # conversations; an interval over fewer says little

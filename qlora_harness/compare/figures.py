@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from qlora_harness.compare.numbers import difference, interval, word
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint, GroupDifference
 from qlora_harness.compare.statistics import wilson
-from qlora_harness.schema.training import TrainingLog
+from qlora_harness.schema.training_records import TrainingLog
 
 # Okabe and Ito's colours, distinct to the colour-blind, on light and dark pages.
 _BASELINE = "#7a828a"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qlora_harness.compare.record import Endpoint
-from qlora_harness.results.output import NOTHING, duration, gib
+from qlora_harness.results.terminal import NOTHING, duration, gib
 
 
 def signed(value: float, digits: int) -> str:

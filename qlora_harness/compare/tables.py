@@ -16,7 +16,7 @@ from qlora_harness.compare.numbers import (
     word,
 )
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Detail
-from qlora_harness.results.output import NOTHING, duration, gib
+from qlora_harness.results.terminal import NOTHING, duration, gib
 
 Row = tuple[str, ...]
 

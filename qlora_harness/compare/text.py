@@ -9,8 +9,8 @@ from qlora_harness.compare.numbers import difference, interval, value, word
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint
 from qlora_harness.compare.tables import Table, tables
 from qlora_harness.compare.verdict import sentences, verdict
-from qlora_harness.results.output import NOTHING
 from qlora_harness.results.scored import DEFAULT_TASK
+from qlora_harness.results.terminal import NOTHING
 
 LINES, COLUMNS = 12, 80
 _DETAILS = 120  # columns

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_harness.data.chat import ChatEncoder, EncodedSet, Example, Tokenizer, fingerprint
+from qlora_harness.data.chat_encoder import ChatEncoder, EncodedSet, Example, Tokenizer, fingerprint
 from qlora_harness.data.conversation import Conversation, Corpus
 from qlora_harness.data.oasst1 import build_conversations
 from qlora_harness.data.sources import Rows, load_splits

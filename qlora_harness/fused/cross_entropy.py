@@ -47,13 +47,13 @@ def _parts(hidden: Tensor, weight: Tensor) -> list[slice]:
 class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        from qlora_harness.fused import triton_rows
+        from qlora_harness.fused import triton_ops
 
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         ctx.gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for part in _parts(hidden, weight):
             logits = hidden[part] @ weight.t()
-            triton_rows.cross_entropy(logits, targets[part], losses[part])
+            triton_ops.cross_entropy(logits, targets[part], losses[part])
             if ctx.gradient is not None:
                 torch.mm(logits, weight, out=ctx.gradient[part])
             del logits  # before the next part's

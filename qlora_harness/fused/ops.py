@@ -1,6 +1,6 @@
 """The elementwise operations of a layer, forward and backward, outside autograd.
 
-Each runs in Triton on CUDA (`triton_rows`), and in plain torch elsewhere, which the tests compare
+Each runs in Triton on CUDA (`triton_ops`), and in plain torch elsewhere, which the tests compare
 with autograd.
 """
 
@@ -22,9 +22,9 @@ def rms_norm(
     As in LLaMA: in float32, cast back, then multiplied by the weight, [H].
     """
     if usable(x):
-        from qlora_harness.fused import triton_rows
+        from qlora_harness.fused import triton_ops
 
-        return triton_rows.rms_norm(x, weight, eps, out, add)
+        return triton_ops.rms_norm(x, weight, eps, out, add)
     total = x if add is None else x + add
     wide = total.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
@@ -40,9 +40,9 @@ def rms_norm_backward(
     Overwrites `gradient` with the normalised rows. x is contiguous; the weight is frozen.
     """
     if usable(x):
-        from qlora_harness.fused import triton_rows
+        from qlora_harness.fused import triton_ops
 
-        triton_rows.rms_norm_backward(gradient, x, weight, eps, out, add)
+        triton_ops.rms_norm_backward(gradient, x, weight, eps, out, add)
         return
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
@@ -56,9 +56,9 @@ def rms_norm_backward(
 def copy(source: Tensor, out: Tensor) -> None:
     """Copies contiguous rows into strided ones; torch's copy takes three times as long on CUDA."""
     if usable(source):
-        from qlora_harness.fused import triton_rows
+        from qlora_harness.fused import triton_ops
 
-        triton_rows.copy(source, out)
+        triton_ops.copy(source, out)
     else:
         out.copy_(source)
 
@@ -66,9 +66,9 @@ def copy(source: Tensor, out: Tensor) -> None:
 def swiglu(gates: Tensor, out: Tensor) -> None:
     """Writes silu(gate) * up to `out`, [T, I]; `gates` is [gate, up], [T, 2 I] and contiguous."""
     if usable(gates):
-        from qlora_harness.fused import triton_rows
+        from qlora_harness.fused import triton_ops
 
-        triton_rows.swiglu(gates, out)
+        triton_ops.swiglu(gates, out)
         return
     gate, up = gates.chunk(2, dim=1)
     torch.mul(silu(gate), up, out=out)
@@ -77,9 +77,9 @@ def swiglu(gates: Tensor, out: Tensor) -> None:
 def swiglu_backward(gates: Tensor, gradient: Tensor) -> None:
     """Overwrites [gate, up] with their gradients, and the product's gradient with the product."""
     if usable(gates):
-        from qlora_harness.fused import triton_rows
+        from qlora_harness.fused import triton_ops
 
-        triton_rows.swiglu_backward(gates, gradient)
+        triton_ops.swiglu_backward(gates, gradient)
         return
     gate, up = gates.chunk(2, dim=1)
     sigmoid = torch.sigmoid(gate.float()).to(gate.dtype)
@@ -94,9 +94,9 @@ def swiglu_backward(gates: Tensor, gradient: Tensor) -> None:
 def rotate(projected: Tensor, heads: int, rotation: Rotation) -> None:
     """Rotates the first `heads` heads of each row, [T, N], in place."""
     if usable(projected):
-        from qlora_harness.fused import triton_rows
+        from qlora_harness.fused import triton_ops
 
-        triton_rows.rotate(projected, heads, rotation.cos, rotation.sin)
+        triton_ops.rotate(projected, heads, rotation.cos, rotation.sin)
         return
     size = rotation.cos.shape[1]
     turned = projected[:, : heads * size].view(len(projected), heads, size)

@@ -23,9 +23,9 @@ from qlora_harness.errors import ComparisonError, ResultsError, shown
 from qlora_harness.schema.mmlu import LETTERS
 from qlora_harness.schema.mmlu import PROMPT_DIGITS, prompts_hash
 from qlora_harness.record import EVALUATION_FILE
-from qlora_harness.results.harness import read_samples
+from qlora_harness.results.lm_eval_files import read_samples
 from qlora_harness.results.scored import FAMILIES, Scored
-from qlora_harness.schema.evaluation import Progress
+from qlora_harness.schema.scoring_records import Progress
 from qlora_harness.schema.section import LARGEST, first_problem, read_record
 
 _OTHER_RUN = "The file is half written or belongs to another run; score again or remove it"

@@ -10,12 +10,12 @@ from rich.table import Table as RichTable
 
 from qlora_harness.errors import ResultsError
 from qlora_harness.record import EVALUATION_FILE, SUMMARY_FILE
-from qlora_harness.results.output import NOTHING, PrintableText, duration, gib
+from qlora_harness.results.terminal import NOTHING, PrintableText, duration, gib
 from qlora_harness.results.runs import find_runs
 from qlora_harness.results.scored import DEFAULT_TASK
-from qlora_harness.schema.evaluation import EvaluatedModel, Evaluation, TaskScores
+from qlora_harness.schema.scoring_records import EvaluatedModel, Evaluation, TaskScores
 from qlora_harness.schema.section import read_record
-from qlora_harness.schema.training import TrainingSummary, read_summary
+from qlora_harness.schema.training_records import TrainingSummary, read_summary
 
 _COLUMNS = ("run", "model", "data", "quant", "status", "GiB", "loss", "MMLU %")
 _NUMBERS = ("GiB", "loss", "MMLU %")

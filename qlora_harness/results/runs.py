@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from qlora_harness.errors import ComparisonError, ResultsError
 from qlora_harness.record import EVALUATION_FILE, LOGS_FILE, SUMMARY_FILE
-from qlora_harness.results.harness import HarnessFile, newest, read_file, read_scored
+from qlora_harness.results.lm_eval_files import HarnessFile, newest, read_file, read_scored
 from qlora_harness.results.scored import Scored, read_evaluation
-from qlora_harness.schema.evaluation import EvaluatedModel
+from qlora_harness.schema.scoring_records import EvaluatedModel
 from qlora_harness.schema.section import flatten, read_record
-from qlora_harness.schema.training import TrainingLog, TrainingSummary, read_summary
+from qlora_harness.schema.training_records import TrainingLog, TrainingSummary, read_summary
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from qlora_harness.errors import ResultsError
 from qlora_harness.schema.mmlu import families
-from qlora_harness.schema.evaluation import EvaluatedModel, Evaluation
+from qlora_harness.schema.scoring_records import EvaluatedModel, Evaluation
 from qlora_harness.schema.section import flatten, read_record
 
 DEFAULT_TASK = "mmlu_qlora_5shot"

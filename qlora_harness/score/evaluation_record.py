@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from qlora_harness.errors import ResultsError
 from qlora_harness.record import EVALUATION_FILE, now, remove_leftovers, write_json
-from qlora_harness.schema.evaluation import (
+from qlora_harness.schema.mmlu import LETTERS, prompts_hash
+from qlora_harness.schema.scoring_records import (
     Evaluation,
     Progress,
     QuestionRow,
@@ -19,7 +20,6 @@ from qlora_harness.schema.evaluation import (
     accuracy,
     micro_macro,
 )
-from qlora_harness.schema.mmlu import LETTERS, prompts_hash
 from qlora_harness.schema.section import read_record
 from qlora_harness.score.mmlu import is_tie, predict
 

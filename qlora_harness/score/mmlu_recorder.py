@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import ResultsError, SettingsError
-from qlora_harness.schema.evaluation import QuestionRow
 from qlora_harness.schema.mmlu import LETTERS, families, prompt_hash
+from qlora_harness.schema.scoring_records import QuestionRow
 from qlora_harness.score.evaluation_record import (
     Family,
     check_folder,

@@ -15,7 +15,7 @@ from qlora_harness.model.adapter_folder import (
     read_adapter_record,
 )
 from qlora_harness.record import ADAPTER_DIR, nested
-from qlora_harness.schema.training import read_summary
+from qlora_harness.schema.training_records import read_summary
 from qlora_harness.score.evaluation_record import model_slug
 from qlora_harness.settings import Quant
 

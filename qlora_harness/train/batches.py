@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from qlora_harness.data.chat import IGNORE, Example
+from qlora_harness.data.chat_encoder import IGNORE, Example
 
 
 class ExampleSet(Dataset[dict[str, list[int]]]):

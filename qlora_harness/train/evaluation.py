@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import send_to_device
 
-from qlora_harness.data.chat import IGNORE, Example
+from qlora_harness.data.chat_encoder import IGNORE, Example
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch
 
 if TYPE_CHECKING:

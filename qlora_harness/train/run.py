@@ -17,7 +17,7 @@ from filelock import FileLock
 from transformers import TrainerState
 from transformers.utils import logging as transformers_logging
 
-from qlora_harness.data.chat import chat_template, show
+from qlora_harness.data.chat_encoder import chat_template, show
 from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.errors import AdapterError, RunError, SettingsError, TrainingError
 from qlora_harness.fused.host_memory import memory_of_a_process
@@ -38,14 +38,14 @@ from qlora_harness.record import (
     TRAINER_STATE_FILE,
     scrub_all,
 )
-from qlora_harness.schema.training import EvaluationLosses
+from qlora_harness.schema.training_records import EvaluationLosses
 from qlora_harness.settings import Settings
 from qlora_harness.train.arguments import attach_adapter, planned_steps, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkpoint_step
 from qlora_harness.train.cpu import bfloat16_slowdown, use_all_cores
 from qlora_harness.train.evaluation import ConversationLosses, evaluate_loss
-from qlora_harness.train.memory import MemoryMeter
+from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
 from qlora_harness.train.ranks import device_of, on_main, say, start_processes

@@ -29,7 +29,7 @@ from qlora_harness.record import (
     scrub_all,
 )
 from qlora_harness.schema.section import read_record
-from qlora_harness.schema.training import EvaluationLosses, TrainingLog, TrainingSummary
+from qlora_harness.schema.training_records import EvaluationLosses, TrainingLog, TrainingSummary
 from qlora_harness.settings import Settings, flag_of, setting_fields
 from qlora_harness.train.checkpoints import (
     all_checkpoints,

@@ -22,7 +22,7 @@ from qlora_harness.model.base import (
 )
 from qlora_harness.record import SUMMARY_FILE, environment, nested, now, scrub_all, write_json
 from qlora_harness.schema.section import Environment
-from qlora_harness.schema.training import (
+from qlora_harness.schema.training_records import (
     DataReport,
     Memory,
     Process,
@@ -35,7 +35,7 @@ from qlora_harness.schema.training import (
 )
 from qlora_harness.settings import Settings
 from qlora_harness.train.evaluation import ConversationLosses
-from qlora_harness.train.memory import MemoryMeter, largest_peaks
+from qlora_harness.train.memory_meter import MemoryMeter, largest_peaks
 from qlora_harness.train.process import host_id, short_hash, this_process
 
 # Not counted in the throughput: these steps choose kernels and map memory.

@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from qlora_harness.data.chat import IGNORE
+from qlora_harness.data.chat_encoder import IGNORE
 from qlora_harness.errors import HarnessError, TrainingError
 from qlora_harness.record import LOGS_FILE, write_json
-from qlora_harness.schema.training import EvaluationLosses, StepRow, TrainingLog
+from qlora_harness.schema.training_records import EvaluationLosses, StepRow, TrainingLog
 from qlora_harness.train.checkpoints import cannot_be_loaded
 from qlora_harness.train.measured_step import Clock, MeasuredStep
-from qlora_harness.train.memory import MemoryMeter
+from qlora_harness.train.memory_meter import MemoryMeter
 
 _WRITE_EVERY_SECONDS = 10.0
 

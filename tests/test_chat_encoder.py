@@ -13,7 +13,7 @@ import pytest
 from conftest import BOS, EOS, token_ids, write_tokenizer
 from transformers import AutoTokenizer
 
-from qlora_harness.data.chat import (
+from qlora_harness.data.chat_encoder import (
     IGNORE,
     TEMPLATES,
     ChatEncoder,

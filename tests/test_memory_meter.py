@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora_harness.train import memory
-from qlora_harness.train.memory import MemoryMeter, PhasePeak, largest_peaks, managed_bytes
+from qlora_harness.train import memory_meter as memory
+from qlora_harness.train.memory_meter import MemoryMeter, PhasePeak, largest_peaks, managed_bytes
 
 MIB = 2**20
 
@@ -47,7 +47,7 @@ def test_peaks_and_samples_belong_to_their_phase() -> None:
     """In a new process, because memory freed by other tests would be reused."""
     code = """
 import torch
-from qlora_harness.train.memory import MemoryMeter
+from qlora_harness.train.memory_meter import MemoryMeter
 memory = MemoryMeter(torch.device("cpu"), 0)
 for phase, size in (("load", 400), ("train", 20)):
     with memory.phase(phase):

@@ -15,7 +15,7 @@ from pydantic_core import from_json
 from qlora_harness.errors import ResultsError, shown
 from qlora_harness.record import nested, read_json
 from qlora_harness.results.scored import FAMILIES, Scored, Subject, category_of
-from qlora_harness.schema.evaluation import EvaluatedModel
+from qlora_harness.schema.scoring_records import EvaluatedModel
 from qlora_harness.schema.section import LARGEST, Count, Number, first_problem, flatten
 
 # results_2026-11-24T08-14-04.277787.json; isoformat() omits a fraction of zero.
