@@ -1,10 +1,11 @@
 # make demo: trains NF4 and bf16 on the embedded data with SmolLM2, scores both and the base, compares.
 # make test: the test suite.   make check: style, types, tests.   make docs: tables and picture from the records.
 # make matrix: the tests with the oldest and the newest supported versions.
-# Each makes .venv if it is missing. PYTHON=python3.12 make … chooses the interpreter.
+# Each makes .venv if it is missing. JOBS is the number of test processes. PYTHON=python3.12 make … chooses the interpreter.
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEMO := results/demo
@@ -25,14 +26,14 @@ demo: $(READY)
 	$(BIN)/qlora-harness compare $(DEMO)/4bit $(DEMO)/16bit $(DEMO)/base_16bit
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy tests --allow-untyped-calls --allow-untyped-decorators --no-warn-return-any --implicit-reexport --no-strict-equality
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qlora-harness needs Python 3.10 or newer; set PYTHON=")'

@@ -41,7 +41,10 @@ def start(
 
 
 def listing(folder: Path) -> list[tuple[str, int]]:
-    return sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*"))
+    # Some releases of filelock touch the lock when they try to take it.
+    return sorted(
+        (str(p), 0 if p.name == LOCK_FILE else p.stat().st_mtime_ns) for p in folder.rglob("*")
+    )
 
 
 def refusal(run_dir: Path, **options: Any) -> str:
