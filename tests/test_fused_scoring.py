@@ -8,45 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import VOCABULARY, adapted, tiny
+from tiny_models import VOCABULARY, logprobs, model_of, one_pack, queries, tiny
 
 from qlora_harness.fused import ops
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import count_parameters
 from qlora_harness.score.packed_forward import PackedModel
-from qlora_harness.score.prefix_tree import Pack, Query, plan
+from qlora_harness.score.prefix_tree import Pack, Query
 
-WINDOW = 64
 TARGETS = [None, "all-linear", "q_proj,v_proj", "o_proj,down_proj"]
-
-
-def queries(count: int, vocabulary: int = VOCABULARY) -> list[Query]:
-    """A few prefixes with questions, and choices of several tokens."""
-    rng = np.random.default_rng(0)
-
-    def ids(size: int) -> list[int]:
-        drawn: list[int] = rng.integers(1, vocabulary, size=size).tolist()
-        return drawn
-
-    prefixes = [ids(size) for size in (1, 7, 20)]
-    contexts = [[*prefixes[n % 3], *ids(int(rng.integers(1, 9)))] for n in range(count)]
-    return [Query(context, ids(size)) for context in contexts for size in (1, 1, 3)]
-
-
-def one_pack(texts: list[Query]) -> Pack:
-    (pack,) = plan(texts, pack_tokens=10**6, window=WINDOW)
-    return pack
-
-
-def logprobs(model: Any, pack: Pack, **options: Any) -> list[float]:
-    return list(PackedModel(model, torch.float32, **options).start(pack).reads().logprobs)
-
-
-def model_of(kind: str, quantised: bool, keys: int, targets: str | None) -> Any:
-    model = tiny(kind, quantised=quantised, num_key_value_heads=keys)
-    if targets is not None:
-        model = adapted(model, targets=targets).requires_grad_(False)
-    return model.eval()
 
 
 @pytest.mark.parametrize("targets", TARGETS)

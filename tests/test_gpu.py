@@ -16,7 +16,18 @@ import torch
 import transformers
 from accelerate.utils import send_to_device
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from tiny_models import adapted, gradients, noted_widths, texts, tiny
+from tiny_models import (
+    adapted,
+    gradients,
+    logprobs,
+    model_of,
+    noted_widths,
+    one_pack,
+    queries,
+    texts,
+    tiny,
+    tiny_of_any_kind,
+)
 
 from qlora_harness.fused import attention, dropout, host_memory, ops
 from qlora_harness.fused.bordered import Bordered, Projection, Scratch
@@ -410,8 +421,6 @@ def test_fused_step_in_bfloat16_is_near_peft(checkpointing: str, dropout: float)
 def test_fused_packs_in_float32_equal_the_models_own_modules(
     kind: str, quantised: bool, keys: int, targets: str | None
 ) -> None:
-    from test_fused_scoring import logprobs, model_of, one_pack, queries
-
     pack = one_pack(queries(40))
     model = model_of(kind, quantised, keys, targets)
     by_cpu = logprobs(model, pack)
@@ -423,20 +432,15 @@ def test_fused_packs_in_float32_equal_the_models_own_modules(
 
 
 def test_fused_packs_with_heads_too_small_for_flex_attention() -> None:
-    from test_fused_scoring import logprobs, one_pack, queries
-    from test_packed_forward import VOCABULARY, tiny
-
-    pack = one_pack(queries(20, VOCABULARY))
+    pack = one_pack(queries(20, 40))
     for kind in ("llama", "qwen3"):
-        model = tiny(kind).cuda()
+        model = tiny_of_any_kind(kind).cuda()
         expected = logprobs(model, pack, fused=False)
         assert logprobs(model, pack) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_fused_packs_in_bfloat16_are_near_float32(targets: str | None) -> None:
-    from test_fused_scoring import logprobs, model_of, one_pack, queries
-
     pack = one_pack(queries(40))
     expected = logprobs(model_of("llama", False, 2, targets), pack)
     model = model_of("llama", False, 2, targets).to(torch.bfloat16).cuda()

@@ -100,3 +100,9 @@ def test_the_launcher_holds_no_algorithm() -> None:
     tree = ast.parse(launcher.read_text(encoding="utf-8"))
     kinds = [type(node).__name__ for node in tree.body]
     assert kinds == ["Expr", "Import", "ImportFrom", "If"]
+
+
+def test_no_test_imports_another() -> None:
+    folder = Path(__file__).parent
+    for path in folder.glob("*.py"):
+        assert not [name for _, name in imported(path) if name.startswith("test_")], path.name

@@ -11,53 +11,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny_of_any_kind
 
 from qlora_harness.score.packed_forward import PackedModel, why_unsupported
 from qlora_harness.score.packed_scorer import PackedScorer
 from qlora_harness.score.prefix_tree import Query, plan
 from qlora_harness.score.tree_attention import keep_compiling
 
-VOCABULARY = 40
 WINDOW = 48
-
-
-def tiny(kind: str) -> Any:
-    import transformers as tf
-
-    shared: dict[str, Any] = {"vocab_size": VOCABULARY, "attn_implementation": "sdpa"}
-    llama_like: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": WINDOW,
-    }
-    configs = {
-        "llama": lambda: tf.LlamaConfig(**shared, **llama_like),
-        "qwen2": lambda: tf.Qwen2Config(**shared, **llama_like),
-        "qwen3": lambda: tf.Qwen3Config(**shared, **llama_like, head_dim=8),
-        "gpt2": lambda: tf.GPT2Config(**shared, n_embd=32, n_layer=2, n_head=4, n_positions=WINDOW),
-        "gpt_neox": lambda: tf.GPTNeoXConfig(
-            **shared,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=WINDOW,
-        ),
-    }
-    torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(configs[kind]())
-    for parameter in model.parameters():
-        # Larger than the usual 0.02, so that a wrong mask changes the result visibly.
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.float().eval()
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"])
 def model(request: pytest.FixtureRequest) -> Any:
-    return tiny(request.param)
+    return tiny_of_any_kind(request.param)
 
 
 def plain(model: Any, query: Query) -> tuple[float, bool]:
@@ -195,7 +161,7 @@ def test_what_was_built_ahead_serves_the_packs(monkeypatch: pytest.MonkeyPatch) 
     counter = CompileCounter()
     compiled = torch.compile(flex_attention, backend=counter, dynamic=False)
     monkeypatch.setattr("qlora_harness.score.tree_attention._flex", lambda on_gpu: compiled)
-    model = tiny("llama")
+    model = tiny_of_any_kind("llama")
     query = Query([1, 2, 3], [4])
     (pack,) = plan([query], pack_tokens=256, window=WINDOW)
     packed = PackedModel(model, torch.float32, flex=True)
@@ -210,7 +176,7 @@ def test_what_was_built_ahead_serves_the_packs(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_first_pack_waits_for_what_is_built_ahead() -> None:
-    model = tiny("llama")
+    model = tiny_of_any_kind("llama")
     packed = PackedModel(model, torch.float32)
     (pack,) = plan([Query([1, 2, 3], [4])], pack_tokens=256, window=WINDOW)
     goes_on = threading.Event()
@@ -233,7 +199,7 @@ def test_first_pack_waits_for_what_is_built_ahead() -> None:
 def test_what_can_not_be_built_ahead_is_left_to_the_first_pack(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model = tiny("llama")
+    model = tiny_of_any_kind("llama")
     packed = PackedModel(model, torch.float32)
     query = Query([1, 2, 3], [4])
     (pack,) = plan([query], pack_tokens=256, window=WINDOW)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,9 +12,12 @@ import transformers
 from qlora_harness.data.chat_encoder import IGNORE
 from qlora_harness.fused.host_memory import HostMemory, Stored
 from qlora_harness.model.lora import attach_lora
+from qlora_harness.score.packed_forward import PackedModel
+from qlora_harness.score.prefix_tree import Pack, Query, plan
 from qlora_harness.train.batches import pack_batch, pad_batch
 
 VOCABULARY = 61
+WINDOW = 64
 Step = tuple[float, dict[str, torch.Tensor]]  # loss, gradients by name
 
 
@@ -126,3 +130,66 @@ def noted_widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(HostMemory, "_put", put)
     return widths
+
+
+def queries(count: int, vocabulary: int = VOCABULARY) -> list[Query]:
+    """A few prefixes with questions, and choices of several tokens."""
+    rng = np.random.default_rng(0)
+
+    def ids(size: int) -> list[int]:
+        drawn: list[int] = rng.integers(1, vocabulary, size=size).tolist()
+        return drawn
+
+    prefixes = [ids(size) for size in (1, 7, 20)]
+    contexts = [[*prefixes[n % 3], *ids(int(rng.integers(1, 9)))] for n in range(count)]
+    return [Query(context, ids(size)) for context in contexts for size in (1, 1, 3)]
+
+
+def one_pack(texts: list[Query]) -> Pack:
+    (pack,) = plan(texts, pack_tokens=10**6, window=WINDOW)
+    return pack
+
+
+def logprobs(model: Any, pack: Pack, **options: Any) -> list[float]:
+    return list(PackedModel(model, torch.float32, **options).start(pack).reads().logprobs)
+
+
+def model_of(kind: str, quantised: bool, keys: int, targets: str | None) -> Any:
+    model = tiny(kind, quantised=quantised, num_key_value_heads=keys)
+    if targets is not None:
+        model = adapted(model, targets=targets).requires_grad_(False)
+    return model.eval()
+
+
+def tiny_of_any_kind(kind: str) -> Any:
+    """A model whose weights are large enough that a wrong mask shows; 40 tokens, a window of 48."""
+    tf = transformers
+
+    shared: dict[str, Any] = {"vocab_size": 40, "attn_implementation": "sdpa"}
+    llama_like: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 48,
+    }
+    configs = {
+        "llama": lambda: tf.LlamaConfig(**shared, **llama_like),
+        "qwen2": lambda: tf.Qwen2Config(**shared, **llama_like),
+        "qwen3": lambda: tf.Qwen3Config(**shared, **llama_like, head_dim=8),
+        "gpt2": lambda: tf.GPT2Config(**shared, n_embd=32, n_layer=2, n_head=4, n_positions=48),
+        "gpt_neox": lambda: tf.GPTNeoXConfig(
+            **shared,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=48,
+        ),
+    }
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(configs[kind]())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.float().eval()
