@@ -3,7 +3,7 @@
     python docs/build.py            # writes them
     python docs/build.py --check    # exits with 1 and names the files that would change
 
-A block is what stands between `<!-- NAME -->`, one of `BLOCKS`, and `<!-- end -->`.
+A block is everything between `<!-- NAME -->`, one of `BLOCKS`, and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from qlora_harness.benchmark.record import (
     TrainingMeasurement,
 )
 from qlora_harness.compare.text import differences_line
+from qlora_harness.results.terminal import gib, optional
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "results" / "benchmarks"
@@ -144,7 +145,7 @@ def scoring_table() -> str:
             f"{m.encoding_seconds:.1f}",
             f"{m.scoring_seconds:.1f}",
             f"{m.computed_tokens:,}",
-            "–" if m.peak_allocated_bytes is None else f"{m.peak_allocated_bytes / 2**30:.2f}",
+            gib(m.peak_allocated_bytes),
             f"{m.ratio:.1f}",
             f"{m.scoring_ratio:.1f}",
         ]
@@ -171,8 +172,7 @@ def agreement_table() -> str:
     ways = [auto[HF], auto["packed"], plain["packed"]]
 
     def row(text: str, value: Callable[[ScoringMeasurement], float | None], form: str) -> list[str]:
-        values = [value(m) for m in ways]
-        return [text] + ["–" if number is None else form.format(number) for number in values]
+        return [text] + [optional(value(m), form) for m in ways]
 
     return table(
         ["", "`hf`", "packed", "packed, `kernels=none`"],

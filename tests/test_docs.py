@@ -114,8 +114,9 @@ def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
-                missing = not (page.parent / target).exists() and "published" not in target
-                assert not missing, f"{page.name}: {target}"
+                if "published" in target and not STUDY.is_dir():
+                    continue  # not part of this copy
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_readme_is_short() -> None:

@@ -116,7 +116,7 @@ def test_metadata(wheel: Path) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "MIT"
     needed = [text.split(";")[0].strip() for text in metadata.get_all("Requires-Dist", [])]
-    assert any(text.startswith("torch") and ">=2.11" in text for text in needed)
+    assert "torch<2.16,>=2.11" in needed
     assert any(text.startswith("transformers") and ">=5.17" in text for text in needed)
     assert any(text.startswith("lm-eval[hf]") and ">=0.4.13" in text for text in needed)
     extras = set(metadata.get_all("Provides-Extra", []))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from qlora_harness.record import now
+from qlora_harness.record import environment, now, write_json
+from qlora_harness.results.terminal import gib, optional
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class TrainingMeasurement(BaseModel):
@@ -52,15 +57,34 @@ class ScoringMeasurement(BaseModel):
     float32_predictions: float | None = None  # share of the questions with the same letter
 
 
-class TrainingBenchmark(BaseModel):
+class _Benchmark(BaseModel):
+    """What the records of both benchmarks hold."""
+
+    schema_version: int
+    kind: str
+    created: str = Field(default_factory=now)
+    title: str
+    measurements: Any
+    environment: dict[str, Any]
+
+    @classmethod
+    def of(cls, title: str, measurements: Any, device: str) -> Self:
+        """Makes a record of measurements on a device, here and now."""
+        here = environment() | {"device": device}
+        fields = {"title": title, "measurements": measurements, "environment": here}
+        return cls.model_validate(fields)
+
+    def write(self, path: Path) -> None:
+        """Writes the record as JSON."""
+        write_json(path, self.model_dump())
+
+
+class TrainingBenchmark(_Benchmark):
     """The record of `qlora-harness benchmark-training`."""
 
     schema_version: Literal[1] = 1
     kind: Literal["training_benchmark"] = "training_benchmark"
-    created: str = Field(default_factory=now)
-    title: str
     measurements: list[TrainingMeasurement]
-    environment: dict[str, Any]
 
     def table(self) -> str:
         """Returns a Markdown table with a row per way, and below it each peer's packages."""
@@ -76,15 +100,12 @@ class TrainingBenchmark(BaseModel):
         return "\n".join(lines)
 
 
-class ScoringBenchmark(BaseModel):
+class ScoringBenchmark(_Benchmark):
     """The record of `qlora-harness benchmark-scoring`."""
 
     schema_version: Literal[3] = 3
     kind: Literal["scoring_benchmark"] = "scoring_benchmark"
-    created: str = Field(default_factory=now)
-    title: str
     measurements: list[ScoringMeasurement]
-    environment: dict[str, Any]
 
     def table(self) -> str:
         """Returns a Markdown table with a row per way."""
@@ -103,16 +124,16 @@ class ScoringBenchmark(BaseModel):
                 f"{m.computed_tokens:,}",
                 f"{m.ratio:.2f}",
                 f"{m.scoring_ratio:.2f}",
-                _gib(m.peak_allocated_bytes),
-                _number_cell(m.largest_difference, "{:.2g}"),
-                _number_cell(m.same_predictions, "{:.2%}"),
-                _number_cell(m.untied_predictions, "{:.2%}"),
+                gib(m.peak_allocated_bytes),
+                optional(m.largest_difference, "{:.2g}"),
+                optional(m.same_predictions, "{:.2%}"),
+                optional(m.untied_predictions, "{:.2%}"),
                 "–"
                 if m.accuracy_difference is None
                 else f"{100 * m.accuracy_difference:+.2f} points",
                 f"{m.ties:,}",
-                _number_cell(m.float32_difference, "{:.2g}"),
-                _number_cell(m.float32_predictions, "{:.2%}"),
+                optional(m.float32_difference, "{:.2g}"),
+                optional(m.float32_predictions, "{:.2%}"),
             ]
             lines.append(f"| {m.name} | {' | '.join(cells)} |")
         return "\n".join(lines)
@@ -128,17 +149,9 @@ def training_row(m: TrainingMeasurement) -> str:
         f"{m.tokens / m.steps:,.0f}",
         f"{m.tokens_per_second:,.0f}",
         f"{m.median_tokens_per_second:,.0f}",
-        _number_cell(m.ratio, "{:.2f}"),
-        _gib(m.peak_allocated_bytes),
-        _gib(m.peak_reserved_bytes),
+        optional(m.ratio, "{:.2f}"),
+        gib(m.peak_allocated_bytes),
+        gib(m.peak_reserved_bytes),
         f"{m.losses[-1]:.4f}",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def _number_cell(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
-
-
-def _gib(size: int | None) -> str:
-    return "–" if size is None else f"{size / 2**30:.2f}"

@@ -18,7 +18,6 @@ from qlora_harness.benchmark.record import ScoringBenchmark, ScoringMeasurement
 from qlora_harness.errors import SettingsError
 from qlora_harness.lm_eval_compat.hflm import Encoded, StockHFLM
 from qlora_harness.model.lora import attach_lora
-from qlora_harness.record import environment, write_json
 from qlora_harness.schema.mmlu import LETTERS
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.encoding import Pair
@@ -78,13 +77,9 @@ def measure_scoring(plan: ScoringPlan) -> str:
     dtype = lm.loaded.compute_dtype
     title = f"{plan.model}{random_weights}, {plan.quant}, {dtype}, {plan.file}, {name}"
     title += ", fused kernels" if lm.session.path.fused else ""
-    record = ScoringBenchmark(
-        title=title,
-        measurements=measurements,
-        environment=environment() | {"device": name},
-    )
+    record = ScoringBenchmark.of(title, measurements, name)
     if plan.output is not None:
-        write_json(plan.output, record.model_dump())
+        record.write(plan.output)
     return record.table()
 
 

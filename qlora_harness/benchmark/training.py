@@ -30,7 +30,6 @@ from qlora_harness.model.base import (
     load_base,
     load_tokenizer,
 )
-from qlora_harness.record import environment, write_json
 from qlora_harness.settings import Settings, build_settings
 from qlora_harness.train.arguments import attach_adapter, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
@@ -146,11 +145,7 @@ class _TrainingBench:
             f"{self.source.name}{random_weights}, {self.plan.compute_dtype}, {self.plan.dataset}, "
             f"at most {self.plan.max_length} tokens, {self.device_name}"
         )
-        return TrainingBenchmark(
-            title=title,
-            measurements=self.measurements,
-            environment=environment() | {"device": self.device_name},
-        )
+        return TrainingBenchmark.of(title, self.measurements, self.device_name)
 
     def measure(self, measured: TrainingMeasurement, settings: Settings) -> None:
         peer = PEER_WAYS.get(measured.way.partition("@")[0])
@@ -179,7 +174,7 @@ class _TrainingBench:
         self.measurements.append(measured)
         print(training_row(measured), flush=True)
         if self.plan.output is not None:
-            write_json(self.plan.output, self.record().model_dump())
+            self.record().write(self.plan.output)
 
     def release_base(self) -> None:
         self._base = None

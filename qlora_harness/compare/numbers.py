@@ -19,11 +19,6 @@ def points(share: float, unit: str = "") -> str:
     return signed(100 * share, 2) + unit
 
 
-def optional(value: float | None, form: str) -> str:
-    """Returns a number in a format such as "{:.2f}"; "–" for None."""
-    return NOTHING if value is None else form.format(value)
-
-
 def value(endpoint: Endpoint, number: float | None) -> str:
     """Returns a value of an endpoint with its unit."""
     if number is None:

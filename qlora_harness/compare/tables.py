@@ -9,14 +9,13 @@ from typing import NamedTuple
 from qlora_harness.compare.numbers import (
     difference,
     interval,
-    optional,
     p_text,
     points,
     value,
     word,
 )
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Detail
-from qlora_harness.results.terminal import NOTHING, duration, gib
+from qlora_harness.results.terminal import NOTHING, duration, gib, optional
 
 Row = tuple[str, ...]
 

@@ -14,6 +14,11 @@ from qlora_harness.errors import printable
 NOTHING = "–"
 
 
+def optional(value: float | None, form: str) -> str:
+    """Returns a number in a format such as "{:.2f}"; "–" for None."""
+    return NOTHING if value is None else form.format(value)
+
+
 def gib(size: float | None) -> str:
     """Returns bytes as GiB with two digits, without the unit; "–" for None."""
     return NOTHING if size is None else f"{size / 2**30:.2f}"
