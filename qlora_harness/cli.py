@@ -21,7 +21,13 @@ _SCHEMAS = {
     "evaluation_results": "schema.scoring_records:Evaluation",
     "mmlu_progress": "schema.scoring_records:Progress",
     "comparison": "compare.comparison:Comparison",
+    "study": "schema.study_record:StudyRecord",
 }
+
+_PLAN = (
+    "Predicts the GPU memory of a training run with these flags, for every way to save memory, "
+    "from the model's configuration alone; needs no GPU."
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,6 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_arguments(compare)
     _add_study_plan(commands)
+    commands.add_parser(
+        "study",
+        help="train every arm with every seed, score them, and compare",
+        add_help=False,  # `study.command` parses the flags of launch/train.py, too
+    )
     commands.add_parser(
         "plan",
         help="predict a training run's GPU memory from the model's configuration",
@@ -115,11 +126,12 @@ def _print_schema(kind: str) -> None:
 def _plan(words: Sequence[str]) -> None:
     """Parses the flags of launch/train.py and prints the memory of every way to train."""
     from qlora_harness.model.base import find_base
-    from qlora_harness.train.command import parse_settings
+    from qlora_harness.train.command import flag_parser, parse_settings
     from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
     from qlora_harness.train.plan_text import table
 
-    settings, _ = parse_settings(words, prog="qlora-harness plan")
+    parser = flag_parser("qlora-harness plan", _PLAN, epilog=None)
+    settings, _ = parse_settings(words, parser)
     source = find_base(settings.model.model, settings.model.revision)
     shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
     # Without data, assumes that every example has the longest permitted length.
@@ -167,6 +179,10 @@ def _run(words: Sequence[str]) -> int:
     if words[:1] == ["plan"]:
         _plan(words[1:])
         return 0
+    if words[:1] == ["study"]:
+        from qlora_harness.study.command import run
+
+        return run(words[1:])
     args = build_parser().parse_args(words)
     if args.command in ("compare", "plan-study", "runs", "show"):
         _read_runs(args)

@@ -453,7 +453,7 @@ def read_recipe(
     path = path.resolve()
     if path in extending:
         raise SettingsError(f"recipe {path} extends itself", "Remove its 'extends' key")
-    content = _load_yaml(path)
+    content = load_yaml(path, "recipe")
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     base = content.pop("extends", None)
@@ -472,23 +472,24 @@ def read_recipe(
     return _merged(values, changes), sources
 
 
-def _load_yaml(path: Path) -> dict[Any, Any]:
+def load_yaml(path: Path, kind: str) -> dict[Any, Any]:
+    """Reads a YAML mapping with values as text; `kind` names the file in errors: SettingsError."""
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST_RECIPE + 1)
         if len(content) > _LARGEST_RECIPE:
             raise SettingsError(
-                f"recipe {path} has more than {_LARGEST_RECIPE:,} bytes", "Name a recipe"
+                f"{kind} {path} has more than {_LARGEST_RECIPE:,} bytes", f"Name a {kind}"
             )
         loaded = yaml.load(content.decode(), Loader=_RecipeLoader)
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"recipe {path} can't be read: {error}", "Check the file") from None
+        raise SettingsError(f"{kind} {path} can't be read: {error}", "Check the file") from None
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         reason = "brackets too deep" if isinstance(error, RecursionError) else error
-        raise SettingsError(f"recipe {path} is not YAML: {reason}", "Correct the file") from None
+        raise SettingsError(f"{kind} {path} is not YAML: {reason}", "Correct the file") from None
     if not isinstance(loaded, dict):
         raise SettingsError(
-            f"recipe {path} holds a {type(loaded).__name__}, not 'name: value' lines",
+            f"{kind} {path} holds a {type(loaded).__name__}, not 'name: value' lines",
             "Correct the file",
         )
     return loaded

@@ -147,6 +147,12 @@ class PackedModel:
             self._building.join()
             self._building = None
 
+    def close(self) -> None:
+        """Undoes what fused layers did to the model's weights; nothing can be computed then."""
+        self.wait()
+        if self._fused is not None:
+            self._fused.detach()
+
     def start(self, pack: Pack, pad_to: int | None = None) -> Running:
         """Starts a pack without waiting for a GPU; one length for all needs one set of kernels."""
         self.wait()

@@ -43,6 +43,10 @@ class PackedScorer:
         if self._model.overlaps:
             self._model.build_ahead(self.pack_tokens)
 
+    def plan(self, queries: Sequence[Query]) -> list[Pack]:
+        """Returns the packs that `score` computes on one process."""
+        return plan(queries, pack_tokens=self.pack_tokens, window=self._window)
+
     def wait(self) -> None:
         """Waits for `build_ahead`."""
         self._model.wait()
@@ -65,12 +69,10 @@ class PackedScorer:
         computed_tokens, started, own_tokens = 0, time.perf_counter(), 0
         with tqdm(desc="Scoring", unit=" texts", disable=not show_progress) as bar:
             while pending:
-                planned = plan(
-                    [queries[n] for n in pending], pack_tokens=self.pack_tokens, window=self._window
-                )
+                planned = self.plan([queries[n] for n in pending])
                 computed_tokens = computed_tokens or sum(len(pack.tokens) for pack in planned)
                 packs = _share(planned, *share)
-                mine = [pending[n] for pack in packs for n in np.unique(pack.read_query)]
+                mine = [pending[n] for pack in packs for n in pack.queries()]
                 bar.total = len(scores) + len(mine)
                 for pack, reads in self._computed(packs):
                     fresh = [(pending[n], score) for n, score in _sums(pack, reads)]

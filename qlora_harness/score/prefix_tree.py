@@ -48,6 +48,11 @@ class Pack:
     read_token: IntArray  # the token whose log-probability is read there, [R]
     read_query: IntArray  # its query, [R]; in the order of the query's tokens
 
+    def queries(self) -> list[int]:
+        """Returns the numbers of the queries that it answers."""
+        numbers: list[int] = np.unique(self.read_query).tolist()
+        return numbers
+
 
 class _Row(NamedTuple):
     """Input tokens and the queries that share them."""

@@ -12,12 +12,12 @@ from qlora_harness.model.base import (
     BaseSource,
     attention_of,
     base_of,
-    load_base,
     load_tokenizer,
     unquantised_share,
     weights_fingerprint,
 )
 from qlora_harness.model.lora import load_adapter
+from qlora_harness.model.shared_base import take_base
 from qlora_harness.score.run_choice import ScoringChoice
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def load_scored_model(
     Raises ModelError if the base is missing, unreadable or too small for its tokenizer, and
     AdapterError if the adapter is broken or was trained on another base or with added tokens.
     """
-    base = load_base(
+    base = take_base(
         source,
         quant=choice.quant,
         double_quant=choice.double_quant,

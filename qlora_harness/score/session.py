@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from qlora_harness.score.scoring_path import choose_path
 
 logger = logging.getLogger("qlora_harness")
 
+_FEW_PACKS = 6  # enough to time
 _FEW_TOKENS = 16  # a low guess of the tokens that a text adds to a shared prefix
 # Largest mean difference, nats, between two ways of scoring that rounding can explain.
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
@@ -89,6 +91,32 @@ class ScoringSession:
         """Scores token ids without a journal or a record."""
         scorer = self._scorer() if self.path.packed else None
         return self._score_with(scorer, encoded, journal=None, show_progress=False)
+
+    def projected_seconds(self, requests: Sequence[Request]) -> float:
+        """Estimates how long `answer` takes, from a few packs or from a sample of the texts."""
+        began = time.perf_counter()
+        encoded = self.encode(list(dict.fromkeys(request.args for request in requests)))
+        encoding = time.perf_counter() - began
+        if self.path.packed:
+            scorer = self._scorer()
+            packs = scorer.plan([Query(context, more) for _, context, more in encoded])
+            middle = len(packs) // 2
+            part = [n for pack in packs[middle : middle + _FEW_PACKS] for n in pack.queries()]
+            whole = sum(len(pack.tokens) for pack in packs)
+        else:
+            part = sorted(random.Random(0).sample(range(len(encoded)), min(256, len(encoded))))
+            whole = len(encoded)
+        for _ in range(2):  # the first time builds kernels
+            began = time.perf_counter()
+            computed = self.score_tokens([encoded[n] for n in part]).computed_tokens
+            seconds = time.perf_counter() - began
+        return encoding + seconds * whole / (len(part) if computed is None else computed)
+
+    def close(self) -> None:
+        """Gives the weights of the model back their own memory; it can't score any more."""
+        if self._packed is not None:
+            self._packed.close()
+            self._packed = None
 
     def expand_base(self) -> None:
         """Dequantises a 4-bit base if the path says so."""

@@ -20,6 +20,7 @@ from qlora_harness.settings import (
     with_recipe,
 )
 
+_DESCRIPTION = "Fine-tunes a base model with LoRA, held in 4 bits (QLoRA) or in bf16."
 _EPILOG = """\
 Every flag is also a recipe key (learning_rate: 0.0002). Flags override the recipe, and the recipe
 overrides the defaults. Included recipes: qlora-llama2-7b (the published one; its values are the
@@ -43,16 +44,14 @@ class _FlagParser(argparse.ArgumentParser):
         raise SettingsError(message, "`launch/train.py --help` lists every flag")
 
 
-def flag_parser(prog: str) -> argparse.ArgumentParser:
-    """Returns the parser of the launcher or of `qlora-harness plan`; values stay unchecked."""
-    trains = prog == "launch/train.py"
+def flag_parser(
+    prog: str = "launch/train.py", description: str = _DESCRIPTION, epilog: str | None = _EPILOG
+) -> argparse.ArgumentParser:
+    """Returns a parser with a flag for each setting; values stay unchecked."""
     parser = _FlagParser(
         prog=prog,
-        description="Fine-tunes a base model with LoRA, held in 4 bits (QLoRA) or in bf16."
-        if trains
-        else "Predicts the GPU memory of a training run with these flags, for every way to save "
-        "memory, from the model's configuration alone; needs no GPU.",
-        epilog=_EPILOG if trains else None,
+        description=description,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -84,13 +83,14 @@ def _add_flag(section: Any, f: dataclasses.Field[Any]) -> None:
 
 
 def parse_settings(
-    argv: Sequence[str] | None = None, *, prog: str = "launch/train.py"
+    argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None
 ) -> tuple[Settings, bool]:
     """Returns the settings of a command line, and whether --resume was given.
 
-    Raises SettingsError for a wrong flag, recipe key or value.
+    `parser` is a `flag_parser`, by default the launcher's. Raises SettingsError for a wrong flag,
+    recipe key or value.
     """
-    flags = vars(flag_parser(prog).parse_args(argv))
+    flags = vars((parser or flag_parser()).parse_args(argv))
     values, sources = with_recipe(flags.pop("recipe"), flags)
     sources |= {name: flag_of(name) for name in flags}
     return build_settings(values, sources), "resume" in flags

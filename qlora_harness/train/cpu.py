@@ -46,6 +46,13 @@ def _user_set_threads() -> bool:
     return named or "OMP_NUM_THREADS" in environment
 
 
+def faster_dtype() -> tuple[str, float]:
+    """Returns the faster compute dtype on this CPU, and the `bfloat16_slowdown`."""
+    slowdown = bfloat16_slowdown()
+    # Only if clearly faster: near 1, noise could give the arms of a comparison two dtypes.
+    return ("bfloat16" if slowdown < 2 / 3 else "float32"), slowdown
+
+
 def bfloat16_slowdown() -> float:
     """Returns the time of a layer's products in bfloat16, divided by that in float32.
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, cast
@@ -26,11 +26,11 @@ from qlora_harness.model.base import (
     BaseSource,
     find_base,
     is_out_of_memory,
-    load_base,
     load_tokenizer,
     weights_fingerprint,
 )
 from qlora_harness.model.lora import public_name, save_adapter
+from qlora_harness.model.shared_base import take_base
 from qlora_harness.record import (
     ADAPTER_DIR,
     CHECKPOINT_DIR,
@@ -43,7 +43,7 @@ from qlora_harness.settings import Settings
 from qlora_harness.train.arguments import attach_adapter, planned_steps, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkpoint_step
-from qlora_harness.train.cpu import bfloat16_slowdown, use_all_cores
+from qlora_harness.train.cpu import faster_dtype, use_all_cores
 from qlora_harness.train.evaluation import ConversationLosses, evaluate_loss
 from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
@@ -62,11 +62,17 @@ from qlora_harness.train.signals import StopOnSignal, sigterm_as_ctrl_c
 from qlora_harness.train.trainer import CountingTrainer, StepLog
 
 
-def run_training(settings: Settings, *, resume_given: bool = False) -> dict[str, Any]:
+def run_training(
+    settings: Settings,
+    *,
+    resume_given: bool = False,
+    on_row: Callable[[Mapping[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Trains one arm, writes its run folder and returns the summary, as stored.
 
-    `resume_given` says whether the user gave --resume. Raises HarnessError for anything the user
-    can fix; the folder then says "failed", or is untouched if training had not begun.
+    `resume_given` says whether the user gave --resume. `on_row` gets each row of the step log.
+    Raises HarnessError for anything the user can fix; the folder then says "failed", or is
+    untouched if training had not begun.
     """
     with sigterm_as_ctrl_c():
         state = start_processes()
@@ -84,7 +90,7 @@ def run_training(settings: Settings, *, resume_given: bool = False) -> dict[str,
             say(state, f"{settings.run_dir} holds this run, completed; nothing is left to do")
             return start.previous
         settings = _with_compute_dtype(settings, state, start)
-        return _Run(settings, state, start, find).execute()
+        return _Run(settings, state, start, find, on_row).execute()
 
 
 def _with_compute_dtype(settings: Settings, state: PartialState, start: StartingPoint) -> Settings:
@@ -98,9 +104,7 @@ def _with_compute_dtype(settings: Settings, state: PartialState, start: Starting
     if dtype == "auto" and recorded in ("bfloat16", "float32"):
         dtype = recorded
     elif dtype == "auto" and on_cpu:
-        slowdown = on_main(state, bfloat16_slowdown)
-        # Only if clearly faster: near 1, noise could give the arms of a comparison two dtypes.
-        dtype = "bfloat16" if slowdown < 2 / 3 else "float32"
+        dtype, slowdown = on_main(state, faster_dtype)
         say(state, f"on the CPU: {dtype} (bfloat16 takes {slowdown:.1f} times as long as float32)")
     elif dtype == "auto":
         dtype = "bfloat16"
@@ -113,6 +117,7 @@ class _Run:
 
     trainer: CountingTrainer
     log: StepLog
+    fused: FusedDecoder | None = None
     lock: FileLock | None = None
     plan: dict[str, Any] | None = None
 
@@ -122,12 +127,14 @@ class _Run:
         state: PartialState,
         start: StartingPoint,
         find: Callable[..., StartingPoint],
+        on_row: Callable[[Mapping[str, Any]], None] | None,
     ) -> None:
         self.settings = settings
         self.chosen = settings  # with the choices of --memory applied
         self.state = state
         self.start = start
         self.find_start = find
+        self.on_row = on_row
         self.run_dir = settings.run_dir
         self.device = device_of(state)
         self.memory = MemoryMeter(self.device, state.process_index)
@@ -168,6 +175,8 @@ class _Run:
         finally:
             if self.lock is not None:
                 self.lock.release()
+            if self.fused is not None:
+                self.fused.detach()  # the weights may be those of later runs, too
         return self.record.content
 
     def _plan_memory(self, source: BaseSource, lengths: Sequence[int]) -> None:
@@ -185,7 +194,7 @@ class _Run:
 
     def _load_model(self, source: BaseSource) -> Any:
         settings = self.chosen
-        model: Any = load_base(
+        model: Any = take_base(
             source,
             quant=settings.quant,
             double_quant=settings.model.double_quant,
@@ -204,14 +213,13 @@ class _Run:
         self.fused = self._fuse(model)
         return model
 
-    def _fuse(self, model: Any) -> bool:
-        """Attaches fused layers if the settings and the model allow; returns whether it did."""
+    def _fuse(self, model: Any) -> FusedDecoder | None:
+        """Attaches fused layers if the settings and the model allow."""
         optimization = self.chosen.optimization
         auto = optimization.kernels == "auto"
         reason = FusedDecoder.reason_against(model) if auto else "--kernels none"
         if reason is None:
-            FusedDecoder.attach(model, optimization.checkpointing)
-            return True
+            return FusedDecoder.attach(model, optimization.checkpointing)
         if optimization.checkpointing in ("selective", "offload"):
             raise SettingsError(
                 f"--checkpointing {optimization.checkpointing} needs fused layers, and "
@@ -220,15 +228,20 @@ class _Run:
             )
         if auto:
             say(self.state, f"PEFT's own modules and padded batches: {reason}")
-        return False
+        return None
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether batches run through fused layers."""
+        return self.fused is not None
 
     @property
     def computation(self) -> dict[str, Any]:
         """How a step is computed, as --memory and the model type decide."""
         optimization = self.chosen.optimization
         return {
-            "fused_layers": self.fused,
-            "padding": "none" if self.fused else "right",
+            "fused_layers": self.is_fused,
+            "padding": "none" if self.is_fused else "right",
             "checkpointing": optimization.checkpointing,
             "optimizer": optimization.optimizer,
             "adapter_dtype": self.chosen.lora.adapter_dtype,
@@ -279,17 +292,17 @@ class _Run:
             report_to=settings.run.report_to,
             compute_dtype=settings.model.compute_dtype,
             use_cpu=self.device.type == "cpu",
-            fused=self.fused,
+            fused=self.is_fused,
         )
         example = show(data.train[0], tokenizer)
         say(self.state, f"first example, learned parts in ⟦ ⟧:\n{example}\n")
         transformers_logging.set_verbosity_error()  # else Trainer prints every row
-        log = StepLog(self.run_dir, self.memory, list(self.earlier_rows))
+        log = StepLog(self.run_dir, self.memory, list(self.earlier_rows), self.on_row)
         self.trainer = log.trainer = CountingTrainer(
             model=model,
             args=arguments,
             train_dataset=ExampleSet(data.train),
-            data_collator=pack_batch if self.fused else partial(pad_batch, pad_id=self.pad_id),
+            data_collator=pack_batch if self.is_fused else partial(pad_batch, pad_id=self.pad_id),
             callbacks=[self.stop, log],
         )
         self.log = log
@@ -303,7 +316,7 @@ class _Run:
             pad_id=self.pad_id,
             accelerator=self.trainer.accelerator,
             autocast_dtype=torch.bfloat16 if self.trainer.args.bf16 else None,
-            fused=self.fused,
+            fused=self.is_fused,
         )
 
     def _evaluate_before(self, data: TrainingData) -> None:

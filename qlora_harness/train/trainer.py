@@ -229,8 +229,15 @@ class StepLog(TrainerCallback):
 
     trainer: CountingTrainer
 
-    def __init__(self, run_dir: Path, memory: MemoryMeter, rows: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        memory: MemoryMeter,
+        rows: list[dict[str, Any]],
+        on_row: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         self.rows = rows
+        self._on_row = on_row
         self.evaluation: EvaluationLosses | None = None
         self._path = run_dir / LOGS_FILE
         self._memory = memory
@@ -296,6 +303,8 @@ class StepLog(TrainerCallback):
                 **self._memory.sample(),
             }
         )
+        if self._on_row is not None:
+            self._on_row(self.rows[-1])
         if time.monotonic() - self._written > _WRITE_EVERY_SECONDS:
             self.write()
 

@@ -1,0 +1,98 @@
+"""Scores models one after the other in this process, with lm_eval's own functions and records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.loggers import EvaluationTracker
+from lm_eval.tasks import TaskManager
+
+from qlora_harness.errors import SettingsError
+from qlora_harness.lm_eval_compat.hflm import Request
+from qlora_harness.lm_eval_compat.hook import MODEL_NAME
+from qlora_harness.lm_eval_compat.tasks import read_mmlu_files
+from qlora_harness.score.adapter_lm import QloraAdapterLM
+from qlora_harness.score.prefix_tree import Score
+
+_DEVICE = "cuda:0"  # the command's default, which becomes the CPU if there is no GPU
+
+
+class _Projection(QloraAdapterLM):
+    """Scores a part of the texts, and answers every request with the same number."""
+
+    spent: float = 0.0  # seconds that the part took
+    projected: float = 0.0  # seconds that all will take
+
+    def loglikelihood(self, requests: list[Request], disable_tqdm: bool = False) -> list[Score]:
+        began = time.perf_counter()
+        self.projected += self.session.projected_seconds(requests)
+        self.spent += time.perf_counter() - began
+        return [(-1.0, False)] * len(requests)
+
+
+def check_tasks(tasks: Sequence[str]) -> TaskManager:
+    """Returns lm_eval's task manager; raises SettingsError for an unknown task.
+
+    Reads the files of our MMLU tasks; a missing or damaged one raises DataError.
+    """
+    manager = TaskManager()
+    if unknown := [name for name in tasks if name not in manager.all_tasks]:
+        raise SettingsError(
+            f"--tasks: lm_eval has no task {', '.join(unknown)}",
+            "`lm_eval ls tasks` lists every task",
+        )
+    read_mmlu_files(tasks, {})
+    return manager
+
+
+class InProcessScorer:
+    """`lm_eval run --model qlora_adapter --log_samples` for one model after the other.
+
+    The index of tasks is built once; the records are those of the command.
+    """
+
+    def __init__(self, tasks: Sequence[str], batch_size: int) -> None:
+        self._tasks = list(tasks)
+        self._manager = check_tasks(tasks)
+        self._options = {"batch_size": batch_size, "device": _DEVICE}
+
+    def project(self, model_args: Mapping[str, Any]) -> float:
+        """Returns the seconds that `score` takes, estimated from a part of the texts."""
+        began = time.perf_counter()
+        lm = _Projection.create_from_arg_obj(dict(model_args), self._options)
+        try:
+            self._evaluate(lm, model_args)
+        finally:
+            lm.session.close()
+        seconds: float = time.perf_counter() - began - lm.spent + lm.projected
+        return seconds
+
+    def _evaluate(self, lm: QloraAdapterLM, model_args: Mapping[str, Any], **more: Any) -> Any:
+        return simple_evaluate(
+            lm,
+            model_args=dict(model_args),
+            tasks=self._tasks,
+            task_manager=self._manager,
+            **self._options,
+            **more,
+        )
+
+    def score(self, model_args: Mapping[str, Any], output_path: Path) -> None:
+        """Scores one model and saves lm_eval's results and samples below `output_path`."""
+        lm = QloraAdapterLM.create_from_arg_obj(dict(model_args), self._options)
+        try:
+            tracker = EvaluationTracker(output_path=str(output_path))
+            results = self._evaluate(lm, model_args, evaluation_tracker=tracker)
+            # lm_eval knows the model as an object only; its name is what the command would record.
+            results["config"]["model"] = MODEL_NAME
+            tracker.general_config_tracker.model_source = MODEL_NAME
+            samples = results.pop("samples")
+            tracker.save_results_aggregated(results=results, samples=samples)
+            for task in results["configs"]:
+                tracker.save_results_samples(task_name=task, samples=samples[task])
+        finally:
+            lm.session.close()

@@ -1,0 +1,97 @@
+"""What can be known about a study before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora_harness.data.corpus import TrainingData, load_training_data
+from qlora_harness.errors import SettingsError
+from qlora_harness.model.base import find_base, load_tokenizer
+from qlora_harness.settings import DataSettings, Settings
+from qlora_harness.study.definition import Cell, Study
+from qlora_harness.study.devices import Device
+from qlora_harness.study.folder import StudyFolder
+from qlora_harness.train.arguments import planned_steps
+from qlora_harness.train.cpu import faster_dtype
+from qlora_harness.train.memory_plan import GIB, choose_memory_plan, measure_shape
+
+CONTEXT = 0.6 * GIB  # of CUDA and its libraries, which the plan does not count
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """What an arm will take, as far as its settings and data tell."""
+
+    peak: int  # predicted bytes on a GPU, without the CUDA context
+    steps: int  # optimizer steps
+    tokens: float  # of all steps, on average
+    evaluations: int  # of the held-out conversations, the first and the last included
+
+
+def with_one_dtype(study: Study, devices: Sequence[Device]) -> Study:
+    """Replaces the compute dtype "auto" on a CPU, once for all cells and all later commands.
+
+    Each run would measure for itself, and noise could give two arms two dtypes.
+    """
+    if devices[0].gpu is not None:
+        return study
+    recorded = StudyFolder(study).read()
+    before = {} if recorded is None else recorded.arms
+    chosen: list[str] = []
+
+    def resolved(cell: Cell) -> Cell:
+        model = cell.settings.model
+        if model.compute_dtype != "auto":
+            return cell
+        dtype = before.get(cell.arm, {}).get("compute_dtype", "auto")
+        if dtype == "auto":
+            chosen[:] = chosen or [faster_dtype()[0]]
+            dtype = chosen[0]
+        model = dataclasses.replace(model, compute_dtype=dtype)
+        return dataclasses.replace(cell, settings=dataclasses.replace(cell.settings, model=model))
+
+    return dataclasses.replace(study, cells=tuple(map(resolved, study.cells)))
+
+
+def check_study_runs(study: Study, devices: Sequence[Device]) -> dict[str, ArmPlan]:
+    """Returns the plan of each arm.
+
+    Raises HarnessError if a task, the model or the data can't be read, or an arm can't run here.
+    """
+    if study.tasks:
+        from qlora_harness.score.in_process import check_tasks
+
+        check_tasks(study.tasks)
+    data: dict[DataSettings, TrainingData] = {}
+    plans = {}
+    for arm, settings in study.arms().items():
+        source = find_base(settings.model.model, settings.model.revision)
+        tokenizer = load_tokenizer(source)
+        if settings.data not in data:
+            data[settings.data] = load_training_data(tokenizer, settings.data)
+        lengths = [len(example.input_ids) for example in data[settings.data].train]
+        shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
+        chosen, plan, _ = choose_memory_plan(shape, settings, lengths)
+        plans[arm] = _plan(chosen, plan.peak, lengths)
+        _check_memory(arm, plan.peak, devices)
+    return plans
+
+
+def _plan(settings: Settings, peak: int, lengths: Sequence[int]) -> ArmPlan:
+    optimization = settings.optimization
+    steps = planned_steps(optimization, len(lengths), 1)
+    examples = optimization.batch_size * optimization.grad_accum
+    tokens = steps * examples * sum(lengths) / len(lengths)
+    return ArmPlan(peak, steps, tokens, evaluations=2)
+
+
+def _check_memory(arm: str, peak: int, devices: Sequence[Device]) -> None:
+    known = [device.free for device in devices if device.free is not None]
+    if known and peak + CONTEXT > min(known):
+        raise SettingsError(
+            f"arm {arm!r}: its planned peak is {(peak + CONTEXT) / GIB:.1f} GiB, and a GPU has "
+            f"{min(known) / GIB:.1f} GiB free",
+            "Use memory: lean, a smaller batch_size or max_length, or leave the arm out",
+        )

@@ -1,0 +1,55 @@
+"""The GPUs that a study may use, without a CUDA context in the command itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from typing import NamedTuple
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_QUERY = ("nvidia-smi", "--query-gpu=uuid,index,memory.free", "--format=csv,noheader,nounits")
+
+
+class Device(NamedTuple):
+    """A device for one worker."""
+
+    gpu: str | None  # its value of CUDA_VISIBLE_DEVICES; None is the CPU
+    free: int | None  # bytes, None if unknown
+
+    def environment(self) -> dict[str, str]:
+        """Returns the variables that a worker on this device needs."""
+        return {} if self.gpu is None else {_VISIBLE: self.gpu}
+
+
+def visible_devices() -> list[Device]:
+    """Returns the GPUs that this process may use, or the CPU.
+
+    A context in this process would count as another one on the GPU, whose time and memory then
+    could not be compared.
+    """
+    import torch
+
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if on_cpu or not torch.cuda.is_available():
+        return [Device(None, None)]
+    free = _free_bytes()
+    named = os.environ.get(_VISIBLE)
+    if named is not None:
+        names = [name.strip() for name in named.split(",") if name.strip()]
+    else:
+        names = [str(number) for number in range(torch.cuda.device_count())]
+    return [Device(name, free.get(name)) for name in names]
+
+
+def _free_bytes() -> dict[str, int]:
+    """The free memory of each GPU, by index and by UUID, as far as nvidia-smi tells it."""
+    try:
+        done = subprocess.run(_QUERY, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    free = {}
+    for line in done.stdout.splitlines():
+        uuid, index, mebibytes = (part.strip() for part in line.split(","))
+        if mebibytes.isdecimal():
+            free[uuid] = free[index] = int(mebibytes) * 2**20
+    return free

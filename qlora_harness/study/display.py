@@ -1,0 +1,158 @@
+"""What a running study shows: a live table on a terminal, else a line for each change."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from qlora_harness.results.terminal import NOTHING, PrintableText, duration, gib, optional
+from qlora_harness.study.definition import Cell
+from qlora_harness.study.worker import Report
+
+_LINE_SECONDS = 30.0  # between lines about the steps of one cell
+_MOST_ROWS = 40
+_COLUMNS = ("cell", "", "step", "loss", "tokens/s", "memory GiB", "time")
+
+
+@dataclass
+class _Row:
+    """How far a cell is."""
+
+    cell: Cell
+    steps: int | None
+    state: str = "planned"
+    step: int | None = None
+    loss: float | None = None
+    speed: float | None = None  # tokens per second
+    memory: float | None = None  # peak so far, bytes
+    began: float | None = None
+    seconds: float | None = None
+    failure: str | None = None
+
+    def take(self, report: Report) -> None:
+        """Takes over what a report says."""
+        values = report.values
+        if report.state in ("training", "scoring") and self.began is None:
+            self.began = time.monotonic()
+        if report.state in ("completed", "failed", "interrupted") and self.began is not None:
+            self.seconds = time.monotonic() - self.began
+        self.state, self.failure = report.state, values.get("failure")
+        self.step = values.get("step", self.step)
+        self.loss = values.get("loss", self.loss)
+        self.speed = values.get("tokens_per_second", self.speed)
+        peak = values.get("peak_allocated_bytes") or values.get("cpu_peak_rss_bytes")
+        self.memory = peak or self.memory
+
+    def elapsed(self) -> float | None:
+        """Seconds since it began, or those that it took."""
+        if self.seconds is not None or self.began is None:
+            return self.seconds
+        return time.monotonic() - self.began
+
+    def cells(self) -> list[str]:
+        """Returns the texts of its columns."""
+        progress = NOTHING if self.step is None else f"{self.step}/{self.steps}"
+        elapsed = self.elapsed()
+        return [
+            self.cell.name,
+            self.state,
+            progress,
+            optional(self.loss, "{:.3f}"),
+            optional(self.speed, "{:,.0f}"),
+            gib(self.memory),
+            NOTHING if elapsed is None else duration(elapsed),
+        ]
+
+
+class Display:
+    """Follows the cells of a study; `steps` are those of each arm."""
+
+    def __init__(
+        self, cells: Sequence[Cell], steps: dict[str, int], devices: int, console: Console
+    ) -> None:
+        self.rows = {cell.name: _Row(cell, steps.get(cell.arm)) for cell in cells}
+        self._devices, self._console = devices, console
+        self._live: Live | None = None
+        self._said: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Shows the table inside the `with` block, if there is a terminal."""
+        if not self._console.is_terminal:
+            yield
+            return
+        with Live(self._table(), console=self._console, auto_refresh=False) as self._live:
+            yield
+            self._live.update(self._table(), refresh=True)
+        self._live = None
+
+    def take(self, report: Report) -> None:
+        """Shows what a report says."""
+        row = self.rows[report.cell]
+        before = row.state
+        row.take(report)
+        if self._live is None and (row.state != before or self._is_due(row)):
+            self._say(row)
+
+    def refresh(self) -> None:
+        """Draws the table again."""
+        if self._live is not None:
+            self._live.update(self._table(), refresh=True)
+
+    def failures(self) -> list[str]:
+        """Returns a line for each cell that has not been completed."""
+        return [
+            f"{row.cell.name} {row.state}: {row.failure or 'not begun'}"
+            for row in self.rows.values()
+            if row.state != "completed"
+        ]
+
+    def _is_due(self, row: _Row) -> bool:
+        last = row.step is not None and row.step == row.steps
+        return last or time.monotonic() - self._said.get(row.cell.name, 0.0) > _LINE_SECONDS
+
+    def _say(self, row: _Row) -> None:
+        self._said[row.cell.name] = time.monotonic()
+        pairs = zip(_COLUMNS[2:], row.cells()[2:], strict=True)
+        known = [f"{name} {text}" for name, text in pairs if text != NOTHING]
+        if row.failure is not None:
+            known.append(row.failure)
+        line = f"{row.cell.name}: {row.state}" + (f" ({', '.join(known)})" if known else "")
+        self._console.print(PrintableText(line), soft_wrap=True)
+
+    def _table(self) -> Table:
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, caption=self._caption())
+        for name in _COLUMNS:
+            table.add_column(name, justify="left" if name in ("cell", "") else "right")
+        rows = list(self.rows.values())
+        hidden = max(0, min(sum(r.state == "completed" for r in rows), len(rows) - _MOST_ROWS))
+        for row in rows[hidden:]:
+            style = {"failed": "red", "planned": "dim", "completed": "green"}.get(row.state, "bold")
+            table.add_row(*map(PrintableText, row.cells()), style=style)
+        return table
+
+    def _caption(self) -> str:
+        done = sum(row.state == "completed" for row in self.rows.values())
+        text = f"{done} of {len(self.rows)} cells, {duration(time.monotonic() - self._began)}"
+        left = self._seconds_left()
+        return text if left is None else f"{text}, about {duration(left)} left"
+
+    def _seconds_left(self) -> float | None:
+        """From the cells that have ended, if there are any of the same kind."""
+        trained = [r.seconds for r in self.rows.values() if r.cell.seed is not None and r.seconds]
+        bases = [r.seconds for r in self.rows.values() if r.cell.seed is None and r.seconds]
+        if not trained:
+            return None
+        left = 0.0
+        for row in self.rows.values():
+            if row.state in ("planned", "training", "scoring"):
+                times = bases if row.cell.seed is None and bases else trained
+                left += max(0.0, sum(times) / len(times) - (row.elapsed() or 0.0))
+        return left / self._devices

@@ -1,0 +1,172 @@
+"""Hands cells to workers, one per device, and passes their reports on."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeAlias
+
+from qlora_harness.schema.study_record import State
+from qlora_harness.study.definition import Cell, Study
+from qlora_harness.study.devices import Device
+from qlora_harness.study.projection import Probe
+from qlora_harness.study.worker import Report, work
+
+_POLL_SECONDS = 0.5
+Job: TypeAlias = Cell | Probe
+
+_STOP_SECONDS = 120.0  # for a step, a checkpoint and a few imports
+
+
+@dataclass
+class _Worker:
+    """A process on a device, and the cell that it runs."""
+
+    device: Device
+    process: BaseProcess
+    connection: Connection
+    job: Job | None = None
+    before: Job | None = None
+
+    def give(self, job: Job) -> None:
+        self.job = job
+        self.connection.send(job)
+
+
+class Pool:
+    """Runs jobs on devices until all have ended; `report` hears of each change.
+
+    A worker on a GPU runs one job after another. On the CPU each one gets a process of its own,
+    whose peak memory is then that of its cell.
+    """
+
+    def __init__(
+        self, study: Study, devices: Sequence[Device], report: Callable[[Report], None]
+    ) -> None:
+        self._study, self._report = study, report
+        self._workers = [self._start(device) for device in devices]
+        self._pending: list[Job] = []
+        self._stopping = False
+
+    def run(self, jobs: Sequence[Job], refresh: Callable[[], None]) -> None:
+        """Runs the jobs; `refresh` is called several times a second."""
+        self._pending = list(jobs)
+        with self._signals():
+            while self._pending or any(worker.job for worker in self._workers):
+                self._hand_out()
+                sources: list[Any] = [w.connection for w in self._workers]
+                wait([*sources, *(w.process.sentinel for w in self._workers)], _POLL_SECONDS)
+                for number, worker in enumerate(self._workers):
+                    self._workers[number] = self._attend(worker)
+                refresh()
+        if self._stopping:
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        """Ends idle workers, and stops those that still compute."""
+        for worker in self._workers:
+            with contextlib.suppress(OSError):
+                worker.connection.send(None)
+            if worker.job is not None:
+                worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(_STOP_SECONDS)
+            if worker.process.is_alive():
+                worker.process.kill()
+
+    def _start(self, device: Device) -> _Worker:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        with _environment(device.environment()):
+            process = context.Process(target=work, args=(theirs, self._study))
+            process.start()
+        theirs.close()
+        return _Worker(device, process, ours)
+
+    def _hand_out(self) -> None:
+        for worker in self._workers:
+            if self._pending and worker.job is None and not self._stopping:
+                job = self._choose(worker)
+                self._pending.remove(job)
+                with contextlib.suppress(OSError):  # it has just died; `_attend` sees that
+                    worker.give(job)
+
+    def _choose(self, worker: _Worker) -> Job:
+        """A job on the base that the worker has, else on one that no other worker has."""
+        taken = [w.job.base for w in self._workers if w.job is not None]
+        loaded = None if worker.before is None else worker.before.base
+        return min(self._pending, key=lambda job: (job.base != loaded, job.base in taken))
+
+    def _attend(self, worker: _Worker) -> _Worker:
+        """Passes a worker's reports on; returns a new one in place of a dead one."""
+        try:
+            while worker.connection.poll():
+                self._hear(worker, worker.connection.recv())
+        except (EOFError, OSError):
+            worker.process.join(_STOP_SECONDS)
+        if worker.process.is_alive():
+            return worker
+        if worker.job is not None:
+            status = worker.process.exitcode
+            reason = f"signal {-status}" if status and status < 0 else f"exit status {status}"
+            state: State = "interrupted" if self._stopping else "failed"
+            self._report(
+                Report(worker.job.name, state, {"failure": f"its process ended: {reason}"})
+            )
+            worker.job = None
+        if self._stopping or not self._pending:
+            return worker
+        return self._start(worker.device)
+
+    def _hear(self, worker: _Worker, report: Report) -> None:
+        self._report(report)
+        if report.state in ("training", "scoring") or worker.job is None:
+            return
+        worker.before, worker.job = worker.job, None
+        if report.last or worker.device.gpu is None:
+            with contextlib.suppress(OSError):
+                worker.connection.send(None)
+            worker.process.join(_STOP_SECONDS)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Passes SIGTERM and Ctrl-C on to the workers, once; a second one kills them."""
+
+        def stop(number: int, frame: object) -> None:
+            for worker in self._workers:
+                if worker.process.is_alive():
+                    (worker.process.kill if self._stopping else worker.process.terminate)()
+            self._pending.clear()
+            self._stopping = True
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables for the processes that start inside the `with` block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

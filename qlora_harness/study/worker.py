@@ -1,0 +1,232 @@
+"""A process that runs cells on one device, and reports to the command that started it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qlora_harness.errors import HarnessError, first_line
+from qlora_harness.schema.study_record import State
+from qlora_harness.schema.training_records import TrainingSummary, read_summary
+from qlora_harness.study.definition import Cell, Study
+from qlora_harness.study.folder import StudyFolder, lock_cell
+from qlora_harness.study.projection import Probe
+
+_Result = TypeVar("_Result")
+_LOCK_SECONDS = 30.0  # a worker of a killed study may take that long to notice
+_WATCH_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a worker says about a cell: its state has changed, or it has taken a step."""
+
+    cell: str
+    state: State
+    values: Mapping[str, Any] = field(default_factory=dict)
+    last: bool = False  # whether the worker ends now
+
+
+def work(connection: Connection, study: Study) -> None:
+    """Runs cells as they arrive, until None arrives or one ends in a way that may leave damage."""
+    os.setpgrp()  # the terminal's Ctrl-C reaches the command only, which passes it on once
+    _end_with(os.getppid())
+    from qlora_harness.model.shared_base import sharing_base
+
+    with sharing_base():
+        runner = CellRunner(study, connection.send)
+        while (job := _next(connection)) is not None:
+            if not (runner.measure(job) if isinstance(job, Probe) else runner.run(job)):
+                return
+
+
+def _next(connection: Connection) -> Cell | Probe | None:
+    try:
+        job: Cell | Probe | None = connection.recv()
+        return job
+    except EOFError:  # the command has ended
+        return None
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process by SIGTERM, which saves a checkpoint, once its parent is gone."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="qlora_harness parent", daemon=True).start()
+
+
+class CellRunner:
+    """Trains and scores cells one after the other, with what they have in common loaded once."""
+
+    def __init__(self, study: Study, report: Callable[[Report], None]) -> None:
+        self._study, self._folder = study, StudyFolder(study)
+        self._report = report
+        self._scorers: dict[tuple[str, ...], Any] = {}
+
+    def run(self, cell: Cell) -> bool:
+        """Runs what a cell still lacks; returns whether this process can run another one."""
+        from qlora_harness.train.signals import sigterm_as_ctrl_c
+
+        lock = lock_cell(cell, _LOCK_SECONDS)
+        if lock is None:
+            self._report(Report(cell.name, "planned", {"failure": "another process runs it"}))
+            return True
+        began = time.perf_counter()
+        try:
+            with printing_to(self._folder.log_path(cell)), sigterm_as_ctrl_c():
+                _traced(lambda: self._compute(cell))
+            values = {**_numbers(cell), "seconds": time.perf_counter() - began, "failure": None}
+            self._tell(cell, "completed", values)
+            return True
+        except KeyboardInterrupt:
+            self._tell(cell, "interrupted", {"failure": "stopped by a signal"}, last=True)
+            return False
+        except Exception as error:  # noqa: BLE001  # a cell that fails doesn't stop the others
+            stopped = isinstance(error, HarnessError) and _status(cell) == "interrupted"
+            # After an unexpected error the device may not be usable any more.
+            last = stopped or not isinstance(error, HarnessError)
+            state: State = "interrupted" if stopped else "failed"
+            self._tell(cell, state, {"failure": _line(error)}, last=last)
+            return not last
+        finally:
+            lock.release()
+
+    def measure(self, probe: Probe) -> bool:
+        """Measures a cell without a record; returns whether this process can run another one."""
+        from qlora_harness.study.projection import measure
+
+        try:
+            with printing_to(self._folder.log_path(probe.cell)):
+                result = _traced(lambda: measure(probe, self._study))
+            self._report(Report(probe.name, "completed", {"measurement": result}))
+            return True
+        except Exception as error:  # noqa: BLE001  # as above
+            self._report(Report(probe.name, "failed", {"failure": _line(error)}, last=True))
+            return False
+
+    def _compute(self, cell: Cell) -> None:
+        self._train(cell)
+        self._score(cell)
+
+    def _train(self, cell: Cell) -> None:
+        if cell.seed is None or _status(cell) == "completed":
+            return
+        from qlora_harness.model.shared_base import free_memory
+        from qlora_harness.train.run import run_training
+
+        self._tell(cell, "training")
+
+        def on_row(row: Mapping[str, Any]) -> None:
+            self._report(Report(cell.name, "training", row))
+
+        run_training(cell.settings, on_row=on_row)
+        free_memory()
+
+    def _score(self, cell: Cell) -> None:
+        tasks = missing_tasks(cell, self._study.tasks)
+        if not tasks:
+            return
+        from qlora_harness.model.shared_base import free_memory
+        from qlora_harness.score.in_process import InProcessScorer
+
+        self._tell(cell, "scoring")
+        if tasks not in self._scorers:
+            self._scorers[tasks] = InProcessScorer(tasks, self._study.batch_size)
+        began = time.perf_counter()
+        self._scorers[tasks].score(cell.model_args(), cell.folder / "lm_eval")
+        self._folder.update(cell.name, score_seconds=time.perf_counter() - began)
+        free_memory()
+
+    def _tell(
+        self, cell: Cell, state: State, values: Mapping[str, Any] | None = None, last: bool = False
+    ) -> None:
+        """Writes the state to study.json before anyone hears of it."""
+        self._folder.update(cell.name, state=state, **(values or {}))
+        self._report(Report(cell.name, state, values or {}, last))
+
+
+def _traced(work: Callable[[], _Result]) -> _Result:
+    """Prints the traceback of an unexpected error, which goes to the cell's log."""
+    try:
+        return work()
+    except HarnessError:
+        raise
+    except Exception:
+        traceback.print_exc()
+        raise
+
+
+def missing_tasks(cell: Cell, tasks: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the tasks that the records of a cell lack."""
+    from qlora_harness.results.runs import load_run
+
+    if not (cell.folder / "lm_eval").is_dir():
+        return tasks
+    scored = load_run(cell.folder).tasks
+    return tuple(task for task in tasks if task not in scored)
+
+
+def is_complete(cell: Cell, tasks: tuple[str, ...]) -> bool:
+    """Returns whether a cell's records are all there."""
+    return (cell.seed is None or _status(cell) == "completed") and not missing_tasks(cell, tasks)
+
+
+def _summary(cell: Cell) -> TrainingSummary | None:
+    return read_summary(cell.folder) if cell.seed is not None else None
+
+
+def _status(cell: Cell) -> str | None:
+    summary = _summary(cell)
+    return None if summary is None else summary.status
+
+
+def _numbers(cell: Cell) -> dict[str, Any]:
+    """What study.json repeats from the record of the training."""
+    summary = _summary(cell)
+    if summary is None:
+        return {}
+    return {
+        "steps": summary.results.steps,
+        "train_seconds": summary.runtime.train_seconds,
+        "eval_seconds": summary.runtime.eval_seconds,
+    }
+
+
+def _line(error: Exception) -> str:
+    """An error in a line."""
+    if isinstance(error, HarnessError):
+        return str(error)
+    return f"{type(error).__name__}: {first_line(error)}"[:500]
+
+
+@contextlib.contextmanager
+def printing_to(path: Path) -> Iterator[None]:
+    """Appends everything that the process prints inside the `with` block to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    streams = (sys.stdout, sys.stderr)
+    with path.open("a", encoding="utf-8", errors="replace") as file:
+        before = [(number, os.dup(number)) for number in (1, 2)]
+        try:
+            for number, _ in before:
+                os.dup2(file.fileno(), number)
+            yield
+        finally:
+            for stream in streams:
+                stream.flush()
+            for number, copy in before:
+                os.dup2(copy, number)
+                os.close(copy)
