@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,7 @@ def test_report_counts_everything_by_hand(load: Loader, tmp_path: Path) -> None:
         "languages": "en",
         "conversations": "best-path",
         "evaluation_source": "0 of the trees",
+        "eval_seed": 0,
         "template": "guanaco",
         "mask": "prompt",
         "leading_bos": [BOS],
@@ -199,6 +201,21 @@ def test_share_of_the_trees_is_held_out(load: Loader) -> None:
     assert "validation" not in data.report
 
 
+def test_seed_chooses_the_held_out_trees(load: Loader) -> None:
+    rows = numbered(*(f"answer {i}" for i in range(20)))
+
+    def held_out(**settings: Any) -> list[int]:
+        data = load(rows, eval_fraction=0.1, **settings)
+        assert data.report["eval_seed"] == settings.get("eval_seed", 0)
+        replies = [example_ids("q", f"answer {i}") for i in range(20)]
+        return [replies.index(e.input_ids) for e in data.evaluation]
+
+    # What Python's Random draws: 0 is the seed of every earlier run.
+    for seed in (0, 1, 2**32 - 1):
+        assert held_out(eval_seed=seed) == sorted(random.Random(seed).sample(range(20), 2))
+    assert held_out() == held_out(eval_seed=0) == [12, 13]
+
+
 def test_all_paths_of_a_held_out_tree_are_held_out(load: Loader) -> None:
     rows = []
     for i in range(10):
@@ -224,6 +241,7 @@ def test_validation_split_of_the_data_set_is_used_whole(load: Loader, tmp_path: 
     assert [e.input_ids for e in data.train] == [example_ids("q", "yes"), example_ids("q", "no")]
     assert [e.input_ids for e in data.evaluation] == [example_ids("q", "maybe")]
     assert data.report["evaluation_source"] == "validation split"
+    assert data.report["eval_seed"] is None
     assert data.report["dropped"] == {}
     assert data.report["validation"] == {
         "messages": 4,
