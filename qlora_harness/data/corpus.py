@@ -40,6 +40,8 @@ def load_training_data(tokenizer: Tokenizer, settings: DataSettings) -> Training
         fraction = settings.eval_fraction
         train, held_out = split_by_tree(corpus.conversations, fraction, settings.eval_seed)
         evaluation_source = f"{fraction:g} of the trees"
+        if settings.eval_seed:
+            evaluation_source += f", seed {settings.eval_seed}"
     else:
         validation = _build(splits.validation, settings, splits.source)
         train, held_out = corpus.conversations, validation.conversations
@@ -61,7 +63,6 @@ def load_training_data(tokenizer: Tokenizer, settings: DataSettings) -> Training
         "languages": settings.languages,
         "conversations": settings.conversations,
         "evaluation_source": evaluation_source,
-        "eval_seed": settings.eval_seed if validation is None else None,
         "template": settings.template,
         "mask": settings.mask,
         "leading_bos": encoder.leading_bos,
