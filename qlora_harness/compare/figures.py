@@ -219,7 +219,8 @@ def _held_out(comparison: ComparisonRecord, colours: dict[str, str]) -> Figure |
     figure.update_xaxes(title="step")
     figure.update_yaxes(title="held-out loss, nats per token")
     several = any(curve.seeds > 1 for curve in comparison.curves)
-    heading = f"Held-out loss during training{' (lowest to highest seed)' if several else ''}"
+    bands = " (bands: lowest to highest seed)" if several else ""
+    heading = f"Held-out loss during training{bands}"
     return Figure(heading, "; ".join(alt), _layout(figure, 360), wide=True)
 
 
