@@ -264,6 +264,7 @@ class StepLog(TrainerCallback):
             self.trainer.pause()
         if held_out is not None:
             held_out.during(state.global_step)
+            self.write()
         if control.should_save:
             self.write()  # so that a checkpoint is never ahead of the log
             if args.should_save:
