@@ -128,6 +128,9 @@ class DataSettings:
         "0 to 0.5",
         high=0.5,
     )
+    eval_seed: int = _setting(
+        0, "seed of the choice of these trees; --seed does not change it", high=2**32 - 1
+    )
 
 
 @dataclass(frozen=True)
@@ -207,12 +210,18 @@ class OptimizationSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where the run is stored, and what happens if the folder is not empty."""
+    """What is stored of the run and where, and what happens if the folder is not empty."""
 
     output_dir: str | None = _setting(
         None, "run folder (default results/4bit for nf4, results/16bit, results/4bit_fp4)"
     )
     save_steps: int = _setting(250, "steps between checkpoints", "steps", low=1)
+    eval_steps: int | None = _setting(
+        None,
+        "steps between evaluations of the held-out conversations (default: none during training)",
+        "steps",
+        low=1,
+    )
     resume: str = _setting(
         "auto",
         "auto: resume an unfinished run from its newest intact checkpoint; never; or a checkpoint "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,23 @@ def test_share_of_the_trees_is_held_out(load: Loader) -> None:
     every = {tuple(e.input_ids) for e in data.train + data.evaluation}
     assert every == {tuple(example_ids("q", f"answer {i}")) for i in range(20)}
     assert "validation" not in data.report
+
+
+def test_seed_chooses_the_held_out_trees(load: Loader) -> None:
+    rows = numbered(*(f"answer {i}" for i in range(20)))
+
+    def held_out(**settings: Any) -> list[int]:
+        data = load(rows, eval_fraction=0.1, **settings)
+        seed = settings.get("eval_seed", 0)
+        source = f"0.1 of the trees, seed {seed}" if seed else "0.1 of the trees"
+        assert data.report["evaluation_source"] == source
+        replies = [example_ids("q", f"answer {i}") for i in range(20)]
+        return [replies.index(e.input_ids) for e in data.evaluation]
+
+    # What Python's Random draws: 0 is the seed of every earlier run.
+    for seed in (0, 1, 2**32 - 1):
+        assert held_out(eval_seed=seed) == sorted(random.Random(seed).sample(range(20), 2))
+    assert held_out() == held_out(eval_seed=0) == [12, 13]
 
 
 def test_all_paths_of_a_held_out_tree_are_held_out(load: Loader) -> None:

@@ -42,6 +42,7 @@ from qlora_harness.score.prefix_tree import Query, plan
 from qlora_harness.score.tree_attention import TreeAttention, block_mask
 from qlora_harness.settings import CHECKPOINTING, Quant, build_settings
 from qlora_harness.train.batches import pack_batch, pad_batch
+from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.memory_plan import measure_shape, predict_memory
 
 pytestmark = pytest.mark.gpu
@@ -122,6 +123,32 @@ def test_memory_is_measured_as_allocated_reserved_and_by_the_driver(
     assert 0 < peaks[0] <= peaks[1] <= peaks[2]
     phases = [phase["phase"] for phase in memory["phases"]]
     assert phases == ["load", "evaluate_before", "train", "evaluate"]
+
+
+def test_peak_of_a_phase_leaves_out_the_phases_inside_it() -> None:
+    mib = 2**20
+    meter = MemoryMeter(torch.device("cuda"), 0)
+    before = torch.cuda.memory_allocated()
+    with meter.phase("train"):
+        torch.empty(30 * mib, dtype=torch.uint8, device="cuda")
+        with meter.phase("evaluate_during"):
+            torch.empty(200 * mib, dtype=torch.uint8, device="cuda")
+        torch.empty(20 * mib, dtype=torch.uint8, device="cuda")
+    peaks = {peak.phase: (peak.peak_allocated_bytes or 0) - before for peak in meter.phases}
+    assert peaks == {"train": 30 * mib, "evaluate_during": 200 * mib}
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "offload"])
+def test_evaluations_during_training_change_neither_losses_nor_peak(
+    tiny_llama: Path, tmp_path: Path, checkpointing: str
+) -> None:
+    options = {"quant": "nf4", "lora_dropout": 0.1, "checkpointing": checkpointing}
+    without = train(tiny_llama, tmp_path / "without", **options)
+    evaluated = train(tiny_llama, tmp_path / "with", eval_steps=1, **options)
+    # As exact as two runs of one command on a GPU.
+    assert losses(tmp_path / "with") == pytest.approx(losses(tmp_path / "without"), rel=1e-4)
+    peaks = [record["memory"]["peak_allocated_bytes"] for record in (without, evaluated)]
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
 
 
 @pytest.mark.parametrize("quant", ["nf4", "bf16"])

@@ -162,6 +162,7 @@ def test_two_processes_give_the_numbers_of_one(checkout: Path, flags: list[str])
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = ["launch/train.py", "--quant", "bf16", *flags, "--max-steps", "3", "--batch-size", "2"]
+    common += ["--eval-steps", "2"]
     status, out, err = run(
         checkout, sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
         "--master_port", str(port), *common, "--grad-accum", "1", "--output-dir", "two",
@@ -177,6 +178,9 @@ def test_two_processes_give_the_numbers_of_one(checkout: Path, flags: list[str])
     for name in ("eval_loss", "perplexity"):
         assert two["results"][name] == pytest.approx(one["results"][name], rel=1e-5)
     assert two["results"]["eval_tokens"] == one["results"]["eval_tokens"]
+    curves = [read(path)["evaluation"]["during"] for path in checkout.glob("*/training_logs.json")]
+    assert [[point["step"] for point in curve] for curve in curves] == [[2], [2]]
+    assert curves[0][0]["nll"] == pytest.approx(curves[1][0]["nll"], rel=1e-5)
     counts = [
         [(row["tokens"], row["supervised_tokens"]) for row in read(path)["steps"]]
         for path in sorted(checkout.glob("*/training_logs.json"))
@@ -186,7 +190,9 @@ def test_two_processes_give_the_numbers_of_one(checkout: Path, flags: list[str])
     assert (one["environment"]["world_size"], two["environment"]["world_size"]) == (1, 2)
     phases = [(phase["phase"], phase["rank"]) for phase in two["memory"]["phases"]]
     assert sorted(phases) == [
-        (name, rank) for name in ("evaluate", "evaluate_before", "load", "train") for rank in (0, 1)
+        (name, rank)
+        for name in ("evaluate", "evaluate_before", "evaluate_during", "load", "train")
+        for rank in (0, 1)
     ]
     assert out.count("first example, learned parts in") == 1
     assert out.count("adapter: two/adapter") == 1

@@ -64,6 +64,33 @@ for phase, size in (("load", 400), ("train", 20)):
     assert load[2] - train[2] > 200 * MIB
 
 
+@linux_only
+def test_phase_inside_another_is_not_part_of_it() -> None:
+    code = """
+import torch
+from qlora_harness.train.memory_meter import MemoryMeter
+memory = MemoryMeter(torch.device("cpu"), 0)
+def block(size):
+    return bytearray(b"x") * (size << 20)
+with memory.phase("train"):
+    before = memory.sample()["cpu_peak_rss_bytes"]
+    block(100)
+    for size in (400, 200):
+        with memory.phase("evaluate_during"):
+            block(size)
+    after = memory.sample()["cpu_peak_rss_bytes"]
+train, evaluation = memory.phases
+assert (train.phase, evaluation.phase) == ("train", "evaluate_during")
+print(before, after, train.cpu_peak_rss_bytes, evaluation.cpu_peak_rss_bytes)
+"""
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+    before, after, train, evaluation = (int(word) for word in done.stdout.split())
+    assert train == after
+    assert 80 * MIB < train - before < 200 * MIB  # from before the evaluations
+    assert evaluation - before > 300 * MIB  # the larger of the two
+
+
 def test_largest_peaks_are_those_of_training_over_ranks() -> None:
     phases = [
         asdict(PhasePeak("load", 0, 900, 950, 990, None)),

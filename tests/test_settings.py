@@ -40,7 +40,8 @@ PUBLISHED = {
 # The two deliberate differences from it, and settings it does not state.
 OURS = {
     "revision": None, "dataset_revision": None, "languages": "en", "conversations": "best-path",
-    "template": "guanaco", "mask": "prompt", "eval_fraction": 0.05, "batch_size": 1,
+    "template": "guanaco", "mask": "prompt", "eval_fraction": 0.05, "eval_seed": 0,
+    "eval_steps": None, "batch_size": 1,
     "grad_accum": 16, "eval_batch_size": 8, "warmup_ratio": 0.0, "adapter_dtype": "float32",
     "kernels": "auto", "memory": None, "output_dir": None, "save_steps": 250, "resume": "auto",
     "overwrite": False, "report_to": "none",
@@ -102,7 +103,8 @@ def test_arms(quant: str, is_4bit: bool, folder: str, file_arm: str) -> None:
 
 
 def test_experiment_leaves_out_bookkeeping() -> None:
-    names = {"output_dir", "resume", "overwrite", "report_to", "save_steps", "eval_batch_size"}
+    names = {"output_dir", "resume", "overwrite", "report_to", "save_steps", "eval_steps"}
+    names |= {"eval_batch_size"}
     settings = build_settings({})
     assert names == BOOKKEEPING
     assert settings.experiment().keys() == settings.flat().keys() - BOOKKEEPING

@@ -104,6 +104,50 @@ def test_killed_run_repeats_the_steps_after_its_checkpoint(
     assert summary("run")["results"] == results
 
 
+def evaluations(run_dir: str) -> dict[str, Any]:
+    evaluation: dict[str, Any] = read(f"{run_dir}/training_logs.json")["evaluation"]
+    return evaluation
+
+
+def test_resumed_run_has_the_evaluations_of_an_uninterrupted_one(train: Train) -> None:
+    """Those up to its checkpoint from the step log; the later ones are made once more."""
+    options = {"quant": "bf16", "eval_steps": 1, "save_steps": 2}
+    assert train(output_dir="run", **options) == 0
+    whole = evaluations("run")
+    assert [point["step"] for point in whole["during"]] == [1, 2, 3]
+    as_if_killed("run", 4)
+    assert train(output_dir="run", **options) == 0
+    assert evaluations("run") == whole
+
+
+def test_evaluation_that_a_signal_prevented_is_made_when_the_run_resumes(
+    train: Train, signal_after: Callable[[int, signal.Signals], None]
+) -> None:
+    options = {"quant": "nf4", "eval_steps": 2, "max_steps": 5, "lora_dropout": 0.1}
+    assert train(output_dir="whole", **options) == 0
+    assert [point["step"] for point in evaluations("whole")["during"]] == [2, 4]
+    signal_after(1, signal.SIGTERM)  # heeded after step 2
+    assert train(output_dir="cut", **options) != 0
+    assert summary("cut")["results"]["steps"] == 2
+    assert "during" not in evaluations("cut")
+    assert train(output_dir="cut", **options) == 0
+    assert evaluations("cut") == evaluations("whole")
+    assert losses("cut") == losses("whole")
+
+
+def test_run_of_an_earlier_version_resumes_with_evaluations(train: Train) -> None:
+    """Its settings know neither --eval-steps nor --eval-seed."""
+    assert train(quant="bf16", output_dir="run", save_steps=2) == 0
+    whole = losses("run")
+    as_if_killed("run", 4)
+    record = summary("run")
+    del record["settings"]["eval_steps"], record["settings"]["eval_seed"]
+    Path("run/training_summary.json").write_text(json.dumps(record))
+    assert train(quant="bf16", output_dir="run", save_steps=2, eval_steps=1) == 0
+    assert losses("run") == whole
+    assert [point["step"] for point in evaluations("run")["during"]] == [2, 3]
+
+
 def test_time_and_steps_before_a_kill_are_counted(train: Train) -> None:
     """Even if the step log was cut: rows are lost, not the number of steps."""
     assert train(quant="bf16", output_dir="run", save_steps=2) == 0

@@ -88,7 +88,9 @@ HOOKS = {
         "train", "get_train_dataloader", "get_batch_samples", "training_step",
         "floating_point_ops", "log",
     ],
-    transformers.TrainerCallback: ["on_optimizer_step", "on_step_end", "on_save"],
+    transformers.TrainerCallback: [
+        "on_train_begin", "on_optimizer_step", "on_step_end", "on_save",
+    ],
     accelerate.Accelerator: ["clip_grad_norm_"],
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ from qlora_harness.compare import checks, page, text
 from qlora_harness.compare.arms import group, pair
 from qlora_harness.compare.choices import RunAnswers
 from qlora_harness.compare.contrast import answers_of, contrast, effects
+from qlora_harness.compare.loss_curve import loss_curves, notes_on_curves
 from qlora_harness.compare.record import ComparisonRecord, RunInfo, Setting, Source
 from qlora_harness.compare.scores import chance
 from qlora_harness.compare.verdict import verdict
@@ -121,6 +122,8 @@ def compare(
     first = next(iter(scored.values()), None)
     sizes = [len(frame) for frame in frames.values()] or [s.n for s in scored.values()]
     chances = [chance(arm.name, answers_of(arm, answers)) for arm in arms]
+    curves = loss_curves(arms)
+    notes += [*checks.notes_on(loaded, task, frames), *notes_on_curves(curves)]
     comparison = Comparison(
         created=now(),
         task=task,
@@ -135,10 +138,11 @@ def compare(
         contrasts=contrasts,
         effects=effects(arms, answers, task, margin),
         chance=[result for result in chances if result is not None],
+        curves=curves,
         besides=checks.besides_quantisation(leading, task),
         different=[Setting(**scrub_all(item.model_dump())) for item in different],
         same=[Setting(**scrub_all(item.model_dump())) for item in same],
-        notes=[scrub(note) for note in [*notes, *checks.notes_on(loaded, task, frames)]],
+        notes=[scrub(note) for note in notes],
     )
     comparison.attach(Source(loaded, frames))
     return comparison

@@ -9,7 +9,13 @@ import numpy as np
 import plotly.graph_objects as go
 
 from qlora_harness.compare.numbers import difference, interval, word
-from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint, GroupDifference
+from qlora_harness.compare.record import (
+    ComparisonRecord,
+    Contrast,
+    Endpoint,
+    GroupDifference,
+    LossCurve,
+)
 from qlora_harness.compare.statistics import wilson
 from qlora_harness.schema.training_records import TrainingLog
 
@@ -43,6 +49,7 @@ def figures(comparison: ComparisonRecord) -> list[Figure]:
         _forest(comparison, "nll"),
         _memory_and_loss(comparison, colours),
         _curves(comparison, colours),
+        _held_out(comparison, colours),
         *_groups(comparison, colours),
     ]
     return [figure for figure in made if figure is not None]
@@ -201,6 +208,38 @@ def _smoothed(values: Sequence[float]) -> list[float]:
         weight = _SMOOTHING * weight + (1 - _SMOOTHING)
         means.append(mean / weight)
     return means
+
+
+def _held_out(comparison: ComparisonRecord, colours: dict[str, str]) -> Figure | None:
+    """Held-out losses during training; step 0, far above, would flatten the rest."""
+    if not comparison.curves:
+        return None
+    figure = go.Figure()
+    alt = [_add_held_out(figure, curve, colours[curve.arm]) for curve in comparison.curves]
+    figure.update_xaxes(title="step")
+    figure.update_yaxes(title="held-out loss, nats per token")
+    several = any(curve.seeds > 1 for curve in comparison.curves)
+    bands = " (bands: lowest to highest seed)" if several else ""
+    heading = f"Held-out loss during training{bands}"
+    return Figure(heading, "; ".join(alt), _layout(figure, 360), wide=True)
+
+
+def _add_held_out(figure: Any, curve: LossCurve, colour: str) -> str:
+    """Adds an arm's mean over seeds and the range of its seeds, and returns its ends as text."""
+    first = 1 if curve.steps[0] == 0 else 0
+    steps, mean = curve.steps[first:], curve.mean[first:]
+    if curve.seeds > 1:
+        figure.add_scatter(
+            x=[*steps, *reversed(steps)], y=[*curve.high[first:], *reversed(curve.low[first:])],
+            mode="lines", line={"width": 0}, fill="toself", fillcolor=colour, opacity=0.18,
+            showlegend=False, hoverinfo="skip",
+        )  # fmt: skip
+    figure.add_scatter(
+        x=steps, y=mean, mode="lines+markers", name=curve.arm,
+        line={"color": colour, "width": 2.5}, marker={"size": 7},
+        hovertemplate=f"{curve.arm}, step %{{x}}: %{{y:.4f}}<extra></extra>",
+    )  # fmt: skip
+    return f"{curve.arm} {mean[0]:.3f} at step {steps[0]}, {mean[-1]:.3f} at step {steps[-1]}"
 
 
 def _groups(comparison: ComparisonRecord, colours: dict[str, str]) -> list[Figure]:

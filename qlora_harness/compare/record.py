@@ -148,6 +148,24 @@ class Contrast(Part):
         return None if endpoint is None or endpoint.difference is None else endpoint
 
 
+class LossCurve(Part):
+    """The held-out loss of an arm at the steps at which all its runs were evaluated."""
+
+    arm: str
+    seeds: int
+    steps: list[int]
+    """0 is before training."""
+    mean: list[float]
+    """Over seeds, nats per token."""
+    low: list[float]
+    """Of the seed with the lowest loss."""
+    high: list[float]
+    trend: Literal["falling", "flat", "rising"] | None = None
+    """At the end, by conversations paired with those at step `since`; null if unknown."""
+    since: int | None = None
+    """The step with the lowest loss if it rises, else one about two thirds of the way."""
+
+
 class RunInfo(Part):
     """One run; losses are nats per token, `value` is the metric as recorded."""
 
@@ -219,6 +237,8 @@ class ComparisonRecord(BaseModel):
     """Base and adapter in 4 and 16 bits: what training gains, and the interaction."""
     chance: list[Chance]
     """One for each arm."""
+    curves: list[LossCurve] = []
+    """One for each arm that was evaluated during training."""
     besides: list[str]
     """What differs besides quantisation and seed."""
     different: list[Setting]

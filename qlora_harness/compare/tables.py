@@ -36,7 +36,7 @@ def tables(comparison: ComparisonRecord) -> list[Table]:
         made.append(_endpoints(item))
         if item.detail is not None:
             made.append(_detail(item, item.detail))
-    made += [_effects(comparison), _chance(comparison)]
+    made += [_effects(comparison), _chance(comparison), _curves(comparison)]
     made += [_groups(item, kind) for item in comparison.primary for kind in ("category", "subject")]
     made += _settings(comparison)
     return [table for table in made if table.rows]
@@ -131,6 +131,18 @@ def _chance(comparison: ComparisonRecord) -> Table:
     ]  # fmt: skip
     title = "Accuracy above chance, without letter preference"
     return _table(title, ("arm", "± standard error", "shown"), rows)
+
+
+def _curves(comparison: ComparisonRecord) -> Table:
+    by_arm = {curve.arm: dict(zip(curve.steps, curve.mean, strict=True))
+              for curve in comparison.curves}  # fmt: skip
+    steps = sorted({step for losses in by_arm.values() for step in losses})
+    rows = [
+        (f"{step:,}", *(optional(losses.get(step), "{:.4f}") for losses in by_arm.values()))
+        for step in steps
+    ]
+    title = "Held-out loss by step, nats per token, mean over seeds"
+    return _table(title, ("step", *by_arm), rows)
 
 
 def _groups(item: Contrast, kind: str) -> Table:

@@ -14,8 +14,6 @@ from qlora_harness.data.sources import Rows, load_splits
 from qlora_harness.errors import DataError
 from qlora_harness.settings import DataSettings
 
-_SPLIT_SEED = 0
-
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -30,9 +28,9 @@ def load_training_data(tokenizer: Tokenizer, settings: DataSettings) -> Training
     """Loads, splits and encodes a data set.
 
     A data set's own validation split is used for evaluation. Without one, `eval_fraction` of the
-    trees is held out: the same trees for every seed, so that runs of several seeds train on and
-    are evaluated on the same conversations. Raises DataError if the data can't be read or nothing
-    is left to train on.
+    trees is held out, chosen by `eval_seed` alone: runs that differ in the seed of the training
+    have the same conversations. Raises DataError if the data can't be read or nothing is left to
+    train on.
     """
     encoder = ChatEncoder(tokenizer, settings.template, settings.max_length, settings.mask)
     splits = load_splits(settings.dataset, settings.dataset_revision)
@@ -40,8 +38,10 @@ def load_training_data(tokenizer: Tokenizer, settings: DataSettings) -> Training
     validation = None
     if splits.validation is None:
         fraction = settings.eval_fraction
-        train, held_out = split_by_tree(corpus.conversations, fraction, _SPLIT_SEED)
+        train, held_out = split_by_tree(corpus.conversations, fraction, settings.eval_seed)
         evaluation_source = f"{fraction:g} of the trees"
+        if settings.eval_seed:
+            evaluation_source += f", seed {settings.eval_seed}"
     else:
         validation = _build(splits.validation, settings, splits.source)
         train, held_out = corpus.conversations, validation.conversations

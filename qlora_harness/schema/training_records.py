@@ -220,6 +220,14 @@ class StepRow(Section):
     """From the end of the step before to the end of this one."""
 
 
+class EvaluationPoint(Section):
+    """The held-out conversations after one step."""
+
+    step: Count
+    nll: list[Number]
+    """Summed loss of each conversation, nats."""
+
+
 class EvaluationLosses(Section):
     """The held-out conversations, one value for each, in their order."""
 
@@ -228,6 +236,8 @@ class EvaluationLosses(Section):
     tokens: list[Count] = []
     nll_before: list[Number] = []
     """Summed loss before the first step, nats; empty if not evaluated then."""
+    during: list[EvaluationPoint] = []
+    """With --eval-steps: after steps between the first and the last."""
 
     @model_validator(mode="after")
     def _values_belong_together(self) -> EvaluationLosses:
@@ -236,6 +246,14 @@ class EvaluationLosses(Section):
             raise ValueError(
                 f"{len(self.nll)} and {len(self.nll_before)} losses for {n} conversations"
             )
+        for point in self.during:
+            if len(point.nll) != n:
+                raise ValueError(
+                    f"{len(point.nll)} losses after step {point.step} for {n} conversations"
+                )
+        steps = [point.step for point in self.during]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"the steps of the evaluations are not in order: {steps}")
         if min(self.tokens, default=1) < 1:
             raise ValueError("a conversation without a supervised token")
         return self
@@ -243,12 +261,16 @@ class EvaluationLosses(Section):
     @property
     def loss(self) -> float:
         """Loss after training, nats per token."""
-        return math.fsum(self.nll) / sum(self.tokens)
+        return self.mean(self.nll)
 
     @property
     def loss_before(self) -> float:
         """Loss before the first step, nats per token."""
-        return math.fsum(self.nll_before) / sum(self.tokens)
+        return self.mean(self.nll_before)
+
+    def mean(self, nll: list[float]) -> float:
+        """Returns the loss of one evaluation, nats per token, from its summed losses."""
+        return math.fsum(nll) / sum(self.tokens)
 
 
 class TrainingLog(Header):
@@ -259,4 +281,15 @@ class TrainingLog(Header):
     steps: list[StepRow]
     """In their order."""
     evaluation: EvaluationLosses = EvaluationLosses()
-    """After training, and before it."""
+    """Before, during and after training."""
+
+    @property
+    def curve(self) -> list[EvaluationPoint]:
+        """Every evaluation in its order: step 0, those during training, the last step."""
+        evaluation = self.evaluation
+        points = [*evaluation.during]
+        if evaluation.nll_before:
+            points.insert(0, EvaluationPoint(step=0, nll=evaluation.nll_before))
+        if evaluation.nll and self.steps:
+            points.append(EvaluationPoint(step=self.steps[-1].step, nll=evaluation.nll))
+        return points

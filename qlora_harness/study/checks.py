@@ -84,7 +84,9 @@ def _plan(settings: Settings, peak: int, lengths: Sequence[int]) -> ArmPlan:
     steps = planned_steps(optimization, len(lengths), 1)
     examples = optimization.batch_size * optimization.grad_accum
     tokens = steps * examples * sum(lengths) / len(lengths)
-    return ArmPlan(peak, steps, tokens, evaluations=2)
+    every = settings.run.eval_steps
+    between = 0 if every is None else (steps - 1) // every
+    return ArmPlan(peak, steps, tokens, evaluations=2 + between)
 
 
 def _check_memory(arm: str, peak: int, devices: Sequence[Device]) -> None:

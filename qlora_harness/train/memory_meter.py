@@ -52,21 +52,33 @@ class MemoryMeter:
         self._rank = rank
         self.optimizer: Callable[[], Any] = lambda: None
         self.phases: list[PhasePeak] = []
+        self._open: list[PhasePeak] = []
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measures a `with` block, even if it raises."""
-        peak = PhasePeak(name, self._rank)
-        self.phases.append(peak)
+        """Measures a `with` block, even if it raises.
+
+        A phase inside another is not part of it. Phases of one name are measured as one.
+        """
+        if self._open:
+            self._read(self._open[-1])
+        peak = next((peak for peak in self.phases if peak.phase == name), None)
+        if peak is None:
+            peak = PhasePeak(name, self._rank)
+            self.phases.append(peak)
+        self._open.append(peak)
         self._reset()
         try:
             yield
         finally:
             self._read(peak)
+            self._open.pop()
+            if self._open:
+                self._reset()
 
     def sample(self) -> dict[str, int | None]:
         """Returns the current phase's peaks so far, for the step log."""
-        peak = self.phases[-1]
+        peak = (self._open or self.phases)[-1]
         self._read(peak)
         return {name: v for name in _STEP_PEAKS if (v := getattr(peak, name)) is not None}
 
@@ -83,13 +95,15 @@ class MemoryMeter:
 
     def _read(self, peak: PhasePeak) -> None:
         if self._device.type != "cuda":
-            peak.cpu_peak_rss_bytes = _peak_rss_bytes()
+            peak.cpu_peak_rss_bytes = max(peak.cpu_peak_rss_bytes or 0, _peak_rss_bytes())
             return
         import torch
 
         free, total = torch.cuda.mem_get_info(self._device)
-        peak.peak_allocated_bytes = torch.cuda.max_memory_allocated(self._device)
-        peak.peak_reserved_bytes = torch.cuda.max_memory_reserved(self._device)
+        allocated = torch.cuda.max_memory_allocated(self._device)
+        reserved = torch.cuda.max_memory_reserved(self._device)
+        peak.peak_allocated_bytes = max(peak.peak_allocated_bytes or 0, allocated)
+        peak.peak_reserved_bytes = max(peak.peak_reserved_bytes or 0, reserved)
         peak.peak_device_used_bytes = max(peak.peak_device_used_bytes or 0, total - free)
         peak.peak_managed_bytes = max(peak.peak_managed_bytes or 0, managed_bytes(self.optimizer()))
         peak.peak_needed_bytes = peak.peak_allocated_bytes + peak.peak_managed_bytes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from filelock import FileLock
 from transformers import TrainerState
 from transformers.utils import logging as transformers_logging
 
-from qlora_harness.data.chat_encoder import chat_template, show
+from qlora_harness.data.chat_encoder import Example, chat_template, show
 from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.errors import AdapterError, RunError, SettingsError, TrainingError
 from qlora_harness.fused.host_memory import memory_of_a_process
@@ -44,7 +43,8 @@ from qlora_harness.train.arguments import attach_adapter, planned_steps, trainin
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkpoint_step
 from qlora_harness.train.cpu import faster_dtype, use_all_cores
-from qlora_harness.train.evaluation import ConversationLosses, evaluate_loss
+from qlora_harness.train.evaluation import evaluate_loss
+from qlora_harness.train.held_out import HeldOut
 from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
@@ -118,6 +118,7 @@ class _Run:
     trainer: CountingTrainer
     log: StepLog
     fused: FusedDecoder | None = None
+    held_out: HeldOut | None = None  # None if no conversation is held out
     lock: FileLock | None = None
     plan: dict[str, Any] | None = None
 
@@ -153,6 +154,11 @@ class _Run:
             data = load_training_data(tokenizer, self.settings.data)
         fingerprint = data.report["train"]["fingerprint"]
         self.start.check_same(self.run_dir, fingerprint, "data", "train", "fingerprint")
+        if self.settings.run.eval_steps is not None and not data.evaluation:
+            raise SettingsError(
+                f"--eval-steps {self.settings.run.eval_steps}: no conversation is held out",
+                "Raise --eval-fraction, or leave out --eval-steps",
+            )
         say(self.state, _description(self.settings, source, data, self.device))
         self._plan_memory(source, [len(example.input_ids) for example in data.train])
         with self.record.timed("load"), self.memory.phase("load"):
@@ -162,10 +168,13 @@ class _Run:
             self._begin(source, data, model)
             try:
                 self._prepare_trainer(model, tokenizer, data)
-                self._evaluate_before(data)
+                if self.held_out is not None and self.start.checkpoint is None:
+                    self.held_out.before()
                 self._train()
                 self._save_adapter(source, tokenizer, data)
-                self._evaluate_after(data)
+                if self.held_out is not None:
+                    self.held_out.after()
+                    self.log.write()
                 self.record.finish("completed", self.log.rows, self.earlier_rows)
             except BaseException as error:
                 self._fail(error)
@@ -306,28 +315,23 @@ class _Run:
             callbacks=[self.stop, log],
         )
         self.log = log
+        if data.evaluation:
+            self.held_out = log.held_out = self._hold_out(data.evaluation)
         self.memory.optimizer = lambda: self.trainer.optimizer
 
-    def _evaluate(self, data: TrainingData) -> ConversationLosses:
-        return evaluate_loss(
+    def _hold_out(self, examples: Sequence[Example]) -> HeldOut:
+        evaluate = partial(
+            evaluate_loss,
             cast(torch.nn.Module, self.trainer.model),
-            data.evaluation,
+            examples,
             batch_size=self.settings.optimization.eval_batch_size,
             pad_id=self.pad_id,
             accelerator=self.trainer.accelerator,
             autocast_dtype=torch.bfloat16 if self.trainer.args.bf16 else None,
             fused=self.is_fused,
         )
-
-    def _evaluate_before(self, data: TrainingData) -> None:
-        """Evaluates the untrained adapter; a resumed run has that evaluation already."""
-        if data.evaluation and self.start.checkpoint is None:
-            with self.memory.phase("evaluate_before"):
-                untrained = self._evaluate(data)
-            if math.isfinite(untrained.loss):
-                self.losses.nll_before, self.losses.tokens = untrained.nll, untrained.tokens
-        if self.losses.nll_before:
-            self.log.evaluation = self.losses
+        every = self.settings.run.eval_steps
+        return HeldOut(evaluate, every, self.losses, self.record, self.memory)
 
     def _train(self) -> None:
         """Trains to the last step; raises TrainingError if a signal stops the run first."""
@@ -384,21 +388,6 @@ class _Run:
             save_adapter(model, tokenizer, self.run_dir / ADAPTER_DIR, scrub_all(record))
         except AdapterError as error:
             raise TrainingError(error.problem, error.remedy) from None
-
-    def _evaluate_after(self, data: TrainingData) -> None:
-        if not data.evaluation:
-            return
-        with self.record.timed("eval"), self.memory.phase("evaluate"):
-            evaluation = self._evaluate(data)
-        if not math.isfinite(evaluation.perplexity):
-            raise TrainingError(
-                f"the evaluation loss is {evaluation.loss:g}, too large for a perplexity",
-                "Lower --learning-rate or look at the step log",
-            )
-        self.record.evaluated(evaluation)
-        self.losses.nll, self.losses.tokens = evaluation.nll, evaluation.tokens
-        self.log.evaluation = self.losses
-        self.log.write()
 
     def _fail(self, error: BaseException) -> None:
         print(file=sys.stderr, flush=True)  # ends the line of the progress bar

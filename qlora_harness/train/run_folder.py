@@ -182,14 +182,14 @@ def _read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 
 def earlier_steps(checkpoint: Path) -> tuple[list[dict[str, Any]], EvaluationLosses]:
-    """Returns the step rows up to a checkpoint, and the evaluation before the first step.
+    """Returns the step rows and the evaluations up to a checkpoint.
 
     Both come from the step log of the checkpoint's run, and are empty without one. Raises RunError
     if it is damaged.
     """
-    path, before = run_of(checkpoint) / LOGS_FILE, EvaluationLosses()
+    path, losses = run_of(checkpoint) / LOGS_FILE, EvaluationLosses()
     if not path.is_file():
-        return [], before
+        return [], losses
     remedy = "Restore it, or use another --output-dir"
     try:
         log = read_record(path, TrainingLog)
@@ -200,8 +200,10 @@ def earlier_steps(checkpoint: Path) -> tuple[list[dict[str, Any]], EvaluationLos
     last = checkpoint_step(checkpoint)
     rows = [row.model_dump(exclude_unset=True) for row in log.steps if row.step <= last]
     if log.evaluation.nll_before:
-        before.nll_before, before.tokens = log.evaluation.nll_before, log.evaluation.tokens
-    return rows, before
+        losses.nll_before, losses.tokens = log.evaluation.nll_before, log.evaluation.tokens
+    if during := [point for point in log.evaluation.during if point.step <= last]:
+        losses.during, losses.tokens = during, log.evaluation.tokens
+    return rows, losses
 
 
 def _check_same_experiment(run_dir: Path, previous: Mapping[str, Any], settings: Settings) -> None:

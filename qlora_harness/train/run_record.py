@@ -197,14 +197,19 @@ class RunRecord:
 
     @contextmanager
     def timed(self, name: Literal["data", "load", "train", "eval"]) -> Iterator[None]:
-        """Measures a `with` block, device work included."""
-        began = time.perf_counter()
+        """Measures a `with` block, device work included, without the blocks timed inside it.
+
+        The times of blocks of one name are added.
+        """
+        began, before = time.perf_counter(), sum(self._seconds.values())
         try:
             yield
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
         finally:
-            self._seconds[name] = time.perf_counter() - began
+            inside = sum(self._seconds.values()) - before
+            seconds = time.perf_counter() - began - inside
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
 
 def _device_record(device: torch.device) -> dict[str, Any]:

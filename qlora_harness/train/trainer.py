@@ -24,8 +24,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from qlora_harness.data.chat_encoder import IGNORE
 from qlora_harness.errors import HarnessError, TrainingError
 from qlora_harness.record import LOGS_FILE, write_json
-from qlora_harness.schema.training_records import EvaluationLosses, StepRow, TrainingLog
+from qlora_harness.schema.training_records import StepRow, TrainingLog
 from qlora_harness.train.checkpoints import cannot_be_loaded
+from qlora_harness.train.held_out import HeldOut
 from qlora_harness.train.measured_step import Clock, MeasuredStep
 from qlora_harness.train.memory_meter import MemoryMeter
 
@@ -238,12 +239,19 @@ class StepLog(TrainerCallback):
     ) -> None:
         self.rows = rows
         self._on_row = on_row
-        self.evaluation: EvaluationLosses | None = None
+        self.held_out: HeldOut | None = None
         self._path = run_dir / LOGS_FILE
         self._memory = memory
         self._written = time.monotonic()
         self._learning_rate: float | None = None
         self._pending: deque[MeasuredStep] = deque()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
+    ) -> None:
+        """Evaluates after the checkpoint's step if a signal stopped the run before that."""
+        if held_out := self._due(state):
+            held_out.during(state.global_step)
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Reads the learning rate before the scheduler changes it."""
@@ -252,19 +260,31 @@ class StepLog(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Queues the step, makes the rows that are due, and prepares a checkpoint."""
+        """Queues the step, makes the rows that are due, evaluates, and prepares a checkpoint."""
         self._pending.append(self.trainer.measured_step(self._learning_rate))
         self._learning_rate = None
-        pauses = control.should_save or control.should_training_stop
+        # After a signal nothing may delay the checkpoint.
+        held_out = None if control.should_training_stop else self._due(state)
+        pauses = control.should_save or control.should_training_stop or held_out is not None
         self.log_pending(leave=1 if _runs_ahead(args.device) and not pauses else 0)
         if pauses:
             self.trainer.pause()
+        if held_out is not None:
+            held_out.during(state.global_step)
+            self.write()
         if control.should_save:
             self.write()  # so that a checkpoint is never ahead of the log
             if args.should_save:
                 # After a kill, files of two checkpoints in one folder would look intact.
                 shutil.rmtree(_checkpoint_folder(args, state), ignore_errors=True)
             self.trainer.accelerator.wait_for_everyone()
+
+    def _due(self, state: TrainerState) -> HeldOut | None:
+        """The held-out conversations, if they must be evaluated now."""
+        held_out = self.held_out
+        if held_out is None or not held_out.is_due(state.global_step, state.max_steps):
+            return None
+        return held_out
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Removes unused files that name the host or the user's folders."""
@@ -313,8 +333,8 @@ class StepLog(TrainerCallback):
         self._written = time.monotonic()
         if self.trainer.is_world_process_zero():
             log = TrainingLog(steps=[StepRow(**row) for row in self.rows])
-            if self.evaluation is not None:
-                log.evaluation = self.evaluation
+            if self.held_out is not None and self.held_out.losses.tokens:
+                log.evaluation = self.held_out.losses
             write_json(self._path, log.content(), rows_at=2)  # a step a line
 
     def check_complete(self, first: int, last: int) -> None:
