@@ -14,8 +14,8 @@ from rich.console import Console
 from qlora_harness.errors import SettingsError, printable
 from qlora_harness.flag_checks import check_at_least
 from qlora_harness.settings import Quant
-from qlora_harness.study.definition import Cell, Study, build_study, read_study
-from qlora_harness.train.command import flag_parser
+from qlora_harness.study.definition import OWN, Cell, Study, build_study, read_study
+from qlora_harness.train.command import add_settings, flag_parser
 
 _DESCRIPTION = """\
 Trains every arm with every seed, scores all of them, and prints the answer: how the arms differ in
@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
     for flag, metavar, text in (
-        ("--name", "NAME", "its folder is results/NAME (default: the name of the file or model)"),
+        ("--name", "NAME", "its name (default: that of the file or model)"),
+        ("--output-dir", "DIR", "its folder (default results/NAME)"),
         ("--arms", "A,B,…", "quantisations, or arms of the file"),
         ("--seeds", "N", "a number of seeds, or a list such as 0,1,5 (default 1)"),
         ("--tasks", "A,B,…", "tasks of lm_eval on which every cell is scored"),
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="optimizer steps of each arm that --dry-run measures; 0 measures nothing (default 12)",
     )
-    return parser
+    return add_settings(parser, leave_out=("quant", "output_dir", *OWN))
 
 
 def _overridden(content: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:

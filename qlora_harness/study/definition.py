@@ -34,7 +34,7 @@ from qlora_harness.settings import (
 )
 
 # What the study decides for each cell itself.
-_OWN = ("seed", "output_dir", "resume", "overwrite")
+OWN = ("seed", "resume", "overwrite")
 # What all arms share, since runs on other data or models can't be compared.
 _SHARED = frozenset({"model", "revision", *(f.name for f in fields(DataSettings))})
 _UNSAFE = set("/\\ \t\n,=")
@@ -243,12 +243,11 @@ def _shared_settings(
     own = {name: f"{where}, settings, key {shown(name)}" for name in given}
     own |= {name: flag_of(name) for name in flags}
     values, sources = with_recipe(file.recipe, {**given, **flags})
-    for name in ("quant", *_OWN):
-        if name in own and name != "output_dir":
+    for name in ("quant", *OWN):
+        if name in own:
             remedy = "Name the arms" if name == "quant" else "Use the study's own seeds and folder"
             raise SettingsError(f"{own[name]} is decided by the study for each cell", remedy)
-        if name != "output_dir":
-            values.pop(name, None)
+        values.pop(name, None)
     return values, {**sources, **own}
 
 
@@ -273,7 +272,7 @@ def _check_arm(values: Mapping[str, Any], place: str) -> None:
         plain = str(name).replace("-", "_")
         if plain not in known:
             raise unknown_name(plain, f"{place}, key {shown(str(name))}", known)
-        if plain in _SHARED or plain in _OWN or plain in BOOKKEEPING:
+        if plain in _SHARED or plain in OWN or plain in BOOKKEEPING:
             raise SettingsError(
                 f"{place}, key {shown(str(name))} can't differ between arms",
                 "Set it for all arms, under settings, or not at all",

@@ -47,21 +47,28 @@ class _FlagParser(argparse.ArgumentParser):
 def flag_parser(
     prog: str = "launch/train.py", description: str = _DESCRIPTION, epilog: str | None = _EPILOG
 ) -> argparse.ArgumentParser:
-    """Returns a parser with a flag for each setting; values stay unchecked."""
-    parser = _FlagParser(
+    """Returns a parser for flags of settings, which `add_settings` adds."""
+    return _FlagParser(
         prog=prog,
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """Adds --recipe and a flag for each setting; their values stay unchecked."""
     parser.add_argument(
         "--recipe", metavar="NAME", help="YAML file, or the name of one in launch/recipes"
     )
     for group, cls in GROUPS.items():
         section = parser.add_argument_group(f"{group} settings")
         for f in dataclasses.fields(cls):
-            _add_flag(section, f)
+            if f.name not in leave_out:
+                _add_flag(section, f)
     return parser
 
 
@@ -90,7 +97,7 @@ def parse_settings(
     `parser` is a `flag_parser`, by default the launcher's. Raises SettingsError for a wrong flag,
     recipe key or value.
     """
-    flags = vars((parser or flag_parser()).parse_args(argv))
+    flags = vars(add_settings(parser or flag_parser()).parse_args(argv))
     values, sources = with_recipe(flags.pop("recipe"), flags)
     sources |= {name: flag_of(name) for name in flags}
     return build_settings(values, sources), "resume" in flags
