@@ -1,0 +1,267 @@
+"""Bases from GGUF files, expanded once into bfloat16 folders in the user's cache.
+
+transformers supplies configuration, tokenizer and names; the weights of the common architectures
+are dequantised here on all cores. The only module with private names of transformers' GGUF reader.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qlora_harness.errors import HarnessError, ModelError, first_line
+from qlora_harness.locations import cache_dir
+from qlora_harness.record import new_folder, read_json, write_json
+
+_MAGIC = b"GGUF"
+_RECORD = "gguf.json"
+# Here every tensor of the model is one tensor of the file, with its rows at most in another order.
+# transformers' own reader computes with the values of others, or splits and joins them.
+_FAST = ("llama", "qwen2", "qwen3")
+_CHUNK = 1 << 18  # weights that a thread dequantises at once: its temporaries fit into a cache
+_SHARD = "2GB"
+_REMEDY = "Name a .gguf file of a language model, a Hugging Face folder or a Hub id"
+_SOURCE = "name the Hugging Face folder that it was made from"
+
+
+def expand_gguf(file: Path, shown: str) -> tuple[Path, dict[str, Any]]:
+    """Returns the bfloat16 model folder of a GGUF file, and the file's record.
+
+    The first call writes the folder, others wait for it. Its name is the SHA-256 of the file, so a
+    changed file is expanded anew. The record holds that hash and the number of weights of each
+    tensor type. Raises ModelError, which names the model as `shown`, if the file is damaged or not
+    supported.
+    """
+    from filelock import FileLock
+
+    digest = _sha256(file, shown)
+    folder = cache_dir() / "gguf" / digest
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            for leftover in folder.parent.glob(f".{digest}-*"):  # of a killed process
+                shutil.rmtree(leftover, ignore_errors=True)
+            _expand(file, folder, digest, shown)
+    return folder, read_json(folder / _RECORD)
+
+
+def _sha256(file: Path, shown: str) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        if stream.read(len(_MAGIC)) != _MAGIC:
+            raise ModelError(f"{shown} is not a GGUF file", _REMEDY)
+        stream.seek(0)
+        while block := stream.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _expand(file: Path, folder: Path, digest: str, shown: str) -> None:
+    try:
+        with _parsed_once(file) as reader, new_folder(folder) as work:
+            _check(reader, folder.parent, shown)
+            if _value(reader, "general.architecture") in _FAST:
+                _write_model(reader, file, work, shown)
+            else:
+                _convert_with_transformers(file, work, shown)
+            _write_tokenizer(file, work)
+            write_json(work / _RECORD, {"sha256": digest, "tensor_types": _tensor_types(reader)})
+    except HarnessError:
+        raise
+    except Exception as error:  # noqa: BLE001  # the readers raise many kinds
+        if isinstance(error, OSError) and error.errno:  # a full disk
+            raise
+        raise ModelError(
+            f"{shown} can't be expanded ({first_line(error)})", f"Download it again, or {_SOURCE}"
+        ) from None
+
+
+@contextmanager
+def _parsed_once(file: Path) -> Iterator[Any]:
+    """Yields the file's GGUFReader, and gives transformers the same one.
+
+    Parsing a vocabulary of 150,000 tokens takes seconds; transformers would do it three times. The
+    garbage collector would walk through the million small arrays again and again.
+    """
+    import gguf
+
+    own, collects = gguf.GGUFReader, gc.isenabled()
+    gc.disable()
+    try:
+        reader = own(file)
+        gguf.GGUFReader = lambda *_: reader
+        yield reader
+    finally:
+        gguf.GGUFReader = own
+        if collects:
+            gc.enable()
+
+
+def _check(reader: Any, cache: Path, shown: str) -> None:
+    """Raises ModelError for a file that can't become a model, before anything heavy."""
+    from gguf import quants
+
+    for key in ("general.architecture", "tokenizer.ggml.tokens"):
+        if key not in reader.fields:
+            raise ModelError(f"{shown} has no {key}", _REMEDY)
+    parts = _value(reader, "split.count") or 1
+    if parts > 1:
+        raise ModelError(
+            f"{shown} is one of {parts} parts", "Join them with `llama-gguf-split --merge`"
+        )
+    types = _tensor_types(reader)
+    if unknown := [t for t in types if t not in ("F32", "F16") and not hasattr(quants, t)]:
+        raise ModelError(
+            f"{shown} has tensors of type {unknown[0]}, which the package gguf can't dequantise",
+            "Name a file in Q4_K_M, Q8_0 or another common type",
+        )
+    needed, free = 2 * sum(types.values()), shutil.disk_usage(cache).free
+    if free < needed:
+        raise ModelError(
+            f"{shown} needs {needed / 1e9:.1f} GB in {cache}, which has {free / 1e9:.1f} GB free",
+            "Free some space, or name another cache with XDG_CACHE_HOME",
+        )
+
+
+def _value(reader: Any, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+def _tensor_types(reader: Any) -> dict[str, int]:
+    """Weights of each tensor type, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for tensor in reader.tensors:
+        counts[tensor.tensor_type.name] += tensor.n_elements
+    return dict(counts.most_common())
+
+
+def _write_tokenizer(file: Path, work: Path) -> None:
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(
+        str(file.parent), gguf_file=file.name, trust_remote_code=False
+    ).save_pretrained(work)
+
+
+def _convert_with_transformers(file: Path, work: Path, shown: str) -> None:
+    """Writes configuration and weights as transformers reads them: slow, for any architecture."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        str(file.parent),
+        gguf_file=file.name,
+        dtype=torch.float32,
+        output_loading_info=True,
+        trust_remote_code=False,
+    )
+    _check_names(shown, info["missing_keys"], info["unexpected_keys"])
+    # The entry would clash with NF4, and these marks would keep it.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
+    model.bfloat16().save_pretrained(work, max_shard_size=_SHARD)
+
+
+def _check_names(shown: str, missing: Collection[str], unknown: Collection[str]) -> None:
+    if missing:  # transformers would fill them with random numbers
+        raise ModelError(
+            f"{shown} lacks {len(missing)} weights (first: {min(missing)})",
+            f"Download it again, or {_SOURCE}",
+        )
+    if unknown:  # such as LLaMA 3's rope_freqs.weight, without which it is another model
+        raise ModelError(
+            f"{shown} holds {min(unknown)}, which transformers would ignore", f"Instead, {_SOURCE}"
+        )
+
+
+def _write_model(reader: Any, file: Path, work: Path, shown: str) -> None:
+    """Writes configuration and weights of an architecture in `_FAST`, bit for bit as above."""
+    import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, modeling_gguf_pytorch_utils
+
+    config = AutoConfig.from_pretrained(
+        str(file.parent), gguf_file=file.name, trust_remote_code=False
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    config.architectures, config.dtype = [type(model).__name__], torch.bfloat16
+    config.save_pretrained(work)
+    model.generation_config.save_pretrained(work)
+
+    architecture = _value(reader, "general.architecture")
+    plain = modeling_gguf_pytorch_utils.TensorProcessor
+    kind = modeling_gguf_pytorch_utils.TENSOR_PROCESSORS.get(architecture, plain)
+    processor = kind(config=config.to_dict())
+    names = modeling_gguf_pytorch_utils.get_gguf_hf_weights_map(model, processor)
+    tensors = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
+    shapes = model.state_dict()
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    unknown = {tensor.name for tensor in reader.tensors} - names.keys()
+    if _value(reader, f"{architecture}.rope.scaling.type") not in (None, "none"):
+        unknown.add(f"{architecture}.rope.scaling.type")
+    _check_names(shown, shapes.keys() - tensors.keys(), unknown)
+    shards = split_torch_state_dict_into_shards(shapes, max_shard_size=_SHARD)
+    for filename, members in shards.filename_to_tensors.items():
+        weights = _dequantise([tensors[name] for name in members], processor)
+        save_file(dict(zip(members, weights, strict=True)), work / filename, {"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        write_json(work / "model.safetensors.index.json", index)
+
+
+def _dequantise(tensors: list[Any], processor: Any) -> list[Any]:
+    """Returns tensors of the file in bfloat16, in transformers' order of rows."""
+    import torch
+
+    outputs = [torch.empty(tensor.n_elements, dtype=torch.bfloat16) for tensor in tensors]
+    chunks = [
+        (tensor, output, start)
+        for tensor, output in zip(tensors, outputs, strict=True)
+        for start in range(0, tensor.n_elements, _CHUNK)
+    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # each thread of the pool would start as many of its own
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda chunk: _fill(*chunk), chunks))
+    finally:
+        torch.set_num_threads(threads)
+    return [_in_order(*pair, processor) for pair in zip(tensors, outputs, strict=True)]
+
+
+def _fill(tensor: Any, output: Any, start: int) -> None:
+    """Dequantises the chunk from weight `start` on; blocks of a tensor don't depend on its rows."""
+    import numpy as np
+    import torch
+    from gguf import GGML_QUANT_SIZES, quants
+
+    weights, size = GGML_QUANT_SIZES[tensor.tensor_type]  # of a block; its size in bytes
+    blocks = tensor.data.reshape(-1).view(np.uint8).reshape(-1, size)
+    part = blocks[start // weights : (start + _CHUNK) // weights].reshape(1, -1)
+    values = quants.dequantize(part, tensor.tensor_type).reshape(-1)
+    # torch rounds to the nearest bfloat16, ties to even.
+    output[start : start + _CHUNK] = torch.from_numpy(np.require(values, requirements="W"))
+
+
+def _in_order(tensor: Any, output: Any, processor: Any) -> Any:
+    """Undoes llama.cpp's order of the rows of queries and keys, on the bits of the weights."""
+    import numpy as np
+    import torch
+
+    shape = tuple(reversed(tensor.shape.tolist()))
+    bits = output.view(torch.int16).numpy().reshape(shape)
+    processed = processor.process(weights=bits, name=tensor.name).weights
+    return torch.from_numpy(np.ascontiguousarray(processed)).view(torch.bfloat16)
