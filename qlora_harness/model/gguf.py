@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import os
 import shutil
+import struct
 from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +29,6 @@ _RECORD = "gguf.json"
 # transformers' own reader computes with the values of others, or splits and joins them.
 _FAST = ("llama", "qwen2", "qwen3")
 _CHUNK = 1 << 18  # weights that a thread dequantises at once: its temporaries fit into a cache
-_SHARD = "2GB"
 _REMEDY = "Name a .gguf file of a language model, a Hugging Face folder or a Hub id"
 _SOURCE = "name the Hugging Face folder that it was made from"
 
@@ -76,7 +77,7 @@ def _expand(file: Path, folder: Path, digest: str, shown: str) -> None:
             write_json(work / _RECORD, {"sha256": digest, "tensor_types": _tensor_types(reader)})
     except HarnessError:
         raise
-    except Exception as error:  # noqa: BLE001  # the readers raise many kinds
+    except Exception as error:  # the readers raise many kinds
         if isinstance(error, OSError) and error.errno:  # a full disk
             raise
         raise ModelError(
@@ -169,7 +170,7 @@ def _convert_with_transformers(file: Path, work: Path, shown: str) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
-    model.bfloat16().save_pretrained(work, max_shard_size=_SHARD)
+    model.bfloat16().save_pretrained(work)
 
 
 def _check_names(shown: str, missing: Collection[str], unknown: Collection[str]) -> None:
@@ -187,8 +188,6 @@ def _check_names(shown: str, missing: Collection[str], unknown: Collection[str])
 def _write_model(reader: Any, file: Path, work: Path, shown: str) -> None:
     """Writes configuration and weights of an architecture in `_FAST`, bit for bit as above."""
     import torch
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM, modeling_gguf_pytorch_utils
 
     config = AutoConfig.from_pretrained(
@@ -205,63 +204,84 @@ def _write_model(reader: Any, file: Path, work: Path, shown: str) -> None:
     kind = modeling_gguf_pytorch_utils.TENSOR_PROCESSORS.get(architecture, plain)
     processor = kind(config=config.to_dict())
     names = modeling_gguf_pytorch_utils.get_gguf_hf_weights_map(model, processor)
-    tensors = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
-    shapes = model.state_dict()
+    shapes = {name: list(weights.shape) for name, weights in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
+    tensors = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
     unknown = {tensor.name for tensor in reader.tensors} - names.keys()
     if _value(reader, f"{architecture}.rope.scaling.type") not in (None, "none"):
         unknown.add(f"{architecture}.rope.scaling.type")
     _check_names(shown, shapes.keys() - tensors.keys(), unknown)
-    shards = split_torch_state_dict_into_shards(shapes, max_shard_size=_SHARD)
-    for filename, members in shards.filename_to_tensors.items():
-        weights = _dequantise([tensors[name] for name in members], processor)
-        save_file(dict(zip(members, weights, strict=True)), work / filename, {"format": "pt"})
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        write_json(work / "model.safetensors.index.json", index)
+    for name, tensor in tensors.items():
+        if shapes[name] != tensor.shape.tolist()[::-1]:
+            raise ModelError(
+                f"{shown}: {tensor.name} has shape {tensor.shape.tolist()[::-1]}, not "
+                f"{shapes[name]} as its configuration says",
+                f"Download it again, or {_SOURCE}",
+            )
+    _write_weights(work / "model.safetensors", tensors, processor)
 
 
-def _dequantise(tensors: list[Any], processor: Any) -> list[Any]:
-    """Returns tensors of the file in bfloat16, in transformers' order of rows."""
+def _write_weights(path: Path, tensors: dict[str, Any], processor: Any) -> None:
+    """Writes tensors in bfloat16 as a safetensors file; threads fill in chunks at their places.
+
+    So neither float32 nor bfloat16 weights are ever in memory as a whole.
+    """
     import torch
 
-    outputs = [torch.empty(tensor.n_elements, dtype=torch.bfloat16) for tensor in tensors]
-    chunks = [
-        (tensor, output, start)
-        for tensor, output in zip(tensors, outputs, strict=True)
-        for start in range(0, tensor.n_elements, _CHUNK)
-    ]
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 2 * tensor.n_elements
+        shape = tensor.shape.tolist()[::-1]
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
+    data = 8 + len(text)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each thread of the pool would start as many of its own
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda chunk: _fill(*chunk), chunks))
+        with path.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.flush()
+            jobs = [
+                pool.submit(_write_chunk, file.fileno(), offset, kind, blocks)
+                for name, tensor in tensors.items()
+                for offset, kind, blocks in _chunks(
+                    tensor, processor, data + entries[name]["data_offsets"][0]
+                )
+            ]
+            for job in jobs:
+                job.result()
     finally:
         torch.set_num_threads(threads)
-    return [_in_order(*pair, processor) for pair in zip(tensors, outputs, strict=True)]
 
 
-def _fill(tensor: Any, output: Any, start: int) -> None:
-    """Dequantises the chunk from weight `start` on; blocks of a tensor don't depend on its rows."""
+def _chunks(tensor: Any, processor: Any, offset: int) -> Iterator[tuple[int, Any, Any]]:
+    """Yields the place of each chunk in the new file, its type and its quantised blocks.
+
+    llama.cpp stores the rows of queries and keys in another order. A block never spans two rows, so
+    the quantised rows are put back.
+    """
     import numpy as np
-    import torch
-    from gguf import GGML_QUANT_SIZES, quants
+    from gguf import GGML_QUANT_SIZES
 
     weights, size = GGML_QUANT_SIZES[tensor.tensor_type]  # of a block; its size in bytes
-    blocks = tensor.data.reshape(-1).view(np.uint8).reshape(-1, size)
-    part = blocks[start // weights : (start + _CHUNK) // weights].reshape(1, -1)
-    values = quants.dequantize(part, tensor.tensor_type).reshape(-1)
-    # torch rounds to the nearest bfloat16, ties to even.
-    output[start : start + _CHUNK] = torch.from_numpy(np.require(values, requirements="W"))
+    rows = processor.process(weights=tensor.data, name=tensor.name).weights
+    blocks = rows.reshape(-1).view(np.uint8).reshape(-1, size)
+    for start in range(0, len(blocks), _CHUNK // weights):
+        yield offset + 2 * weights * start, tensor.tensor_type, blocks[start:][: _CHUNK // weights]
 
 
-def _in_order(tensor: Any, output: Any, processor: Any) -> Any:
-    """Undoes llama.cpp's order of the rows of queries and keys, on the bits of the weights."""
+def _write_chunk(descriptor: int, offset: int, kind: Any, blocks: Any) -> None:
     import numpy as np
     import torch
+    from gguf import quants
 
-    shape = tuple(reversed(tensor.shape.tolist()))
-    bits = output.view(torch.int16).numpy().reshape(shape)
-    processed = processor.process(weights=bits, name=tensor.name).weights
-    return torch.from_numpy(np.ascontiguousarray(processed)).view(torch.bfloat16)
+    values = quants.dequantize(blocks.reshape(1, -1), kind).reshape(-1)
+    # torch rounds to the nearest bfloat16, ties to even.
+    rounded = torch.from_numpy(np.require(values, requirements="W")).to(torch.bfloat16)
+    rest = memoryview(rounded.view(torch.uint8).numpy())
+    while rest:
+        written = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[written:], offset + written
