@@ -28,7 +28,8 @@ _RECORD = "gguf.json"
 # Here every tensor of the model is one tensor of the file, with its rows at most in another order.
 # transformers' own reader computes with the values of others, or splits and joins them.
 _FAST = ("llama", "qwen2", "qwen3")
-_CHUNK = 1 << 18  # weights that a thread dequantises at once: its temporaries fit into a cache
+_CHUNK = 1 << 20  # weights that a thread dequantises at once, with 25 MB of temporaries
+_THREADS = min(8, os.cpu_count() or 1)  # more wait for the interpreter lock
 _REMEDY = "Name a .gguf file of a language model, a Hugging Face folder or a Hub id"
 _SOURCE = "name the Hugging Face folder that it was made from"
 
@@ -158,13 +159,14 @@ def _convert_with_transformers(file: Path, work: Path, shown: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(file.parent),
         gguf_file=file.name,
         dtype=torch.float32,
         output_loading_info=True,
         trust_remote_code=False,
     )
+    model, info = loaded
     _check_names(shown, info["missing_keys"], info["unexpected_keys"])
     # The entry would clash with NF4, and these marks would keep it.
     if hasattr(model.config, "quantization_config"):
@@ -194,14 +196,14 @@ def _write_model(reader: Any, file: Path, work: Path, shown: str) -> None:
         str(file.parent), gguf_file=file.name, trust_remote_code=False
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     config.architectures, config.dtype = [type(model).__name__], torch.bfloat16
     config.save_pretrained(work)
     model.generation_config.save_pretrained(work)
 
     architecture = _value(reader, "general.architecture")
     plain = modeling_gguf_pytorch_utils.TensorProcessor
-    kind = modeling_gguf_pytorch_utils.TENSOR_PROCESSORS.get(architecture, plain)
+    kind: Any = modeling_gguf_pytorch_utils.TENSOR_PROCESSORS.get(architecture, plain)
     processor = kind(config=config.to_dict())
     names = modeling_gguf_pytorch_utils.get_gguf_hf_weights_map(model, processor)
     shapes = {name: list(weights.shape) for name, weights in model.state_dict().items()}
@@ -241,7 +243,7 @@ def _write_weights(path: Path, tensors: dict[str, Any], processor: Any) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each thread of the pool would start as many of its own
     try:
-        with path.open("wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with path.open("wb") as file, ThreadPoolExecutor(_THREADS) as pool:
             file.write(struct.pack("<Q", len(text)) + text)
             file.flush()
             jobs = [
@@ -281,7 +283,7 @@ def _write_chunk(descriptor: int, offset: int, kind: Any, blocks: Any) -> None:
     values = quants.dequantize(blocks.reshape(1, -1), kind).reshape(-1)
     # torch rounds to the nearest bfloat16, ties to even.
     rounded = torch.from_numpy(np.require(values, requirements="W")).to(torch.bfloat16)
-    rest = memoryview(rounded.view(torch.uint8).numpy())
+    rest = rounded.view(torch.uint8).numpy().data
     while rest:
         written = os.pwrite(descriptor, rest, offset)
         rest, offset = rest[written:], offset + written

@@ -89,6 +89,12 @@ class Run:
         return max(share or 0.0 for share in (*shares, trained))
 
     @property
+    def gguf_types(self) -> list[str]:
+        """Types of the base's quantised weights in the GGUF file that it came from, if any."""
+        models = [*([self.training.model] if self.training else []), *self._scored_models]
+        return next((model.gguf.quantised_types for model in models if model.gguf), [])
+
+    @property
     def _scored_models(self) -> list[EvaluatedModel]:
         return [scored.model for scored in self.scored.values()]
 
