@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compare_runs import changed
 from safetensors.torch import load_file
 from tiny_models import gguf_weights, write_gguf
 from training_runs import Train, summary
 
+from qlora_harness.compare.comparison import compare
 from qlora_harness.errors import AdapterError, ModelError
 from qlora_harness.model import gguf
 from qlora_harness.model.base import find_base, load_base, load_tokenizer
@@ -271,9 +273,26 @@ def test_a_run_on_a_gguf_file_is_recorded_and_scored(
     record = lm.loaded.record()
     assert (record["base"], record["gguf"]) == ("Tiny-1B.gguf", model["gguf"])
     assert record["weights_fingerprint"] == model["weights_fingerprint"]
-    assert lm.loaded.choice.progress_name == "mmlu_progress_tiny_1b_4bit_qlora.json"
+    assert lm.loaded.choice.progress_name == "mmlu_progress_tiny1b_4bit_qlora.json"
     other = gguf_weights()
     other["token_embd.weight"][0] = 1.0
     write_gguf(file, other)
     with pytest.raises(AdapterError):
         make_lm(peft=str(run / "adapter"))
+
+
+def test_compare_says_that_a_base_was_quantised_before(pair: tuple[Path, Path]) -> None:
+    def expand(folder: Path, name: str, *types: str) -> None:
+        gguf = {"sha256": "0" * 64, "tensor_types": dict.fromkeys(types, 8)}
+        changed(folder / name, lambda record: record["model"].update(gguf=gguf))
+
+    before = compare(pair)
+    expand(pair[0], "training_summary.json", "F32", "BF16")
+    assert compare(pair).notes == before.notes
+    expand(pair[0], "training_summary.json", "Q4_K", "Q6_K", "F32")
+    expand(pair[1], "evaluation_results.json", "Q4_K", "Q6_K", "F32")
+    after = compare(pair)
+    (note,) = set(after.notes) - set(before.notes)
+    assert "Q4_K, Q6_K:" in note
+    # Runs of the previous version lack the entry; they may have the same base.
+    assert after.different == before.different

@@ -157,12 +157,13 @@ def _write_tokenizer(file: Path, work: Path) -> None:
 def _convert_with_transformers(file: Path, work: Path, shown: str) -> None:
     """Writes configuration and weights as transformers reads them: slow, for any architecture."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(file.parent),
         gguf_file=file.name,
         dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
         trust_remote_code=False,
     )

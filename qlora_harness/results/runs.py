@@ -91,8 +91,9 @@ class Run:
     @property
     def gguf_types(self) -> list[str]:
         """Types of the base's quantised weights in the GGUF file that it came from, if any."""
-        models = [*([self.training.model] if self.training else []), *self._scored_models]
-        return next((model.gguf.quantised_types for model in models if model.gguf), [])
+        trained = self.training.model.gguf if self.training else None
+        files = [trained, *(model.gguf for model in self._scored_models)]
+        return next((file.quantised_types for file in files if file is not None), [])
 
     @property
     def _scored_models(self) -> list[EvaluatedModel]:
