@@ -292,6 +292,12 @@ def test_compare_says_that_a_base_was_quantised_before(pair: tuple[Path, Path]) 
     expand(pair[0], "training_summary.json", "Q4_K", "Q6_K", "F32")
     expand(pair[1], "evaluation_results.json", "Q4_K", "Q6_K", "F32")
     after = compare(pair)
+    for folder in pair:  # the same file in another place
+        changed(
+            folder / "training_summary.json",
+            lambda record: record["settings"].update(model=f"/{record['quant']}/llama.gguf"),
+        )
+    assert compare(pair).different == before.different
     (note,) = set(after.notes) - set(before.notes)
     assert "Q4_K, Q6_K:" in note
     # Runs of the previous version lack the entry; they may have the same base.

@@ -82,7 +82,7 @@ def find_base(name: str, revision: str | None = None, *, argument: str = "--mode
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"{argument}: folder {name} holds no config.json",
-                "Name a Hugging Face model folder",
+                "Name a Hugging Face model folder, or a .gguf file",
             )
         name_or_path = str(path)
     elif name.startswith((".", "/", "~")) or name.endswith(".gguf"):

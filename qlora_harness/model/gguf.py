@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import logging
 import os
 import shutil
 import struct
@@ -22,6 +23,8 @@ from typing import Any
 from qlora_harness.errors import HarnessError, ModelError, first_line
 from qlora_harness.locations import cache_dir
 from qlora_harness.record import new_folder, read_json, write_json
+
+logger = logging.getLogger("qlora_harness")
 
 _MAGIC = b"GGUF"
 _RECORD = "gguf.json"
@@ -46,12 +49,14 @@ def expand_gguf(file: Path, shown: str) -> tuple[Path, dict[str, Any]]:
 
     digest = _sha256(file, shown)
     folder = cache_dir() / "gguf" / digest
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            for leftover in folder.parent.glob(f".{digest}-*"):  # of a killed process
-                shutil.rmtree(leftover, ignore_errors=True)
-            _expand(file, folder, digest, shown)
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():  # another process may have been faster
+                for leftover in folder.parent.glob(f".{digest}-*"):  # of a killed process
+                    shutil.rmtree(leftover, ignore_errors=True)
+                logger.warning("expanding %s to bfloat16, once, in %s", shown, folder)
+                _expand(file, folder, digest, shown)
     return folder, read_json(folder / _RECORD)
 
 
