@@ -73,7 +73,7 @@ def _sha256(file: Path, shown: str) -> str:
 
 def _expand(file: Path, folder: Path, digest: str, shown: str) -> None:
     try:
-        with _parsed_once(file) as reader, new_folder(folder) as work:
+        with _parsed_once(file, shown) as reader, new_folder(folder) as work:
             _check(reader, folder.parent, shown)
             if _value(reader, "general.architecture") in _FAST:
                 _write_model(reader, file, work, shown)
@@ -87,12 +87,12 @@ def _expand(file: Path, folder: Path, digest: str, shown: str) -> None:
         if isinstance(error, OSError) and error.errno:  # a full disk
             raise
         raise ModelError(
-            f"{shown} can't be expanded ({first_line(error)})", f"Download it again, or {_SOURCE}"
+            f"{shown} is nothing that transformers can read ({first_line(error)})", _REMEDY
         ) from None
 
 
 @contextmanager
-def _parsed_once(file: Path) -> Iterator[Any]:
+def _parsed_once(file: Path, shown: str) -> Iterator[Any]:
     """Yields the file's GGUFReader, and gives transformers the same one.
 
     Parsing a vocabulary of 150,000 tokens takes seconds; transformers would do it three times. The
@@ -103,7 +103,14 @@ def _parsed_once(file: Path) -> Iterator[Any]:
     own, collects = gguf.GGUFReader, gc.isenabled()
     gc.disable()
     try:
-        reader = own(file)
+        try:
+            reader = own(file)
+        except Exception as error:  # noqa: BLE001  # it raises what NumPy and enum raise
+            raise ModelError(
+                f"{shown} is cut off, damaged or too new for the package gguf "
+                f"({first_line(error)})",
+                f"Download it again, or {_SOURCE}",
+            ) from None
         gguf.GGUFReader = lambda *_: reader
         yield reader
     finally:

@@ -34,6 +34,7 @@ class EvaluatedModel(Section):
     revision: str | None = None
     random_weights: bool = False
     gguf: GgufFile | None = None
+    """The file that the base was expanded from, if it came as one."""
     quant: str | None = None
     double_quant: bool | None = None
     """Whether the scales were quantised, too; null for bf16."""

@@ -34,6 +34,7 @@ class TrainedModel(Section):
     random_weights: bool = False
     weights_fingerprint: str | None = None
     gguf: GgufFile | None = None
+    """The file that the base was expanded from, if it came as one."""
     trainable_parameters: Count | None = None
     attention: str | None = None
 
