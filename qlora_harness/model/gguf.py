@@ -1,7 +1,7 @@
 """Bases from GGUF files, expanded once into bfloat16 folders in the user's cache.
 
-transformers supplies configuration, tokenizer and names; the weights of the common architectures
-are dequantised here on all cores. The only module with private names of transformers' GGUF reader.
+transformers supplies configuration, tokenizer and names; threads dequantise the weights of the
+common architectures. The only module with private names of transformers' GGUF reader.
 """
 
 from __future__ import annotations
@@ -222,19 +222,28 @@ def _write_model(reader: Any, file: Path, work: Path, shown: str) -> None:
     shapes = {name: list(weights.shape) for name, weights in model.state_dict().items()}
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
+    tensors = _matched(reader, names, shapes, shown)
+    _write_weights(work / "model.safetensors", tensors, processor)
+
+
+def _matched(
+    reader: Any, names: dict[str, str], shapes: dict[str, list[int]], shown: str
+) -> dict[str, Any]:
+    """Returns the file's tensors by transformers' names; raises ModelError unless all match."""
     tensors = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
     unknown = {tensor.name for tensor in reader.tensors} - names.keys()
-    if _value(reader, f"{architecture}.rope.scaling.type") not in (None, "none"):
-        unknown.add(f"{architecture}.rope.scaling.type")
+    scaling = f"{_value(reader, 'general.architecture')}.rope.scaling.type"
+    if _value(reader, scaling) not in (None, "none"):
+        unknown.add(scaling)
     _check_names(shown, shapes.keys() - tensors.keys(), unknown)
     for name, tensor in tensors.items():
-        if shapes[name] != tensor.shape.tolist()[::-1]:
+        shape = tensor.shape.tolist()[::-1]
+        if shape != shapes[name]:
             raise ModelError(
-                f"{shown}: {tensor.name} has shape {tensor.shape.tolist()[::-1]}, not "
-                f"{shapes[name]} as its configuration says",
+                f"{shown}: {tensor.name} has shape {shape}, not {shapes[name]} as its metadata say",
                 f"Download it again, or {_SOURCE}",
             )
-    _write_weights(work / "model.safetensors", tensors, processor)
+    return tensors
 
 
 def _write_weights(path: Path, tensors: dict[str, Any], processor: Any) -> None:
