@@ -77,7 +77,7 @@ class ModelSettings:
 
     model: str = _setting(
         "meta-llama/Llama-2-7b-hf",
-        "base model: a Hub id, a folder, or 'smollm2' (the embedded SmolLM2-135M)",
+        "base model: a Hub id, a folder, a GGUF file, or 'smollm2' (the embedded SmolLM2-135M)",
     )
     revision: str | None = _setting(
         None, "branch, tag or commit of the base model on the Hub (default: its main branch)"

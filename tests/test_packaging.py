@@ -120,7 +120,7 @@ def test_metadata(wheel: Path) -> None:
     assert any(text.startswith("transformers") and ">=5.17" in text for text in needed)
     assert any(text.startswith("lm-eval[hf]") and ">=0.4.13" in text for text in needed)
     extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"reports", "demo", "nvml", "tensorboard", "wandb", "dev"}
+    assert extras == {"reports", "nvml", "tensorboard", "wandb", "dev"}
 
 
 def test_source_distribution_can_build_the_wheel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,106 @@ def model_of(kind: str, quantised: bool, keys: int, targets: str | None) -> Any:
     if targets is not None:
         model = adapted(model, targets=targets).requires_grad_(False)
     return model.eval()
+
+
+def write_gguf(
+    path: Path,
+    weights: dict[str, np.ndarray],
+    *,
+    architecture: str = "llama",
+    types: tuple[str, ...] = ("F32",),
+    drop: tuple[str, ...] = (),
+    **fields: Any,
+) -> Path:
+    """Writes a GGUF file with a byte-level tokenizer of 260 tokens.
+
+    Args:
+        path: The file.
+        weights: By GGUF name; matrices are quantised to each of the `types` in turn. For K types,
+            their values don't matter: the blocks are random.
+        architecture: In llama.cpp's words.
+        types: Of tensors, such as "Q8_0".
+        drop: Names of metadata to leave out.
+        fields: Further numbers and texts of the metadata, with "__" for a dot.
+    """
+    import gguf
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    writer = gguf.GGUFWriter(path, architecture)
+    embedding = weights["token_embd.weight"]
+    tokens = ["<|endoftext|>", "</s>", *bytes_to_unicode().values(), "he", "Ġa"]
+    assert len(tokens) == len(embedding)
+    metadata = {
+        f"{architecture}.block_count": 2,
+        f"{architecture}.context_length": 256,
+        f"{architecture}.embedding_length": embedding.shape[1],
+        f"{architecture}.feed_forward_length": len(weights["blk.0.ffn_up.weight"]),
+        f"{architecture}.attention.head_count": 2,
+        f"{architecture}.attention.head_count_kv": 1,
+        f"{architecture}.attention.layer_norm_rms_epsilon": 1e-5,
+        f"{architecture}.rope.freq_base": 10000.0,
+        f"{architecture}.rope.dimension_count": 128,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
+        "tokenizer.ggml.merges": ["h e", "Ġ a"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+    } | {name.replace("__", "."): value for name, value in fields.items()}
+    for name, value in metadata.items():
+        if name not in drop:
+            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            add.get(type(value), writer.add_array)(name, value)
+    rng = np.random.default_rng(0)
+    matrices = 0
+    for name, values in weights.items():
+        kind = gguf.GGMLQuantizationType.F32
+        if values.ndim == 2:
+            kind = gguf.GGMLQuantizationType[types[matrices % len(types)]]
+            matrices += 1
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        if kind.name.endswith("_K"):
+            blocks = rng.integers(0, 256, (*values.shape[:-1], values.shape[-1] // block, size))
+            halves = {"Q4_K": (1, 3), "Q6_K": (209,)}[kind.name]
+            blocks[..., halves] = 0x14  # the high bytes of its scales: about 0.001
+            data = blocks.astype(np.uint8).reshape(*values.shape[:-1], -1)
+        else:
+            data = gguf.quants.quantize(values.astype(np.float32), kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def gguf_weights(architecture: str = "llama", *, tied: bool = False) -> dict[str, np.ndarray]:
+    """Random weights of two layers by their GGUF names: width 256, two heads, one of keys."""
+    rng = np.random.default_rng(1)
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (260, 256)}
+    for layer in range(2):
+        part = {
+            "attn_norm": (256,),
+            "attn_q": (256, 256),
+            "attn_k": (128, 256),
+            "attn_v": (128, 256),
+            "attn_output": (256, 256),
+            "ffn_norm": (256,),
+            "ffn_gate": (512, 256),
+            "ffn_up": (512, 256),
+            "ffn_down": (256, 512),
+        }
+        if architecture == "qwen3":
+            part |= {"attn_q_norm": (128,), "attn_k_norm": (128,)}
+        shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in part.items()}
+        if architecture == "qwen2":
+            biases = {"attn_q": (256,), "attn_k": (128,), "attn_v": (128,)}
+            shapes |= {f"blk.{layer}.{name}.bias": shape for name, shape in biases.items()}
+    shapes["output_norm.weight"] = (256,)
+    if not tied:
+        shapes["output.weight"] = (260, 256)
+    return {name: rng.normal(0.0, 0.05, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def tiny_of_any_kind(kind: str) -> Any:

@@ -65,8 +65,9 @@ def group(runs: Sequence[Run], *, labelled: bool = False) -> list[Arm]:
 def _key(run: Run) -> tuple[object, ...]:
     if run.training is None:
         return (run.quant, False, run.model)
-    settings = {**settings_of(run), **run.training.model.model_dump(exclude={"commit"})}
+    settings = {**settings_of(run), **run.training.model.model_dump(exclude={"commit", "gguf"})}
     settings.pop("seed", None)
+    settings.pop("model", None)  # the same GGUF file in another folder; its name is in `model`
     data = run.training.data.train.fingerprint
     return (run.quant, True, run.training.status, data, repr(sorted(settings.items())))
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Settings that only name the run, follow from others, or don't affect numbers.
 _FOLLOWS = re.compile(
     r"\.(arm|output_dir|results_dir|peft|adapter_sha256|peft_sha|model_num_parameters|verify|"
-    r"unquantised_share|parameter_dtypes\..+|(memory|plan)\..+)$"
+    r"unquantised_share|settings\.model|gguf|(parameter_dtypes|gguf|memory|plan)\..+)$"
 )
 # Settings in which arms and their seeds are meant to differ.
 _INTENDED = ("quant", "double_quant", "seed", "expanded_once")
@@ -232,6 +232,11 @@ def notes_on(
         if task in run.scored:
             remarks += _notes_on_scores(run.scored[str(task)], answers.get(run.label))
         notes += [f"{run.label}: {remark}." for remark in remarks]
+    if types := dict.fromkeys(name for run in runs for name in run.gguf_types):
+        notes.append(
+            f"The base was expanded from {', '.join(types)}: what a quantisation costs is measured "
+            "on weights that had been quantised once already."
+        )
     demo = any(r.training is not None and r.training.data.dataset == "demo" for r in runs)
     if task == DEMO_TASK or demo:
         notes.append("The embedded demo set is small and made for this project: not a benchmark.")

@@ -16,8 +16,9 @@ from qlora_harness.errors import ModelError, first_line
 from qlora_harness.locations import expanded
 from qlora_harness.model.fingerprint import checkpoint_fingerprint
 from qlora_harness.model.free_memory import available_memory
+from qlora_harness.model.gguf import expand_gguf
 from qlora_harness.model.shape import Shape
-from qlora_harness.model.smollm2 import materialise_smollm2
+from qlora_harness.model.smollm2 import smollm2_file
 from qlora_harness.settings import NOTABLE_SHARE, Quant
 
 if TYPE_CHECKING:
@@ -40,10 +41,18 @@ class BaseSource:
     commit: str | None  # the commit that the Hub resolved it to; None for a folder
     random_weights: bool  # as its configuration declares
     argument: str = "--model"  # the flag or model argument that named it, for messages
+    gguf: dict[str, Any] | None = None  # of `expand_gguf`: hash and tensor types of the file
+
+    @property
+    def recorded_name(self) -> str:
+        """The name in records: that of a GGUF file, without its folder."""
+        return self.name if self.gguf is None else expanded(self.name).name
 
     def record(self) -> dict[str, Any]:
         """Returns the fields to store: all but the path, which is local, and the argument."""
-        return {k: v for k, v in asdict(self).items() if k not in ("path", "argument")}
+        record = asdict(self) | {"name": self.recorded_name}
+        local = ("path", "argument", *(["gguf"] if self.gguf is None else []))
+        return {name: value for name, value in record.items() if name not in local}
 
     @property
     def shown(self) -> str:
@@ -52,31 +61,33 @@ class BaseSource:
 
 
 def find_base(name: str, revision: str | None = None, *, argument: str = "--model") -> BaseSource:
-    """Resolves a Hub id, a folder or "smollm2", and reads the configuration, not the weights.
+    """Resolves a Hub id, a folder, a GGUF file or "smollm2", and reads the configuration.
 
-    Raises ModelError if the model is missing, gated or already quantised, or has no readable
-    configuration; the message names `argument`.
+    Expands a GGUF file into a folder, once. Raises ModelError if the model is missing, gated or
+    already quantised, or has no readable configuration; the message names `argument`.
     """
     from transformers import AutoConfig
 
     path = expanded(name)
-    if revision is not None and (name == EMBEDDED or path.is_dir()):
+    if revision is not None and (name == EMBEDDED or path.exists()):
         raise ModelError(
             f"{argument}: {name!r} is not on the Hub and has no revision {revision!r}",
             "Leave the revision out",
         )
-    if name == EMBEDDED:
-        return BaseSource(name, str(materialise_smollm2()), None, None, False, argument)
+    if name == EMBEDDED or path.is_file():
+        file = smollm2_file() if name == EMBEDDED else path
+        folder, gguf = expand_gguf(file, _flag_and_value(argument, name))
+        return BaseSource(name, str(folder), None, None, False, argument, gguf)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"{argument}: folder {name} holds no config.json",
-                "Name a Hugging Face model folder",
+                "Name a Hugging Face model folder, or a .gguf file",
             )
         name_or_path = str(path)
-    elif name.startswith((".", "/", "~")):
+    elif name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         flag = argument if argument.endswith("=") else f"{argument}: "
-        raise ModelError(f"{flag}{name} does not exist", "Name a folder or a Hub id")
+        raise ModelError(f"{flag}{name} does not exist", "Name a folder, a GGUF file or a Hub id")
     else:
         name_or_path = name
     try:

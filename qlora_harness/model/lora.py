@@ -98,8 +98,10 @@ def target_names(targets: str) -> list[str]:
 
 
 def public_name(base: str) -> str:
-    """Returns a base model's name for files that people upload: a folder loses its local path."""
+    """Returns a base model's name for files that people upload, without a local path."""
     path = expanded(base)
+    if path.is_file():  # a GGUF file, which may be a link
+        return path.name
     return path.resolve().name if path.is_dir() else base
 
 

@@ -89,6 +89,13 @@ class Run:
         return max(share or 0.0 for share in (*shares, trained))
 
     @property
+    def gguf_types(self) -> list[str]:
+        """Types of the base's quantised weights in the GGUF file that it came from, if any."""
+        trained = self.training.model.gguf if self.training else None
+        files = [trained, *(model.gguf for model in self._scored_models)]
+        return next((file.quantised_types for file in files if file is not None), [])
+
+    @property
     def _scored_models(self) -> list[EvaluatedModel]:
         return [scored.model for scored in self.scored.values()]
 

@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from qlora_harness.schema.mmlu import PROMPT_DIGITS
-from qlora_harness.schema.section import LARGEST, Count, Environment, Header, Number, Section, Share
+from qlora_harness.schema.section import (
+    LARGEST,
+    Count,
+    Environment,
+    GgufFile,
+    Header,
+    Number,
+    Section,
+    Share,
+)
 
 Letter = Literal["A", "B", "C", "D"]
 # Sums of a few thousand doubles differ in the last digits when they are added in another order.
@@ -21,9 +30,11 @@ class EvaluatedModel(Section):
     """The model that was scored."""
 
     base: str | None = None
-    """Hub id, name of the folder, or "smollm2"."""
+    """Hub id, folder, name of the GGUF file, or "smollm2"."""
     revision: str | None = None
     random_weights: bool = False
+    gguf: GgufFile | None = None
+    """The file that the base was expanded from, if it came as one."""
     quant: str | None = None
     double_quant: bool | None = None
     """Whether the scales were quantised, too; null for bf16."""

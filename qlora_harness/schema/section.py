@@ -44,6 +44,19 @@ class Header(Section):
         return head | self.model_dump(mode="json", exclude_unset=True)
 
 
+class GgufFile(Section):
+    """The GGUF file that a base was expanded from."""
+
+    sha256: str
+    tensor_types: dict[str, Count]
+    """Number of weights of each type, such as Q4_K."""
+
+    @property
+    def quantised_types(self) -> list[str]:
+        """The types in which weights have lost precision."""
+        return [name for name in self.tensor_types if name not in ("F32", "F16", "BF16")]
+
+
 class Environment(Section):
     """Where something was computed."""
 

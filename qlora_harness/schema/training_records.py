@@ -14,6 +14,7 @@ from qlora_harness.schema.section import (
     Amount,
     Count,
     Environment,
+    GgufFile,
     Header,
     Number,
     Section,
@@ -26,12 +27,14 @@ class TrainedModel(Section):
     """The base model and its adapter."""
 
     name: str | None = None
-    """Hub id, name of the folder, or "smollm2"."""
+    """Hub id, folder, name of the GGUF file, or "smollm2"."""
     revision: str | None = None
     commit: str | None = None
     """Commit on the Hub, if the model came from there."""
     random_weights: bool = False
     weights_fingerprint: str | None = None
+    gguf: GgufFile | None = None
+    """The file that the base was expanded from, if it came as one."""
     trainable_parameters: Count | None = None
     attention: str | None = None
 

@@ -26,7 +26,7 @@ class QloraAdapterLM(LoadedHFLM):
     Training and scoring load the base with the same function, and the adapter stays unmerged.
 
     Args:
-        pretrained: Base model: a Hub id, a folder, or "smollm2". Default: the adapter's.
+        pretrained: Base model: a Hub id, a folder, a GGUF file, "smollm2". Default: the adapter's.
         peft: Adapter folder or Hub id. With neither, the newest completed run under ./results.
         quant: "nf4", "fp4" or "bf16". Default: as trained; bf16 for a base alone.
         double_quant: Whether 4-bit scales are quantised too. Default: as trained.
@@ -125,7 +125,7 @@ class QloraAdapterLM(LoadedHFLM):
             "model_revision": choice.revision,
             "model_sha": self.loaded.source.commit or "",
             "peft_sha": self.loaded.adapter_sha256 or "",
-            "base": choice.base,
+            "base": self.loaded.source.recorded_name,
             "quant": choice.quant.value,
             "double_quant": choice.double_quant if choice.quant.is_4bit else None,
             **{key: settings[key] for key in ("softmax_dtype", "max_length", "leading_bos")},

@@ -106,7 +106,7 @@ def progress_rows(questions: Sequence[QuestionRow]) -> list[QuestionRow]:
 
 def model_slug(name: str) -> str:
     """Returns a model's name for file names: meta-llama/Llama-2-7b-hf → llama2_7b."""
-    short = Path(name).name.lower().removesuffix("-hf")
+    short = Path(name).name.lower().removesuffix(".gguf").removesuffix("-hf")
     short = re.sub(r"^([a-z]+)-(\d)", r"\1\2", short)
     return re.sub(r"[^a-z0-9]+", "_", short).strip("_")
 

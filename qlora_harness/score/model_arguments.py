@@ -31,7 +31,7 @@ _REMEDIES = {
     "tp_plan": "Use `accelerate launch -m lm_eval` for several GPUs",
     "autogptq": "Use --model hf",
     "gptqmodel": "Use --model hf",
-    "gguf_file": "Use pretrained=smollm2 or a converted folder",
+    "gguf_file": "Give the path of the file as pretrained=",
     "token": "Log in with `hf auth login`; a token here would land in the results",
     "trust_remote_code": "Use a model that transformers supports without extra code",
     "tokenizer": "The tokenizer is the adapter's, or the base model's",

@@ -41,8 +41,9 @@ class ScoredModel:
     def record(self) -> dict[str, Any]:
         """Returns the "model" section of the records."""
         choice, base = self.choice, base_of(self.model)
+        gguf = {} if self.source.gguf is None else {"gguf": self.source.gguf}
         return {
-            "base": choice.base,
+            "base": self.source.recorded_name,
             "revision": choice.revision,
             "commit": self.source.commit,
             "random_weights": self.source.random_weights,
@@ -53,6 +54,7 @@ class ScoredModel:
             "unquantised_share": unquantised_share(self.model),
             "attention": attention_of(base),
             "weights_fingerprint": weights_fingerprint(base),
+            **gguf,
         }
 
 

@@ -373,7 +373,9 @@ class _Run:
         record = {
             "schema_version": SCHEMA_VERSION,
             "kind": "adapter",
-            "base": source.record() | {"weights_fingerprint": self.base_fingerprint},
+            # Scoring finds the base by this name.
+            "base": source.record()
+            | {"name": source.name, "weights_fingerprint": self.base_fingerprint},
             "quant": settings.quant.value,
             "double_quant": settings.model.double_quant,
             "compute_dtype": settings.model.compute_dtype,
