@@ -16,7 +16,7 @@ from scipy import stats
 
 from qlora_harness.compare.comparison import Comparison, compare
 from qlora_harness.compare.contrast import Contrast
-from qlora_harness.compare.study import report
+from qlora_harness.compare.sample_size import report
 
 Questions = list[tuple[str, int, list[float]]]
 LETTERS = 4
