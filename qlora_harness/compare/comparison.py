@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from qlora_harness.compare import checks, page, text
-from qlora_harness.compare.arms import group, pair
+from qlora_harness.compare.arms import by_dose, group, neighbours, pair
 from qlora_harness.compare.choices import RunAnswers
 from qlora_harness.compare.contrast import answers_of, contrast, effects
 from qlora_harness.compare.record import ComparisonRecord, RunInfo, Setting, Source
@@ -108,12 +108,16 @@ def compare(
     notes += checks.check_limit(scored, allow_limit, intersect)
     frames, dropped = _answers(scored, intersect, notes)
     arms = group(loaded, labelled=labels is not None)
-    primary, secondary = pair(arms, baseline)
+    primary, secondary = map(by_dose, pair(arms, baseline))
+    steps = neighbours(arms)
     answers = {label: RunAnswers(frame) for label, frame in frames.items()}
     contrasts = [
-        contrast(a, b, answers, task, margin=margin, tests=tests)
-        for pairs, tests in ((primary, len(primary)), (secondary, None))
+        contrast(a, b, answers, task, margin=margin, tests=tests, primary=pairs is primary)
+        for pairs, tests in ((primary, len(primary)), (secondary, 1))
         for a, b in pairs
+    ]
+    between = [
+        contrast(a, b, answers, task, margin=margin, tests=len(steps)).brief() for a, b in steps
     ]
     arm_of = {run.label: arm.name for arm in arms for run in arm.runs}
     different, same = checks.differing(loaded, task)
@@ -133,6 +137,7 @@ def compare(
         runs=[_info(run, arm_of[run.label], task, run.label in frames) for run in loaded],
         arms=[arm.name for arm in arms],
         contrasts=contrasts,
+        steps=between,
         effects=effects(arms, answers, task, margin),
         chance=[result for result in chances if result is not None],
         besides=checks.besides_quantisation(leading, task),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from qlora_harness.compare.numbers import difference, interval, value, word
+from qlora_harness.compare.numbers import difference, interval, plus_minus, value, word
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint
 from qlora_harness.compare.tables import Table, tables
 from qlora_harness.compare.verdict import sentences, verdict
@@ -15,12 +15,15 @@ from qlora_harness.results.terminal import NOTHING
 LINES, COLUMNS = 12, 80
 _DETAILS = 120  # columns
 MARKDOWN_TITLE = "# What do the 4 bits cost?"
+_ROWS = 6  # of arms
+_COLUMNS = ("memory", "eval_loss", "accuracy", "nll")
 _HEADLINES = ("memory", "time", "eval_loss", "accuracy", "nll")
 _MARKS = {"better": "✓", "worse": "✗", "same": "≈", "unclear": "?", "no measurement": ""}
+_LEGEND = "✓ better  ✗ worse  ≈ same  ? unclear"
 
 
-def title(comparison: ComparisonRecord) -> str:
-    """Returns what was compared, in a line."""
+def title(comparison: ComparisonRecord, columns: int | None = None) -> str:
+    """Returns what was compared, in a line; without the data if it is longer than `columns`."""
     primary = comparison.primary
     names = "nothing"
     if len(primary) == 1:
@@ -31,23 +34,37 @@ def title(comparison: ComparisonRecord) -> str:
         names = f"{len(primary)} arms vs {baseline}"
     dataset = (comparison.dataset or "").rpartition("/")[2].partition(".")[0]
     parts = [names, (comparison.model or "").rpartition("/")[2], dataset]
-    seeds = {count for item in primary for count in item.seeds}
-    if seeds and max(seeds) > 1:
-        parts.append(f"{'–'.join(map(str, sorted({min(seeds), max(seeds)})))} seeds per arm")
+    parts.append(_seeds(primary))
     if comparison.questions is not None:
         task = "" if comparison.task == DEFAULT_TASK else f"{comparison.task}, "
         parts.append(f"{task}{comparison.questions:,} questions")
-    return " · ".join(part for part in parts if part)
+    line = " · ".join(part for part in parts if part)
+    if columns is not None and len(line) > columns and dataset:
+        return line.replace(f" · {dataset}", "", 1)
+    return line
+
+
+def _seeds(primary: Sequence[Contrast]) -> str:
+    """How many seeds each arm has, in the order of the rows; "" for one each."""
+    arms = {item.arm: item.seeds[0] for item in primary}
+    counts = list((arms | {item.baseline: item.seeds[1] for item in primary}).values())
+    if max(counts, default=1) == 1:
+        return ""
+    if len(set(counts)) == 1:
+        return f"{counts[0]} seeds per arm"
+    if len(counts) > _ROWS:
+        return f"{min(counts)}–{max(counts)} seeds per arm"
+    return f"{', '.join(map(str, counts))} seeds"
 
 
 def answer(comparison: ComparisonRecord) -> str:
     """Returns the answer: at most 12 lines of 80 columns."""
-    lines = [_cut(title(comparison))]
+    lines = [_cut(title(comparison, COLUMNS))]
     primary = comparison.primary
     if len(primary) == 1:
         lines += _one(primary[0])
     elif primary:
-        lines += _many(primary)
+        lines += _many(comparison)
     # Whole sentences only, the most important first.
     for sentence in sentences(comparison):
         wrapped = textwrap.wrap(sentence, COLUMNS, break_long_words=True)
@@ -103,30 +120,40 @@ def _side_by_side(item: Contrast, endpoints: Sequence[Endpoint], words: Sequence
     return _aligned(rows, (0, 4, 5))
 
 
-def _many(items: Sequence[Contrast]) -> list[str]:
-    """One line for each arm."""
-    known = {key: [item[key] for item in items if key in item.endpoints] for key in _HEADLINES}
+def _many(comparison: ComparisonRecord) -> list[str]:
+    """A line for each arm, by dose, and one for the baseline."""
+    items = comparison.primary
+    known = {key: [item[key] for item in items if key in item.endpoints] for key in _COLUMNS}
     known = {key: endpoints for key, endpoints in known.items() if endpoints}
-    rows = [["", *(endpoints[0].name.removeprefix("peak ") for endpoints in known.values())]]
+    units = {"share": ", pts"}
+    heads = [ends[0].name.removeprefix("peak ") + units.get(ends[0].unit, "")
+             for ends in known.values()]  # fmt: skip
+    shown = items if len(items) <= _ROWS else items[: _ROWS - 1]
+    rest, item = [], comparison.headline
     if len({item.baseline for item in items}) == 1:
-        values = [
-            next((value(e, e.baseline) for e in endpoints if e.baseline is not None), NOTHING)
-            for endpoints in known.values()
-        ]
-        rows.append([items[0].baseline, *values])
-    room = LINES - 4
-    for item in items[: room if len(items) <= room else room - 1]:
-        rows.append([item.arm, *(_cell(item.measured(key)) for key in known)])
-    lines = _aligned(rows, (0,))
-    if len(items) > room:
-        lines.append(f"… and {len(items) - room + 1} more arms (see --details)")
-    return [*lines, "✓ better  ✗ worse  ≈ same within the margin  ? unclear  – no measurement"]
+        values = [item.measured(key) for key in known]
+        rest = [[item.baseline, *(value(e, e.baseline) if e else NOTHING for e in values)]]
+    halves, legend = plus_minus, f"± joint 95% interval  {_LEGEND}  – not measured"
+    rows = [[item.arm, *(_cell(item.measured(key), halves) for key in known)] for item in shown]
+    if _width([["", *heads], *rows, *rest]) > COLUMNS:
+        legend = f"{_LEGEND}  – not measured"
+        rows = [[item.arm, *(_cell(item.measured(k), difference) for k in known)] for item in shown]
+    lines = _aligned([["", *heads], *rows, *rest], (0,))
+    if len(shown) < len(items):
+        lines.insert(1 + len(shown), f"… and {len(items) - len(shown)} more arms (see --details)")
+    return [*lines, legend]
 
 
-def _cell(endpoint: Endpoint | None) -> str:
+def _width(rows: Sequence[Sequence[str]]) -> int:
+    """Columns of a table whose first column may be cut to 16."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return min(first, 16) + sum(others) + 2 * len(others)
+
+
+def _cell(endpoint: Endpoint | None, shown: Callable[[Endpoint], str]) -> str:
     if endpoint is None:
         return NOTHING
-    return f"{difference(endpoint)} {_MARKS[endpoint.word]}".rstrip()
+    return f"{shown(endpoint)} {_MARKS[endpoint.word]}".rstrip()
 
 
 def markdown(comparison: ComparisonRecord) -> str:
