@@ -65,7 +65,7 @@ def test_intervals_of_neighbours_hold_together(runs: list[Path], study: Comparis
 def test_what_falls_and_what_is_shown(tmp_path: Path) -> None:
     arms = {"bf16": (1, 0.0), "nf4": (1, 0.1), "int8": (1, 0.101), "fp4": (1, 0.3)}
     verdict = compare(write_study(tmp_path, arms)).verdict
-    assert "eval loss falls at 2 of 3 steps" in verdict
+    assert "eval loss and NLL fall at 2 of 3 steps" in verdict
     assert "same within ±0.01: NF4–int8 (rises)" in verdict
 
 
