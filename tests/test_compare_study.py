@@ -4,15 +4,27 @@
 # mypy: disable-error-code="operator,union-attr"
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
 import pytest
-from compare_runs import FIRST, evaluation, summary, write_run, write_study
+from compare_runs import (
+    FAMILY,
+    FIRST,
+    changed,
+    edit,
+    evaluation,
+    summary,
+    write_run,
+    write_study,
+)  # fmt: skip
 from scipy import stats
 
-from qlora_harness.compare import text
+from qlora_harness.compare import page, text
 from qlora_harness.compare.comparison import Comparison, compare
+from qlora_harness.compare.methods import methods
+from qlora_harness.results.runs import load_run
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +133,52 @@ def test_a_long_title_leaves_the_data_out(study: Comparison) -> None:
     first = str(named).splitlines()[0]
     assert "oasst1" not in first
     assert first.endswith("200 questions")
+
+
+def test_methods_hold_what_the_records_say(tmp_path: Path) -> None:
+    folders = write_study(tmp_path, {"bf16": (3, 0.0), "nf4": (3, 0.1), "int8": (1, 0.02)})
+    for folder in folders:
+        path = folder / "training_summary.json"
+        if path.exists():
+            changed(
+                path,
+                lambda record: record["settings"].update(
+                    lora_r=32, lora_alpha=16, batch_size=4, grad_accum=2, template="guanaco"
+                ),
+            )
+            changed(path, edit("environment/world_size", 2))
+            changed(path, edit("model/weights_fingerprint", "sha256:" + "ab" * 32))
+            changed(path, edit("model/gguf", {"tensor_types": {"Q4_1": 7, "F32": 3}}))
+        if folder.parent.name == "int8":
+            changed(path, edit("environment/device/name", "NVIDIA H200"))
+    paragraph = methods([load_run(f, label="/".join(f.parts[-2:])).on(FAMILY) for f in folders])
+    for fact in (
+        "llama", "commit aaaaaaaaaaaa", "weights abababababab", "7 Q4_1 and 3 F32",
+        "bf16, NF4 with double quantisation and int8",
+        "oasst1", "90 conversations", "9,000 tokens", "SHA-256 111111111111", "10 conversations",
+        "template guanaco", "rank 32", "alpha 16",
+        "20 steps", "16 conversations (4 × 2 × 2)", "learning rate 0.0002",
+        "0, 1 and 2 (bf16, NF4); 0 (int8)",
+        f"200 questions of {FAMILY}", "5-shot",
+        "2 × NVIDIA H100 (bf16, NF4); 2 × NVIDIA H200 (int8)",
+        "torch 2.13.0", "lm_eval 0.4.13", "by seed for NF4", "Bonferroni",
+    ):  # fmt: skip
+        assert fact in paragraph
+    for absent in ("None", "dropout", "revision", "clipped", "DoRA", "Tango"):
+        assert absent not in paragraph
+
+
+def test_methods_of_nothing_recorded(tmp_path: Path) -> None:
+    assert methods([]) == ""
+    runs = [write_run(tmp_path / name, None, evaluation(FIRST)) for name in "ab"]
+    paragraph = methods([load_run(run).on(FAMILY) for run in runs])
+    assert paragraph.startswith("Scored are 20 questions of mmlu_qlora_5shot, 5-shot")
+    assert "Tango" in paragraph
+    assert "seeds are" not in paragraph
+
+
+def test_the_paragraph_is_in_the_markdown_and_on_the_page(study: Comparison) -> None:
+    paragraph = methods(study.source.runs)
+    assert "## Methods" in text.markdown(study)
+    assert paragraph in html.unescape(page.to_html(study))
+    assert paragraph not in str(study)

@@ -12,8 +12,8 @@ from qlora_harness.results.runs import Run
 from qlora_harness.settings import BOOKKEEPING
 
 # Quantisations by dose: the most bits removed first.
-_NAMES = {"fp4": "FP4", "nf4": "NF4", "int4": "int4", "hqq": "HQQ", "int8": "int8", "bf16": "bf16"}
-_DOSES = tuple(_NAMES)
+NAMES = {"fp4": "FP4", "nf4": "NF4", "int4": "int4", "hqq": "HQQ", "int8": "int8", "bf16": "bf16"}
+_DOSES = tuple(NAMES)
 # Settings that follow from the quantisation, and the seed.
 _FOLLOWING = ("double_quant", "quant", "seed")
 # Of records from before these could be set.
@@ -98,7 +98,7 @@ def _names(groups: Sequence[Sequence[Run]], *, by_label: bool) -> list[str]:
     names = []
     for group in groups:
         run = group[0]
-        name = _NAMES.get(str(run.quant), run.quant or run.label)
+        name = NAMES.get(str(run.quant), run.quant or run.label)
         names.append(run.label if by_label and len(group) == 1 else name)
     bases = [not group[0].tuned and group[0].quant is not None for group in groups]
     kinds = list(zip(names, bases, strict=True))
@@ -200,7 +200,9 @@ def _against_bf16(arms: list[Arm]) -> Pairs:
     pairs = [(arm, min(references, key=partial(_distance, arm))) for arm in others]
     met = [baseline for _, baseline in pairs] or references[:1]
     # Those are compared with the baseline that most arms have.
-    return pairs + [(arm, max(met, key=met.count)) for arm in references if arm not in met]
+    return pairs + [
+        (arm, max(met, key=lambda other: met.count(other))) for arm in references if arm not in met
+    ]
 
 
 def _distance(arm: Arm, reference: Arm) -> int:

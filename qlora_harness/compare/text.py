@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 
+from qlora_harness.compare.methods import methods
 from qlora_harness.compare.numbers import difference, interval, plus_minus, value, word
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint
 from qlora_harness.compare.tables import Table, tables
@@ -166,6 +167,8 @@ def markdown(comparison: ComparisonRecord) -> str:
     for table in tables(comparison):
         parts += [f"## {_escaped(table.title)}", _markdown_table(table)]
     runs = "\n".join(f"- {_escaped(run.label)}: {_escaped(run.path)}" for run in comparison.runs)
+    if paragraph := methods(comparison.source.runs):
+        parts += ["## Methods", _escaped(paragraph)]
     parts += [runs, f"Made by `qlora-harness compare`, {comparison.created}."]
     return "\n\n".join(parts) + "\n"
 
