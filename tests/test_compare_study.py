@@ -178,7 +178,30 @@ def test_methods_of_nothing_recorded(tmp_path: Path) -> None:
 
 
 def test_the_paragraph_is_in_the_markdown_and_on_the_page(study: Comparison) -> None:
+    pytest.importorskip("plotly")
     paragraph = methods(study.source.runs)
     assert "## Methods" in text.markdown(study)
     assert paragraph in html.unescape(page.to_html(study))
     assert paragraph not in str(study)
+
+
+def test_figures_show_each_arm_by_dose(study: Comparison) -> None:
+    pytest.importorskip("plotly")
+    from qlora_harness.compare.figures import figures
+
+    losses, nlls, accuracies, *_ = figures(study)
+    for figure, key, scale in (
+        (losses, "eval_loss", 1),
+        (nlls, "nll", 1),
+        (accuracies, "accuracy", 100),
+    ):
+        points = [t for t in figure.plot.data if t.marker.symbol == "circle"]
+        assert [t.x[0] for t in points] == [scale * item[key].difference for item in study.primary]
+        ends = [(t.x[0] - t.error_x.arrayminus[0], t.x[0] + t.error_x.array[0]) for t in points]
+        assert ends[1] == pytest.approx(
+            (scale * study.headline[key].low, scale * study.headline[key].high)
+        )
+        assert figure.plot.layout.yaxis.ticktext == ("FP4", "NF4", "int8")
+    before = [t.x[0] for t in nlls.plot.data if t.marker.symbol == "diamond-open"]
+    bases = [item["nll"].difference for item in study.contrasts if not item.primary]
+    assert before == bases

@@ -63,6 +63,12 @@ def settings_of(run: Run) -> dict[str, object]:
     return {name: value for name, value in settings.items() if name not in BOOKKEEPING}
 
 
+def double_quant(run: Run) -> bool | None:
+    """Returns whether the scales were quantised, too; None for other formats than NF4 and FP4."""
+    value = settings_of(run).get("double_quant")
+    return value if run.quant in ("nf4", "fp4") and isinstance(value, bool) else None
+
+
 def group(runs: Sequence[Run], *, labelled: bool = False) -> list[Arm]:
     """Groups runs into arms, in the order of their first runs.
 
@@ -169,7 +175,7 @@ def by_dose(pairs: Pairs) -> Pairs:
 
 
 def _dose(arm: Arm) -> tuple[int, bool]:
-    return _DOSES.index(str(arm.quant)), settings_of(arm.runs[0]).get("double_quant") is False
+    return _DOSES.index(str(arm.quant)), double_quant(arm.runs[0]) is False
 
 
 def neighbours(arms: Sequence[Arm]) -> Pairs:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from qlora_harness.compare import checks, page, text
-from qlora_harness.compare.arms import by_dose, group, neighbours, pair
+from qlora_harness.compare.arms import by_dose, double_quant, group, neighbours, pair
 from qlora_harness.compare.choices import RunAnswers
 from qlora_harness.compare.contrast import answers_of, contrast, effects
 from qlora_harness.compare.record import ComparisonRecord, RunInfo, Setting, Source
@@ -213,6 +213,7 @@ def _info(run: Run, arm: str, task: str | None, answers: bool) -> RunInfo:
         seed=run.seed,
         model=None if run.model is None else scrub(run.model),
         quant=run.quant,
+        double_quant=double_quant(run),
         device=device if isinstance(device, str) else None,
         status=training.status if training else None,
         peak_bytes=training.peak_bytes if training else None,

@@ -162,6 +162,8 @@ class RunInfo(Part):
     seed: int | None
     model: str | None
     quant: str | None
+    double_quant: bool | None = None
+    """Of NF4 and FP4."""
     device: str | None
     status: str | None
     peak_bytes: float | None
@@ -256,3 +258,14 @@ class ComparisonRecord(BaseModel):
         """The primary contrast that sentences are about: that of NF4, else the first."""
         nf4 = {run.arm for run in self.runs if run.quant == "nf4"}
         return min(self.primary, key=lambda item: (item.arm != "NF4", item.arm not in nf4))
+
+    def before(self, item: Contrast) -> Contrast | None:
+        """Returns the contrast of the untrained bases, held as the arms of `item` hold them."""
+        held = {run.arm: (run.quant, run.double_quant) for run in self.runs}
+        trained = {run.arm for run in self.runs if run.status is not None}
+        for base in self.contrasts:
+            if base.primary or {base.arm, base.baseline} & trained:
+                continue
+            if (held[base.arm], held[base.baseline]) == (held[item.arm], held[item.baseline]):
+                return base
+        return None

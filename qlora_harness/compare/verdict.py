@@ -120,14 +120,12 @@ def _falls(steps: Sequence[Contrast], endpoints: Sequence[Endpoint]) -> str:
 
 def _before(comparison: ComparisonRecord, item: Contrast) -> str:
     """What quantising the base alone does to accuracy."""
-    quant = {run.arm: run.quant for run in comparison.runs}
-    pair = quant[item.arm], quant[item.baseline]
-    for base in comparison.contrasts:
-        accuracy = base.measured("accuracy")
-        if not base.primary and accuracy and (quant[base.arm], quant[base.baseline]) == pair:
-            size = f"{difference(accuracy)} ({interval(accuracy)}, {word(accuracy)})"
-            return f"Before training, {item.arm} changes accuracy by {size}."
-    return ""
+    base = comparison.before(item)
+    accuracy = None if base is None else base.measured("accuracy")
+    if accuracy is None:
+        return ""
+    size = f"{difference(accuracy)} ({interval(accuracy)}, {word(accuracy)})"
+    return f"Before training, {item.arm} changes accuracy by {size}."
 
 
 def _accuracy(item: Contrast, comparison: ComparisonRecord) -> str:
