@@ -41,15 +41,17 @@ def _validity(comparison: ComparisonRecord) -> str:
     """What would make the rest meaningless, so it comes first."""
     if any("random weights" in note for note in comparison.notes):
         return "The base has random weights: loss and accuracy say nothing."
-    leading = {name for item in comparison.primary for name in (item.arm, item.baseline)}
-    guessing = [one for one in comparison.chance if one.arm in leading and one.at_chance]
+    chance = {one.arm: one for one in comparison.chance if one.at_chance}
+    names = [item.arm for item in comparison.primary]
+    names += [item.baseline for item in comparison.primary]
+    guessing = [chance[name] for name in dict.fromkeys(names) if name in chance]
     if not guessing:
         return ""
     verb = "is" if len(guessing) == 1 else "are"
     sizes = [f"{points(one.centred)} ± {100 * one.stderr:.2f}" for one in guessing]
-    names = _listed([one.arm for one in guessing])
+    arms = _listed([one.arm for one in guessing])
     return (
-        f"{names} {verb} not shown to beat chance ({_listed(sizes)} points without letter "
+        f"{arms} {verb} not shown to beat chance ({_listed(sizes)} points without letter "
         "preference): accuracy may come from letter preference alone."
     )
 
