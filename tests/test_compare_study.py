@@ -127,6 +127,14 @@ def test_names_say_what_tells_arms_apart(tmp_path: Path) -> None:
     assert comparison.headline.arm == "NF4"
 
 
+def test_folders_whose_names_differ_in_white_space(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, summary(quant), evaluation(FIRST))
+        for name, quant in (("a b", "nf4"), ("a  b", "bf16"))
+    ]
+    assert [run.label for run in compare(runs).runs] == ["a b (1)", "a b (2)"]
+
+
 def test_a_long_title_leaves_the_data_out(study: Comparison) -> None:
     named = study.model_copy(update={"model": "org/a-model-with-a-long-name"})
     assert "oasst1" in text.title(named)

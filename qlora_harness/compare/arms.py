@@ -69,11 +69,8 @@ def double_quant(run: Run) -> bool | None:
     return value if run.quant in ("nf4", "fp4") and isinstance(value, bool) else None
 
 
-def group(runs: Sequence[Run], *, labelled: bool = False) -> list[Arm]:
-    """Groups runs into arms, in the order of their first runs.
-
-    If the runs are `labelled` by the user, an arm of one run has its label.
-    """
+def group(runs: Sequence[Run]) -> list[Arm]:
+    """Groups runs into arms, in the order of their first runs."""
     groups: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
         key = _key(run)
@@ -83,7 +80,7 @@ def group(runs: Sequence[Run], *, labelled: bool = False) -> list[Arm]:
     if len(groups) == 1:  # seeds of one arm, compared with each other
         groups = {(run.label,): [run] for run in runs}
     members = list(groups.values())
-    names = _names(members, by_label=labelled)
+    names = _names(members)
     return [
         Arm(name, tuple(sorted(part, key=lambda run: run.seed or 0)), part[0].quant, part[0].tuned)
         for name, part in zip(names, members, strict=True)
@@ -99,27 +96,24 @@ def _key(run: Run) -> tuple[object, ...]:
     return (run.quant, True, run.training.status, data, repr(sorted(settings.items())))
 
 
-def _names(groups: Sequence[Sequence[Run]], *, by_label: bool) -> list[str]:
+def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
     """Each arm's quantisation, and the settings that tell arms of one quantisation apart."""
-    names = []
-    for group in groups:
-        run = group[0]
-        name = NAMES.get(str(run.quant), run.quant or run.label)
-        names.append(run.label if by_label and len(group) == 1 else name)
-    bases = [not group[0].tuned and group[0].quant is not None for group in groups]
+    firsts = [group[0] for group in groups]
+    names = [NAMES.get(str(run.quant), run.quant or run.label) for run in firsts]
+    bases = [not run.tuned and run.quant is not None for run in firsts]
     kinds = list(zip(names, bases, strict=True))
     for kind in {kind for kind in kinds if kinds.count(kind) > 1}:
         rows = [row for row, other in enumerate(kinds) if other == kind]
-        parts = _distinctions([groups[row][0] for row in rows])
+        parts = _distinctions([firsts[row] for row in rows])
         for row, part in zip(rows, parts, strict=True):
             if any(parts):
                 names[row] = f"{names[row]} {', '.join(part)}".rstrip()
             else:
-                names[row], bases[row] = groups[row][0].label, False
+                names[row], bases[row] = firsts[row].label, False
     names = [f"{name} base" if base else name for name, base in zip(names, bases, strict=True)]
     return [
-        f"{name} ({group[0].label})" if names.count(name) > 1 else name
-        for name, group in zip(names, groups, strict=True)
+        f"{name} ({run.label})" if names.count(name) > 1 else name
+        for name, run in zip(names, firsts, strict=True)
     ]
 
 
@@ -206,9 +200,9 @@ def _against_bf16(arms: list[Arm]) -> Pairs:
     pairs = [(arm, min(references, key=partial(_distance, arm))) for arm in others]
     met = [baseline for _, baseline in pairs] or references[:1]
     # Those are compared with the baseline that most arms have.
-    return pairs + [
-        (arm, max(met, key=lambda other: met.count(other))) for arm in references if arm not in met
-    ]
+    names = [baseline.name for baseline in met]
+    usual = max(met, key=lambda arm: names.count(arm.name), default=None)
+    return pairs + [(arm, usual) for arm in references if usual and arm not in met]
 
 
 def _distance(arm: Arm, reference: Arm) -> int:
