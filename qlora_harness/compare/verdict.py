@@ -43,17 +43,17 @@ def _validity(comparison: ComparisonRecord) -> str:
         return "The base has random weights: loss and accuracy say nothing."
     chance = {one.arm: one for one in comparison.chance if one.at_chance}
     names = [item.arm for item in comparison.primary]
-    names += [item.baseline for item in comparison.primary]
-    guessing = [chance[name] for name in dict.fromkeys(names) if name in chance]
+    names = list(dict.fromkeys(names + [item.baseline for item in comparison.primary]))
+    guessing = [name for name in names if name in chance]
     if not guessing:
         return ""
-    verb = "is" if len(guessing) == 1 else "are"
-    sizes = [f"{points(one.centred)} ± {100 * one.stderr:.2f}" for one in guessing]
-    arms = _listed([one.arm for one in guessing])
-    return (
-        f"{arms} {verb} not shown to beat chance ({_listed(sizes)} points without letter "
-        "preference): accuracy may come from letter preference alone."
-    )
+    shown = f"{_listed(guessing)} {'is' if len(guessing) == 1 else 'are'} not shown to beat chance"
+    if len(names) < 3:
+        sizes = [f"{points(chance[n].centred)} ± {100 * chance[n].stderr:.2f}" for n in guessing]
+        shown += f" ({_listed(sizes)} points without letter preference)"
+    elif len(guessing) == len(names):
+        shown = "No arm is shown to beat chance"
+    return f"{shown}: accuracy may come from letter preference alone."
 
 
 def _costs(item: Contrast) -> str:
