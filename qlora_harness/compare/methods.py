@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qlora_harness.compare.arms import NAMES, Arm, group, matched, pair
@@ -17,7 +17,28 @@ from qlora_harness.schema.training_records import DataSplit, TrainingSummary
 Fact = Callable[[Run], str | None]
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lm_eval", "qlora-harness")
 _DIGITS = 12  # of a hash
-_MASKS = {"prompt": "loss on the assistant's tokens only", "none": "loss on every token"}
+# How settings are phrased; those that are off or at zero are left out.
+_SOURCE = {"dataset_revision": "revision {}", "languages": "languages {}"}
+_ENCODING = {"template": "template {}", "max_length": "at most {} tokens", "mask": "loss on {}"}
+_LORA = {
+    "lora_r": "rank {}",
+    "lora_alpha": "alpha {}",
+    "lora_dropout": "dropout {}",
+    "lora_targets": "targets {}",
+    "use_rslora": "rsLoRA's scale",
+    "use_dora": "DoRA's norms",
+    "init_lora_weights": "{} initialisation",
+    "adapter_dtype": "weights in {}",
+}
+_OPTIMISATION = {
+    "learning_rate": "learning rate {}",
+    "lr_schedule": "schedule {}",
+    "warmup_ratio": "warm-up {}",
+    "optimizer": "optimizer {}",
+    "weight_decay": "weight decay {}",
+    "max_grad_norm": "gradient norms clipped to {}",
+}
+_MASKS = {"prompt": "the assistant's tokens only", "none": "every token"}
 
 
 def methods(runs: Sequence[Run]) -> str:
@@ -75,8 +96,9 @@ def _hash(name: str, value: object) -> str | None:
     return f"{name} {digits[:_DIGITS]}" if digits else None
 
 
-def _named(name: str, value: object) -> str | None:
-    return None if value is None else f"{name} {value}"
+def _phrased(settings: Mapping[str, object], forms: Mapping[str, str]) -> str:
+    values = {key: settings.get(key) for key in forms}
+    return _joined(*(forms[key].format(v) for key, v in values.items() if v and v != "default"))
 
 
 def _model(training: TrainingSummary) -> str:
@@ -85,7 +107,7 @@ def _model(training: TrainingSummary) -> str:
     types = [f"{count} {kind}" for kind, count in (gguf.get("tensor_types") or {}).items()]
     return _joined(
         model.name,
-        _named("revision", model.revision),
+        f"revision {model.revision}" if model.revision else None,
         _hash("commit", model.commit),
         _hash("weights", model.weights_fingerprint),
         f"from a GGUF file with {_listed(types)} tensors" if types else None,
@@ -112,14 +134,9 @@ def _held(arms: Sequence[Arm]) -> list[str]:
 
 def _data(training: TrainingSummary) -> str:
     data, settings = training.data, training.settings
-    held_out = _split(data.eval) if data.eval else None
-    parts = _joined(
-        data.dataset or settings.get("dataset"),
-        _named("revision", settings.get("dataset_revision")),
-        _named("languages", settings.get("languages")),
-        _split(data.train),
-    )
-    return f"{parts}; held out are {held_out}" if held_out else parts
+    source = _phrased(settings, _SOURCE)
+    text = _joined(data.dataset or settings.get("dataset"), source, _split(data.train))
+    return f"{text}; held out are {_split(data.eval)}" if data.eval else text
 
 
 def _split(split: DataSplit) -> str:
@@ -133,28 +150,12 @@ def _split(split: DataSplit) -> str:
 
 
 def _encoding(training: TrainingSummary) -> str:
-    settings = training.settings
-    length = settings.get("max_length")
-    return _joined(
-        _named("template", settings.get("template")),
-        None if length is None else f"at most {length} tokens",
-        _MASKS.get(str(settings.get("mask"))),
-    )
+    learned = _MASKS.get(str(training.settings.get("mask")))
+    return _phrased(training.settings | {"mask": learned}, _ENCODING)
 
 
 def _lora(training: TrainingSummary) -> str:
-    settings = training.settings
-    init = settings.get("init_lora_weights")
-    return _joined(
-        _named("rank", settings.get("lora_r")),
-        _named("alpha", settings.get("lora_alpha")),
-        _named("dropout", settings.get("lora_dropout")),
-        _named("targets", settings.get("lora_targets")),
-        "rsLoRA's scale" if settings.get("use_rslora") else None,
-        "DoRA's norms" if settings.get("use_dora") else None,
-        f"{init} initialisation" if init not in (None, "default") else None,
-        _named("weights in", settings.get("adapter_dtype")),
-    )
+    return _phrased(training.settings, _LORA)
 
 
 def _optimisation(training: TrainingSummary) -> str:
@@ -165,16 +166,9 @@ def _optimisation(training: TrainingSummary) -> str:
     if None not in sizes:
         product = " × ".join(map(str, sizes))
         batch = f"each of {math.prod(sizes)} conversations ({product})"
-    return _joined(
-        None if training.results.steps is None else f"{training.results.steps:,} steps",
-        batch,
-        _named("learning rate", settings.get("learning_rate")),
-        _named("schedule", settings.get("lr_schedule")),
-        _named("warm-up", settings.get("warmup_ratio") or None),
-        _named("optimizer", settings.get("optimizer")),
-        _named("weight decay", settings.get("weight_decay") or None),
-        _named("gradient norms clipped to", settings.get("max_grad_norm")),
-    )
+    steps = training.results.steps
+    count = None if steps is None else f"{steps:,} steps"
+    return _joined(count, batch, _phrased(settings, _OPTIMISATION))
 
 
 def _scoring(run: Run) -> str | None:
@@ -184,17 +178,16 @@ def _scoring(run: Run) -> str | None:
 def _task(scored: Scored) -> str:
     shots = re.search(r"_(\d+)shot", scored.task)
     ours = scored.task in FAMILIES
-    settings = {
-        key: scored.conditions.get(f"evaluation.settings.{key}")
-        for key in ("dtype", "softmax_dtype")
+    dtypes = {
+        "evaluation.settings.softmax_dtype": "softmax in {}",
+        "evaluation.settings.dtype": "matrix products in {}",
     }
     return _joined(
         f"{scored.n:,} questions of {scored.task}",
         f"{shots[1]}-shot" if shots else None,
         _hash("prompts", scored.prompts_sha256),
         "by log-probabilities of A–D with adapters unmerged" if ours else f"by {scored.metric}",
-        _named("softmax in", settings["softmax_dtype"]),
-        _named("matrix products in", settings["dtype"]),
+        _phrased(scored.conditions, dtypes),
     )
 
 
