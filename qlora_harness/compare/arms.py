@@ -19,15 +19,14 @@ _FOLLOWING = ("double_quant", "quant", "seed")
 # Of records from before these could be set.
 _DEFAULTS = {"use_rslora": False, "use_dora": False, "init_lora_weights": "default"}
 # Short names of values; a setting's default has none.
-_SHORT = {
-    ("double_quant", False): "no DQ",
-    ("use_rslora", True): "rsLoRA",
-    ("use_dora", True): "DoRA",
-    ("init_lora_weights", "gaussian"): "Gaussian",
-    ("init_lora_weights", "pissa"): "PiSSA",
-    ("init_lora_weights", "loftq"): "LoftQ",
-    ("init_lora_weights", "eva"): "EVA",
-}
+_SHORT: dict[str, dict[object, str]] = {
+    "double_quant": {False: "no DQ"},
+    "use_rslora": {True: "rsLoRA"},
+    "use_dora": {True: "DoRA"},
+    "init_lora_weights": {
+        "gaussian": "Gaussian", "pissa": "PiSSA", "loftq": "LoftQ", "eva": "EVA",
+    },
+}  # fmt: skip
 _FEWEST_SHARED = 3  # two differences have one degree of freedom
 
 
@@ -44,6 +43,11 @@ class Arm:
     def seeds(self) -> tuple[int | None, ...]:
         """The seed of each run; None if it isn't recorded."""
         return tuple(run.seed for run in self.runs)
+
+    @property
+    def model(self) -> str | None:
+        """Name of the base model, if recorded."""
+        return self.runs[0].model
 
     def only(self, seeds: Collection[int | None]) -> Arm:
         """Returns the arm with the runs of some seeds."""
@@ -131,8 +135,8 @@ def _distinctions(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _short(key: str, value: object) -> str:
-    if any(key == name for name, _ in _SHORT):
-        return next((text for pair, text in _SHORT.items() if pair == (key, value)), "")
+    if key in _SHORT:
+        return _SHORT[key].get(value, "")
     return f"{'r' if key == 'lora_r' else key} {value}"
 
 
@@ -173,15 +177,19 @@ def _dose(arm: Arm) -> tuple[int, bool]:
 
 
 def neighbours(arms: Sequence[Arm]) -> Pairs:
-    """Returns each arm with the one that keeps the next more bits, down to bf16.
+    """Returns each arm with the one that keeps the next more bits.
 
     They are the fine-tuned arms, else the bases, that differ only in quantisation; empty if those
     are fewer than three.
     """
     arms = [arm for arm in arms if arm.tuned] or list(arms)
     known = [arm for arm in arms if arm.quant in _DOSES]
-    alike = [[arm for arm in known if _distance(arm, other) == 0] for other in known]
-    chain = sorted(max(alike, key=len, default=[]), key=_dose)
+    alike = [
+        [arm for arm in known if _distance(arm, other) == 0 and arm.model == other.model]
+        for other in known
+    ]
+    chain = max(alike, key=len, default=[])
+    chain = sorted({_dose(arm): arm for arm in chain}.values(), key=_dose)
     return list(pairwise(chain)) if len(chain) > 2 else []
 
 

@@ -20,7 +20,7 @@ _ROWS = 6  # of arms
 _COLUMNS = ("memory", "eval_loss", "accuracy", "nll")
 _HEADLINES = ("memory", "time", "eval_loss", "accuracy", "nll")
 _MARKS = {"better": "✓", "worse": "✗", "same": "≈", "unclear": "?", "no measurement": ""}
-_LEGEND = "✓ better  ✗ worse  ≈ same  ? unclear"
+_LEGEND = "✓ better  ✗ worse  ≈ same  ? unclear  – not measured"
 
 
 def title(comparison: ComparisonRecord, columns: int | None = None) -> str:
@@ -123,26 +123,25 @@ def _side_by_side(item: Contrast, endpoints: Sequence[Endpoint], words: Sequence
 
 def _many(comparison: ComparisonRecord) -> list[str]:
     """A line for each arm, by dose, and one for the baseline."""
-    items = comparison.primary
-    known = {key: [item[key] for item in items if key in item.endpoints] for key in _COLUMNS}
-    known = {key: endpoints for key, endpoints in known.items() if endpoints}
-    units = {"share": ", pts"}
-    heads = [ends[0].name.removeprefix("peak ") + units.get(ends[0].unit, "")
-             for ends in known.values()]  # fmt: skip
+    items, headline = comparison.primary, comparison.headline
+    firsts = [next((i[key] for i in items if key in i.endpoints), None) for key in _COLUMNS]
+    known = [one for one in firsts if one]
+    heads = ["", *(f"{one.name}{', pts' if one.unit == 'share' else ''}" for one in known)]
     shown = items if len(items) <= _ROWS else items[: _ROWS - 1]
-    rest, item = [], comparison.headline
+    last = []
     if len({item.baseline for item in items}) == 1:
-        values = [item.measured(key) for key in known]
-        rest = [[item.baseline, *(value(e, e.baseline) if e else NOTHING for e in values)]]
-    halves, legend = plus_minus, f"± joint 95% interval  {_LEGEND}  – not measured"
-    rows = [[item.arm, *(_cell(item.measured(key), halves) for key in known)] for item in shown]
-    if _width([["", *heads], *rows, *rest]) > COLUMNS:
-        legend = f"{_LEGEND}  – not measured"
-        rows = [[item.arm, *(_cell(item.measured(k), difference) for k in known)] for item in shown]
-    lines = _aligned([["", *heads], *rows, *rest], (0,))
+        values = [headline.measured(one.key) for one in known]
+        last = [[headline.baseline, *(value(e, e.baseline) if e else NOTHING for e in values)]]
+    forms = {"± joint 95% interval  ": plus_minus, "": difference}  # the second is narrower
+    cells = {
+        legend: [[i.arm, *(_cell(i.measured(one.key), form) for one in known)] for i in shown]
+        for legend, form in forms.items()
+    }
+    legend = next((name for name in forms if _width([heads, *cells[name], *last]) <= COLUMNS), "")
+    lines = _aligned([heads, *cells[legend], *last], (0,))
     if len(shown) < len(items):
         lines.insert(1 + len(shown), f"… and {len(items) - len(shown)} more arms (see --details)")
-    return [*lines, legend]
+    return [*lines, legend + _LEGEND]
 
 
 def _width(rows: Sequence[Sequence[str]]) -> int:
