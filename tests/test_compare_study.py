@@ -81,6 +81,12 @@ def test_what_falls_and_what_is_shown(tmp_path: Path) -> None:
     assert "same within ±0.01: NF4–int8 (rises)" in verdict
 
 
+def test_other_seeds_are_a_difference(runs: list[Path]) -> None:
+    chosen = {"bf16": ("seed_0", "seed_1"), "nf4": ("seed_1", "seed_2")}
+    some = [run for run in runs if run.name in chosen.get(run.parent.name, ())]
+    assert compare(some).besides == ["seeds"]
+
+
 @pytest.mark.parametrize(("shared", "used"), [(3, 3), (2, 5)])
 def test_losses_are_matched_by_seed(tmp_path: Path, shared: int, used: int) -> None:
     """With three or more seeds in common, others would only add their spread."""

@@ -153,7 +153,8 @@ def _width(rows: Sequence[Sequence[str]]) -> int:
 def _cell(endpoint: Endpoint | None, shown: Callable[[Endpoint], str]) -> str:
     if endpoint is None:
         return NOTHING
-    return f"{shown(endpoint)} {_MARKS[endpoint.word]}".rstrip()
+    word = "unclear" if endpoint.letters else endpoint.word
+    return f"{shown(endpoint)} {_MARKS[word]}".rstrip()
 
 
 def markdown(comparison: ComparisonRecord) -> str:
