@@ -219,3 +219,11 @@ def test_figures_show_each_arm_by_dose(study: Comparison) -> None:
     before = [t.x[0] for t in nlls.plot.data if t.marker.symbol == "diamond-open"]
     bases = [item["nll"].difference for item in study.contrasts if not item.primary]
     assert before == bases
+
+
+@pytest.mark.parametrize("value", [[1], {"a": 1}, "x", -1.5, True])
+def test_methods_and_names_of_odd_settings(tmp_path: Path, value: object) -> None:
+    odd = dict.fromkeys(("use_dora", "init_lora_weights", "batch_size", "mask"), value)
+    comparison = variants(tmp_path, odd, {"quant": "bf16"}, {"quant": "bf16", "use_dora": True})
+    assert "rank" not in methods(comparison.source.runs)
+    assert comparison.arms[0] == "NF4"

@@ -136,7 +136,7 @@ def _distinctions(runs: Sequence[Run]) -> list[list[str]]:
 
 def _short(key: str, value: object) -> str:
     if key in _SHORT:
-        return _SHORT[key].get(value, "")
+        return next((text for known, text in _SHORT[key].items() if known == value), "")
     return f"{'r' if key == 'lora_r' else key} {value}"
 
 

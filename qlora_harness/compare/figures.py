@@ -134,7 +134,9 @@ def _intervals(rows: Sequence[_Row], what: str) -> Figure | None:
     )
     figure.update_xaxes(title=f"difference of {first.name}{unit}")
     notes = ["margin shaded"] if first.margin is not None else []
-    notes += ["◇ before training"] if any(row.before for row in rows) else []
+    notes += (
+        ["◇ before training"] if any(r.before and r.before.low is not None for r in rows) else []
+    )
     heading = f"{first.name[0].upper()}{first.name[1:]} {what}"
     heading += f" ({', '.join(notes)})" if notes else ""
     return Figure(heading, "; ".join(alt), _layout(figure, 110 + 46 * len(rows)))

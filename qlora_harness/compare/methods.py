@@ -12,6 +12,7 @@ from qlora_harness.compare.scores import FEWEST_SUBJECTS
 from qlora_harness.record import scrub
 from qlora_harness.results.runs import Run
 from qlora_harness.results.scored import FAMILIES, Scored
+from qlora_harness.schema.section import flatten
 from qlora_harness.schema.training_records import DataSplit, TrainingSummary
 
 Fact = Callable[[Run], str | None]
@@ -103,8 +104,9 @@ def _phrased(settings: Mapping[str, object], forms: Mapping[str, str]) -> str:
 
 def _model(training: TrainingSummary) -> str:
     model = training.model
-    gguf: dict[str, Any] = model.model_dump().get("gguf") or {}
-    types = [f"{count} {kind}" for kind, count in (gguf.get("tensor_types") or {}).items()]
+    gguf = dict(flatten(model.model_dump().get("gguf"), "gguf"))
+    prefix = "gguf.tensor_types."
+    types = [f"{n} {name.removeprefix(prefix)}" for name, n in gguf.items() if prefix in name]
     return _joined(
         model.name,
         f"revision {model.revision}" if model.revision else None,
@@ -133,9 +135,9 @@ def _held(arms: Sequence[Arm]) -> list[str]:
 
 
 def _data(training: TrainingSummary) -> str:
-    data, settings = training.data, training.settings
-    source = _phrased(settings, _SOURCE)
-    text = _joined(data.dataset or settings.get("dataset"), source, _split(data.train))
+    data = training.data
+    source = _phrased(training.settings, _SOURCE)
+    text = _joined(data.dataset, source, _split(data.train))
     return f"{text}; held out are {_split(data.eval)}" if data.eval else text
 
 
@@ -163,7 +165,7 @@ def _optimisation(training: TrainingSummary) -> str:
     processes = training.environment.world_size or 1
     sizes: list[Any] = [settings.get("batch_size"), settings.get("grad_accum"), processes]
     batch = None
-    if None not in sizes:
+    if all(isinstance(size, int) for size in sizes):
         product = " × ".join(map(str, sizes))
         batch = f"each of {math.prod(sizes)} conversations ({product})"
     steps = training.results.steps
