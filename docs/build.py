@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 import qlora_harness as qh
@@ -20,14 +21,15 @@ from qlora_harness.benchmark.record import (
     TrainingBenchmark,
     TrainingMeasurement,
 )
-from qlora_harness.compare.text import differences_line
+from qlora_harness.compare.numbers import difference
+from qlora_harness.compare.record import Contrast, Endpoint
+from qlora_harness.compare.text import differences_line, title
+from qlora_harness.results.runs import find_runs
 from qlora_harness.results.terminal import gib, optional
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "results" / "benchmarks"
 STUDY = ROOT / "results" / "published" / "smollm2"
-STUDY_RUNS = ("4bit", "4bit_seed1", "4bit_seed2", "16bit", "16bit_seed1", "16bit_seed2")
-BASES = ("base_4bit", "base_16bit")
 HF = "lm-eval hf, batch size 16"
 
 TRAINING_ROWS = {
@@ -215,16 +217,68 @@ def headline_table() -> str:
     return table(["NF4, 16 conversations a step", "others", "here"], rows)
 
 
+@cache
+def study() -> qh.Comparison:
+    """The comparison of all runs in the study's folder."""
+    return qh.compare(find_runs(STUDY))
+
+
 def answer() -> str:
     """What `qlora-harness compare` prints about the published study."""
-    comparison = qh.compare([STUDY / name for name in (*STUDY_RUNS, *BASES)])
-    printed = f"{comparison}\n{differences_line(comparison)}"
+    printed = f"{study()}\n{differences_line(study())}"
     return "\n".join(f"    {line}".rstrip() for line in printed.splitlines())
+
+
+STYLE = """<style>
+text { font: 13px system-ui, sans-serif; fill: #1f2328 }
+.note { fill: #59636e; font-size: 12px }
+.title, .word { font-weight: 600 }
+line { stroke: #59636e; stroke-width: 3; stroke-linecap: round }
+.axis { stroke-width: 1; stroke-dasharray: 3 4 }
+circle { fill: #59636e }
+line.better { stroke: #1a7f37 } .better { fill: #1a7f37 }
+line.worse { stroke: #cf222e } .worse { fill: #cf222e }
+@media (prefers-color-scheme: dark) {
+text { fill: #f0f6fc } .note { fill: #9198a1 }
+line.better { stroke: #3fb950 } .better { fill: #3fb950 }
+line.worse { stroke: #f85149 } .worse { fill: #f85149 }
+line, circle { stroke: #9198a1 } circle { stroke: none }
+}
+</style>"""
+KEYS = (("eval_loss", "eval loss, nats"), ("nll", "NLL, nats"), ("accuracy", "accuracy, points"))
 
 
 def picture() -> str:
     """The differences of the published study as an SVG, for light and dark pages."""
-    contrast = qh.compare([STUDY / name for name in STUDY_RUNS]).contrasts[0]
+    item = study().headline
+    body, height = _rows(item) if len(study().primary) == 1 else _panels(study())
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 {height}" role="img"
+ aria-label="{item.arm} minus {item.baseline} with 95% intervals">
+{STYLE}
+<text class="title" x="12" y="22">{title(study())}</text>
+{body}
+</svg>
+"""
+
+
+def _numbers(endpoint: Endpoint, factor: float) -> tuple[float, float, float]:
+    """Low end, difference and high end; without an interval, the difference three times."""
+    middle = endpoint.difference or 0.0
+    ends = (endpoint.low, middle, endpoint.high)
+    low, middle, high = (factor * (middle if end is None else end) for end in ends)
+    return low, middle, high
+
+
+def _interval(word: str, x: Iterable[float], y: float) -> str:
+    low, middle, high = x
+    return (
+        f'<line class="{word}" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/>'
+        f'<circle class="{word}" cx="{middle:.1f}" cy="{y}" r="4.5"/>'
+    )
+
+
+def _rows(item: Contrast) -> tuple[str, int]:
+    """A row for each quantity of the only contrast, and the height of the picture."""
     rows = []
     for number, (key, name, (factor, digits), unit) in enumerate(
         (
@@ -234,49 +288,58 @@ def picture() -> str:
             ("accuracy", "accuracy, MMLU", (100, 2), " points"),
         )
     ):
-        endpoint = contrast[key]
-        low, middle, high = (
-            factor * float(value or 0)
-            for value in (endpoint.low, endpoint.difference, endpoint.high)
-        )
+        endpoint = item[key]
+        low, middle, high = _numbers(endpoint, factor)
         scale = 130 / max(abs(low), abs(high))
         y = 66 + 34 * number
-        x = [290 + scale * value for value in (low, middle, high)]
         text = f"{middle:+.{digits}f}{unit}  [{low:+.{digits}f}, {high:+.{digits}f}]"
         rows.append(
             f'<text x="12" y="{y + 4}">{name}</text>'
-            f'<line class="{endpoint.word}" x1="{x[0]:.1f}" x2="{x[2]:.1f}" y1="{y}" y2="{y}"/>'
-            f'<circle class="{endpoint.word}" cx="{x[1]:.1f}" cy="{y}" r="4.5"/>'
-            f'<text x="440" y="{y + 4}">{text.replace("-", "−").replace("+0.00", "0.00")}</text>'
+            + _interval(endpoint.word, [290 + scale * end for end in (low, middle, high)], y)
+            + f'<text x="440" y="{y + 4}">{text.replace("-", "−").replace("+0.00", "0.00")}</text>'
             f'<text class="word {endpoint.word}" x="668" y="{y + 4}">{endpoint.word}'
             + (" (letters)</text>" if endpoint.letters else "</text>")
         )
     body = "\n".join(rows)
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 206" role="img"
- aria-label="NF4 minus bf16 with 95% intervals">
-<style>
-text {{ font: 13px system-ui, sans-serif; fill: #1f2328 }}
-.note {{ fill: #59636e; font-size: 12px }}
-.title, .word {{ font-weight: 600 }}
-line {{ stroke: #59636e; stroke-width: 3; stroke-linecap: round }}
-.axis {{ stroke-width: 1; stroke-dasharray: 3 4 }}
-circle {{ fill: #59636e }}
-line.better {{ stroke: #1a7f37 }} .better {{ fill: #1a7f37 }}
-line.worse {{ stroke: #cf222e }} .worse {{ fill: #cf222e }}
-@media (prefers-color-scheme: dark) {{
-text {{ fill: #f0f6fc }} .note {{ fill: #9198a1 }}
-line.better {{ stroke: #3fb950 }} .better {{ fill: #3fb950 }}
-line.worse {{ stroke: #f85149 }} .worse {{ fill: #f85149 }}
-line, circle {{ stroke: #9198a1 }} circle {{ stroke: none }}
-}}
-</style>
-<text class="title" x="12" y="22">What NF4 costs: SmolLM2-135M on OASST1, three seeds per arm</text>
-<text class="note" x="12" y="42">NF4 minus bf16, 95% intervals; each row has its own scale</text>
+    note = f"{item.arm} minus {item.baseline}, 95% intervals; each row has its own scale"
+    return (
+        f"""<text class="note" x="12" y="42">{note}</text>
 <line class="axis" x1="290" x2="290" y1="52" y2="184"/>
 {body}
-<text class="note" x="290" y="200" text-anchor="middle">0</text>
-</svg>
-"""
+<text class="note" x="290" y="200" text-anchor="middle">0</text>""",
+        206,
+    )
+
+
+def _panels(comparison: qh.Comparison) -> tuple[str, int]:
+    """A panel for each quantity with a row for each arm, and the height of the picture."""
+    note = f"less {comparison.headline.baseline}, 95% intervals for all arms together"
+    parts = [f'<text class="note" x="12" y="42">{note}</text>']
+    bottom = 84 + 44 * len(comparison.primary)
+    for row, item in enumerate(comparison.primary):
+        memory = item.measured("memory")
+        parts.append(f'<text class="word" x="12" y="{96 + 44 * row}">{item.arm}</text>')
+        if memory is not None:
+            size = f"{difference(memory)} memory"
+            parts.append(f'<text class="note" x="12" y="{112 + 44 * row}">{size}</text>')
+    for column, (key, name) in enumerate(KEYS):
+        left, factor = 150 + 220 * column, 100 if key == "accuracy" else 1
+        endpoints = [(r, e) for r, c in enumerate(comparison.primary) if (e := c.measured(key))]
+        ends = [0.0, *(end for _, e in endpoints for end in _numbers(e, factor))]
+        scale = 180 / ((max(ends) - min(ends)) or 1)
+        zero = left - scale * min(ends)
+        parts += [
+            f'<text class="note" x="{left}" y="66">{name}</text>',
+            f'<line class="axis" x1="{zero:.1f}" x2="{zero:.1f}" y1="74" y2="{bottom}"/>',
+        ]
+        for row, endpoint in endpoints:
+            x, y = [zero + scale * end for end in _numbers(endpoint, factor)], 100 + 44 * row
+            text = difference(endpoint).removesuffix(" pts")
+            parts.append(_interval(endpoint.word, x, y))
+            parts.append(
+                f'<text class="note" x="{x[1]:.1f}" y="{y - 9}" text-anchor="middle">{text}</text>'
+            )
+    return "\n".join(parts), bottom + 12
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

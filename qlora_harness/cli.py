@@ -150,7 +150,7 @@ def _read_runs(args: argparse.Namespace) -> None:
 
             run(args)
         elif args.command == "plan-study":
-            from qlora_harness.compare.study import report
+            from qlora_harness.compare.sample_size import report
 
             print(report(args.runs, args.margin, args.discordance, args.seed_sd))
         else:

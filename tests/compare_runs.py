@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -322,3 +323,41 @@ def spoil(path: Path, line: int, **changes: Any) -> None:
     rows = [json.loads(text) for text in path.read_text().splitlines()]
     rows[line] |= changes
     path.write_text("\n".join(map(json.dumps, rows)))
+
+
+STUDY = {"bf16": (5, 0.0), "nf4": (5, 0.1), "fp4": (2, 0.2), "int8": (2, 0.02)}
+"""Arms of a made-up study: how many seeds, and nats of loss above bf16's."""
+
+
+def write_study(folder: Path, arms: Mapping[str, tuple[int, float]] = STUDY) -> list[Path]:
+    """Writes arms with several seeds and their bases; more loss is less skill at the questions."""
+    runs = []
+    for arm, (seeds, cost) in arms.items():
+        skill = 2.0 - 3 * cost
+        base = write_scored(folder / f"base_{arm}", _answers(99, skill - 0.5), None, arm)
+        runs.append(base)
+        for seed in range(seeds):
+            record = summary(arm, settings__seed=seed)
+            record["memory"]["peak_allocated_bytes"] = {"bf16": 14.5, "int8": 9.0}.get(
+                arm, 6.5
+            ) * GIB
+            nll = [(2.0 + cost + 0.002 * seed + 0.01 * (i % 3)) * 5 for i in range(30)]
+            record["results"]["eval_loss"] = math.fsum(nll) / 150
+            path = write_scored(folder / arm / f"seed_{seed}", _answers(seed, skill), record, arm)
+            evaluation_losses = {"nll": nll, "tokens": [5] * 30}
+            write(path / "training_logs.json", step_log([2.0] * 20, (), evaluation_losses))
+            runs.append(path)
+    return runs
+
+
+def _answers(seed: int, skill: float) -> list[tuple[str, int, list[float]]]:
+    """Log-probabilities for 200 questions, the right letter's higher by `skill` nats."""
+    rng = random.Random(0)
+    own = random.Random(seed)
+    answers = []
+    for number in range(200):
+        right = rng.randrange(4)
+        logprobs = [-5 + rng.gauss(0, 1) + own.gauss(0, 0.1) for _ in LETTERS]
+        logprobs[right] += skill
+        answers.append((f"subject_{number // 20}", right, [min(-1e-3, x) for x in logprobs]))
+    return answers

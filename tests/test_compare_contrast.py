@@ -16,7 +16,7 @@ from scipy import stats
 
 from qlora_harness.compare.comparison import Comparison, compare
 from qlora_harness.compare.contrast import Contrast
-from qlora_harness.compare.study import report
+from qlora_harness.compare.sample_size import report
 
 Questions = list[tuple[str, int, list[float]]]
 LETTERS = 4
@@ -225,7 +225,7 @@ def test_intervals_of_many_arms_hold_together(tmp_path: Path) -> None:
         changed(path / "training_summary.json", edit("settings/lora_r", r))
         runs.append(path)
     comparison = compare(runs)
-    assert [c.arm for c in comparison.primary] == [f"NF4, lora_r {r}" for r in (4, 8, 16)]
+    assert [c.arm for c in comparison.primary] == [f"NF4 r {r}" for r in (4, 8, 16)]
     alone = leading(compare(runs[:2]))["nll"]
     together = leading(comparison)["nll"]
     assert together.difference == alone.difference
@@ -288,7 +288,7 @@ def test_each_arm_meets_the_bf16_arm_most_like_it(tmp_path: Path) -> None:
             runs.append(path)
     comparison = compare(runs)
     assert [(c.arm, c.baseline) for c in comparison.primary] == [
-        ("NF4, lora_r 8", "bf16, lora_r 8"),
-        ("NF4, lora_r 16", "bf16, lora_r 16"),
+        ("NF4 r 8", "bf16 r 8"),
+        ("NF4 r 16", "bf16 r 16"),
     ]
     assert "2 arms vs their bf16 arms" in str(comparison)

@@ -217,8 +217,6 @@ def test_which_runs(pair: tuple[Path, Path], tmp_path: Path) -> None:
         ([scored, other], ComparisonError, "no task in common"),
         ([*pair, "--task", "mmlu_qlora_0shot"], ComparisonError, "--task mmlu_qlora_0shot: .*4bit"),
         ([*pair, "--metric", "bleu"], ResultsError, "has no metric bleu, only acc"),
-        ([*pair, "--labels", "a"], SettingsError, "1 names for 2 runs"),
-        ([*pair, "--labels", "a,a"], SettingsError, "repeated"),
         ([*pair, "--baseline", "c"], SettingsError, "--baseline c is neither arm nor run"),
         ([*pair, "--margin", "0"], SettingsError, "--margin 0"),
         ([scored, trained, "--intersect"], ComparisonError, "no numbers of the same kind"),

@@ -156,9 +156,10 @@ def test_cochrans_quantile_weighs_the_parts() -> None:
 
 
 CELLS = [(k, k, sd) for k, sd in product((2, 3, 5), (0.0004, 0.002, 0.006))]
+UNEVEN = [(3, 1, 0.002), (3, 1, 0.006), (2, 5, 0.0004), (2, 5, 0.002), (2, 5, 0.006)]
 
 
-@pytest.mark.parametrize(("seeds", "others", "sd"), [*CELLS, (3, 1, 0.002), (3, 1, 0.006)])
+@pytest.mark.parametrize(("seeds", "others", "sd"), [*CELLS, *UNEVEN])
 def test_arm_intervals_cover(seeds: int, others: int, sd: float) -> None:
     """10% of 14,042 answers differ; the parts of an interval are drawn as they are distributed."""
     n, draws, rng = 14_042, 4000, np.random.default_rng(seeds)
@@ -173,7 +174,8 @@ def test_arm_intervals_cover(seeds: int, others: int, sd: float) -> None:
             mean + float(one.mean() - two.mean()), items, st.over_seeds(one, two, blocks=False)
         )
         covered += estimate.low <= 0 <= estimate.high
-    assert 0.93 <= covered / draws <= (0.97 if others == seeds else 0.98)
+    low = 0.925 if others > seeds else 0.93
+    assert low <= covered / draws <= (0.97 if others == seeds else 0.98)
 
 
 @pytest.mark.parametrize("n", [100, 1531, 14_042])

@@ -71,7 +71,7 @@ def file(content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """study.yaml in the working folder."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
 
@@ -162,7 +162,11 @@ def test_the_command_runs_every_cell_and_answers(file: Path) -> None:
 
 def test_a_failing_cell_stops_no_other(file: Path, content: dict[str, Any]) -> None:
     content["arms"]["hot"] = {"quant": "bf16", "learning_rate": 1e30, "max_grad_norm": 1e30}
-    file.write_text(yaml.safe_dump({**content, "seeds": 1, "score_bases": False, "tasks": None}))
+    file.write_text(
+        yaml.safe_dump(
+            {**content, "seeds": 1, "score_bases": False, "tasks": None}, sort_keys=False
+        )
+    )
     done = subprocess.run(
         words(file, "--arms", "hot,bf16"), capture_output=True, text=True, env=environment()
     )
@@ -199,7 +203,7 @@ def test_changed_settings_are_refused_once_cells_have_begun(
     study = build_study({**content, "tasks": None, "score_bases": False}, {}, file)
     run_cells(study, ["nf4/0"])
     changed = {**content, "settings": {**content["settings"], "lora_r": 8}}
-    file.write_text(yaml.safe_dump(changed))
+    file.write_text(yaml.safe_dump(changed, sort_keys=False))
     with pytest.raises(RunError) as caught:
         run([str(file)])
     assert all(part in str(caught.value) for part in ("lora_r", "4", "8", "'nf4'", "1 cell"))

@@ -72,7 +72,10 @@ def test_the_commands_of_a_cell_have_its_settings() -> None:
     assert program == ["accelerate", "launch", "launch/train.py"]
     assert parse_settings(words)[0] == cell.settings
     assert shlex.split(score)[4:] == [
-        *("--model_args", "peft=results/s/single/seed_1/adapter,results_dir=results/s/single/seed_1"),
+        *(
+            "--model_args",
+            "peft=results/s/single/seed_1/adapter,results_dir=results/s/single/seed_1",
+        ),
         *("--tasks", "a,b", "--batch_size", "16"),
         *("--output_path", "results/s/single/seed_1/lm_eval", "--log_samples"),
     ]

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 from qlora_harness.errors import SettingsError
 from qlora_harness.results.runs import Run
 from qlora_harness.settings import BOOKKEEPING
 
-_NAMES = {"nf4": "NF4", "fp4": "FP4", "int4": "int4", "int8": "int8", "bf16": "bf16"}
+# Quantisations by dose: the most bits removed first.
+NAMES = {"fp4": "FP4", "nf4": "NF4", "int4": "int4", "hqq": "HQQ", "int8": "int8", "bf16": "bf16"}
+_DOSES = tuple(NAMES)
 # Settings that follow from the quantisation, and the seed.
 _FOLLOWING = ("double_quant", "quant", "seed")
+# Of records from before these could be set.
+_DEFAULTS = {"use_rslora": False, "use_dora": False, "init_lora_weights": "default"}
+# Short names of values; a setting's default has none.
+_SHORT: dict[str, dict[object, str]] = {
+    "double_quant": {False: "no DQ"},
+    "use_rslora": {True: "rsLoRA"},
+    "use_dora": {True: "DoRA"},
+    "init_lora_weights": {
+        "gaussian": "Gaussian", "pissa": "PiSSA", "loftq": "LoftQ", "eva": "EVA",
+    },
+}  # fmt: skip
+_FEWEST_SHARED = 3  # two differences have one degree of freedom
 
 
 @dataclass(frozen=True)
@@ -29,23 +44,37 @@ class Arm:
         """The seed of each run; None if it isn't recorded."""
         return tuple(run.seed for run in self.runs)
 
+    @property
+    def model(self) -> str | None:
+        """Name of the base model, if recorded."""
+        return self.runs[0].model
+
+    def only(self, seeds: Collection[int | None]) -> Arm:
+        """Returns the arm with the runs of some seeds."""
+        return replace(self, runs=tuple(run for run in self.runs if run.seed in seeds))
+
 
 Pairs = list[tuple[Arm, Arm]]
 """Arms with their baselines."""
 
 
 def settings_of(run: Run) -> dict[str, object]:
-    """Returns the training settings that affect what a run computes."""
+    """Returns the settings that affect what a run computes; of a base alone, how it is held."""
     if run.training is None:
-        return {}
-    return {name: value for name, value in run.training.settings.items() if name not in BOOKKEEPING}
+        models = [scored.model for scored in run.scored.values()]
+        return {"double_quant": models[0].double_quant} if models else {}
+    settings = _DEFAULTS | run.training.settings
+    return {name: value for name, value in settings.items() if name not in BOOKKEEPING}
 
 
-def group(runs: Sequence[Run], *, labelled: bool = False) -> list[Arm]:
-    """Groups runs into arms, in the order of their first runs.
+def double_quant(run: Run) -> bool | None:
+    """Returns whether the scales were quantised, too; None for other formats than NF4 and FP4."""
+    value = settings_of(run).get("double_quant")
+    return value if run.quant in ("nf4", "fp4") and isinstance(value, bool) else None
 
-    If the runs are `labelled` by the user, an arm of one run has its label.
-    """
+
+def group(runs: Sequence[Run]) -> list[Arm]:
+    """Groups runs into arms, in the order of their first runs."""
     groups: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
         key = _key(run)
@@ -55,7 +84,7 @@ def group(runs: Sequence[Run], *, labelled: bool = False) -> list[Arm]:
     if len(groups) == 1:  # seeds of one arm, compared with each other
         groups = {(run.label,): [run] for run in runs}
     members = list(groups.values())
-    names = _names(members, by_label=labelled)
+    names = _names(members)
     return [
         Arm(name, tuple(sorted(part, key=lambda run: run.seed or 0)), part[0].quant, part[0].tuned)
         for name, part in zip(names, members, strict=True)
@@ -72,34 +101,44 @@ def _key(run: Run) -> tuple[object, ...]:
     return (run.quant, True, run.training.status, data, repr(sorted(settings.items())))
 
 
-def _names(groups: Sequence[Sequence[Run]], *, by_label: bool) -> list[str]:
+def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
     """Each arm's quantisation, and the settings that tell arms of one quantisation apart."""
-    names = []
-    for group in groups:
-        run = group[0]
-        name = _NAMES.get(str(run.quant), run.quant or run.label)
-        name = name if run.tuned or run.quant is None else f"{name} base"
-        names.append(run.label if by_label and len(group) == 1 else name)
-    for name in {name for name in names if names.count(name) > 1}:
-        rows = [row for row, other in enumerate(names) if other == name]
-        for row, part in zip(rows, _distinctions([groups[row][0] for row in rows]), strict=True):
-            names[row] = ", ".join([name, *part]) if part else groups[row][0].label
+    firsts = [group[0] for group in groups]
+    names = [NAMES.get(str(run.quant), run.quant or run.label) for run in firsts]
+    bases = [not run.tuned and run.quant is not None for run in firsts]
+    kinds = list(zip(names, bases, strict=True))
+    for kind in {kind for kind in kinds if kinds.count(kind) > 1}:
+        rows = [row for row, other in enumerate(kinds) if other == kind]
+        parts = _distinctions([firsts[row] for row in rows])
+        for row, part in zip(rows, parts, strict=True):
+            if any(parts):
+                names[row] = f"{names[row]} {', '.join(part)}".rstrip()
+            else:
+                names[row], bases[row] = firsts[row].label, False
+    names = [f"{name} base" if base else name for name, base in zip(names, bases, strict=True)]
     return [
-        f"{name} ({group[0].label})" if names.count(name) > 1 else name
-        for name, group in zip(names, groups, strict=True)
+        f"{name} ({run.label})" if names.count(name) > 1 else name
+        for name, run in zip(names, firsts, strict=True)
     ]
 
 
 def _distinctions(runs: Sequence[Run]) -> list[list[str]]:
-    """The first two settings in which runs differ, for each run."""
+    """The first two settings in which runs of one quantisation differ, for each run."""
     settings = [settings_of(run) for run in runs]
     differing = [
         key
         for key in dict.fromkeys(key for item in settings for key in item)
-        if key not in _FOLLOWING and all(key in item for item in settings)
+        if key not in ("quant", "seed") and all(key in item for item in settings)
         if len({repr(item[key]) for item in settings}) > 1
     ]
-    return [[f"{key} {item[key]}" for key in differing[:2]] for item in settings]
+    texts = [[_short(key, item[key]) for key in differing] for item in settings]
+    return [[text for text in part if text][:2] for part in texts]
+
+
+def _short(key: str, value: object) -> str:
+    if key in _SHORT:
+        return next((text for known, text in _SHORT[key].items() if known == value), "")
+    return f"{'r' if key == 'lora_r' else key} {value}"
 
 
 def pair(arms: Sequence[Arm], baseline: str | None = None) -> tuple[Pairs, Pairs]:
@@ -128,13 +167,51 @@ def pair(arms: Sequence[Arm], baseline: str | None = None) -> tuple[Pairs, Pairs
     return primary, secondary
 
 
+def by_dose(pairs: Pairs) -> Pairs:
+    """Sorts pairs by their arms, the most bits removed first; as given if one is unknown."""
+    known = all(arm.quant in _DOSES for arm, _ in pairs)
+    return sorted(pairs, key=lambda both: _dose(both[0])) if known else pairs
+
+
+def _dose(arm: Arm) -> tuple[int, bool]:
+    return _DOSES.index(str(arm.quant)), double_quant(arm.runs[0]) is False
+
+
+def neighbours(arms: Sequence[Arm]) -> Pairs:
+    """Returns each arm with the one that keeps the next more bits.
+
+    They are the fine-tuned arms, else the bases, that differ only in quantisation; empty if those
+    are fewer than three.
+    """
+    arms = [arm for arm in arms if arm.tuned] or list(arms)
+    known = [arm for arm in arms if arm.quant in _DOSES]
+    alike = [
+        [arm for arm in known if _distance(arm, other) == 0 and arm.model == other.model]
+        for other in known
+    ]
+    chain = max(alike, key=len, default=[])
+    chain = sorted({_dose(arm): arm for arm in chain}.values(), key=_dose)
+    return list(pairwise(chain)) if len(chain) > 2 else []
+
+
+def matched(arm: Arm, baseline: Arm) -> tuple[Arm, Arm]:
+    """Returns both arms with the seeds that both have, if those are three or more."""
+    shared = set(arm.seeds) & set(baseline.seeds) - {None}
+    if len(shared) < _FEWEST_SHARED:
+        return arm, baseline
+    return arm.only(shared), baseline.only(shared)
+
+
 def _against_bf16(arms: list[Arm]) -> Pairs:
     """Each arm with the bf16 arm most like it; then bf16 arms that are nobody's baseline."""
     references = [arm for arm in arms if arm.quant == "bf16"] or arms[:1]
     others = [arm for arm in arms if arm not in references]
     pairs = [(arm, min(references, key=partial(_distance, arm))) for arm in others]
     met = [baseline for _, baseline in pairs] or references[:1]
-    return pairs + [(arm, met[0]) for arm in references if arm not in met]
+    # Those are compared with the baseline that most arms have.
+    names = [baseline.name for baseline in met]
+    usual = max(met, key=lambda arm: names.count(arm.name), default=None)
+    return pairs + [(arm, usual) for arm in references if usual and arm not in met]
 
 
 def _distance(arm: Arm, reference: Arm) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, NoReturn
 
 from qlora_harness.compare.arms import Arm
@@ -204,7 +205,7 @@ def besides_quantisation(arms: Sequence[Arm], task: str | None) -> list[str]:
     different, _ = differing([run for arm in arms for run in arm.runs], task)
     names = [_short_name(setting.name.split(".")) for setting in different]
     seeds = [set(arm.seeds) - {None} for arm in arms if arm.tuned]
-    if any(one != seeds[0] for one in seeds):
+    if not all(one <= other or other <= one for one, other in combinations(seeds, 2)):
         names.append("seeds")
     return [name for name in dict.fromkeys(names) if name not in _INTENDED]
 

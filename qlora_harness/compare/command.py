@@ -41,7 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", metavar="NAME", help=task)
     metric = "metric of that task, for example acc_norm or exact_match,flexible-extract"
     add("--metric", metavar="NAME[,FILTER]", help=metric)
-    add("--labels", metavar="A,B,…", help="names of the runs, separated by commas")
     baseline = "the arm or run that the others are compared with (default: bf16, else the first)"
     add("--baseline", metavar="NAME", help=baseline)
     margin = "accuracies within ± this many percentage points count as equal (default %(default)g)"
@@ -85,7 +84,6 @@ def run(args: argparse.Namespace) -> int:
         page.check_packages()
     comparison = compare(
         args.runs,
-        labels=None if args.labels is None else args.labels.split(","),
         baseline=args.baseline,
         task=args.task,
         metric=args.metric,

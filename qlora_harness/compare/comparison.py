@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from qlora_harness.compare import checks, page, text
-from qlora_harness.compare.arms import group, pair
+from qlora_harness.compare.arms import by_dose, double_quant, group, neighbours, pair
 from qlora_harness.compare.choices import RunAnswers
 from qlora_harness.compare.contrast import answers_of, contrast, effects
 from qlora_harness.compare.loss_curve import loss_curves, notes_on_curves
@@ -64,7 +64,6 @@ class Comparison(ComparisonRecord):
 def compare(
     runs: Sequence[str | Path],
     *,
-    labels: Sequence[str] | None = None,
     baseline: str | None = None,
     task: str | None = None,
     metric: str | None = None,
@@ -77,7 +76,6 @@ def compare(
 
     Args:
         runs: Two or more run folders, results_*.json of lm_eval, or folders of those.
-        labels: Their names; by default the end of the path that tells them apart.
         baseline: Arm or run that all others are compared with; by default bf16.
         task: By default mmlu_qlora_5shot, or the only task that all have.
         metric: Metric of other tasks, for example "acc_norm" or "exact_match,flexible-extract".
@@ -87,7 +85,7 @@ def compare(
         intersect: Whether only the questions that all runs answered are compared.
 
     Raises:
-        SettingsError: The labels don't fit the runs, or there is no such baseline.
+        SettingsError: There is no such baseline, or the margin is no share.
         ResultsError: A file is unreadable, foreign, incomplete or contradicts another one.
         ComparisonError: The runs were not made under conditions that allow a comparison.
 
@@ -100,7 +98,7 @@ def compare(
     """
     if not 0 < margin < 1:
         raise SettingsError(f"margin {margin:g}", "Give a share above 0 and below 1")
-    loaded = _load([Path(run) for run in runs], labels, metric)
+    loaded = _load([Path(run) for run in runs], metric)
     checks.check_substance(loaded)
     notes = checks.check_data(loaded, allow_different_data)
     task = checks.choose_task(loaded, task)
@@ -108,13 +106,17 @@ def compare(
     scored = _results(loaded, task)
     notes += checks.check_limit(scored, allow_limit, intersect)
     frames, dropped = _answers(scored, intersect, notes)
-    arms = group(loaded, labelled=labels is not None)
-    primary, secondary = pair(arms, baseline)
+    arms = group(loaded)
+    primary, secondary = map(by_dose, pair(arms, baseline))
+    steps = neighbours(arms)
     answers = {label: RunAnswers(frame) for label, frame in frames.items()}
     contrasts = [
-        contrast(a, b, answers, task, margin=margin, tests=tests)
-        for pairs, tests in ((primary, len(primary)), (secondary, None))
+        contrast(a, b, answers, task, margin=margin, tests=tests, primary=pairs is primary)
+        for pairs, tests in ((primary, len(primary)), (secondary, 1))
         for a, b in pairs
+    ]
+    between = [
+        contrast(a, b, answers, task, margin=margin, tests=len(steps)).brief() for a, b in steps
     ]
     arm_of = {run.label: arm.name for arm in arms for run in arm.runs}
     different, same = checks.differing(loaded, task)
@@ -136,6 +138,7 @@ def compare(
         runs=[_info(run, arm_of[run.label], task, run.label in frames) for run in loaded],
         arms=[arm.name for arm in arms],
         contrasts=contrasts,
+        steps=between,
         effects=effects(arms, answers, task, margin),
         chance=[result for result in chances if result is not None],
         curves=curves,
@@ -148,7 +151,7 @@ def compare(
     return comparison
 
 
-def _load(paths: list[Path], labels: Sequence[str] | None, metric: str | None) -> list[Run]:
+def _load(paths: list[Path], metric: str | None) -> list[Run]:
     if len(paths) < 2:
         number = f"only {paths[0]}" if paths else "none"
         raise ComparisonError(
@@ -159,14 +162,10 @@ def _load(paths: list[Path], labels: Sequence[str] | None, metric: str | None) -
         if path.resolve() == other.resolve():
             raise ComparisonError(f"the run {other} is named twice", "Name two different runs")
     # Folder names may hold any byte.
-    names = default_labels(paths) if labels is None else labels
-    names = [" ".join(name.encode(errors="backslashreplace").decode().split()) for name in names]
-    if len(names) != len(paths) or len(set(names)) < len(paths) or not all(names):
-        raise SettingsError(
-            f"--labels {','.join(names)}: {len(names)} names for {len(paths)} runs, or one is "
-            "empty or repeated",
-            "Give one name for each run, separated by commas",
-        )
+    names = [name.encode(errors="backslashreplace").decode() for name in default_labels(paths)]
+    names = [" ".join(name.split()) for name in names]
+    if len(set(names)) < len(names):  # they differ in white space
+        names = [f"{name} ({number})" for number, name in enumerate(names, start=1)]
     return [load_run(p, label=n, metric=metric) for p, n in zip(paths, names, strict=True)]
 
 
@@ -212,6 +211,7 @@ def _info(run: Run, arm: str, task: str | None, answers: bool) -> RunInfo:
         seed=run.seed,
         model=None if run.model is None else scrub(run.model),
         quant=run.quant,
+        double_quant=double_quant(run),
         device=device if isinstance(device, str) else None,
         status=training.status if training else None,
         peak_bytes=training.peak_bytes if training else None,

@@ -26,15 +26,16 @@ def contrast(
     task: str | None,
     *,
     margin: float,
-    tests: int | None = None,
+    tests: int = 1,
+    primary: bool = False,
 ) -> Contrast:
     """Compares an arm with its baseline.
 
     `answers` are the aligned ones by label of the run. Accuracies within `margin`, a share, count
-    as the same. `tests` is the number of primary arms, for which intervals and
-    p-values are corrected; None for a secondary contrast.
+    as the same. `tests` is the number of contrasts for which intervals and p-values hold
+    together.
     """
-    level = st.LEVEL / (tests or 1)
+    level = st.LEVEL / tests
     endpoints = costs(arm, baseline, level)
     detail, groups = None, []
     runs = [*arm.runs, *baseline.runs]
@@ -48,7 +49,7 @@ def contrast(
         endpoints = [sc.mark_letters(endpoint, detail) for endpoint in endpoints]
     elif task is not None and all(task in run.scored for run in runs):
         endpoints.append(sc.unpaired_accuracy(arm, baseline, task, level, margin))
-    if tests is not None and tests > 1:  # Bonferroni's correction, as in the intervals
+    if tests > 1:  # Bonferroni's correction, as in the intervals
         endpoints = [
             one if one.p is None else one.model_copy(update={"p": min(1.0, tests * one.p)})
             for one in endpoints
@@ -56,7 +57,7 @@ def contrast(
     return Contrast(
         arm=arm.name,
         baseline=baseline.name,
-        primary=tests is not None,
+        primary=primary,
         seeds=(len(arm.runs), len(baseline.runs)),
         paired=paired,
         endpoints={endpoint.key: endpoint for endpoint in endpoints},

@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 
 from qlora_harness.compare import statistics as st
-from qlora_harness.compare.arms import Arm
+from qlora_harness.compare.arms import Arm, matched
 from qlora_harness.compare.endpoint import SPECS, absent, measured
 from qlora_harness.compare.record import Endpoint, Estimate, Word
 from qlora_harness.compare.statistics import Floats
@@ -31,8 +31,12 @@ def costs(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
         return []
     if not all(trained):
         return [absent(key, "not trained here") for key in ("memory", "time", "eval_loss")]
-    return [_memory(arm, baseline, level), _time(arm, baseline, level),
-            *_losses(arm, baseline, level)]  # fmt: skip
+    one, other = matched(arm, baseline)
+    paired = [_time(one, other, level), *_losses(one, other, level)]
+    if len(one.runs) < len(arm.runs) or len(other.runs) < len(baseline.runs):
+        note = f"over the {len(one.runs)} seeds of both"
+        paired = [e if e.reason else e.model_copy(update={"reason": note}) for e in paired]
+    return [_memory(arm, baseline, level), *paired]
 
 
 def _summaries(arm: Arm) -> list[TrainingSummary]:

@@ -40,13 +40,16 @@ class Figure(NamedTuple):
 def figures(comparison: ComparisonRecord) -> list[Figure]:
     """Returns the figures for which the comparison has numbers."""
     baseline = comparison.primary[0].baseline if comparison.primary else None
-    others = [arm for arm in comparison.arms if arm != baseline]
+    leading = [item.arm for item in comparison.primary]
+    others = [arm for arm in dict.fromkeys([*leading, *comparison.arms]) if arm != baseline]
     colours = {arm: _COLOURS[number % len(_COLOURS)] for number, arm in enumerate(others)}
     if baseline is not None:
         colours[baseline] = _BASELINE
+    differences = [_forest(comparison, key) for key in ("accuracy", "nll")]
+    if len(comparison.primary) > 1:
+        differences = [_dose(comparison, key) for key in ("eval_loss", "nll", "accuracy")]
     made = [
-        _forest(comparison, "accuracy"),
-        _forest(comparison, "nll"),
+        *differences,
         _memory_and_loss(comparison, colours),
         _curves(comparison, colours),
         _held_out(comparison, colours),
@@ -87,12 +90,38 @@ def _error_bars(
 
 def _forest(comparison: ComparisonRecord, key: str) -> Figure | None:
     """Every contrast on one endpoint, with its interval and word."""
-    contrasts = [*comparison.contrasts, *comparison.effects]
-    items = [(c, c.endpoints[key]) for c in contrasts if key in c.endpoints]
-    items = [(item, one) for item, one in items if one.low is not None]
-    if not items:
+    items = [*comparison.contrasts, *comparison.effects]
+    rows = [_Row(f"{item.arm}<br>vs {item.baseline}", item.endpoints.get(key)) for item in items]
+    return _intervals(rows, "in every contrast")
+
+
+def _dose(comparison: ComparisonRecord, key: str) -> Figure | None:
+    """Every arm on one endpoint, by dose, with what it was before training."""
+    baselines = {item.baseline for item in comparison.primary}
+    rows = []
+    for item in comparison.primary:
+        label = item.arm if len(baselines) == 1 else f"{item.arm}<br>vs {item.baseline}"
+        base = item if key == "eval_loss" else comparison.before(item)
+        before = "loss_before" if key == "eval_loss" else key
+        rows.append(
+            _Row(label, item.endpoints.get(key), base.endpoints.get(before) if base else None)
+        )
+    less = f"less {baselines.pop()}'s" if len(baselines) == 1 else "in every arm"
+    return _intervals(rows, less)
+
+
+class _Row(NamedTuple):
+    label: str
+    after: Endpoint | None
+    before: Endpoint | None = None
+
+
+def _intervals(rows: Sequence[_Row], what: str) -> Figure | None:
+    """An endpoint of each row with its interval and word; hollow before training."""
+    rows = [row for row in rows if row.after is not None and row.after.low is not None]
+    if not rows:
         return None
-    first = items[0][1]
+    first = next(row.after for row in rows if row.after)
     scale = 100 if first.unit == "share" else 1
     unit = {"share": ", points", "nats": ", nats"}.get(first.unit, "")
     figure = go.Figure()
@@ -100,26 +129,39 @@ def _forest(comparison: ComparisonRecord, key: str) -> Figure | None:
         ends = {"x0": -scale * first.margin, "x1": scale * first.margin}
         figure.add_vrect(**ends, fillcolor="rgba(128,128,128,0.18)", line_width=0)
     figure.add_vline(x=0, line={"color": "rgba(128,128,128,0.8)", "width": 1})
-    alt = [_add_interval(figure, item, one, scale) for item, one in items]
-    figure.update_yaxes(autorange="reversed", type="category")
+    alt = []
+    for place, row in enumerate(rows):
+        alt += [_add_interval(figure, row.label, one, scale, place + 0.3 * hollow, hollow)
+                for hollow, one in enumerate((row.after, row.before)) if one and one.low is not None
+        ]  # fmt: skip
+    figure.update_yaxes(
+        range=[len(rows) - 0.5, -0.5],
+        tickvals=list(range(len(rows))),
+        ticktext=[row.label for row in rows],
+    )
     figure.update_xaxes(title=f"difference of {first.name}{unit}")
-    shaded = " (margin shaded)" if first.margin is not None else ""
-    heading = f"{first.name[0].upper()}{first.name[1:]} in every contrast{shaded}"
-    return Figure(heading, "; ".join(alt), _layout(figure, 110 + 46 * len(items)))
+    notes = ["margin shaded"] if first.margin is not None else []
+    notes += (
+        ["◇ before training"] if any(r.before and r.before.low is not None for r in rows) else []
+    )
+    heading = f"{first.name[0].upper()}{first.name[1:]} {what}"
+    heading += f" ({', '.join(notes)})" if notes else ""
+    return Figure(heading, "; ".join(alt), _layout(figure, 110 + 46 * len(rows)))
 
 
-def _add_interval(figure: Any, item: Contrast, one: Endpoint, scale: int) -> str:
+def _add_interval(figure: Any, label: str, one: Endpoint, scale: int, y: float, hollow: int) -> str:
     """Adds a point with its interval to a figure, and returns it as text."""
     colour = _BASELINE if one.letters else _WORDS.get(one.word, _BASELINE)
     text = f"{difference(one)} ({interval(one)}): {word(one)}"
     values = [scale * (one.difference or 0)]
     bars = _error_bars(values, [(scale * (one.low or 0), scale * (one.high or 0))], colour)
+    symbol = "diamond-open" if hollow else "circle"
     figure.add_scatter(
-        x=values, y=[f"{item.arm}<br>vs {item.baseline}"], mode="markers",
-        marker={"size": 10, "color": colour}, error_x=bars, showlegend=False,
+        x=values, y=[y], mode="markers", error_x=bars, showlegend=False,
+        marker={"size": 10, "color": colour, "symbol": symbol},
         hovertemplate=f"{text}<extra></extra>",
     )  # fmt: skip
-    return f"{item.arm} vs {item.baseline} {text}"
+    return f"{label.replace('<br>', ' ')} {text}"
 
 
 def _memory_and_loss(comparison: ComparisonRecord, colours: dict[str, str]) -> Figure | None:

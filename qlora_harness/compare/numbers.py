@@ -44,6 +44,17 @@ def _difference(endpoint: Endpoint, number: float) -> str:
     return points(number) if endpoint.unit == "share" else signed(number, 3)
 
 
+def plus_minus(endpoint: Endpoint) -> str:
+    """Returns the difference and the longer half of its 95% interval, "+0.118 ±0.015"."""
+    if endpoint.difference is None:
+        return NOTHING
+    middle, low, high = endpoint.difference, endpoint.low, endpoint.high
+    text = _difference(endpoint, middle) + ("%" if endpoint.relative else "")
+    if low is None or high is None or low == high:
+        return text
+    return f"{text} ±{_difference(endpoint, max(high - middle, middle - low)).lstrip('+')}"
+
+
 def interval(endpoint: Endpoint, *, inner: bool = False) -> str:
     """Returns the 95% interval as "+0.1 to +0.3", or the inner one of 90%; "" without one."""
     low, high = endpoint.low, endpoint.high

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_harness.compare.methods import methods
 from qlora_harness.compare.numbers import difference, interval, value, word
 from qlora_harness.compare.record import ComparisonRecord
 from qlora_harness.compare.tables import tables
@@ -42,7 +43,7 @@ def tiles(comparison: ComparisonRecord) -> list[Tile]:
     """Returns the headlines of the leading contrast."""
     shown = []
     for key in _TILES if comparison.primary else ():
-        endpoint = comparison.primary[0].endpoints.get(key)
+        endpoint = comparison.headline.endpoints.get(key)
         if endpoint is None:
             continue
         sizes = f"{value(endpoint, endpoint.arm)} vs {value(endpoint, endpoint.baseline)}"
@@ -82,6 +83,7 @@ def to_html(comparison: ComparisonRecord) -> str:
             difference=differences_line(comparison),
             plots=[(figure, html(figure.plot)) for figure in figures(comparison)],
             tables=tables(comparison),
+            methods=methods(comparison.source.runs),
             plotly=plotly.offline.get_plotlyjs(),
         )
     )

@@ -138,6 +138,10 @@ class Contrast(Part):
     detail: Detail | None = None
     groups: list[GroupDifference] = []
 
+    def brief(self) -> Contrast:
+        """Returns the contrast without what it says of single answers and groups."""
+        return self.model_copy(update={"detail": None, "groups": []})
+
     def __getitem__(self, key: str) -> Endpoint:
         """Returns an endpoint by its key."""
         return self.endpoints[key]
@@ -176,6 +180,8 @@ class RunInfo(Part):
     seed: int | None
     model: str | None
     quant: str | None
+    double_quant: bool | None = None
+    """Of NF4 and FP4."""
     device: str | None
     status: str | None
     peak_bytes: float | None
@@ -233,6 +239,9 @@ class ComparisonRecord(BaseModel):
     """Names of the arms."""
     contrasts: list[Contrast]
     """Primary ones first."""
+    steps: list[Contrast] = []
+    """Arms that differ only in quantisation, each against the one that keeps the next more bits;
+    empty for fewer than three."""
     effects: list[Contrast] = []
     """Base and adapter in 4 and 16 bits: what training gains, and the interaction."""
     chance: list[Chance]
@@ -263,3 +272,20 @@ class ComparisonRecord(BaseModel):
     def primary(self) -> list[Contrast]:
         """The contrasts that answer the question."""
         return [item for item in self.contrasts if item.primary]
+
+    @property
+    def headline(self) -> Contrast:
+        """The primary contrast that sentences are about: that of NF4, else the first."""
+        nf4 = {run.arm for run in self.runs if run.quant == "nf4"}
+        return min(self.primary, key=lambda item: (item.arm != "NF4", item.arm not in nf4))
+
+    def before(self, item: Contrast) -> Contrast | None:
+        """Returns the contrast of the untrained bases, held as the arms of `item` hold them."""
+        held = {run.arm: (run.quant, run.double_quant) for run in self.runs}
+        trained = {run.arm for run in self.runs if run.status is not None}
+        for base in self.contrasts:
+            if base.primary or {base.arm, base.baseline} & trained:
+                continue
+            if (held[base.arm], held[base.baseline]) == (held[item.arm], held[item.baseline]):
+                return base
+        return None

@@ -21,7 +21,7 @@ from qlora_harness.compare.statistics import Floats
 
 Runs = Sequence[RunAnswers]
 MOSTLY = 0.5  # a cause of more than this share of a difference is named
-_FEWEST_SUBJECTS = 10  # a standard error over fewer says little
+FEWEST_SUBJECTS = 10  # a standard error over fewer says little
 
 
 class Design(NamedTuple):
@@ -97,7 +97,7 @@ def paired(
 
 def _by_subject(values: Floats, subjects: NDArray[np.intp]) -> st.Variance | None:
     """The variance of the mean, clustered by subject; None if there are too few subjects."""
-    if subjects.max() < _FEWEST_SUBJECTS - 1:
+    if subjects.max() < FEWEST_SUBJECTS - 1:
         return None
     return st.over_items(values, clusters=subjects)[1]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from qlora_harness.compare.numbers import (
@@ -36,7 +36,13 @@ def tables(comparison: ComparisonRecord) -> list[Table]:
         made.append(_endpoints(item))
         if item.detail is not None:
             made.append(_detail(item, item.detail))
-    made += [_effects(comparison), _chance(comparison), _curves(comparison)]
+    gains = "What training gains, and in which arm it gains more"
+    made += [
+        _differences("Neighbouring arms", comparison.steps, ("eval_loss", "nll", "accuracy")),
+        _differences(gains, comparison.effects, ("accuracy", "nll")),
+        _chance(comparison),
+        _curves(comparison),
+    ]
     made += [_groups(item, kind) for item in comparison.primary for kind in ("category", "subject")]
     made += _settings(comparison)
     return [table for table in made if table.rows]
@@ -112,15 +118,14 @@ def _detail(item: Contrast, detail: Detail) -> Table:
     return _table(f"Answers of {item.arm} and {item.baseline}", ("", ""), rows)
 
 
-def _effects(comparison: ComparisonRecord) -> Table:
+def _differences(title: str, items: Sequence[Contrast], keys: Sequence[str]) -> Table:
     rows = [
-        (f"{item.arm} less {item.baseline}, {one.name}", difference(one), interval(one), one.word)
-        for item in comparison.effects
-        for one in (item.endpoints.get(key) for key in ("accuracy", "nll"))
+        (f"{item.arm} less {item.baseline}, {one.name}", difference(one), interval(one), word(one))
+        for item in items
+        for one in map(item.measured, keys)
         if one is not None
     ]
-    heads = ("", "difference", "95% interval", "shown")
-    return _table("What training gains, and in which arm it gains more", heads, rows)
+    return _table(title, ("", "difference", "95% interval", "shown"), rows)
 
 
 def _chance(comparison: ComparisonRecord) -> Table:

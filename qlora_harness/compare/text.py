@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from qlora_harness.compare.numbers import difference, interval, value, word
+from qlora_harness.compare.methods import methods
+from qlora_harness.compare.numbers import difference, interval, plus_minus, value, word
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint
 from qlora_harness.compare.tables import Table, tables
 from qlora_harness.compare.verdict import sentences, verdict
@@ -15,12 +16,15 @@ from qlora_harness.results.terminal import NOTHING
 LINES, COLUMNS = 12, 80
 _DETAILS = 120  # columns
 MARKDOWN_TITLE = "# What do the 4 bits cost?"
+_ROWS = 6  # of arms
+_COLUMNS = ("memory", "eval_loss", "accuracy", "nll")
 _HEADLINES = ("memory", "time", "eval_loss", "accuracy", "nll")
 _MARKS = {"better": "✓", "worse": "✗", "same": "≈", "unclear": "?", "no measurement": ""}
+_LEGEND = "✓ better  ✗ worse  ≈ same  ? unclear  – not measured"
 
 
-def title(comparison: ComparisonRecord) -> str:
-    """Returns what was compared, in a line."""
+def title(comparison: ComparisonRecord, columns: int | None = None) -> str:
+    """Returns what was compared, in a line; without the data if it is longer than `columns`."""
     primary = comparison.primary
     names = "nothing"
     if len(primary) == 1:
@@ -31,23 +35,37 @@ def title(comparison: ComparisonRecord) -> str:
         names = f"{len(primary)} arms vs {baseline}"
     dataset = (comparison.dataset or "").rpartition("/")[2].partition(".")[0]
     parts = [names, (comparison.model or "").rpartition("/")[2], dataset]
-    seeds = {count for item in primary for count in item.seeds}
-    if seeds and max(seeds) > 1:
-        parts.append(f"{'–'.join(map(str, sorted({min(seeds), max(seeds)})))} seeds per arm")
+    parts.append(_seeds(primary))
     if comparison.questions is not None:
         task = "" if comparison.task == DEFAULT_TASK else f"{comparison.task}, "
         parts.append(f"{task}{comparison.questions:,} questions")
-    return " · ".join(part for part in parts if part)
+    line = " · ".join(part for part in parts if part)
+    if columns is not None and len(line) > columns and dataset:
+        return line.replace(f" · {dataset}", "", 1)
+    return line
+
+
+def _seeds(primary: Sequence[Contrast]) -> str:
+    """How many seeds each arm has, in the order of the rows; "" for one each."""
+    arms = {item.arm: item.seeds[0] for item in primary}
+    counts = list((arms | {item.baseline: item.seeds[1] for item in primary}).values())
+    if max(counts, default=1) == 1:
+        return ""
+    if len(set(counts)) == 1:
+        return f"{counts[0]} seeds per arm"
+    if len(counts) > _ROWS:
+        return f"{min(counts)}–{max(counts)} seeds per arm"
+    return f"{', '.join(map(str, counts))} seeds"
 
 
 def answer(comparison: ComparisonRecord) -> str:
     """Returns the answer: at most 12 lines of 80 columns."""
-    lines = [_cut(title(comparison))]
+    lines = [_cut(title(comparison, COLUMNS))]
     primary = comparison.primary
     if len(primary) == 1:
         lines += _one(primary[0])
     elif primary:
-        lines += _many(primary)
+        lines += _many(comparison)
     # Whole sentences only, the most important first.
     for sentence in sentences(comparison):
         wrapped = textwrap.wrap(sentence, COLUMNS, break_long_words=True)
@@ -103,30 +121,40 @@ def _side_by_side(item: Contrast, endpoints: Sequence[Endpoint], words: Sequence
     return _aligned(rows, (0, 4, 5))
 
 
-def _many(items: Sequence[Contrast]) -> list[str]:
-    """One line for each arm."""
-    known = {key: [item[key] for item in items if key in item.endpoints] for key in _HEADLINES}
-    known = {key: endpoints for key, endpoints in known.items() if endpoints}
-    rows = [["", *(endpoints[0].name.removeprefix("peak ") for endpoints in known.values())]]
+def _many(comparison: ComparisonRecord) -> list[str]:
+    """A line for each arm, by dose, and one for the baseline."""
+    items, headline = comparison.primary, comparison.headline
+    firsts = [next((i[key] for i in items if key in i.endpoints), None) for key in _COLUMNS]
+    known = [one for one in firsts if one]
+    heads = ["", *(f"{one.name}{', pts' if one.unit == 'share' else ''}" for one in known)]
+    shown = items if len(items) <= _ROWS else items[: _ROWS - 1]
+    last = []
     if len({item.baseline for item in items}) == 1:
-        values = [
-            next((value(e, e.baseline) for e in endpoints if e.baseline is not None), NOTHING)
-            for endpoints in known.values()
-        ]
-        rows.append([items[0].baseline, *values])
-    room = LINES - 4
-    for item in items[: room if len(items) <= room else room - 1]:
-        rows.append([item.arm, *(_cell(item.measured(key)) for key in known)])
-    lines = _aligned(rows, (0,))
-    if len(items) > room:
-        lines.append(f"… and {len(items) - room + 1} more arms (see --details)")
-    return [*lines, "✓ better  ✗ worse  ≈ same within the margin  ? unclear  – no measurement"]
+        values = [headline.measured(one.key) for one in known]
+        last = [[headline.baseline, *(value(e, e.baseline) if e else NOTHING for e in values)]]
+    forms = {"± joint 95% interval  ": plus_minus, "": difference}  # the second is narrower
+    cells = {
+        legend: [[i.arm, *(_cell(i.measured(one.key), form) for one in known)] for i in shown]
+        for legend, form in forms.items()
+    }
+    legend = next((name for name in forms if _width([heads, *cells[name], *last]) <= COLUMNS), "")
+    lines = _aligned([heads, *cells[legend], *last], (0,))
+    if len(shown) < len(items):
+        lines.insert(1 + len(shown), f"… and {len(items) - len(shown)} more arms (see --details)")
+    return [*lines, legend + _LEGEND]
 
 
-def _cell(endpoint: Endpoint | None) -> str:
+def _width(rows: Sequence[Sequence[str]]) -> int:
+    """Columns of a table whose first column may be cut to 16."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return min(first, 16) + sum(others) + 2 * len(others)
+
+
+def _cell(endpoint: Endpoint | None, shown: Callable[[Endpoint], str]) -> str:
     if endpoint is None:
         return NOTHING
-    return f"{difference(endpoint)} {_MARKS[endpoint.word]}".rstrip()
+    word = "unclear" if endpoint.letters else endpoint.word
+    return f"{shown(endpoint)} {_MARKS[word]}".rstrip()
 
 
 def markdown(comparison: ComparisonRecord) -> str:
@@ -139,6 +167,8 @@ def markdown(comparison: ComparisonRecord) -> str:
     for table in tables(comparison):
         parts += [f"## {_escaped(table.title)}", _markdown_table(table)]
     runs = "\n".join(f"- {_escaped(run.label)}: {_escaped(run.path)}" for run in comparison.runs)
+    if paragraph := methods(comparison.source.runs):
+        parts += ["## Methods", _escaped(paragraph)]
     parts += [runs, f"Made by `qlora-harness compare`, {comparison.created}."]
     return "\n\n".join(parts) + "\n"
 

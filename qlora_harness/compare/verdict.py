@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from qlora_harness.compare.numbers import difference, interval, points
+from collections.abc import Sequence
+
+from qlora_harness.compare.numbers import difference, interval, points, word
 from qlora_harness.compare.power import discordance, questions_needed, seed_deviation
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint
 from qlora_harness.compare.scores import MOSTLY
@@ -23,15 +25,15 @@ def verdict(comparison: ComparisonRecord) -> str:
 
 def sentences(comparison: ComparisonRecord) -> list[str]:
     """Returns the sentences of the answer, the most important first."""
-    primary = comparison.primary
-    if not primary:
+    if not comparison.primary:
         return ["There is nothing to compare."]
-    parts = [_validity(comparison)]
-    if len(primary) == 1:
-        parts += [_costs(primary[0]), _accuracy(primary[0], comparison), _won_back(primary[0])]
-    else:
-        parts.append(_counts(primary))
-    parts += [_secondary(item) for item in comparison.contrasts if not item.primary]
+    item = comparison.headline
+    parts = [_validity(comparison), _costs(item)]
+    if len(comparison.primary) > 1:
+        parts += [*_doses(comparison.steps), _before(comparison, item)]
+    parts += [_accuracy(item, comparison), _won_back(item)]
+    if len(comparison.primary) == 1:
+        parts += [_secondary(item) for item in comparison.contrasts if not item.primary]
     return [sentence for sentence in parts if sentence]
 
 
@@ -39,17 +41,19 @@ def _validity(comparison: ComparisonRecord) -> str:
     """What would make the rest meaningless, so it comes first."""
     if any("random weights" in note for note in comparison.notes):
         return "The base has random weights: loss and accuracy say nothing."
-    leading = {name for item in comparison.primary for name in (item.arm, item.baseline)}
-    guessing = [one for one in comparison.chance if one.arm in leading and one.at_chance]
+    chance = {one.arm: one for one in comparison.chance if one.at_chance}
+    names = [item.arm for item in comparison.primary]
+    names = list(dict.fromkeys(names + [item.baseline for item in comparison.primary]))
+    guessing = [name for name in names if name in chance]
     if not guessing:
         return ""
-    verb = "is" if len(guessing) == 1 else "are"
-    sizes = [f"{points(one.centred)} ± {100 * one.stderr:.2f}" for one in guessing]
-    names = _listed([one.arm for one in guessing])
-    return (
-        f"{names} {verb} not shown to beat chance ({_listed(sizes)} points without letter "
-        "preference): accuracy may come from letter preference alone."
-    )
+    shown = f"{_listed(guessing)} {'is' if len(guessing) == 1 else 'are'} not shown to beat chance"
+    if len(names) < 3:
+        sizes = [f"{points(chance[n].centred)} ± {100 * chance[n].stderr:.2f}" for n in guessing]
+        shown += f" ({_listed(sizes)} points without letter preference)"
+    elif len(guessing) == len(names):
+        shown = "No arm is shown to beat chance"
+    return f"{shown}: accuracy may come from letter preference alone."
 
 
 def _costs(item: Contrast) -> str:
@@ -87,23 +91,43 @@ def _savings_and_costs(item: Contrast) -> str:
     return ", and ".join(parts)
 
 
-def _counts(primary: list[Contrast]) -> str:
-    """For several arms: how many are better or worse, and which is best on NLL."""
-    parts = []
-    for key in ("memory", "time", "eval_loss", "accuracy", "nll"):
-        known = [item.endpoints[key] for item in primary if key in item.endpoints]
-        for word in ("better", "worse"):
-            count = sum(endpoint.word == word for endpoint in known)
-            if count:
-                parts.append(f"{known[0].name} is {word} in {count}")
-    text = f"Of {len(primary)} arms, {_listed(parts)}." if parts else ""
-    nll = [item for item in primary if "nll" in item.endpoints]
-    if nll:
-        best = min(nll, key=lambda item: item["nll"].difference or 0)
-        text += f" On NLL, {best.arm} does best ({difference(best['nll'])})."
-    if any(item.seeds == (1, 1) for item in primary):
-        text += " Where both arms have one seed, the result is about those two adapters only."
-    return text.strip()
+def _doses(steps: Sequence[Contrast]) -> list[str]:
+    """Whether loss and NLL fall as fewer bits are removed, and which steps are shown."""
+    sentences: dict[str, list[str]] = {}
+    for key in ("eval_loss", "nll"):
+        endpoints = [one for step in steps if (one := step.measured(key))]
+        if steps and len(endpoints) == len(steps):
+            sentences.setdefault(_falls(steps, endpoints), []).append(endpoints[0].name)
+    chain = " to ".join([step.arm for step in steps] + [step.baseline for step in steps[-1:]])
+    return [
+        f"From {chain}, {_listed(names)} {'falls' if len(names) == 1 else 'fall'} {where}."
+        for where, names in sentences.items()
+    ]
+
+
+def _falls(steps: Sequence[Contrast], endpoints: Sequence[Endpoint]) -> str:
+    """At how many steps an endpoint falls, by its estimates, and what is shown of each."""
+    results: dict[str, list[str]] = {}
+    for step, one in zip(steps, endpoints, strict=True):
+        rises = " (rises)" if (one.difference or 0) < 0 else ""
+        result = "shown" if one.word in ("better", "worse") else "not shown"
+        result = f"same within ±{one.margin:g}" if one.within else result
+        results.setdefault(result, []).append(f"{step.arm}–{step.baseline}{rises}")
+    falling = sum((one.difference or 0) > 0 for one in endpoints)
+    count = "each step" if falling == len(steps) else f"{falling} of {len(steps)} steps"
+    parts = "; ".join(f"{result}: {', '.join(names)}" for result, names in results.items())
+    all_shown = falling == len(steps) and list(results) == ["shown"]
+    return f"at {count} ({'shown' if all_shown else parts})"
+
+
+def _before(comparison: ComparisonRecord, item: Contrast) -> str:
+    """What quantising the base alone does to accuracy."""
+    base = comparison.before(item)
+    accuracy = None if base is None else base.measured("accuracy")
+    if accuracy is None:
+        return ""
+    size = f"{difference(accuracy)} ({interval(accuracy)}, {word(accuracy)})"
+    return f"Before training, {item.arm} changes accuracy by {size}."
 
 
 def _accuracy(item: Contrast, comparison: ComparisonRecord) -> str:

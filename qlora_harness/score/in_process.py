@@ -58,7 +58,8 @@ class InProcessScorer:
     def __init__(self, tasks: Sequence[str], batch_size: int) -> None:
         self._tasks = list(tasks)
         self._manager = check_tasks(tasks)
-        self._options = {"batch_size": batch_size, "device": _DEVICE}
+        # As the command passes them.
+        self._options = {"batch_size": str(batch_size), "device": _DEVICE}
 
     def project(self, model_args: Mapping[str, Any]) -> float:
         """Returns the seconds that `score` takes, estimated from a part of the texts."""
@@ -77,6 +78,7 @@ class InProcessScorer:
             model_args=dict(model_args),
             tasks=self._tasks,
             task_manager=self._manager,
+            gen_kwargs={},
             **self._options,
             **more,
         )

@@ -1,0 +1,229 @@
+"""A study of several quantisations: names, dose, neighbours and the answer."""
+
+# Endpoints without a value are None, on which arithmetic fails a test as it should.
+# mypy: disable-error-code="operator,union-attr"
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare_runs import (
+    FAMILY,
+    FIRST,
+    changed,
+    edit,
+    evaluation,
+    summary,
+    write_run,
+    write_study,
+)  # fmt: skip
+from scipy import stats
+
+from qlora_harness.compare import page, text
+from qlora_harness.compare.comparison import Comparison, compare
+from qlora_harness.compare.methods import methods
+from qlora_harness.results.runs import load_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def study(runs: list[Path]) -> Comparison:
+    return compare(runs)
+
+
+def test_arms_are_in_the_order_of_their_dose(study: Comparison) -> None:
+    pairs = [(item.arm, item.baseline, item.seeds) for item in study.primary]
+    assert pairs == [("FP4", "bf16", (2, 5)), ("NF4", "bf16", (5, 5)), ("int8", "bf16", (2, 5))]
+    assert study.headline.arm == "NF4"
+    assert [(step.arm, step.baseline) for step in study.steps] == [
+        ("FP4", "NF4"), ("NF4", "int8"), ("int8", "bf16"),
+    ]  # fmt: skip
+    assert study.besides == []  # two of the five seeds are no other seeds
+    bases = [item.arm for item in study.contrasts if not item.primary]
+    assert bases == ["FP4 base", "NF4 base", "int8 base"]
+
+
+def test_the_answer_has_a_row_for_each_arm(study: Comparison) -> None:
+    lines = str(study).splitlines()
+    assert len(lines) <= 12
+    assert max(map(len, lines)) <= 80
+    assert "2, 5, 2, 5 seeds" in lines[0]
+    assert [line.split()[0] for line in lines[2:6]] == ["FP4", "NF4", "int8", "bf16"]
+    nll = study.headline["nll"]
+    half = max(nll.high - nll.difference, nll.difference - nll.low)
+    assert f"{nll.difference:+.3f} ±{half:.3f} ✗" in lines[3]
+    assert lines[5].endswith(f"{nll.baseline:.3f}")
+    assert "From FP4 to NF4 to int8 to bf16, eval loss and NLL fall at each step" in study.verdict
+    before = next(item for item in study.contrasts if item.arm == "NF4 base")["accuracy"]
+    assert f"{100 * before.difference:.2f} pts".replace("-", "−") in "\n".join(lines[7:])
+
+
+def test_intervals_of_neighbours_hold_together(runs: list[Path], study: Comparison) -> None:
+    step = study.steps[0]
+    alone = compare([run for run in runs if run.parent.name in ("fp4", "nf4")], baseline="NF4")
+    one, other = step["nll"], alone.primary[0]["nll"]
+    assert one.difference == other.difference > 0
+    ratio = stats.t.ppf(1 - 0.025 / 3, one.freedom) / stats.t.ppf(0.975, one.freedom)
+    assert one.high - one.low == pytest.approx(ratio * (other.high - other.low))
+    assert (step.detail, step.groups, step.primary) == (None, [], False)
+
+
+def test_what_falls_and_what_is_shown(tmp_path: Path) -> None:
+    arms = {"bf16": (1, 0.0), "nf4": (1, 0.1), "int8": (1, 0.101), "fp4": (1, 0.3)}
+    verdict = compare(write_study(tmp_path, arms)).verdict
+    assert "eval loss and NLL fall at 2 of 3 steps" in verdict
+    assert "same within ±0.01: NF4–int8 (rises)" in verdict
+
+
+def test_other_seeds_are_a_difference(runs: list[Path]) -> None:
+    chosen = {"bf16": ("seed_0", "seed_1"), "nf4": ("seed_1", "seed_2")}
+    some = [run for run in runs if run.name in chosen.get(run.parent.name, ())]
+    assert compare(some).besides == ["seeds"]
+
+
+@pytest.mark.parametrize(("shared", "used"), [(3, 3), (2, 5)])
+def test_losses_are_matched_by_seed(tmp_path: Path, shared: int, used: int) -> None:
+    """With three or more seeds in common, others would only add their spread."""
+    arms = {"bf16": (5, 0.0), "nf4": (shared, 0.1)}
+    item = compare(write_study(tmp_path, arms)).primary[0]
+    loss = item["eval_loss"]
+    assert item.seeds == (shared, 5)
+    assert loss.baseline == pytest.approx(2.01 + 0.002 * (used - 1) / 2)
+    assert loss.difference == pytest.approx(0.1 + 0.002 * (shared - used) / 2)
+    assert item["memory"].n is None
+
+
+def variants(folder: Path, *changes: dict[str, Any]) -> Comparison:
+    paths = []
+    for number, change in enumerate(changes):
+        quant = change.pop("quant", "nf4")
+        record = summary(quant)
+        record["settings"] |= change
+        paths.append(write_run(folder / str(number), record, evaluation(FIRST)))
+    return compare(paths)
+
+
+def test_names_say_what_tells_arms_apart(tmp_path: Path) -> None:
+    comparison = variants(
+        tmp_path,
+        {"quant": "bf16"},
+        {"quant": "bf16", "use_dora": True},
+        {"quant": "bf16", "use_rslora": True, "lora_r": 64},
+        {"double_quant": True, "use_dora": True},
+        {"double_quant": True, "init_lora_weights": "loftq"},
+        {"double_quant": False},
+        {"double_quant": True},
+        {"quant": "hqq"},
+    )
+    names = ["bf16", "bf16 DoRA", "bf16 rsLoRA", "NF4 DoRA", "NF4 LoftQ", "NF4 no DQ", "NF4", "HQQ"]
+    assert comparison.arms == names
+    pairs = [(item.arm, item.baseline) for item in comparison.primary]
+    assert pairs == [
+        ("NF4 DoRA", "bf16 DoRA"), ("NF4 LoftQ", "bf16"), ("NF4", "bf16"), ("NF4 no DQ", "bf16"),
+        ("HQQ", "bf16"), ("bf16 rsLoRA", "bf16"),
+    ]  # fmt: skip
+    chain = [comparison.steps[0].arm, *(step.baseline for step in comparison.steps)]
+    assert chain == ["NF4", "NF4 no DQ", "HQQ", "bf16"]
+    assert comparison.headline.arm == "NF4"
+
+
+def test_folders_whose_names_differ_in_white_space(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, summary(quant), evaluation(FIRST))
+        for name, quant in (("a b", "nf4"), ("a  b", "bf16"))
+    ]
+    assert [run.label for run in compare(runs).runs] == ["a b (1)", "a b (2)"]
+
+
+def test_a_long_title_leaves_the_data_out(study: Comparison) -> None:
+    named = study.model_copy(update={"model": "org/a-model-with-a-long-name"})
+    assert "oasst1" in text.title(named)
+    first = str(named).splitlines()[0]
+    assert "oasst1" not in first
+    assert first.endswith("200 questions")
+
+
+def test_methods_hold_what_the_records_say(tmp_path: Path) -> None:
+    folders = write_study(tmp_path, {"bf16": (3, 0.0), "nf4": (3, 0.1), "int8": (1, 0.02)})
+    for folder in folders:
+        path = folder / "training_summary.json"
+        if path.exists():
+            changed(
+                path,
+                lambda record: record["settings"].update(
+                    lora_r=32, lora_alpha=16, batch_size=4, grad_accum=2, template="guanaco"
+                ),
+            )
+            changed(path, edit("environment/world_size", 2))
+            changed(path, edit("model/weights_fingerprint", "sha256:" + "ab" * 32))
+            changed(path, edit("model/gguf", {"tensor_types": {"Q4_1": 7, "F32": 3}}))
+        if folder.parent.name == "int8":
+            changed(path, edit("environment/device/name", "NVIDIA H200"))
+    paragraph = methods([load_run(f, label="/".join(f.parts[-2:])).on(FAMILY) for f in folders])
+    for fact in (
+        "llama", "commit aaaaaaaaaaaa", "weights abababababab", "7 Q4_1 and 3 F32",
+        "bf16, NF4 with double quantisation and int8",
+        "oasst1", "90 conversations", "9,000 tokens", "SHA-256 111111111111", "10 conversations",
+        "template guanaco", "rank 32", "alpha 16",
+        "20 steps", "16 conversations (4 × 2 × 2)", "learning rate 0.0002",
+        "0, 1 and 2 (bf16, NF4); 0 (int8)",
+        f"200 questions of {FAMILY}", "5-shot",
+        "2 × NVIDIA H100 (bf16, NF4); 2 × NVIDIA H200 (int8)",
+        "torch 2.13.0", "lm_eval 0.4.13", "by seed for NF4", "Bonferroni",
+    ):  # fmt: skip
+        assert fact in paragraph
+    for absent in ("None", "dropout", "revision", "clipped", "DoRA", "Tango"):
+        assert absent not in paragraph
+
+
+def test_methods_of_nothing_recorded(tmp_path: Path) -> None:
+    assert methods([]) == ""
+    runs = [write_run(tmp_path / name, None, evaluation(FIRST)) for name in "ab"]
+    paragraph = methods([load_run(run).on(FAMILY) for run in runs])
+    assert paragraph.startswith("Scored are 20 questions of mmlu_qlora_5shot, 5-shot")
+    assert "Tango" in paragraph
+    assert "seeds are" not in paragraph
+
+
+def test_the_paragraph_is_in_the_markdown_and_on_the_page(study: Comparison) -> None:
+    pytest.importorskip("plotly")
+    paragraph = methods(study.source.runs)
+    assert "## Methods" in text.markdown(study)
+    assert paragraph in html.unescape(page.to_html(study))
+    assert paragraph not in str(study)
+
+
+def test_figures_show_each_arm_by_dose(study: Comparison) -> None:
+    pytest.importorskip("plotly")
+    from qlora_harness.compare.figures import figures
+
+    losses, nlls, accuracies, *_ = figures(study)
+    for figure, key, scale in (
+        (losses, "eval_loss", 1),
+        (nlls, "nll", 1),
+        (accuracies, "accuracy", 100),
+    ):
+        points = [t for t in figure.plot.data if t.marker.symbol == "circle"]
+        assert [t.x[0] for t in points] == [scale * item[key].difference for item in study.primary]
+        ends = [(t.x[0] - t.error_x.arrayminus[0], t.x[0] + t.error_x.array[0]) for t in points]
+        assert ends[1] == pytest.approx(
+            (scale * study.headline[key].low, scale * study.headline[key].high)
+        )
+        assert figure.plot.layout.yaxis.ticktext == ("FP4", "NF4", "int8")
+    before = [t.x[0] for t in nlls.plot.data if t.marker.symbol == "diamond-open"]
+    bases = [item["nll"].difference for item in study.contrasts if not item.primary]
+    assert before == bases
+
+
+@pytest.mark.parametrize("value", [[1], {"a": 1}, "x", -1.5, True])
+def test_methods_and_names_of_odd_settings(tmp_path: Path, value: object) -> None:
+    odd = dict.fromkeys(("use_dora", "init_lora_weights", "batch_size", "mask"), value)
+    comparison = variants(tmp_path, odd, {"quant": "bf16"}, {"quant": "bf16", "use_dora": True})
+    assert "rank" not in methods(comparison.source.runs)
+    assert comparison.arms[0] == "NF4"
