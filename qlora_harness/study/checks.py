@@ -45,8 +45,8 @@ def with_one_dtype(study: Study, devices: Sequence[Device]) -> Study:
         model = cell.settings.model
         if model.compute_dtype != "auto":
             return cell
-        dtype = before.get(cell.arm, {}).get("compute_dtype", "auto")
-        if dtype == "auto":
+        dtype = before.get(cell.arm, {}).get("compute_dtype")
+        if dtype is None:
             chosen[:] = chosen or [faster_dtype()[0]]
             dtype = chosen[0]
         model = dataclasses.replace(model, compute_dtype=dtype)

@@ -118,7 +118,7 @@ class _Command:
     """One call of the command, for all cells or the `chosen` ones."""
 
     def __init__(self, study: Study, chosen: Sequence[str] | None, began: float) -> None:
-        from qlora_harness.study.checks import check_study_runs, with_one_dtype
+        from qlora_harness.study.checks import with_one_dtype
         from qlora_harness.study.devices import visible_devices
         from qlora_harness.study.folder import StudyFolder
 
@@ -126,30 +126,16 @@ class _Command:
         self._study = with_one_dtype(study, self._devices)
         self._folder = StudyFolder(self._study)
         self._folder.check_unchanged()
-        self._plans = check_study_runs(self._study, self._devices)
         self._chosen, self._began = chosen, began
         self._console = Console(highlight=False)
 
     def run(self) -> int:
         """Runs the cells that are not complete, and then prints the answer."""
-        from qlora_harness.study.display import Display
-        from qlora_harness.study.pool import Pool
         from qlora_harness.study.worker import is_complete
 
-        self._folder.begin()
         tasks = self._study.tasks
         cells = [cell for cell in self._cells() if not is_complete(cell, tasks)]
-        steps = {arm: plan.steps for arm, plan in self._plans.items()}
-        display = Display(cells, steps, len(self._devices), self._console)
-        if cells:
-            pool = Pool(self._study, self._devices[: len(cells)], display.take)
-            try:
-                with display.shown():
-                    pool.run(cells, display.refresh)
-            finally:
-                pool.close()
-        self._folder.finish(time.monotonic() - self._began)
-        failures = display.failures()
+        failures = self._run_cells(cells) if cells else []
         if self._chosen is None:
             self._compare([c for c in self._study.cells if is_complete(c, tasks)])
         for line in failures:
@@ -157,6 +143,25 @@ class _Command:
         if failures:
             print(f"the logs are in {self._folder.logs}; the same command goes on")
         return _FAILED if failures else 0
+
+    def _run_cells(self, cells: Sequence[Cell]) -> list[str]:
+        """Runs cells, and returns a line for each that was not completed."""
+        from qlora_harness.study.checks import check_study_runs
+        from qlora_harness.study.display import Display
+        from qlora_harness.study.pool import Pool
+
+        plans = check_study_runs(self._study, self._devices)
+        self._folder.begin()
+        steps = {arm: plan.steps for arm, plan in plans.items()}
+        display = Display(cells, steps, len(self._devices), self._console)
+        pool = Pool(self._study, self._devices[: len(cells)], display.take)
+        try:
+            with display.shown():
+                pool.run(cells, display.refresh)
+        finally:
+            pool.close()
+            self._folder.finish(time.monotonic() - self._began)
+        return display.failures()
 
     def _cells(self) -> list[Cell]:
         if self._chosen is None:
@@ -182,10 +187,12 @@ class _Command:
 
     def run_dry(self, steps: int) -> int:
         """Prints what the study will take, from a few measured steps of each arm."""
+        from qlora_harness.study.checks import check_study_runs
         from qlora_harness.study.pool import Pool
         from qlora_harness.study.projection import Measurement, Probe, project
         from qlora_harness.study.worker import Report
 
+        plans = check_study_runs(self._study, self._devices)
         measured: dict[str, Measurement] = {}
         problems: list[str] = []
         cells = {cell.arm: cell for cell in self._cells() if cell.seed is not None}
@@ -200,11 +207,11 @@ class _Command:
         if steps:
             pool = Pool(self._study, self._devices[:1], take)
             try:
-                jobs = [Probe(cell, self._plans[arm], steps) for arm, cell in cells.items()]
+                jobs = [Probe(cell, plans[arm], steps) for arm, cell in cells.items()]
                 pool.run(jobs, lambda: None)
             finally:
                 pool.close()
-        print(project(self._study, self._plans, measured, len(self._devices)))
+        print(project(self._study, plans, measured, len(self._devices)))
         for cell in self._cells():
             print("\n".join(["", f"# {cell.name}", *map(printable, self._study.commands(cell))]))
         for line in problems:

@@ -82,7 +82,7 @@ class StudyFolder:
             "commands": self.study.commands(cell),
         }
         if known is None:
-            return CellRecord(**plan)
+            return CellRecord(state="planned", **plan)
         return known.model_copy(update=plan)
 
     def update(self, name: str, **changes: Any) -> None:

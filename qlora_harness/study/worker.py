@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qlora_harness.errors import HarnessError, first_line
+from qlora_harness.record import EVALUATION_FILE
 from qlora_harness.schema.study_record import State
 from qlora_harness.schema.training_records import TrainingSummary, read_summary
 from qlora_harness.study.definition import Cell, Study
@@ -174,7 +175,7 @@ def missing_tasks(cell: Cell, tasks: tuple[str, ...]) -> tuple[str, ...]:
     """Returns the tasks that the records of a cell lack."""
     from qlora_harness.results.runs import load_run
 
-    if not (cell.folder / "lm_eval").is_dir():
+    if not tasks or not any((cell.folder / n).exists() for n in ("lm_eval", EVALUATION_FILE)):
         return tasks
     scored = load_run(cell.folder).tasks
     return tuple(task for task in tasks if task not in scored)
