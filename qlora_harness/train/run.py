@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -39,7 +38,7 @@ from qlora_harness.record import (
     scrub_all,
 )
 from qlora_harness.schema.training_records import EvaluationLosses
-from qlora_harness.settings import Settings
+from qlora_harness.settings import Settings, check_can_run, check_combination
 from qlora_harness.train.arguments import attach_adapter, planned_steps, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkpoint_step
@@ -70,12 +69,7 @@ def run_training(settings: Settings, *, resume_given: bool = False) -> dict[str,
     """
     with sigterm_as_ctrl_c():
         state = start_processes()
-        report_to = settings.run.report_to
-        if report_to != "none" and find_spec(report_to) is None:
-            raise SettingsError(
-                f"--report-to {report_to} needs a package that is not installed",
-                f"pip install {report_to}",
-            )
+        check_can_run(settings)
         find = partial(find_start, settings.run_dir, settings, resume_given=resume_given)
         start = on_main(state, find)
         for note in start.notes:
@@ -176,6 +170,7 @@ class _Run:
             return
         shape = measure_shape(source.path, source.revision, self.settings.lora.lora_targets)
         self.chosen, plan, tokens = choose_memory_plan(shape, self.settings, lengths)
+        check_combination(self.chosen)
         self.plan = plan.record() | {"tokens_per_pass": tokens}
         lines = [describe(plan, tokens), host_shortage(plan, memory_of_a_process())]
         if self.device.type == "cuda" and self.start.checkpoint is None:
