@@ -376,8 +376,8 @@ def check_combination(settings: Settings) -> None:
         )
     if init == "pissa" and quant.is_quantised:
         raise SettingsError(
-            f"{flag} with --quant {quant.value}: PiSSA replaces the base by a residual, which can't "
-            "be quantised to the same weights",
+            f"{flag} with --quant {quant.value}: PiSSA replaces the base by a residual, and its "
+            "quantisation would be another base",
             "Use --quant bf16, or another initialisation",
         )
     if init == "pissa" and lora.adapter_dtype != "float32":

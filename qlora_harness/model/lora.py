@@ -15,6 +15,7 @@ from qlora_harness.model.adapter_folder import (
     check_fit,
     quiet_peft,
 )
+from qlora_harness.model.base import hqq_layers
 from qlora_harness.model.shape import Shape
 from qlora_harness.record import nested, new_folder, write_json
 
@@ -46,6 +47,8 @@ def attach_lora(
     from peft import get_peft_model
 
     config = lora_config(r=r, alpha=alpha, dropout=dropout, targets=targets)
+    if targets == "all-linear" and (names := hqq_layers(model)):
+        config.target_modules = {name.rsplit(".", 1)[-1] for name in names}
     if targets != "all-linear":
         known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
         names = target_names(targets)

@@ -15,7 +15,8 @@ class Shape:
     keys: int  # key heads times head size
     layers: int
     vocabulary: int  # rows of the output head
-    linear: int  # parameters of the linear layers that a 4-bit base quantises
+    linear: int  # parameters of the linear layers, all but the head, which are quantised
+    rows: int  # outputs of these, all together
     largest: int  # parameters of the largest of these
     others: int  # all other parameters
     sides: int  # input plus output sizes of all linear layers with an adapter

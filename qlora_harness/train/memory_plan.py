@@ -99,6 +99,7 @@ def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
         layers=layers,
         vocabulary=head.weight.shape[0],
         linear=sum(sizes),
+        rows=sum(_outputs(module) for module in linear.values()),
         largest=max(sizes),
         others=sum(p.numel() for p in model.parameters()) - sum(sizes),
         sides=sum(sum(module.weight.shape) for module in adapted.values()),
@@ -109,9 +110,14 @@ def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
     )
 
 
+def _outputs(module: Any) -> int:
+    """Outputs of a Linear or, with its weight transposed, a Conv1D."""
+    return int(module.weight.shape[0 if hasattr(module, "out_features") else 1])
+
+
 def uses_fused(shape: Shape, settings: Settings) -> bool:
     """Returns whether a run trains through fused layers."""
-    return shape.fused and settings.optimization.kernels == "auto"
+    return shape.fused and settings.allows_fused and settings.optimization.kernels == "auto"
 
 
 def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
