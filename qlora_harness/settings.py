@@ -391,6 +391,11 @@ def check_combination(settings: Settings) -> None:
             f"{flag} with --use-dora: DoRA takes its norms from the base before that start",
             "Leave one of the two out",
         )
+    if lora.use_dora and quant is Quant.INT8:
+        raise SettingsError(
+            "--use-dora with --quant int8: PEFT's DoRA loses the scales of LLM.int8 on a CPU",
+            "Use another --quant, or leave --use-dora out",
+        )
     if checkpointing in ("selective", "offload") and not settings.allows_fused:
         arm = "--use-dora" if lora.use_dora else f"--quant {quant.value}"
         raise SettingsError(

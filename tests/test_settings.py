@@ -209,6 +209,7 @@ def test_error_names_the_source_of_the_value(
         ),
         (["--init-lora-weights", "loftq", "--use-dora"], "--init-lora-weights loftq with --use-"),
         (["--quant", "int8", "--checkpointing", "offload"], "--checkpointing offload needs fused"),
+        (["--use-dora", "--quant", "int8"], "--use-dora with --quant int8: "),
         (["--use-dora", "--checkpointing", "selective"], "--checkpointing selective needs fused"),
         (["--quant"], "argument --quant: expected one argument. `launch/train.py --help` "),
         (["--report-to", "mlflow"], "--report-to: 'mlflow' is not one of none, tensorboard, wandb"),
@@ -356,7 +357,7 @@ def test_settings_round_trip_through_their_flat_form(values: dict[str, Any]) -> 
     if values["epochs"] is not None:
         values["max_steps"] = None
     # Their other values exclude some quantisations.
-    values |= {"init_lora_weights": "eva", "checkpointing": "full"}
+    values |= {"init_lora_weights": "eva", "checkpointing": "full", "use_dora": False}
     settings = build_settings(values)
     assert build_settings(settings.flat()) == settings
 

@@ -31,7 +31,8 @@ from qlora_harness.model.base import (
     load_tokenizer,
 )
 from qlora_harness.settings import Settings, build_settings
-from qlora_harness.train.arguments import attach_adapter, training_arguments
+from qlora_harness.train.adapter import attach_adapter
+from qlora_harness.train.arguments import training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.trainer import CountingTrainer, StepLog

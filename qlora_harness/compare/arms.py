@@ -10,7 +10,7 @@ from qlora_harness.errors import SettingsError
 from qlora_harness.results.runs import Run
 from qlora_harness.settings import BOOKKEEPING
 
-_NAMES = {"nf4": "NF4", "fp4": "FP4", "int4": "int4", "int8": "int8", "bf16": "bf16"}
+_NAMES = {"nf4": "NF4", "fp4": "FP4", "int4": "int4", "int8": "int8", "hqq": "HQQ", "bf16": "bf16"}
 # Settings that follow from the quantisation, and the seed.
 _FOLLOWING = ("double_quant", "quant", "seed")
 

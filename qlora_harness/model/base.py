@@ -325,7 +325,7 @@ def why_not_plain(model: torch.nn.Module) -> str | None:
 
 
 def hqq_layers(model: torch.nn.Module) -> list[str]:
-    """Returns the names of a model's HQQ layers, which PEFT does not count among the linear ones."""
+    """Returns the names of a model's HQQ layers, which PEFT's "all-linear" leaves out."""
     return [name for name, m in model.named_modules() if type(m).__name__ == "HQQLinear"]
 
 

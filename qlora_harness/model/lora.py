@@ -15,6 +15,7 @@ from qlora_harness.model.adapter_folder import (
     check_fit,
     quiet_peft,
 )
+from qlora_harness.model.adapter_starts import subtract_pissa_start
 from qlora_harness.model.base import hqq_layers
 from qlora_harness.model.shape import Shape
 from qlora_harness.record import nested, new_folder, write_json
@@ -37,8 +38,9 @@ def attach_lora(
     dropout: float,
     targets: str,
     dtype: str = "float32",
+    **variant: Any,
 ) -> PeftModel:
-    """Attaches a fresh LoRA adapter, whose update is zero, to a frozen base model.
+    """Attaches a fresh LoRA adapter to a frozen base model, which computes the same as before.
 
     `dtype` is that of its weights on every base, so that both arms learn alike. See `lora_config`
     for the other arguments. Raises SettingsError if the model has no layer of one of the names.
@@ -46,7 +48,7 @@ def attach_lora(
     import torch
     from peft import get_peft_model
 
-    config = lora_config(r=r, alpha=alpha, dropout=dropout, targets=targets)
+    config = lora_config(r=r, alpha=alpha, dropout=dropout, targets=targets, **variant)
     if targets == "all-linear" and (names := hqq_layers(model)):
         config.target_modules = {name.rsplit(".", 1)[-1] for name in names}
     if targets != "all-linear":
@@ -77,19 +79,33 @@ def attach_lora(
     return adapted
 
 
-def lora_config(*, r: int, alpha: float, dropout: float, targets: str) -> LoraConfig:
+def lora_config(
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    targets: str,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    init: str = "default",
+) -> LoraConfig:
     """Returns PEFT's configuration; `dropout` is the probability on the adapter's input.
 
     `targets` is "all-linear" (all linear layers except the output head) or a comma-separated list
-    of layer names.
+    of layer names. `init` is a value of `--init-lora-weights`; "loftq" and "eva" need their
+    function in `model.adapter_starts` as well.
     """
-    from peft import LoraConfig
+    from peft import EvaConfig, LoraConfig
 
     return LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # declared int; PEFT computes with floats
         lora_dropout=dropout,
         target_modules=targets if targets == "all-linear" else target_names(targets),
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        init_lora_weights=True if init in ("default", "loftq") else init,  # type: ignore[arg-type]
+        eva_config=EvaConfig(rho=1.0) if init == "eva" else None,
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -107,12 +123,17 @@ def public_name(base: str) -> str:
 
 
 def save_adapter(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, record: dict[str, Any]
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    record: dict[str, Any],
+    pissa_start: Path | None = None,
 ) -> None:
     """Saves adapter, tokenizer and record to a folder, atomically; replaces an older folder.
 
-    Scoring uses the saved tokenizer, so that it encodes as training did. Raises AdapterError if a
-    weight isn't finite.
+    Scoring uses the saved tokenizer, so that it encodes as training did. With `pissa_start`, the
+    adapter is the plain LoRA that belongs to the original base. Raises AdapterError if a weight
+    isn't finite.
     """
     import torch
 
@@ -125,6 +146,8 @@ def save_adapter(
     with new_folder(folder, replace=True) as work:
         # The vocabulary never grows, and save_embedding_layers="auto" may query the Hub.
         model.save_pretrained(str(work), safe_serialization=True, save_embedding_layers=False)
+        if pissa_start is not None:
+            subtract_pissa_start(work, pissa_start)
         tokenizer.save_pretrained(str(work))
         write_json(work / RECORD_FILE, record)
         # PEFT writes this list in the random order of a set, and the digest depends on it.

@@ -18,6 +18,8 @@ Amount = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 
+_PLAIN_LORA = {"use_rslora": False, "use_dora": False, "init_lora_weights": "default"}
+
 _Record = TypeVar("_Record", bound="Header")
 
 
@@ -107,6 +109,9 @@ def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
     data, settings = record.get("data"), record.get("settings")
     if isinstance(data, dict) and isinstance(settings, dict) and "dataset" not in data:
         record = record | {"data": data | {"dataset": settings.get("dataset")}}
+    if record.get("kind") == "training_summary" and isinstance(settings, dict):
+        # Earlier versions trained plain LoRA only, and did not say so.
+        record = record | {"settings": _PLAIN_LORA | settings}
     memory = record.get("memory")
     if isinstance(memory, dict) and memory.get("peak_needed_bytes") is None:
         allocated = memory.get("peak_allocated_bytes")

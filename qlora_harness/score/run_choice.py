@@ -102,6 +102,11 @@ def choose_scored_run(
         # A branch may have moved since the training.
         revision = nested(record, "base", "commit") or nested(record, "base", "revision")
     check_quant_package(Quant(quant), f"--model_args quant={quant}")
+    if quant == "int8" and config.get("use_dora"):
+        raise AdapterError(
+            f"peft={peft}, quant=int8: PEFT's DoRA loses the scales of LLM.int8 on a CPU",
+            "Give another quant= in --model_args",
+        )
     return ScoringChoice(
         base=base,
         revision=revision,

@@ -21,6 +21,7 @@ from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.errors import AdapterError, RunError, SettingsError, TrainingError
 from qlora_harness.fused.host_memory import memory_of_a_process
 from qlora_harness.fused.model import FusedDecoder
+from qlora_harness.model.adapter_starts import START_FILE, save_pissa_start
 from qlora_harness.model.base import (
     BaseSource,
     find_base,
@@ -38,8 +39,14 @@ from qlora_harness.record import (
     scrub_all,
 )
 from qlora_harness.schema.training_records import EvaluationLosses
-from qlora_harness.settings import Settings, check_can_run, check_combination
-from qlora_harness.train.arguments import attach_adapter, planned_steps, training_arguments
+from qlora_harness.settings import Quant, Settings, check_can_run, check_combination
+from qlora_harness.train.adapter import (
+    attach_adapter,
+    pissa_start,
+    restart_adapter,
+    start_adapter,
+)
+from qlora_harness.train.arguments import planned_steps, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkpoint_step
 from qlora_harness.train.cpu import bfloat16_slowdown, use_all_cores
@@ -123,6 +130,8 @@ class _Run:
         self.start = start
         self.find_start = find
         self.run_dir = settings.run_dir
+        self.trains_residual = settings.lora.init_lora_weights == "pissa"
+        self.pissa_start = self.run_dir / CHECKPOINT_DIR / START_FILE
         self.device = device_of(state)
         self.memory = MemoryMeter(self.device, state.process_index)
         self.stop = StopOnSignal()
@@ -133,6 +142,8 @@ class _Run:
 
     def execute(self) -> dict[str, Any]:
         """Runs every phase and returns the summary."""
+        if self.trains_residual and self.start.checkpoint is not None:
+            pissa_start(self.start.checkpoint)
         source = find_base(self.settings.model.model, self.settings.model.revision)
         tokenizer = load_tokenizer(source)
         # The main process goes first: it fills the cache that the others read.
@@ -143,7 +154,7 @@ class _Run:
         say(self.state, _description(self.settings, source, data, self.device))
         self._plan_memory(source, [len(example.input_ids) for example in data.train])
         with self.record.timed("load"), self.memory.phase("load"):
-            model = self._load_model(source)
+            model = self._load_model(source, data)
         self._check_same_computation(model)
         try:
             self._begin(source, data, model)
@@ -178,8 +189,8 @@ class _Run:
             lines.append(one_pass(shape, self.settings, lengths, free))
         say(self.state, "\n".join(line for line in lines if line is not None))
 
-    def _load_model(self, source: BaseSource) -> Any:
-        settings = self.chosen
+    def _load_model(self, source: BaseSource, data: TrainingData) -> Any:
+        settings, checkpoint = self.chosen, self.start.checkpoint
         model: Any = load_base(
             source,
             quant=settings.quant,
@@ -188,7 +199,11 @@ class _Run:
             device=self.device,
         )
         self.base_fingerprint = weights_fingerprint(model)
-        model = attach_adapter(model, settings)
+        model = attach_adapter(model, settings, resumed=checkpoint is not None)
+        if checkpoint is None:
+            start_adapter(model, settings, source, data.train)
+        else:
+            restart_adapter(model, settings, checkpoint)
         # PEFT writes this name into every adapter folder. Users upload those: no local path.
         model.peft_config["default"].base_model_name_or_path = public_name(source.name)
         model.config.name_or_path = public_name(source.name)
@@ -244,6 +259,8 @@ class _Run:
         if self.start.checkpoint is not None:
             self.earlier_rows, self.losses = earlier_steps(self.start.checkpoint)
         on_main(self.state, self._take_folder)
+        if self.trains_residual and self.state.is_main_process:
+            save_pissa_start(model, self.pissa_start)
         self.record.begin(
             *(source, model, data),
             fingerprint=self.base_fingerprint,
@@ -291,10 +308,12 @@ class _Run:
         self.memory.optimizer = lambda: self.trainer.optimizer
 
     def _evaluate(self, data: TrainingData) -> ConversationLosses:
+        optimization = self.settings.optimization
         return evaluate_loss(
             cast(torch.nn.Module, self.trainer.model),
             data.evaluation,
-            batch_size=self.settings.optimization.eval_batch_size,
+            # With LLM.int8, the loss of a conversation depends on the others of its batch.
+            batch_size=1 if self.settings.quant is Quant.INT8 else optimization.eval_batch_size,
             pad_id=self.pad_id,
             accelerator=self.trainer.accelerator,
             autocast_dtype=torch.bfloat16 if self.trainer.args.bf16 else None,
@@ -363,7 +382,10 @@ class _Run:
         tokenizer.chat_template = chat_template(settings.data.template, tokenizer)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         try:
-            save_adapter(model, tokenizer, self.run_dir / ADAPTER_DIR, scrub_all(record))
+            save_adapter(
+                *(model, tokenizer, self.run_dir / ADAPTER_DIR, scrub_all(record)),
+                pissa_start=self.pissa_start if self.trains_residual else None,
+            )
         except AdapterError as error:
             raise TrainingError(error.problem, error.remedy) from None
 
