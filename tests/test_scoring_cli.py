@@ -192,7 +192,9 @@ def test_python_m_lm_eval_ends_with_one_line_for_an_unknown_quantisation(
     runs: dict[str, Future[Run]],
 ) -> None:
     run = runs["module, unknown quant"].result()
-    assert run.error_line().startswith("--model_args quant=int8. Use one of nf4, fp4, bf16")
+    assert run.error_line().startswith(
+        "--model_args quant=int4. Use one of nf4, fp4, int8, hqq, bf16"
+    )
     assert sorted(path.name for path in run.folder.iterdir()) == ["blocked"]
 
 

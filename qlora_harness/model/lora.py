@@ -221,3 +221,17 @@ def peft_activation_bytes(
         return int(layer * size * tokens * shape.layers), int(logits * tokens)
     work = max(layer * size, logits)
     return int(hidden * size * tokens * shape.layers), int(work * tokens)
+
+
+def dora_activation_bytes(
+    shape: Shape, checkpointing: str, tokens: int, size: int, *, expanded: bool
+) -> tuple[int, int]:
+    """Estimates what PEFT's DoRA adds to `peft_activation_bytes`.
+
+    It saves three more outputs of each linear layer, and works with the update as a whole matrix.
+    With dropout on a quantised base, backward also needs the `expanded` weights.
+    """
+    outputs = shape.queries + 2 * shape.keys + 2 * shape.hidden + 2 * shape.inner
+    layer = 3 * outputs * size * tokens + expanded * shape.linear * size // shape.layers
+    work = shape.largest * (4 + 3 * size)  # the update in float32, their sum, and copies
+    return (layer * shape.layers, work) if checkpointing == "none" else (0, layer + work)

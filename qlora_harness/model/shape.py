@@ -20,6 +20,7 @@ class Shape:
     largest: int  # parameters of the largest of these
     others: int  # all other parameters
     sides: int  # input plus output sizes of all linear layers with an adapter
+    outputs: int  # output sizes of these
     adapted: float  # adapters per layer
     fused: bool  # whether the model can have fused layers
     head_norms: bool  # whether query and key heads are normalised, so that each is saved twice

@@ -48,7 +48,7 @@ def flag_parser(prog: str) -> argparse.ArgumentParser:
     trains = prog == "launch/train.py"
     parser = _FlagParser(
         prog=prog,
-        description="Fine-tunes a base model with LoRA, held in 4 bits (QLoRA) or in bf16."
+        description="Fine-tunes a base model with LoRA, held in 4 bits (QLoRA), int8 or bf16."
         if trains
         else "Predicts the GPU memory of a training run with these flags, for every way to save "
         "memory, from the model's configuration alone; needs no GPU.",

@@ -373,6 +373,7 @@ class _Run:
             "base": source.record() | {"weights_fingerprint": self.base_fingerprint},
             "quant": settings.quant.value,
             "double_quant": settings.model.double_quant,
+            "init_lora_weights": settings.lora.init_lora_weights,
             "compute_dtype": settings.model.compute_dtype,
             "data_fingerprint": data.report["train"]["fingerprint"],
             "template": settings.data.template,
