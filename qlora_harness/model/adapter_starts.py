@@ -81,7 +81,8 @@ def start_loftq(model: PeftModel, original: PreTrainedModel) -> None:
     with torch.no_grad():
         for name, layer in _lora_layers(model):
             packed = layer.get_base_layer().weight
-            weight = original.get_submodule(name).weight.to(packed.device, torch.float32)
+            linear: Any = original.get_submodule(name)
+            weight = linear.weight.to(packed.device, torch.float32)
             lost = weight - expand_4bit(packed.data, packed.quant_state, torch.float32)
             left, values, right = torch.linalg.svd(lost, full_matrices=False)
             rank = layer.r[_ADAPTER]

@@ -275,7 +275,7 @@ def _quantise_hqq(model: PreTrainedModel, dtype: torch.dtype, device: torch.devi
             if type(layer) is torch.nn.Linear and layer is not head:
                 quantised = HQQLinear(layer, config, compute_dtype=dtype, device=str(device))
                 setattr(parent, name, quantised)
-    model.to(device)
+    model.to(device)  # type: ignore[arg-type]  # declared without devices
 
 
 def attention_of(model: Any) -> str:

@@ -50,7 +50,7 @@ def attach_lora(
 
     config = lora_config(r=r, alpha=alpha, dropout=dropout, targets=targets, **variant)
     if targets == "all-linear" and (names := hqq_layers(model)):
-        config.target_modules = {name.rsplit(".", 1)[-1] for name in names}
+        config.target_modules = sorted({name.rsplit(".", 1)[-1] for name in names})
     if targets != "all-linear":
         known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
         names = target_names(targets)
