@@ -12,13 +12,19 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from scoring_runs import MakeLm, demo_prompts, refused, score
-from tiny_models import adapted, assert_alike, fused_step, plain_step, texts, tiny
+from tiny_models import adapted, assert_alike, fused_step, plain_step, texts, tiny, tiny_of_any_kind
 from training_runs import Train, as_if_killed, base, losses, read, summary
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from qlora_harness.errors import AdapterError, SettingsError
 from qlora_harness.fused.model import FusedDecoder
-from qlora_harness.model.adapter_starts import START_FILE, start_loftq
+from qlora_harness.model.adapter_starts import (
+    START_FILE,
+    check_layers,
+    restart_pissa,
+    save_pissa_start,
+    start_loftq,
+)
 from qlora_harness.model.base import expand_4bit
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.schema.training_records import read_summary
@@ -36,13 +42,8 @@ ARMS = [
     pytest.param({"quant": "nf4", "use_rslora": True}, True, True, id="rslora"),
     pytest.param({"quant": "nf4", "use_dora": True}, False, True, id="dora"),
     pytest.param({"quant": "hqq", "use_dora": True}, False, True, id="dora-hqq", marks=needs_hqq),
-    pytest.param({"quant": "nf4", "init_lora_weights": "gaussian"}, True, True, id="gaussian"),
     pytest.param({"quant": "nf4", "init_lora_weights": "loftq"}, True, True, id="loftq"),
     pytest.param({"quant": "bf16", "init_lora_weights": "pissa"}, True, True, id="pissa"),
-    pytest.param(
-        {"quant": "bf16", "init_lora_weights": "pissa", "use_rslora": True}, True, True,
-        id="pissa-rslora",
-    ),
     pytest.param({"quant": "nf4", "init_lora_weights": "eva"}, True, True, id="eva"),
 ]  # fmt: skip
 
@@ -178,6 +179,41 @@ def test_pissa_checkpoint_resumes_in_another_folder(train: Train) -> None:
     assert_same_tensors(adapter_of("other"), adapter_of("run"))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_restarted_pissa_has_the_same_residual(kind: str, tmp_path: Path) -> None:
+    """GPT-2 holds its weights transposed."""
+    lora = {"r": 4, "alpha": 6, "dropout": 0.0, "targets": "all-linear"}
+    begun = attach_lora(tiny_of_any_kind(kind), init="pissa", **lora)
+    save_pissa_start(begun, tmp_path / START_FILE)
+    again = attach_lora(tiny_of_any_kind(kind), **lora)
+    restart_pissa(again, tmp_path / START_FILE)
+    assert_same_tensors(again.state_dict(), begun.state_dict())
+    base_weights = tiny_of_any_kind(kind).state_dict()
+    changed = begun.get_base_model().state_dict()
+    assert any(
+        not torch.equal(value, base_weights[name.replace(".base_layer", "")])
+        for name, value in changed.items()
+        if ".base_layer.weight" in name
+    )
+
+
+def test_pissa_of_a_tied_head_is_refused() -> None:
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    model = attach_lora(
+        LlamaForCausalLM(config), r=4, alpha=6, dropout=0.0, targets="lm_head", init="pissa"
+    )
+    with pytest.raises(SettingsError) as caught:
+        check_layers(model, "pissa")
+    assert "the residual of lm_head would change the embedding" in str(caught.value)
+
+
 # --- LoftQ and EVA --------------------------------------------------------------------------------
 
 
@@ -214,7 +250,19 @@ def test_eva_adapter_is_plain_lora_of_equal_ranks(train: Train) -> None:
             assert not torch.allclose(weight, second[name], atol=1e-3)
 
 
-@pytest.mark.parametrize("init", ["pissa", "loftq", "eva"])
+def test_eva_without_enough_data_or_convergence_is_refused(
+    train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {"quant": "nf4", "init_lora_weights": "eva"}
+    assert train(output_dir="run", lora_r=60, **flags) != 0
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "eva: the data has 209 learned tokens, and --lora-r 60 needs 240. " in last
+    monkeypatch.setattr("qlora_harness.model.adapter_starts._MOST_EVA_PASSES", 2)
+    assert train(output_dir="run", **flags) != 0
+    assert "no convergence in 2 passes" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
 def test_rank_above_a_layers_size_is_refused(
     train: Train, capsys: pytest.CaptureFixture[str], init: str
 ) -> None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import SettingsError, first_line
 from qlora_harness.model.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, quiet_peft
-from qlora_harness.model.base import expand_4bit
+from qlora_harness.model.base import expand_4bit, is_4bit
 from qlora_harness.record import write_json
 
 if TYPE_CHECKING:
@@ -26,36 +27,56 @@ if TYPE_CHECKING:
 
 START_FILE = "pissa_start.safetensors"
 _ADAPTER = "default"
+_MOST_EVA_PASSES = 500  # SmolLM2 takes 40 at rank 8
 
 
-def check_rank(model: PeftModel, init: str) -> None:
-    """Raises SettingsError if a layer has fewer principal parts than the adapter's rank."""
+def check_layers(model: PeftModel, init: str) -> None:
+    """Raises SettingsError if a layer can't have a start, which the rank may be too high for."""
     if init not in ("eva", "loftq", "pissa"):
         return
+    embedding: Any = model.get_base_model().get_input_embeddings()
     for name, layer in _lora_layers(model):
-        narrow = min(layer.in_features, layer.out_features)
-        if layer.r[_ADAPTER] > (layer.in_features if init == "eva" else narrow):
+        base, rank = layer.get_base_layer(), layer.r[_ADAPTER]
+        narrow = layer.in_features if init == "eva" else min(layer.in_features, layer.out_features)
+        if rank > narrow:
             raise SettingsError(
-                f"--lora-r {layer.r[_ADAPTER]} with --init-lora-weights {init}: {name} is "
+                f"--lora-r {rank} with --init-lora-weights {init}: {name} is "
                 f"{layer.out_features} x {layer.in_features}",
                 "Lower --lora-r",
+            )
+        if init == "pissa" and (base is embedding or base.weight is embedding.weight):
+            raise SettingsError(
+                f"--init-lora-weights pissa with --lora-targets: the residual of {name} would "
+                "change the embedding",
+                "Name other layers, or use another initialisation",
             )
 
 
 def start_eva(model: PeftModel, batches: Sequence[dict[str, torch.Tensor]]) -> None:
     """Sets each A to the principal components of its layer's inputs on padded batches.
 
-    Ranks stay equal (rho = 1) and B stays zero. Only learned tokens count; raises SettingsError if
-    a batch has too few.
+    Ranks stay equal (rho = 1) and B stays zero. Only learned tokens count. Raises SettingsError if
+    the components don't converge, as those of inputs with fewer dimensions than the rank.
     """
     from peft import initialize_lora_eva_weights
 
     config: Any = model.peft_config[_ADAPTER]
     targets = config.target_modules
+    passes = count()
+
+    def forward(adapted: Any, inputs: dict[str, torch.Tensor]) -> None:
+        if next(passes) == _MOST_EVA_PASSES:  # PEFT would go on for ever
+            raise ValueError(f"no convergence in {_MOST_EVA_PASSES} passes")
+        adapted(**inputs)
+
     try:
         # Every process has the same batches.
         initialize_lora_eva_weights(
-            model, list(batches), gather_distributed_inputs=False, show_progress_bar=False
+            model,
+            list(batches),
+            forward_fn=forward,
+            gather_distributed_inputs=False,
+            show_progress_bar=False,
         )
     except (ValueError, RuntimeError) as error:
         raise SettingsError(
@@ -80,9 +101,10 @@ def start_loftq(model: PeftModel, original: PreTrainedModel) -> None:
 
     with torch.no_grad():
         for name, layer in _lora_layers(model):
-            packed = layer.get_base_layer().weight
-            linear: Any = original.get_submodule(name)
-            weight = linear.weight.to(packed.device, torch.float32)
+            if not is_4bit(layer.get_base_layer()):  # such as the head
+                continue
+            packed, linear = layer.get_base_layer().weight, original.get_submodule(name)
+            weight = _weight_of(linear).to(packed.device, torch.float32)
             lost = weight - expand_4bit(packed.data, packed.quant_state, torch.float32)
             left, values, right = torch.linalg.svd(lost, full_matrices=False)
             rank = layer.r[_ADAPTER]
@@ -116,8 +138,9 @@ def restart_pissa(model: PeftModel, path: Path) -> None:
             weight = layer.get_base_layer().weight
             first, second = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
             # The same operations in the same order as in PEFT's `pissa_init`.
-            residual = weight.to(torch.float32) - layer.scaling[_ADAPTER] * second @ first
-            weight.data = residual.to(weight.dtype)
+            start = layer.scaling[_ADAPTER] * second @ first
+            start = start.T if layer.fan_in_fan_out else start
+            weight.data = (weight.to(torch.float32) - start).to(weight.dtype)
     config: Any = model.peft_config[_ADAPTER]
     config.init_lora_weights = "pissa"
 
@@ -141,6 +164,12 @@ def subtract_pissa_start(folder: Path, start: Path) -> None:
     config["r"] *= 2
     config["init_lora_weights"] = True
     write_json(folder / CONFIG_FILE, config)
+
+
+def _weight_of(layer: Any) -> torch.Tensor:
+    """The weight of a linear layer, [N, K]; GPT-2's Conv1D holds it transposed."""
+    weight: torch.Tensor = layer.weight
+    return weight.T if type(layer).__name__ == "Conv1D" else weight
 
 
 def _lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:

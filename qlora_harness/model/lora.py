@@ -38,7 +38,9 @@ def attach_lora(
     dropout: float,
     targets: str,
     dtype: str = "float32",
-    **variant: Any,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    init: str = "default",
 ) -> PeftModel:
     """Attaches a fresh LoRA adapter to a frozen base model, which computes the same as before.
 
@@ -48,7 +50,15 @@ def attach_lora(
     import torch
     from peft import get_peft_model
 
-    config = lora_config(r=r, alpha=alpha, dropout=dropout, targets=targets, **variant)
+    config = lora_config(
+        r=r,
+        alpha=alpha,
+        dropout=dropout,
+        targets=targets,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        init=init,
+    )
     if targets == "all-linear" and (names := hqq_layers(model)):
         config.target_modules = sorted({name.rsplit(".", 1)[-1] for name in names})
     if targets != "all-linear":

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from qlora_harness.data.chat_encoder import IGNORE, Example
 from qlora_harness.errors import RunError, SettingsError
 from qlora_harness.model.adapter_starts import (
     START_FILE,
-    check_rank,
+    check_layers,
     restart_pissa,
     start_eva,
     start_loftq,
@@ -19,9 +21,9 @@ from qlora_harness.model.adapter_starts import (
 from qlora_harness.model.base import BaseSource, load_base
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.settings import Quant, Settings
+from qlora_harness.train.batches import ExampleSet, pad_batch
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -37,8 +39,6 @@ def attach_adapter(
 
     A resumed run will read its weights from a checkpoint, so it decomposes nothing again.
     """
-    import torch
-
     torch.manual_seed(settings.optimization.seed)
     lora, init = settings.lora, settings.lora.init_lora_weights
     return attach_lora(
@@ -55,19 +55,20 @@ def attach_adapter(
 
 
 def start_adapter(
-    model: PeftModel, settings: Settings, source: BaseSource, examples: Sequence[Example]
+    model: PeftModel,
+    settings: Settings,
+    source: BaseSource,
+    batches: Sequence[dict[str, torch.Tensor]],
 ) -> None:
     """Gives the fresh adapter of a new run its start, if that needs data or the original base.
 
-    `examples` are the training examples. Raises SettingsError if the rank is too high.
+    `batches` are those of `eva_batches`. Raises SettingsError if the rank is too high.
     """
     init = settings.lora.init_lora_weights
-    check_rank(model, init)
+    check_layers(model, init)
     if init == "eva":
-        start_eva(model, _eva_batches(examples, settings))
+        start_eva(model, batches)
     if init == "loftq":
-        import torch
-
         original = load_base(
             source,
             quant=Quant.BF16,
@@ -95,10 +96,13 @@ def restart_adapter(model: PeftModel, settings: Settings, checkpoint: Path) -> N
         restart_pissa(model, pissa_start(checkpoint))
 
 
-def _eva_batches(examples: Sequence[Example], settings: Settings) -> list[dict[str, torch.Tensor]]:
-    """Batches of training examples, drawn by the seed, with a multiple of the rank in tokens."""
-    from qlora_harness.train.batches import ExampleSet, pad_batch
+def eva_batches(examples: Sequence[Example], settings: Settings) -> list[dict[str, torch.Tensor]]:
+    """Returns padded batches of training examples for EVA, drawn by the seed; else none.
 
+    Raises SettingsError if the examples have fewer learned tokens than the rank needs.
+    """
+    if settings.lora.init_lora_weights != "eva":
+        return []
     rows = ExampleSet(examples)
     order = random.Random(settings.optimization.seed).sample(range(len(rows)), len(rows))
     needed = _EVA_TOKENS_PER_RANK * settings.lora.lora_r

@@ -42,6 +42,7 @@ from qlora_harness.schema.training_records import EvaluationLosses
 from qlora_harness.settings import Quant, Settings, check_can_run, check_combination
 from qlora_harness.train.adapter import (
     attach_adapter,
+    eva_batches,
     pissa_start,
     restart_adapter,
     start_adapter,
@@ -191,6 +192,7 @@ class _Run:
 
     def _load_model(self, source: BaseSource, data: TrainingData) -> Any:
         settings, checkpoint = self.chosen, self.start.checkpoint
+        batches = eva_batches(data.train, settings)
         model: Any = load_base(
             source,
             quant=settings.quant,
@@ -201,7 +203,7 @@ class _Run:
         self.base_fingerprint = weights_fingerprint(model)
         model = attach_adapter(model, settings, resumed=checkpoint is not None)
         if checkpoint is None:
-            start_adapter(model, settings, source, data.train)
+            start_adapter(model, settings, source, batches)
         else:
             restart_adapter(model, settings, checkpoint)
         # PEFT writes this name into every adapter folder. Users upload those: no local path.
