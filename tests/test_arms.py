@@ -14,7 +14,13 @@ from safetensors.torch import load_file
 from scoring_runs import MakeLm, demo_prompts, refused, score
 from tiny_models import adapted, assert_alike, fused_step, plain_step, texts, tiny, tiny_of_any_kind
 from training_runs import Train, as_if_killed, base, losses, read, summary
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from qlora_harness.errors import AdapterError, SettingsError
 from qlora_harness.fused.model import FusedDecoder
@@ -212,6 +218,23 @@ def test_pissa_of_a_tied_head_is_refused() -> None:
     with pytest.raises(SettingsError) as caught:
         check_layers(model, "pissa")
     assert "the residual of lm_head would change the embedding" in str(caught.value)
+
+
+@pytest.mark.parametrize("init", ["pissa", "eva"])
+def test_tensors_of_experts_have_no_such_start(init: str) -> None:
+    config = MixtralConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    with pytest.raises(SettingsError) as caught:
+        check_layers(
+            attach_lora(
+                MixtralForCausalLM(config).float(),
+                r=4, alpha=6, dropout=0.0, targets="all-linear", init=init,
+            ),
+            init,
+        )  # fmt: skip
+    assert "--lora-targets" in str(caught.value)
 
 
 # --- LoftQ and EVA --------------------------------------------------------------------------------

@@ -36,6 +36,12 @@ def check_layers(model: PeftModel, init: str) -> None:
         return
     embedding: Any = model.get_base_model().get_input_embeddings()
     for name, layer in _lora_layers(model):
+        if type(layer).__name__ == "ParamWrapper":
+            raise SettingsError(
+                f"--init-lora-weights {init} with --lora-targets: {name} holds tensors of experts, "
+                "which have no such start",
+                "Name linear layers, such as q_proj,v_proj, or use another initialisation",
+            )
         base, rank = layer.get_base_layer(), layer.r[_ADAPTER]
         narrow = layer.in_features if init == "eva" else min(layer.in_features, layer.out_features)
         if rank > narrow:

@@ -72,7 +72,7 @@ def attach_lora(
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:  # the latter for PiSSA of expert tensors
         if "lora_dropout" in str(error):
             raise SettingsError(
                 f"--lora-dropout {dropout:g}: PEFT has no dropout for the expert tensors of this "
