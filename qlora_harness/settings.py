@@ -279,7 +279,7 @@ class Settings:
     @property
     def allows_fused(self) -> bool:
         """Whether fused layers can compute this arm, if they can compute its base model."""
-        return (self.quant.is_4bit or not self.quant.is_quantised) and not self.lora.use_dora
+        return self.quant not in (Quant.INT8, Quant.HQQ) and not self.lora.use_dora
 
     @property
     def run_dir(self) -> Path:
@@ -366,8 +366,8 @@ def _check_exclusions(
 
 def check_combination(settings: Settings) -> None:
     """Raises SettingsError for an arm that would be wrong or impossible."""
-    quant, lora, checkpointing = settings.quant, settings.lora, settings.optimization.checkpointing
-    init = lora.init_lora_weights
+    quant, lora, optimization = settings.quant, settings.lora, settings.optimization
+    init, checkpointing = lora.init_lora_weights, optimization.checkpointing
     flag = f"--init-lora-weights {init}"
     if init == "loftq" and quant is not Quant.NF4:
         raise SettingsError(
@@ -396,7 +396,8 @@ def check_combination(settings: Settings) -> None:
             "--use-dora with --quant int8: PEFT's DoRA loses the scales of LLM.int8 on a CPU",
             "Use another --quant, or leave --use-dora out",
         )
-    if checkpointing in ("selective", "offload") and not settings.allows_fused:
+    needs_fused = checkpointing in ("selective", "offload") and optimization.memory is None
+    if needs_fused and not settings.allows_fused:
         arm = "--use-dora" if lora.use_dora else f"--quant {quant.value}"
         raise SettingsError(
             f"--checkpointing {checkpointing} needs fused layers, and {arm} has none",

@@ -188,7 +188,7 @@ def test_pissa_checkpoint_resumes_in_another_folder(train: Train) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_restarted_pissa_has_the_same_residual(kind: str, tmp_path: Path) -> None:
     """GPT-2 holds its weights transposed."""
-    lora = {"r": 4, "alpha": 6, "dropout": 0.0, "targets": "all-linear"}
+    lora: dict[str, Any] = {"r": 4, "alpha": 6, "dropout": 0.0, "targets": "all-linear"}
     begun = attach_lora(tiny_of_any_kind(kind), init="pissa", **lora)
     save_pissa_start(begun, tmp_path / START_FILE)
     again = attach_lora(tiny_of_any_kind(kind), **lora)

@@ -114,6 +114,7 @@ def test_weights_and_adapter_are_counted_to_the_byte(
         if state is not None:
             scales = [state.absmax, state.state2.absmax] if state.nested else [state.absmax]
             held += sum(s.numel() * s.element_size() for s in scales)
+    layer: Any
     for layer in model.modules():
         scales = [layer.weight.SCB] if quant == "int8" and hasattr(layer, "state") else []
         if quant == "hqq" and hasattr(layer, "W_q"):

@@ -34,7 +34,8 @@ def check_layers(model: PeftModel, init: str) -> None:
     """Raises SettingsError if a layer can't have a start, which the rank may be too high for."""
     if init not in ("eva", "loftq", "pissa"):
         return
-    embedding: Any = model.get_base_model().get_input_embeddings()
+    base_model: Any = model.get_base_model()
+    embedding = base_model.get_input_embeddings()
     for name, layer in _lora_layers(model):
         if type(layer).__name__ == "ParamWrapper":
             raise SettingsError(

@@ -192,7 +192,7 @@ class _Run:
 
     def _load_model(self, source: BaseSource, data: TrainingData) -> Any:
         settings, checkpoint = self.chosen, self.start.checkpoint
-        batches = eva_batches(data.train, settings)
+        batches = eva_batches(data.train, settings) if checkpoint is None else []
         model: Any = load_base(
             source,
             quant=settings.quant,
