@@ -80,7 +80,7 @@ def commands(model: Path) -> dict[str, list[str]]:
         "accelerate, not saved": [accelerate, *one_process, *DEMO, *nf4, "--limit", "1", *blocked],
         "module, unknown quant": [
             *(sys.executable, "-m", "lm_eval", *DEMO),
-            *("--model_args", f"pretrained={model},quant=int8"),
+            *("--model_args", f"pretrained={model},quant=int4"),
         ],
         "wrong folder": [
             *(lm_eval, "--tasks", "mmlu_qlora_5shot", "--model", "qlora_adapter"),

@@ -70,7 +70,7 @@ def quantise(model: Any) -> None:
 
 
 def adapted(
-    model: Any, *, dropout: float = 0.0, targets: str = "all-linear", **variant: bool
+    model: Any, *, dropout: float = 0.0, targets: str = "all-linear", **variant: Any
 ) -> Any:
     torch.manual_seed(1)
     peft = attach_lora(model, r=4, alpha=16, dropout=dropout, targets=targets, **variant)
