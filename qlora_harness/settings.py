@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +36,38 @@ class Quant(str, Enum):
 
     NF4 = "nf4"
     FP4 = "fp4"
+    INT8 = "int8"
+    HQQ = "hqq"
     BF16 = "bf16"
 
     @property
-    def is_4bit(self) -> bool:
-        """Whether the linear layers are held in 4 bits."""
+    def is_quantised(self) -> bool:
+        """Whether the linear layers are held in fewer than 16 bits."""
         return self is not Quant.BF16
 
     @property
+    def is_4bit(self) -> bool:
+        """Whether the linear layers are bitsandbytes' 4-bit ones, which fused layers can expand."""
+        return self in (Quant.NF4, Quant.FP4)
+
+    @property
     def arm(self) -> str:
-        """Name of the results folder: 4bit, 16bit or 4bit_fp4."""
-        return {Quant.NF4: "4bit", Quant.BF16: "16bit", Quant.FP4: "4bit_fp4"}[self]
+        """Name of the results folder: 4bit, 4bit_fp4, 8bit, 4bit_hqq or 16bit."""
+        return _ARMS[self]
 
     @property
     def file_arm(self) -> str:
-        """Name of the arm inside file names: 4bit_qlora, 16bit_lora or 4bit_fp4_qlora."""
-        return f"{self.arm}_{'qlora' if self.is_4bit else 'lora'}"
+        """Name of the arm inside file names, such as 4bit_qlora, 8bit_lora or 16bit_lora."""
+        return f"{self.arm}_{'qlora' if self.arm.startswith('4bit') else 'lora'}"
 
 
+_ARMS = {
+    Quant.NF4: "4bit",
+    Quant.FP4: "4bit_fp4",
+    Quant.INT8: "8bit",
+    Quant.HQQ: "4bit_hqq",
+    Quant.BF16: "16bit",
+}
 _ABOVE_ZERO = math.ulp(0.0)  # the smallest positive float
 
 
@@ -83,9 +98,11 @@ class ModelSettings:
         None, "branch, tag or commit of the base model on the Hub (default: its main branch)"
     )
     quant: str = _setting(
-        "nf4", "how the frozen base weights are held", choices=[q.value for q in Quant]
+        "nf4",
+        "how the frozen base weights are held: 4 bits (nf4, fp4, hqq), LLM.int8 or bf16",
+        choices=[q.value for q in Quant],
     )
-    double_quant: bool = _setting(True, "quantise the 4-bit scales as well (4-bit arms only)")
+    double_quant: bool = _setting(True, "quantise the 4-bit scales as well (nf4 and fp4 only)")
     compute_dtype: str = _setting(
         "auto",
         "dtype of matrix products; auto: bfloat16 on a GPU, the faster dtype on a CPU",
@@ -140,6 +157,14 @@ class LoraSettings:
     lora_r: int = _setting(64, "rank", "dimensions", low=1)
     lora_alpha: float = _setting(
         16, "scale: the update is multiplied by alpha / r", low=_ABOVE_ZERO
+    )
+    use_rslora: bool = _setting(False, "scale the update by alpha / sqrt(r) instead (rsLoRA)")
+    use_dora: bool = _setting(False, "learn the norm of each weight row separately (DoRA)")
+    init_lora_weights: str = _setting(
+        "default",
+        "start of the adapter: default (Kaiming); gaussian; pissa (principal parts of a bf16 "
+        "base); loftq (the error of an nf4 base); eva (principal parts of the layers' inputs)",
+        choices=["default", "gaussian", "pissa", "loftq", "eva"],
     )
     lora_dropout: float = _setting(0.1, "dropout on the adapter's input", "probability", high=0.99)
     lora_targets: str = _setting(
@@ -213,7 +238,7 @@ class RunSettings:
     """What is stored of the run and where, and what happens if the folder is not empty."""
 
     output_dir: str | None = _setting(
-        None, "run folder (default results/4bit for nf4, results/16bit, results/4bit_fp4)"
+        None, "run folder (default results/4bit for nf4, results/16bit for bf16, results/8bit, …)"
     )
     save_steps: int = _setting(250, "steps between checkpoints", "steps", low=1)
     eval_steps: int | None = _setting(
@@ -259,6 +284,11 @@ class Settings:
     def quant(self) -> Quant:
         """How the base weights are held."""
         return Quant(self.model.quant)
+
+    @property
+    def allows_fused(self) -> bool:
+        """Whether fused layers can compute this arm, if they can compute its base model."""
+        return self.quant not in (Quant.INT8, Quant.HQQ) and not self.lora.use_dora
 
     @property
     def run_dir(self) -> Path:
@@ -313,7 +343,9 @@ def build_settings(values: Mapping[str, Any], sources: Mapping[str, str] | None 
     _check_exclusions(optimization, where, given)
     if optimization.get("max_steps") is None and optimization.get("epochs") is None:
         optimization["max_steps"] = DEFAULT_MAX_STEPS
-    return Settings(**{group: GROUPS[group](**grouped[group]) for group in GROUPS})
+    settings = Settings(**{group: GROUPS[group](**grouped[group]) for group in GROUPS})
+    check_combination(settings)
+    return settings
 
 
 def _check_exclusions(
@@ -339,6 +371,66 @@ def _check_exclusions(
             raise SettingsError(
                 f"{where['memory']} and {where[name]} exclude each other", "Give one of the two"
             )
+
+
+def check_combination(settings: Settings) -> None:
+    """Raises SettingsError for an arm that would be wrong or impossible."""
+    quant, lora, optimization = settings.quant, settings.lora, settings.optimization
+    init, checkpointing = lora.init_lora_weights, optimization.checkpointing
+    flag = f"--init-lora-weights {init}"
+    if init == "loftq" and quant is not Quant.NF4:
+        raise SettingsError(
+            f"{flag} with --quant {quant.value}: LoftQ corrects the error of nf4 only",
+            "Use --quant nf4, or another initialisation",
+        )
+    if init == "pissa" and quant.is_quantised:
+        raise SettingsError(
+            f"{flag} with --quant {quant.value}: PiSSA replaces the base by a residual, and its "
+            "quantisation would be another base",
+            "Use --quant bf16, or another initialisation",
+        )
+    if init == "pissa" and lora.adapter_dtype != "float32":
+        raise SettingsError(
+            f"{flag} with --adapter-dtype {lora.adapter_dtype}: the residual holds the adapter's "
+            "start in float32",
+            "Use --adapter-dtype float32 (and not --memory lean)",
+        )
+    if init in ("pissa", "loftq") and lora.use_dora:
+        raise SettingsError(
+            f"{flag} with --use-dora: DoRA takes its norms from the base before that start",
+            "Leave one of the two out",
+        )
+    if lora.use_dora and quant is Quant.INT8:
+        raise SettingsError(
+            "--use-dora with --quant int8: PEFT's DoRA loses the scales of LLM.int8 on a CPU",
+            "Use another --quant, or leave --use-dora out",
+        )
+    needs_fused = checkpointing in ("selective", "offload") and optimization.memory is None
+    if needs_fused and not settings.allows_fused:
+        arm = "--use-dora" if lora.use_dora else f"--quant {quant.value}"
+        raise SettingsError(
+            f"--checkpointing {checkpointing} needs fused layers, and {arm} has none",
+            "Use --checkpointing full or none",
+        )
+
+
+def check_can_run(settings: Settings) -> None:
+    """Raises SettingsError if a package that the settings need is not installed."""
+    check_quant_package(settings.quant, f"--quant {settings.quant.value}")
+    report_to = settings.run.report_to
+    if report_to != "none":
+        _check_package(report_to, f"--report-to {report_to}")
+
+
+def check_quant_package(quant: Quant, shown_argument: str) -> None:
+    """Raises SettingsError if a quantisation needs a package that is not installed."""
+    if quant is Quant.HQQ:
+        _check_package("hqq", shown_argument)
+
+
+def _check_package(package: str, needing: str) -> None:
+    if find_spec(package) is None:
+        raise SettingsError(f"{needing} needs the package {package}", f"pip install {package}")
 
 
 def unknown_name(name: str, source: str, known: Iterable[str]) -> SettingsError:

@@ -53,7 +53,7 @@ def test_base_without_readable_weights_is_named(
     ("name", "value", "remedy"),
     [
         ("load_in_4bit", True, "quant=nf4"),
-        ("load_in_8bit", True, "quant=bf16"),
+        ("load_in_8bit", True, "quant=int8"),
         ("token", "hf_secret", "hf auth login"),
         ("trust_remote_code", True, "transformers"),
         ("delta", "x/y", "peft="),
@@ -62,7 +62,7 @@ def test_base_without_readable_weights_is_named(
         ("qaunt", "nf4", "batch_size"),
         ("bits", 4, "batch_size"),
         ("adapter", "results/4bit/adapter", "batch_size"),
-        ("quant", "int8", "nf4, fp4, bf16"),
+        ("quant", "int4", "nf4, fp4, int8, hqq, bf16"),
         ("dtype", "float16", "bfloat16, float32"),
         ("softmax_dtype", "float33", "float64"),
         ("scoring", "fast", "packed, hf"),

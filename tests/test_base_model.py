@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from safetensors.torch import load_file, save_file
 from qlora_harness.benchmark.random_model import write_random_model
 from qlora_harness.errors import ModelError
 from qlora_harness.model.base import (
+    count_parameters,
     dequantise,
     find_base,
     is_out_of_memory,
     load_base,
     load_tokenizer,
+    mixes_tokens,
     parameter_dtypes,
+    unquantised_share,
     weights_fingerprint,
 )
 from qlora_harness.settings import Quant
@@ -176,6 +180,51 @@ def test_4_bit_arms_hold_every_linear_layer_but_the_head_in_4_bits(
     assert parameter_dtypes(model) == {"float32": NOT_QUANTISED, "uint8": QUANTISED // 2}
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert (model.training, model.config.use_cache) == (False, False)
+
+
+def test_int8_holds_every_linear_layer_but_the_head_in_8_bits(tiny_llama: Path) -> None:
+    saved = load_file(tiny_llama / WEIGHTS)
+    model = load(tiny_llama, "int8")
+    assert parameter_dtypes(model) == {"float32": NOT_QUANTISED, "int8": QUANTISED}
+    assert count_parameters(model) == NOT_QUANTISED + QUANTISED
+    assert unquantised_share(model) == 0.0
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    weight = model.model.layers[1].mlp.up_proj.weight
+    original = saved["model.layers.1.mlp.up_proj.weight"].float()
+    scale = original.abs().amax(dim=1, keepdim=True)
+    held = weight.data.float() * weight.SCB[:, None] / 127
+    assert ((held - original).abs() <= scale * (0.5 / 127 + 2**-10)).all()  # scaled in float16
+    assert not torch.equal(held, original)
+
+
+def test_int8_result_of_a_token_depends_on_the_others(tiny_llama: Path) -> None:
+    """Why there are no packs: each column with an outlier of any token is computed in 16 bits."""
+    model = load(tiny_llama, "int8")
+    layer = model.model.layers[1].mlp.up_proj
+    torch.manual_seed(0)
+    tokens = torch.randn(2, 64)
+    alone = layer(tokens[:1])
+    assert torch.equal(layer(tokens)[:1], alone)
+    tokens[1, 5] = 60.0
+    assert not torch.allclose(layer(tokens)[:1], alone, rtol=0, atol=1e-5)
+    assert mixes_tokens(model)
+    assert not mixes_tokens(load(tiny_llama, "nf4"))
+
+
+@pytest.mark.skipif(find_spec("hqq") is None, reason="the package hqq is not installed")
+def test_hqq_holds_every_linear_layer_but_the_head_in_4_bits(tiny_llama: Path) -> None:
+    saved = load_file(tiny_llama / WEIGHTS)
+    model = load(tiny_llama, "hqq")
+    assert parameter_dtypes(model) == {"float32": NOT_QUANTISED, "uint8": QUANTISED // 2}
+    assert count_parameters(model) == NOT_QUANTISED + QUANTISED
+    assert unquantised_share(model) == 0.0
+    layer = model.model.layers[1].mlp.up_proj
+    original = saved["model.layers.1.mlp.up_proj.weight"].float()
+    assert all(len(group.unique()) <= 16 for group in layer.dequantize().reshape(-1, 64))
+    assert (layer.dequantize() - original).norm() < 0.15 * original.norm()
+    tokens = torch.randn(3, 64)
+    # A token does not depend on others, so packs are exact.
+    assert torch.allclose(layer(tokens)[:1], layer(tokens[:1]), atol=1e-6)
 
 
 def test_nf4_values_are_near_the_checkpoint_and_on_the_nf4_grid(tiny_llama: Path) -> None:

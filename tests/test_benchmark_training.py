@@ -37,7 +37,7 @@ def test_ways_learn_alike_from_the_same_batches(
 @pytest.mark.parametrize(
     ("words", "facts"),
     [
-        (["--quant", "nf4,foo"], ["--quant: 'foo'", "nf4, fp4, bf16"]),
+        (["--quant", "nf4,foo"], ["--quant: 'foo'", "nf4, fp4, int8, hqq, bf16"]),
         (["--ways", "fused-none,fused-none@0"], ["--ways: 'fused-none@0'", ", ".join(WAYS)]),
         (["--ways", "fused-none@x"], ["--ways: 'fused-none@x'"]),
         (["--lora-r", "0"], ["--lora-r: 0", "at least 1"]),

@@ -76,17 +76,19 @@ def test_accelerate_launch_trains(checkout: Path, flags: list[str]) -> None:
 
 def test_mistake_through_the_launcher_is_one_line(checkout: Path) -> None:
     status, out, err = run(
-        checkout, str(ACCELERATE), "launch", *ONE_PROCESS, "launch/train.py", "--quant", "int8"
+        checkout, str(ACCELERATE), "launch", *ONE_PROCESS, "launch/train.py", "--quant", "int4"
     )
     assert status != 0
     assert out == ""
     assert err.count("\n") == 1
-    assert err.startswith("qlora-harness: error: --quant: 'int8' is not one of nf4, fp4, bf16. ")
+    assert err.startswith(
+        "qlora-harness: error: --quant: 'int4' is not one of nf4, fp4, int8, hqq, bf16. "
+    )
     assert not (checkout / "results").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "status"), [(["--quant", "int8"], 2), (["--recipe", "nope"], 2), (["--help"], 0)]
+    ("words", "status"), [(["--quant", "int4"], 2), (["--recipe", "nope"], 2), (["--help"], 0)]
 )
 @pytest.mark.parametrize("program", [["launch/train.py"], ["-m", "qlora_harness.train"]])
 def test_launcher_runs_without_accelerate_too(

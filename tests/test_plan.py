@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,18 @@ def test_prediction_is_within_a_tenth_of_the_measurement(
     assert predict_memory(shape, settings, tokens).peak / GIB == pytest.approx(gib, rel=0.1)
 
 
-@pytest.mark.parametrize("quant", ["nf4", "bf16"])
-@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    ("quant", "double_quant", "use_dora"),
+    [
+        ("nf4", True, False), ("nf4", False, True), ("int8", True, False), ("bf16", True, True),
+        pytest.param(
+            "hqq", True, False,
+            marks=pytest.mark.skipif(find_spec("hqq") is None, reason="hqq is not installed"),
+        ),
+    ],
+)  # fmt: skip
 def test_weights_and_adapter_are_counted_to_the_byte(
-    tiny_llama: Path, quant: str, double_quant: bool
+    tiny_llama: Path, quant: str, double_quant: bool, use_dora: bool
 ) -> None:
     model = load_base(
         find_base(str(tiny_llama)),
@@ -105,9 +114,17 @@ def test_weights_and_adapter_are_counted_to_the_byte(
         if state is not None:
             scales = [state.absmax, state.state2.absmax] if state.nested else [state.absmax]
             held += sum(s.numel() * s.element_size() for s in scales)
-    adapted = attach_lora(model, r=4, alpha=8, dropout=0.0, targets="all-linear")
+    layer: Any
+    for layer in model.modules():
+        scales = [layer.weight.SCB] if quant == "int8" and hasattr(layer, "state") else []
+        if quant == "hqq" and hasattr(layer, "W_q"):
+            scales = [layer.meta["scale"], layer.meta["zero"]]
+        held += sum(s.numel() * s.element_size() for s in scales)
+    adapted = attach_lora(model, r=4, alpha=8, dropout=0.0, targets="all-linear", use_dora=use_dora)
     adapter = sum(p.numel() * p.element_size() for p in adapted.parameters() if p.requires_grad)
-    settings = build_settings({"quant": quant, "double_quant": double_quant, "lora_r": 4})
+    settings = build_settings(
+        {"quant": quant, "double_quant": double_quant, "lora_r": 4, "use_dora": use_dora}
+    )
     plan = predict_memory(measure_shape(str(tiny_llama), None, "all-linear"), settings, 100)
     # Scales of scales are rounded up to whole blocks, one a layer.
     assert plan.weights == pytest.approx(held, abs=4 * 14)

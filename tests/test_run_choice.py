@@ -125,7 +125,7 @@ def test_foreign_adapter_needs_base_and_quantisation() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("quant", value) for value in ("int8", "NF4", "4bit", "")),
+        *(("quant", value) for value in ("int4", "NF4", "4bit", "")),
         # lm_eval passes what it can't parse as a text, and every text is true.
         *(("double_quant", value) for value in ("no", "off", 2)),
     ],
@@ -227,7 +227,7 @@ def test_broken_configuration_is_named(content: bytes) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"quant": "int8"},
+        {"quant": "int4"},
         {"quant": 4},
         {"base": "meta-llama/Llama-2-7b-hf"},
         {"compute_dtype": "float16"},

@@ -80,7 +80,7 @@ def commands(model: Path) -> dict[str, list[str]]:
         "accelerate, not saved": [accelerate, *one_process, *DEMO, *nf4, "--limit", "1", *blocked],
         "module, unknown quant": [
             *(sys.executable, "-m", "lm_eval", *DEMO),
-            *("--model_args", f"pretrained={model},quant=int8"),
+            *("--model_args", f"pretrained={model},quant=int4"),
         ],
         "wrong folder": [
             *(lm_eval, "--tasks", "mmlu_qlora_5shot", "--model", "qlora_adapter"),
@@ -192,7 +192,9 @@ def test_python_m_lm_eval_ends_with_one_line_for_an_unknown_quantisation(
     runs: dict[str, Future[Run]],
 ) -> None:
     run = runs["module, unknown quant"].result()
-    assert run.error_line().startswith("--model_args quant=int8. Use one of nf4, fp4, bf16")
+    assert run.error_line().startswith(
+        "--model_args quant=int4. Use one of nf4, fp4, int8, hqq, bf16"
+    )
     assert sorted(path.name for path in run.folder.iterdir()) == ["blocked"]
 
 

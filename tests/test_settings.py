@@ -43,6 +43,7 @@ OURS = {
     "template": "guanaco", "mask": "prompt", "eval_fraction": 0.05, "eval_seed": 0,
     "eval_steps": None, "batch_size": 1,
     "grad_accum": 16, "eval_batch_size": 8, "warmup_ratio": 0.0, "adapter_dtype": "float32",
+    "use_rslora": False, "use_dora": False, "init_lora_weights": "default",
     "kernels": "auto", "memory": None, "output_dir": None, "save_steps": 250, "resume": "auto",
     "overwrite": False, "report_to": "none",
 }  # fmt: skip
@@ -88,17 +89,19 @@ def test_bf16_twin_differs_in_quantisation_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("quant", "is_4bit", "folder", "file_arm"),
+    ("quant", "is_quantised", "is_4bit", "folder", "file_arm"),
     [
-        ("nf4", True, "results/4bit", "4bit_qlora"),
-        ("bf16", False, "results/16bit", "16bit_lora"),
-        ("fp4", True, "results/4bit_fp4", "4bit_fp4_qlora"),
+        ("nf4", True, True, "results/4bit", "4bit_qlora"),
+        ("fp4", True, True, "results/4bit_fp4", "4bit_fp4_qlora"),
+        ("int8", True, False, "results/8bit", "8bit_lora"),
+        ("hqq", True, False, "results/4bit_hqq", "4bit_hqq_qlora"),
+        ("bf16", False, False, "results/16bit", "16bit_lora"),
     ],
 )
-def test_arms(quant: str, is_4bit: bool, folder: str, file_arm: str) -> None:
+def test_arms(quant: str, is_quantised: bool, is_4bit: bool, folder: str, file_arm: str) -> None:
     assert parse("--quant", quant).run_dir == Path(folder)
     assert parse("--quant", quant, "--output-dir", "runs/a").run_dir == Path("runs/a")
-    assert Quant(quant).is_4bit is is_4bit
+    assert (Quant(quant).is_quantised, Quant(quant).is_4bit) == (is_quantised, is_4bit)
     assert Quant(quant).file_arm == file_arm
 
 
@@ -199,7 +202,17 @@ def test_error_names_the_source_of_the_value(
         (["--learing-rate", "1"], "flag --learing-rate is not known. did you mean '--learning-"),
         (["--zzz"], "flag --zzz is not known. `launch/train.py --help` "),
         (["stray"], "flag stray is not known. "),
-        (["--quant", "int8"], "--quant: 'int8' is not one of nf4, fp4, bf16. "),
+        (["--quant", "int4"], "--quant: 'int4' is not one of nf4, fp4, int8, hqq, bf16. "),
+        (["--init-lora-weights", "loftq", "--quant", "fp4"], "--init-lora-weights loftq with "),
+        (["--init-lora-weights", "pissa"], "--init-lora-weights pissa with --quant nf4: "),
+        (
+            ["--init-lora-weights", "pissa", "--quant", "bf16", "--adapter-dtype", "bfloat16"],
+            "--init-lora-weights pissa with --adapter-dtype bfloat16: ",
+        ),
+        (["--init-lora-weights", "loftq", "--use-dora"], "--init-lora-weights loftq with --use-"),
+        (["--quant", "int8", "--checkpointing", "offload"], "--checkpointing offload needs fused"),
+        (["--use-dora", "--quant", "int8"], "--use-dora with --quant int8: "),
+        (["--use-dora", "--checkpointing", "selective"], "--checkpointing selective needs fused"),
         (["--quant"], "argument --quant: expected one argument. `launch/train.py --help` "),
         (["--report-to", "mlflow"], "--report-to: 'mlflow' is not one of none, tensorboard, wandb"),
         (["--max-steps", "1.5"], "--max-steps: '1.5' is not a whole number. "),
@@ -234,7 +247,7 @@ def test_every_number_has_a_lower_limit(name: str) -> None:
     [
         ("learing_rate: 1\n", "key 'learing_rate' is not known. did you mean 'learning_rate'?"),
         ("7: 1\n", "key '7' is not known"),
-        ("quant: int4\n", "key 'quant': 'int4' is not one of nf4, fp4, bf16"),
+        ("quant: int4\n", "key 'quant': 'int4' is not one of nf4, fp4, int8, hqq, bf16"),
         ("languages: {en: de}\n", "key 'languages': {'en': 'de'} is not a text"),
         ("double_quant: 1\n", "key 'double_quant': '1' is not true or false"),
         ("max_steps: true\n", "key 'max_steps': 'true' is not a whole number"),
@@ -345,6 +358,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
 def test_settings_round_trip_through_their_flat_form(values: dict[str, Any]) -> None:
     if values["epochs"] is not None:
         values["max_steps"] = None
+    # Their other values exclude some quantisations.
+    values |= {"init_lora_weights": "eva", "checkpointing": "full", "use_dora": False}
     settings = build_settings(values)
     assert build_settings(settings.flat()) == settings
 

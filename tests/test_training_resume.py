@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import tiny_rows
 from safetensors.torch import load_file, save_file
-from training_runs import Train, everything_in, losses, read, steps, summary
+from training_runs import Train, as_if_killed, everything_in, losses, read, steps, summary
 
 from qlora_harness.train import run_folder, trainer
 
@@ -72,18 +72,6 @@ def test_signal_ends_the_run_with_a_checkpoint_and_the_same_command_resumes(
     resumed = load_file("cut/adapter/adapter_model.safetensors")
     straight = load_file("whole/adapter/adapter_model.safetensors")
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
-
-
-def as_if_killed(run_dir: str, *lost: int) -> None:
-    """Makes a completed run look as if killed; removes the checkpoints of the `lost` steps."""
-    record = summary(run_dir)
-    for name in ("results", "memory", "runtime", "throughput"):
-        del record[name]
-    record |= {"status": "running", "finished": None}
-    Path(run_dir, "training_summary.json").write_text(json.dumps(record))
-    shutil.rmtree(Path(run_dir, "adapter"))
-    for step in lost:
-        shutil.rmtree(Path(run_dir, "checkpoints", f"checkpoint-{step}"))
 
 
 @pytest.mark.parametrize("killed", ["in the middle", "while evaluating", "while saving"])

@@ -253,6 +253,7 @@ def test_adapter_of_a_run_is_trained_and_scores_as_the_record_says(
         },
         "quant": quant,
         "double_quant": True,
+        "init_lora_weights": "default",
         "compute_dtype": "float32",
         "data_fingerprint": data.report["train"]["fingerprint"],
         "template": "guanaco",

@@ -70,9 +70,11 @@ def quantise(model: Any) -> None:
                     setattr(parent, name, packed.to("cpu"))
 
 
-def adapted(model: Any, *, dropout: float = 0.0, targets: str = "all-linear") -> Any:
+def adapted(
+    model: Any, *, dropout: float = 0.0, targets: str = "all-linear", **variant: Any
+) -> Any:
     torch.manual_seed(1)
-    peft = attach_lora(model, r=4, alpha=16, dropout=dropout, targets=targets)
+    peft = attach_lora(model, r=4, alpha=16, dropout=dropout, targets=targets, **variant)
     for name, parameter in peft.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

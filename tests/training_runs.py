@@ -8,6 +8,7 @@ bases, in float32 arithmetic so that losses can be compared to 1e-5. What needs 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,18 @@ def loss_of(model: Any, examples: list[Example]) -> float:
         accelerator=Accelerator(cpu=True),
         autocast_dtype=None,
     ).loss
+
+
+def as_if_killed(run_dir: str, *lost: int) -> None:
+    """Makes a completed run look as if killed; removes the checkpoints of the `lost` steps."""
+    record = summary(run_dir)
+    for name in ("results", "memory", "runtime", "throughput"):
+        del record[name]
+    record |= {"status": "running", "finished": None}
+    Path(run_dir, "training_summary.json").write_text(json.dumps(record))
+    shutil.rmtree(Path(run_dir, "adapter"))
+    for step in lost:
+        shutil.rmtree(Path(run_dir, "checkpoints", f"checkpoint-{step}"))
 
 
 # Run folders made by hand.

@@ -28,8 +28,8 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     if find_spec(peer) is None:
         return {"failure": f"{peer} is not installed: pip install {peer}"}
     settings = build_settings(request["settings"])
-    if peer == "unsloth" and settings.model.quant == "fp4":
-        return {"failure": "unsloth has no fp4"}
+    if peer == "unsloth" and settings.model.quant not in ("nf4", "bf16"):
+        return {"failure": f"unsloth has no {settings.model.quant} here"}
     importlib.import_module(peer)
     import torch
 

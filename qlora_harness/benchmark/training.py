@@ -30,8 +30,9 @@ from qlora_harness.model.base import (
     load_base,
     load_tokenizer,
 )
-from qlora_harness.settings import Settings, build_settings
-from qlora_harness.train.arguments import attach_adapter, training_arguments
+from qlora_harness.settings import Settings, build_settings, check_can_run
+from qlora_harness.train.adapter import attach_adapter
+from qlora_harness.train.arguments import training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.trainer import CountingTrainer, StepLog
@@ -105,6 +106,8 @@ def measure_training(plan: TrainingPlan) -> str:
         for quant in plan.quants
         for way in plan.ways
     }
+    for each in settings.values():
+        check_can_run(each)
     bench = _TrainingBench(plan, build_settings(shared | dict(plan.changes)))
     for quant in plan.quants:
         for way in plan.ways:

@@ -16,8 +16,6 @@ NAMES = {"fp4": "FP4", "nf4": "NF4", "int4": "int4", "hqq": "HQQ", "int8": "int8
 _DOSES = tuple(NAMES)
 # Settings that follow from the quantisation, and the seed.
 _FOLLOWING = ("double_quant", "quant", "seed")
-# Of records from before these could be set.
-_DEFAULTS = {"use_rslora": False, "use_dora": False, "init_lora_weights": "default"}
 # Short names of values; a setting's default has none.
 _SHORT: dict[str, dict[object, str]] = {
     "double_quant": {False: "no DQ"},
@@ -63,7 +61,7 @@ def settings_of(run: Run) -> dict[str, object]:
     if run.training is None:
         models = [scored.model for scored in run.scored.values()]
         return {"double_quant": models[0].double_quant} if models else {}
-    settings = _DEFAULTS | run.training.settings
+    settings = run.training.settings
     return {name: value for name, value in settings.items() if name not in BOOKKEEPING}
 
 

@@ -15,7 +15,7 @@ from qlora_harness.fused.host_memory import HostMemory, pinned_bytes
 from qlora_harness.fused.layer import Attend, FusedLayer
 from qlora_harness.fused.lora_group import LoraGroup
 from qlora_harness.fused.packed_row import PackedRow, Rotation
-from qlora_harness.model.base import base_of, is_plain_linear
+from qlora_harness.model.base import base_of, is_plain_linear, why_not_plain
 from qlora_harness.model.plain_lora import is_plain
 from qlora_harness.model.shape import Shape
 from qlora_harness.settings import CHECKPOINTING
@@ -66,7 +66,7 @@ class FusedDecoder:
     def reason_against(model: Any) -> str | None:
         """Returns why a model, with or without an adapter, can't have them, or None if it can."""
         base = base_of(model)
-        reason = reason_against_config(base.config)
+        reason = reason_against_config(base.config) or why_not_plain(base)
         if reason is None and base is not model:
             reason = _reason_against_adapter(model, base.model.layers)
         return reason or _reason_against_layers(base)

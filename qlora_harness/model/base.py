@@ -1,4 +1,4 @@
-"""Base models in 4 bits or bf16. The only file that names bitsandbytes.
+"""Base models, quantised or in bf16. The only file that uses bitsandbytes and hqq.
 
 Training and scoring both load through `load_base`, so they see the same weights.
 """
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qlora_harness")
 
 EMBEDDED = "smollm2"
+_HQQ_GROUP = 64  # weights that share a scale and a zero point
 RANDOM_WEIGHTS_KEY = "qlora_harness_random_weights"
 
 
@@ -178,10 +179,10 @@ def load_base(
 ) -> PreTrainedModel:
     """Loads a base model onto one device, frozen and in evaluation mode.
 
-    Reads weights as bfloat16. A 4-bit `quant` then quantises all linear layers except the output
-    head; `double_quant` quantises their scales too. Compute dtype "float32" casts all other weights
-    to float32, so their values are still the bfloat16 ones. Raises ModelError if weights are
-    missing or unreadable, or if the device can't compute in that dtype.
+    Reads weights as bfloat16. `quant` then quantises all linear layers except the output head;
+    `double_quant` quantises the scales of nf4 and fp4 too. Compute dtype "float32" casts all other
+    weights to float32, so their values are still the bfloat16 ones. Raises ModelError if weights
+    are missing or unreadable, or if the device can't compute in that dtype.
     """
     import torch
 
@@ -193,12 +194,15 @@ def load_base(
     model = _read_weights(source, quant, double_quant, compute_dtype, device)
     if compute_dtype == "float32":
         for parameter in model.parameters():
-            if parameter.is_floating_point():  # 4-bit weights are stored as integers
+            if parameter.is_floating_point():  # quantised weights are stored as integers
                 parameter.data = parameter.data.to(torch.float32)
     if attention_of(model) != "sdpa":
         logger.warning("%s has %s attention only", source.name, attention_of(model))
+    if quant is Quant.HQQ:
+        _quantise_hqq(model, getattr(torch, compute_dtype), device)
     if quant.is_4bit:
         _keep_layout(model)
+    if quant.is_quantised:
         share = _count_unquantised(model)
         model.qlora_harness_unquantised_share = share
         if share > NOTABLE_SHARE:
@@ -218,22 +222,18 @@ def _read_weights(
     source: BaseSource, quant: Quant, double_quant: bool, compute_dtype: str, device: torch.device
 ) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {}
-    if quant.is_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quant.value,
-            bnb_4bit_use_double_quant=double_quant,
-            bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
-        )
+    options: dict[str, Any] = {"device_map": {"": device}}
+    if quant is Quant.HQQ:
+        options = {}  # `_quantise_hqq` moves it, a layer at a time
+    elif quant.is_quantised:
+        options["quantization_config"] = _bitsandbytes_config(quant, double_quant, compute_dtype)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path,
             revision=source.revision or "main",
             dtype=torch.bfloat16,
-            device_map={"": device},
             output_loading_info=True,
             trust_remote_code=False,
             **options,
@@ -255,16 +255,50 @@ def _read_weights(
     return model
 
 
+def _bitsandbytes_config(quant: Quant, double_quant: bool, compute_dtype: str) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if quant is Quant.INT8:
+        # It warns at every call of every layer that inputs are cast to float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant.value,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, compute_dtype),
+    )
+
+
+def _quantise_hqq(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+    """Moves a model to a device, with HQQ's layers in place of the linear ones.
+
+    transformers 5 can't load with its HqqConfig; the layers have that one's defaults.
+    """
+    import torch
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    head = model.get_output_embeddings()
+    config = BaseQuantizeConfig(nbits=4, group_size=_HQQ_GROUP, axis=1)
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is torch.nn.Linear and layer is not head:
+                quantised = HQQLinear(layer, config, compute_dtype=dtype, device=str(device))
+                setattr(parent, name, quantised)
+    model.to(device)  # type: ignore[arg-type]  # declared without devices
+
+
 def attention_of(model: Any) -> str:
     """Returns the attention implementation that transformers chose, such as "sdpa" or "eager"."""
     return str(model.config._attn_implementation)  # noqa: SLF001  # has no public name
 
 
 def unquantised_share(model: Any) -> float | None:
-    """Returns the share, 0 to 1, of the layers' matrix weights that a 4-bit base holds in 16 bits.
+    """Returns the share, 0 to 1, of the layers' weights that a quantised base holds in 16 bits.
 
-    Ignores embeddings, output head, norms and biases. bitsandbytes quantises only linear layers,
-    not the fused expert tensors of most mixtures of experts. None without quantisation.
+    Ignores embeddings, output head, norms and biases. Only linear layers are quantised, not the
+    fused expert tensors of most mixtures of experts. None without quantisation.
     """
     return getattr(base_of(model), "qlora_harness_unquantised_share", None)
 
@@ -274,9 +308,8 @@ def _count_unquantised(model: Any) -> float:
     outside = {id(p) for module in ends if module is not None for p in module.parameters()}
     quantised = others = 0
     for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            quantised += state.shape.numel()
+        if not parameter.is_floating_point():
+            quantised += _elements(parameter)
         elif parameter.dim() > 1 and id(parameter) not in outside:
             others += parameter.numel()
     return others / max(1, quantised + others)
@@ -293,6 +326,25 @@ def is_plain_linear(layer: torch.nn.Module) -> bool:
     from bitsandbytes.nn import Linear4bit
 
     return type(layer) in (torch.nn.Linear, Linear4bit)
+
+
+def why_not_plain(model: torch.nn.Module) -> str | None:
+    """Returns why a quantised base has no fused layers whatever its adapter, or None."""
+    if mixes_tokens(model):
+        return "LLM.int8 chooses its outlier columns by all tokens of a pass"
+    return "its layers are HQQ's" if hqq_layers(model) else None
+
+
+def hqq_layers(model: torch.nn.Module) -> list[str]:
+    """Returns the names of a model's HQQ layers, which PEFT's "all-linear" leaves out."""
+    return [name for name, m in model.named_modules() if type(m).__name__ == "HQQLinear"]
+
+
+def mixes_tokens(model: torch.nn.Module) -> bool:
+    """Whether the result for a token depends on the other texts of a pass, as with LLM.int8."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    return any(isinstance(layer, Linear8bitLt) for layer in model.modules())
 
 
 def base_of(model: Any) -> Any:
@@ -378,24 +430,35 @@ def _keep_layout(model: PreTrainedModel) -> None:
 
 
 def weight_bytes(shape: Shape, quant: Quant, *, double_quant: bool, size: int) -> int:
-    """Returns the bytes of a base's weights; one that isn't in 4 bits takes `size` bytes."""
-    if not quant.is_4bit:
-        return (shape.linear + shape.others) * size
-    # A float32 scale per 64 weights; or one byte, and a float32 scale per 256 of these.
-    scale = (1 + 4 / 256) / 64 if double_quant else 4 / 64
-    return int(shape.linear * (0.5 + scale)) + shape.others * size
+    """Returns the bytes of a base's weights; one that isn't quantised takes `size` bytes."""
+    scales = 4 / 64  # a float32 per 64 weights
+    if double_quant:
+        scales = (1 + 4 / 256) / 64  # a byte, and a float32 per 256 of these
+    linear: float = {
+        Quant.NF4: shape.linear * (0.5 + scales),
+        Quant.FP4: shape.linear * (0.5 + scales),
+        Quant.INT8: shape.linear + 4 * shape.rows,  # a float32 scale a row
+        Quant.HQQ: shape.linear * (0.5 + 2 * size / _HQQ_GROUP),  # scale and zero point
+        Quant.BF16: shape.linear * size,
+    }[quant]
+    return int(linear) + shape.others * size
 
 
 def expansion_bytes(shape: Shape, quant: Quant, size: int) -> int:
-    """Returns the bytes of the one weight that bitsandbytes' own layers hold expanded."""
-    return shape.largest * size if quant.is_4bit else 0
+    """Returns the bytes of the expanded weight, with copies, that a quantised layer works with."""
+    copies = {Quant.BF16: 0, Quant.HQQ: 3}.get(quant, 1)
+    return shape.largest * size * copies
 
 
 def count_parameters(model: torch.nn.Module) -> int:
     """Returns the number of parameters; a uint8 holds two 4-bit ones."""
+    return sum(map(_elements, model.parameters()))
+
+
+def _elements(parameter: torch.nn.Parameter) -> int:
     import torch
 
-    return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters())
+    return parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
 
 
 def parameter_dtypes(model: torch.nn.Module) -> dict[str, int]:

@@ -15,6 +15,8 @@ from qlora_harness.model.adapter_folder import (
     check_fit,
     quiet_peft,
 )
+from qlora_harness.model.adapter_starts import subtract_pissa_start
+from qlora_harness.model.base import hqq_layers
 from qlora_harness.model.shape import Shape
 from qlora_harness.record import nested, new_folder, write_json
 
@@ -36,8 +38,11 @@ def attach_lora(
     dropout: float,
     targets: str,
     dtype: str = "float32",
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    init: str = "default",
 ) -> PeftModel:
-    """Attaches a fresh LoRA adapter, whose update is zero, to a frozen base model.
+    """Attaches a fresh LoRA adapter to a frozen base model, which computes the same as before.
 
     `dtype` is that of its weights on every base, so that both arms learn alike. See `lora_config`
     for the other arguments. Raises SettingsError if the model has no layer of one of the names.
@@ -45,7 +50,17 @@ def attach_lora(
     import torch
     from peft import get_peft_model
 
-    config = lora_config(r=r, alpha=alpha, dropout=dropout, targets=targets)
+    config = lora_config(
+        r=r,
+        alpha=alpha,
+        dropout=dropout,
+        targets=targets,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        init=init,
+    )
+    if targets == "all-linear" and (names := hqq_layers(model)):
+        config.target_modules = sorted({name.rsplit(".", 1)[-1] for name in names})
     if targets != "all-linear":
         known = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
         names = target_names(targets)
@@ -57,7 +72,7 @@ def attach_lora(
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:  # the latter for PiSSA of expert tensors
         if "lora_dropout" in str(error):
             raise SettingsError(
                 f"--lora-dropout {dropout:g}: PEFT has no dropout for the expert tensors of this "
@@ -74,19 +89,33 @@ def attach_lora(
     return adapted
 
 
-def lora_config(*, r: int, alpha: float, dropout: float, targets: str) -> LoraConfig:
+def lora_config(
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    targets: str,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    init: str = "default",
+) -> LoraConfig:
     """Returns PEFT's configuration; `dropout` is the probability on the adapter's input.
 
     `targets` is "all-linear" (all linear layers except the output head) or a comma-separated list
-    of layer names.
+    of layer names. `init` is a value of `--init-lora-weights`; "loftq" and "eva" need their
+    function in `model.adapter_starts` as well.
     """
-    from peft import LoraConfig
+    from peft import EvaConfig, LoraConfig
 
     return LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # declared int; PEFT computes with floats
         lora_dropout=dropout,
         target_modules=targets if targets == "all-linear" else target_names(targets),
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        init_lora_weights=True if init in ("default", "loftq") else init,  # type: ignore[arg-type]
+        eva_config=EvaConfig(rho=1.0) if init == "eva" else None,
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -106,12 +135,17 @@ def public_name(base: str) -> str:
 
 
 def save_adapter(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, record: dict[str, Any]
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    record: dict[str, Any],
+    pissa_start: Path | None = None,
 ) -> None:
     """Saves adapter, tokenizer and record to a folder, atomically; replaces an older folder.
 
-    Scoring uses the saved tokenizer, so that it encodes as training did. Raises AdapterError if a
-    weight isn't finite.
+    Scoring uses the saved tokenizer, so that it encodes as training did. With `pissa_start`, the
+    adapter is the plain LoRA that belongs to the original base. Raises AdapterError if a weight
+    isn't finite.
     """
     import torch
 
@@ -124,6 +158,8 @@ def save_adapter(
     with new_folder(folder, replace=True) as work:
         # The vocabulary never grows, and save_embedding_layers="auto" may query the Hub.
         model.save_pretrained(str(work), safe_serialization=True, save_embedding_layers=False)
+        if pissa_start is not None:
+            subtract_pissa_start(work, pissa_start)
         tokenizer.save_pretrained(str(work))
         write_json(work / RECORD_FILE, record)
         # PEFT writes this list in the random order of a set, and the digest depends on it.
@@ -197,3 +233,17 @@ def peft_activation_bytes(
         return int(layer * size * tokens * shape.layers), int(logits * tokens)
     work = max(layer * size, logits)
     return int(hidden * size * tokens * shape.layers), int(work * tokens)
+
+
+def dora_activation_bytes(
+    shape: Shape, checkpointing: str, tokens: int, size: int, *, expanded: bool
+) -> tuple[int, int]:
+    """Estimates what PEFT's DoRA adds to `peft_activation_bytes`.
+
+    It saves three more outputs of each linear layer, and works with the update as a whole matrix.
+    With dropout on a quantised base, backward also needs the `expanded` weights.
+    """
+    outputs = shape.queries + 2 * shape.keys + 2 * shape.hidden + 2 * shape.inner
+    layer = 3 * outputs * size * tokens + expanded * shape.linear * size // shape.layers
+    work = shape.largest * (4 + 3 * size)  # the update in float32, their sum, and copies
+    return (layer * shape.layers, work) if checkpointing == "none" else (0, layer + work)

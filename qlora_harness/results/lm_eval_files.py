@@ -54,7 +54,7 @@ class _Config(_Part):
 
     @property
     def quant(self) -> str | None:
-        """nf4, fp4, int8 or bf16, if recorded."""
+        """nf4, fp4, int8, hqq or bf16, if recorded."""
         arguments = {key: str(value) for key, value in self.arguments.items()}
         if "quant" in arguments:
             return arguments["quant"]

@@ -37,7 +37,7 @@ class EvaluatedModel(Section):
     """The file that the base was expanded from, if it came as one."""
     quant: str | None = None
     double_quant: bool | None = None
-    """Whether the scales were quantised, too; null for bf16."""
+    """Whether the scales were quantised, too; null for int8, hqq and bf16."""
     peft: str | None = None
     """Name of the adapter's folder; null for the base alone."""
     adapter_sha256: str | None = None
@@ -131,7 +131,7 @@ class Evaluation(Header):
     kind: Literal["evaluation_results"] = "evaluation_results"
     """What the file is."""
     arm: str | None = None
-    """4bit or 16bit."""
+    """Short name of the quantisation: 4bit, 4bit_fp4, 4bit_hqq, 8bit or 16bit."""
     model: EvaluatedModel = EvaluatedModel()
     """What was scored."""
     settings: dict[str, Any] = {}
@@ -172,7 +172,7 @@ class Progress(Header):
     kind: Literal["mmlu_progress"] = "mmlu_progress"
     """What the file is."""
     arm: str | None = None
-    """4bit or 16bit."""
+    """Short name of the quantisation: 4bit, 4bit_fp4, 4bit_hqq, 8bit or 16bit."""
     model: EvaluatedModel = EvaluatedModel()
     """What was scored."""
     tasks: dict[str, list[QuestionRow]]

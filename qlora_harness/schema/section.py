@@ -19,7 +19,12 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 
 # Settings that are newer than some records, with the value that those runs had.
-_LATER_SETTINGS = {"eval_seed": 0}
+_LATER_SETTINGS = {
+    "eval_seed": 0,
+    "use_rslora": False,
+    "use_dora": False,
+    "init_lora_weights": "default",
+}
 
 _Record = TypeVar("_Record", bound="Header")
 

@@ -144,9 +144,9 @@ class TrainingSummary(Header):
     status: Literal["running", "completed", "interrupted", "failed"]
     """Killed runs stay "running"."""
     arm: str | None = None
-    """4bit or 16bit."""
+    """Short name of the quantisation: 4bit, 4bit_fp4, 4bit_hqq, 8bit or 16bit."""
     quant: str | None = None
-    """nf4, fp4 or bf16."""
+    """nf4, fp4, int8, hqq or bf16."""
     started: str | None = None
     """ISO 8601."""
     finished: str | None = None

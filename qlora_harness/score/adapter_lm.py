@@ -1,4 +1,4 @@
-"""`lm_eval --model qlora_adapter`: a base in nf4, fp4 or bf16 with an unmerged adapter."""
+"""`lm_eval --model qlora_adapter`: a base, quantised or not, with an unmerged adapter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class QloraAdapterLM(LoadedHFLM):
     Args:
         pretrained: Base model: a Hub id, a folder, a GGUF file, "smollm2". Default: the adapter's.
         peft: Adapter folder or Hub id. With neither, the newest completed run under ./results.
-        quant: "nf4", "fp4" or "bf16". Default: as trained; bf16 for a base alone.
+        quant: "nf4", "fp4", "int8", "hqq" or "bf16". Default: as trained; bf16 for a base alone.
         double_quant: Whether 4-bit scales are quantised too. Default: as trained.
         revision: Branch, tag or commit of the base.
         peft_revision: Branch, tag or commit of an adapter on the Hub.

@@ -25,7 +25,7 @@ _PASSED_ON = {
 }
 _REMEDIES = {
     "load_in_4bit": "Use quant=nf4",
-    "load_in_8bit": "Use quant=nf4 or quant=bf16",
+    "load_in_8bit": "Use quant=int8",
     "delta": "Use peft=",
     "parallelize": "Use `accelerate launch -m lm_eval` for several GPUs",
     "tp_plan": "Use `accelerate launch -m lm_eval` for several GPUs",

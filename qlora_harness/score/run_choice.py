@@ -17,7 +17,7 @@ from qlora_harness.model.adapter_folder import (
 from qlora_harness.record import ADAPTER_DIR, nested
 from qlora_harness.schema.training_records import read_summary
 from qlora_harness.score.evaluation_record import model_slug
-from qlora_harness.settings import Quant
+from qlora_harness.settings import Quant, check_quant_package
 
 _QUANTS = [quant.value for quant in Quant]
 _RESULTS = Path("results")
@@ -69,6 +69,7 @@ def choose_scored_run(
     folder = Path(results_dir) if results_dir else None
     if peft is None and pretrained is not None:
         chosen = Quant(quant or "bf16")
+        check_quant_package(chosen, f"--model_args quant={chosen.value}")
         return ScoringChoice(
             base=pretrained,
             revision=revision,
@@ -100,6 +101,12 @@ def choose_scored_run(
     if revision is None and pretrained is None:
         # A branch may have moved since the training.
         revision = nested(record, "base", "commit") or nested(record, "base", "revision")
+    check_quant_package(Quant(quant), f"--model_args quant={quant}")
+    if quant == "int8" and config.get("use_dora"):
+        raise AdapterError(
+            f"peft={peft}, quant=int8: PEFT's DoRA loses the scales of LLM.int8 on a CPU",
+            "Give another quant= in --model_args",
+        )
     return ScoringChoice(
         base=base,
         revision=revision,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.adapter_folder import unknown_field
-from qlora_harness.model.base import base_of, fits_dequantised, is_4bit
+from qlora_harness.model.base import base_of, fits_dequantised, is_4bit, mixes_tokens, why_not_plain
 from qlora_harness.model.plain_lora import is_plain
 from qlora_harness.score.model_arguments import ScoringOptions
 from qlora_harness.score.packed_forward import why_unsupported
@@ -46,6 +46,8 @@ def choose_path(scored: ScoredModel, options: ScoringOptions) -> ScoringPath:
 def _why_not_packed(scored: ScoredModel) -> str | None:
     model = scored.model
     reason = why_unsupported(base_of(model).config)
+    if reason is None and mixes_tokens(model):
+        reason = why_not_plain(model)
     if reason is not None or base_of(model) is model:
         return reason
     field = unknown_field(scored.adapter_config or {})
@@ -78,6 +80,7 @@ def _why_adapter_not_packed(model: Any) -> str | None:
     token's hidden state.
     """
     from peft.tuners import lora
+    from peft.tuners.lora import hqq
     from peft.tuners.lora.dora import DoraEmbeddingLayer, DoraLinearLayer
     from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
     from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -94,6 +97,8 @@ def _why_adapter_not_packed(model: Any) -> str | None:
     )
     if hasattr(lora, "Linear4bit"):
         kinds += (lora.Linear4bit,)
+    if hasattr(hqq, "HqqLoraLinear"):  # only with hqq installed
+        kinds += (hqq.HqqLoraLinear,)
     for module in _adapter_modules(model):
         if type(module) not in kinds:
             return f"its adapter has a {type(module).__name__}"

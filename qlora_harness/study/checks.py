@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.errors import SettingsError
 from qlora_harness.model.base import find_base, load_tokenizer
-from qlora_harness.settings import DataSettings, Settings
+from qlora_harness.settings import DataSettings, Settings, check_can_run
 from qlora_harness.study.definition import Cell, Study
 from qlora_harness.study.devices import Device
 from qlora_harness.study.folder import StudyFolder
@@ -60,6 +60,8 @@ def check_study_runs(study: Study, devices: Sequence[Device]) -> dict[str, ArmPl
 
     Raises HarnessError if a task, the model or the data can't be read, or an arm can't run here.
     """
+    for settings in study.arms().values():
+        check_can_run(settings)
     if study.tasks:
         from qlora_harness.score.in_process import check_tasks
 

@@ -1,4 +1,4 @@
-"""Settings as arguments of transformers and PEFT."""
+"""Settings as arguments of transformers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_harness.model.lora import attach_lora
-from qlora_harness.settings import OptimizationSettings, Settings
+from qlora_harness.settings import OptimizationSettings
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import TrainingArguments
 
 OPTIMIZERS = {
     "paged_adamw_32bit": "paged_adamw_32bit",
@@ -103,19 +101,3 @@ def training_arguments(
     values[f"{name}_checkpointing"] = optimization.checkpointing == "full" and not fused
     values[f"{name}_checkpointing_kwargs"] = {"use_reentrant": False}
     return kind(**values | dict(changes or {}))
-
-
-def attach_adapter(base: PreTrainedModel, settings: Settings) -> PeftModel:
-    """Attaches the adapter that the settings describe, initialised with their seed."""
-    import torch
-
-    torch.manual_seed(settings.optimization.seed)
-    lora = settings.lora
-    return attach_lora(
-        base,
-        r=lora.lora_r,
-        alpha=lora.lora_alpha,
-        dropout=lora.lora_dropout,
-        targets=lora.lora_targets,
-        dtype=lora.adapter_dtype,
-    )

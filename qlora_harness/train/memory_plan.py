@@ -99,9 +99,11 @@ def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
         layers=layers,
         vocabulary=head.weight.shape[0],
         linear=sum(sizes),
+        rows=sum(_outputs(module) for module in linear.values()),
         largest=max(sizes),
         others=sum(p.numel() for p in model.parameters()) - sum(sizes),
         sides=sum(sum(module.weight.shape) for module in adapted.values()),
+        outputs=sum(_outputs(module) for module in adapted.values()),
         adapted=len(adapted) / layers,
         fused=reason_against_config(config) is None
         and all(name.startswith("model.layers.") for name in adapted),
@@ -109,21 +111,26 @@ def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
     )
 
 
+def _outputs(module: Any) -> int:
+    """Outputs of a Linear or, with its weight transposed, a Conv1D."""
+    return int(module.weight.shape[0 if hasattr(module, "out_features") else 1])
+
+
 def uses_fused(shape: Shape, settings: Settings) -> bool:
     """Returns whether a run trains through fused layers."""
-    return shape.fused and settings.optimization.kernels == "auto"
+    return shape.fused and settings.allows_fused and settings.optimization.kernels == "auto"
 
 
 def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
     """Predicts the peak of a step whose largest forward pass has `tokens`, padding included."""
     from qlora_harness.fused import bordered, layer, model
     from qlora_harness.model.base import expansion_bytes, weight_bytes
-    from qlora_harness.model.lora import peft_activation_bytes
+    from qlora_harness.model.lora import dora_activation_bytes, peft_activation_bytes
 
     optimization, lora, rank = settings.optimization, settings.lora, settings.lora.lora_r
     checkpointing, quant = optimization.checkpointing, settings.quant
     size = 2 if settings.model.compute_dtype != "float32" else 4
-    parameters = rank * shape.sides
+    parameters = rank * shape.sides + lora.use_dora * shape.outputs
     width = 2 if lora.adapter_dtype == "bfloat16" else 4
     host = 0
     if uses_fused(shape, settings):
@@ -139,6 +146,10 @@ def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
     else:
         activations, work = peft_activation_bytes(shape, rank, checkpointing, tokens, size)
         work += expansion_bytes(shape, quant, size)
+    if lora.use_dora:
+        expanded = quant.is_quantised and lora.lora_dropout > 0
+        more = dora_activation_bytes(shape, checkpointing, tokens, size, expanded=expanded)
+        activations, work = activations + more[0], work + more[1]
     return MemoryPlan(
         checkpointing=checkpointing,
         optimizer=optimization.optimizer,

@@ -7,7 +7,6 @@ import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -21,6 +20,7 @@ from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.errors import AdapterError, RunError, SettingsError, TrainingError
 from qlora_harness.fused.host_memory import memory_of_a_process
 from qlora_harness.fused.model import FusedDecoder
+from qlora_harness.model.adapter_starts import START_FILE, save_pissa_start
 from qlora_harness.model.base import (
     BaseSource,
     find_base,
@@ -38,8 +38,15 @@ from qlora_harness.record import (
     scrub_all,
 )
 from qlora_harness.schema.training_records import EvaluationLosses
-from qlora_harness.settings import Settings
-from qlora_harness.train.arguments import attach_adapter, planned_steps, training_arguments
+from qlora_harness.settings import Quant, Settings, check_can_run, check_combination
+from qlora_harness.train.adapter import (
+    attach_adapter,
+    eva_batches,
+    pissa_start,
+    restart_adapter,
+    start_adapter,
+)
+from qlora_harness.train.arguments import planned_steps, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkpoint_step
 from qlora_harness.train.cpu import faster_dtype, use_all_cores
@@ -76,12 +83,7 @@ def run_training(
     """
     with sigterm_as_ctrl_c():
         state = start_processes()
-        report_to = settings.run.report_to
-        if report_to != "none" and find_spec(report_to) is None:
-            raise SettingsError(
-                f"--report-to {report_to} needs a package that is not installed",
-                f"pip install {report_to}",
-            )
+        check_can_run(settings)
         find = partial(find_start, settings.run_dir, settings, resume_given=resume_given)
         start = on_main(state, find)
         for note in start.notes:
@@ -137,6 +139,8 @@ class _Run:
         self.find_start = find
         self.on_row = on_row
         self.run_dir = settings.run_dir
+        self.trains_residual = settings.lora.init_lora_weights == "pissa"
+        self.pissa_start = self.run_dir / CHECKPOINT_DIR / START_FILE
         self.device = device_of(state)
         self.memory = MemoryMeter(self.device, state.process_index)
         self.stop = StopOnSignal()
@@ -147,6 +151,8 @@ class _Run:
 
     def execute(self) -> dict[str, Any]:
         """Runs every phase and returns the summary."""
+        if self.trains_residual and self.start.checkpoint is not None:
+            pissa_start(self.start.checkpoint)
         source = find_base(self.settings.model.model, self.settings.model.revision)
         tokenizer = load_tokenizer(source)
         # The main process goes first: it fills the cache that the others read.
@@ -162,7 +168,7 @@ class _Run:
         say(self.state, _description(self.settings, source, data, self.device))
         self._plan_memory(source, [len(example.input_ids) for example in data.train])
         with self.record.timed("load"), self.memory.phase("load"):
-            model = self._load_model(source)
+            model = self._load_model(source, data)
         self._check_same_computation(model)
         try:
             self._begin(source, data, model)
@@ -194,6 +200,7 @@ class _Run:
             return
         shape = measure_shape(source.path, source.revision, self.settings.lora.lora_targets)
         self.chosen, plan, tokens = choose_memory_plan(shape, self.settings, lengths)
+        check_combination(self.chosen)
         self.plan = plan.record() | {"tokens_per_pass": tokens}
         lines = [describe(plan, tokens), host_shortage(plan, memory_of_a_process())]
         if self.device.type == "cuda" and self.start.checkpoint is None:
@@ -201,17 +208,23 @@ class _Run:
             lines.append(one_pass(shape, self.settings, lengths, free))
         say(self.state, "\n".join(line for line in lines if line is not None))
 
-    def _load_model(self, source: BaseSource) -> Any:
-        settings = self.chosen
+    def _load_model(self, source: BaseSource, data: TrainingData) -> Any:
+        settings, checkpoint = self.chosen, self.start.checkpoint
+        batches = eva_batches(data.train, settings) if checkpoint is None else []
         model: Any = take_base(
             source,
             quant=settings.quant,
             double_quant=settings.model.double_quant,
             compute_dtype=settings.model.compute_dtype,
             device=self.device,
+            shared=not self.trains_residual,
         )
         self.base_fingerprint = weights_fingerprint(model)
-        model = attach_adapter(model, settings)
+        model = attach_adapter(model, settings, resumed=checkpoint is not None)
+        if checkpoint is None:
+            start_adapter(model, settings, source, batches)
+        else:
+            restart_adapter(model, settings, checkpoint)
         # PEFT writes this name into every adapter folder. Users upload those: no local path.
         model.peft_config["default"].base_model_name_or_path = public_name(source.name)
         model.config.name_or_path = public_name(source.name)
@@ -271,6 +284,8 @@ class _Run:
         if self.start.checkpoint is not None:
             self.earlier_rows, self.losses = earlier_steps(self.start.checkpoint)
         on_main(self.state, self._take_folder)
+        if self.trains_residual and self.state.is_main_process:
+            save_pissa_start(model, self.pissa_start)
         self.record.begin(
             *(source, model, data),
             fingerprint=self.base_fingerprint,
@@ -320,11 +335,13 @@ class _Run:
         self.memory.optimizer = lambda: self.trainer.optimizer
 
     def _hold_out(self, examples: Sequence[Example]) -> HeldOut:
+        settings = self.settings
         evaluate = partial(
             evaluate_loss,
             cast(torch.nn.Module, self.trainer.model),
             examples,
-            batch_size=self.settings.optimization.eval_batch_size,
+            # With LLM.int8, the loss of a conversation depends on the others of its batch.
+            batch_size=1 if settings.quant is Quant.INT8 else settings.optimization.eval_batch_size,
             pad_id=self.pad_id,
             accelerator=self.trainer.accelerator,
             autocast_dtype=torch.bfloat16 if self.trainer.args.bf16 else None,
@@ -378,6 +395,7 @@ class _Run:
             | {"name": source.name, "weights_fingerprint": self.base_fingerprint},
             "quant": settings.quant.value,
             "double_quant": settings.model.double_quant,
+            "init_lora_weights": settings.lora.init_lora_weights,
             "compute_dtype": settings.model.compute_dtype,
             "data_fingerprint": data.report["train"]["fingerprint"],
             "template": settings.data.template,
@@ -387,7 +405,10 @@ class _Run:
         tokenizer.chat_template = chat_template(settings.data.template, tokenizer)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         try:
-            save_adapter(model, tokenizer, self.run_dir / ADAPTER_DIR, scrub_all(record))
+            save_adapter(
+                *(model, tokenizer, self.run_dir / ADAPTER_DIR, scrub_all(record)),
+                pissa_start=self.pissa_start if self.trains_residual else None,
+            )
         except AdapterError as error:
             raise TrainingError(error.problem, error.remedy) from None
 

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from qlora_harness.errors import ResultsError, RunError
 from qlora_harness.flag_checks import why_not_writable
 from qlora_harness.model.adapter_folder import RECORD_FILE, adapter_digest
+from qlora_harness.model.adapter_starts import START_FILE
 from qlora_harness.record import (
     ADAPTER_DIR,
     CHECKPOINT_DIR,
@@ -246,6 +247,7 @@ def remove_temporary_files(run_dir: Path) -> None:
     for name in (SUMMARY_FILE, LOGS_FILE, TRAINER_STATE_FILE):
         remove_leftovers(run_dir / name)
         (run_dir / f".{name}.tmp").unlink(missing_ok=True)
+    (run_dir / CHECKPOINT_DIR / f".{START_FILE}.tmp").unlink(missing_ok=True)
     for path in run_dir.glob(f".{ADAPTER_DIR}-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -260,6 +262,7 @@ def clear_run_folder(run_dir: Path) -> None:
         shutil.rmtree(run_dir / ADAPTER_DIR)
     for checkpoint in all_checkpoints(run_dir / CHECKPOINT_DIR):
         shutil.rmtree(checkpoint)
+    (run_dir / CHECKPOINT_DIR / START_FILE).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty: other files stay
         (run_dir / CHECKPOINT_DIR).rmdir()
     for name in (LOGS_FILE, TRAINER_STATE_FILE, EVALUATION_FILE, SUMMARY_FILE):

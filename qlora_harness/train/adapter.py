@@ -1,0 +1,124 @@
+"""The adapter of a run: attached, and with the start that its settings name."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from qlora_harness.data.chat_encoder import IGNORE, Example
+from qlora_harness.errors import RunError, SettingsError
+from qlora_harness.model.adapter_starts import (
+    START_FILE,
+    check_layers,
+    restart_pissa,
+    start_eva,
+    start_loftq,
+)
+from qlora_harness.model.base import BaseSource, load_base
+from qlora_harness.model.lora import attach_lora
+from qlora_harness.settings import Quant, Settings
+from qlora_harness.train.batches import ExampleSet, pad_batch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+# EVA goes over these batches until its components have converged.
+_EVA_BATCHES = 16
+_EVA_TOKENS_PER_RANK = 4
+
+
+def attach_adapter(
+    base: PreTrainedModel, settings: Settings, *, resumed: bool = False
+) -> PeftModel:
+    """Attaches the adapter that the settings describe, initialised with their seed.
+
+    A resumed run will read its weights from a checkpoint, so it decomposes nothing again.
+    """
+    torch.manual_seed(settings.optimization.seed)
+    lora, init = settings.lora, settings.lora.init_lora_weights
+    return attach_lora(
+        base,
+        r=lora.lora_r,
+        alpha=lora.lora_alpha,
+        dropout=lora.lora_dropout,
+        targets=lora.lora_targets,
+        dtype=lora.adapter_dtype,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init="default" if resumed and init in ("eva", "pissa") else init,
+    )
+
+
+def start_adapter(
+    model: PeftModel,
+    settings: Settings,
+    source: BaseSource,
+    batches: Sequence[dict[str, torch.Tensor]],
+) -> None:
+    """Gives the fresh adapter of a new run its start, if that needs data or the original base.
+
+    `batches` are those of `eva_batches`. Raises SettingsError if the rank is too high.
+    """
+    init = settings.lora.init_lora_weights
+    check_layers(model, init)
+    if init == "eva":
+        start_eva(model, batches)
+    if init == "loftq":
+        original = load_base(
+            source,
+            quant=Quant.BF16,
+            double_quant=False,
+            compute_dtype="bfloat16",
+            device=torch.device("cpu"),
+        )
+        start_loftq(model, original)
+
+
+def pissa_start(checkpoint: Path) -> Path:
+    """Returns the file with the start of a checkpoint's run; raises RunError without one."""
+    path = checkpoint.parent / START_FILE
+    if not path.is_file():
+        raise RunError(
+            f"{checkpoint} belongs to a run with --init-lora-weights pissa, and {path} is missing",
+            "Restore it, use --overwrite to start again, or another --output-dir",
+        )
+    return path
+
+
+def restart_adapter(model: PeftModel, settings: Settings, checkpoint: Path) -> None:
+    """Gives the base of a resumed run the residual that its adapter was trained on."""
+    if settings.lora.init_lora_weights == "pissa":
+        restart_pissa(model, pissa_start(checkpoint))
+
+
+def eva_batches(examples: Sequence[Example], settings: Settings) -> list[dict[str, torch.Tensor]]:
+    """Returns padded batches of training examples for EVA, drawn by the seed; else none.
+
+    Raises SettingsError if the examples have fewer learned tokens than the rank needs.
+    """
+    if settings.lora.init_lora_weights != "eva":
+        return []
+    rows = ExampleSet(examples)
+    order = random.Random(settings.optimization.seed).sample(range(len(rows)), len(rows))
+    needed = _EVA_TOKENS_PER_RANK * settings.lora.lora_r
+    batches, batch, learned = [], [], 0
+    for number in order:
+        batch.append(rows[number])
+        learned += sum(label != IGNORE for label in batch[-1]["labels"])
+        if learned >= needed:
+            batches.append(pad_batch(batch, pad_id=0))
+            batch, learned = [], 0
+        if len(batches) == _EVA_BATCHES:
+            break
+    if not batches:
+        raise SettingsError(
+            f"--init-lora-weights eva: the data has {learned} learned tokens, and --lora-r "
+            f"{settings.lora.lora_r} needs {needed}",
+            "Lower --lora-r, or use another initialisation",
+        )
+    return batches
