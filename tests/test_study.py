@@ -21,8 +21,8 @@ from conftest import REPOSITORY
 from training_runs import read
 
 from qlora_harness.errors import RunError
+from qlora_harness.lm_eval_compat.in_process import InProcessScorer
 from qlora_harness.model.shared_base import sharing_base
-from qlora_harness.score.in_process import InProcessScorer
 from qlora_harness.study.command import run
 from qlora_harness.study.definition import Study, build_study
 from qlora_harness.study.folder import StudyFolder
