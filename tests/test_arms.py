@@ -169,7 +169,7 @@ def test_pissa_run_without_its_start_is_refused_before_loading(
     assert train(output_dir="run", **flags) == 0
     as_if_killed("run", 4)
     Path("run/checkpoints", START_FILE).unlink()
-    monkeypatch.setattr(train_run, "load_base", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(train_run, "take_base", lambda *_, **__: pytest.fail("loaded"))
     capsys.readouterr()
     assert train(output_dir="run", **flags) != 0
     assert f"{START_FILE} is missing. " in capsys.readouterr().err

@@ -162,7 +162,10 @@ def test_methods_hold_what_the_records_say(tmp_path: Path) -> None:
             )
             changed(path, edit("environment/world_size", 2))
             changed(path, edit("model/weights_fingerprint", "sha256:" + "ab" * 32))
-            changed(path, edit("model/gguf", {"tensor_types": {"Q4_1": 7, "F32": 3}}))
+            changed(
+                path,
+                edit("model/gguf", {"sha256": "0" * 64, "tensor_types": {"Q4_1": 7, "F32": 3}}),
+            )
         if folder.parent.name == "int8":
             changed(path, edit("environment/device/name", "NVIDIA H200"))
     paragraph = methods([load_run(f, label="/".join(f.parts[-2:])).on(FAMILY) for f in folders])

@@ -205,13 +205,13 @@ def test_compute_dtype_is_measured_and_a_resumed_run_keeps_it(
     dtype: str,
 ) -> None:
     options = {"quant": "bf16", "output_dir": "run", "compute_dtype": "auto", "max_steps": 2}
-    monkeypatch.setattr("qlora_harness.train.run.bfloat16_slowdown", lambda: slowdown)
+    monkeypatch.setattr("qlora_harness.train.cpu.bfloat16_slowdown", lambda: slowdown)
     assert train(save_steps=1, **options) == 0
     assert f"on the CPU: {dtype} (" in capsys.readouterr().out
     shutil.rmtree("run/checkpoints/checkpoint-2")
     record = summary("run")
     Path("run/training_summary.json").write_text(json.dumps(record | {"status": "interrupted"}))
-    monkeypatch.setattr("qlora_harness.train.run.bfloat16_slowdown", lambda: 1 / slowdown)
+    monkeypatch.setattr("qlora_harness.train.cpu.bfloat16_slowdown", lambda: 1 / slowdown)
     assert train(**options) == 0
     for run in (record, summary("run")):
         assert run["quantization"]["compute_dtype"] == dtype

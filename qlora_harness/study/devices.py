@@ -7,6 +7,8 @@ import subprocess
 from typing import NamedTuple
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")  # of torch, and of the tokenizers
+_MOST_THREADS = 16
 _QUERY = ("nvidia-smi", "--query-gpu=uuid,index,memory.free", "--format=csv,noheader,nounits")
 
 
@@ -16,9 +18,17 @@ class Device(NamedTuple):
     gpu: str | None  # its value of CUDA_VISIBLE_DEVICES; None is the CPU
     free: int | None  # bytes, None if unknown
 
-    def environment(self) -> dict[str, str]:
-        """Returns the variables that a worker on this device needs."""
-        return {} if self.gpu is None else {_VISIBLE: self.gpu}
+    def environment(self, workers: int) -> dict[str, str]:
+        """Returns the variables that a worker on this device needs, one of several on a host.
+
+        Each would start a thread for every core. Threads that wait for work spin, which can make
+        all workers several times slower.
+        """
+        if self.gpu is None:
+            return {}
+        threads = str(max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // workers)))
+        unset = [name for name in _THREADS if name not in os.environ]
+        return {_VISIBLE: self.gpu} | dict.fromkeys(unset, threads)
 
 
 def visible_devices() -> list[Device]:

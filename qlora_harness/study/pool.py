@@ -51,6 +51,7 @@ class Pool:
         self, study: Study, devices: Sequence[Device], report: Callable[[Report], None]
     ) -> None:
         self._study, self._report = study, report
+        self._number = len(devices)
         self._workers = [self._start(device) for device in devices]
         self._pending: list[Job] = []
         self._stopping = False
@@ -84,7 +85,7 @@ class Pool:
     def _start(self, device: Device) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        with _environment(device.environment()):
+        with _environment(device.environment(self._number)):
             process = context.Process(target=work, args=(theirs, self._study))
             process.start()
         theirs.close()
