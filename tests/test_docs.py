@@ -15,6 +15,7 @@ import pytest
 from nbclient import NotebookClient
 
 from qlora_harness.cli import build_parser
+from qlora_harness.study.command import _parser as study_parser
 from qlora_harness.train.command import parse_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +98,8 @@ def test_commands_that_need_more_are_well_formed(block: Block) -> None:
             parse_settings(words[1:], prog="train")
         elif words[:2] == ["qlora-harness", "plan"]:
             parse_settings(words[2:], prog="plan")
+        elif words[:2] == ["qlora-harness", "study"]:
+            study_parser().parse_args(words[2:])
         elif words[:1] == ["qlora-harness"]:
             build_parser().parse_args(words[1:])
         elif words[:1] == ["make"]:
