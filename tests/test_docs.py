@@ -95,9 +95,9 @@ def test_commands_that_need_more_are_well_formed(block: Block) -> None:
         if words[:2] == ["accelerate", "launch"]:
             while words[0] not in ("launch/train.py", "qlora_harness.train"):
                 words.pop(0)
-            parse_settings(words[1:], prog="train")
+            parse_settings(words[1:])
         elif words[:2] == ["qlora-harness", "plan"]:
-            parse_settings(words[2:], prog="plan")
+            parse_settings(words[2:])
         elif words[:2] == ["qlora-harness", "study"]:
             study_parser().parse_args(words[2:])
         elif words[:1] == ["qlora-harness"]:
