@@ -37,7 +37,7 @@ class Block(NamedTuple):
 
 
 def blocks() -> list[Block]:
-    fence = re.compile(r'^```(bash|python)(?: needs="(.+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+    fence = re.compile(r'^```(bash|python)(?: needs="([^"\n]+)")?\n(.*?)^```$', re.S | re.M)
     result = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
