@@ -1,4 +1,5 @@
-# make demo: trains NF4 and bf16 on the embedded data with SmolLM2, scores both and the base, compares.
+# make demo: a study of SmolLM2 on the embedded data: NF4 and bf16, two seeds each. Run again, it resumes, or prints
+#   the answer at once; remove results/demo to train anew.
 # make test: the test suite.   make check: style, types, tests.   make docs: tables and picture from the records.
 # make matrix: the tests with the oldest and the newest supported versions.
 # Each makes .venv if it is missing. JOBS is the number of test processes. PYTHON=python3.12 make … chooses the interpreter.
@@ -9,21 +10,14 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 DEMO := results/demo
-TRAIN = $(BIN)/accelerate launch --quiet --config_file launch/accelerate/one_process.yaml \
-	launch/train.py --recipe demo --overwrite
-SCORE = LMEVAL_LOG_LEVEL=WARNING $(BIN)/lm_eval --tasks mmlu_qlora_demo --model qlora_adapter --batch_size 4
 
 .PHONY: demo test check docs matrix clean
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 demo: $(READY)
-	$(TRAIN) --quant nf4 --output-dir $(DEMO)/4bit
-	$(TRAIN) --quant bf16 --output-dir $(DEMO)/16bit
-	$(SCORE) --model_args peft=$(DEMO)/4bit/adapter,verify=16 --output_path $(DEMO)/4bit/lm_eval --log_samples
-	$(SCORE) --model_args peft=$(DEMO)/16bit/adapter --output_path $(DEMO)/16bit/lm_eval --log_samples
-	$(SCORE) --model_args pretrained=smollm2,quant=bf16,results_dir=$(DEMO)/base_16bit --output_path $(DEMO)/base_16bit/lm_eval --log_samples
-	$(BIN)/qlora-harness compare $(DEMO)/4bit $(DEMO)/16bit $(DEMO)/base_16bit
+	LMEVAL_LOG_LEVEL=WARNING $(BIN)/qlora-harness study --recipe demo --arms nf4,bf16 --seeds 2 \
+		--tasks mmlu_qlora_demo --score-bases --output-dir $(DEMO)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile

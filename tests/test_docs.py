@@ -15,6 +15,7 @@ import pytest
 from nbclient import NotebookClient
 
 from qlora_harness.cli import build_parser
+from qlora_harness.study.command import _parser as study_parser
 from qlora_harness.train.command import parse_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +37,7 @@ class Block(NamedTuple):
 
 
 def blocks() -> list[Block]:
-    fence = re.compile(r'^```(bash|python)(?: needs="(.+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+    fence = re.compile(r'^```(bash|python)(?: needs="([^"\n]+)")?\n(.*?)^```$', re.S | re.M)
     result = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -94,9 +95,11 @@ def test_commands_that_need_more_are_well_formed(block: Block) -> None:
         if words[:2] == ["accelerate", "launch"]:
             while words[0] not in ("launch/train.py", "qlora_harness.train"):
                 words.pop(0)
-            parse_settings(words[1:], prog="train")
+            parse_settings(words[1:])
         elif words[:2] == ["qlora-harness", "plan"]:
-            parse_settings(words[2:], prog="plan")
+            parse_settings(words[2:])
+        elif words[:2] == ["qlora-harness", "study"]:
+            study_parser().parse_args(words[2:])
         elif words[:1] == ["qlora-harness"]:
             build_parser().parse_args(words[1:])
         elif words[:1] == ["make"]:

@@ -55,6 +55,7 @@ def reaching(folder: str, *forbidden: str) -> list[str]:
         *(([part], HEAVY) for part in ("settings", "errors", "record", "locations", "cli")),
         (["data"], HEAVY),
         (["train/command"], HEAVY),
+        (["study/definition", "study/command"], HEAVY),
         (["compare", "results", "schema"], ["torch", "transformers", "peft", "lm_eval"]),
     ],
 )
@@ -80,11 +81,17 @@ def test_importing_brings_in_nothing_heavy(parts: list[str], watched: list[str])
         ("schema", ["torch", "lm_eval", "results", "train"]),
         ("results", ["torch", "lm_eval", "compare", "train"]),
         ("compare", ["torch", "lm_eval", "train", "model", "score"]),
+        ("study", ["benchmark"]),
     ],
 )
 def test_no_stage_reaches_back(folder: str, forbidden: list[str]) -> None:
     names = [name if name in HEAVY else f"qlora_harness.{name}" for name in forbidden]
     assert reaching(folder, *names) == []
+
+
+def test_only_the_command_line_imports_studies() -> None:
+    lines = reaching("", "qlora_harness.study")
+    assert {line.split(":")[0] for line in lines if not line.startswith("study/")} <= {"cli.py"}
 
 
 def test_only_one_place_imports_lm_eval() -> None:
