@@ -26,7 +26,8 @@ from qlora_harness.score.in_process import InProcessScorer
 from qlora_harness.study.command import run
 from qlora_harness.study.definition import Study, build_study
 from qlora_harness.study.folder import StudyFolder
-from qlora_harness.study.worker import CellRunner, Report, is_complete
+from qlora_harness.study.progress import is_complete
+from qlora_harness.study.worker import CellRunner, Report
 from qlora_harness.train.run import run_training
 
 BIN = Path(sys.executable).parent
@@ -205,7 +206,7 @@ def test_changed_settings_are_refused_once_cells_have_begun(
     # An arm that has not begun may change, and arms and seeds may be added.
     arms = {**content["arms"], "bf16": {"quant": "bf16", "lora_r": 2}, "fp4": {"quant": "fp4"}}
     more = build_study({**content, "arms": arms, "seeds": 2}, {}, file)
-    StudyFolder(more).check_unchanged()
+    StudyFolder(more).check()
     StudyFolder(more).begin()
     states = {cell["name"]: cell["state"] for cell in read("results/s/study.json")["cells"]}
     assert states["nf4/0"] == "completed"

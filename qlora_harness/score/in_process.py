@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-from qlora_harness.errors import SettingsError
+from qlora_harness.errors import RunError, SettingsError
 from qlora_harness.lm_eval_compat.hflm import Request
 from qlora_harness.lm_eval_compat.hook import MODEL_NAME
 from qlora_harness.lm_eval_compat.tasks import read_mmlu_files
@@ -45,6 +47,12 @@ def check_tasks(tasks: Sequence[str]) -> TaskManager:
             f"--tasks: lm_eval has no task {', '.join(unknown)}",
             "`lm_eval ls tasks` lists every task",
         )
+    for tag in manager.all_tags:
+        if tag in tasks:  # results have the names of its tasks only
+            members = ", ".join(sorted(manager.task_index[tag].tags or ()))
+            raise SettingsError(
+                f"--tasks: {tag} is a tag of several tasks", f"Name the tasks themselves: {members}"
+            )
     read_mmlu_files(tasks, {})
     return manager
 
@@ -84,10 +92,17 @@ class InProcessScorer:
         )
 
     def score(self, model_args: Mapping[str, Any], output_path: Path) -> None:
-        """Scores one model and saves lm_eval's results and samples below `output_path`."""
+        """Scores one model and saves lm_eval's results and samples below `output_path`.
+
+        A results file is there only with its samples, and whole, whatever ends the process.
+        Raises RunError if they can't be written.
+        """
+        # Beside the run folder, in which every results file counts, and on its file system.
+        work = output_path.parent.with_name(f".{output_path.parent.name}.lm_eval")
+        shutil.rmtree(work, ignore_errors=True)  # of a killed process
         lm = QloraAdapterLM.create_from_arg_obj(dict(model_args), self._options)
         try:
-            tracker = EvaluationTracker(output_path=str(output_path))
+            tracker = EvaluationTracker(output_path=str(work))
             results = self._evaluate(lm, model_args, evaluation_tracker=tracker)
             # lm_eval knows the model as an object only; its name is what the command would record.
             results["config"]["model"] = MODEL_NAME
@@ -96,5 +111,33 @@ class InProcessScorer:
             tracker.save_results_aggregated(results=results, samples=samples)
             for task in results["configs"]:
                 tracker.save_results_samples(task_name=task, samples=samples[task])
+            _check_saved(work, samples)
+            _move(work, output_path)
         finally:
+            shutil.rmtree(work, ignore_errors=True)
             lm.session.close()
+
+
+def _check_saved(folder: Path, samples: Mapping[str, Sequence[object]]) -> None:
+    """Raises RunError if a file is missing or cut short, of which lm_eval only warns."""
+    for task, rows in samples.items():
+        paths = [*folder.rglob("results_*.json"), *folder.rglob(f"samples_{task}_2*.jsonl")]
+        try:
+            json.loads(paths[0].read_bytes())
+            whole = paths[1].read_bytes().count(b"\n") == len(rows)
+        except (OSError, ValueError, IndexError):
+            whole = False
+        if not whole:
+            raise RunError(
+                f"{folder.parent}: lm_eval could not save its results of {task}",
+                "Free some space, or see its reason in the log",
+            )
+
+
+def _move(source: Path, target: Path) -> None:
+    """Moves the files of a folder into another one, the results last."""
+    paths = [path for path in source.rglob("*") if path.is_file()]
+    for path in sorted(paths, key=lambda path: path.name.startswith("results_")):
+        new = target / path.relative_to(source)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(new)
