@@ -13,7 +13,7 @@ from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-from qlora_harness.errors import RunError, SettingsError
+from qlora_harness.errors import HarnessError, RunError, SettingsError, first_line
 from qlora_harness.lm_eval_compat.hflm import Request
 from qlora_harness.lm_eval_compat.hook import MODEL_NAME
 from qlora_harness.lm_eval_compat.tasks import read_mmlu_files
@@ -55,6 +55,21 @@ def check_tasks(tasks: Sequence[str]) -> TaskManager:
             )
     read_mmlu_files(tasks, {})
     return manager
+
+
+def load_tasks(tasks: Sequence[str]) -> None:
+    """Loads the questions of tasks; raises SettingsError for one that can't be loaded."""
+    manager = check_tasks(tasks)
+    for task in tasks:
+        try:
+            manager.load([task])
+        except HarnessError:
+            raise
+        except Exception as error:  # noqa: BLE001  # any task's own code and data
+            raise SettingsError(
+                f"--tasks: {task} can't be loaded ({first_line(error)})",
+                "Check the network, or leave the task out",
+            ) from None
 
 
 class InProcessScorer:

@@ -16,6 +16,7 @@ from qlora_harness.study.folder import StudyFolder
 from qlora_harness.study.progress import summary_of
 from qlora_harness.train.arguments import planned_steps
 from qlora_harness.train.cpu import faster_dtype
+from qlora_harness.train.held_out import check_held_out
 from qlora_harness.train.memory_plan import GIB, choose_memory_plan, measure_shape
 
 CONTEXT = 0.6 * GIB  # of CUDA and its libraries, which the plan does not count
@@ -64,9 +65,9 @@ def check_study_runs(study: Study, devices: Sequence[Device]) -> dict[str, ArmPl
     for settings in study.arms().values():
         check_can_run(settings)
     if study.tasks:
-        from qlora_harness.score.in_process import check_tasks
+        from qlora_harness.score.in_process import load_tasks
 
-        check_tasks(study.tasks)
+        load_tasks(study.tasks)
     data: dict[DataSettings, TrainingData] = {}
     plans = {}
     for arm, settings in study.arms().items():
@@ -74,6 +75,7 @@ def check_study_runs(study: Study, devices: Sequence[Device]) -> dict[str, ArmPl
         tokenizer = load_tokenizer(source)
         if settings.data not in data:
             data[settings.data] = load_training_data(tokenizer, settings.data)
+        check_held_out(settings, data[settings.data])
         _check_same_data(study, arm, data[settings.data])
         lengths = [len(example.input_ids) for example in data[settings.data].train]
         shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)

@@ -197,8 +197,10 @@ def check_study(content: Mapping[str, Any], where: str) -> StudyFile:
 
 
 def read_study(path: Path) -> dict[str, Any]:
-    """Reads a study file; raises SettingsError."""
-    return {str(k).replace("-", "_"): v for k, v in load_yaml(path, "study").items()}
+    """Reads a study file and checks the types in it; raises SettingsError."""
+    content = {str(k).replace("-", "_"): v for k, v in load_yaml(path, "study").items()}
+    check_study(content, f"study {path}")
+    return content
 
 
 def build_study(

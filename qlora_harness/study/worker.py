@@ -20,7 +20,7 @@ from qlora_harness.errors import HarnessError, first_line
 from qlora_harness.schema.study_record import State
 from qlora_harness.study.definition import Cell, Study
 from qlora_harness.study.folder import StudyFolder, lock_cell
-from qlora_harness.study.progress import missing_tasks, status_of, summary_of
+from qlora_harness.study.progress import is_complete, missing_tasks, status_of, summary_of
 from qlora_harness.study.projection import Probe
 
 _Result = TypeVar("_Result")
@@ -41,8 +41,7 @@ def work(connection: Connection, study: Study) -> None:
     """Runs cells as they arrive, until None arrives or one ends in a way that may leave damage."""
     os.setpgrp()  # the terminal's Ctrl-C reaches the command only, which passes it on once
     _end_with_parent()
-    with printing_to(Path(os.devnull)):  # bitsandbytes warns while it is imported
-        from qlora_harness.model.shared_base import sharing_base
+    from qlora_harness.model.shared_base import sharing_base
 
     def report(what: Report) -> None:
         with contextlib.suppress(OSError):  # the command has ended; SIGTERM will follow
@@ -85,26 +84,30 @@ class CellRunner:
 
     def run(self, cell: Cell) -> bool:
         """Runs what a cell still lacks; returns whether this process can run another one."""
-        from qlora_harness.train.signals import sigterm_as_ctrl_c
-
         lock = lock_cell(cell, _LOCK_SECONDS)
         if lock is None:
             self._report(Report(cell.name, "planned", {"failure": "another process runs it"}))
             return True
         began = time.perf_counter()
         try:
-            with printing_to(self._folder.log_path(cell)), sigterm_as_ctrl_c():
-                _traced(lambda: self._compute(cell))
+            if is_complete(cell, self._study.tasks):  # another process has just done it
+                self._report(Report(cell.name, "completed", _numbers(cell)))
+                return True
+            with printing_to(self._folder.log_path(cell)):
+                from qlora_harness.train.signals import sigterm_as_ctrl_c
+
+                with sigterm_as_ctrl_c():
+                    _traced(lambda: self._compute(cell))
             values = {**_numbers(cell), "seconds": time.perf_counter() - began, "failure": None}
             self._tell(cell, "completed", values)
             return True
         except KeyboardInterrupt:
             self._tell(cell, "interrupted", {"failure": "stopped by a signal"}, last=True)
             return False
-        except Exception as error:  # noqa: BLE001  # a cell that fails doesn't stop the others
-            stopped = isinstance(error, HarnessError) and status_of(cell) == "interrupted"
-            # After an unexpected error the device may not be usable any more.
-            last = stopped or not isinstance(error, HarnessError)
+        except Exception as error:  # noqa: BLE001  # one cell stops no other
+            expected = isinstance(error, HarnessError)
+            stopped = expected and status_of(cell) == "interrupted"
+            last = stopped or not expected  # the device may not be usable any more
             state: State = "interrupted" if stopped else "failed"
             self._tell(cell, state, {"failure": _line(error)}, last=last)
             return not last
@@ -112,7 +115,7 @@ class CellRunner:
             lock.release()
 
     def measure(self, probe: Probe) -> bool:
-        """Measures a cell without a record or a log; returns whether this process can run another one."""
+        """Measures a cell, without a record; returns whether this process can run another one."""
         from qlora_harness.study.projection import measure
 
         try:

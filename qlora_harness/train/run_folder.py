@@ -219,7 +219,7 @@ def _check_same_experiment(run_dir: Path, previous: Mapping[str, Any], settings:
 def changed_settings(
     previous: Mapping[str, Any], settings: Settings
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yields the name of each setting that differs from a run's summary, with the old and new value.
+    """Yields each setting that differs from a run's summary: name, old and new value.
 
     A setting that the summary lacks had its default then.
     """
