@@ -164,7 +164,11 @@ class CellRunner:
         self, cell: Cell, state: State, values: Mapping[str, Any] | None = None, last: bool = False
     ) -> None:
         """Writes the state to study.json before anyone hears of it."""
-        self._folder.update(cell.name, state=state, **(values or {}))
+        try:
+            self._folder.update(cell.name, state=state, **(values or {}))
+        except OSError:  # of a full disk, say; the command at least hears of a failure
+            if state not in ("failed", "interrupted"):
+                raise
         self._report(Report(cell.name, state, values or {}, last))
 
 
@@ -211,7 +215,8 @@ def printing_to(path: Path) -> Iterator[None]:
             yield
         finally:
             for stream in streams:
-                stream.flush()
+                with contextlib.suppress(OSError):  # a full disk
+                    stream.flush()
             for number, copy in before:
                 os.dup2(copy, number)
                 os.close(copy)
