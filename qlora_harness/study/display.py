@@ -153,7 +153,7 @@ class Display:
         return text if left is None else f"{text}, about {duration(left)} left"
 
     def _seconds_left(self) -> float | None:
-        """From the cells that have ended, if there are any of the same kind."""
+        """From the cells that have ended; None before the first one, and after the last."""
         trained = [r.seconds for r in self.rows.values() if r.cell.seed is not None and r.seconds]
         bases = [r.seconds for r in self.rows.values() if r.cell.seed is None and r.seconds]
         if not trained:
@@ -163,4 +163,4 @@ class Display:
             if row.state in ("planned", "training", "scoring"):
                 times = bases if row.cell.seed is None and bases else trained
                 left += max(0.0, sum(times) / len(times) - (row.elapsed() or 0.0))
-        return left / self._devices
+        return left / self._devices or None
