@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import lzma
 import math
 import os
 import platform
@@ -29,6 +30,7 @@ SUMMARY_FILE = "training_summary.json"
 LOGS_FILE = "training_logs.json"
 TRAINER_STATE_FILE = "trainer_state.json"
 EVALUATION_FILE = "evaluation_results.json"
+PROGRESS_FILES = "mmlu_progress_*.json*"  # a user may compress them to .json.xz
 ADAPTER_DIR = "adapter"
 CHECKPOINT_DIR = "checkpoints"
 
@@ -44,6 +46,7 @@ _PACKAGES = (  # that can change the numbers
     "tokenizers",
     "safetensors",
 )
+_LONGEST_UNPACKED = 500_000_000  # characters; a small .xz can hold far more
 _DEEPEST = 100  # nested brackets; readers recurse into them
 _LONGEST_NUMBER = 308  # digits; a float holds no more
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -132,16 +135,20 @@ def _json_text(value: object, rows_at: int | None, depth: int = 0) -> str:
 def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
     """Reads a JSON object, more strictly than `json.loads`, or raises ResultsError.
 
-    Refuses repeated keys, integers of more than 308 digits, deep nesting and lone surrogates;
-    with `finite` also NaN and infinity, which our own records never hold.
+    The file may be an .xz. Refuses repeated keys, integers of more than 308 digits, deep nesting
+    and lone surrogates; with `finite` also NaN and infinity, which our own records never hold.
     """
     try:
         if path.exists() and not path.is_file():  # reading a pipe would block
             raise ResultsError(f"{path} is not a file", "Name another file")
-        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".xz":
+            with lzma.open(path, "rt", encoding="utf-8") as file:
+                text = file.read(_LONGEST_UNPACKED)
+        else:
+            text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ResultsError(f"{path} does not exist", "Check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, lzma.LZMAError) as error:
         raise ResultsError(f"{path} can't be read: {error}", "Check the file") from None
     try:
         value = _parse(text)

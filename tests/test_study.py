@@ -26,9 +26,9 @@ from rich.console import Console
 from training_runs import read
 
 from qlora_harness.errors import RunError
+from qlora_harness.lm_eval_compat.in_process import InProcessScorer
 from qlora_harness.model.shared_base import sharing_base
 from qlora_harness.schema.study_record import StudyRecord
-from qlora_harness.score.in_process import InProcessScorer
 from qlora_harness.study.checks import check_study_runs
 from qlora_harness.study.command import run
 from qlora_harness.study.definition import Study, build_study

@@ -23,8 +23,12 @@ OFF_VARIABLE = "QLORA_HARNESS_NO_HOOK"
 
 def install() -> None:
     """Adds the finder, once, unless QLORA_HARNESS_NO_HOOK is set."""
-    if os.environ.get(OFF_VARIABLE, "") not in ("", "0"):
-        return
+    if os.environ.get(OFF_VARIABLE, "") in ("", "0"):
+        add_finder()
+
+
+def add_finder() -> None:
+    """Adds the finder, once, for modules of lm_eval that have not been imported yet."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from qlora_harness.errors import ComparisonError, ResultsError, shown
 from qlora_harness.schema.mmlu import LETTERS
 from qlora_harness.schema.mmlu import PROMPT_DIGITS, prompts_hash
-from qlora_harness.record import EVALUATION_FILE
+from qlora_harness.record import EVALUATION_FILE, PROGRESS_FILES
 from qlora_harness.results.lm_eval_files import read_samples
 from qlora_harness.results.scored import FAMILIES, Scored
 from qlora_harness.schema.scoring_records import Progress
@@ -92,7 +92,7 @@ def _read_progress(scored: Scored) -> pd.DataFrame | None:
 def _find_progress(scored: Scored) -> tuple[Path, Progress | None]:
     """The progress file of the model in evaluation_results.json."""
     folder = scored.path.parent
-    paths = sorted(p for p in folder.glob("mmlu_progress_*.json") if p.is_file())
+    paths = sorted(p for p in folder.glob(PROGRESS_FILES) if p.is_file())
     records = {path: read_record(path, Progress) for path in paths}
     mine = [p for p, r in records.items() if (r.arm, r.model) == (scored.arm, scored.model)]
     if paths and len(mine) != 1:

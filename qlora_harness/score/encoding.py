@@ -19,6 +19,7 @@ _SAMPLE = 32  # pairs encoded whole, too, as a check
 _ANCHOR = 24  # characters to search for the word before a piece
 _PIECE = 128  # least characters of a piece
 _BORDER = re.compile(r"(?<=[^\s▁Ġ]) (?=[^\s▁Ġ])")
+_CROSSING = re.compile(r"\S[ ▁]")
 
 Pair = tuple[str, str]
 TokenIds = tuple[list[int], list[int]]  # of the context and the continuation
@@ -104,9 +105,10 @@ def _is_separable(tokenizer: Any) -> bool:
         return False
     if type(tokenizer.backend_tokenizer.model).__name__ != "BPE":
         return False
-    # "▁" is a space for SentencePiece vocabularies, "Ġ" for byte-level ones.
-    crossing = re.compile(r"[^▁Ġ ][▁Ġ ]")
-    return not any(crossing.search(token) for token in tokenizer.get_vocab())
+    # "▁" is a space for SentencePiece vocabularies, "Ġ" for byte-level ones. Before it may be
+    # another kind of space, such as a tab, which only the decoded token shows.
+    spaced = [token for token in tokenizer.get_vocab() if re.search(r"[^▁Ġ ][▁Ġ ]", token)]
+    return not any(_CROSSING.search(tokenizer.convert_tokens_to_string([t])) for t in spaced)
 
 
 def _added_tokens(tokenizer: Any) -> re.Pattern[str] | None:

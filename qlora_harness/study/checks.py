@@ -65,7 +65,7 @@ def check_study_runs(study: Study, devices: Sequence[Device]) -> dict[str, ArmPl
     for settings in study.arms().values():
         check_can_run(settings)
     if study.tasks:
-        from qlora_harness.score.in_process import load_tasks
+        from qlora_harness.lm_eval_compat.in_process import load_tasks
 
         load_tasks(study.tasks)
     data: dict[DataSettings, TrainingData] = {}

@@ -50,7 +50,7 @@ class Probe:
 
 def measure(probe: Probe, study: Study) -> Measurement:
     """Trains a few steps and scores a few packs, and projects from their speed."""
-    from qlora_harness.score.in_process import InProcessScorer
+    from qlora_harness.lm_eval_compat.in_process import InProcessScorer
     from qlora_harness.train.run import run_training
 
     settings, plan, begun = probe.cell.settings, probe.plan, time.perf_counter()

@@ -149,8 +149,8 @@ class CellRunner:
         tasks = missing_tasks(cell, self._study.tasks)
         if not tasks:
             return
+        from qlora_harness.lm_eval_compat.in_process import InProcessScorer
         from qlora_harness.model.shared_base import free_memory
-        from qlora_harness.score.in_process import InProcessScorer
 
         self._tell(cell, "scoring")
         if tasks not in self._scorers:

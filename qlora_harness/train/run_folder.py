@@ -23,6 +23,7 @@ from qlora_harness.record import (
     CHECKPOINT_DIR,
     EVALUATION_FILE,
     LOGS_FILE,
+    PROGRESS_FILES,
     SUMMARY_FILE,
     TRAINER_STATE_FILE,
     nested,
@@ -278,7 +279,7 @@ def clear_run_folder(run_dir: Path) -> None:
         (run_dir / CHECKPOINT_DIR).rmdir()
     for name in (LOGS_FILE, TRAINER_STATE_FILE, EVALUATION_FILE, SUMMARY_FILE):
         (run_dir / name).unlink(missing_ok=True)
-    for pattern in ("mmlu_progress_*.json", ".mmlu_progress_*.jsonl*"):
+    for pattern in (PROGRESS_FILES, ".mmlu_progress_*.jsonl*"):
         for path in run_dir.glob(pattern):
             path.unlink()
 

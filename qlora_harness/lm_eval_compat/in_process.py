@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+# ruff: noqa: E402  # the finder must come before lm_eval
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_harness.errors import HarnessError, SettingsError, first_line
+from qlora_harness.lm_eval_compat.hook import MODEL_NAME, add_finder
+
+add_finder()  # also where no hook runs at the interpreter's start
+
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
-from qlora_harness.errors import HarnessError, SettingsError, first_line
 from qlora_harness.lm_eval_compat.hflm import Request
-from qlora_harness.lm_eval_compat.hook import MODEL_NAME
 from qlora_harness.lm_eval_compat.tasks import read_mmlu_files
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.prefix_tree import Score
