@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 # ruff: noqa: E402  # the finder must come before lm_eval
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_harness.errors import SettingsError
+from qlora_harness.errors import HarnessError, SettingsError, first_line
 from qlora_harness.lm_eval_compat.hook import MODEL_NAME, add_finder
 
 add_finder()  # also where no hook runs at the interpreter's start
@@ -49,8 +50,29 @@ def check_tasks(tasks: Sequence[str]) -> TaskManager:
             f"--tasks: lm_eval has no task {', '.join(unknown)}",
             "`lm_eval ls tasks` lists every task",
         )
+    for tag in manager.all_tags:
+        if tag in tasks:  # results have the names of its tasks only
+            members = ", ".join(sorted(manager.task_index[tag].tags or ()))
+            raise SettingsError(
+                f"--tasks: {tag} is a tag of several tasks", f"Name the tasks themselves: {members}"
+            )
     read_mmlu_files(tasks, {})
     return manager
+
+
+def load_tasks(tasks: Sequence[str]) -> None:
+    """Loads the questions of tasks; raises SettingsError for one that can't be loaded."""
+    manager = check_tasks(tasks)
+    for task in tasks:
+        try:
+            manager.load([task])
+        except HarnessError:
+            raise
+        except Exception as error:  # noqa: BLE001  # any task's own code and data
+            raise SettingsError(
+                f"--tasks: {task} can't be loaded ({first_line(error)})",
+                "Check the network, or leave the task out",
+            ) from None
 
 
 class InProcessScorer:
@@ -88,10 +110,16 @@ class InProcessScorer:
         )
 
     def score(self, model_args: Mapping[str, Any], output_path: Path) -> None:
-        """Scores one model and saves lm_eval's results and samples below `output_path`."""
+        """Scores one model and saves lm_eval's results and samples below `output_path`.
+
+        A results file is there only with its samples, and whole, whatever ends the process.
+        """
+        # Beside the run folder, in which every results file counts, and on its file system.
+        work = output_path.parent.with_name(f".{output_path.parent.name}.lm_eval")
+        shutil.rmtree(work, ignore_errors=True)  # of a killed process
         lm = QloraAdapterLM.create_from_arg_obj(dict(model_args), self._options)
         try:
-            tracker = EvaluationTracker(output_path=str(output_path))
+            tracker = EvaluationTracker(output_path=str(work))
             results = self._evaluate(lm, model_args, evaluation_tracker=tracker)
             # lm_eval knows the model as an object only; its name is what the command would record.
             results["config"]["model"] = MODEL_NAME
@@ -100,5 +128,16 @@ class InProcessScorer:
             tracker.save_results_aggregated(results=results, samples=samples)
             for task in results["configs"]:
                 tracker.save_results_samples(task_name=task, samples=samples[task])
+            _move(work, output_path)
         finally:
+            shutil.rmtree(work, ignore_errors=True)
             lm.session.close()
+
+
+def _move(source: Path, target: Path) -> None:
+    """Moves the files of a folder into another one, the results last."""
+    paths = [path for path in source.rglob("*") if path.is_file()]
+    for path in sorted(paths, key=lambda path: path.name.startswith("results_")):
+        new = target / path.relative_to(source)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(new)

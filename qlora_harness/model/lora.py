@@ -194,7 +194,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         config.init_lora_weights = True  # the file overwrites it
     # The file has every weight of such an adapter, so random ones need not be drawn first.
     only_lora = all(".lora_A." in name or ".lora_B." in name for name in weights)
-    skip = only_lora and config.init_lora_weights is True and not config.use_dora
+    copies = config.use_dora or config.layer_replication
+    skip = only_lora and config.init_lora_weights is True and not copies
     try:
         with quiet_peft():
             adapted = get_peft_model(model, config, low_cpu_mem_usage=skip)

@@ -21,7 +21,7 @@ class CellRecord(Section):
     folder: str
     """Of its records, below that of the study."""
     state: State = "planned"
-    """How far it is; a killed cell stays in the state that it had."""
+    """How far it is; a cell killed with its command is corrected at the next start."""
     failure: str | None = None
     """What ended it, if it failed."""
     commands: list[str] = []

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_harness.data.corpus import TrainingData, load_training_data
-from qlora_harness.errors import SettingsError
+from qlora_harness.errors import RunError, SettingsError
 from qlora_harness.model.base import find_base, load_tokenizer
 from qlora_harness.settings import DataSettings, Settings, check_can_run
 from qlora_harness.study.definition import Cell, Study
 from qlora_harness.study.devices import Device
 from qlora_harness.study.folder import StudyFolder
+from qlora_harness.study.progress import summary_of
 from qlora_harness.train.arguments import planned_steps
 from qlora_harness.train.cpu import faster_dtype
+from qlora_harness.train.held_out import check_held_out
 from qlora_harness.train.memory_plan import GIB, choose_memory_plan, measure_shape
 
 CONTEXT = 0.6 * GIB  # of CUDA and its libraries, which the plan does not count
@@ -63,9 +65,9 @@ def check_study_runs(study: Study, devices: Sequence[Device]) -> dict[str, ArmPl
     for settings in study.arms().values():
         check_can_run(settings)
     if study.tasks:
-        from qlora_harness.lm_eval_compat.in_process import check_tasks
+        from qlora_harness.lm_eval_compat.in_process import load_tasks
 
-        check_tasks(study.tasks)
+        load_tasks(study.tasks)
     data: dict[DataSettings, TrainingData] = {}
     plans = {}
     for arm, settings in study.arms().items():
@@ -73,12 +75,27 @@ def check_study_runs(study: Study, devices: Sequence[Device]) -> dict[str, ArmPl
         tokenizer = load_tokenizer(source)
         if settings.data not in data:
             data[settings.data] = load_training_data(tokenizer, settings.data)
+        check_held_out(settings, data[settings.data])
+        _check_same_data(study, arm, data[settings.data])
         lengths = [len(example.input_ids) for example in data[settings.data].train]
         shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
         chosen, plan, _ = choose_memory_plan(shape, settings, lengths)
         plans[arm] = _plan(chosen, plan.peak, lengths)
         _check_memory(arm, plan.peak, devices)
     return plans
+
+
+def _check_same_data(study: Study, arm: str, data: TrainingData) -> None:
+    """Raises RunError if cells of an arm were trained on other conversations than there are now."""
+    for cell in study.cells:
+        summary = summary_of(cell) if cell.arm == arm else None
+        before = None if summary is None else summary.data.train.fingerprint
+        if before not in (None, data.report["train"]["fingerprint"]):
+            raise RunError(
+                f"{cell.folder}: the data set {cell.settings.data.dataset} or its tokens have "
+                f"changed since {cell.name} was trained",
+                "Restore the data, or give the study another name",
+            )
 
 
 def _plan(settings: Settings, peak: int, lengths: Sequence[int]) -> ArmPlan:

@@ -125,23 +125,25 @@ class _Command:
         self._devices = visible_devices()
         self._study = with_one_dtype(study, self._devices)
         self._folder = StudyFolder(self._study)
-        self._folder.check_unchanged()
+        self._folder.check()
         self._chosen, self._began = chosen, began
         self._console = Console(highlight=False)
 
     def run(self) -> int:
         """Runs the cells that are not complete, and then prints the answer."""
-        from qlora_harness.study.worker import is_complete
+        from qlora_harness.study.progress import is_complete
 
         tasks = self._study.tasks
         cells = [cell for cell in self._cells() if not is_complete(cell, tasks)]
-        failures = self._run_cells(cells) if cells else []
-        if self._chosen is None:
-            self._compare([c for c in self._study.cells if is_complete(c, tasks)])
-        for line in failures:
-            self._console.print(printable(line), soft_wrap=True, markup=False)
-        if failures:
-            print(f"the logs are in {self._folder.logs}; the same command goes on")
+        failures = self._run_cells(cells)
+        try:
+            if self._chosen is None:
+                self._compare([c for c in self._study.cells if is_complete(c, tasks)])
+        finally:
+            for line in failures:
+                self._console.print(printable(line), soft_wrap=True, markup=False)
+            if failures:
+                print(f"the logs are in {self._folder.logs}; the same command goes on")
         return _FAILED if failures else 0
 
     def _run_cells(self, cells: Sequence[Cell]) -> list[str]:
@@ -150,14 +152,19 @@ class _Command:
         from qlora_harness.study.display import Display
         from qlora_harness.study.pool import Pool
 
-        plans = check_study_runs(self._study, self._devices)
+        plans = check_study_runs(self._study, self._devices) if cells else {}
         self._folder.begin()
+        if not cells:
+            return []
         steps = {arm: plan.steps for arm, plan in plans.items()}
         display = Display(cells, steps, len(self._devices), self._console)
         pool = Pool(self._study, self._devices[: len(cells)], display.take)
         try:
             with display.shown():
                 pool.run(cells, display.refresh)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on")
+            raise
         finally:
             pool.close()
             self._folder.finish(time.monotonic() - self._began)
@@ -166,7 +173,7 @@ class _Command:
     def _cells(self) -> list[Cell]:
         if self._chosen is None:
             return list(self._study.cells)
-        return [self._study.cell(name) for name in self._chosen]
+        return [self._study.cell(name) for name in dict.fromkeys(self._chosen)]
 
     def _compare(self, cells: Sequence[Cell]) -> None:
         """Writes the comparison of complete cells beside them, and prints the answer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -37,7 +38,8 @@ from qlora_harness.settings import (
 OWN = ("seed", "resume", "overwrite")
 # What all arms share, since runs on other data or models can't be compared.
 _SHARED = frozenset({"model", "revision", *(f.name for f in fields(DataSettings))})
-_UNSAFE = set("/\\ \t\n,=")
+_NAME = re.compile(r"\w[\w.+-]{0,79}")
+_FILES = (".json", ".md", ".html", ".log")  # of a study, beside the folders of arms
 _MOST_SEEDS = 100
 
 
@@ -195,8 +197,10 @@ def check_study(content: Mapping[str, Any], where: str) -> StudyFile:
 
 
 def read_study(path: Path) -> dict[str, Any]:
-    """Reads a study file; raises SettingsError."""
-    return {str(k).replace("-", "_"): v for k, v in load_yaml(path, "study").items()}
+    """Reads a study file and checks the types in it; raises SettingsError."""
+    content = {str(k).replace("-", "_"): v for k, v in load_yaml(path, "study").items()}
+    check_study(content, f"study {path}")
+    return content
 
 
 def build_study(
@@ -225,6 +229,8 @@ def build_study(
             own = {"seed": seed, "output_dir": str(folder / arm / f"seed_{seed}")}
             cells.append(Cell(arm, seed, build_settings({**shared, **values, **own}, sources_here)))
     _check_distinct(cells, where)
+    if twice := [task for task in file.tasks if file.tasks.count(task) > 1]:
+        raise SettingsError(f"{where}: task {shown(twice[0])} is given twice", "Remove one")
     if file.score_bases and not file.tasks:
         raise SettingsError(f"{where}: score_bases needs tasks", "Give --tasks mmlu_qlora_5shot")
     if file.score_bases:
@@ -259,10 +265,11 @@ def _name(file: StudyFile, path: Path | None) -> str:
 
 
 def _check_name(name: str, place: str) -> None:
-    if not name or name.startswith((".", "base_")) or _UNSAFE & set(name) or len(name) > 80:
+    reserved = name.startswith("base_") or name.endswith(_FILES) or name == "logs"
+    if reserved or not _NAME.fullmatch(name):
         raise SettingsError(
             f"{place}: {shown(name)} can't be the name of a folder and a cell",
-            "Use letters, digits, '-', '_' and '.', not beginning with '.' or 'base_'",
+            "Use letters, digits, '-', '_' and '.', not beginning with 'base_' or ending as a file",
         )
 
 

@@ -16,11 +16,11 @@ from qlora_harness.study.definition import Cell
 from qlora_harness.study.worker import Report
 
 _LINE_SECONDS = 30.0  # between lines about the steps of one cell
-_MOST_ROWS = 40
+_OTHER_LINES = 3  # of the table: its head, its caption, the cursor
 _COLUMNS = ("cell", "", "step", "loss", "tokens/s", "memory GiB", "time")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """How far a cell is."""
 
@@ -89,9 +89,10 @@ class Display:
             yield
             return
         with Live(self._table(), console=self._console, auto_refresh=False) as self._live:
-            yield
-            self._live.update(self._table(), refresh=True)
-        self._live = None
+            try:
+                yield
+            finally:
+                self._live.update(self._table(every=True), refresh=True)
 
     def take(self, report: Report) -> None:
         """Shows what a report says."""
@@ -127,16 +128,23 @@ class Display:
         line = f"{row.cell.name}: {row.state}" + (f" ({', '.join(known)})" if known else "")
         self._console.print(PrintableText(line), soft_wrap=True)
 
-    def _table(self) -> Table:
+    def _table(self, every: bool = False) -> Table:
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, caption=self._caption())
         for name in _COLUMNS:
             table.add_column(name, justify="left" if name in ("cell", "") else "right")
-        rows = list(self.rows.values())
-        hidden = max(0, min(sum(r.state == "completed" for r in rows), len(rows) - _MOST_ROWS))
-        for row in rows[hidden:]:
+        for row in self.rows.values() if every else self._in_view():
             style = {"failed": "red", "planned": "dim", "completed": "green"}.get(row.state, "bold")
             table.add_row(*map(PrintableText, row.cells()), style=style)
         return table
+
+    def _in_view(self) -> list[_Row]:
+        """As many rows as fit on the terminal: cells that run or failed, then the next ones."""
+        order = ("planned", "completed")
+        rows = sorted(
+            self.rows.values(), key=lambda r: order.index(r.state) if r.state in order else -1
+        )
+        shown = rows[: max(1, self._console.height - _OTHER_LINES)]
+        return [row for row in self.rows.values() if row in shown]
 
     def _caption(self) -> str:
         done = sum(row.state == "completed" for row in self.rows.values())
@@ -145,7 +153,7 @@ class Display:
         return text if left is None else f"{text}, about {duration(left)} left"
 
     def _seconds_left(self) -> float | None:
-        """From the cells that have ended, if there are any of the same kind."""
+        """From the cells that have ended; None before the first one, and after the last."""
         trained = [r.seconds for r in self.rows.values() if r.cell.seed is not None and r.seconds]
         bases = [r.seconds for r in self.rows.values() if r.cell.seed is None and r.seconds]
         if not trained:
@@ -155,4 +163,4 @@ class Display:
             if row.state in ("planned", "training", "scoring"):
                 times = bases if row.cell.seed is None and bases else trained
                 left += max(0.0, sum(times) / len(times) - (row.elapsed() or 0.0))
-        return left / self._devices
+        return left / self._devices or None

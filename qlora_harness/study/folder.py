@@ -8,11 +8,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from qlora_harness.errors import RunError
-from qlora_harness.record import SUMMARY_FILE, now, write_json
+from qlora_harness.flag_checks import why_not_writable
+from qlora_harness.record import now, remove_leftovers, scrub_all, write_json
 from qlora_harness.schema.section import read_record
 from qlora_harness.schema.study_record import CellRecord, StudyRecord
-from qlora_harness.settings import Settings, build_settings
+from qlora_harness.settings import Settings
 from qlora_harness.study.definition import Cell, Study
+from qlora_harness.study.progress import changes, is_complete, status_of
+from qlora_harness.train.run_folder import find_start
 
 STUDY_FILE = "study.json"
 LOGS_DIR = "logs"
@@ -31,30 +34,46 @@ class StudyFolder:
         """Reads study.json; None before the first start. Raises ResultsError."""
         return read_record(self.path, StudyRecord) if self.path.exists() else None
 
-    def check_unchanged(self) -> None:
-        """Raises RunError if an arm that has begun has other settings now."""
+    def check(self) -> None:
+        """Raises RunError if the cells can't go on in this folder with the study's settings."""
+        self._check_place()
         record = self.read()
-        if record is None:
-            return
-        for arm, settings in self.study.arms().items():
-            before = record.arms.get(arm)
-            begun = [cell for cell in self.study.cells if cell.arm == arm and _has_begun(cell)]
-            if before is None or not begun:
-                continue
-            different = _differences(before, settings)
-            if different:
-                more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+        for arm in self.study.arms():
+            begun = {
+                cell.name: different
+                for cell in self.study.cells
+                if cell.arm == arm and (different := list(changes(cell, record)))
+            }
+            if begun:
+                first, *others = next(iter(begun.values()))
+                more = f" (and {len(others)} more)" if others else ""
+                count = "1 cell" if len(begun) == 1 else f"{len(begun)} cells"
                 raise RunError(
-                    f"{self.path}: {different[0]} in arm {arm!r}{more}; its "
-                    f"{len(begun)} cells that have begun would have to run again",
-                    f"Undo the change, give the study another name, or remove "
-                    f"{self.study.folder / arm}",
+                    f"{self.study.folder}: {first} in arm {arm!r}{more}; {count} would have to "
+                    f"run again: {', '.join(begun)}",
+                    "Undo the change, give the study another name, or remove the folders of these "
+                    "cells",
+                )
+        for cell in self.study.cells:
+            if cell.seed is not None and status_of(cell) != "completed":
+                find_start(cell.folder, cell.settings, resume_given=False, has_lock=True)
+
+    def _check_place(self) -> None:
+        folder = self.study.folder
+        if reason := why_not_writable(folder):
+            raise RunError(f"{folder}: {reason}", "Name another folder with --output-dir")
+        for parent in folder.resolve().parents:
+            if (parent / STUDY_FILE).exists():
+                raise RunError(
+                    f"{folder} is inside another study, {parent}",
+                    "Name another folder with --output-dir",
                 )
 
     def begin(self) -> None:
-        """Writes the plan, and keeps what study.json says about cells that it knows already."""
+        """Writes the plan, with the state that the records of each cell have."""
         self.study.folder.mkdir(parents=True, exist_ok=True)
         with self._lock:
+            remove_leftovers(self.path)
             before = self.read()
             known = {} if before is None else {cell.name: cell for cell in before.cells}
             cells = [self._planned(cell, known.pop(cell.name, None)) for cell in self.study.cells]
@@ -82,7 +101,13 @@ class StudyFolder:
             "commands": self.study.commands(cell),
         }
         if known is None:
-            return CellRecord(state="planned", **plan)
+            known = CellRecord(state="planned", **plan)
+        if is_complete(cell, self.study.tasks):
+            plan |= {"state": "completed", "failure": None}
+        elif known.state == "completed":  # its records are gone, or tasks have been added
+            plan["state"] = "planned"
+        elif known.state in ("training", "scoring") and not _is_locked(cell):
+            plan["state"] = "interrupted"  # killed, without time to say so
         return known.model_copy(update=plan)
 
     def update(self, name: str, **changes: Any) -> None:
@@ -106,7 +131,7 @@ class StudyFolder:
             self._write(record)
 
     def _write(self, record: StudyRecord) -> None:
-        write_json(self.path, record.content(), rows_at=None)
+        write_json(self.path, scrub_all(record.content()))
 
     @property
     def logs(self) -> Path:
@@ -129,20 +154,13 @@ def lock_cell(cell: Cell, seconds: float) -> FileLock | None:
     return lock
 
 
+def _is_locked(cell: Cell) -> bool:
+    lock = lock_cell(cell, 0.0)
+    if lock is not None:
+        lock.release()
+    return lock is None
+
+
 def _shared(settings: Settings) -> dict[str, Any]:
     """What all seeds of an arm have in common."""
     return {name: value for name, value in settings.experiment().items() if name != "seed"}
-
-
-def _differences(before: dict[str, Any], settings: Settings) -> list[str]:
-    """The settings that differ from a record's; one that it lacks had its default then."""
-    recorded = {**_shared(build_settings({})), **before}
-    return [
-        f"{name} was {recorded[name]} and is now {value}"
-        for name, value in _shared(settings).items()
-        if recorded[name] != value
-    ]
-
-
-def _has_begun(cell: Cell) -> bool:
-    return (cell.folder / SUMMARY_FILE).exists()

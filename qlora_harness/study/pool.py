@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from qlora_harness.schema.study_record import State
 from qlora_harness.study.definition import Cell, Study
 from qlora_harness.study.devices import Device
+from qlora_harness.study.folder import StudyFolder
 from qlora_harness.study.projection import Probe
 from qlora_harness.study.worker import Report, work
 
@@ -85,8 +86,8 @@ class Pool:
     def _start(self, device: Device) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        with _environment(device.environment(self._number)):
-            process = context.Process(target=work, args=(theirs, self._study))
+        process = context.Process(target=work, args=(theirs, self._study))
+        with _environment(device.environment(self._number)), _without_ctrl_c():
             process.start()
         theirs.close()
         return _Worker(device, process, ours)
@@ -115,16 +116,23 @@ class Pool:
         if worker.process.is_alive():
             return worker
         if worker.job is not None:
-            status = worker.process.exitcode
-            reason = f"signal {-status}" if status and status < 0 else f"exit status {status}"
-            state: State = "interrupted" if self._stopping else "failed"
-            self._report(
-                Report(worker.job.name, state, {"failure": f"its process ended: {reason}"})
-            )
-            worker.job = None
+            self._bury(worker, worker.job)
         if self._stopping or not self._pending:
             return worker
         return self._start(worker.device)
+
+    def _bury(self, worker: _Worker, job: Job) -> None:
+        """Reports, and records, what a worker could not say any more."""
+        status = worker.process.exitcode or 0
+        reason = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
+        if -status == signal.SIGKILL:
+            reason += ", perhaps for lack of host memory"
+        failure = f"its process ended: {reason}"
+        state: State = "interrupted" if self._stopping else "failed"
+        if isinstance(job, Cell):
+            StudyFolder(self._study).update(job.name, state=state, failure=failure)
+        self._report(Report(job.name, state, {"failure": failure}))
+        worker.job = None
 
     def _hear(self, worker: _Worker, report: Report) -> None:
         self._report(report)
@@ -171,3 +179,16 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Blocks SIGINT, also in the processes that start inside the `with` block.
+
+    A terminal sends it to workers, too, until they have left its process group.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,16 +17,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qlora_harness.errors import HarnessError, first_line
-from qlora_harness.record import EVALUATION_FILE
 from qlora_harness.schema.study_record import State
-from qlora_harness.schema.training_records import TrainingSummary, read_summary
 from qlora_harness.study.definition import Cell, Study
 from qlora_harness.study.folder import StudyFolder, lock_cell
+from qlora_harness.study.progress import is_complete, missing_tasks, status_of, summary_of
 from qlora_harness.study.projection import Probe
 
 _Result = TypeVar("_Result")
 _LOCK_SECONDS = 30.0  # a worker of a killed study may take that long to notice
-_WATCH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,15 @@ class Report:
 def work(connection: Connection, study: Study) -> None:
     """Runs cells as they arrive, until None arrives or one ends in a way that may leave damage."""
     os.setpgrp()  # the terminal's Ctrl-C reaches the command only, which passes it on once
-    _end_with(os.getppid())
+    _end_with_parent()
     from qlora_harness.model.shared_base import sharing_base
 
+    def report(what: Report) -> None:
+        with contextlib.suppress(OSError):  # the command has ended; SIGTERM will follow
+            connection.send(what)
+
     with sharing_base():
-        runner = CellRunner(study, connection.send)
+        runner = CellRunner(study, report)
         while (job := _next(connection)) is not None:
             if not (runner.measure(job) if isinstance(job, Probe) else runner.run(job)):
                 return
@@ -59,12 +62,13 @@ def _next(connection: Connection) -> Cell | Probe | None:
         return None
 
 
-def _end_with(parent: int) -> None:
+def _end_with_parent() -> None:
     """Ends this process by SIGTERM, which saves a checkpoint, once its parent is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_WATCH_SECONDS)
+        parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="qlora_harness parent", daemon=True).start()
@@ -80,26 +84,30 @@ class CellRunner:
 
     def run(self, cell: Cell) -> bool:
         """Runs what a cell still lacks; returns whether this process can run another one."""
-        from qlora_harness.train.signals import sigterm_as_ctrl_c
-
         lock = lock_cell(cell, _LOCK_SECONDS)
         if lock is None:
             self._report(Report(cell.name, "planned", {"failure": "another process runs it"}))
             return True
         began = time.perf_counter()
         try:
-            with printing_to(self._folder.log_path(cell)), sigterm_as_ctrl_c():
-                _traced(lambda: self._compute(cell))
+            if is_complete(cell, self._study.tasks):  # another process has just done it
+                self._report(Report(cell.name, "completed", _numbers(cell)))
+                return True
+            with printing_to(self._folder.log_path(cell)):
+                from qlora_harness.train.signals import sigterm_as_ctrl_c
+
+                with sigterm_as_ctrl_c():
+                    _traced(lambda: self._compute(cell))
             values = {**_numbers(cell), "seconds": time.perf_counter() - began, "failure": None}
             self._tell(cell, "completed", values)
             return True
         except KeyboardInterrupt:
             self._tell(cell, "interrupted", {"failure": "stopped by a signal"}, last=True)
             return False
-        except Exception as error:  # noqa: BLE001  # a cell that fails doesn't stop the others
-            stopped = isinstance(error, HarnessError) and _status(cell) == "interrupted"
-            # After an unexpected error the device may not be usable any more.
-            last = stopped or not isinstance(error, HarnessError)
+        except Exception as error:  # noqa: BLE001  # one cell stops no other
+            expected = isinstance(error, HarnessError)
+            stopped = expected and status_of(cell) == "interrupted"
+            last = stopped or not expected  # the device may not be usable any more
             state: State = "interrupted" if stopped else "failed"
             self._tell(cell, state, {"failure": _line(error)}, last=last)
             return not last
@@ -107,12 +115,12 @@ class CellRunner:
             lock.release()
 
     def measure(self, probe: Probe) -> bool:
-        """Measures a cell without a record; returns whether this process can run another one."""
+        """Measures a cell, without a record; returns whether this process can run another one."""
         from qlora_harness.study.projection import measure
 
         try:
-            with printing_to(self._folder.log_path(probe.cell)):
-                result = _traced(lambda: measure(probe, self._study))
+            with printing_to(Path(os.devnull)):
+                result = measure(probe, self._study)
             self._report(Report(probe.name, "completed", {"measurement": result}))
             return True
         except Exception as error:  # noqa: BLE001  # as above
@@ -124,7 +132,7 @@ class CellRunner:
         self._score(cell)
 
     def _train(self, cell: Cell) -> None:
-        if cell.seed is None or _status(cell) == "completed":
+        if cell.seed is None or status_of(cell) == "completed":
             return
         from qlora_harness.model.shared_base import free_memory
         from qlora_harness.train.run import run_training
@@ -156,7 +164,11 @@ class CellRunner:
         self, cell: Cell, state: State, values: Mapping[str, Any] | None = None, last: bool = False
     ) -> None:
         """Writes the state to study.json before anyone hears of it."""
-        self._folder.update(cell.name, state=state, **(values or {}))
+        try:
+            self._folder.update(cell.name, state=state, **(values or {}))
+        except OSError:  # of a full disk, say; the command at least hears of a failure
+            if state not in ("failed", "interrupted"):
+                raise
         self._report(Report(cell.name, state, values or {}, last))
 
 
@@ -171,33 +183,9 @@ def _traced(work: Callable[[], _Result]) -> _Result:
         raise
 
 
-def missing_tasks(cell: Cell, tasks: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the tasks that the records of a cell lack."""
-    from qlora_harness.results.runs import load_run
-
-    if not tasks or not any((cell.folder / n).exists() for n in ("lm_eval", EVALUATION_FILE)):
-        return tasks
-    scored = load_run(cell.folder).tasks
-    return tuple(task for task in tasks if task not in scored)
-
-
-def is_complete(cell: Cell, tasks: tuple[str, ...]) -> bool:
-    """Returns whether a cell's records are all there."""
-    return (cell.seed is None or _status(cell) == "completed") and not missing_tasks(cell, tasks)
-
-
-def _summary(cell: Cell) -> TrainingSummary | None:
-    return read_summary(cell.folder) if cell.seed is not None else None
-
-
-def _status(cell: Cell) -> str | None:
-    summary = _summary(cell)
-    return None if summary is None else summary.status
-
-
 def _numbers(cell: Cell) -> dict[str, Any]:
     """What study.json repeats from the record of the training."""
-    summary = _summary(cell)
+    summary = summary_of(cell)
     if summary is None:
         return {}
     return {
@@ -227,7 +215,8 @@ def printing_to(path: Path) -> Iterator[None]:
             yield
         finally:
             for stream in streams:
-                stream.flush()
+                with contextlib.suppress(OSError):  # a full disk
+                    stream.flush()
             for number, copy in before:
                 os.dup2(copy, number)
                 os.close(copy)

@@ -15,7 +15,6 @@ from qlora_harness.settings import (
     build_settings,
     field_kind,
     flag_of,
-    setting_fields,
     unknown_name,
     with_recipe,
 )
@@ -40,7 +39,8 @@ class _FlagParser(argparse.ArgumentParser):
         if message.startswith(unknown):
             flag = message.removeprefix(unknown).split()[0]
             name = flag.split("=")[0].lstrip("-").replace("-", "_")
-            raise unknown_name(name, f"flag {flag}", [*setting_fields(), "recipe"])
+            known = [option[2:].replace("-", "_") for option in self._option_string_actions]
+            raise unknown_name(name, f"flag {flag}", known)
         raise SettingsError(message, "`launch/train.py --help` lists every flag")
 
 

@@ -5,11 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from qlora_harness.errors import TrainingError
+from qlora_harness.data.corpus import TrainingData
+from qlora_harness.errors import SettingsError, TrainingError
 from qlora_harness.schema.training_records import EvaluationLosses, EvaluationPoint
+from qlora_harness.settings import Settings
 from qlora_harness.train.evaluation import ConversationLosses
 from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.run_record import RunRecord
+
+
+def check_held_out(settings: Settings, data: TrainingData) -> None:
+    """Raises SettingsError for evaluations during training without held-out conversations."""
+    if settings.run.eval_steps is not None and not data.evaluation:
+        raise SettingsError(
+            f"--eval-steps {settings.run.eval_steps}: no conversation is held out",
+            "Raise --eval-fraction, or leave out --eval-steps",
+        )
 
 
 class HeldOut:

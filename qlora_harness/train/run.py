@@ -51,7 +51,7 @@ from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, paddi
 from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkpoint_step
 from qlora_harness.train.cpu import faster_dtype, use_all_cores
 from qlora_harness.train.evaluation import evaluate_loss
-from qlora_harness.train.held_out import HeldOut
+from qlora_harness.train.held_out import HeldOut, check_held_out
 from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
@@ -160,11 +160,7 @@ class _Run:
             data = load_training_data(tokenizer, self.settings.data)
         fingerprint = data.report["train"]["fingerprint"]
         self.start.check_same(self.run_dir, fingerprint, "data", "train", "fingerprint")
-        if self.settings.run.eval_steps is not None and not data.evaluation:
-            raise SettingsError(
-                f"--eval-steps {self.settings.run.eval_steps}: no conversation is held out",
-                "Raise --eval-fraction, or leave out --eval-steps",
-            )
+        check_held_out(self.settings, data)
         say(self.state, _description(self.settings, source, data, self.device))
         self._plan_memory(source, [len(example.input_ids) for example in data.train])
         with self.record.timed("load"), self.memory.phase("load"):

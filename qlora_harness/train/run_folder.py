@@ -7,7 +7,7 @@ import glob
 import json
 import reprlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,6 +209,21 @@ def earlier_steps(checkpoint: Path) -> tuple[list[dict[str, Any]], EvaluationLos
 
 
 def _check_same_experiment(run_dir: Path, previous: Mapping[str, Any], settings: Settings) -> None:
+    for name, old, value in changed_settings(previous, settings):
+        short = reprlib.repr(old).strip("'")
+        raise RunError(
+            f"{run_dir} holds a run with {flag_of(name)} {short}, not {value}",
+            "Give the same value to resume it, or use another --output-dir",
+        )
+
+
+def changed_settings(
+    previous: Mapping[str, Any], settings: Settings
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yields each setting that differs from a run's summary: name, old and new value.
+
+    A setting that the summary lacks had its default then.
+    """
     before = dict(previous["settings"])
     if dtype := nested(previous, "quantization", "compute_dtype"):
         before["compute_dtype"] = dtype
@@ -218,11 +233,7 @@ def _check_same_experiment(run_dir: Path, previous: Mapping[str, Any], settings:
             continue  # the resumed run's dtype will be used
         old = before.get(name, known[name][1].default)
         if old != scrub_all(value):
-            short = reprlib.repr(old).strip("'")
-            raise RunError(
-                f"{run_dir} holds a run with {flag_of(name)} {short}, not {value}",
-                "Give the same value to resume it, or use another --output-dir",
-            )
+            yield name, old, value
 
 
 def lock_run_folder(run_dir: Path) -> FileLock:
