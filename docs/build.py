@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import qlora_harness as qh
@@ -29,7 +29,8 @@ from qlora_harness.results.terminal import gib, optional
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "results" / "benchmarks"
-STUDY = ROOT / "results" / "published" / "smollm2"
+STUDY = ROOT / "results" / "qwen2.5-coder-1.5b"
+AT_CHANCE = ROOT / "results" / "published" / "smollm2"
 HF = "lm-eval hf, batch size 16"
 
 TRAINING_ROWS = {
@@ -218,14 +219,14 @@ def headline_table() -> str:
 
 
 @cache
-def study() -> qh.Comparison:
-    """The comparison of all runs in the study's folder."""
-    return qh.compare(find_runs(STUDY))
+def study(folder: Path = STUDY) -> qh.Comparison:
+    """The comparison of all runs in a study's folder."""
+    return qh.compare(find_runs(folder))
 
 
-def answer() -> str:
-    """What `qlora-harness compare` prints about the published study."""
-    printed = f"{study()}\n{differences_line(study())}"
+def answer(folder: Path = STUDY) -> str:
+    """What `qlora-harness compare` prints about a published study."""
+    printed = f"{study(folder)}\n{differences_line(study(folder))}"
     return "\n".join(f"    {line}".rstrip() for line in printed.splitlines())
 
 
@@ -313,7 +314,7 @@ def _rows(item: Contrast) -> tuple[str, int]:
 
 def _panels(comparison: qh.Comparison) -> tuple[str, int]:
     """A panel for each quantity with a row for each arm, and the height of the picture."""
-    note = f"less {comparison.headline.baseline}, 95% intervals for all arms together"
+    note = f"minus {comparison.headline.baseline}; the 95% intervals hold for all arms together"
     parts = [f'<text class="note" x="12" y="42">{note}</text>']
     bottom = 84 + 44 * len(comparison.primary)
     for row, item in enumerate(comparison.primary):
@@ -344,6 +345,7 @@ def _panels(comparison: qh.Comparison) -> tuple[str, int]:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "answer": answer,
+    "answer: at chance": partial(answer, AT_CHANCE),
     "table: headline": headline_table,
     "table: training": training_table,
     "table: peers": peers_table,

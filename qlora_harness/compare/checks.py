@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Settings that only name the run, follow from others, or don't affect numbers.
 _FOLLOWS = re.compile(
     r"\.(arm|output_dir|results_dir|peft|adapter_sha256|peft_sha|model_num_parameters|verify|"
-    r"unquantised_share|settings\.model|gguf|(parameter_dtypes|gguf|memory|plan)\..+)$"
+    r"unquantised_share|settings\.model|gguf|environment\.device\.id|(parameter_dtypes|gguf|memory|plan)\..+)$"
 )
 # Settings in which arms and their seeds are meant to differ.
 _INTENDED = ("quant", "double_quant", "seed", "expanded_once")

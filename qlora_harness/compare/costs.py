@@ -134,7 +134,7 @@ def _of_two(label: str, one: TrainingSummary, name: str, other: TrainingSummary)
         return f"{threads[0]} vs {threads[1]} CPU threads ({label}, {name})"
     if _device(one, "name") != _device(other, "name"):
         return f"different devices ({label}, {name})"
-    if _same_device(one, other) and _overlap(one, other):
+    if _same_host(one, other) and _overlap(one, other):
         return f"{label}, {name} overlapped"
     return None
 
@@ -143,12 +143,9 @@ def _device(run: TrainingSummary, key: str) -> object:
     return (run.environment.device or {}).get(key)
 
 
-def _same_device(one: TrainingSummary, other: TrainingSummary) -> bool:
-    if one.process.host is None or one.process.host != other.process.host:
-        return False
-    # Older records name only the kind of device: it may have been the same one.
-    ids = _device(one, "id"), _device(other, "id")
-    return None in ids or ids[0] == ids[1]
+def _same_host(one: TrainingSummary, other: TrainingSummary) -> bool:
+    """Whether runs shared a host; even on two GPUs they then share its cores."""
+    return one.process.host is not None and one.process.host == other.process.host
 
 
 def _overlap(one: TrainingSummary, other: TrainingSummary) -> bool:

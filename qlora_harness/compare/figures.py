@@ -106,7 +106,7 @@ def _dose(comparison: ComparisonRecord, key: str) -> Figure | None:
         rows.append(
             _Row(label, item.endpoints.get(key), base.endpoints.get(before) if base else None)
         )
-    less = f"less {baselines.pop()}'s" if len(baselines) == 1 else "in every arm"
+    less = f"minus {baselines.pop()}'s" if len(baselines) == 1 else "in every arm"
     return _intervals(rows, less)
 
 

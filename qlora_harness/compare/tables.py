@@ -120,7 +120,7 @@ def _detail(item: Contrast, detail: Detail) -> Table:
 
 def _differences(title: str, items: Sequence[Contrast], keys: Sequence[str]) -> Table:
     rows = [
-        (f"{item.arm} less {item.baseline}, {one.name}", difference(one), interval(one), word(one))
+        (f"{item.arm} minus {item.baseline}, {one.name}", difference(one), interval(one), word(one))
         for item in items
         for one in map(item.measured, keys)
         if one is not None

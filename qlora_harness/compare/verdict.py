@@ -106,18 +106,18 @@ def _doses(steps: Sequence[Contrast]) -> list[str]:
 
 
 def _falls(steps: Sequence[Contrast], endpoints: Sequence[Endpoint]) -> str:
-    """At how many steps an endpoint falls, by its estimates, and what is shown of each."""
+    """At how many steps an endpoint falls, by its estimates, and which steps are not shown."""
     results: dict[str, list[str]] = {}
     for step, one in zip(steps, endpoints, strict=True):
-        rises = " (rises)" if (one.difference or 0) < 0 else ""
-        result = "shown" if one.word in ("better", "worse") else "not shown"
-        result = f"same within ±{one.margin:g}" if one.within else result
-        results.setdefault(result, []).append(f"{step.arm}–{step.baseline}{rises}")
+        result = "" if one.word in ("better", "worse") else "not shown"
+        result = f"the same within ±{one.margin:g}" if one.within else result
+        if (one.difference or 0) < 0:
+            result = f"rising, {result}".removesuffix(", ")
+        results.setdefault(result, []).append(f"from {step.arm} to {step.baseline}")
     falling = sum((one.difference or 0) > 0 for one in endpoints)
     count = "each step" if falling == len(steps) else f"{falling} of {len(steps)} steps"
-    parts = "; ".join(f"{result}: {', '.join(names)}" for result, names in results.items())
-    all_shown = falling == len(steps) and list(results) == ["shown"]
-    return f"at {count} ({'shown' if all_shown else parts})"
+    parts = [f"{result} {_listed(names)}" for result, names in results.items() if result]
+    return f"at {count}" + (f" ({'; '.join(parts)})" if parts else "")
 
 
 def _before(comparison: ComparisonRecord, item: Contrast) -> str:
