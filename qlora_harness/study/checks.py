@@ -1,4 +1,4 @@
-"""What can be known about a study before anything heavy is loaded."""
+"""Checks a study before anything heavy is loaded."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from qlora_harness.train.cpu import faster_dtype
 from qlora_harness.train.held_out import check_held_out
 from qlora_harness.train.memory_plan import GIB, choose_memory_plan, measure_shape
 
-CONTEXT = 0.6 * GIB  # of CUDA and its libraries, which the plan does not count
+CONTEXT = 0.6 * GIB  # of CUDA and its libraries; the memory plan leaves them out
 
 
 @dataclass(frozen=True)
 class ArmPlan:
-    """What an arm will take, as far as its settings and data tell."""
+    """The memory and steps of an arm, from its settings and data."""
 
     peak: int  # predicted bytes on a GPU, without the CUDA context
     steps: int  # optimizer steps
     tokens: float  # of all steps, on average
-    evaluations: int  # of the held-out conversations, the first and the last included
+    evaluations: int  # of the held-out conversations, including those before and after training
 
 
 def with_one_dtype(study: Study, devices: Sequence[Device]) -> Study:
@@ -86,7 +86,7 @@ def check_study_runs(study: Study, devices: Sequence[Device]) -> dict[str, ArmPl
 
 
 def _check_same_data(study: Study, arm: str, data: TrainingData) -> None:
-    """Raises RunError if cells of an arm were trained on other conversations than there are now."""
+    """Raises RunError if cells of an arm were trained on other conversations than today's."""
     for cell in study.cells:
         summary = summary_of(cell) if cell.arm == arm else None
         before = None if summary is None else summary.data.train.fingerprint
@@ -112,7 +112,7 @@ def _check_memory(arm: str, peak: int, devices: Sequence[Device]) -> None:
     known = [device.free for device in devices if device.free is not None]
     if known and peak + CONTEXT > min(known):
         raise SettingsError(
-            f"arm {arm!r}: its planned peak is {(peak + CONTEXT) / GIB:.1f} GiB, and a GPU has "
+            f"arm {arm!r} needs {(peak + CONTEXT) / GIB:.1f} GiB by prediction, and a GPU has only "
             f"{min(known) / GIB:.1f} GiB free",
             "Use memory: lean, a smaller batch_size or max_length, or leave the arm out",
         )

@@ -19,8 +19,8 @@ from qlora_harness.train.command import add_settings, flag_parser
 
 _DESCRIPTION = """\
 Trains every arm with every seed, scores all of them, and prints the answer: how the arms differ in
-memory, time, loss and accuracy. Interrupted, the same command goes on. Takes the flags of
-launch/train.py, too; they are the settings of all arms.
+memory, time, loss and accuracy. After an interruption, repeat the command to resume. The flags of
+launch/train.py apply to all arms.
 """
 _EPILOG = """\
 examples:
@@ -58,39 +58,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     unset: dict[str, Any] = {"default": argparse.SUPPRESS}
     for flag, metavar, text in (
-        ("--name", "NAME", "its name (default: that of the file or model)"),
+        ("--name", "NAME", "its name (default: the file's, or 'study')"),
         ("--output-dir", "DIR", "its folder (default results/NAME)"),
-        ("--arms", "A,B,…", "quantisations, or arms of the file"),
+        ("--arms", "A,B,…", "quantisations, or names of arms in the file"),
         ("--seeds", "N", "a number of seeds, or a list such as 0,1,5 (default 1)"),
-        ("--tasks", "A,B,…", "tasks of lm_eval on which every cell is scored"),
+        ("--tasks", "A,B,…", "lm_eval tasks on which to score every cell"),
     ):
         group.add_argument(flag, metavar=metavar, help=text, **unset)
     group.add_argument(
-        "--score-bases", action="store_true", help="also score the bases, before training", **unset
+        "--score-bases",
+        action="store_true",
+        help="also score each base without an adapter",
+        **unset,
     )
     group.add_argument(
         "--cell",
         action="append",
         metavar="ARM/SEED",
-        help="run this cell only, such as nf4/0 or base_nf4; may be repeated",
+        help="run only this cell, such as nf4/0 or base_nf4; may be repeated",
     )
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="print cells, memory, time and commands; writes no records",
+        help="print the cells, their memory, time and commands, and write no records",
     )
     group.add_argument(
         "--measure-steps",
         type=int,
         default=12,
         metavar="N",
-        help="optimizer steps of each arm that --dry-run measures; 0 measures nothing (default 12)",
+        help="optimizer steps that --dry-run measures for each arm; 0: none (default 12)",
     )
     return add_settings(parser, leave_out=("quant", "output_dir", *OWN))
 
 
 def _overridden(content: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
-    """The study with what flags say about it; leaves the settings of training in `flags`."""
+    """The study with its own flags applied; the training settings stay in `flags`."""
     own = ("name", "recipe", "seeds", "tasks", "score_bases")
     given = {name: flags.pop(name) for name in own if flags.get(name) is not None}
     flags.pop("recipe", None)
@@ -101,7 +104,7 @@ def _overridden(content: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any
 
 
 def _arms(known: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Arms of a study file by name, or else quantisations."""
+    """Arms by name: those of the study file, else quantisations."""
     quants = [quant.value for quant in Quant]
     for name in names:
         if name not in known and name not in quants:
@@ -130,7 +133,7 @@ class _Command:
         self._console = Console(highlight=False)
 
     def run(self) -> int:
-        """Runs the cells that are not complete, and then prints the answer."""
+        """Runs the incomplete cells, then prints the answer."""
         from qlora_harness.study.progress import is_complete
 
         tasks = self._study.tasks
@@ -143,11 +146,11 @@ class _Command:
             for line in failures:
                 self._console.print(printable(line), soft_wrap=True, markup=False)
             if failures:
-                print(f"the logs are in {self._folder.logs}; the same command goes on")
+                print(f"logs: {self._folder.logs}; repeat the command to retry")
         return _FAILED if failures else 0
 
     def _run_cells(self, cells: Sequence[Cell]) -> list[str]:
-        """Runs cells, and returns a line for each that was not completed."""
+        """Runs cells; returns a line for each one left incomplete."""
         from qlora_harness.study.checks import check_study_runs
         from qlora_harness.study.display import Display
         from qlora_harness.study.pool import Pool
@@ -163,7 +166,7 @@ class _Command:
             with display.shown():
                 pool.run(cells, display.refresh)
         except KeyboardInterrupt:
-            print("stopped; the same command goes on")
+            print("stopped; repeat the command to resume")
             raise
         finally:
             pool.close()
@@ -176,7 +179,7 @@ class _Command:
         return [self._study.cell(name) for name in dict.fromkeys(self._chosen)]
 
     def _compare(self, cells: Sequence[Cell]) -> None:
-        """Writes the comparison of complete cells beside them, and prints the answer."""
+        """Compares the complete cells: writes the files, prints the answer."""
         if len(cells) < 2:
             return
         from qlora_harness.compare import command
@@ -193,7 +196,7 @@ class _Command:
             print("pip install 'qlora-harness[reports]' adds a page with figures")
 
     def run_dry(self, steps: int) -> int:
-        """Prints what the study will take, from a few measured steps of each arm."""
+        """Prints the projected memory and time, from a few measured steps of each arm."""
         from qlora_harness.study.checks import check_study_runs
         from qlora_harness.study.pool import Pool
         from qlora_harness.study.projection import Measurement, Probe, project

@@ -34,9 +34,9 @@ from qlora_harness.settings import (
     with_recipe,
 )
 
-# What the study decides for each cell itself.
+# Settings that the study chooses for each cell.
 OWN = ("seed", "resume", "overwrite")
-# What all arms share, since runs on other data or models can't be compared.
+# Settings that arms must share: runs on different data or models can't be compared.
 _SHARED = frozenset({"model", "revision", *(f.name for f in fields(DataSettings))})
 _NAME = re.compile(r"\w[\w.+-]{0,79}")
 _FILES = (".json", ".md", ".html", ".log")  # of a study, beside the folders of arms
@@ -86,7 +86,7 @@ class Cell:
 
     @property
     def base(self) -> tuple[object, ...]:
-        """What tells its loaded base from others."""
+        """Identifies its loaded base."""
         model = self.settings.model
         return (model.model, model.revision, *base_kind(self.settings))
 
@@ -129,10 +129,10 @@ class Study:
             if cell.name == name:
                 return cell
         names = ", ".join(cell.name for cell in self.cells)
-        raise SettingsError(f"--cell {shown(name)} is no cell of this study", f"Cells: {names}")
+        raise SettingsError(f"--cell {shown(name)} is not a cell of this study", f"Cells: {names}")
 
     def commands(self, cell: Cell) -> list[str]:
-        """Returns the commands that give the same records as the study does for a cell."""
+        """Returns the commands that would write the records of a cell."""
         commands = []
         if cell.seed is not None:
             commands.append(_command("accelerate launch launch/train.py", _flags(cell.settings)))
@@ -146,7 +146,7 @@ class Study:
 
 
 def base_kind(settings: Settings) -> tuple[object, ...]:
-    """Returns what tells bases of one model apart: their quantisation and dtype."""
+    """Returns what distinguishes bases of one model: quantisation and dtype."""
     model = settings.model
     double_quant = settings.quant.is_4bit and model.double_quant
     return (model.quant, double_quant, model.compute_dtype)
@@ -171,7 +171,7 @@ def _flags(settings: Settings) -> list[str]:
 
 
 class StudyFile(BaseModel):
-    """The keys of a study file, whose values YAML gives as text."""
+    """The keys of a study file; YAML values arrive as text."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -209,14 +209,16 @@ def build_study(
     """Turns a study file's content, and flags that override it, into cells.
 
     `flags` holds settings of `launch/train.py` by name. Raises SettingsError for unknown settings,
-    settings that can't differ between arms, equal arms and repeated seeds.
+    settings that can't differ between arms, identical arms and repeated seeds.
     """
     where = f"study {path}" if path else "study"
     file = check_study(content, where)
     shared, sources = _shared_settings(file, flags, where)
     folder = Path(str(shared.pop("output_dir", None) or Path("results") / _name(file, path)))
     if not file.arms:
-        raise SettingsError(f"{where} has no arms", "Give --arms bf16,nf4, or a study file")
+        raise SettingsError(
+            f"{where} has no arms", "Pass --arms bf16,nf4 or a study file with arms"
+        )
     cells: list[Cell] = []
     for arm, values in file.arms.items():
         place = f"{where}, arm {shown(arm)}"
@@ -251,8 +253,12 @@ def _shared_settings(
     values, sources = with_recipe(file.recipe, {**given, **flags})
     for name in ("quant", *OWN):
         if name in own:
-            remedy = "Name the arms" if name == "quant" else "Use the study's own seeds and folder"
-            raise SettingsError(f"{own[name]} is decided by the study for each cell", remedy)
+            remedy = (
+                "List it under arms instead"
+                if name == "quant"
+                else "Use the study's seeds and output_dir instead"
+            )
+            raise SettingsError(f"{own[name]} is set by the study for each cell", remedy)
         values.pop(name, None)
     return values, {**sources, **own}
 
@@ -268,8 +274,8 @@ def _check_name(name: str, place: str) -> None:
     reserved = name.startswith("base_") or name.endswith(_FILES) or name == "logs"
     if reserved or not _NAME.fullmatch(name):
         raise SettingsError(
-            f"{place}: {shown(name)} can't be the name of a folder and a cell",
-            "Use letters, digits, '-', '_' and '.', not beginning with 'base_' or ending as a file",
+            f"{place}: {shown(name)} is not a valid name",
+            "Use letters, digits, '-', '_', '.' and '+'; no 'base_' at the start, no file ending",
         )
 
 
@@ -282,7 +288,7 @@ def _check_arm(values: Mapping[str, Any], place: str) -> None:
         if plain in _SHARED or plain in OWN or plain in BOOKKEEPING:
             raise SettingsError(
                 f"{place}, key {shown(str(name))} can't differ between arms",
-                "Set it for all arms, under settings, or not at all",
+                "Move it to settings, or remove it",
             )
     if "quant" not in values:
         names = ", ".join(quant.value for quant in Quant)
@@ -290,7 +296,7 @@ def _check_arm(values: Mapping[str, Any], place: str) -> None:
 
 
 def _check_distinct(cells: Sequence[Cell], where: str) -> None:
-    """Refuses two arms that compute the same."""
+    """Refuses identical arms."""
     known: dict[str, str] = {}
     for cell in cells:
         settings = cell.settings.experiment() | {"seed": None}

@@ -34,8 +34,8 @@ class Device(NamedTuple):
 def visible_devices() -> list[Device]:
     """Returns the GPUs that this process may use, or the CPU.
 
-    A context in this process would count as another one on the GPU, whose time and memory then
-    could not be compared.
+    Creates no CUDA context: the runs would count it as another process on their GPU, and their
+    times and memory could not be compared.
     """
     import torch
 
@@ -52,7 +52,7 @@ def visible_devices() -> list[Device]:
 
 
 def _free_bytes() -> dict[str, int]:
-    """The free memory of each GPU, by index and by UUID, as far as nvidia-smi tells it."""
+    """The free bytes of each GPU by index and UUID; empty if nvidia-smi fails."""
     try:
         done = subprocess.run(_QUERY, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""What a running study shows: a live table on a terminal, else a line for each change."""
+"""The progress of a running study: a live table on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLUMNS = ("cell", "", "step", "loss", "tokens/s", "memory GiB", "time")
 
 @dataclass(eq=False)
 class _Row:
-    """How far a cell is."""
+    """The progress of a cell."""
 
     cell: Cell
     steps: int | None
@@ -36,7 +36,7 @@ class _Row:
     failure: str | None = None
 
     def take(self, report: Report) -> None:
-        """Takes over what a report says."""
+        """Updates the row from a report."""
         values = report.values
         if report.state in ("training", "scoring") and self.began is None:
             self.began = time.monotonic()
@@ -50,7 +50,7 @@ class _Row:
         self.memory = peak or self.memory
 
     def elapsed(self) -> float | None:
-        """Seconds since it began, or those that it took."""
+        """Seconds since its start, up to its end."""
         if self.seconds is not None or self.began is None:
             return self.seconds
         return time.monotonic() - self.began
@@ -95,7 +95,7 @@ class Display:
                 self._live.update(self._table(every=True), refresh=True)
 
     def take(self, report: Report) -> None:
-        """Shows what a report says."""
+        """Shows a report."""
         row = self.rows[report.cell]
         before = row.state
         row.take(report)
@@ -108,9 +108,9 @@ class Display:
             self._live.update(self._table(), refresh=True)
 
     def failures(self) -> list[str]:
-        """Returns a line for each cell that has not been completed."""
+        """Returns a line for each incomplete cell."""
         return [
-            f"{row.cell.name} {row.state}: {row.failure or 'not begun'}"
+            f"{row.cell.name} {row.state}: {row.failure or 'not started'}"
             for row in self.rows.values()
             if row.state != "completed"
         ]
@@ -138,7 +138,7 @@ class Display:
         return table
 
     def _in_view(self) -> list[_Row]:
-        """As many rows as fit on the terminal: cells that run or failed, then the next ones."""
+        """The rows that fit on the terminal: first running and failed cells, then the next ones."""
         order = ("planned", "completed")
         rows = sorted(
             self.rows.values(), key=lambda r: order.index(r.state) if r.state in order else -1
@@ -153,7 +153,7 @@ class Display:
         return text if left is None else f"{text}, about {duration(left)} left"
 
     def _seconds_left(self) -> float | None:
-        """From the cells that have ended; None before the first one, and after the last."""
+        """Estimated from finished cells; None before the first and after the last."""
         trained = [r.seconds for r in self.rows.values() if r.cell.seed is not None and r.seconds]
         bases = [r.seconds for r in self.rows.values() if r.cell.seed is None and r.seconds]
         if not trained:

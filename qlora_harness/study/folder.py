@@ -1,4 +1,4 @@
-"""study.json and the other files of a study's folder, which several processes may write."""
+"""study.json and the logs of a study; several processes may write them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StudyFolder:
         return read_record(self.path, StudyRecord) if self.path.exists() else None
 
     def check(self) -> None:
-        """Raises RunError if the cells can't go on in this folder with the study's settings."""
+        """Raises RunError if the study can't continue in its folder with these settings."""
         self._check_place()
         record = self.read()
         for arm in self.study.arms():
@@ -51,7 +51,7 @@ class StudyFolder:
                 raise RunError(
                     f"{self.study.folder}: {first} in arm {arm!r}{more}; {count} would have to "
                     f"run again: {', '.join(begun)}",
-                    "Undo the change, give the study another name, or remove the folders of these "
+                    "Undo the change, rename the arm or the study, or remove the folders of these "
                     "cells",
                 )
         for cell in self.study.cells:
@@ -70,7 +70,7 @@ class StudyFolder:
                 )
 
     def begin(self) -> None:
-        """Writes the plan, with the state that the records of each cell have."""
+        """Writes the plan, with the state of each cell as its records show it."""
         self.study.folder.mkdir(parents=True, exist_ok=True)
         with self._lock:
             remove_leftovers(self.path)
@@ -104,10 +104,10 @@ class StudyFolder:
             known = CellRecord(state="planned", **plan)
         if is_complete(cell, self.study.tasks):
             plan |= {"state": "completed", "failure": None}
-        elif known.state == "completed":  # its records are gone, or tasks have been added
+        elif known.state == "completed":  # its records were removed, or tasks added
             plan["state"] = "planned"
         elif known.state in ("training", "scoring") and not _is_locked(cell):
-            plan["state"] = "interrupted"  # killed, without time to say so
+            plan["state"] = "interrupted"  # killed before it could record its end
         return known.model_copy(update=plan)
 
     def update(self, name: str, **changes: Any) -> None:
@@ -123,7 +123,7 @@ class StudyFolder:
             self._write(record)
 
     def finish(self, seconds: float) -> None:
-        """Records the time of the command."""
+        """Records the duration of the command."""
         with self._lock:
             record = self.read()
             assert record is not None
@@ -139,12 +139,12 @@ class StudyFolder:
         return self.study.folder / LOGS_DIR
 
     def log_path(self, cell: Cell) -> Path:
-        """Returns the file that gets what a cell prints."""
+        """Returns the log file of a cell."""
         return self.logs / f"{cell.name.replace('/', '_seed_')}.log"
 
 
 def lock_cell(cell: Cell, seconds: float) -> FileLock | None:
-    """Takes a cell for this process, after at most some seconds; None if another one has it."""
+    """Locks a cell, waiting at most `seconds`; None if another process holds it."""
     cell.folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(cell.folder.parent / f".{cell.folder.name}.lock")
     try:
@@ -162,5 +162,5 @@ def _is_locked(cell: Cell) -> bool:
 
 
 def _shared(settings: Settings) -> dict[str, Any]:
-    """What all seeds of an arm have in common."""
+    """The settings that all seeds of an arm share."""
     return {name: value for name, value in settings.experiment().items() if name != "seed"}

@@ -1,4 +1,4 @@
-"""Hands cells to workers, one per device, and passes their reports on."""
+"""Gives cells to workers, one per device, and forwards their reports."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class _Worker:
 
 
 class Pool:
-    """Runs jobs on devices until all have ended; `report` hears of each change.
+    """Runs jobs on devices until all have ended; calls `report` at each change.
 
-    A worker on a GPU runs one job after another. On the CPU each one gets a process of its own,
-    whose peak memory is then that of its cell.
+    A worker on a GPU runs one job after another. On the CPU each job gets its own
+    process, so that the peak memory of the process is that of the cell.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Pool:
             raise KeyboardInterrupt
 
     def close(self) -> None:
-        """Ends idle workers, and stops those that still compute."""
+        """Ends idle workers and stops busy ones."""
         for worker in self._workers:
             with contextlib.suppress(OSError):
                 worker.connection.send(None)
@@ -97,17 +97,17 @@ class Pool:
             if self._pending and worker.job is None and not self._stopping:
                 job = self._choose(worker)
                 self._pending.remove(job)
-                with contextlib.suppress(OSError):  # it has just died; `_attend` sees that
+                with contextlib.suppress(OSError):  # it has just died; `_attend` notices
                     worker.give(job)
 
     def _choose(self, worker: _Worker) -> Job:
-        """A job on the base that the worker has, else on one that no other worker has."""
+        """A job for the worker's loaded base, else for a base that no other worker uses."""
         taken = [w.job.base for w in self._workers if w.job is not None]
         loaded = None if worker.before is None else worker.before.base
         return min(self._pending, key=lambda job: (job.base != loaded, job.base in taken))
 
     def _attend(self, worker: _Worker) -> _Worker:
-        """Passes a worker's reports on; returns a new one in place of a dead one."""
+        """Forwards a worker's reports; returns a new worker if this one has died."""
         try:
             while worker.connection.poll():
                 self._hear(worker, worker.connection.recv())
@@ -122,11 +122,11 @@ class Pool:
         return self._start(worker.device)
 
     def _bury(self, worker: _Worker, job: Job) -> None:
-        """Reports, and records, what a worker could not say any more."""
+        """Reports and records the job of a worker that died."""
         status = worker.process.exitcode or 0
         reason = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
         if -status == signal.SIGKILL:
-            reason += ", perhaps for lack of host memory"
+            reason += ", perhaps out of host memory"
         failure = f"its process ended: {reason}"
         state: State = "interrupted" if self._stopping else "failed"
         if isinstance(job, Cell):
@@ -146,7 +146,7 @@ class Pool:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Passes SIGTERM and Ctrl-C on to the workers, once; a second one kills them."""
+        """Forwards SIGTERM and Ctrl-C to the workers as SIGTERM; a second signal kills them."""
 
         def stop(number: int, frame: object) -> None:
             for worker in self._workers:

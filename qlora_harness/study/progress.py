@@ -1,4 +1,4 @@
-"""How far a cell is, as the records in its folder say."""
+"""The progress of a cell, from the records in its folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def status_of(cell: Cell) -> str | None:
 
 
 def missing_tasks(cell: Cell, tasks: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the tasks that the records of a cell lack."""
+    """Returns the tasks on which a cell has not been scored."""
     if not tasks or not _is_scored(cell):
         return tasks
     scored = load_run(cell.folder).tasks
@@ -37,7 +37,7 @@ def missing_tasks(cell: Cell, tasks: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def is_complete(cell: Cell, tasks: tuple[str, ...]) -> bool:
-    """Returns whether a cell's records are all there."""
+    """Returns whether a cell has all its records."""
     return (cell.seed is None or status_of(cell) == "completed") and not missing_tasks(cell, tasks)
 
 
@@ -59,7 +59,7 @@ def changes(cell: Cell, record: StudyRecord | None) -> Iterator[str]:
 
 
 def _is_scored(cell: Cell) -> bool:
-    """Whether the cell has scores; lm_eval's folder is there only with a whole result."""
+    """Whether the cell has scores; a results file appears only when it is complete."""
     return (cell.folder / EVALUATION_FILE).exists() or any(
         (cell.folder / "lm_eval").rglob("results_*.json")
     )

@@ -1,4 +1,4 @@
-"""How long a study will take, from a few measured steps and packs of each arm."""
+"""Projects the time of a study from a few measured steps and packs of each arm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlora_harness.train.memory_plan import GIB
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of one cell, of which some are measured and others follow from measured speeds."""
+    """Projected seconds of one cell."""
 
     start: float  # data, base and adapter, once for a base
     train: float
@@ -25,7 +25,7 @@ class Measurement:
 
     @property
     def seconds(self) -> float:
-        """Of the cell without its start."""
+        """Of the cell, without `start`."""
         return self.train + self.evaluate + self.score
 
 
@@ -81,7 +81,7 @@ def project(
     measured: Mapping[str, Measurement],
     devices: int,
 ) -> str:
-    """Returns the cells of a study with their memory and time, as a table."""
+    """Returns a table of the cells with their memory and time."""
     lines = [f"{'cell':<20} {'memory':>10} {'steps':>6} {'training':>10} {'scoring':>10}"]
     total, bases = 0.0, set()
     for cell in study.cells:

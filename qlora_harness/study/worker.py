@@ -29,7 +29,7 @@ _LOCK_SECONDS = 30.0  # a worker of a killed study may take that long to notice
 
 @dataclass(frozen=True)
 class Report:
-    """What a worker says about a cell: its state has changed, or it has taken a step."""
+    """A new state or step of a cell, as its worker reports it."""
 
     cell: str
     state: State
@@ -38,8 +38,8 @@ class Report:
 
 
 def work(connection: Connection, study: Study) -> None:
-    """Runs cells as they arrive, until None arrives or one ends in a way that may leave damage."""
-    os.setpgrp()  # the terminal's Ctrl-C reaches the command only, which passes it on once
+    """Runs cells as they arrive, until None or a failure that may have damaged the device."""
+    os.setpgrp()  # the terminal's Ctrl-C reaches only the command, which forwards it
     _end_with_parent()
     from qlora_harness.model.shared_base import sharing_base
 
@@ -75,7 +75,7 @@ def _end_with_parent() -> None:
 
 
 class CellRunner:
-    """Trains and scores cells one after the other, with what they have in common loaded once."""
+    """Trains and scores cells in turn; loads what they share once."""
 
     def __init__(self, study: Study, report: Callable[[Report], None]) -> None:
         self._study, self._folder = study, StudyFolder(study)
@@ -83,10 +83,10 @@ class CellRunner:
         self._scorers: dict[tuple[str, ...], Any] = {}
 
     def run(self, cell: Cell) -> bool:
-        """Runs what a cell still lacks; returns whether this process can run another one."""
+        """Runs what is missing from a cell; returns whether this process can run another."""
         lock = lock_cell(cell, _LOCK_SECONDS)
         if lock is None:
-            self._report(Report(cell.name, "planned", {"failure": "another process runs it"}))
+            self._report(Report(cell.name, "planned", {"failure": "another process is running it"}))
             return True
         began = time.perf_counter()
         try:
@@ -104,7 +104,7 @@ class CellRunner:
         except KeyboardInterrupt:
             self._tell(cell, "interrupted", {"failure": "stopped by a signal"}, last=True)
             return False
-        except Exception as error:  # noqa: BLE001  # one cell stops no other
+        except Exception as error:  # noqa: BLE001  # a failed cell must not stop the others
             expected = isinstance(error, HarnessError)
             stopped = expected and status_of(cell) == "interrupted"
             last = stopped or not expected  # the device may not be usable any more
@@ -115,7 +115,7 @@ class CellRunner:
             lock.release()
 
     def measure(self, probe: Probe) -> bool:
-        """Measures a cell, without a record; returns whether this process can run another one."""
+        """Measures a cell without writing records; returns whether this process can run another."""
         from qlora_harness.study.projection import measure
 
         try:
@@ -163,17 +163,17 @@ class CellRunner:
     def _tell(
         self, cell: Cell, state: State, values: Mapping[str, Any] | None = None, last: bool = False
     ) -> None:
-        """Writes the state to study.json before anyone hears of it."""
+        """Writes the state to study.json, then reports it."""
         try:
             self._folder.update(cell.name, state=state, **(values or {}))
-        except OSError:  # of a full disk, say; the command at least hears of a failure
+        except OSError:  # such as a full disk; a failure is still reported
             if state not in ("failed", "interrupted"):
                 raise
         self._report(Report(cell.name, state, values or {}, last))
 
 
 def _traced(work: Callable[[], _Result]) -> _Result:
-    """Prints the traceback of an unexpected error, which goes to the cell's log."""
+    """Prints the traceback of an unexpected error, into the cell's log."""
     try:
         return work()
     except HarnessError:
@@ -184,7 +184,7 @@ def _traced(work: Callable[[], _Result]) -> _Result:
 
 
 def _numbers(cell: Cell) -> dict[str, Any]:
-    """What study.json repeats from the record of the training."""
+    """The numbers of the training record that study.json repeats."""
     summary = summary_of(cell)
     if summary is None:
         return {}
@@ -196,7 +196,7 @@ def _numbers(cell: Cell) -> dict[str, Any]:
 
 
 def _line(error: Exception) -> str:
-    """An error in a line."""
+    """An error as one line."""
     if isinstance(error, HarnessError):
         return str(error)
     return f"{type(error).__name__}: {first_line(error)}"[:500]
