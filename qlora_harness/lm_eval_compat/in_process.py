@@ -1,4 +1,4 @@
-"""Scores models one after the other in this process, with lm_eval's own functions and records."""
+"""Scores several models in this process, with lm_eval's own functions and records."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _DEVICE = "cuda:0"  # the command's default, which becomes the CPU if there is n
 
 
 class _Projection(QloraAdapterLM):
-    """Scores a part of the texts, and answers every request with the same number."""
+    """Times a sample of the texts, and answers every request with the same number."""
 
-    spent: float = 0.0  # seconds that the part took
-    projected: float = 0.0  # seconds that all will take
+    spent: float = 0.0  # seconds for the sample
+    projected: float = 0.0  # projected seconds for all texts
 
     def loglikelihood(self, requests: list[Request], disable_tqdm: bool = False) -> list[Score]:
         began = time.perf_counter()
@@ -51,7 +51,7 @@ def check_tasks(tasks: Sequence[str]) -> TaskManager:
             "`lm_eval ls tasks` lists every task",
         )
     for tag in manager.all_tags:
-        if tag in tasks:  # results have the names of its tasks only
+        if tag in tasks:  # results list only its tasks, not the tag
             members = ", ".join(sorted(manager.task_index[tag].tags or ()))
             raise SettingsError(
                 f"--tasks: {tag} is a tag of several tasks", f"Name the tasks themselves: {members}"
@@ -76,7 +76,7 @@ def load_tasks(tasks: Sequence[str]) -> None:
 
 
 class InProcessScorer:
-    """`lm_eval run --model qlora_adapter --log_samples` for one model after the other.
+    """Does what `lm_eval run --model qlora_adapter --log_samples` does, for several models.
 
     The index of tasks is built once; the records are those of the command.
     """
@@ -88,7 +88,7 @@ class InProcessScorer:
         self._options = {"batch_size": str(batch_size), "device": _DEVICE}
 
     def project(self, model_args: Mapping[str, Any]) -> float:
-        """Returns the seconds that `score` takes, estimated from a part of the texts."""
+        """Returns the seconds that `score` takes, estimated from a sample of the texts."""
         began = time.perf_counter()
         lm = _Projection.create_from_arg_obj(dict(model_args), self._options)
         try:
@@ -112,7 +112,7 @@ class InProcessScorer:
     def score(self, model_args: Mapping[str, Any], output_path: Path) -> None:
         """Scores one model and saves lm_eval's results and samples below `output_path`.
 
-        A results file is there only with its samples, and whole, whatever ends the process.
+        A results file appears last and whole, after its samples, even if the process is killed.
         """
         # Beside the run folder, in which every results file counts, and on its file system.
         work = output_path.parent.with_name(f".{output_path.parent.name}.lm_eval")

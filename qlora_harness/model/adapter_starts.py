@@ -31,7 +31,7 @@ _MOST_EVA_PASSES = 500  # SmolLM2 takes 40 at rank 8
 
 
 def check_layers(model: PeftModel, init: str) -> None:
-    """Raises SettingsError if a layer can't have a start, which the rank may be too high for."""
+    """Raises SettingsError if a layer can't be initialised, for example at too high a rank."""
     if init not in ("eva", "loftq", "pissa"):
         return
     base_model: Any = model.get_base_model()
@@ -40,7 +40,7 @@ def check_layers(model: PeftModel, init: str) -> None:
         if type(layer).__name__ == "ParamWrapper":
             raise SettingsError(
                 f"--init-lora-weights {init} with --lora-targets: {name} holds tensors of experts, "
-                "which have no such start",
+                "which it can't initialise",
                 "Name linear layers, such as q_proj,v_proj, or use another initialisation",
             )
         base, rank = layer.get_base_layer(), layer.r[_ADAPTER]
@@ -63,7 +63,7 @@ def start_eva(model: PeftModel, batches: Sequence[dict[str, torch.Tensor]]) -> N
     """Sets each A to the principal components of its layer's inputs on padded batches.
 
     Ranks stay equal (rho = 1) and B stays zero. Only learned tokens count. Raises SettingsError if
-    the components don't converge, as those of inputs with fewer dimensions than the rank.
+    the components don't converge, for example if the inputs span fewer dimensions than the rank.
     """
     from peft import initialize_lora_eva_weights
 
@@ -72,7 +72,7 @@ def start_eva(model: PeftModel, batches: Sequence[dict[str, torch.Tensor]]) -> N
     passes = count()
 
     def forward(adapted: Any, inputs: dict[str, torch.Tensor]) -> None:
-        if next(passes) == _MOST_EVA_PASSES:  # PEFT would go on for ever
+        if next(passes) == _MOST_EVA_PASSES:  # PEFT would never stop
             raise ValueError(f"no convergence in {_MOST_EVA_PASSES} passes")
         adapted(**inputs)
 
@@ -90,7 +90,7 @@ def start_eva(model: PeftModel, batches: Sequence[dict[str, torch.Tensor]]) -> N
             f"--init-lora-weights eva: PEFT can't decompose the inputs ({first_line(error)})",
             "Lower --lora-r, or use another initialisation",
         ) from None
-    # PEFT names each layer, for the ranks of which there is only one here.
+    # PEFT lists each layer, to give it its own rank; here all ranks are equal.
     assert not config.rank_pattern
     assert not config.alpha_pattern
     config.target_modules = targets
@@ -101,8 +101,8 @@ def start_eva(model: PeftModel, batches: Sequence[dict[str, torch.Tensor]]) -> N
 def start_loftq(model: PeftModel, original: PreTrainedModel) -> None:
     """Sets B·A to the principal part of what 4 bits lost of each weight of the original base.
 
-    Computes as PEFT's `replace_lora_weights_loftq`, which needs a CUDA device and leaves out the
-    scale of the update.
+    Like PEFT's `replace_lora_weights_loftq`, but on any device, and divided by the scale of the
+    update, which PEFT ignores.
     """
     import torch
 

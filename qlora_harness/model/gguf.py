@@ -28,11 +28,11 @@ logger = logging.getLogger("qlora_harness")
 
 _MAGIC = b"GGUF"
 _RECORD = "gguf.json"
-# Here every tensor of the model is one tensor of the file, with its rows at most in another order.
-# transformers' own reader computes with the values of others, or splits and joins them.
+# Each tensor of these models is one tensor of the file, at most with its rows reordered. For other
+# architectures, transformers changes values, or splits and joins tensors.
 _FAST = ("llama", "qwen2", "qwen3")
-_CHUNK = 1 << 20  # weights that a thread dequantises at once, with 25 MB of temporaries
-_THREADS = min(8, os.cpu_count() or 1)  # more wait for the interpreter lock
+_CHUNK = 1 << 20  # weights that a thread dequantises at once, using 25 MB of temporaries
+_THREADS = min(8, os.cpu_count() or 1)  # more would only wait for the interpreter lock
 _REMEDY = "Name a .gguf file of a language model, a Hugging Face folder or a Hub id"
 _SOURCE = "name the Hugging Face folder that it was made from"
 
@@ -40,8 +40,8 @@ _SOURCE = "name the Hugging Face folder that it was made from"
 def expand_gguf(file: Path, shown: str) -> tuple[Path, dict[str, Any]]:
     """Returns the bfloat16 model folder of a GGUF file, and the file's record.
 
-    The first call writes the folder, others wait for it. Its name is the SHA-256 of the file, so a
-    changed file is expanded anew. The record holds that hash and the number of weights of each
+    The first call writes the folder; concurrent calls wait. It is named by the file's SHA-256, so a
+    changed file is expanded again. The record holds that hash and the number of weights of each
     tensor type. Raises ModelError, which names the model as `shown`, if the file is damaged or not
     supported.
     """
@@ -87,7 +87,7 @@ def _expand(file: Path, folder: Path, digest: str, shown: str) -> None:
         if isinstance(error, OSError) and error.errno:  # a full disk
             raise
         raise ModelError(
-            f"{shown} is nothing that transformers can read ({first_line(error)})", _REMEDY
+            f"{shown} can't be read by transformers ({first_line(error)})", _REMEDY
         ) from None
 
 
@@ -95,8 +95,8 @@ def _expand(file: Path, folder: Path, digest: str, shown: str) -> None:
 def _parsed_once(file: Path, shown: str) -> Iterator[Any]:
     """Yields the file's GGUFReader, and gives transformers the same one.
 
-    Parsing a vocabulary of 150,000 tokens takes seconds; transformers would do it three times. The
-    garbage collector would walk through the million small arrays again and again.
+    Parsing a vocabulary of 150,000 tokens takes seconds; transformers would parse it three times.
+    Garbage collection is off, because it would traverse a million small arrays again and again.
     """
     import gguf
 
@@ -120,7 +120,7 @@ def _parsed_once(file: Path, shown: str) -> Iterator[Any]:
 
 
 def _check(reader: Any, cache: Path, shown: str) -> None:
-    """Raises ModelError for a file that can't become a model, before anything heavy."""
+    """Raises ModelError for an unusable file, before any weights are read."""
     from gguf import quants
 
     for key in ("general.architecture", "tokenizer.ggml.tokens"):
@@ -181,7 +181,7 @@ def _convert_with_transformers(file: Path, work: Path, shown: str) -> None:
     )
     model, info = loaded
     _check_names(shown, info["missing_keys"], info["unexpected_keys"])
-    # The entry would clash with NF4, and these marks would keep it.
+    # This entry would clash with NF4, and the attributes below would bring it back.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
@@ -240,16 +240,16 @@ def _matched(
         shape = tensor.shape.tolist()[::-1]
         if shape != shapes[name]:
             raise ModelError(
-                f"{shown}: {tensor.name} has shape {shape}, not {shapes[name]} as its metadata say",
+                f"{shown}: {tensor.name} has shape {shape}, not {shapes[name]} as in its metadata",
                 f"Download it again, or {_SOURCE}",
             )
     return tensors
 
 
 def _write_weights(path: Path, tensors: dict[str, Any], processor: Any) -> None:
-    """Writes tensors in bfloat16 as a safetensors file; threads fill in chunks at their places.
+    """Writes tensors in bfloat16 as a safetensors file; threads write chunks at their offsets.
 
-    So neither float32 nor bfloat16 weights are ever in memory as a whole.
+    The whole model is never in memory.
     """
     import torch
 
@@ -282,10 +282,10 @@ def _write_weights(path: Path, tensors: dict[str, Any], processor: Any) -> None:
 
 
 def _chunks(tensor: Any, processor: Any, offset: int) -> Iterator[tuple[int, Any, Any]]:
-    """Yields the place of each chunk in the new file, its type and its quantised blocks.
+    """Yields the offset of each chunk in the new file, its type and its quantised blocks.
 
     llama.cpp stores the rows of queries and keys in another order. A block never spans two rows, so
-    the quantised rows are put back.
+    the quantised rows can be reordered.
     """
     import numpy as np
     from gguf import GGML_QUANT_SIZES

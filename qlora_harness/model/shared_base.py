@@ -1,8 +1,8 @@
-"""One loaded base for several runs of a process, each with modules of its own.
+"""One loaded base for several runs of a process, each with its own modules.
 
 A run wraps the modules of its base: PEFT replaces linear layers, fused layers replace `forward`,
-scoring replaces 4-bit layers by expanded ones. None of them changes the frozen tensors. So every
-run gets new modules over the same tensors, and the base is read and quantised once.
+scoring replaces 4-bit layers with expanded ones. None of them changes the frozen tensors. So each
+run gets new modules that hold the same tensors, and the base is read and quantised once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Held:
-    """The base that the runs share now; at most one, since two may not fit."""
+    """The shared base: one at a time, since two may not fit."""
 
     key: tuple[Any, ...] | None = None
     model: PreTrainedModel | None = None
@@ -34,7 +34,7 @@ _HELD: ContextVar[_Held | None] = ContextVar("shared base", default=None)
 
 @contextmanager
 def sharing_base() -> Iterator[None]:
-    """Inside the `with` block, `take_base` loads a base only if it isn't the one before."""
+    """Inside the `with` block, `take_base` reuses the last base if the next one is the same."""
     token = _HELD.set(_Held())
     try:
         yield
@@ -93,7 +93,7 @@ def with_own_modules(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def free_memory() -> None:
-    """Frees what the runs so far left behind, on the host and on GPUs."""
+    """Frees the memory of finished runs, on the host and on GPUs."""
     import torch
 
     gc.collect()  # models and trainers refer to each other in circles

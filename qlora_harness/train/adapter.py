@@ -1,4 +1,4 @@
-"""The adapter of a run: attached, and with the start that its settings name."""
+"""Attaches the adapter of a run and initialises it as its settings say."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-# EVA goes over these batches until its components have converged.
+# EVA repeats these batches until its components converge.
 _EVA_BATCHES = 16
 _EVA_TOKENS_PER_RANK = 4
 
@@ -37,7 +37,7 @@ def attach_adapter(
 ) -> PeftModel:
     """Attaches the adapter that the settings describe, initialised with their seed.
 
-    A resumed run will read its weights from a checkpoint, so it decomposes nothing again.
+    A resumed run reads its weights from a checkpoint, so it skips the decomposition.
     """
     torch.manual_seed(settings.optimization.seed)
     lora, init = settings.lora, settings.lora.init_lora_weights
@@ -60,7 +60,7 @@ def start_adapter(
     source: BaseSource,
     batches: Sequence[dict[str, torch.Tensor]],
 ) -> None:
-    """Gives the fresh adapter of a new run its start, if that needs data or the original base.
+    """Initialises the adapter of a new run, where that needs data or the original base.
 
     `batches` are those of `eva_batches`. Raises SettingsError if the rank is too high.
     """
@@ -80,7 +80,7 @@ def start_adapter(
 
 
 def pissa_start(checkpoint: Path) -> Path:
-    """Returns the file with the start of a checkpoint's run; raises RunError without one."""
+    """Returns the file with the initial adapter of a checkpoint's run, or raises RunError."""
     path = checkpoint.parent / START_FILE
     if not path.is_file():
         raise RunError(
@@ -91,13 +91,13 @@ def pissa_start(checkpoint: Path) -> Path:
 
 
 def restart_adapter(model: PeftModel, settings: Settings, checkpoint: Path) -> None:
-    """Gives the base of a resumed run the residual that its adapter was trained on."""
+    """Restores the residual base on which the adapter of a resumed run was trained."""
     if settings.lora.init_lora_weights == "pissa":
         restart_pissa(model, pissa_start(checkpoint))
 
 
 def eva_batches(examples: Sequence[Example], settings: Settings) -> list[dict[str, torch.Tensor]]:
-    """Returns padded batches of training examples for EVA, drawn by the seed; else none.
+    """Returns padded batches of training examples for EVA, drawn by the seed; [] without EVA.
 
     Raises SettingsError if the examples have fewer learned tokens than the rank needs.
     """
@@ -117,7 +117,7 @@ def eva_batches(examples: Sequence[Example], settings: Settings) -> list[dict[st
             break
     if not batches:
         raise SettingsError(
-            f"--init-lora-weights eva: the data has {learned} learned tokens, and --lora-r "
+            f"--init-lora-weights eva: the data have {learned} learned tokens, and --lora-r "
             f"{settings.lora.lora_r} needs {needed}",
             "Lower --lora-r, or use another initialisation",
         )

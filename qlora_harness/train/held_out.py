@@ -15,7 +15,7 @@ from qlora_harness.train.run_record import RunRecord
 
 
 def check_held_out(settings: Settings, data: TrainingData) -> None:
-    """Raises SettingsError for evaluations during training without held-out conversations."""
+    """Raises SettingsError if --eval-steps is set and no conversation is held out."""
     if settings.run.eval_steps is not None and not data.evaluation:
         raise SettingsError(
             f"--eval-steps {settings.run.eval_steps}: no conversation is held out",
@@ -24,10 +24,10 @@ def check_held_out(settings: Settings, data: TrainingData) -> None:
 
 
 class HeldOut:
-    """The evaluations of one run. None changes the training: none draws a random number.
+    """The evaluations of one run. They don't change the training: they draw no random numbers.
 
     `evaluate` computes the losses with the adapter as it is; every process must call it. `every`
-    is --eval-steps. `losses` are those of the resumed run up to its checkpoint, if any.
+    is --eval-steps. `losses` are those up to the checkpoint of a resumed run.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class HeldOut:
         return all(point.step != step for point in self.losses.during)
 
     def during(self, step: int) -> None:
-        """Evaluates after a step; neither time nor memory count as training's."""
+        """Evaluates after a step; its time and memory don't count as training."""
         with self._record.timed("eval"), self._memory.phase("evaluate_during"):
             evaluation = self._evaluate()
         if math.isfinite(evaluation.loss):
@@ -70,7 +70,7 @@ class HeldOut:
         if not math.isfinite(evaluation.perplexity):
             raise TrainingError(
                 f"the evaluation loss is {evaluation.loss:g}, too large for a perplexity",
-                "Lower --learning-rate or look at the step log",
+                "Lower --learning-rate, or see in training_logs.json where the loss rises",
             )
         self._record.evaluated(evaluation)
         self.losses.nll, self.losses.tokens = evaluation.nll, evaluation.tokens
