@@ -59,7 +59,7 @@ def test_the_answer_has_a_row_for_each_arm(study: Comparison) -> None:
     half = max(nll.high - nll.difference, nll.difference - nll.low)
     assert f"{nll.difference:+.3f} ±{half:.3f} ✗" in lines[3]
     assert lines[5].endswith(f"{nll.baseline:.3f}")
-    assert "From FP4 to NF4 to int8 to bf16, eval loss and NLL fall at each step" in study.verdict
+    assert "FP4 → NF4 → int8 → bf16: eval loss and NLL fall at each step" in study.verdict
     before = next(item for item in study.contrasts if item.arm == "NF4 base")["accuracy"]
     assert f"{100 * before.difference:.2f} pts".replace("-", "−") in "\n".join(lines[7:])
 
@@ -78,7 +78,7 @@ def test_what_falls_and_what_is_shown(tmp_path: Path) -> None:
     arms = {"bf16": (1, 0.0), "nf4": (1, 0.1), "int8": (1, 0.101), "fp4": (1, 0.3)}
     verdict = compare(write_study(tmp_path, arms)).verdict
     assert "eval loss and NLL fall at 2 of 3 steps" in verdict
-    assert "same within ±0.01: NF4–int8 (rises)" in verdict
+    assert "rising, the same within ±0.01 from NF4 to int8" in verdict
 
 
 def test_other_seeds_are_a_difference(runs: list[Path]) -> None:
@@ -189,7 +189,7 @@ def test_methods_of_nothing_recorded(tmp_path: Path) -> None:
     assert methods([]) == ""
     runs = [write_run(tmp_path / name, None, evaluation(FIRST)) for name in "ab"]
     paragraph = methods([load_run(run).on(FAMILY) for run in runs])
-    assert paragraph.startswith("Scored are 20 questions of mmlu_qlora_5shot, 5-shot")
+    assert paragraph.startswith("Scoring uses 20 questions of mmlu_qlora_5shot, 5-shot")
     assert "Tango" in paragraph
     assert "seeds are" not in paragraph
 

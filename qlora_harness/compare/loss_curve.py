@@ -18,7 +18,7 @@ _FEWEST = 10  # conversations; an interval over fewer says little
 def loss_curves(arms: Sequence[Arm]) -> list[LossCurve]:
     """Returns the curves of the arms whose runs were all evaluated during training.
 
-    There are none if the arms were evaluated on different conversations.
+    Empty if the arms were evaluated on different conversations.
     """
     held_out = {
         run.training.data.eval.fingerprint
@@ -31,7 +31,7 @@ def loss_curves(arms: Sequence[Arm]) -> list[LossCurve]:
 
 
 def _curve(arm: Arm) -> LossCurve | None:
-    """The losses at the steps that all runs of an arm have."""
+    """The losses at the steps at which all runs of an arm were evaluated."""
     logs = [run.log for run in arm.runs if run.log is not None and run.log.evaluation.during]
     if len(logs) < len(arm.runs) or len({tuple(log.evaluation.tokens) for log in logs}) > 1:
         return None
@@ -64,16 +64,16 @@ def _trend(curve: LossCurve, losses: Floats, weights: Floats) -> dict[str, objec
     """How the loss moved towards the end; `losses` are [runs, steps, conversations].
 
     Each test pairs conversations and runs, with the intervals of `statistics`. The lowest loss is
-    chosen after the fact, so that rising is tested against all earlier points together
-    (Bonferroni). Falling is tested against one point, which the numbers don't choose: the last one
-    in the first two thirds of the steps.
+    chosen after the fact, so a rise is tested against all earlier points together
+    (Bonferroni). A fall is tested against one point that doesn't depend on the losses: the last
+    evaluation in the first two thirds of the steps.
     """
     steps, last = curve.steps, len(curve.steps) - 1
     best = int(np.argmin(curve.mean))
     if best != last and (_change(losses, weights, best, st.LEVEL / last).low or 0.0) > 0:
         return {"trend": "rising", "since": steps[best]}
     earlier = [place for place, step in enumerate(steps) if 0 < step <= 2 / 3 * steps[last]]
-    if not earlier:  # from before training: any training falls
+    if not earlier:  # only the one before training, from which any loss falls
         return {}
     if (_change(losses, weights, earlier[-1], st.LEVEL).high or 0.0) < 0:
         return {"trend": "falling", "since": steps[earlier[-1]]}
@@ -81,7 +81,7 @@ def _trend(curve: LossCurve, losses: Floats, weights: Floats) -> dict[str, objec
 
 
 def _change(losses: Floats, weights: Floats, place: int, level: float) -> Estimate:
-    """The change of the loss from a place on the curve to its end, nats per token."""
+    """The change of the loss from a point of the curve to its end, nats per token."""
     change = losses[:, -1] - losses[:, place]
     mean, items = st.over_items(change.mean(axis=0), weights)
     by_run = change @ (weights / weights.sum())
@@ -90,7 +90,7 @@ def _change(losses: Floats, weights: Floats, place: int, level: float) -> Estima
 
 
 def notes_on_curves(curves: Sequence[LossCurve]) -> list[str]:
-    """Returns a note on each arm that trained too short or too long by its held-out loss."""
+    """Returns a note on each arm whose held-out loss was still falling, or rose again."""
     notes = []
     for curve in curves:
         if curve.trend not in ("falling", "rising"):

@@ -1,4 +1,4 @@
-"""A paragraph on methods for a paper, from what the runs' records say and nothing else."""
+"""A paragraph on methods for a paper, from the records of the runs alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlora_harness.schema.training_records import DataSplit, TrainingSummary
 Fact = Callable[[Run], str | None]
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lm_eval", "qlora-harness")
 _DIGITS = 12  # of a hash
-# How settings are phrased; those that are off or at zero are left out.
+# The phrase for each setting; settings that are off or zero are left out.
 _SOURCE = {"dataset_revision": "revision {}", "languages": "languages {}"}
 _ENCODING = {"template": "template {}", "max_length": "at most {} tokens", "mask": "loss on {}"}
 _LORA = {
@@ -43,7 +43,7 @@ _MASKS = {"prompt": "the assistant's tokens only", "none": "every token"}
 
 
 def methods(runs: Sequence[Run]) -> str:
-    """Returns how runs were made and compared, in sentences; "" without runs.
+    """Returns a paragraph on how runs were made and compared; "" without runs.
 
     Where arms differ, it gives the value of each. What isn't recorded is left out.
     """
@@ -55,7 +55,7 @@ def methods(runs: Sequence[Run]) -> str:
         ("The adapters are LoRA with {}.", _trained(_lora)),
         ("Training takes {}.", _trained(_optimisation)),
         ("The seeds are {}.", lambda run: None if run.seed is None else str(run.seed)),
-        ("Scored are {}.", _scoring),
+        ("Scoring uses {}.", _scoring),
         ("Training ran on {}.", _trained(_device)),
         ("Versions: {}.", _versions),
     )
@@ -65,7 +65,7 @@ def methods(runs: Sequence[Run]) -> str:
 
 
 def _by_arm(arms: Sequence[Arm], fact: Fact) -> str:
-    """The fact that all arms share, or else that of each."""
+    """The fact once if all arms share it, else for each arm."""
     texts: dict[str, list[str]] = {}
     for arm in arms:
         values = [value for run in arm.runs if (value := fact(run))]
@@ -118,7 +118,7 @@ def _model(training: TrainingSummary) -> str:
 
 
 def _held(arms: Sequence[Arm]) -> list[str]:
-    """How the arms hold the base, and the dtype of matrix products."""
+    """The quantisation of the base in each arm, and the dtype of matrix products."""
     forms, dtypes = [], []
     for run in (run.training for arm in arms for run in arm.runs if run.training):
         held, quant = run.quantization, str(run.quant)
@@ -131,14 +131,14 @@ def _held(arms: Sequence[Arm]) -> list[str]:
     if not forms:
         return []
     products = f", with matrix products in {_listed(_unique(dtypes))}" if dtypes else ""
-    return [f"The base is held in {_listed(_unique(forms))}{products}."]
+    return [f"The base weights are in {_listed(_unique(forms))}{products}."]
 
 
 def _data(training: TrainingSummary) -> str:
     data = training.data
     source = _phrased(training.settings, _SOURCE)
     text = _joined(data.dataset, source, _split(data.train))
-    return f"{text}; held out are {_split(data.eval)}" if data.eval else text
+    return f"{text}; held out: {_split(data.eval)}" if data.eval else text
 
 
 def _split(split: DataSplit) -> str:
@@ -211,7 +211,7 @@ def _versions(run: Run) -> str | None:
 
 
 def _statistics(arms: Sequence[Arm]) -> list[str]:
-    """How intervals are made, by statistics.py and costs.py."""
+    """How statistics.py and costs.py compute the intervals."""
     pairs = pair(arms)[0] if len(arms) > 1 else []
     runs = [run for both in pairs for arm in both for run in arm.runs]
     scored = [item for run in runs for item in run.scored.values()]

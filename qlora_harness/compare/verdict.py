@@ -9,7 +9,7 @@ from qlora_harness.compare.power import discordance, questions_needed, seed_devi
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint
 from qlora_harness.compare.scores import MOSTLY
 
-# How less or more of an endpoint is phrased, and its name.
+# The phrases for less and for more of an endpoint, and its name.
 _COSTS = {
     "memory": ("{} of memory", "{} more memory", "memory"),
     "time": ("{} of training time", "{} more training time", "training time"),
@@ -38,7 +38,7 @@ def sentences(comparison: ComparisonRecord) -> list[str]:
 
 
 def _validity(comparison: ComparisonRecord) -> str:
-    """What would make the rest meaningless, so it comes first."""
+    """Why the other sentences may mean nothing; so it comes first."""
     if any("random weights" in note for note in comparison.notes):
         return "The base has random weights: loss and accuracy say nothing."
     chance = {one.arm: one for one in comparison.chance if one.at_chance}
@@ -57,7 +57,7 @@ def _validity(comparison: ComparisonRecord) -> str:
 
 
 def _costs(item: Contrast) -> str:
-    """What is shown of memory, time, loss and NLL."""
+    """The shown differences in memory, time, loss and NLL."""
     changes = _savings_and_costs(item)
     trained = "memory" in item.endpoints
     if not changes and not trained:
@@ -66,7 +66,9 @@ def _costs(item: Contrast) -> str:
     if not changes:
         text = f"{item.arm} and {item.baseline} show no difference in cost"
     if item.seeds == (1, 1) and trained:
-        return f"In these two runs, {text}. A second seed would show how much seeds matter."
+        return (
+            f"In these two runs, {text}. With one seed each, the spread between seeds is unknown."
+        )
     if min(item.seeds) == 1 < max(item.seeds):
         text += "; the single-seed arm is assumed to vary as much as the other"
     return f"{text}."
@@ -98,9 +100,9 @@ def _doses(steps: Sequence[Contrast]) -> list[str]:
         endpoints = [one for step in steps if (one := step.measured(key))]
         if steps and len(endpoints) == len(steps):
             sentences.setdefault(_falls(steps, endpoints), []).append(endpoints[0].name)
-    chain = " to ".join([step.arm for step in steps] + [step.baseline for step in steps[-1:]])
+    chain = " → ".join([step.arm for step in steps] + [step.baseline for step in steps[-1:]])
     return [
-        f"From {chain}, {_listed(names)} {'falls' if len(names) == 1 else 'fall'} {where}."
+        f"{chain}: {_listed(names)} {'falls' if len(names) == 1 else 'fall'} {where}."
         for where, names in sentences.items()
     ]
 
@@ -171,7 +173,7 @@ def _needed(item: Contrast, comparison: ComparisonRecord) -> str:
         return ""
     step = 10 ** max(0, len(str(need.equivalence)) - 2)
     count = -(-need.equivalence // step) * step
-    return f"; if there is no difference, showing that within {margin} takes {count:,} questions"
+    return f"; if the arms are equal, showing it within {margin} takes {count:,} questions"
 
 
 def _letters(item: Contrast) -> str:
