@@ -1,8 +1,8 @@
-# make demo: a study of SmolLM2 on the embedded data: NF4 and bf16, two seeds each. Run again, it resumes, or prints
-#   the answer at once; remove results/demo to train anew.
+# make demo: a study of SmolLM2 on the embedded data: NF4 and bf16, two seeds each. A second call resumes, or
+#   prints the answer at once. Remove results/demo to train again.
 # make test: the test suite.   make check: style, types, tests.   make docs: tables and picture from the records.
 # make matrix: the tests with the oldest and the newest supported versions.
-# Each makes .venv if it is missing. JOBS is the number of test processes. PYTHON=python3.12 make … chooses the interpreter.
+# Each target creates .venv if it is missing. JOBS is the number of test processes. PYTHON=python3.12 make … chooses the interpreter.
 
 PYTHON ?= python3
 VENV ?= .venv
