@@ -99,7 +99,7 @@ class ModelSettings:
     )
     quant: str = _setting(
         "nf4",
-        "how the frozen base weights are held: 4 bits (nf4, fp4, hqq), LLM.int8 or bf16",
+        "format of the frozen base weights: 4 bits (nf4, fp4, hqq), LLM.int8 or bf16",
         choices=[q.value for q in Quant],
     )
     double_quant: bool = _setting(True, "quantise the 4-bit scales as well (nf4 and fp4 only)")
@@ -162,7 +162,7 @@ class LoraSettings:
     use_dora: bool = _setting(False, "learn the norm of each weight row separately (DoRA)")
     init_lora_weights: str = _setting(
         "default",
-        "start of the adapter: default (Kaiming); gaussian; pissa (principal parts of a bf16 "
+        "initial adapter: default (Kaiming); gaussian; pissa (principal parts of a bf16 "
         "base); loftq (the error of an nf4 base); eva (principal parts of the layers' inputs)",
         choices=["default", "gaussian", "pissa", "loftq", "eva"],
     )
@@ -204,7 +204,7 @@ class OptimizationSettings:
     warmup_ratio: float = _setting(0.0, "share of steps with a rising rate", "0 to 1", high=1)
     optimizer: str = _setting(
         "paged_adamw_32bit",
-        "optimizer, the same for both arms",
+        "optimizer",
         choices=["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw_torch"],
     )
     adam_beta2: float = _setting(0.999, "decay of the second moment", "0 to 1", high=0.999999)
@@ -253,9 +253,7 @@ class RunSettings:
         "folder",
     )
     overwrite: bool = _setting(False, "replace the run in the folder")
-    report_to: str = _setting(
-        "none", "where else Trainer logs", choices=["none", "tensorboard", "wandb"]
-    )
+    report_to: str = _setting("none", "where else to log", choices=["none", "tensorboard", "wandb"])
 
 
 GROUPS: dict[str, type] = {

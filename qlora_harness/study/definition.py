@@ -256,7 +256,7 @@ def _shared_settings(
             remedy = (
                 "List it under arms instead"
                 if name == "quant"
-                else "Use the study's seeds and output_dir instead"
+                else "Remove it: `seeds` sets the seeds, and a study resumes on its own"
             )
             raise SettingsError(f"{own[name]} is set by the study for each cell", remedy)
         values.pop(name, None)
@@ -288,7 +288,7 @@ def _check_arm(values: Mapping[str, Any], place: str) -> None:
         if plain in _SHARED or plain in OWN or plain in BOOKKEEPING:
             raise SettingsError(
                 f"{place}, key {shown(str(name))} can't differ between arms",
-                "Move it to settings, or remove it",
+                "Move it to settings, or remove it; the key `seeds` sets an arm's seeds",
             )
     if "quant" not in values:
         names = ", ".join(quant.value for quant in Quant)
@@ -311,7 +311,7 @@ def _check_distinct(cells: Sequence[Cell], where: str) -> None:
 
 
 def _bases(cells: Sequence[Cell], folder: Path) -> list[Cell]:
-    """One cell for each distinct base, under the name of the first arm that has it."""
+    """One cell for each distinct base, named after the first arm that uses it."""
     bases: dict[tuple[object, ...], Cell] = {}
     for cell in cells:
         changes = {"output_dir": str(folder / f"base_{cell.arm}")}
@@ -321,7 +321,7 @@ def _bases(cells: Sequence[Cell], folder: Path) -> list[Cell]:
 
 
 def _seeds(value: Any, place: str) -> list[int]:
-    """The seeds of an arm: of a number of them, or of a list."""
+    """The seeds of an arm, from a number or a list."""
     try:
         seeds = _SEEDS.validate_python(value)
     except ValidationError as error:

@@ -19,7 +19,7 @@ from qlora_harness.settings import (
     with_recipe,
 )
 
-_DESCRIPTION = "Fine-tunes a base model with LoRA, held in 4 bits (QLoRA), int8 or bf16."
+_DESCRIPTION = "Trains a LoRA adapter on a frozen base model in 4 bits (QLoRA), int8 or bf16."
 _EPILOG = """\
 Every flag is also a recipe key (learning_rate: 0.0002). Flags override the recipe, and the recipe
 overrides the defaults. Included recipes: qlora-llama2-7b (the published one; its values are the
