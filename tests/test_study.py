@@ -25,11 +25,11 @@ from lm_eval.loggers import EvaluationTracker
 from rich.console import Console
 from training_runs import read
 
-from qlora_harness.errors import RunError
+from qlora_harness.errors import RunError, SettingsError
 from qlora_harness.lm_eval_compat.in_process import InProcessScorer
 from qlora_harness.model.shared_base import sharing_base
 from qlora_harness.schema.study_record import StudyRecord
-from qlora_harness.study.checks import check_study_runs
+from qlora_harness.study.checks import CONTEXT, check_study_runs
 from qlora_harness.study.command import run
 from qlora_harness.study.definition import Study, build_study
 from qlora_harness.study.devices import Device
@@ -245,6 +245,21 @@ def test_a_dry_run_leaves_nothing(
     measured = reports[0].values["measurement"]
     assert min(measured.start, measured.train, measured.evaluate, measured.score) > 0
     assert not Path("results").exists()
+
+
+def test_an_arm_that_does_not_fit_a_gpu_is_refused(file: Path, content: dict[str, Any]) -> None:
+    study = build_study({**content, "tasks": None}, {}, file)
+    peak = check_study_runs(study, [Device("0", None), Device("1", 2**40)])["bf16"].peak
+    needed = int(peak + CONTEXT)
+    check_study_runs(study, [Device("0", needed)])
+    with pytest.raises(SettingsError) as caught:
+        check_study_runs(study, [Device("0", 2**40), Device("1", needed - 2**20)])
+    assert str(caught.value).startswith("arm '")
+    assert Device("1", None).environment(10**6) | {"OMP_NUM_THREADS": "1"} == {
+        "CUDA_VISIBLE_DEVICES": "1",
+        "OMP_NUM_THREADS": "1",
+        "RAYON_NUM_THREADS": "1",
+    }
 
 
 def test_states_follow_the_records(file: Path, content: dict[str, Any]) -> None:

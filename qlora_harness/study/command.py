@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         ("--arms", "A,B,…", "quantisations, or arms of the file"),
         ("--seeds", "N", "a number of seeds, or a list such as 0,1,5 (default 1)"),
         ("--tasks", "A,B,…", "tasks of lm_eval on which every cell is scored"),
+        ("--score-batch-size", "N", "texts in a batch of lm_eval's; packs ignore it (default 16)"),
     ):
         group.add_argument(flag, metavar=metavar, help=text, **unset)
     group.add_argument(
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _overridden(content: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     """The study with what flags say about it; leaves the settings of training in `flags`."""
-    own = ("name", "recipe", "seeds", "tasks", "score_bases")
+    own = ("name", "recipe", "seeds", "tasks", "score_batch_size", "score_bases")
     given = {name: flags.pop(name) for name in own if flags.get(name) is not None}
     flags.pop("recipe", None)
     names = flags.pop("arms", None)
