@@ -250,7 +250,7 @@ def test_a_dry_run_leaves_nothing(
 def test_an_arm_that_does_not_fit_a_gpu_is_refused(file: Path, content: dict[str, Any]) -> None:
     study = build_study({**content, "tasks": None}, {}, file)
     plans = check_study_runs(study, [Device("0", None), Device("1", 2**40)])
-    needed = int(max(plan.peak for plan in plans.values()) + CONTEXT)
+    needed = int(max(plan.peak for plan in plans.values()) + CONTEXT) + 1
     check_study_runs(study, [Device("0", needed)])
     with pytest.raises(SettingsError) as caught:
         check_study_runs(study, [Device("0", 2**40), Device("1", needed - 2**20)])
