@@ -117,15 +117,16 @@ def environment() -> dict[str, str]:
 
 
 def test_cells_on_one_base_equal_separate_commands(file: Path, content: dict[str, Any]) -> None:
-    content["seeds"] = 2
+    content |= {"seeds": 2, "arms": {**content["arms"], "int8": {"quant": "int8"}}}
     study = build_study(content, {}, file)
-    names = ["nf4/0", "nf4/1", "bf16/0", "bf16/1"]
+    names = ["nf4/0", "nf4/1", "bf16/0", "bf16/1", "int8/0", "int8/1"]
     reports = run_cells(study, names)
     assert [r.cell for r in reports if r.state == "completed"] == names
     alone = build_study({**content, "name": "alone"}, {}, file)
-    bf16, nf4 = alone.cell("bf16/1"), alone.cell("nf4/1")
-    run_training(bf16.settings)
-    InProcessScorer([TASK], 16).score(bf16.model_args(), bf16.folder / "lm_eval")
+    bf16, nf4, int8 = (alone.cell(f"{arm}/1") for arm in ("bf16", "nf4", "int8"))
+    for cell in (bf16, int8):
+        run_training(cell.settings)
+        InProcessScorer([TASK], 16).score(cell.model_args(), cell.folder / "lm_eval")
     (file.parent / "launch").symlink_to(REPOSITORY / "launch")
     for command in alone.commands(nf4):
         line = shlex.split(command)
@@ -136,7 +137,7 @@ def test_cells_on_one_base_equal_separate_commands(file: Path, content: dict[str
             else [str(BIN / line[0]), *line[1:]]
         )
         subprocess.run(line, check=True, capture_output=True, env=environment())
-    for cell in (bf16, nf4):
+    for cell in (bf16, nf4, int8):
         together, expected = numbers_of(study.cell(cell.name).folder), numbers_of(cell.folder)
         for key, value in expected.items():
             assert together[key] == value, f"{cell.name}: {key}"
