@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -166,3 +167,18 @@ def test_own_records_hold_no_nan_and_no_infinity(tmp_path: Path, number: str) ->
     read_json(path)  # of lm_eval, for example
     with pytest.raises(ResultsError, match=r"steps\.1\.loss is .*, not a finite number"):
         read_json(path, finite=True)
+
+
+def test_compressed_records_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "record.json.xz"
+    path.write_bytes(lzma.compress(b'{"loss": 0.5}'))
+    assert read_json(path) == {"loss": 0.5}
+
+
+@pytest.mark.parametrize("content", [b"not xz", lzma.compress(b'{"loss": 0.5}')[:-9], b""])
+def test_damaged_compressed_records_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "record.json.xz"
+    path.write_bytes(content)
+    with pytest.raises(ResultsError) as caught:
+        read_json(path)
+    assert str(path) in str(caught.value)

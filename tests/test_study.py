@@ -25,11 +25,11 @@ from lm_eval.loggers import EvaluationTracker
 from rich.console import Console
 from training_runs import read
 
-from qlora_harness.errors import RunError
+from qlora_harness.errors import RunError, SettingsError
 from qlora_harness.lm_eval_compat.in_process import InProcessScorer
 from qlora_harness.model.shared_base import sharing_base
 from qlora_harness.schema.study_record import StudyRecord
-from qlora_harness.study.checks import check_study_runs
+from qlora_harness.study.checks import CONTEXT, check_study_runs
 from qlora_harness.study.command import run
 from qlora_harness.study.definition import Study, build_study
 from qlora_harness.study.devices import Device
@@ -117,15 +117,16 @@ def environment() -> dict[str, str]:
 
 
 def test_cells_on_one_base_equal_separate_commands(file: Path, content: dict[str, Any]) -> None:
-    content["seeds"] = 2
+    content |= {"seeds": 2, "arms": {**content["arms"], "int8": {"quant": "int8"}}}
     study = build_study(content, {}, file)
-    names = ["nf4/0", "nf4/1", "bf16/0", "bf16/1"]
+    names = ["nf4/0", "nf4/1", "bf16/0", "bf16/1", "int8/0", "int8/1"]
     reports = run_cells(study, names)
     assert [r.cell for r in reports if r.state == "completed"] == names
     alone = build_study({**content, "name": "alone"}, {}, file)
-    bf16, nf4 = alone.cell("bf16/1"), alone.cell("nf4/1")
-    run_training(bf16.settings)
-    InProcessScorer([TASK], 16).score(bf16.model_args(), bf16.folder / "lm_eval")
+    bf16, nf4, int8 = (alone.cell(f"{arm}/1") for arm in ("bf16", "nf4", "int8"))
+    for cell in (bf16, int8):
+        run_training(cell.settings)
+        InProcessScorer([TASK], 16).score(cell.model_args(), cell.folder / "lm_eval")
     (file.parent / "launch").symlink_to(REPOSITORY / "launch")
     for command in alone.commands(nf4):
         line = shlex.split(command)
@@ -136,7 +137,7 @@ def test_cells_on_one_base_equal_separate_commands(file: Path, content: dict[str
             else [str(BIN / line[0]), *line[1:]]
         )
         subprocess.run(line, check=True, capture_output=True, env=environment())
-    for cell in (bf16, nf4):
+    for cell in (bf16, nf4, int8):
         together, expected = numbers_of(study.cell(cell.name).folder), numbers_of(cell.folder)
         for key, value in expected.items():
             assert together[key] == value, f"{cell.name}: {key}"
@@ -245,6 +246,21 @@ def test_a_dry_run_leaves_nothing(
     measured = reports[0].values["measurement"]
     assert min(measured.start, measured.train, measured.evaluate, measured.score) > 0
     assert not Path("results").exists()
+
+
+def test_an_arm_that_does_not_fit_a_gpu_is_refused(file: Path, content: dict[str, Any]) -> None:
+    study = build_study({**content, "tasks": None}, {}, file)
+    plans = check_study_runs(study, [Device("0", None), Device("1", 2**40)])
+    needed = int(max(plan.peak for plan in plans.values()) + CONTEXT) + 1
+    check_study_runs(study, [Device("0", needed)])
+    with pytest.raises(SettingsError) as caught:
+        check_study_runs(study, [Device("0", 2**40), Device("1", needed - 2**20)])
+    assert str(caught.value).startswith("arm '")
+    assert Device("1", None).environment(10**6) | {"OMP_NUM_THREADS": "1"} == {
+        "CUDA_VISIBLE_DEVICES": "1",
+        "OMP_NUM_THREADS": "1",
+        "RAYON_NUM_THREADS": "1",
+    }
 
 
 def test_states_follow_the_records(file: Path, content: dict[str, Any]) -> None:

@@ -54,9 +54,11 @@ def take_base(
 ) -> PreTrainedModel:
     """Returns what `load_base` returns; inside `sharing_base` its tensors may be shared.
 
-    Pass `shared=False` for a run that changes the weights of its base.
+    Pass `shared=False` for a run that changes the weights of its base. Bases in LLM.int8 and HQQ
+    are never shared, because a run changes state that they keep beside their weights.
     """
     held = _HELD.get()
+    shared = shared and (quant is Quant.BF16 or quant.is_4bit)
     key = (source.path, source.revision, quant, double_quant, compute_dtype, device)
     if held is not None and held.key == key and held.model is not None and shared:
         return with_own_modules(held.model)

@@ -66,7 +66,7 @@ class _Row:
             optional(self.loss, "{:.3f}"),
             optional(self.speed, "{:,.0f}"),
             gib(self.memory),
-            NOTHING if elapsed is None else duration(elapsed),
+            NOTHING if elapsed is None or elapsed < 1 else duration(elapsed),
         ]
 
 
