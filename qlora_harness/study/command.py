@@ -222,7 +222,7 @@ class _Command:
                 pool.run(jobs, lambda: None)
             finally:
                 pool.close()
-        print(project(self._study, plans, measured, len(self._devices)))
+        print(project(self._cells(), plans, measured, len(self._devices)))
         for cell in self._cells():
             print("\n".join(["", f"# {cell.name}", *map(printable, self._study.commands(cell))]))
         for line in problems:

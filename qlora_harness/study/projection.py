@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_harness.results.terminal import duration
@@ -76,7 +76,7 @@ def measure(probe: Probe, study: Study) -> Measurement:
 
 
 def project(
-    study: Study,
+    cells: Sequence[Cell],
     plans: Mapping[str, ArmPlan],
     measured: Mapping[str, Measurement],
     devices: int,
@@ -84,7 +84,7 @@ def project(
     """Returns a table of the cells with their memory and time."""
     lines = [f"{'cell':<20} {'memory':>10} {'steps':>6} {'training':>10} {'scoring':>10}"]
     total, bases = 0.0, set()
-    for cell in study.cells:
+    for cell in cells:
         one, plan = measured.get(cell.arm), plans[cell.arm]
         trains = cell.seed is not None
         row = f"{cell.name:<20} {plan.peak / GIB:>6.1f} GiB {plan.steps if trains else '':>6}"
@@ -94,7 +94,7 @@ def project(
             total += training + one.score + (one.start if cell.base not in bases else 0.0)
             bases.add(cell.base)
         lines.append(row.rstrip())
-    if measured:
+    if all(cell.arm in measured for cell in cells):
         on = f"on {devices} devices" if devices > 1 else "on one device"
-        lines.append(f"{len(study.cells)} cells, {duration(total / devices)} {on}, projected")
+        lines.append(f"{len(cells)} cells, {duration(total / devices)} {on}, projected")
     return "\n".join(lines)
