@@ -78,7 +78,7 @@ def test_what_falls_and_what_is_shown(tmp_path: Path) -> None:
     arms = {"bf16": (1, 0.0), "nf4": (1, 0.1), "int8": (1, 0.101), "fp4": (1, 0.3)}
     verdict = compare(write_study(tmp_path, arms)).verdict
     assert "eval loss and NLL fall at 2 of 3 steps" in verdict
-    assert "same within ±0.01: NF4–int8 (rises)" in verdict
+    assert "rising, the same within ±0.01 from NF4 to int8" in verdict
 
 
 def test_other_seeds_are_a_difference(runs: list[Path]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from qlora_harness.errors import HarnessError, first_line
 from qlora_harness.schema.study_record import State
@@ -23,7 +23,6 @@ from qlora_harness.study.folder import StudyFolder, lock_cell
 from qlora_harness.study.progress import is_complete, missing_tasks, status_of, summary_of
 from qlora_harness.study.projection import Probe
 
-_Result = TypeVar("_Result")
 _LOCK_SECONDS = 30.0  # a worker of a killed study may take that long to notice
 
 
@@ -97,7 +96,7 @@ class CellRunner:
                 from qlora_harness.train.signals import sigterm_as_ctrl_c
 
                 with sigterm_as_ctrl_c():
-                    _traced(lambda: self._compute(cell))
+                    self._compute(cell)
             values = {**_numbers(cell), "seconds": time.perf_counter() - began, "failure": None}
             self._tell(cell, "completed", values)
             return True
@@ -128,8 +127,15 @@ class CellRunner:
             return False
 
     def _compute(self, cell: Cell) -> None:
-        self._train(cell)
-        self._score(cell)
+        """Trains and scores; the traceback of an unexpected error goes to the cell's log."""
+        try:
+            self._train(cell)
+            self._score(cell)
+        except HarnessError:
+            raise
+        except Exception:
+            traceback.print_exc()
+            raise
 
     def _train(self, cell: Cell) -> None:
         if cell.seed is None or status_of(cell) == "completed":
@@ -172,17 +178,6 @@ class CellRunner:
         self._report(Report(cell.name, state, values or {}, last))
 
 
-def _traced(work: Callable[[], _Result]) -> _Result:
-    """Prints the traceback of an unexpected error, which goes to the cell's log."""
-    try:
-        return work()
-    except HarnessError:
-        raise
-    except Exception:
-        traceback.print_exc()
-        raise
-
-
 def _numbers(cell: Cell) -> dict[str, Any]:
     """What study.json repeats from the record of the training."""
     summary = summary_of(cell)
@@ -206,7 +201,6 @@ def _line(error: Exception) -> str:
 def printing_to(path: Path) -> Iterator[None]:
     """Appends everything that the process prints inside the `with` block to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    streams = (sys.stdout, sys.stderr)
     with path.open("a", encoding="utf-8", errors="replace") as file:
         before = [(number, os.dup(number)) for number in (1, 2)]
         try:
@@ -214,7 +208,7 @@ def printing_to(path: Path) -> Iterator[None]:
                 os.dup2(file.fileno(), number)
             yield
         finally:
-            for stream in streams:
+            for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError):  # a full disk
                     stream.flush()
             for number, copy in before:
