@@ -14,7 +14,16 @@ import pytest
 import torch
 from conftest import tiny_rows
 from safetensors.torch import load_file, save_file
-from training_runs import Train, as_if_killed, everything_in, losses, read, steps, summary
+from training_runs import (
+    Train,
+    as_if_killed,
+    evaluations,
+    everything_in,
+    losses,
+    read,
+    steps,
+    summary,
+)
 
 from qlora_harness.train import run_folder, trainer
 
@@ -90,11 +99,6 @@ def test_killed_run_repeats_the_steps_after_its_checkpoint(
     assert skipped is (killed == "while saving")
     assert losses("run") == whole
     assert summary("run")["results"] == results
-
-
-def evaluations(run_dir: str) -> dict[str, Any]:
-    evaluation: dict[str, Any] = read(f"{run_dir}/training_logs.json")["evaluation"]
-    return evaluation
 
 
 def test_resumed_run_has_the_evaluations_of_an_uninterrupted_one(train: Train) -> None:

@@ -18,9 +18,7 @@ from qlora_harness.study.progress import summary_of
 from qlora_harness.train.arguments import planned_steps
 from qlora_harness.train.cpu import faster_dtype
 from qlora_harness.train.held_out import check_held_out
-from qlora_harness.train.memory_plan import GIB, choose_memory_plan, measure_shape
-
-CONTEXT = 0.6 * GIB  # of CUDA and its libraries, which the plan does not count
+from qlora_harness.train.memory_plan import CONTEXT, GIB, choose_memory_plan, measure_shape
 
 
 @dataclass(frozen=True)
