@@ -203,38 +203,28 @@ def test_restarted_pissa_has_the_same_residual(kind: str, tmp_path: Path) -> Non
     )
 
 
-def test_pissa_of_a_tied_head_is_refused() -> None:
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        tie_word_embeddings=True,
-    )
-    model = attach_lora(
-        LlamaForCausalLM(config), r=4, alpha=6, dropout=0.0, targets="lm_head", init="pissa"
-    )
-    with pytest.raises(SettingsError) as caught:
-        check_layers(model, "pissa")
-    assert "the residual of lm_head would change the embedding" in str(caught.value)
-
-
-@pytest.mark.parametrize("init", ["pissa", "eva"])
-def test_tensors_of_experts_have_no_such_start(init: str) -> None:
-    config = MixtralConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "init", "targets", "named"),
+    [
+        ("tied", "pissa", "lm_head", "the residual of lm_head would change the embedding"),
+        ("experts", "pissa", "all-linear", "--lora-targets"),
+        ("experts", "eva", "all-linear", "--lora-targets"),
+    ],
+)
+def test_layers_that_can_have_no_such_start(kind: str, init: str, targets: str, named: str) -> None:
+    sizes: dict[str, Any] = {
+        "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }  # fmt: skip
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+    if kind == "experts":
+        config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2)
+        model = MixtralForCausalLM(config).float()
     with pytest.raises(SettingsError) as caught:
         check_layers(
-            attach_lora(
-                MixtralForCausalLM(config).float(),
-                r=4, alpha=6, dropout=0.0, targets="all-linear", init=init,
-            ),
-            init,
-        )  # fmt: skip
-    assert "--lora-targets" in str(caught.value)
+            attach_lora(model, r=4, alpha=6, dropout=0.0, targets=targets, init=init), init
+        )
+    assert named in str(caught.value)
 
 
 # --- LoftQ and EVA --------------------------------------------------------------------------------

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.errors import HarnessError, first_line
+from qlora_harness.model.shared_base import free_memory, sharing_base
 from qlora_harness.schema.study_record import State
 from qlora_harness.study.definition import Cell, Study
 from qlora_harness.study.folder import StudyFolder, lock_cell
 from qlora_harness.study.progress import is_complete, missing_tasks, status_of, summary_of
-from qlora_harness.study.projection import Probe
+from qlora_harness.study.projection import Probe, measure
 
 _LOCK_SECONDS = 30.0  # a worker of a killed study may take that long to notice
 
@@ -40,7 +41,6 @@ def work(connection: Connection, study: Study) -> None:
     """Runs cells as they arrive, until None arrives or one ends in a way that may leave damage."""
     os.setpgrp()  # the terminal's Ctrl-C reaches the command only, which passes it on once
     _end_with_parent()
-    from qlora_harness.model.shared_base import sharing_base
 
     def report(what: Report) -> None:
         with contextlib.suppress(OSError):  # the command has ended; SIGTERM will follow
@@ -115,8 +115,6 @@ class CellRunner:
 
     def measure(self, probe: Probe) -> bool:
         """Measures a cell, without a record; returns whether this process can run another one."""
-        from qlora_harness.study.projection import measure
-
         try:
             with printing_to(Path(os.devnull)):
                 result = measure(probe, self._study)
@@ -140,7 +138,6 @@ class CellRunner:
     def _train(self, cell: Cell) -> None:
         if cell.seed is None or status_of(cell) == "completed":
             return
-        from qlora_harness.model.shared_base import free_memory
         from qlora_harness.train.run import run_training
 
         self._tell(cell, "training")
@@ -156,7 +153,6 @@ class CellRunner:
         if not tasks:
             return
         from qlora_harness.lm_eval_compat.in_process import InProcessScorer
-        from qlora_harness.model.shared_base import free_memory
 
         self._tell(cell, "scoring")
         if tasks not in self._scorers:
