@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from qlora_harness.model.adapter_starts import (
 )
 from qlora_harness.model.base import expand_4bit
 from qlora_harness.model.lora import attach_lora
-from qlora_harness.schema.training_records import read_summary
 from qlora_harness.settings import CHECKPOINTING, build_settings, check_can_run
 from qlora_harness.train import run as train_run
 
@@ -113,25 +111,6 @@ def test_arm_is_scored_as_it_was_in_memory_and_resumes_exactly(
     assert summary("run")["results"] == whole["results"]
     assert read("run/adapter/adapter_config.json") == before[1]
     assert_same_tensors(adapter_of("run"), before[2])
-
-
-NEW_SETTINGS = ("use_rslora", "use_dora", "init_lora_weights")
-
-
-def test_run_of_the_previous_version_resumes(train: Train) -> None:
-    assert train(output_dir="run", quant="nf4", save_steps=2) == 0
-    whole = losses("run")
-    as_if_killed("run", 4)
-    path = Path("run/training_summary.json")
-    record = read(path)
-    for name in NEW_SETTINGS:
-        del record["settings"][name]
-    path.write_text(json.dumps(record))
-    earlier = read_summary(Path("run"))
-    assert earlier is not None
-    assert [earlier.settings[name] for name in NEW_SETTINGS] == [False, False, "default"]
-    assert train(output_dir="run", quant="nf4", save_steps=2) == 0
-    assert losses("run") == whole
 
 
 def test_start_is_the_same_function_as_the_base(train: Train) -> None:

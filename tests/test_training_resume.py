@@ -25,6 +25,7 @@ from training_runs import (
     summary,
 )
 
+from qlora_harness.schema.training_records import read_summary
 from qlora_harness.train import run_folder, trainer
 
 
@@ -128,14 +129,21 @@ def test_evaluation_that_a_signal_prevented_is_made_when_the_run_resumes(
 
 
 def test_run_of_an_earlier_version_resumes_with_evaluations(train: Train) -> None:
-    """Its settings know neither --eval-steps nor --eval-seed."""
-    assert train(quant="bf16", output_dir="run", save_steps=2) == 0
+    """Its settings lack the later ones, which had their defaults then."""
+    later = {
+        "eval_seed": 0, "use_rslora": False, "use_dora": False, "init_lora_weights": "default",
+    }  # fmt: skip
+    assert train(quant="nf4", output_dir="run", save_steps=2) == 0
     whole = losses("run")
     as_if_killed("run", 4)
     record = summary("run")
-    del record["settings"]["eval_steps"], record["settings"]["eval_seed"]
+    for name in ("eval_steps", *later):
+        del record["settings"][name]
     Path("run/training_summary.json").write_text(json.dumps(record))
-    assert train(quant="bf16", output_dir="run", save_steps=2, eval_steps=1) == 0
+    earlier = read_summary(Path("run"))
+    assert earlier is not None
+    assert {name: earlier.settings[name] for name in later} == later
+    assert train(quant="nf4", output_dir="run", save_steps=2, eval_steps=1) == 0
     assert losses("run") == whole
     assert [point["step"] for point in evaluations("run")["during"]] == [2, 3]
 
