@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from qlora_harness.model.adapter_starts import (
 )
 from qlora_harness.model.base import expand_4bit
 from qlora_harness.model.lora import attach_lora
-from qlora_harness.schema.training_records import read_summary
 from qlora_harness.settings import CHECKPOINTING, build_settings, check_can_run
 from qlora_harness.train import run as train_run
 
@@ -115,25 +113,6 @@ def test_arm_is_scored_as_it_was_in_memory_and_resumes_exactly(
     assert_same_tensors(adapter_of("run"), before[2])
 
 
-NEW_SETTINGS = ("use_rslora", "use_dora", "init_lora_weights")
-
-
-def test_run_of_the_previous_version_resumes(train: Train) -> None:
-    assert train(output_dir="run", quant="nf4", save_steps=2) == 0
-    whole = losses("run")
-    as_if_killed("run", 4)
-    path = Path("run/training_summary.json")
-    record = read(path)
-    for name in NEW_SETTINGS:
-        del record["settings"][name]
-    path.write_text(json.dumps(record))
-    earlier = read_summary(Path("run"))
-    assert earlier is not None
-    assert [earlier.settings[name] for name in NEW_SETTINGS] == [False, False, "default"]
-    assert train(output_dir="run", quant="nf4", save_steps=2) == 0
-    assert losses("run") == whole
-
-
 def test_start_is_the_same_function_as_the_base(train: Train) -> None:
     """The evaluation before training is that of the base, whatever the adapter starts with."""
     before = {}
@@ -203,38 +182,28 @@ def test_restarted_pissa_has_the_same_residual(kind: str, tmp_path: Path) -> Non
     )
 
 
-def test_pissa_of_a_tied_head_is_refused() -> None:
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        tie_word_embeddings=True,
-    )
-    model = attach_lora(
-        LlamaForCausalLM(config), r=4, alpha=6, dropout=0.0, targets="lm_head", init="pissa"
-    )
-    with pytest.raises(SettingsError) as caught:
-        check_layers(model, "pissa")
-    assert "the residual of lm_head would change the embedding" in str(caught.value)
-
-
-@pytest.mark.parametrize("init", ["pissa", "eva"])
-def test_tensors_of_experts_have_no_such_start(init: str) -> None:
-    config = MixtralConfig(
-        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2,
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "init", "targets", "named"),
+    [
+        ("tied", "pissa", "lm_head", "the residual of lm_head would change the embedding"),
+        ("experts", "pissa", "all-linear", "--lora-targets"),
+        ("experts", "eva", "all-linear", "--lora-targets"),
+    ],
+)
+def test_layers_that_can_have_no_such_start(kind: str, init: str, targets: str, named: str) -> None:
+    sizes: dict[str, Any] = {
+        "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }  # fmt: skip
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+    if kind == "experts":
+        config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2)
+        model = MixtralForCausalLM(config).float()
     with pytest.raises(SettingsError) as caught:
         check_layers(
-            attach_lora(
-                MixtralForCausalLM(config).float(),
-                r=4, alpha=6, dropout=0.0, targets="all-linear", init=init,
-            ),
-            init,
-        )  # fmt: skip
-    assert "--lora-targets" in str(caught.value)
+            attach_lora(model, r=4, alpha=6, dropout=0.0, targets=targets, init=init), init
+        )
+    assert named in str(caught.value)
 
 
 # --- LoftQ and EVA --------------------------------------------------------------------------------

@@ -9,16 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare_runs import (
-    FAMILY,
-    FIRST,
-    changed,
-    edit,
-    evaluation,
-    summary,
-    write_run,
-    write_study,
-)  # fmt: skip
+from compare_runs import FAMILY, FIRST, changed, edit, evaluation, summary, write_run, write_study
 from scipy import stats
 
 from qlora_harness.compare import page, text

@@ -16,14 +16,13 @@ import torch
 from compare_runs import changed
 from safetensors.torch import load_file
 from tiny_models import gguf_weights, write_gguf
-from training_runs import Train, summary
+from training_runs import Train, base, summary
 
 from qlora_harness.compare.comparison import compare
 from qlora_harness.errors import AdapterError, ModelError
 from qlora_harness.model import gguf
-from qlora_harness.model.base import find_base, load_base, load_tokenizer
+from qlora_harness.model.base import find_base, load_tokenizer
 from qlora_harness.model.fingerprint import checkpoint_fingerprint
-from qlora_harness.settings import Quant
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published" / "smollm2"
 Q = "blk.1.attn_q.weight"
@@ -84,14 +83,7 @@ def test_weights_are_those_of_transformers(
     weights = gguf_weights(architecture, tied=tied)
     file = write_gguf(tmp_path / "tiny.gguf", weights, architecture=architecture, types=types)
     assert_same(expanded_weights(file), transformers_weights(file))
-    source = find_base(str(file))
-    model: Any = load_base(
-        source,
-        quant=Quant.BF16,
-        double_quant=False,
-        compute_dtype="bfloat16",
-        device=torch.device("cpu"),
-    )
+    model = base(file)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert model.config.architectures == [type(model).__name__]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
-from training_runs import Train, losses, read, summary
+from training_runs import Train, evaluations, losses, read, summary
 
 from qlora_harness.schema.training_records import EvaluationLosses, EvaluationPoint, TrainingLog
 from qlora_harness.settings import build_settings
@@ -21,11 +21,6 @@ from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.run_record import RunRecord
 
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
-
-
-def evaluation_of(run_dir: str) -> dict[str, Any]:
-    evaluation: dict[str, Any] = read(f"{run_dir}/training_logs.json")["evaluation"]
-    return evaluation
 
 
 def assert_equal(one: Any, other: Any) -> None:
@@ -79,7 +74,7 @@ def test_training_is_the_same_with_and_without_evaluations(
         *[load_file(f"{name}/adapter/adapter_model.safetensors") for name in ("with", "without")]
     )
     assert summary("with")["results"] == summary("without")["results"]
-    with_curve, without = evaluation_of("with"), evaluation_of("without")
+    with_curve, without = evaluations("with"), evaluations("without")
     assert [point["step"] for point in with_curve.pop("during")] == [1, 2, 3, 4]
     assert with_curve == without
     phases = [phase["phase"] for phase in summary("with")["memory"]["phases"]]
@@ -100,8 +95,8 @@ def test_points_are_the_evaluations_of_shorter_runs(
     assert train(quant="nf4", output_dir="long", max_steps=4, eval_steps=2) == 0
     assert len(calls) == 3  # before, after step 2, after training
     assert train(quant="nf4", output_dir="short", max_steps=2) == 0
-    (point,) = evaluation_of("long")["during"]
-    assert point == {"step": 2, "nll": evaluation_of("short")["nll"]}
+    (point,) = evaluations("long")["during"]
+    assert point == {"step": 2, "nll": evaluations("short")["nll"]}
     log = TrainingLog.model_validate(read("long/training_logs.json"))
     assert [point.step for point in log.curve] == [0, 2, 4]
     assert [log.evaluation.mean(point.nll) for point in log.curve] == [

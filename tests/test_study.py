@@ -29,7 +29,7 @@ from qlora_harness.errors import RunError, SettingsError
 from qlora_harness.lm_eval_compat.in_process import InProcessScorer
 from qlora_harness.model.shared_base import sharing_base
 from qlora_harness.schema.study_record import StudyRecord
-from qlora_harness.study.checks import CONTEXT, check_study_runs
+from qlora_harness.study.checks import check_study_runs
 from qlora_harness.study.command import run
 from qlora_harness.study.definition import Study, build_study
 from qlora_harness.study.devices import Device
@@ -38,6 +38,7 @@ from qlora_harness.study.folder import StudyFolder, lock_cell
 from qlora_harness.study.progress import is_complete
 from qlora_harness.study.projection import Probe
 from qlora_harness.study.worker import CellRunner, Report
+from qlora_harness.train.memory_plan import CONTEXT
 from qlora_harness.train.run import run_training
 
 BIN = Path(sys.executable).parent

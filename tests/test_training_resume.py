@@ -14,8 +14,18 @@ import pytest
 import torch
 from conftest import tiny_rows
 from safetensors.torch import load_file, save_file
-from training_runs import Train, as_if_killed, everything_in, losses, read, steps, summary
+from training_runs import (
+    Train,
+    as_if_killed,
+    evaluations,
+    everything_in,
+    losses,
+    read,
+    steps,
+    summary,
+)
 
+from qlora_harness.schema.training_records import read_summary
 from qlora_harness.train import run_folder, trainer
 
 
@@ -92,11 +102,6 @@ def test_killed_run_repeats_the_steps_after_its_checkpoint(
     assert summary("run")["results"] == results
 
 
-def evaluations(run_dir: str) -> dict[str, Any]:
-    evaluation: dict[str, Any] = read(f"{run_dir}/training_logs.json")["evaluation"]
-    return evaluation
-
-
 def test_resumed_run_has_the_evaluations_of_an_uninterrupted_one(train: Train) -> None:
     """Those up to its checkpoint from the step log; the later ones are made once more."""
     options = {"quant": "bf16", "eval_steps": 1, "save_steps": 2}
@@ -124,14 +129,21 @@ def test_evaluation_that_a_signal_prevented_is_made_when_the_run_resumes(
 
 
 def test_run_of_an_earlier_version_resumes_with_evaluations(train: Train) -> None:
-    """Its settings know neither --eval-steps nor --eval-seed."""
-    assert train(quant="bf16", output_dir="run", save_steps=2) == 0
+    """Its settings lack the later ones, which had their defaults then."""
+    later = {
+        "eval_seed": 0, "use_rslora": False, "use_dora": False, "init_lora_weights": "default",
+    }  # fmt: skip
+    assert train(quant="nf4", output_dir="run", save_steps=2) == 0
     whole = losses("run")
     as_if_killed("run", 4)
     record = summary("run")
-    del record["settings"]["eval_steps"], record["settings"]["eval_seed"]
+    for name in ("eval_steps", *later):
+        del record["settings"][name]
     Path("run/training_summary.json").write_text(json.dumps(record))
-    assert train(quant="bf16", output_dir="run", save_steps=2, eval_steps=1) == 0
+    earlier = read_summary(Path("run"))
+    assert earlier is not None
+    assert {name: earlier.settings[name] for name in later} == later
+    assert train(quant="nf4", output_dir="run", save_steps=2, eval_steps=1) == 0
     assert losses("run") == whole
     assert [point["step"] for point in evaluations("run")["during"]] == [2, 3]
 

@@ -37,6 +37,11 @@ def summary(run_dir: str | Path) -> dict[str, Any]:
     return read(Path(run_dir) / "training_summary.json")
 
 
+def evaluations(run_dir: str) -> dict[str, Any]:
+    evaluation: dict[str, Any] = read(f"{run_dir}/training_logs.json")["evaluation"]
+    return evaluation
+
+
 def steps(run_dir: str | Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = read(Path(run_dir) / "training_logs.json")["steps"]
     return rows

@@ -132,15 +132,15 @@ def _of_two(label: str, one: TrainingSummary, name: str, other: TrainingSummary)
     threads = one.environment.cpu_threads, other.environment.cpu_threads
     if None not in threads and threads[0] != threads[1]:
         return f"{threads[0]} vs {threads[1]} CPU threads ({label}, {name})"
-    if _device(one, "name") != _device(other, "name"):
+    if _device(one) != _device(other):
         return f"different devices ({label}, {name})"
     if _same_host(one, other) and _overlap(one, other):
         return f"{label}, {name} overlapped"
     return None
 
 
-def _device(run: TrainingSummary, key: str) -> object:
-    return (run.environment.device or {}).get(key)
+def _device(run: TrainingSummary) -> object:
+    return (run.environment.device or {}).get("name")
 
 
 def _same_host(one: TrainingSummary, other: TrainingSummary) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qlora_harness.compare.arms import NAMES, Arm, group, matched, pair
+from qlora_harness.compare.numbers import listed
 from qlora_harness.compare.scores import FEWEST_SUBJECTS
 from qlora_harness.record import scrub
 from qlora_harness.results.runs import Run
@@ -70,7 +71,7 @@ def _by_arm(arms: Sequence[Arm], fact: Fact) -> str:
     for arm in arms:
         values = [value for run in arm.runs if (value := fact(run))]
         if values:
-            texts.setdefault(_listed(_unique(values)), []).append(arm.name)
+            texts.setdefault(listed(_unique(values)), []).append(arm.name)
     if len(texts) < 2:
         return next(iter(texts), "")
     return "; ".join(f"{text} ({', '.join(names)})" for text, names in texts.items())
@@ -82,10 +83,6 @@ def _trained(fact: Callable[[TrainingSummary], str | None]) -> Fact:
 
 def _unique(values: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(values))
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _joined(*parts: str | None) -> str:
@@ -112,7 +109,7 @@ def _model(training: TrainingSummary) -> str:
         f"revision {model.revision}" if model.revision else None,
         _hash("commit", model.commit),
         _hash("weights", model.weights_fingerprint),
-        f"from a GGUF file with {_listed(types)} tensors" if types else None,
+        f"from a GGUF file with {listed(types)} tensors" if types else None,
         "with random weights" if model.random_weights else None,
     )
 
@@ -122,16 +119,15 @@ def _held(arms: Sequence[Arm]) -> list[str]:
     forms, dtypes = [], []
     for run in (run.training for arm in arms for run in arm.runs if run.training):
         held, quant = run.quantization, str(run.quant)
+        scales = ""
         if quant in ("nf4", "fp4") and held.double_quant is not None:
             scales = f" with{'' if held.double_quant else 'out'} double quantisation"
-        else:
-            scales = ""
         forms.append(f"{NAMES.get(quant, quant)}{scales}")
         dtypes += [held.compute_dtype] if held.compute_dtype else []
     if not forms:
         return []
-    products = f", with matrix products in {_listed(_unique(dtypes))}" if dtypes else ""
-    return [f"The base weights are in {_listed(_unique(forms))}{products}."]
+    products = f", with matrix products in {listed(_unique(dtypes))}" if dtypes else ""
+    return [f"The base weights are in {listed(_unique(forms))}{products}."]
 
 
 def _data(training: TrainingSummary) -> str:
@@ -229,7 +225,7 @@ def _statistics(arms: Sequence[Arm]) -> list[str]:
         )
     blocks = [arm.name for arm, baseline in pairs if _blocks(arm, baseline)]
     if blocks:
-        sentences.append(f"Held-out losses are paired by seed for {_listed(blocks)}.")
+        sentences.append(f"Held-out losses are paired by seed for {listed(blocks)}.")
     if any(item.task in FAMILIES and len(item.subjects) >= FEWEST_SUBJECTS for item in scored):
         sentences.append("Errors of NLL are clustered by subject.")
     if len(pairs) > 1:

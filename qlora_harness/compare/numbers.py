@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qlora_harness.compare.record import Endpoint
 from qlora_harness.results.terminal import NOTHING, duration, gib
 
@@ -79,3 +81,8 @@ def word(endpoint: Endpoint) -> str:
 def p_text(p: float | None) -> str:
     """Returns a p-value with four digits; "–" without one."""
     return NOTHING if p is None else "< 0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """Returns one or more texts as "a, b and c"."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -6,14 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from qlora_harness.compare.numbers import (
-    difference,
-    interval,
-    p_text,
-    points,
-    value,
-    word,
-)
+from qlora_harness.compare.numbers import difference, interval, p_text, points, value, word
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Detail
 from qlora_harness.results.terminal import NOTHING, duration, gib, optional
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_harness.compare.numbers import difference, interval, points, word
+from qlora_harness.compare.numbers import difference, interval, listed, points, word
 from qlora_harness.compare.power import discordance, questions_needed, seed_deviation
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint
 from qlora_harness.compare.scores import MOSTLY
@@ -47,10 +47,10 @@ def _validity(comparison: ComparisonRecord) -> str:
     guessing = [name for name in names if name in chance]
     if not guessing:
         return ""
-    shown = f"{_listed(guessing)} {'is' if len(guessing) == 1 else 'are'} not shown to beat chance"
+    shown = f"{listed(guessing)} {'is' if len(guessing) == 1 else 'are'} not shown to beat chance"
     if len(names) < 3:
         sizes = [f"{points(chance[n].centred)} ± {100 * chance[n].stderr:.2f}" for n in guessing]
-        shown += f" ({_listed(sizes)} points without letter preference)"
+        shown += f" ({listed(sizes)} points without letter preference)"
     elif len(guessing) == len(names):
         shown = "No arm is shown to beat chance"
     return f"{shown}: accuracy may come from letter preference alone."
@@ -87,9 +87,9 @@ def _savings_and_costs(item: Contrast) -> str:
             saves.append(less.format(size))
         elif endpoint.word == "worse":
             costs.append(more.format(size))
-    changes = [f"{verb} {_listed(p)}" for verb, p in (("saves", saves), ("costs", costs)) if p]
+    changes = [f"{verb} {listed(p)}" for verb, p in (("saves", saves), ("costs", costs)) if p]
     parts = [" but ".join(changes)] if changes else []
-    parts += [f"has the same {_listed(same)} within the margin"] if same else []
+    parts += [f"has the same {listed(same)} within the margin"] if same else []
     return ", and ".join(parts)
 
 
@@ -102,7 +102,7 @@ def _doses(steps: Sequence[Contrast]) -> list[str]:
             sentences.setdefault(_falls(steps, endpoints), []).append(endpoints[0].name)
     chain = " → ".join([step.arm for step in steps] + [step.baseline for step in steps[-1:]])
     return [
-        f"{chain}: {_listed(names)} {'falls' if len(names) == 1 else 'fall'} {where}."
+        f"{chain}: {listed(names)} {'falls' if len(names) == 1 else 'fall'} {where}."
         for where, names in sentences.items()
     ]
 
@@ -118,7 +118,7 @@ def _falls(steps: Sequence[Contrast], endpoints: Sequence[Endpoint]) -> str:
         results.setdefault(result, []).append(f"from {step.arm} to {step.baseline}")
     falling = sum((one.difference or 0) > 0 for one in endpoints)
     count = "each step" if falling == len(steps) else f"{falling} of {len(steps)} steps"
-    parts = [f"{result} {_listed(names)}" for result, names in results.items() if result]
+    parts = [f"{result} {listed(names)}" for result, names in results.items() if result]
     return f"at {count}" + (f" ({'; '.join(parts)})" if parts else "")
 
 
@@ -211,8 +211,4 @@ def _won_back(item: Contrast) -> str:
 def _secondary(item: Contrast) -> str:
     endpoints = [item.measured(key) for key in ("accuracy", "letter_centred", "nll")]
     parts = [f"{one.name} {difference(one)} ({one.word})" for one in endpoints if one]
-    return f"{item.arm} against {item.baseline}: {_listed(parts)}." if parts else ""
-
-
-def _listed(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    return f"{item.arm} against {item.baseline}: {listed(parts)}." if parts else ""

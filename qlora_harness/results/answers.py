@@ -20,11 +20,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qlora_harness.errors import ComparisonError, ResultsError, shown
-from qlora_harness.schema.mmlu import LETTERS
-from qlora_harness.schema.mmlu import PROMPT_DIGITS, prompts_hash
 from qlora_harness.record import EVALUATION_FILE, PROGRESS_FILES
 from qlora_harness.results.lm_eval_files import read_samples
 from qlora_harness.results.scored import FAMILIES, Scored
+from qlora_harness.schema.mmlu import LETTERS, PROMPT_DIGITS, prompts_hash
 from qlora_harness.schema.scoring_records import Progress
 from qlora_harness.schema.section import LARGEST, first_problem, read_record
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.errors import RunError, SettingsError
@@ -17,9 +18,7 @@ from qlora_harness.study.progress import summary_of
 from qlora_harness.train.arguments import planned_steps
 from qlora_harness.train.cpu import faster_dtype
 from qlora_harness.train.held_out import check_held_out
-from qlora_harness.train.memory_plan import GIB, choose_memory_plan, measure_shape
-
-CONTEXT = 0.6 * GIB  # of CUDA and its libraries; the memory plan leaves them out
+from qlora_harness.train.memory_plan import CONTEXT, GIB, choose_memory_plan, measure_shape
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,13 @@ def with_one_dtype(study: Study, devices: Sequence[Device]) -> Study:
         return study
     recorded = StudyFolder(study).read()
     before = {} if recorded is None else recorded.arms
-    chosen: list[str] = []
+    measured = cache(lambda: faster_dtype()[0])
 
     def resolved(cell: Cell) -> Cell:
         model = cell.settings.model
         if model.compute_dtype != "auto":
             return cell
-        dtype = before.get(cell.arm, {}).get("compute_dtype")
-        if dtype is None:
-            chosen[:] = chosen or [faster_dtype()[0]]
-            dtype = chosen[0]
+        dtype = before.get(cell.arm, {}).get("compute_dtype") or measured()
         model = dataclasses.replace(model, compute_dtype=dtype)
         return dataclasses.replace(cell, settings=dataclasses.replace(cell.settings, model=model))
 

@@ -9,14 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from qlora_harness.errors import SettingsError, shown
 from qlora_harness.record import ADAPTER_DIR
@@ -282,12 +275,11 @@ def _check_name(name: str, place: str) -> None:
 def _check_arm(values: Mapping[str, Any], place: str) -> None:
     known = setting_fields()
     for name in values:
-        plain = str(name).replace("-", "_")
-        if plain not in known:
-            raise unknown_name(plain, f"{place}, key {shown(str(name))}", known)
-        if plain in _SHARED or plain in OWN or plain in BOOKKEEPING:
+        if name not in known:
+            raise unknown_name(name, f"{place}, key {shown(name)}", known)
+        if name in _SHARED or name in OWN or name in BOOKKEEPING:
             raise SettingsError(
-                f"{place}, key {shown(str(name))} can't differ between arms",
+                f"{place}, key {shown(name)} can't differ between arms",
                 "Move it to settings, or remove it; the key `seeds` sets an arm's seeds",
             )
     if "quant" not in values:

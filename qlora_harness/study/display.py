@@ -34,6 +34,7 @@ class _Row:
     began: float | None = None
     seconds: float | None = None
     failure: str | None = None
+    said: float = 0.0  # when a line about it was last printed
 
     def take(self, report: Report) -> None:
         """Updates the row from a report."""
@@ -79,7 +80,6 @@ class Display:
         self.rows = {cell.name: _Row(cell, steps.get(cell.arm)) for cell in cells}
         self._devices, self._console = devices, console
         self._live: Live | None = None
-        self._said: dict[str, float] = {}
         self._began = time.monotonic()
 
     @contextmanager
@@ -117,10 +117,10 @@ class Display:
 
     def _is_due(self, row: _Row) -> bool:
         last = row.step is not None and row.step == row.steps
-        return last or time.monotonic() - self._said.get(row.cell.name, 0.0) > _LINE_SECONDS
+        return last or time.monotonic() - row.said > _LINE_SECONDS
 
     def _say(self, row: _Row) -> None:
-        self._said[row.cell.name] = time.monotonic()
+        row.said = time.monotonic()
         pairs = zip(_COLUMNS[2:], row.cells()[2:], strict=True)
         known = [f"{name} {text}" for name, text in pairs if text != NOTHING]
         if row.failure is not None:

@@ -74,21 +74,20 @@ class StudyFolder:
         self.study.folder.mkdir(parents=True, exist_ok=True)
         with self._lock:
             remove_leftovers(self.path)
-            before = self.read()
-            known = {} if before is None else {cell.name: cell for cell in before.cells}
+            before = self.read() or StudyRecord(
+                name=self.study.name, created=now(), updated=now(), arms={}, cells=[]
+            )
+            known = {cell.name: cell for cell in before.cells}
             cells = [self._planned(cell, known.pop(cell.name, None)) for cell in self.study.cells]
             record = StudyRecord(
                 name=self.study.name,
-                created=now() if before is None else before.created,
+                created=before.created,
                 updated=now(),
                 tasks=list(self.study.tasks),
                 batch_size=self.study.batch_size,
-                arms={
-                    **({} if before is None else before.arms),
-                    **{arm: _shared(settings) for arm, settings in self.study.arms().items()},
-                },
+                arms=before.arms | {arm: _shared(s) for arm, s in self.study.arms().items()},
                 cells=[*cells, *known.values()],
-                seconds=None if before is None else before.seconds,
+                seconds=before.seconds,
             )
             self._write(record)
 

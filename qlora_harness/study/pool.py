@@ -21,9 +21,9 @@ from qlora_harness.study.projection import Probe
 from qlora_harness.study.worker import Report, work
 
 _POLL_SECONDS = 0.5
-Job: TypeAlias = Cell | Probe
-
 _STOP_SECONDS = 120.0  # for a step, a checkpoint and a few imports
+
+Job: TypeAlias = Cell | Probe
 
 
 @dataclass
@@ -35,10 +35,6 @@ class _Worker:
     connection: Connection
     job: Job | None = None
     before: Job | None = None
-
-    def give(self, job: Job) -> None:
-        self.job = job
-        self.connection.send(job)
 
 
 class Pool:
@@ -95,10 +91,10 @@ class Pool:
     def _hand_out(self) -> None:
         for worker in self._workers:
             if self._pending and worker.job is None and not self._stopping:
-                job = self._choose(worker)
-                self._pending.remove(job)
+                worker.job = self._choose(worker)
+                self._pending.remove(worker.job)
                 with contextlib.suppress(OSError):  # it has just died; `_attend` notices
-                    worker.give(job)
+                    worker.connection.send(worker.job)
 
     def _choose(self, worker: _Worker) -> Job:
         """A job for the worker's loaded base, else for a base that no other worker uses."""

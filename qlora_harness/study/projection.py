@@ -23,11 +23,6 @@ class Measurement:
     evaluate: float
     score: float
 
-    @property
-    def seconds(self) -> float:
-        """Of the cell, without `start`."""
-        return self.train + self.evaluate + self.score
-
 
 @dataclass(frozen=True)
 class Probe:

@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from qlora_harness.errors import HarnessError, first_line
+from qlora_harness.model.shared_base import free_memory, sharing_base
 from qlora_harness.schema.study_record import State
 from qlora_harness.study.definition import Cell, Study
 from qlora_harness.study.folder import StudyFolder, lock_cell
 from qlora_harness.study.progress import is_complete, missing_tasks, status_of, summary_of
-from qlora_harness.study.projection import Probe
+from qlora_harness.study.projection import Probe, measure
 
-_Result = TypeVar("_Result")
 _LOCK_SECONDS = 30.0  # a worker of a killed study may take that long to notice
 
 
@@ -41,7 +41,6 @@ def work(connection: Connection, study: Study) -> None:
     """Runs cells as they arrive, until None or a failure that may have damaged the device."""
     os.setpgrp()  # the terminal's Ctrl-C reaches only the command, which forwards it
     _end_with_parent()
-    from qlora_harness.model.shared_base import sharing_base
 
     def report(what: Report) -> None:
         with contextlib.suppress(OSError):  # the command has ended; SIGTERM will follow
@@ -89,6 +88,7 @@ class CellRunner:
             self._report(Report(cell.name, "planned", {"failure": "another process is running it"}))
             return True
         began = time.perf_counter()
+        free_memory()  # of the cell before, which may have failed
         try:
             if is_complete(cell, self._study.tasks):  # another process has just done it
                 self._report(Report(cell.name, "completed", _numbers(cell)))
@@ -97,7 +97,7 @@ class CellRunner:
                 from qlora_harness.train.signals import sigterm_as_ctrl_c
 
                 with sigterm_as_ctrl_c():
-                    _traced(lambda: self._compute(cell))
+                    self._compute(cell)
             values = {**_numbers(cell), "seconds": time.perf_counter() - began, "failure": None}
             self._tell(cell, "completed", values)
             return True
@@ -116,8 +116,6 @@ class CellRunner:
 
     def measure(self, probe: Probe) -> bool:
         """Measures a cell without writing records; returns whether this process can run another."""
-        from qlora_harness.study.projection import measure
-
         try:
             with printing_to(Path(os.devnull)):
                 result = measure(probe, self._study)
@@ -128,13 +126,19 @@ class CellRunner:
             return False
 
     def _compute(self, cell: Cell) -> None:
-        self._train(cell)
-        self._score(cell)
+        """Trains and scores; the traceback of an unexpected error goes to the cell's log."""
+        try:
+            self._train(cell)
+            self._score(cell)
+        except HarnessError:
+            raise
+        except Exception:
+            traceback.print_exc()
+            raise
 
     def _train(self, cell: Cell) -> None:
         if cell.seed is None or status_of(cell) == "completed":
             return
-        from qlora_harness.model.shared_base import free_memory
         from qlora_harness.train.run import run_training
 
         self._tell(cell, "training")
@@ -150,7 +154,6 @@ class CellRunner:
         if not tasks:
             return
         from qlora_harness.lm_eval_compat.in_process import InProcessScorer
-        from qlora_harness.model.shared_base import free_memory
 
         self._tell(cell, "scoring")
         if tasks not in self._scorers:
@@ -158,7 +161,6 @@ class CellRunner:
         began = time.perf_counter()
         self._scorers[tasks].score(cell.model_args(), cell.folder / "lm_eval")
         self._folder.update(cell.name, score_seconds=time.perf_counter() - began)
-        free_memory()
 
     def _tell(
         self, cell: Cell, state: State, values: Mapping[str, Any] | None = None, last: bool = False
@@ -170,17 +172,6 @@ class CellRunner:
             if state not in ("failed", "interrupted"):
                 raise
         self._report(Report(cell.name, state, values or {}, last))
-
-
-def _traced(work: Callable[[], _Result]) -> _Result:
-    """Prints the traceback of an unexpected error, into the cell's log."""
-    try:
-        return work()
-    except HarnessError:
-        raise
-    except Exception:
-        traceback.print_exc()
-        raise
 
 
 def _numbers(cell: Cell) -> dict[str, Any]:
@@ -206,7 +197,6 @@ def _line(error: Exception) -> str:
 def printing_to(path: Path) -> Iterator[None]:
     """Appends everything that the process prints inside the `with` block to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    streams = (sys.stdout, sys.stderr)
     with path.open("a", encoding="utf-8", errors="replace") as file:
         before = [(number, os.dup(number)) for number in (1, 2)]
         try:
@@ -214,7 +204,7 @@ def printing_to(path: Path) -> Iterator[None]:
                 os.dup2(file.fileno(), number)
             yield
         finally:
-            for stream in streams:
+            for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError):  # a full disk
                     stream.flush()
             for number, copy in before:

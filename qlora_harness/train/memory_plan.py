@@ -25,6 +25,7 @@ from qlora_harness.model.shape import Shape
 from qlora_harness.settings import Settings
 
 GIB = 2**30
+CONTEXT = 0.6 * GIB  # CUDA context and libraries, which the allocator does not count
 
 # The ways to save memory, from the fastest to the leanest.
 LADDER: tuple[dict[str, str], ...] = (

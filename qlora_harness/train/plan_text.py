@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from qlora_harness.model.shape import Shape
 from qlora_harness.settings import Settings
 from qlora_harness.train.memory_plan import (
+    CONTEXT,
     GIB,
     MemoryPlan,
     choose_memory_plan,
@@ -17,7 +18,6 @@ from qlora_harness.train.memory_plan import (
     with_rung,
 )
 
-_CONTEXT = 0.6 * GIB  # CUDA context and libraries, which the allocator does not count
 _MARGIN = 1.05  # the plan is a prediction, and the allocator needs room
 _DEVICES_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 141)
 
@@ -109,7 +109,7 @@ def table(shape: Shape, settings: Settings, chosen: Settings, tokens: int) -> st
 
 
 def _plan_row(plan: MemoryPlan, mark: str) -> str:
-    fits = [d for d in _DEVICES_GIB if plan.peak + _CONTEXT <= d * GIB]
+    fits = [d for d in _DEVICES_GIB if plan.peak + CONTEXT <= d * GIB]
     return (
         f"{plan.checkpointing + mark:<15}{plan.optimizer:<20}{plan.adapter_dtype:<10}"
         + "".join(f"{v / GIB:>12.2f}" for v in (*_parts(plan).values(), plan.peak, plan.host))
