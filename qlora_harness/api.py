@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.errors import RunError
+from qlora_harness.recipes import with_recipe
 from qlora_harness.record import ADAPTER_DIR
 from qlora_harness.results.runs import Run, load_run
-from qlora_harness.settings import Settings, build_settings, with_recipe
+from qlora_harness.settings import Settings, build_settings
 
 
 def train(settings: Settings | Mapping[str, Any], *, recipe: str | None = None) -> Run:

@@ -15,10 +15,11 @@ from mutations import VALUES, Reader, damaged_bytes, damaged_json, dumps
 from qlora_harness.compare import text
 from qlora_harness.compare.comparison import compare
 from qlora_harness.errors import HarnessError, printable
+from qlora_harness.recipes import read_recipe
 from qlora_harness.score import evaluation_record
 from qlora_harness.score.evaluation_record import Family, question_row, write_records
 from qlora_harness.score.journal import Journal
-from qlora_harness.settings import build_settings, read_recipe
+from qlora_harness.settings import build_settings
 
 PROGRESS = "mmlu_progress_llama_4bit_qlora.json"
 HEADER = {

@@ -52,7 +52,10 @@ def reaching(folder: str, *forbidden: str) -> list[str]:
 @pytest.mark.parametrize(
     ("parts", "watched"),
     [
-        *(([part], HEAVY) for part in ("settings", "errors", "record", "locations", "cli")),
+        *(
+            ([part], HEAVY)
+            for part in ("settings", "recipes", "errors", "record", "locations", "cli")
+        ),
         (["data"], HEAVY),
         (["train/command"], HEAVY),
         (["study/definition", "study/command"], HEAVY),

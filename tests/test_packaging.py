@@ -144,7 +144,7 @@ import json, qlora_harness
 from qlora_harness import locations
 from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
 from qlora_harness.schema.mmlu import families
-from qlora_harness.settings import find_recipe, read_recipe
+from qlora_harness.recipes import find_recipe, read_recipe
 recipe = find_recipe("qlora-llama2-7b", locations.recipes_dir())
 result = {
     "package": qlora_harness.__file__,

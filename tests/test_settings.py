@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from qlora_harness.errors import SettingsError
 from qlora_harness.locations import recipes_dir
+from qlora_harness.recipes import read_recipe
 from qlora_harness.settings import (
     BOOKKEEPING,
     Quant,
     Settings,
     build_settings,
     field_kind,
-    read_recipe,
     setting_fields,
 )
 from qlora_harness.train.command import parse_settings

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from qlora_harness.errors import SettingsError, shown
+from qlora_harness.recipes import load_yaml, with_recipe
 from qlora_harness.record import ADAPTER_DIR
 from qlora_harness.schema.section import first_problem
 from qlora_harness.settings import (
@@ -21,10 +22,8 @@ from qlora_harness.settings import (
     Settings,
     build_settings,
     flag_of,
-    load_yaml,
     setting_fields,
     unknown_name,
-    with_recipe,
 )
 
 # Settings that the study chooses for each cell.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from qlora_harness.errors import SettingsError, printable, run_command
+from qlora_harness.recipes import with_recipe
 from qlora_harness.record import ADAPTER_DIR, nested
 from qlora_harness.settings import (
     GROUPS,
@@ -16,7 +17,6 @@ from qlora_harness.settings import (
     field_kind,
     flag_of,
     unknown_name,
-    with_recipe,
 )
 
 _DESCRIPTION = "Trains a LoRA adapter on a frozen base model in 4 bits (QLoRA), int8 or bf16."
