@@ -192,13 +192,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     config.inference_mode = True
     if config.init_lora_weights in _HARMLESS_INITS:
         config.init_lora_weights = True  # the file overwrites it
-    # The file has every weight of such an adapter, so random ones need not be drawn first.
-    only_lora = all(".lora_A." in name or ".lora_B." in name for name in weights)
-    copies = config.use_dora or config.layer_replication
-    skip = only_lora and config.init_lora_weights is True and not copies
     try:
         with quiet_peft():
-            adapted = get_peft_model(model, config, low_cpu_mem_usage=skip)
+            adapted = get_peft_model(model, config)
     except Exception as error:  # noqa: BLE001  # the shapes fit, but maybe not with a 4-bit base
         raise AdapterError(
             f"peft={folder}: PEFT can't attach it to this base model ({first_line(error)})",
@@ -210,16 +206,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             f"{path}: every trained tensor equals its start, so the adapter was never trained",
             "Use the adapter of a completed run",
         )
-    if skip:
-        weights = {name: _as_peft_holds(value, model.device) for name, value in weights.items()}
-    set_peft_model_state_dict(adapted, weights, low_cpu_mem_usage=skip)
+    set_peft_model_state_dict(adapted, weights)
     return adapted.requires_grad_(False).eval()
-
-
-def _as_peft_holds(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A weight on its device, in float32 if it was in half precision."""
-    half = value.dtype.is_floating_point and value.dtype.itemsize == 2
-    return value.to(device).float() if half else value.to(device)
 
 
 def _was_trained(name: str, value: torch.Tensor, start: torch.Tensor | None) -> bool:
