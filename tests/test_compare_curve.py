@@ -118,7 +118,9 @@ def test_without_comparable_evaluations_there_is_no_curve(tmp_path: Path, reason
     losses = {0: 3.0, LAST: 1.1} if reason == "no evaluations" else SHAPE | {LAST: 1.1}
     if reason == "few steps":
         losses = {0: 3.0, 15: 1.2, LAST: 1.1}
-    other = {"data__eval__fingerprint": "sha256:3"} if reason == "other conversations" else {}
+    other: dict[str, Any] = {}
+    if reason == "other conversations":
+        other["data__eval__fingerprint"] = "sha256:3"
     runs = [run(tmp_path, "nf4", losses, **other), run(tmp_path, "bf16", {0: 3.0, LAST: 1.2})]
     result = compare(runs, allow_different_data=True)
     if reason == "few steps":  # a curve, but nothing to compare its end with
