@@ -7,8 +7,6 @@ import subprocess
 from typing import NamedTuple
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-_THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")  # of torch, and of the tokenizers
-_MOST_THREADS = 16
 _QUERY = ("nvidia-smi", "--query-gpu=uuid,index,memory.free", "--format=csv,noheader,nounits")
 
 
@@ -21,14 +19,16 @@ class Device(NamedTuple):
     def environment(self, workers: int) -> dict[str, str]:
         """Returns the variables that a worker on this device needs, one of several on a host.
 
-        Each would start a thread for every core. Threads that wait for work spin, which can make
-        all workers several times slower.
+        A GPU's worker gets one OpenMP thread, as `accelerate launch` sets it: otherwise each would
+        start one for every core, and OpenMP's threads spin while they wait. The tokenizers share
+        the cores.
         """
         if self.gpu is None:
             return {}
-        threads = str(max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // workers)))
-        unset = [name for name in _THREADS if name not in os.environ]
-        return {_VISIBLE: self.gpu} | dict.fromkeys(unset, threads)
+        share = max(1, (os.cpu_count() or 1) // workers)
+        threads = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(share)}
+        unset = {name: value for name, value in threads.items() if name not in os.environ}
+        return {_VISIBLE: self.gpu} | unset
 
 
 def visible_devices() -> list[Device]:
