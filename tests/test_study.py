@@ -29,6 +29,7 @@ from qlora_harness.errors import RunError, SettingsError
 from qlora_harness.lm_eval_compat.in_process import InProcessScorer
 from qlora_harness.model.shared_base import sharing_base
 from qlora_harness.schema.study_record import StudyRecord
+from qlora_harness.settings import Settings
 from qlora_harness.study.checks import check_study_runs
 from qlora_harness.study.command import run
 from qlora_harness.study.definition import Study, build_study
@@ -229,7 +230,10 @@ def test_a_base_has_scores_only(file: Path, content: dict[str, Any]) -> None:
 
 
 def test_a_dry_run_leaves_nothing(
-    file: Path, content: dict[str, Any], capfd: pytest.CaptureFixture[str]
+    file: Path,
+    content: dict[str, Any],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     flags = ["--score-bases", "--arms", "bf16", "--dry-run", "--measure-steps", "0"]
     assert run([str(file), *flags]) == 0
@@ -242,8 +246,17 @@ def test_a_dry_run_leaves_nothing(
     cell = study.cell("bf16/0")
     plan = check_study_runs(study, [Device(None, None)])["bf16"]
     reports: list[Report] = []
+    trained: list[Settings] = []
+
+    def train(settings: Settings) -> dict[str, Any]:
+        trained.append(settings)
+        return run_training(settings)
+
+    monkeypatch.setattr("qlora_harness.train.run.run_training", train)
     with sharing_base():
         assert CellRunner(study, reports.append).measure(Probe(cell, plan, 5))
+    assert cell.settings.run.eval_steps == 2
+    assert [(one.optimization.max_steps, one.run.eval_steps) for one in trained] == [(5, None)]
     measured = reports[0].values["measurement"]
     assert min(measured.start, measured.train, measured.evaluate, measured.score) > 0
     assert not Path("results").exists()

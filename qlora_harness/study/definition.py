@@ -256,8 +256,7 @@ def _shared_settings(
 
 
 def _name(file: StudyFile, path: Path | None) -> str:
-    model = str(file.settings.get("model") or "study")
-    name = file.name or (path.stem if path else Path(model).stem.lower())
+    name = file.name or (path.stem if path else "study")
     _check_name(name, "the study's name")
     return name
 

@@ -53,7 +53,10 @@ def measure(probe: Probe, study: Study) -> Measurement:
         optimization = dataclasses.replace(
             settings.optimization, max_steps=probe.steps, epochs=None
         )
-        run = dataclasses.replace(settings.run, output_dir=folder, save_steps=10**9)
+        # One evaluation before training and one after it, which are counted apart.
+        run = dataclasses.replace(
+            settings.run, output_dir=folder, save_steps=10**9, eval_steps=None
+        )
         brief = dataclasses.replace(settings, optimization=optimization, run=run)
         summary = run_training(brief)
         runtime, speed = summary["runtime"], summary["throughput"]["tokens_per_second"]
