@@ -25,6 +25,7 @@ from qlora_harness.fused import dropout
 from qlora_harness.fused.bordered import Bordered, Projection, Scratch, aligned
 from qlora_harness.fused.dropout import Masks
 from qlora_harness.fused.ops import copy
+from qlora_harness.fused.products import linear
 
 Gradients = list[Tensor | None]
 Inner = Tensor | None
@@ -105,9 +106,8 @@ class LoraGroup:
         m = self._weights
         views = m.load(wide)
         inner = self._inner(wide[:, : m.width], views.down, masks, wide[:, m.width :])
-        if self._bias is None:
-            return wide @ views.weights.t(), inner
-        return torch.addmm(self._bias.to(wide.dtype), wide, views.weights.t()), inner
+        bias = None if self._bias is None else self._bias.to(wide.dtype)
+        return linear(wide, views.weights, bias), inner
 
     def backward(self, dy: Tensor, masks: Masks | None) -> tuple[Tensor, Tensor | None]:
         """Returns the gradients of x, [T, K], and h, [T, R], from that of the outputs, [T, N].
@@ -182,8 +182,10 @@ class LoraGroup:
 def _room(tokens: int, columns: int, like: Tensor) -> Tensor:
     # On CPUs with AMX, oneDNN multiplies the padding by zero in bfloat16, so NaN there would spread
     # (https://github.com/uxlfoundation/oneDNN/issues/5717).
-    new = like.new_zeros if like.device.type == "cpu" else like.new_empty
-    return new(tokens, aligned(columns))[:, :columns]
+    stride = aligned(columns)
+    padded = like.device.type == "cpu" and stride > columns
+    new = like.new_zeros if padded else like.new_empty
+    return new(tokens, stride)[:, :columns]
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
