@@ -16,7 +16,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from qlora_harness.errors import SettingsError, install_excepthook
+from qlora_harness.fused.launch import hash_triton_ahead
 from qlora_harness.lm_eval_compat.hflm import LoadedHFLM, Request
 from qlora_harness.lm_eval_compat.saving import verify_saved_results
 from qlora_harness.model.base import count_parameters, find_base
@@ -85,6 +88,8 @@ class QloraAdapterLM(LoadedHFLM):
             peft_revision=peft_revision,
             results_dir=results_dir,
         )
+        if torch.cuda.is_available():
+            hash_triton_ahead()
         if pretrained is None and peft is None:
             logger.warning("scoring the newest completed run: %s", choice.results_dir)
         compute_dtype = resolve_dtype(dtype, choice.compute_dtype)
