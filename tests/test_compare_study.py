@@ -137,7 +137,7 @@ def test_a_long_title_leaves_the_data_out(study: Comparison) -> None:
     assert text.title(named).split(" · ")[3:] == ["a-model-with-a-long-name", "oasst1"]
     first = str(named).splitlines()[0]
     assert "oasst1" not in first
-    assert first.split(" · ")[2:4] == ["200 questions", "a-model-with-a-long-name"]
+    assert first.split(" · ")[2:] == ["200 questions", "a-model-with-a-long-name"]
 
 
 def test_a_long_line_of_differences_says_how_many_more(study: Comparison) -> None:

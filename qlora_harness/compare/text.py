@@ -23,8 +23,8 @@ _MARKS = {"better": "✓", "worse": "✗", "same": "≈", "unclear": "?", "no me
 _LEGEND = "✓ better  ✗ worse  ≈ same  ? unclear  – not measured"
 
 
-def title(comparison: ComparisonRecord) -> str:
-    """Returns what was compared, in a line, the most important first."""
+def title(comparison: ComparisonRecord, columns: int | None = None) -> str:
+    """Returns what was compared, in a line; without the data if it is longer than `columns`."""
     primary = comparison.primary
     names = "nothing"
     if len(primary) == 1:
@@ -39,7 +39,11 @@ def title(comparison: ComparisonRecord) -> str:
         parts.append(f"{task}{comparison.questions:,} questions")
     parts.append((comparison.model or "").rpartition("/")[2].removesuffix(".gguf"))
     parts.append((comparison.dataset or "").rpartition("/")[2].partition(".")[0])
-    return " · ".join(part for part in parts if part)
+    shown = [part for part in parts if part]
+    line = " · ".join(shown)
+    if columns is not None and len(line) > columns and parts[-1]:
+        return " · ".join(shown[:-1])
+    return line
 
 
 def _seeds(primary: Sequence[Contrast]) -> str:
@@ -53,7 +57,7 @@ def _seeds(primary: Sequence[Contrast]) -> str:
 
 def answer(comparison: ComparisonRecord) -> str:
     """Returns the answer: at most 12 lines of 80 columns."""
-    lines = [_cut(title(comparison))]
+    lines = [_cut(title(comparison, COLUMNS))]
     primary = comparison.primary
     if len(primary) == 1:
         lines += _one(primary[0])
