@@ -29,7 +29,7 @@ from tiny_models import (
     tiny_of_any_kind,
 )
 
-from qlora_harness.fused import attention, dropout, host_memory, ops
+from qlora_harness.fused import attention, dropout, graphs, host_memory, ops
 from qlora_harness.fused.bordered import Bordered, Projection, Scratch
 from qlora_harness.fused.dropout import Masks
 from qlora_harness.fused.host_memory import HostMemory
@@ -368,6 +368,71 @@ def test_host_never_waits_for_a_pass(checkpointing: str, dropout: float) -> None
         torch.cuda.set_sync_debug_mode("default")
 
 
+def small(kind: str, *, quantised: bool, dropout: float) -> Any:
+    """A model with heads large enough for the attention kernels."""
+    model = tiny(kind, quantised=quantised, num_key_value_heads=1, layers=3, num_attention_heads=1)
+    return adapted(model.to(torch.bfloat16), dropout=dropout).cuda()
+
+
+def accumulated(model: Any, passes: list[list[dict[str, list[int]]]]) -> Any:
+    """The losses of two equal steps, and all their gradients."""
+    torch.manual_seed(3)
+    results: list[Any] = []
+    for _ in "12":
+        for rows in passes:
+            batch = send_to_device(pack_batch(rows), "cuda")
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = model(**batch, num_items_in_batch=torch.tensor(90.0, device="cuda")).loss
+            loss.backward()
+            results.append(loss.detach())
+        results += gradients(model).values()
+    return results
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize(
+    ("kind", "quantised"), [("llama", True), ("qwen2", False), ("qwen3", True)]
+)
+def test_graphs_equal_the_same_kernels_launched_one_by_one(
+    kind: str, quantised: bool, checkpointing: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = [texts([9, 20], seed=1), texts([33, 12, 40], seed=2), texts([14, 15], seed=3)]
+    model = small(kind, quantised=quantised, dropout=dropout)
+    decoder = FusedDecoder.attach(model, checkpointing)
+    replayed = accumulated(model, passes)
+    assert decoder.graphs.passes == 6
+    decoder.graphs.release()
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs._Capture, "record", lambda *_: None)
+        launched = accumulated(model, passes)
+    assert all(torch.equal(a, b) for a, b in zip(replayed, launched, strict=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs.LayerGraphs, "serve", lambda *_: False)
+        unpadded = accumulated(model, passes)
+    for own, expected in zip(replayed, unpadded, strict=True):
+        assert (own - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_graphs_follow_the_adapter_and_never_wait() -> None:
+    model = small("llama", quantised=True, dropout=0.1)
+    decoder = FusedDecoder.attach(model, "none")
+    rows = [texts([40, 20])]
+    before = accumulated(model, rows)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter *= 2
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        after = accumulated(model, rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    decoder.graphs.release()
+    assert not torch.equal(after[0], before[0])
+    assert all(torch.equal(a, b) for a, b in zip(after, accumulated(model, rows), strict=True))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
     ("rows", "columns", "adapters", "rank"),
@@ -381,9 +446,9 @@ def test_dropout_kernels_agree_with_plain_torch(
     x = torch.randn(rows, columns + 64, device="cuda", dtype=kind)[:, :columns]
     down = torch.randn(adapters * rank, columns, device="cuda", dtype=kind) / columns**0.5
     d_inner = torch.randn(rows, adapters * rank, device="cuda", dtype=kind)
+    seed = torch.tensor([2**61 + 5], device="cuda")
     drawn = [
-        dropout.draw([(adapters, rows, columns)], 0.1, 2**61 + 5, x.device, packed=True)[0]
-        for _ in "12"
+        dropout.draw([(adapters, rows, columns)], 0.1, seed, x.device, packed=True)[0] for _ in "12"
     ]
     packed = drawn[0]
     assert dropout.can_pack(rank, x)

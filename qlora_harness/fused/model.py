@@ -11,7 +11,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from qlora_harness.fused import cross_entropy
 from qlora_harness.fused.bordered import Projection, Scratch
-from qlora_harness.fused.host_memory import HostMemory, pinned_bytes
+from qlora_harness.fused.graphs import LayerGraphs
+from qlora_harness.fused.host_memory import HostMemory, pinned_bytes, to_device
 from qlora_harness.fused.layer import Attend, FusedLayer
 from qlora_harness.fused.lora_group import LoraGroup
 from qlora_harness.fused.packed_row import PackedRow, Rotation
@@ -61,6 +62,7 @@ class FusedDecoder:
         ]
         for number, layer in enumerate(self.layers):
             layer.gates_on_host = number % _THIRD != 0
+        self.graphs = LayerGraphs(self.layers[:-1])
 
     @staticmethod
     def reason_against(model: Any) -> str | None:
@@ -83,6 +85,7 @@ class FusedDecoder:
         for layer in self.layers:
             for group in layer.groups():
                 group.release()
+        self.graphs.release()
         self._base.forward = self._own_forward
 
     def __call__(
@@ -113,14 +116,18 @@ class FusedDecoder:
         """Returns the losses at `read_at`, [R], if `per_token`; else their sum per item."""
         hidden, rotation = self._embed(input_ids, position_ids)
         row = PackedRow(rotation.cos, rotation.sin, borders, starts, longest)
-        training = self._base.training
+        seeds = self._draw_seeds(hidden)
         added: Tensor | None = None
-        *below, last = self.layers
-        for layer in below:
-            hidden, added = layer(hidden, added, row, training=training)
+        if self.graphs.serve(hidden):
+            hidden, added = self.graphs(hidden, row, seeds)
+        else:
+            for number, layer in enumerate(self.layers[:-1]):
+                seed = None if seeds is None else seeds[number]
+                hidden, added = layer(hidden, added, row, seed=seed)
         # The rest of the last layer, the norm and the head run only at learned tokens.
         learned = read_at if len(read_at) else None
-        hidden, added = last(hidden, added, row, training=training, read_at=learned)
+        seed = None if seeds is None else seeds[-1]
+        hidden, added = self.layers[-1](hidden, added, row, seed=seed, read_at=learned)
         head = self._base.lm_head.weight
         with torch.autocast(hidden.device.type, enabled=False):
             read = self._decoder.norm((hidden + added)[: len(read_at)])
@@ -144,6 +151,17 @@ class FusedDecoder:
         hidden, added = last.infer(hidden, added, rotation, attend, read_at)
         normed: Tensor = self._decoder.norm(hidden + added)
         return normed
+
+    def _draw_seeds(self, like: Tensor) -> Tensor | None:
+        """Returns a seed of dropout for each layer, [layers, 2]; None if nothing is dropped.
+
+        They come from torch's generator, which seeding, checkpoints and resuming cover.
+        """
+        if not self._base.training or not any(layer.dropout for layer in self.layers):
+            return None
+        # Twice, since kernels are compiled for addresses that are multiples of 16 bytes.
+        seeds = torch.randint(0, 2**62, (len(self.layers), 1)).repeat(1, 2)
+        return to_device(seeds, like.device) if self.layers[0].packs_masks(like) else seeds
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Rotation]:
         """Returns the embeddings, [T, H], and the tokens' rotation."""
