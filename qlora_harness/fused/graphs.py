@@ -24,10 +24,12 @@ from torch import Tensor
 from qlora_harness.fused import attention
 from qlora_harness.fused.layer import FusedLayer
 from qlora_harness.fused.packed_row import PackedRow, RowBuffer
+from qlora_harness.model.shape import Shape
 
 # Tokens times the weights of a layer above which an H100 takes longer to compute a layer than
 # Python takes to launch it.
 _DEVICE_BOUND = 2**39
+_CHECKPOINTING = "none", "full"  # the others wait for copies to and from the host
 _LENGTHS = 32  # with graphs at a time; the one that was unused for the longest makes room
 _SHORTEST = 32  # tokens
 
@@ -38,29 +40,46 @@ def padded(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def worthwhile(tokens: int, weights: int) -> bool:
+    """Whether launching takes longer than computing a row with layers of as many weights."""
+    return tokens * weights <= _DEVICE_BOUND
+
+
+def planned(shape: Shape, checkpointing: str, tokens: int, size: int) -> bool:
+    """Whether a run with rows of up to `tokens` uses graphs on a GPU; an element takes `size`."""
+    short = worthwhile(tokens, shape.linear // shape.layers)
+    return short and checkpointing in _CHECKPOINTING and size == 2 and shape.layers > 1
+
+
+def buffer_bytes(shape: Shape, tokens: int, size: int) -> int:
+    """Returns the bytes of the buffers for rows of a length; an element takes `size`."""
+    return 4 * shape.hidden * tokens * size
+
+
 class LayerGraphs:
     """The graphs of consecutive layers, the first of which needs no gradient of its input.
 
-    `passes` counts the rows that ran through them.
+    `longest` is the number of tokens of the longest row, if known: graphs are for runs in which all
+    rows are short, since their memory can't serve others. `passes` counts the rows through them.
     """
 
-    def __init__(self, layers: Sequence[FusedLayer]) -> None:
+    def __init__(self, layers: Sequence[FusedLayer], longest: int | None) -> None:
         self.layers, self.passes = list(layers), 0
         projections = [p.layer for g in layers[0].groups() for p in g.projections] if layers else []
         self._weights = sum(p.out_features * p.in_features for p in projections)  # of a layer
+        self._all_short = longest is None or worthwhile(longest, self._weights)
         self._rows: OrderedDict[tuple[int, int], _Row] = OrderedDict()
         self._gradients: _Gradients | None = None
         self._capture: _Capture | None = None
 
     def serve(self, hidden: Tensor) -> bool:
         """Whether they compute a row, [T, H], exactly as the layers do, and in less time."""
-        if not self.layers or not torch.is_grad_enabled():
+        if not self.layers or not self._all_short or not torch.is_grad_enabled():
             return False
-        layer = self.layers[0]
-        distributed = torch.distributed
+        layer, distributed = self.layers[0], torch.distributed
         return (
-            len(hidden) * self._weights <= _DEVICE_BOUND
-            and layer.checkpointing in ("none", "full")
+            worthwhile(len(hidden), self._weights)
+            and layer.checkpointing in _CHECKPOINTING
             and attention.uses_triton(hidden, layer.head_size)
             and (not layer.dropout or layer.packs_masks(hidden))
             and all(p is None or p.requires_grad for p in layer.parameters())
@@ -219,8 +238,7 @@ class _Capture:
         graphs = []
         for run in (row.run_forward, row.run_backward):
             graph = torch.cuda.CUDAGraph()
-            options = {"pool": self._pool, "stream": self._stream}
-            with torch.cuda.graph(graph, **options, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
                 run()
             graphs.append(graph)
         row.forward, row.backward = (graph.replay for graph in graphs)

@@ -51,7 +51,7 @@ class FusedDecoder:
     Full-precision weights become views of larger matrices until `detach`.
     """
 
-    def __init__(self, model: Any, checkpointing: str = "none") -> None:
+    def __init__(self, model: Any, checkpointing: str = "none", longest: int | None = None) -> None:
         assert checkpointing in CHECKPOINTING
         self._base = base_of(model)
         self._decoder = self._base.model
@@ -62,7 +62,7 @@ class FusedDecoder:
         ]
         for number, layer in enumerate(self.layers):
             layer.gates_on_host = number % _THIRD != 0
-        self.graphs = LayerGraphs(self.layers[:-1])
+        self.graphs = LayerGraphs(self.layers[:-1], longest)
 
     @staticmethod
     def reason_against(model: Any) -> str | None:
@@ -74,9 +74,12 @@ class FusedDecoder:
         return reason or _reason_against_layers(base)
 
     @classmethod
-    def attach(cls, model: Any, checkpointing: str) -> FusedDecoder:
-        """Builds the layers and replaces the model's `forward`."""
-        decoder = cls(model, checkpointing)
+    def attach(cls, model: Any, checkpointing: str, longest: int | None = None) -> FusedDecoder:
+        """Builds the layers and replaces the model's `forward`.
+
+        `longest` is the number of tokens of the longest row, if known; see `graphs.LayerGraphs`.
+        """
+        decoder = cls(model, checkpointing, longest)
         decoder._base.forward = decoder
         return decoder
 
