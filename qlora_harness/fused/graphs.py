@@ -30,7 +30,7 @@ from qlora_harness.model.shape import Shape
 # Python takes to launch it.
 _DEVICE_BOUND = 2**39
 _CHECKPOINTING = "none", "full"  # the others wait for copies to and from the host
-_LENGTHS = 32  # with graphs at a time; the one that was unused for the longest makes room
+_LENGTHS = 64  # with graphs at a time; the one that was unused for the longest makes room
 _SHORTEST = 32  # tokens
 
 

@@ -62,6 +62,7 @@ class FusedDecoder:
         ]
         for number, layer in enumerate(self.layers):
             layer.gates_on_host = number % _THIRD != 0
+        self._has_dropout = any(layer.dropout for layer in self.layers)
         self.graphs = LayerGraphs(self.layers[:-1], longest)
 
     @staticmethod
@@ -160,7 +161,7 @@ class FusedDecoder:
 
         They come from torch's generator, which seeding, checkpoints and resuming cover.
         """
-        if not self._base.training or not any(layer.dropout for layer in self.layers):
+        if not self._base.training or not self._has_dropout:
             return None
         # Twice, since kernels are compiled for addresses that are multiples of 16 bytes.
         seeds = torch.randint(0, 2**62, (len(self.layers), 1)).repeat(1, 2)
