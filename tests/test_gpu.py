@@ -612,12 +612,31 @@ def eight_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def graph_bytes() -> int:
+    """The memory of graphs, which torch counts as free between their passes."""
+    segments = torch.cuda.memory_snapshot()
+    pools = [s for s in segments if tuple(s["segment_pool_id"]) != (0, 0)]
+    return sum(int(s["total_size"] - s["allocated_size"]) for s in pools)
+
+
 @pytest.mark.parametrize("quant", ["nf4", "bf16"])
-@every_checkpointing
-def test_peak_is_within_a_seventh_of_the_prediction(
-    eight_layers: Path, quant: str, checkpointing: str
+@pytest.mark.parametrize(
+    ("checkpointing", "bound", "tolerance"),
+    [
+        *((checkpointing, 0, 0.15) for checkpointing in CHECKPOINTING),
+        *((checkpointing, 2**39, 0.25) for checkpointing in ("none", "full")),  # as graphs
+    ],
+)
+def test_peak_is_near_the_prediction(
+    eight_layers: Path,
+    quant: str,
+    checkpointing: str,
+    bound: int,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the second AdamW step, or when graphs are recorded; without cuBLAS's workspace."""
+    """In the second AdamW step, without cuBLAS's workspace."""
+    monkeypatch.setattr(graphs, "_DEVICE_BOUND", bound)
     changes = {"quant": quant, "checkpointing": checkpointing, "optimizer": "adamw_torch"}
     settings = build_settings(changes | {"lora_r": 16, "lora_dropout": 0.0})
     rows = [{"input_ids": list(range(1, 513)), "labels": [-100] * 256 + [7] * 256}] * 16
@@ -637,16 +656,14 @@ def test_peak_is_within_a_seventh_of_the_prediction(
     model = attach_lora(model, r=16, alpha=16, dropout=0.0, targets="all-linear").train()
     decoder = FusedDecoder.attach(model, checkpointing)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-    peak = 0
-    for step in range(2):
+    for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step == 1 or decoder.graphs.passes:
-            peak = max(peak, torch.cuda.max_memory_allocated() - before)
-    assert decoder.graphs.passes == (2 if checkpointing in ("none", "full") else 0)
-    shape = measure_shape(str(eight_layers), None, "all-linear")
-    assert peak == pytest.approx(predict_memory(shape, settings, 8192).peak, rel=0.15)
+    peak = torch.cuda.max_memory_allocated() - before + graph_bytes()
+    plan = predict_memory(measure_shape(str(eight_layers), None, "all-linear"), settings, 8192)
+    assert plan.graphs == (decoder.graphs.passes == 2) == (bound > 0)
+    assert peak == pytest.approx(plan.peak, rel=tolerance)

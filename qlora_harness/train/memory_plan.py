@@ -148,8 +148,9 @@ def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
             tokens=tokens,
             size=size,
         )
+        if uses_graphs:  # the last layer works in memory of its own
+            work += work + graphs.buffer_bytes(shape, tokens, size)
         work += bordered.matrix_bytes(shape, rank, size, is_4bit=quant.is_4bit)
-        work += graphs.buffer_bytes(shape, tokens, size) if uses_graphs else 0
         host = model.host_bytes(shape, checkpointing, tokens, size)
     else:
         activations, work = peft_activation_bytes(shape, rank, checkpointing, tokens, size)
