@@ -121,11 +121,22 @@ def test_few_lengths_stay_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(tiny("llama", layers=3))
     decoder = FusedDecoder.attach(model, "none")
     through_graphs(monkeypatch)
-    for length in (20, 40, 30, 50, 70):
+    for length in (70, 20, 40, 30):
         backward(model, texts([length]))
-    assert list(decoder.graphs._rows) == [(64, 1), (96, 1)]
+    assert list(decoder.graphs._rows) == [(64, 1, True), (32, 1, True)]
     decoder.detach()
     assert not decoder.graphs._rows
+
+
+def test_longest_row_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(tiny("llama", layers=3), dropout=0.1)
+    decoder = FusedDecoder.attach(model, "none", longest=90)
+    through_graphs(monkeypatch)
+    backward(model, texts([20, 8, 7]))
+    assert list(decoder.graphs._rows) == [(96, 4, False), (64, 4, False)]
+    backward(model, texts([100]))  # longer than announced
+    backward(model.eval(), texts([100]))
+    assert list(decoder.graphs._rows) == [(128, 1, False), (128, 1, True)]
 
 
 def test_cpus_need_no_graphs() -> None:

@@ -67,18 +67,19 @@ class LayerGraphs:
         self.layers, self.passes = list(layers), 0
         projections = [p.layer for g in layers[0].groups() for p in g.projections] if layers else []
         self._weights = sum(p.out_features * p.in_features for p in projections)  # of a layer
-        self._all_short = longest is None or worthwhile(longest, self._weights)
-        self._rows: OrderedDict[tuple[int, int], _Row] = OrderedDict()
+        self._longest = 0 if longest is None else longest
+        self._length = 0  # of the longest buffer so far
+        self._rows: OrderedDict[tuple[int, int, bool], _Row] = OrderedDict()
         self._gradients: _Gradients | None = None
         self._capture: _Capture | None = None
 
     def serve(self, hidden: Tensor) -> bool:
         """Whether they compute a row, [T, H], exactly as the layers do, and in less time."""
-        if not self.layers or not self._all_short or not torch.is_grad_enabled():
+        if not self.layers or not torch.is_grad_enabled():
             return False
         layer, distributed = self.layers[0], torch.distributed
         return (
-            worthwhile(len(hidden), self._weights)
+            worthwhile(max(len(hidden), self._longest), self._weights)
             and layer.checkpointing in _CHECKPOINTING
             and attention.uses_triton(hidden, layer.head_size)
             and (not layer.dropout or layer.packs_masks(hidden))
@@ -96,31 +97,43 @@ class LayerGraphs:
         """
         if self._gradients is None:
             self._gradients = _Gradients(self.layers)
-            self._capture = _Capture() if hidden.is_cuda else None
             self._start = torch.zeros((), device=hidden.device, requires_grad=True)
-        # The number of texts is rounded up to a power of two.
-        size = padded(len(hidden)), 1 << (len(row.starts) - 2).bit_length()
-        buffer = self._rows.pop(size, None)
-        if buffer is None:
-            if len(self._rows) == _LENGTHS:
-                self._rows.popitem(last=False)
-            buffer = _Row(self.layers, self._gradients, RowBuffer(*size, row), hidden)
-            buffer.load(hidden, row, seeds)
-            if self._capture is not None:
-                self._capture.record(buffer)
-        else:
-            buffer.load(hidden, row, seeds)
-        self._rows[size] = buffer
+        length = padded(len(hidden))
+        if length > self._length:
+            # The longest graphs come first: the others find room in their memory, but a longer one
+            # wouldn't in that of shorter ones.
+            self._rows.clear()
+            self._capture = _Capture() if hidden.is_cuda else None
+            self._length = max(length, padded(self._longest))
+            self._row(self._length, hidden, row, seeds)
+        buffer = self._row(length, hidden, row, seeds)
+        buffer.load(hidden, row, seeds)
         self.passes += 1
         output: tuple[Tensor, Tensor] = _Pass.apply(  # type: ignore[no-untyped-call]
             self._start, self, buffer, len(hidden)
         )
         return output
 
+    def _row(self, length: int, hidden: Tensor, row: PackedRow, seeds: Tensor | None) -> _Row:
+        """Returns the buffers of a length for rows such as this one."""
+        assert self._gradients is not None
+        texts = 1 << (len(row.starts) - 2).bit_length()  # rounded up to a power of two
+        key = length, texts, seeds is None
+        buffer = self._rows.pop(key, None)
+        if buffer is None:
+            if len(self._rows) == _LENGTHS:
+                self._rows.popitem(last=False)
+            room = RowBuffer(length, texts, row)
+            buffer = _Row(self.layers, self._gradients, room, hidden, seeds)
+            if self._capture is not None:
+                self._capture.record(buffer)
+        self._rows[key] = buffer
+        return buffer
+
     def release(self) -> None:
         """Frees the memory of all graphs."""
         self._rows.clear()
-        self._gradients = self._capture = None
+        self._gradients, self._capture, self._length = None, None, 0
 
 
 class _Pass(torch.autograd.Function):
@@ -157,6 +170,7 @@ class _Gradients:
             for each, own in zip(parameters, self.by_layer, strict=True)
             for pair in zip(each, own, strict=True)
         ]
+        torch._foreach_add_(self.by_layer[0], self.by_layer[0])  # loads the kernel, for captures
 
     def attach(self) -> None:
         """Makes it the parameters' `grad`, whose values it takes; zeros for None."""
@@ -177,12 +191,18 @@ class _Row:
     """Buffers for rows of one length, and the passes on them: kernel by kernel, then as graphs."""
 
     def __init__(
-        self, layers: Sequence[FusedLayer], gradients: _Gradients, row: RowBuffer, like: Tensor
+        self,
+        layers: Sequence[FusedLayer],
+        gradients: _Gradients,
+        row: RowBuffer,
+        hidden: Tensor,
+        seeds: Tensor | None,
     ) -> None:
+        """Allocates them; `hidden` and `seeds` are like those of the rows."""
         self.layers, self.gradients, self.row = layers, gradients, row
-        shape = len(row.cos), like.shape[1]
-        self.hidden, self.dy = like.new_zeros(shape), like.new_zeros(shape)
-        self.seeds: Tensor | None = None
+        shape = len(row.cos), hidden.shape[1]
+        self.hidden, self.dy = hidden.new_zeros(shape), hidden.new_zeros(shape)
+        self.seeds = None if seeds is None else torch.zeros_like(seeds)
         self.h = self.y = self.hidden  # the outputs, once there are any
         self._saved: list[Any] = []
         self.forward: Callable[[], None] = self.run_forward
@@ -192,25 +212,24 @@ class _Row:
         """Copies a row into the buffers."""
         self.hidden[: len(hidden)] = hidden.detach()
         self.row.fill(row)
-        if seeds is not None:
-            self.seeds = torch.empty_like(seeds) if self.seeds is None else self.seeds
+        if self.seeds is not None and seeds is not None:
             self.seeds.copy_(seeds)
 
-    def run_forward(self) -> None:
-        """Runs the layers."""
+    def run_forward(self, count: int | None = None) -> None:
+        """Runs the layers, or the first `count`."""
         added: Tensor | None = None
         hidden, self._saved = self.hidden, []
         with torch.no_grad():
-            for number, layer in enumerate(self.layers):
+            for number, layer in enumerate(self.layers[:count]):
                 seed = self._seed(number)
                 hidden, added = layer.forward(hidden, added, self.row, None, seed, self._saved)
         assert added is not None
         self.h, self.y = hidden, added
 
     def run_backward(self, *, discard: bool = False) -> None:
-        """Runs them backward, and adds their gradients unless `discard`."""
+        """Runs the same layers backward, and adds their gradients unless `discard`."""
         dy: Tensor | None = self.dy
-        for number in reversed(range(len(self.layers))):
+        for number in reversed(range(len(self._saved))):
             assert dy is not None
             layer, seed = self.layers[number], self._seed(number)
             dy, gradients = layer.backward(
@@ -229,12 +248,15 @@ class _Capture:
 
     def __init__(self) -> None:
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self._first = True
 
     def record(self, row: _Row) -> None:
         """Replaces a row's passes by replays of graphs."""
-        # Compiles and loads kernels, which a capture can't.
-        row.run_forward()
+        # Compiles and loads kernels, which a capture can't. The pool has no room for it: once there
+        # is one, two layers must do, the first and one that needs the gradient of its input.
+        row.run_forward(None if self._first else 2)
         row.run_backward(discard=True)
+        self._first = False
         graphs = []
         for run in (row.run_forward, row.run_backward):
             graph = torch.cuda.CUDAGraph()
