@@ -206,13 +206,13 @@ def _quantises(device: str) -> Check:
 def _all_reduce() -> Check:
     """Whether the GPUs reach each other through NCCL, in a process each."""
     import torch
-    from torch import multiprocessing
+    from torch.multiprocessing.spawn import spawn
 
     count = torch.cuda.device_count()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.spawn(_reduce, (count, port), nprocs=count, join=False)
+    context: Any = spawn(_reduce, (count, port), nprocs=count, join=False)  # type: ignore[no-untyped-call]
     try:
         if context.join(_ALL_REDUCE_TIMEOUT):
             return Check("NCCL", "ok", f"{count} GPUs add up a tensor")

@@ -211,8 +211,8 @@ class _TrainingBench:
         decoder: FusedDecoder | None = None
         if optimization.kernels == "auto" and FusedDecoder.reason_against(model) is None:
             lengths = [len(example.input_ids) for example in self.examples]
-            tokens = largest_pass(lengths, settings, fused=True)
-            decoder = FusedDecoder.attach(model, optimization.checkpointing, tokens)
+            longest = largest_pass(lengths, settings, fused=True)
+            decoder = FusedDecoder.attach(model, optimization.checkpointing, longest)
         fused = decoder is not None
         try:
             with tempfile.TemporaryDirectory() as folder:

@@ -237,8 +237,8 @@ class _Run:
         auto = optimization.kernels == "auto"
         reason = FusedDecoder.reason_against(model) if auto else "--kernels none"
         if reason is None:
-            tokens = largest_pass(lengths, self.chosen, fused=True)
-            return FusedDecoder.attach(model, optimization.checkpointing, tokens)
+            longest = largest_pass(lengths, self.chosen, fused=True)
+            return FusedDecoder.attach(model, optimization.checkpointing, longest)
         if optimization.checkpointing in ("selective", "offload"):
             raise SettingsError(
                 f"--checkpointing {optimization.checkpointing} needs fused layers, and "
@@ -362,6 +362,8 @@ class _Run:
             resume_from = None if checkpoint is None else str(checkpoint)
             with self.record.timed("train"), self.memory.phase("train"), self.stop.installed():
                 trainer.train(resume_from_checkpoint=resume_from)
+        if self.fused is not None:
+            self.record.graph_passes = self.fused.graphs.passes
         last = trainer.state.global_step
         log.check_complete(done + 1, last)
         log.write()
