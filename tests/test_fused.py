@@ -86,7 +86,7 @@ class Drop(torch.nn.Module):
 
     def __init__(self, probability: float, seed: int, read_at: torch.Tensor | None) -> None:
         super().__init__()
-        self.p, self.seed, self.read_at = probability, seed, read_at
+        self.p, self.seed, self.read_at = probability, torch.tensor([seed]), read_at
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:

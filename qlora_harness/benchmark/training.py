@@ -35,6 +35,7 @@ from qlora_harness.train.adapter import attach_adapter
 from qlora_harness.train.arguments import training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.memory_meter import MemoryMeter
+from qlora_harness.train.memory_plan import largest_pass
 from qlora_harness.train.trainer import CountingTrainer, StepLog
 
 _SHARED: dict[str, Any] = {
@@ -209,7 +210,9 @@ class _TrainingBench:
         model = attach_adapter(self._base, settings)
         decoder: FusedDecoder | None = None
         if optimization.kernels == "auto" and FusedDecoder.reason_against(model) is None:
-            decoder = FusedDecoder.attach(model, optimization.checkpointing)
+            lengths = [len(example.input_ids) for example in self.examples]
+            longest = largest_pass(lengths, settings, fused=True)
+            decoder = FusedDecoder.attach(model, optimization.checkpointing, longest)
         fused = decoder is not None
         try:
             with tempfile.TemporaryDirectory() as folder:

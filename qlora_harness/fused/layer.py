@@ -105,7 +105,7 @@ class FusedLayer:
 
     def has_adapters_of(self, layer: Any) -> bool:
         """Whether the model's decoder layer still has the same adapters."""
-        own = {id(p) for group in self.groups() for p in group.parameters() if p is not None}
+        own = {id(p) for p in self.parameters() if p is not None}
         return own <= {id(p) for p in layer.parameters()}
 
     def __call__(
@@ -114,18 +114,62 @@ class FusedLayer:
         added: Tensor | None,
         row: PackedRow,
         *,
-        training: bool,
+        seed: Tensor | None,
         read_at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Runs the layer on a row; dropout acts only if `training`."""
-        parameters = [p for group in self.groups() for p in group.parameters()]
-        # From torch's generator, which seeding, checkpoints and resuming cover.
-        seed = int(torch.randint(0, 2**62, ())) if training and self.dropout else None
-        keep = torch.is_grad_enabled()  # always False inside `forward`
+        """Runs the layer on a row; a seed, see `dropout.draw`, turns dropout on."""
+        keep = torch.is_grad_enabled()  # always False inside `_Layer.forward`
         output: tuple[Tensor, Tensor] = _Layer.apply(  # type: ignore[no-untyped-call]
-            x, added, self, row, read_at, seed, keep, *parameters
+            x, added, self, row, read_at, seed, keep, *self.parameters()
         )
         return output
+
+    def parameters(self) -> list[torch.nn.Parameter | None]:
+        """Returns the parameters of all groups, in the order of their gradients."""
+        return [p for group in self.groups() for p in group.parameters()]
+
+    def forward(
+        self,
+        x: Tensor,
+        added: Tensor | None,
+        row: PackedRow,
+        read_at: Tensor | None,
+        seed: Tensor | None,
+        saved: list[Any] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the layer outside autograd; appends what `backward` needs to `saved`, if given."""
+        with torch.autocast(x.device.type, enabled=False):
+            drops = self.draw(row, read_at, seed, x)
+            x, added, first = self.first_half(x, added, row, read_at, drops)
+            h, y, second = self.second_half(_at(x, read_at), added, drops)
+            if saved is not None:
+                saved.append(self.keep(x, h, first, second))
+        return h, y
+
+    def backward(
+        self,
+        dy: Tensor,
+        saved: list[Any],
+        row: PackedRow,
+        read_at: Tensor | None,
+        seed: Tensor | None,
+        *,
+        needs_dx: bool,
+    ) -> tuple[Tensor | None, Gradients]:
+        """Returns the gradients of the input, if it is needed, and of `parameters`.
+
+        dy is the gradient of either output. Takes the last item of `saved`, to free each part of it
+        when it is done with it.
+        """
+        with torch.autocast(dy.device.type, enabled=False), torch.no_grad():
+            drops = self.draw(row, read_at, seed, dy)
+            x, h, first, mlp = self.restore(saved.pop(), row, read_at, drops)
+            dh, mlp_grads = self.second_half_backward(dy, h, mlp, drops)
+            del mlp, h
+            dx, attention_grads = self.first_half_backward(
+                dh, x, first, row, read_at, drops, needs_dx=needs_dx
+            )
+        return dx, [*attention_grads, *mlp_grads]
 
     def infer(
         self,
@@ -152,16 +196,20 @@ class FusedLayer:
         return (h[0], y[0]) if len(h) == 1 else (torch.cat(h), torch.cat(y))
 
     def draw(
-        self, row: PackedRow, read_at: Tensor | None, seed: int | None, like: Tensor
+        self, row: PackedRow, read_at: Tensor | None, seed: Tensor | None, like: Tensor
     ) -> _Drops:
         """Draws the masks of a layer; `like` gives dtype and device."""
-        if seed is None:
+        if seed is None or not self.dropout:
             return _Drops()
         tokens = len(row.cos)
         rows = [tokens, *[tokens if read_at is None else len(read_at)] * 3]
         shapes = [group.mask_shape(n) for group, n in zip(self.groups(), rows, strict=True)]
-        packed = all(group.can_pack_masks(like) for group in self.groups())
+        packed = self.packs_masks(like)
         return _Drops(*dropout.draw(shapes, self.dropout, seed, like.device, packed=packed))
+
+    def packs_masks(self, like: Tensor) -> bool:
+        """Whether masks for inputs such as `like` are packed."""
+        return all(group.can_pack_masks(like) for group in self.groups())
 
     def first_half(
         self, x: Tensor, added: Tensor | None, row: PackedRow, read_at: Tensor | None, drops: _Drops
@@ -340,38 +388,26 @@ class _Layer(torch.autograd.Function):
         layer: FusedLayer,
         row: PackedRow,
         read_at: Tensor | None,
-        seed: int | None,
+        seed: Tensor | None,
         keep: bool,
         *parameters: Any,
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
-            drops = layer.draw(row, read_at, seed, x)
-            x, added, first = layer.first_half(x, added, row, read_at, drops)
-            h, y, second = layer.second_half(_at(x, read_at), added, drops)
         ctx.layer, ctx.row, ctx.read_at, ctx.seed = layer, row, read_at, seed
-        ctx.saved = layer.keep(x, h, first, second) if keep else None
-        return h, y
+        ctx.saved = [] if keep else None
+        return layer.forward(x, added, row, read_at, seed, ctx.saved)
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor, dy: Tensor) -> Any:
         """Both gradients are equal, since only the sum of the outputs is used."""
         del dh
-        layer, row, read_at, saved = ctx.layer, ctx.row, ctx.read_at, ctx.saved
-        if saved is None:
+        if not ctx.saved:
             raise RuntimeError("the backward pass of a fused layer runs once")
-        ctx.saved = None
-        with torch.autocast(dy.device.type, enabled=False), torch.no_grad():
-            drops = layer.draw(row, read_at, ctx.seed, dy)
-            x, h, first, mlp = layer.restore(saved, row, read_at, drops)
-            del saved
-            dh, mlp_grads = layer.second_half_backward(dy, h, mlp, drops)
-            del mlp, h
-            # False in the first layer: embeddings are frozen.
-            needs_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-            dx, attention_grads = layer.first_half_backward(
-                dh, x, first, row, read_at, drops, needs_dx=needs_dx
-            )
-        return dx, dx, None, None, None, None, None, *attention_grads, *mlp_grads
+        # False in the first layer: embeddings are frozen.
+        needs_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        dx, gradients = ctx.layer.backward(
+            dy, ctx.saved, ctx.row, ctx.read_at, ctx.seed, needs_dx=needs_dx
+        )
+        return dx, dx, None, None, None, None, None, *gradients
 
 
 def _at(rows: Tensor, read_at: Tensor | None) -> Tensor:

@@ -11,7 +11,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from qlora_harness.fused import cross_entropy
 from qlora_harness.fused.bordered import Projection, Scratch
-from qlora_harness.fused.host_memory import HostMemory, pinned_bytes
+from qlora_harness.fused.graphs import LayerGraphs
+from qlora_harness.fused.host_memory import HostMemory, pinned_bytes, to_device
 from qlora_harness.fused.layer import Attend, FusedLayer
 from qlora_harness.fused.lora_group import LoraGroup
 from qlora_harness.fused.packed_row import PackedRow, Rotation
@@ -50,17 +51,20 @@ class FusedDecoder:
     Full-precision weights become views of larger matrices until `detach`.
     """
 
-    def __init__(self, model: Any, checkpointing: str = "none") -> None:
+    def __init__(self, model: Any, checkpointing: str = "none", longest: int | None = None) -> None:
         assert checkpointing in CHECKPOINTING
         self._base = base_of(model)
         self._decoder = self._base.model
         self._own_forward: Callable[..., Any] = self._base.forward
-        scratch, host = Scratch(), HostMemory()
+        scratch, self._host = Scratch(), HostMemory()
         self.layers = [
-            _fused_layer(layer, checkpointing, scratch, host) for layer in self._decoder.layers
+            _fused_layer(layer, checkpointing, scratch, self._host)
+            for layer in self._decoder.layers
         ]
         for number, layer in enumerate(self.layers):
             layer.gates_on_host = number % _THIRD != 0
+        self._has_dropout = any(layer.dropout for layer in self.layers)
+        self.graphs = LayerGraphs(self.layers[:-1], longest)
 
     @staticmethod
     def reason_against(model: Any) -> str | None:
@@ -72,9 +76,19 @@ class FusedDecoder:
         return reason or _reason_against_layers(base)
 
     @classmethod
-    def attach(cls, model: Any, checkpointing: str) -> FusedDecoder:
-        """Builds the layers and replaces the model's `forward`."""
-        decoder = cls(model, checkpointing)
+    def attach(cls, model: Any, checkpointing: str, longest: int | None = None) -> FusedDecoder:
+        """Builds the layers and replaces the model's `forward`.
+
+        `longest` is the number of tokens of the longest row, if known: host memory is pinned for it
+        in advance, and `graphs.LayerGraphs` needs it.
+        """
+        decoder = cls(model, checkpointing, longest)
+        if longest is not None and decoder._base.device.type == "cuda":
+            config, weight = decoder._base.config, decoder._decoder.embed_tokens.weight
+            tensors, elements = _stored_on_host(
+                checkpointing, len(decoder.layers), config.hidden_size, config.intermediate_size
+            )
+            decoder._host.reserve(tensors, elements * longest * weight.element_size())
         decoder._base.forward = decoder
         return decoder
 
@@ -83,6 +97,7 @@ class FusedDecoder:
         for layer in self.layers:
             for group in layer.groups():
                 group.release()
+        self.graphs.release()
         self._base.forward = self._own_forward
 
     def __call__(
@@ -113,14 +128,18 @@ class FusedDecoder:
         """Returns the losses at `read_at`, [R], if `per_token`; else their sum per item."""
         hidden, rotation = self._embed(input_ids, position_ids)
         row = PackedRow(rotation.cos, rotation.sin, borders, starts, longest)
-        training = self._base.training
+        seeds = self._draw_seeds(hidden)
         added: Tensor | None = None
-        *below, last = self.layers
-        for layer in below:
-            hidden, added = layer(hidden, added, row, training=training)
+        if self.graphs.serve(hidden):
+            hidden, added = self.graphs(hidden, row, seeds)
+        else:
+            for number, layer in enumerate(self.layers[:-1]):
+                seed = None if seeds is None else seeds[number]
+                hidden, added = layer(hidden, added, row, seed=seed)
         # The rest of the last layer, the norm and the head run only at learned tokens.
         learned = read_at if len(read_at) else None
-        hidden, added = last(hidden, added, row, training=training, read_at=learned)
+        seed = None if seeds is None else seeds[-1]
+        hidden, added = self.layers[-1](hidden, added, row, seed=seed, read_at=learned)
         head = self._base.lm_head.weight
         with torch.autocast(hidden.device.type, enabled=False):
             read = self._decoder.norm((hidden + added)[: len(read_at)])
@@ -145,6 +164,17 @@ class FusedDecoder:
         normed: Tensor = self._decoder.norm(hidden + added)
         return normed
 
+    def _draw_seeds(self, like: Tensor) -> Tensor | None:
+        """Returns a seed of dropout for each layer, [layers, 2]; None if nothing is dropped.
+
+        They come from torch's generator, which seeding, checkpoints and resuming cover.
+        """
+        if not self._base.training or not self._has_dropout:
+            return None
+        # Twice, since kernels are compiled for addresses that are multiples of 16 bytes.
+        seeds = torch.randint(0, 2**62, (len(self.layers), 1)).repeat(1, 2)
+        return to_device(seeds, like.device) if self.layers[0].packs_masks(like) else seeds
+
     def _embed(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Rotation]:
         """Returns the embeddings, [T, H], and the tokens' rotation."""
         hidden = self._decoder.embed_tokens(input_ids)
@@ -155,11 +185,16 @@ class FusedDecoder:
 
 def host_bytes(shape: Shape, checkpointing: str, tokens: int, size: int) -> int:
     """Returns the most host memory that a model's layers pin, in bytes; an element takes `size`."""
-    layers, elements = {
-        "selective": (shape.layers - -(-shape.layers // _THIRD), 2 * shape.inner),
-        "offload": (shape.layers, shape.hidden),
+    tensors, elements = _stored_on_host(checkpointing, shape.layers, shape.hidden, shape.inner)
+    return pinned_bytes(tensors, elements * size * tokens)
+
+
+def _stored_on_host(checkpointing: str, layers: int, hidden: int, inner: int) -> tuple[int, int]:
+    """Returns how many tensors a pass stores in host memory, and the elements of each per token."""
+    return {
+        "selective": (layers - -(-layers // _THIRD), 2 * inner),
+        "offload": (layers, hidden),
     }.get(checkpointing, (0, 0))
-    return pinned_bytes(layers, elements * size * tokens)
 
 
 def _reason_against_adapter(model: Any, layers: Any) -> str | None:

@@ -110,6 +110,8 @@ class Runtime(Section):
     eval_seconds: Amount | None = None
     total_seconds: Amount | None = None
     resumed: bool = False
+    graph_passes: Count = 0
+    """Training passes that ran as CUDA graphs, without those before a resume."""
 
 
 class Throughput(Section):

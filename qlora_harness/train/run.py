@@ -53,7 +53,7 @@ from qlora_harness.train.cpu import faster_dtype, use_all_cores
 from qlora_harness.train.evaluation import evaluate_loss
 from qlora_harness.train.held_out import HeldOut, check_held_out
 from qlora_harness.train.memory_meter import MemoryMeter
-from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
+from qlora_harness.train.memory_plan import choose_memory_plan, largest_pass, measure_shape
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
 from qlora_harness.train.ranks import device_of, on_main, say, start_processes
 from qlora_harness.train.run_folder import (
@@ -228,16 +228,17 @@ class _Run:
         model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
         # Otherwise PEFT replaces bfloat16 parameters, and fused layers hold on to the old ones.
         model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)
-        self.fused = self._fuse(model)
+        self.fused = self._fuse(model, [len(example.input_ids) for example in data.train])
         return model
 
-    def _fuse(self, model: Any) -> FusedDecoder | None:
+    def _fuse(self, model: Any, lengths: Sequence[int]) -> FusedDecoder | None:
         """Attaches fused layers if the settings and the model allow."""
         optimization = self.chosen.optimization
         auto = optimization.kernels == "auto"
         reason = FusedDecoder.reason_against(model) if auto else "--kernels none"
         if reason is None:
-            return FusedDecoder.attach(model, optimization.checkpointing)
+            longest = largest_pass(lengths, self.chosen, fused=True)
+            return FusedDecoder.attach(model, optimization.checkpointing, longest)
         if optimization.checkpointing in ("selective", "offload"):
             raise SettingsError(
                 f"--checkpointing {optimization.checkpointing} needs fused layers, and "
@@ -361,6 +362,8 @@ class _Run:
             resume_from = None if checkpoint is None else str(checkpoint)
             with self.record.timed("train"), self.memory.phase("train"), self.stop.installed():
                 trainer.train(resume_from_checkpoint=resume_from)
+        if self.fused is not None:
+            self.record.graph_passes = self.fused.graphs.passes
         last = trainer.state.global_step
         log.check_complete(done + 1, last)
         log.write()
