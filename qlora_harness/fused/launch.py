@@ -39,6 +39,9 @@ def launch(
             addresses |= address
             values.append(address)
             key.append(argument.dtype)
+        elif hasattr(argument, "block_shape"):  # Triton's TensorDescriptor
+            values.append(argument)
+            key += (argument.base.dtype, *argument.block_shape)
         else:
             values.append(argument)
             key.append(_kind(argument) if isinstance(argument, int) else type(argument))

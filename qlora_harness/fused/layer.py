@@ -26,8 +26,8 @@ from torch import Tensor
 
 from qlora_harness.fused import attention, dropout, ops
 from qlora_harness.fused.dropout import Masks
+from qlora_harness.fused.group import Gradients, Group, Inner
 from qlora_harness.fused.host_memory import HostMemory, Stored
-from qlora_harness.fused.lora_group import Gradients, Inner, LoraGroup
 from qlora_harness.fused.packed_row import PackedRow, Rotation
 from qlora_harness.model.shape import Shape
 
@@ -82,16 +82,16 @@ class FusedLayer:
     key_heads: int
     head_size: int
     scale: float  # of the scores
-    qkv: LoraGroup
-    out: LoraGroup
-    gate_up: LoraGroup
-    down: LoraGroup
+    qkv: Group
+    out: Group
+    gate_up: Group
+    down: Group
     checkpointing: str = "none"  # one of `settings.CHECKPOINTING`
     head_norms: tuple[Tensor, Tensor] | None = None  # [D] each, of queries and keys
     host: HostMemory | None = None  # shared by all layers
     gates_on_host: bool = False  # with selective: whether gate and up go to the host, given room
 
-    def groups(self) -> tuple[LoraGroup, ...]:
+    def groups(self) -> tuple[Group, ...]:
         """Returns the groups in the order of their parameters."""
         return self.qkv, self.out, self.gate_up, self.down
 
