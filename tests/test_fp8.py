@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tiny_models import adapted, fused_step, texts, tiny
+from scoring_runs import MakeLm, demo_prompts, refused, score
+from tiny_models import WINDOW, adapted, fused_step, texts, tiny
 from torch import Tensor
+from training_runs import Train, as_if_killed, losses, summary
 
+from qlora_harness.errors import SettingsError
 from qlora_harness.fused import dropout, fp8
-from qlora_harness.fused.bordered import Projection, Scratch
+from qlora_harness.fused.bordered import Projection, Scratch, matrix_bytes
 from qlora_harness.fused.fp8_group import Fp8Group
-from qlora_harness.fused.fp8_weights import Fp8Weights
+from qlora_harness.fused.fp8_weights import Fp8Weights, working_bytes
 from qlora_harness.fused.lora_group import LoraGroup
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import expand_4bit
-from qlora_harness.settings import CHECKPOINTING
+from qlora_harness.score.packed_forward import PackedModel
+from qlora_harness.score.prefix_tree import Query, plan
+from qlora_harness.settings import CHECKPOINTING, build_settings
+from qlora_harness.train.memory_plan import measure_shape, predict_memory
 
 SCALE = 0.5
 RANK = 3
@@ -185,3 +193,113 @@ def test_step_is_near_one_without_rounding(kind: str, checkpointing: str) -> Non
     )
     assert 0 < total < 0.25
     assert fused_step(other, rows)[0] == near
+
+
+def test_packs_are_scored_near_those_without_rounding() -> None:
+    model = adapted(tiny("llama", quantised=True)).eval()
+    queries = [Query([5, 9, 2], [7]), Query([5, 9, 2], [8]), Query([5, 11], [3])]
+    (pack,) = plan(queries, pack_tokens=64, window=WINDOW)
+    exact = PackedModel(model, None).start(pack).reads()
+    rounded = PackedModel(model, None, compute="fp8").start(pack).reads()
+    difference = np.abs(exact.logprobs - rounded.logprobs)
+    assert 0 < difference.max() < 1
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the CPU pass for a device with FP8 products."""
+    monkeypatch.setattr(fp8, "why_unavailable", lambda device: None)
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_run_records_how_it_computed_and_resumes(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"compute_dtype": "bfloat16", "save_steps": 2, "lora_dropout": 0.1}
+    assert train(compute="fp8", output_dir="fp8", **options) == 0
+    assert train(output_dir="bf16", **options) == 0
+    record = summary("fp8")
+    assert record["settings"]["compute"] == "fp8"
+    assert record["computation"]["fused_layers"] is True
+    rounded, exact = losses("fp8"), losses("bf16")
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert rounded != exact
+    as_if_killed("fp8", 4)
+    assert train(output_dir="fp8", **options) == 2
+    assert "--compute fp8, not bf16" in capsys.readouterr().err
+    assert train(compute="fp8", output_dir="fp8", **options) == 0
+    assert losses("fp8") == pytest.approx(rounded, rel=1e-6)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "bf16"])
+def test_training_without_a_gpu_is_refused_before_anything_is_loaded(
+    train: Train, capsys: pytest.CaptureFixture[str], quant: str
+) -> None:
+    assert train(compute="fp8", quant=quant, compute_dtype="bfloat16", model="absent") == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "--compute fp8: there is no CUDA device" in lines[0]
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_scoring_is_recorded(make_lm: MakeLm, adapter: Path) -> None:
+    lm = make_lm(peft=str(adapter), dtype="bfloat16", compute="fp8")
+    other = make_lm(peft=str(adapter), dtype="bfloat16")
+    assert lm.session.path == (True, True, False, None)
+    assert lm.session.settings_record()["compute"] == "fp8"
+    assert other.session.settings_record()["compute"] == "bf16"
+    assert lm.session.identity()["compute"] == "fp8"
+    assert "compute" not in other.session.identity()  # as in journals of earlier versions
+    prompts = demo_prompts(3)
+    difference = np.abs(np.array(score(lm, prompts)) - np.array(score(other, prompts)))
+    assert 0 < difference.max() < 1
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"dtype": "float32"}, "the compute dtype is float32"),
+        ({"quant": "int8"}, "quant=int8 has no fused layers"),
+        ({"scoring": "hf"}, "scoring=hf"),
+        ({"kernels": "none"}, "kernels=none"),
+    ],
+)
+def test_scoring_that_is_impossible_is_refused(
+    make_lm: MakeLm, arguments: dict[str, Any], reason: str
+) -> None:
+    options = {"dtype": "bfloat16", "quant": "nf4", "pretrained": "absent"} | arguments
+    text = refused(lambda: make_lm(compute="fp8", **options), SettingsError)
+    assert "compute=fp8" in text
+    assert reason in text
+
+
+def test_scoring_without_a_gpu_is_refused(make_lm: MakeLm) -> None:
+    text = refused(lambda: make_lm(compute="fp8", dtype="bfloat16"), SettingsError)
+    assert "compute=fp8: there is no CUDA device" in text
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_model_with_odd_sizes_or_another_dtype_is_refused() -> None:
+    assert "float32" in str(FusedDecoder.reason_against_fp8(tiny("llama")))
+    half = tiny("llama").to(torch.bfloat16)
+    assert FusedDecoder.reason_against_fp8(half) is None
+    half.model.layers[1].mlp.down_proj.in_features = 120
+    assert "size 120" in str(FusedDecoder.reason_against_fp8(half))
+
+
+def test_plan_counts_e4m3_matrices_instead_of_those_in_bf16(tiny_llama: Path) -> None:
+    shape = measure_shape(str(tiny_llama), None, "all-linear")
+    tokens = 1000
+    plans = [
+        predict_memory(shape, build_settings({"compute": c, "quant": q}), tokens)
+        for q in ("nf4", "bf16")
+        for c in ("bf16", "fp8")
+    ]
+    matrices = [matrix_bytes(shape, 64, 2, is_4bit=four) for four in (True, False)]
+    rounded = working_bytes(shape, 64, tokens)
+    assert plans[1].work - plans[0].work == rounded - matrices[0]
+    assert plans[3].work - plans[2].work == rounded - matrices[1]
+    # Two projections of the MLP in a byte each, their adapters, and their quantised gradient.
+    inner, hidden = shape.inner, shape.hidden
+    assert rounded == 2 * inner * hidden + 2 * (2 * inner * 128 + 128 * hidden) + 2 * inner * tokens

@@ -46,6 +46,7 @@ class ScoringPlan:
     adapter_rank: int | None
     kernels: str
     float32_reference: bool
+    fp8: bool
     output: Path | None
 
 
@@ -146,13 +147,14 @@ class _ScoringBench:
             self._measure(way, warm)
             measured, exact = self._measure(way, self._sample)
             by_way.append((self._add(measured, exact), exact))
-        lm.take(base, plan.kernels)
-        way = _packed_way(lm, "packed")
-        self._measure(way, warm)
-        measured, logprobs = self._measure(way, questions)
-        by_prompt = {q.prompt: row for q, row in zip(questions, logprobs, strict=True)}
-        logprobs = [by_prompt[q.prompt] for q in self._sample]
-        by_way.append((self._add(measured, logprobs), logprobs))
+        for compute in ("bf16", "fp8")[: 1 + plan.fp8]:
+            lm.take(base, plan.kernels, compute)
+            way = _packed_way(lm, "packed" if compute == "bf16" else f"packed, compute={compute}")
+            self._measure(way, warm)
+            measured, logprobs = self._measure(way, questions)
+            by_prompt = {q.prompt: row for q, row in zip(questions, logprobs, strict=True)}
+            logprobs = [by_prompt[q.prompt] for q in self._sample]
+            by_way.append((self._add(measured, logprobs), logprobs))
         if plan.adapter_rank is not None:
             lm.take(_with_random_adapter(lm.model, plan.adapter_rank), plan.kernels)
             way = _packed_way(lm, f"packed, unmerged adapter of rank {plan.adapter_rank}")

@@ -65,6 +65,7 @@ WAYS: dict[str, dict[str, Any]] = {
     name: _SHARED | {"kernels": "none", "checkpointing": way.checkpointing}
     for name, way in PEER_WAYS.items()
 }
+_FP8_ENDING = "-fp8"
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,19 @@ def measure_training(plan: TrainingPlan) -> str:
 
 
 def changed_settings(way: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a way; a batch size after "@" overrides that of `changes`."""
+    """Returns the settings of a way, in FP8 if it ends so.
+
+    A batch size after "@" overrides that of `changes`.
+    """
     name, at, size = way.partition("@")
+    ours, fp8, more = name.partition(_FP8_ENDING)
+    if fp8 and not more and ours not in PEER_WAYS:
+        name, changes = ours, dict(changes) | {"compute": "fp8"}
     if name not in WAYS or (at and (not size.isdecimal() or int(size) == 0)):
         raise SettingsError(
             f"--ways: {way!r} is unknown",
-            f"Use {', '.join(WAYS)}; @N after a name sets the batch size to N",
+            f"Use {', '.join(WAYS)}; -fp8 after a name of fused layers computes in FP8, @N sets "
+            "the batch size to N",
         )
     return WAYS[name] | dict(changes) | ({"batch_size": int(size)} if at else {})
 
@@ -208,8 +216,12 @@ class _TrainingBench:
         optimization = settings.optimization
         model = attach_adapter(self._base, settings)
         decoder: FusedDecoder | None = None
+        compute = settings.model.compute
+        reason = FusedDecoder.reason_against_fp8(model) if compute == "fp8" else None
+        if reason is not None:
+            raise TrainingError(f"FP8 products are impossible: {reason}", "Leave -fp8 out")
         if optimization.kernels == "auto" and FusedDecoder.reason_against(model) is None:
-            decoder = FusedDecoder.attach(model, optimization.checkpointing)
+            decoder = FusedDecoder.attach(model, optimization.checkpointing, compute)
         fused = decoder is not None
         try:
             with tempfile.TemporaryDirectory() as folder:

@@ -179,6 +179,11 @@ class TrainingSummary(Header):
     """Speed."""
 
     @model_validator(mode="after")
+    def _earlier_versions_had_one_way_to_compute(self) -> TrainingSummary:
+        self.settings.setdefault("compute", "bf16")
+        return self
+
+    @model_validator(mode="after")
     def _completed_runs_have_their_numbers(self) -> TrainingSummary:
         needed = {
             "data.train.fingerprint": self.data.train.fingerprint,

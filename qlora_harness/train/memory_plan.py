@@ -124,7 +124,7 @@ def uses_fused(shape: Shape, settings: Settings) -> bool:
 
 def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
     """Predicts the peak of a step whose largest forward pass has `tokens`, padding included."""
-    from qlora_harness.fused import bordered, layer, model
+    from qlora_harness.fused import bordered, fp8_weights, layer, model
     from qlora_harness.model.base import expansion_bytes, weight_bytes
     from qlora_harness.model.lora import dora_activation_bytes, peft_activation_bytes
 
@@ -142,7 +142,10 @@ def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
             tokens=tokens,
             size=size,
         )
-        work += bordered.matrix_bytes(shape, rank, size, is_4bit=quant.is_4bit)
+        if settings.model.compute == "fp8":
+            work += fp8_weights.working_bytes(shape, rank, tokens)
+        else:
+            work += bordered.matrix_bytes(shape, rank, size, is_4bit=quant.is_4bit)
         host = model.host_bytes(shape, checkpointing, tokens, size)
     else:
         activations, work = peft_activation_bytes(shape, rank, checkpointing, tokens, size)
