@@ -76,7 +76,7 @@ class Fp8Group(Group):
 
     def backward_inner(self, dy: Tensor) -> Tensor | None:
         """Returns the gradient of h alone, [T, R]."""
-        return self._inner_gradient(dy, self._weights.adapters(dy).up)
+        return self._inner_gradient(dy, self._weights.load_adapters(dy).up)
 
     def _inner_gradient(self, dy: Tensor, up: Tensor) -> Tensor | None:
         """Returns dh_i = dy_i B_i side by side, [T, R]; None without adapters."""
@@ -91,4 +91,4 @@ class Fp8Group(Group):
         return inner
 
     def _down(self, like: Tensor) -> Tensor:
-        return self._weights.adapters(like).down
+        return self._weights.loaded(like, transposed=False).down

@@ -45,7 +45,7 @@ class Fp8Weights(Sizes):
 
     def load(self, like: Tensor, *, transposed: bool) -> Matrices:
         """Rounds the weights and copies the adapters; `like` gives dtype and device."""
-        matrices = self._parts(like, transposed)
+        matrices = self.loaded(like, transposed=transposed)
         if not (usable(matrices.values) and self._round_in_triton(matrices.values, transposed)):
             rows = matrices.values.t() if transposed else matrices.values
             self._round(torch.split(rows, self.heights), like.dtype)
@@ -53,13 +53,14 @@ class Fp8Weights(Sizes):
             self._copy_adapters(matrices)
         return matrices
 
-    def adapters(self, like: Tensor) -> Matrices:
-        """Returns the matrices of the last pass, or of a first one with the adapters alone."""
-        matrices = self._parts(like, transposed=False)
+    def load_adapters(self, like: Tensor) -> Matrices:
+        """Copies the adapters alone."""
+        matrices = self.loaded(like, transposed=False)
         self._copy_adapters(matrices)
         return matrices
 
-    def _parts(self, like: Tensor, transposed: bool) -> Matrices:
+    def loaded(self, like: Tensor, *, transposed: bool) -> Matrices:
+        """Returns the matrices without filling them."""
         memory = self._scratch.get(like)
         shape = (self.width, self.height) if transposed else (self.height, self.width)
         first = -(-self._bytes // memory.element_size())
@@ -89,6 +90,11 @@ class Fp8Weights(Sizes):
             part.copy_((full.float() / self.weight_scale).to(E4M3))
 
     def _copy_adapters(self, matrices: Matrices) -> None:
+        if usable(matrices.up):
+            from qlora_harness.fused import triton_fp8
+
+            triton_fp8.copy_adapters(self, matrices.up, matrices.down)
+            return
         if len(self.projections) > 1:
             matrices.up.zero_()
         rows = torch.split(matrices.up, self.heights)

@@ -23,6 +23,7 @@ from qlora_harness.fused.triton_weights import is_expandable
 # Tile sizes are the fastest of those tried on an H200, with 4,976 tokens and LLaMA-2-7B's layers.
 _BM, _BN, _BK = 128, 256, 128  # of the product
 _RANK_STEP = 64  # columns of h that it adds at once
+_COPIED = 32  # rows of B that one program copies
 _WARPS, _STAGES = 8, 3
 # Of rounding, by whether weights are expanded and transposed: rows and columns of a tile, warps.
 _ROUNDING = {
@@ -84,6 +85,23 @@ class Rounder:
         constants = *self._kind, transposed, rows, columns
         # Without fused multiply-add, scales are rounded twice, as in bitsandbytes.
         launch(round_kernel, grid, arguments, *constants, num_warps=warps, enable_fp_fusion=False)
+
+
+def copy_adapters(group: Any, up: Tensor, down: Tensor) -> None:
+    """Fills B, [N, R], and s A, [R, K], from the adapters of an `Fp8Weights`."""
+    adapted = next(p for p in group.projections if p.down is not None)
+    pairs = [(p.down, p.up) if p.down is not None else None for p in group.projections]
+    pairs += [None] * (3 - len(pairs))
+    tensors = [x for pair in pairs for x in pair or (adapted.down, adapted.up)]
+    slots = [-1 if slot is None else slot for slot in group.slots] + [-1] * (3 - len(group.slots))
+    second, third, height = _three(list(accumulate(group.heights)))
+    arguments = (
+        *(*tensors, up, up.stride(0), down, down.shape[1]),
+        *(second, third, height, float(group.scale)),
+    )
+    rows = -(-height // _COPIED)
+    constants = *slots, group.rank, power_of_two(group.border), _COPIED
+    launch(copy_kernel, (rows + group.border, 1, 1), arguments, *constants)
 
 
 def product(
@@ -232,6 +250,47 @@ def round_kernel(
         tl.store(out + at, tl.trans(value), mask=tl.trans(inside))
     else:
         tl.store(out + row[:, None] * stride + column[None, :], value, mask=inside)
+
+
+@triton.jit
+def copy_kernel(
+    down_0, up_0, down_1, up_1, down_2, up_2, up, up_stride, down, width, second, third, height,
+    scale,
+    SLOT_0: tl.constexpr, SLOT_1: tl.constexpr, SLOT_2: tl.constexpr, RANK: tl.constexpr,
+    BORDER: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The first programs write ROWS rows of B each, the others one row of s A.
+
+    SLOT_i numbers the adapter of a projection, or is -1 without one.
+    """
+    rows = tl.cdiv(height, ROWS)
+    if tl.program_id(0) < rows:
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+        column = tl.arange(0, BORDER)[None, :]
+        slot = column // RANK
+        first = (row < second) & (slot == SLOT_0)
+        last = (row >= third) & (row < height) & (slot == SLOT_2)
+        middle = (row >= second) & (row < third) & (slot == SLOT_1)
+        at = row * RANK + column % RANK
+        value = tl.load(up_0 + at, mask=first, other=0.0)
+        value += tl.load(up_1 + at - second * RANK, mask=middle, other=0.0)
+        value += tl.load(up_2 + at - third * RANK, mask=last, other=0.0)
+        value = value.to(up.dtype.element_ty)
+        inside = (row < height) & (column < up_stride)
+        tl.store(up + row.to(tl.int64) * up_stride + column, value, mask=inside)
+    else:
+        line = tl.program_id(0) - rows
+        source = down_0
+        if line // RANK == SLOT_1:
+            source = down_1
+        elif line // RANK == SLOT_2:
+            source = down_2
+        for start in range(0, width, 2048):
+            place = start + tl.arange(0, 2048)
+            known = place < width
+            scaled = tl.load(source + line % RANK * width + place, mask=known, other=0.0)
+            scaled = scaled.to(tl.float32) * scale
+            tl.store(down + line * width + place, scaled.to(down.dtype.element_ty), mask=known)
 
 
 @triton.jit
