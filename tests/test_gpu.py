@@ -518,6 +518,36 @@ def test_fp8_kernels_agree_with_plain_torch(
             assert (a - b).float().norm() <= 6e-3 * b.float().norm()
 
 
+@pytest.mark.parametrize("columns", [64, 4096, 11008])
+def test_operations_round_their_results_as_a_separate_kernel_does(columns: int) -> None:
+    skip_without_fp8()
+    torch.manual_seed(0)
+    x, add, dy = (torch.randn(70, columns, device="cuda").bfloat16() for _ in range(3))
+    gates = (torch.randn(70, 2 * columns) * torch.exp(3 * torch.randn(70, 1))).bfloat16().cuda()
+    weight = torch.randn(columns, device="cuda").bfloat16()
+    gates[3] = 0
+    dy[4] = 0
+    out = torch.empty(70, columns + 64, device="cuda", dtype=torch.bfloat16)[:, :columns]
+
+    def check(rounded: fp8.Quantised, result: torch.Tensor) -> None:
+        expected = fp8.quantise(result)
+        assert torch.equal(rounded.values.view(torch.uint8), expected.values.view(torch.uint8))
+        assert torch.equal(rounded.scales, expected.scales)
+
+    rounded = fp8.room(70, columns, x)
+    ops.rms_norm(x, weight, 1e-5, out, add, rounded)
+    check(rounded, out)
+    ops.swiglu(gates, out, rounded)
+    check(rounded, out)
+    plain, product = gates.clone(), dy.clone()
+    ops.swiglu_backward(plain, product)
+    wide = fp8.room(70, 2 * columns, x)
+    ops.swiglu_backward(gates, dy, wide)
+    check(wide, gates)
+    torch.testing.assert_close(gates, plain, rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(dy, product, rtol=2**-7, atol=1e-6)
+
+
 @every_checkpointing
 @pytest.mark.parametrize(("kind", "quantised"), [("llama", True), ("qwen2", False)])
 def test_fp8_step_is_near_bfloat16(kind: str, quantised: bool, checkpointing: str) -> None:

@@ -47,17 +47,28 @@ def why_unavailable(device: torch.device) -> str | None:
     return None
 
 
-def quantise(x: Tensor) -> Quantised:
+def room(tokens: int, columns: int, like: Tensor) -> Quantised:
+    """Allocates rows in e4m3."""
+    return Quantised(
+        torch.empty(tokens, columns, dtype=E4M3, device=like.device),
+        torch.empty(tokens, dtype=torch.float32, device=like.device),
+    )
+
+
+def quantise(x: Tensor, out: Quantised | None = None) -> Quantised:
     """Rounds rows, [T, K], to e4m3, each with its own scale."""
+    out = room(*x.shape, x) if out is None else out
     if usable(x):
         from qlora_harness.fused import triton_fp8
 
-        return Quantised(*triton_fp8.quantise(x))
+        triton_fp8.quantise(x, out)
+        return out
     wide = x.float()
     top = wide.abs().amax(dim=1).clamp_min(_TINY)
     # The bits of the exponent, which a logarithm might round.
-    scales = (((top.view(torch.int32) >> 23) - _EXPONENT) << 23).view(torch.float32)
-    return Quantised((wide / scales[:, None]).to(E4M3), scales)
+    out.scales.copy_((((top.view(torch.int32) >> 23) - _EXPONENT) << 23).view(torch.float32))
+    out.values.copy_(wide / out.scales[:, None])
+    return out
 
 
 def weight_scale(top: float) -> float:
@@ -90,7 +101,7 @@ def product(
     if usable(weights):
         from qlora_harness.fused import triton_fp8
 
-        return triton_fp8.product(x.values, x.scales, weights, scale, dtype, adapter, bias)
+        return triton_fp8.product(x, weights, scale, dtype, adapter, bias)
     total = (x.values.float() @ weights.float().t()) * (x.scales * scale)[:, None]
     if adapter is not None:
         total += adapter.inner.float() @ adapter.up.float().t()

@@ -15,6 +15,7 @@ from torch import Tensor
 from qlora_harness.fused import dropout, fp8
 from qlora_harness.fused.bordered import Projection, Scratch
 from qlora_harness.fused.dropout import Masks
+from qlora_harness.fused.fp8 import Quantised
 from qlora_harness.fused.fp8_weights import Fp8Weights
 from qlora_harness.fused.group import Group, Inner
 
@@ -45,22 +46,34 @@ class Fp8Group(Group):
         """Returns dy, [T, N]."""
         return dy
 
-    def forward(self, wide: Tensor, masks: Masks | None) -> tuple[Tensor, Inner]:
-        """Returns the outputs side by side, [T, N], and h, [T, R]."""
+    def rounded_input(self, tokens: int, like: Tensor) -> Quantised:
+        """Allocates x in e4m3, [T, K]."""
+        return fp8.room(tokens, self._weights.width, like)
+
+    def rounded_gradient(self, tokens: int, like: Tensor) -> Quantised:
+        """Allocates dy in e4m3, [T, N]."""
+        return fp8.room(tokens, self._weights.height, like)
+
+    def forward(
+        self, wide: Tensor, masks: Masks | None, rounded: Quantised | None = None
+    ) -> tuple[Tensor, Inner]:
+        """See `Group`."""
         m = self._weights
         matrices = m.load(wide, transposed=False)
         inner = self._inner(wide, matrices.down, masks, None)
         adapter = None if inner is None else fp8.Adapter(inner, matrices.up, m.reach())
         y = fp8.product(
-            *(fp8.quantise(wide), matrices.values, m.weight_scale),
+            *(rounded or fp8.quantise(wide), matrices.values, m.weight_scale),
             dtype=wide.dtype,
             adapter=adapter,
             bias=self._bias,
         )
         return y, inner
 
-    def backward(self, dy: Tensor, masks: Masks | None) -> tuple[Tensor, Tensor | None]:
-        """Returns the gradients of x, [T, K], and h, [T, R], from that of the outputs, [T, N]."""
+    def backward(
+        self, dy: Tensor, masks: Masks | None, rounded: Quantised | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Group`."""
         m = self._weights
         matrices = m.load(dy, transposed=True)
         inner = self._inner_gradient(dy, matrices.up)
@@ -68,7 +81,9 @@ class Fp8Group(Group):
         if inner is not None and masks is None:
             adapter = fp8.Adapter(inner, matrices.down.t(), [(m.width, m.border)])
         dx = fp8.product(
-            *(fp8.quantise(dy), matrices.values, m.weight_scale), dtype=dy.dtype, adapter=adapter
+            *(rounded or fp8.quantise(dy), matrices.values, m.weight_scale),
+            dtype=dy.dtype,
+            adapter=adapter,
         )
         if inner is not None and masks is not None:
             dropout.add_products(dx, inner, matrices.down, masks)

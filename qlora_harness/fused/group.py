@@ -21,6 +21,7 @@ from torch import Tensor
 from qlora_harness.fused import dropout
 from qlora_harness.fused.bordered import Projection, Sizes
 from qlora_harness.fused.dropout import Masks
+from qlora_harness.fused.fp8 import Quantised
 from qlora_harness.fused.ops import copy
 
 Gradients = list[Tensor | None]
@@ -67,18 +68,32 @@ class Group(ABC):
     def with_room(self, dy: Tensor) -> Tensor:
         """Returns dy, [T, N], as `output_gradient` would hold it."""
 
+    def rounded_input(self, tokens: int, like: Tensor) -> Quantised | None:
+        """Allocates x in e4m3, [T, K], if products need it."""
+        return None
+
+    def rounded_gradient(self, tokens: int, like: Tensor) -> Quantised | None:
+        """Allocates dy in e4m3, [T, N], if products need it."""
+        return None
+
     @abstractmethod
-    def forward(self, wide: Tensor, masks: Masks | None) -> tuple[Tensor, Inner]:
+    def forward(
+        self, wide: Tensor, masks: Masks | None, rounded: Quantised | None = None
+    ) -> tuple[Tensor, Inner]:
         """Returns the outputs side by side, [T, N], and h, [T, R].
 
-        `wide` comes from `input`, with its first K columns filled.
+        `wide` comes from `input`, with its first K columns filled; `rounded` is x in e4m3, if an
+        earlier operation has filled it.
         """
 
     @abstractmethod
-    def backward(self, dy: Tensor, masks: Masks | None) -> tuple[Tensor, Tensor | None]:
+    def backward(
+        self, dy: Tensor, masks: Masks | None, rounded: Quantised | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Returns the gradients of x, [T, K], and h, [T, R], from that of the outputs, [T, N].
 
-        For a group of one with an adapter, dy comes from `output_gradient` or `with_room`.
+        For a group of one with an adapter, dy comes from `output_gradient` or `with_room`;
+        `rounded` is dy in e4m3, if an earlier operation has filled it.
         """
 
     @abstractmethod

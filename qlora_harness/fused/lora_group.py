@@ -18,6 +18,7 @@ from torch import Tensor
 from qlora_harness.fused import dropout
 from qlora_harness.fused.bordered import Bordered, Projection, Scratch, aligned
 from qlora_harness.fused.dropout import Masks
+from qlora_harness.fused.fp8 import Quantised
 from qlora_harness.fused.group import Group, Inner
 from qlora_harness.fused.ops import copy
 
@@ -64,11 +65,10 @@ class LoraGroup(Group):
         wide[:, : dy.shape[1]] = dy
         return wide
 
-    def forward(self, wide: Tensor, masks: Masks | None) -> tuple[Tensor, Inner]:
-        """Returns the outputs side by side, [T, N], and h, [T, R].
-
-        `wide` comes from `input`, with its first K columns filled.
-        """
+    def forward(
+        self, wide: Tensor, masks: Masks | None, rounded: Quantised | None = None
+    ) -> tuple[Tensor, Inner]:
+        """See `Group`."""
         m = self._weights
         views = m.load(wide)
         inner = self._inner(wide[:, : m.width], views.down, masks, wide[:, m.width :])
@@ -76,11 +76,10 @@ class LoraGroup(Group):
             return wide @ views.weights.t(), inner
         return torch.addmm(self._bias.to(wide.dtype), wide, views.weights.t()), inner
 
-    def backward(self, dy: Tensor, masks: Masks | None) -> tuple[Tensor, Tensor | None]:
-        """Returns the gradients of x, [T, K], and h, [T, R], from that of the outputs, [T, N].
-
-        For a group of one with an adapter, dy comes from `output_gradient` or `with_room`.
-        """
+    def backward(
+        self, dy: Tensor, masks: Masks | None, rounded: Quantised | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Group`."""
         m = self._weights
         views = m.load(dy, again=True)
         if not m.border:

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qlora_harness.fused.fp8 import E4M3, Adapter
+from qlora_harness.fused.fp8 import Adapter, Quantised
 from qlora_harness.fused.launch import launch, power_of_two
+from qlora_harness.fused.triton_ops import scale_of
 from qlora_harness.fused.triton_weights import is_expandable
 
 # Tile sizes are the fastest of those tried on an H200, with 4,976 tokens and LLaMA-2-7B's layers.
@@ -34,15 +35,12 @@ _ROUNDING = {
 }
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantise(x: Tensor, out: Quantised) -> None:
     """See `fp8.quantise`; the rows of x may be strided."""
     rows, columns = x.shape
-    values = torch.empty(rows, columns, dtype=E4M3, device=x.device)
-    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = min(power_of_two(columns), 4096 if columns <= 2**14 else 8192)
-    arguments = x, x.stride(0), values, scales, columns
+    arguments = x, x.stride(0), *out, columns
     launch(quantise_kernel, (rows, 1, 1), arguments, block, num_warps=max(4, block // 512))
-    return values, scales
 
 
 class Rounder:
@@ -105,8 +103,7 @@ def copy_adapters(group: Any, up: Tensor, down: Tensor) -> None:
 
 
 def product(
-    x: Tensor,
-    scales: Tensor,
+    quantised: Quantised,
     weights: Tensor,
     scale: float,
     dtype: torch.dtype,
@@ -114,6 +111,7 @@ def product(
     bias: Tensor | None,
 ) -> Tensor:
     """See `fp8.product`; `dtype` is bfloat16."""
+    x, scales = quantised
     rows, depth = x.shape
     columns = len(weights)
     out = torch.empty(rows, columns, dtype=dtype, device=x.device)
@@ -171,10 +169,8 @@ def quantise_kernel(x, x_stride, values, scales, columns, BLOCK: tl.constexpr):
         column = start + tl.arange(0, BLOCK)
         value = tl.load(line + column, mask=column < columns, other=0.0).to(tl.float32)
         top = tl.maximum(top, tl.abs(value))
-    # The exponent of the scale is 7 less than that of the largest magnitude, biased by 127.
-    exponent = tl.maximum(tl.max(top, axis=0), 2.0**-100).to(tl.int32, bitcast=True) >> 23
-    tl.store(scales + row, ((exponent - 7) << 23).to(tl.float32, bitcast=True))
-    factor = ((261 - exponent) << 23).to(tl.float32, bitcast=True)
+    scale, factor = scale_of(tl.max(top, axis=0))
+    tl.store(scales + row, scale)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < columns
