@@ -22,6 +22,7 @@ from qlora_harness.benchmark.record import TrainingBenchmark, TrainingMeasuremen
 from qlora_harness.data.chat_encoder import Example
 from qlora_harness.data.corpus import load_training_data
 from qlora_harness.errors import SettingsError, TrainingError
+from qlora_harness.fused import fp8
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import (
     BaseSource,
@@ -107,8 +108,12 @@ def measure_training(plan: TrainingPlan) -> str:
         for quant in plan.quants
         for way in plan.ways
     }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for each in settings.values():
         check_can_run(each)
+        reason = fp8.why_unavailable(device) if each.model.compute == "fp8" else None
+        if reason is not None:
+            raise SettingsError(f"--ways: -fp8 is impossible: {reason}", "Leave these ways out")
     bench = _TrainingBench(plan, build_settings(shared | dict(plan.changes)))
     for quant in plan.quants:
         for way in plan.ways:
@@ -124,8 +129,8 @@ def changed_settings(way: str, changes: Mapping[str, Any]) -> dict[str, Any]:
     A batch size after "@" overrides that of `changes`.
     """
     name, at, size = way.partition("@")
-    ours, fp8, more = name.partition(_FP8_ENDING)
-    if fp8 and not more and ours not in PEER_WAYS:
+    ours, ending, more = name.partition(_FP8_ENDING)
+    if ending and not more and ours not in PEER_WAYS:
         name, changes = ours, dict(changes) | {"compute": "fp8"}
     if name not in WAYS or (at and (not size.isdecimal() or int(size) == 0)):
         raise SettingsError(
@@ -219,7 +224,7 @@ class _TrainingBench:
         compute = settings.model.compute
         reason = FusedDecoder.reason_against_fp8(model) if compute == "fp8" else None
         if reason is not None:
-            raise TrainingError(f"FP8 products are impossible: {reason}", "Leave -fp8 out")
+            raise TrainingError(f"-fp8 is impossible: {reason}", "Leave this way out")
         if optimization.kernels == "auto" and FusedDecoder.reason_against(model) is None:
             decoder = FusedDecoder.attach(model, optimization.checkpointing, compute)
         fused = decoder is not None

@@ -57,7 +57,7 @@ def room(tokens: int, columns: int, like: Tensor) -> Quantised:
 
 def quantise(x: Tensor, out: Quantised | None = None) -> Quantised:
     """Rounds rows, [T, K], to e4m3, each with its own scale."""
-    out = room(*x.shape, x) if out is None else out
+    out = room(len(x), x.shape[1], x) if out is None else out
     if usable(x):
         from qlora_harness.fused import triton_fp8
 
