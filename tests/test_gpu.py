@@ -482,9 +482,11 @@ def test_fp8_kernels_agree_with_plain_torch(
             frozen.quant_state = state  # type: ignore[attr-defined]
         bias = torch.randn(height, device="cuda").bfloat16() if height % 64 else None
         layer = SimpleNamespace(weight=frozen, in_features=width, out_features=height, bias=bias)
-        down, up = torch.randn(rank, width).cuda(), torch.randn(height, rank).cuda()
-        pair = (torch.nn.Parameter(down), torch.nn.Parameter(up)) if has_adapter else (None, None)
-        projections.append(Projection(layer, *pair, 0.5, 0.1))
+        down, up = (
+            torch.nn.Parameter(torch.randn(shape, device="cuda")) if has_adapter else None
+            for shape in ((rank, width), (height, rank))
+        )
+        projections.append(Projection(layer, down, up, 0.5, 0.1))
     tokens = 300
     x = (torch.randn(tokens, width) * torch.exp(3 * torch.randn(tokens, 1))).bfloat16().cuda()
     dy = torch.randn(tokens, sum(heights), device="cuda").bfloat16()
