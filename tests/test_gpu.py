@@ -551,19 +551,28 @@ def test_operations_round_their_results_as_a_separate_kernel_does(columns: int) 
 
 
 @every_checkpointing
-@pytest.mark.parametrize(("kind", "quantised"), [("llama", True), ("qwen2", False)])
-def test_fp8_step_is_near_bfloat16(kind: str, quantised: bool, checkpointing: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "quantised", "targets"),
+    [
+        ("llama", True, "all-linear"),
+        ("qwen2", False, "all-linear"),
+        ("llama", True, "o_proj,gate_proj"),
+    ],
+)
+def test_fp8_step_is_near_bfloat16(
+    kind: str, quantised: bool, targets: str, checkpointing: str
+) -> None:
     skip_without_fp8()
     steps = []
     for compute in COMPUTE:
-        model = adapted(tiny(kind, quantised=quantised).to(torch.bfloat16)).cuda()
+        model = adapted(tiny(kind, quantised=quantised).to(torch.bfloat16), targets=targets).cuda()
         assert FusedDecoder.reason_against_fp8(model) is None
         FusedDecoder.attach(model, checkpointing, compute)
         steps.append(gpu_step(model, texts([9, 3, 20, 33, 14]), packed=True))
     (expected, grads), (loss, others) = steps
-    assert loss == pytest.approx(expected, rel=0.03)
+    assert loss == pytest.approx(expected, rel=0.005)
     every, rounded = (torch.cat([s[n].flatten() for n in grads]) for s in (grads, others))
-    assert (rounded - every).norm() <= 0.3 * every.norm()
+    assert (rounded - every).norm() <= 0.15 * every.norm()
 
 
 def test_fp8_packs_are_near_bfloat16() -> None:

@@ -91,6 +91,8 @@ class Fp8Group(Group):
 
     def backward_inner(self, dy: Tensor) -> Tensor | None:
         """Returns the gradient of h alone, [T, R]."""
+        if not self._weights.border:
+            return None
         return self._inner_gradient(dy, self._weights.load_adapters(dy).up)
 
     def _inner_gradient(self, dy: Tensor, up: Tensor) -> Tensor | None:
