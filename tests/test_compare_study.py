@@ -44,7 +44,7 @@ def test_the_answer_has_a_row_for_each_arm(study: Comparison) -> None:
     lines = str(study).splitlines()
     assert len(lines) <= 12
     assert max(map(len, lines)) <= 80
-    assert "2, 5, 2, 5 seeds" in lines[0]
+    assert "2–5 seeds per arm" in lines[0]
     assert [line.split()[0] for line in lines[2:6]] == ["FP4", "NF4", "int8", "bf16"]
     nll = study.headline["nll"]
     half = max(nll.high - nll.difference, nll.difference - nll.low)
@@ -162,11 +162,20 @@ def test_folders_whose_names_differ_in_white_space(tmp_path: Path) -> None:
 
 
 def test_a_long_title_leaves_the_data_out(study: Comparison) -> None:
-    named = study.model_copy(update={"model": "org/a-model-with-a-long-name"})
-    assert "oasst1" in text.title(named)
+    named = study.model_copy(update={"model": "org/a-model-with-a-long-name.gguf"})
+    assert text.title(named).split(" · ")[3:] == ["a-model-with-a-long-name", "oasst1"]
     first = str(named).splitlines()[0]
     assert "oasst1" not in first
-    assert first.endswith("200 questions")
+    assert first.split(" · ")[2:] == ["200 questions", "a-model-with-a-long-name"]
+
+
+def test_a_long_line_of_differences_says_how_many_more(study: Comparison) -> None:
+    names = [f"difference_{number}" for number in range(9)]
+    long = study.model_copy(update={"besides": names})
+    assert text.differences_line(long).count("difference_") == 9
+    short = text.differences_line(long, 80)
+    assert len(short) <= 80
+    assert short.endswith(f"and {9 - short.count('difference_')} more.")
 
 
 def test_methods_hold_what_the_records_say(tmp_path: Path) -> None:

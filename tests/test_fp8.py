@@ -182,7 +182,7 @@ def test_step_is_near_one_without_rounding(kind: str, checkpointing: str) -> Non
     other = copy.deepcopy(model)
     rows = texts([9, 3, 20, 1, 14])
     FusedDecoder.attach(model, checkpointing)
-    FusedDecoder.attach(other, checkpointing, "fp8")
+    FusedDecoder.attach(other, checkpointing, compute="fp8")
     loss, gradients = fused_step(model, rows)
     near, others = fused_step(other, rows)
     assert near == pytest.approx(loss, rel=0.003)

@@ -376,7 +376,7 @@ def test_host_never_waits_for_a_pass(checkpointing: str, dropout: float, compute
     if compute == "fp8":
         skip_without_fp8()
     model = adapted(tiny("llama", layers=4).to(torch.bfloat16), dropout=dropout).cuda()
-    FusedDecoder.attach(model, checkpointing, compute)
+    FusedDecoder.attach(model, checkpointing, compute=compute)
     batch = send_to_device(pack_batch(texts([9, 20, 33, 14])), "cuda")
     count = (batch["shift_labels"] != -100).sum()
     model(**batch, num_items_in_batch=count).loss.backward()  # compiles kernels
@@ -567,7 +567,7 @@ def test_fp8_step_is_near_bfloat16(
     for compute in COMPUTE:
         model = adapted(tiny(kind, quantised=quantised).to(torch.bfloat16), targets=targets).cuda()
         assert FusedDecoder.reason_against_fp8(model) is None
-        FusedDecoder.attach(model, checkpointing, compute)
+        FusedDecoder.attach(model, checkpointing, compute=compute)
         steps.append(gpu_step(model, texts([9, 3, 20, 33, 14]), packed=True))
     (expected, grads), (loss, others) = steps
     assert loss == pytest.approx(expected, rel=0.005)
@@ -702,7 +702,7 @@ def test_peak_is_within_a_seventh_of_the_prediction(
         device=torch.device("cuda"),
     )
     model = attach_lora(model, r=16, alpha=16, dropout=0.0, targets="all-linear").train()
-    FusedDecoder.attach(model, checkpointing, compute)
+    FusedDecoder.attach(model, checkpointing, compute=compute)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()

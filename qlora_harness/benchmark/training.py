@@ -36,6 +36,7 @@ from qlora_harness.train.adapter import attach_adapter
 from qlora_harness.train.arguments import training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.memory_meter import MemoryMeter
+from qlora_harness.train.memory_plan import largest_pass
 from qlora_harness.train.trainer import CountingTrainer, StepLog
 
 _SHARED: dict[str, Any] = {
@@ -226,7 +227,11 @@ class _TrainingBench:
         if reason is not None:
             raise TrainingError(f"-fp8 is impossible: {reason}", "Leave this way out")
         if optimization.kernels == "auto" and FusedDecoder.reason_against(model) is None:
-            decoder = FusedDecoder.attach(model, optimization.checkpointing, compute)
+            lengths = [len(example.input_ids) for example in self.examples]
+            tokens = largest_pass(lengths, settings, fused=True)
+            decoder = FusedDecoder.attach(
+                *(model, optimization.checkpointing, tokens), compute=compute
+            )
         fused = decoder is not None
         try:
             with tempfile.TemporaryDirectory() as folder:

@@ -55,15 +55,15 @@ class FusedDecoder:
     CPU, which rounds the same way but gains nothing.
     """
 
-    def __init__(self, model: Any, checkpointing: str = "none", compute: str = "bf16") -> None:
+    def __init__(self, model: Any, checkpointing: str = "none", *, compute: str = "bf16") -> None:
         assert checkpointing in CHECKPOINTING
         assert compute in COMPUTE
         self._base = base_of(model)
         self._decoder = self._base.model
         self._own_forward: Callable[..., Any] = self._base.forward
-        scratch, host = Scratch(), HostMemory()
+        scratch, self._host = Scratch(), HostMemory()
         self.layers = [
-            _fused_layer(layer, checkpointing, compute, scratch, host)
+            _fused_layer(layer, checkpointing, compute, scratch, self._host)
             for layer in self._decoder.layers
         ]
         for number, layer in enumerate(self.layers):
@@ -99,9 +99,20 @@ class FusedDecoder:
         return reason
 
     @classmethod
-    def attach(cls, model: Any, checkpointing: str, compute: str = "bf16") -> FusedDecoder:
-        """Builds the layers and replaces the model's `forward`."""
-        decoder = cls(model, checkpointing, compute)
+    def attach(
+        cls, model: Any, checkpointing: str, largest_pass: int = 0, *, compute: str = "bf16"
+    ) -> FusedDecoder:
+        """Builds the layers and replaces the model's `forward`.
+
+        `largest_pass` is the number of tokens for which host memory is pinned in advance.
+        """
+        decoder = cls(model, checkpointing, compute=compute)
+        if decoder._base.device.type == "cuda":
+            config, weight = decoder._base.config, decoder._decoder.embed_tokens.weight
+            tensors, elements = _stored_on_host(
+                checkpointing, len(decoder.layers), config.hidden_size, config.intermediate_size
+            )
+            decoder._host.reserve(tensors, elements * largest_pass * weight.element_size())
         decoder._base.forward = decoder
         return decoder
 
@@ -182,11 +193,16 @@ class FusedDecoder:
 
 def host_bytes(shape: Shape, checkpointing: str, tokens: int, size: int) -> int:
     """Returns the most host memory that a model's layers pin, in bytes; an element takes `size`."""
-    layers, elements = {
-        "selective": (shape.layers - -(-shape.layers // _THIRD), 2 * shape.inner),
-        "offload": (shape.layers, shape.hidden),
+    tensors, elements = _stored_on_host(checkpointing, shape.layers, shape.hidden, shape.inner)
+    return pinned_bytes(tensors, elements * size * tokens)
+
+
+def _stored_on_host(checkpointing: str, layers: int, hidden: int, inner: int) -> tuple[int, int]:
+    """Returns how many tensors a pass stores in host memory, and the elements of each per token."""
+    return {
+        "selective": (layers - -(-layers // _THIRD), 2 * inner),
+        "offload": (layers, hidden),
     }.get(checkpointing, (0, 0))
-    return pinned_bytes(layers, elements * size * tokens)
 
 
 def _reason_against_adapter(model: Any, layers: Any) -> str | None:

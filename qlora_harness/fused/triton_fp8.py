@@ -129,9 +129,10 @@ def product(
         ends, adapter_columns = list(adapter.reach), adapter.inner.shape[1]
     second, third, _ = _three([row for row, _ in ends])
     arguments = (
+        scales,
         TensorDescriptor.from_tensor(x, [_BM, _BK]),
         TensorDescriptor.from_tensor(weights, [_BN, _BK]),
-        *(inner, up, into, scales, out if bias is None else bias.to(dtype), scale),
+        *(inner, up, into, out if bias is None else bias.to(dtype), scale),
         *(rows, columns, depth, second, third, *_three([column for _, column in ends])),
     )
     tiles = -(-rows // _BM) * -(-columns // _BN)
@@ -291,7 +292,7 @@ def copy_kernel(
 
 @triton.jit
 def product_kernel(
-    x, weights, inner, up, out, scales, bias, scale, rows, columns, depth, second, third,
+    scales, x, weights, inner, up, out, bias, scale, rows, columns, depth, second, third,
     end_0, end_1, end_2,
     TURNED: tl.constexpr, ADAPTER: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, RANK_STEP: tl.constexpr,

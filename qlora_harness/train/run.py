@@ -54,7 +54,7 @@ from qlora_harness.train.cpu import faster_dtype, use_all_cores
 from qlora_harness.train.evaluation import evaluate_loss
 from qlora_harness.train.held_out import HeldOut, check_held_out
 from qlora_harness.train.memory_meter import MemoryMeter
-from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
+from qlora_harness.train.memory_plan import choose_memory_plan, largest_pass, measure_shape
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
 from qlora_harness.train.ranks import device_of, on_main, say, start_processes
 from qlora_harness.train.run_folder import (
@@ -238,10 +238,10 @@ class _Run:
         model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
         # Otherwise PEFT replaces bfloat16 parameters, and fused layers hold on to the old ones.
         model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)
-        self.fused = self._fuse(model)
+        self.fused = self._fuse(model, [len(example.input_ids) for example in data.train])
         return model
 
-    def _fuse(self, model: Any) -> FusedDecoder | None:
+    def _fuse(self, model: Any, lengths: Sequence[int]) -> FusedDecoder | None:
         """Attaches fused layers if the settings and the model allow."""
         optimization = self.chosen.optimization
         auto = optimization.kernels == "auto"
@@ -250,7 +250,8 @@ class _Run:
         if compute == "fp8":
             _check_fp8(FusedDecoder.reason_against_fp8(model))
         if reason is None:
-            return FusedDecoder.attach(model, optimization.checkpointing, compute)
+            tokens = largest_pass(lengths, self.chosen, fused=True)
+            return FusedDecoder.attach(model, optimization.checkpointing, tokens, compute=compute)
         if optimization.checkpointing in ("selective", "offload"):
             raise SettingsError(
                 f"--checkpointing {optimization.checkpointing} needs fused layers, and "
