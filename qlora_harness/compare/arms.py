@@ -91,7 +91,7 @@ def group(runs: Sequence[Run]) -> list[Arm]:
 
 def in_fp8(run: Run) -> str:
     """Returns what a name says of a run with FP8 products: in training, or in scoring only."""
-    if run.training is not None and run.training.settings.get("compute") == "fp8":
+    if run.training is not None and run.training.in_fp8:
         return " in FP8"
     return " scored in FP8" if any(scored.in_fp8 for scored in run.scored.values()) else ""
 

@@ -251,7 +251,7 @@ def _notes_on_training(run: Run) -> list[str]:
     training, notes = run.training, []
     if training is None:
         return []
-    if training.settings["compute"] == "fp8":
+    if training.in_fp8:
         notes.append("trained with FP8 products (--compute fp8), which are less exact than bf16")
     if training.status == "interrupted":
         notes.append("training was interrupted: its numbers are those up to that step")

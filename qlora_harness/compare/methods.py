@@ -122,7 +122,7 @@ def _held(arms: Sequence[Arm]) -> list[str]:
         scales = ""
         if quant in ("nf4", "fp4") and held.double_quant is not None:
             scales = f" with{'' if held.double_quant else 'out'} double quantisation"
-        rounded = ", rounded to FP8 (e4m3) for products" * (run.settings["compute"] == "fp8")
+        rounded = ", rounded to FP8 (e4m3) for products" * run.in_fp8
         forms.append(f"{NAMES.get(quant, quant)}{scales}{rounded}")
         dtypes += [held.compute_dtype] if held.compute_dtype else []
     if not forms:

@@ -197,6 +197,11 @@ class TrainingSummary(Header):
         return self
 
     @property
+    def in_fp8(self) -> bool:
+        """Whether products with the base were in FP8."""
+        return bool(self.settings["compute"] == "fp8")
+
+    @property
     def peak_bytes(self) -> float | None:
         """Peak memory that the run needed, of the GPU or else of the process, bytes."""
         memory = self.memory
