@@ -290,7 +290,7 @@ def copy_kernel(
             tl.store(down + line * width + place, scaled.to(down.dtype.element_ty), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def product_kernel(
     scales, x, weights, inner, up, out, bias, scale, rows, columns, depth, second, third,
     end_0, end_1, end_2,
