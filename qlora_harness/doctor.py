@@ -193,12 +193,12 @@ def _quantises(device: str) -> Check:
     try:
         from qlora_harness.model.base import nf4_error
 
-        error = nf4_error(device)
+        largest = nf4_error(device)
     except Exception as error:  # noqa: BLE001  # native libraries raise anything
         return Check(name, "missing", f"bitsandbytes fails: {first_line(error)}",
                      "Run `python -m bitsandbytes`; --quant bf16 works without")  # fmt: skip
-    if not error < 0.2:
-        return Check(name, "missing", f"bitsandbytes is off by {error:.2f}",
+    if not largest < 0.2:
+        return Check(name, "missing", f"bitsandbytes is off by {largest:.2f}",
                      "Reinstall bitsandbytes")  # fmt: skip
     return Check(name, "ok", "bitsandbytes quantises to NF4 and back")
 
@@ -212,7 +212,7 @@ def _all_reduce() -> Check:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context: Any = spawn(_reduce, (count, port), nprocs=count, join=False)  # type: ignore[no-untyped-call]
+    context: Any = spawn(_reduce, (count, port), nprocs=count, join=False)
     try:
         if context.join(_ALL_REDUCE_TIMEOUT):
             return Check("NCCL", "ok", f"{count} GPUs add up a tensor")

@@ -258,7 +258,8 @@ def test_special_tokens_are_those_of_the_file(
 
     def with_other_end(*args: Any, **options: Any) -> Any:
         tokenizer = load(*args, **options)
-        tokenizer.eos_token, tokenizer.pad_token = tokenizer.convert_ids_to_tokens([5, 6])
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(6)
         return tokenizer
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", with_other_end)

@@ -51,7 +51,7 @@ def launch(
 
     Triton specialises a kernel on dtypes, integers and the alignment of addresses, and analyses
     them at every launch. This finds the compiled kernel with one look-up. The first argument is a
-    tensor; the others are tensors, integers and floating-point numbers.
+    tensor; the others are tensors, their descriptors, integers and floating-point numbers.
     """
     # The kernel's id, since its hash takes longer than everything else here.
     key: list[Any] = [id(kernel), arguments[0].get_device(), *constants, *options.values()]
@@ -65,6 +65,9 @@ def launch(
         elif kind is float:
             values.append(argument)
             key.append(kind)
+        elif hasattr(argument, "block_shape"):  # Triton's TensorDescriptor
+            values.append(argument)
+            key += (argument.base.dtype, *argument.block_shape)
         else:
             address = argument.data_ptr()
             addresses |= address

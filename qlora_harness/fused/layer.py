@@ -26,8 +26,8 @@ from torch import Tensor
 
 from qlora_harness.fused import attention, dropout, ops
 from qlora_harness.fused.dropout import Masks
+from qlora_harness.fused.group import Gradients, Group, Inner
 from qlora_harness.fused.host_memory import HostMemory, Stored
-from qlora_harness.fused.lora_group import Gradients, Inner, LoraGroup
 from qlora_harness.fused.packed_row import PackedRow, Rotation
 from qlora_harness.model.shape import Shape
 
@@ -85,16 +85,16 @@ class FusedLayer:
     key_heads: int
     head_size: int
     scale: float  # of the scores
-    qkv: LoraGroup
-    out: LoraGroup
-    gate_up: LoraGroup
-    down: LoraGroup
+    qkv: Group
+    out: Group
+    gate_up: Group
+    down: Group
     checkpointing: str = "none"  # one of `settings.CHECKPOINTING`
     head_norms: tuple[Tensor, Tensor] | None = None  # [D] each, of queries and keys
     host: HostMemory | None = None  # shared by all layers
     gates_on_host: bool = False  # with selective: whether gate and up go to the host, given room
 
-    def groups(self) -> tuple[LoraGroup, ...]:
+    def groups(self) -> tuple[Group, ...]:
         """Returns the groups in the order of their parameters."""
         return self.qkv, self.out, self.gate_up, self.down
 
@@ -225,9 +225,11 @@ class FusedLayer:
     ) -> tuple[Tensor, Tensor, Inner, Tensor | None]:
         """Returns x + added, the rotated projections, and what backward needs from them."""
         wide = self.qkv.input(len(x), x)
-        x = ops.rms_norm(x, self.attention_norm, self.eps, wide[:, : x.shape[1]], add=added)
-        projected, inner = self.qkv.forward(wide, drops.qkv)
-        del wide
+        rounded = self.qkv.rounded_input(len(x), x)
+        normed = wide[:, : x.shape[1]]
+        x = ops.rms_norm(x, self.attention_norm, self.eps, normed, added, rounded)
+        projected, inner = self.qkv.forward(wide, drops.qkv, rounded)
+        del wide, normed, rounded
         raw = self._normalise_heads(projected)
         ops.rotate(projected, self.heads + self.key_heads, rotation)
         return x, projected, inner, raw
@@ -242,8 +244,9 @@ class FusedLayer:
     def _gates(self, x: Tensor, added: Tensor | None, drops: _Drops) -> tuple[Tensor, _Mlp]:
         """Returns x + added, and gate and up of it."""
         wide = self.gate_up.input(len(x), x)
-        h = ops.rms_norm(x, self.mlp_norm, self.eps, wide[:, : x.shape[1]], add=added)
-        gates, inner = self.gate_up.forward(wide, drops.gate_up)
+        rounded = self.gate_up.rounded_input(len(x), x)
+        h = ops.rms_norm(x, self.mlp_norm, self.eps, wide[:, : x.shape[1]], added, rounded)
+        gates, inner = self.gate_up.forward(wide, drops.gate_up, rounded)
         return h, _Mlp(gates, inner, None)
 
     def second_half(self, x: Tensor, added: Tensor, drops: _Drops) -> tuple[Tensor, Tensor, _Mlp]:
@@ -251,8 +254,9 @@ class FusedLayer:
         h, mlp = self._gates(x, added, drops)
         assert isinstance(mlp.gates, Tensor)
         wide = self.down.input(len(x), x)
-        ops.swiglu(mlp.gates, wide[:, : mlp.gates.shape[1] // 2])
-        y, mlp.inner_down = self.down.forward(wide, drops.down)
+        rounded = self.down.rounded_input(len(x), x)
+        ops.swiglu(mlp.gates, wide[:, : mlp.gates.shape[1] // 2], rounded)
+        y, mlp.inner_down = self.down.forward(wide, drops.down, rounded)
         return h, y, mlp
 
     def keep(self, x: Tensor, h: Tensor, first: _Attention, second: _Mlp) -> Any:
@@ -306,10 +310,12 @@ class FusedLayer:
         wide = self.down.with_room(dy)
         product, d_inner = self.down.backward(wide, drops.down)
         del wide
-        ops.swiglu_backward(gates, product)
+        rounded = self.gate_up.rounded_gradient(tokens, dy)
+        ops.swiglu_backward(gates, product, rounded)
         down_grads = self.down.gradients(dy, d_inner, product, mlp.inner_down, drops.down)
         del product
-        normed, d_inner = self.gate_up.backward(gates, drops.gate_up)
+        normed, d_inner = self.gate_up.backward(gates, drops.gate_up, rounded)
+        del rounded
         dh = self.out.output_gradient(tokens, dy)
         ops.rms_norm_backward(normed, h, self.mlp_norm, self.eps, dh[:, :hidden], add=dy)
         grads = self.gate_up.gradients(gates, d_inner, normed, mlp.inner_gate_up, drops.gate_up)

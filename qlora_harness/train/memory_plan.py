@@ -127,7 +127,7 @@ def uses_fused(shape: Shape, settings: Settings) -> bool:
 
 def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
     """Predicts the peak of a step whose largest forward pass has `tokens`, padding included."""
-    from qlora_harness.fused import bordered, graphs, layer, model
+    from qlora_harness.fused import bordered, fp8_weights, graphs, layer, model
     from qlora_harness.model.base import expansion_bytes, weight_bytes
     from qlora_harness.model.lora import dora_activation_bytes, peft_activation_bytes
 
@@ -138,7 +138,8 @@ def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
     width = 2 if lora.adapter_dtype == "bfloat16" else 4
     host, uses_graphs = 0, False
     if uses_fused(shape, settings):
-        uses_graphs = graphs.planned(shape, checkpointing, tokens, size)
+        in_bf16 = settings.model.compute == "bf16"
+        uses_graphs = in_bf16 and graphs.planned(shape, checkpointing, tokens, size)
         if uses_graphs:
             tokens = graphs.padded(tokens)
         activations, work = layer.fused_activation_bytes(
@@ -150,7 +151,10 @@ def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
         )
         if uses_graphs:  # the last layer works in memory of its own
             work += work + graphs.buffer_bytes(shape, tokens, size)
-        work += bordered.matrix_bytes(shape, rank, size, is_4bit=quant.is_4bit)
+        if in_bf16:
+            work += bordered.matrix_bytes(shape, rank, size, is_4bit=quant.is_4bit)
+        else:
+            work += fp8_weights.working_bytes(shape, rank, tokens)
         host = model.host_bytes(shape, checkpointing, tokens, size)
     else:
         activations, work = peft_activation_bytes(shape, rank, checkpointing, tokens, size)
