@@ -133,7 +133,7 @@ class ChatModel:
         after = ids[special[-1] + 1 :] if special else ids
         marker = str(self.tokenizer.decode(after)).strip()
         edges = (self.tokenizer.bos_token_id, eos)
-        if special and ids[special[-1]] not in edges or marker.replace(" ", "").isalnum():
+        if (special and ids[special[-1]] not in edges) or marker.replace(" ", "").isalnum():
             marker = ""  # such as "user" after <|im_start|>, a token that ends the reply itself
         return list(dict.fromkeys([*tokens, *(ids[place] for place in special)])), marker
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from qlora_harness.data.sources import parse_line
 from qlora_harness.errors import DataError, RunError, shown
@@ -44,7 +44,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     start = "" if path.suffix == ".txt" else text.lstrip()[:1]
     if start == "[":
-        rows = parse_line(text, str(path), _REMEDY)
+        rows = cast(list[Any], parse_line(text, str(path), _REMEDY))
         yield from ((f"{path}, item {number}", row) for number, row in enumerate(rows, start=1))
         return
     for number, line in enumerate(text.split("\n"), start=1):

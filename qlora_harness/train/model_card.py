@@ -29,10 +29,11 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LAST_LINE = re.compile(r"\n<!-- written by qlora-harness, sha256 ([0-9a-f]{64}) -->\n\Z")
 _Z = 1.96  # of a 95% interval
 # Settings that stand elsewhere on the card, or don't affect the adapter.
-_LEFT_OUT = frozenset(
-    "model revision quant double_quant compute_dtype dataset dataset_revision eval_batch_size "
-    "output_dir save_steps eval_steps resume overwrite report_to memory".split()
-)
+_LEFT_OUT = {
+    *("model", "revision", "quant", "double_quant", "compute_dtype", "memory"),
+    *("dataset", "dataset_revision", "eval_batch_size", "eval_steps", "save_steps"),
+    *("output_dir", "resume", "overwrite", "report_to"),
+}
 
 
 def write_card(run_dir: Path) -> Path:
@@ -172,17 +173,14 @@ def _tables(summary: TrainingSummary, evaluation: Evaluation | None) -> Iterator
             "data": ", ".join(_data_names(summary)),
             "data revision": nested(data.model_dump(), "commit"),
             "training conversations": data.train.conversations,
-            "training tokens, learned": _learned(data.train.tokens, data.train.supervised_tokens),
+            "training tokens": data.train.tokens,
+            "training tokens that are learned": data.train.supervised_tokens,
             "fingerprint of the training data": data.train.fingerprint,
             "steps": results.steps,
             "device": f"{summary.environment.world_size or 1} × {device.get('name') or 'unknown'}",
             "versions": ", ".join(f"{k} {v}" for k, v in summary.environment.versions.items()),
         },
     )
-
-
-def _learned(tokens: int | None, learned: int | None) -> str | None:
-    return None if tokens is None or learned is None else f"{tokens:,}, {learned:,}"
 
 
 def _scores(evaluation: Evaluation | None) -> Iterator[tuple[str, str]]:
@@ -211,8 +209,10 @@ def _settings(summary: TrainingSummary) -> list[str]:
 
 
 def _loading(summary: TrainingSummary) -> list[str]:
-    revision = summary.model.commit or summary.model.revision
+    model = summary.model
+    revision = model.commit or model.revision
     pinned = f', revision="{revision}"' if revision else ""
+    note = "" if model.commit else "  # not from the Hub: the folder of its weights"
     kind = "fp4" if summary.quant == "fp4" else "nf4"
     double = summary.quantization.double_quant is not False
     return f"""## How to load it
@@ -222,32 +222,27 @@ def _loading(summary: TrainingSummary) -> list[str]:
 ```python
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-base, adapter = "{_base_name(summary)}", "."
+base = "{_base_name(summary)}"{note}
+adapter = "."
 tokenizer = AutoTokenizer.from_pretrained(adapter)
-model = AutoModelForCausalLM.from_pretrained(base{pinned}, dtype=torch.bfloat16)
+options = {{"dtype": torch.bfloat16, "device_map": "auto"}}
+model = AutoModelForCausalLM.from_pretrained(base{pinned}, **options)
 model = PeftModel.from_pretrained(model, adapter)
 ```
 
 On a base in 4 bits:
 
 ```python
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-base, adapter = "{_base_name(summary)}", "."
-tokenizer = AutoTokenizer.from_pretrained(adapter)
-in_4_bits = BitsAndBytesConfig(
+options["quantization_config"] = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="{kind}",
     bnb_4bit_use_double_quant={double},
     bnb_4bit_compute_dtype=torch.bfloat16,
 )
-model = AutoModelForCausalLM.from_pretrained(
-    base{pinned}, dtype=torch.bfloat16, quantization_config=in_4_bits
-)
+model = AutoModelForCausalLM.from_pretrained(base{pinned}, **options)
 model = PeftModel.from_pretrained(model, adapter)
 ```
-""".splitlines()
+
+""".split("\n")[:-1]
