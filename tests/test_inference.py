@@ -170,7 +170,19 @@ def test_a_batch_answers_as_transformers_does_alone(run: Path) -> None:
             if given[-1] == model.tokenizer.eos_token_id:
                 break
         text = model.tokenizer.decode(given[len(ids) :], skip_special_tokens=True)
-        assert reply == text.partition("### Human:")[0].strip()
+        assert reply == str(text).partition("### Human:")[0].strip()
+
+
+def test_a_reply_ends_before_the_marker(run: Path) -> None:
+    model = ChatModel(choose_adapter(run))
+    prompt = model.encode([{"role": "user", "content": "Hi"}])
+    [whole] = model.reply([prompt], Sampling(max_new_tokens=12))
+    passes = []
+    model._model.register_forward_hook(lambda *_: passes.append(1))
+    model.ends = [model.tokenizer.eos_token_id], whole[3:5]
+    [reply] = model.reply([prompt], Sampling(max_new_tokens=12))
+    assert reply == whole[: whole.index(whole[3:5])].strip()
+    assert len(passes) < 12
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
@@ -183,7 +195,7 @@ def test_a_killed_run_continues_to_the_same_answers(
     whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
     generate(run, prompts, whole, sampling, **options)
 
-    own, batches = ChatModel.reply, []
+    own, batches = ChatModel.reply, list[Any]()
 
     def reply(self: ChatModel, ids: Any, *rest: Any) -> list[str]:
         if len(batches) == 2:
@@ -237,8 +249,9 @@ def test_prompts(tmp_path: Path, name: str, text: str, expected: list[str] | Non
 
 
 def test_statistics_of_answers() -> None:
-    assert distinct_share("a b a b a", 1) == 2 / 5
-    assert distinct_share("a b a b a", 2) == 2 / 4
+    assert distinct_share(["a", "b", "a", "b", "a"], 1) == 2 / 5
+    assert distinct_share(["a", "b", "a", "b", "a"], 2) == 2 / 4
+    assert distinct_share("ababa", 3) == 2 / 3
     assert distinct_share("a", 2) is None
     assert scripts(["ab 1!", "яЯ"]) == {"Latin": 0.5, "Cyrillic": 0.5}
 
@@ -278,64 +291,110 @@ def test_a_streamed_reply_ends_before_the_next_turn(
     assert capsys.readouterr().out == "One ### two \n"
 
 
+TURN = (
+    "{%% for m in messages %%}{%% if m.role == 'user' %%}%s{%% else %%}%s{%% endif %%}"
+    "{%% endfor %%}"
+)
+
+
 @pytest.mark.parametrize(
     ("template", "tokens", "marker"),
     [
-        ("guanaco", ["</s>"], "### Human:"),
-        ("alpaca", ["</s>"], "### Instruction:"),
+        (None, ["</s>"], "### Human:"),  # the run's own, guanaco
+        (TURN % ("USER: {{ m.content }} ASSISTANT:", " {{ m.content }}</s>"), ["</s>"], "USER:"),
+        (TURN % ("\n\nUser: {{ m.content }}\n\nBot:", " {{ m.content }}"), ["</s>"], "User:"),
+        (
+            TURN % ("<s>[INST] {{ m.content }} [/INST]", " {{ m.content }} </s>"),
+            ["</s>", "<s>"],
+            "[INST]",
+        ),
+        (
+            TURN % ("<|a|>user\n{{ m.content }}<|b|>\n<|a|>bot\n", "{{ m.content }}<|b|>\n"),
+            ["</s>", "<|b|>", "<|a|>"],
+            "",
+        ),
     ],
 )
 def test_a_reply_ends_where_the_template_says(
-    run: Path, template: str, tokens: list[str], marker: str
+    run: Path, template: str | None, tokens: list[str], marker: str
 ) -> None:
-    from qlora_harness.data.chat_encoder import chat_template
-
     model = ChatModel(choose_adapter(run))
-    model.tokenizer.chat_template = chat_template(template, model.tokenizer)
+    if template is not None:
+        model.tokenizer.add_special_tokens({"additional_special_tokens": ["<|a|>", "<|b|>"]})
+        model.tokenizer.chat_template = template
     ids, text = model.ends
     assert (model.tokenizer.convert_ids_to_tokens(ids), text) == (tokens, marker)
 
 
-def test_a_turn_that_begins_with_a_token_needs_no_marker(run: Path) -> None:
+def test_a_run_on_plain_text_continues_prompts(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "adapter" / "qlora_harness.json"
+    path.write_text(json.dumps(read(path) | {"template": "none"}))
+    (run / "adapter" / "chat_template.jinja").unlink()
     model = ChatModel(choose_adapter(run))
-    model.tokenizer.add_special_tokens(
-        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
-    )
-    model.tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    ids, text = model.ends
-    assert model.tokenizer.convert_ids_to_tokens(ids) == ["</s>", "<|im_end|>", "<|im_start|>"]
-    assert text == ""
+    assert model.encode([{"role": "user", "content": "Hi"}]) == model.tokenizer.encode("Hi")
+    assert model.ends == ([model.tokenizer.eos_token_id], "")
+    assert main(["chat", str(run)]) == 2
+    path.write_text(json.dumps(read(path) | {"template": "guanaco"}))
+    assert main(["chat", str(run)]) == 2
+    assert str(run / "adapter") in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("merge", ["bf16", "original"])
+def with_base_in(run: Path, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Gives a run a copy of its base in another dtype; returns the base in its record."""
+    path = run / "adapter" / "qlora_harness.json"
+    record = read(path)
+    base = record["base"]["name"]
+    transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    record["base"] |= {"name": str(folder), "weights_fingerprint": None}
+    path.write_text(json.dumps(record))
+    recorded: dict[str, Any] = record["base"]
+    return recorded
+
+
+@pytest.mark.parametrize(
+    ("merge", "files", "dtype"),
+    [
+        ("bf16", torch.float32, torch.bfloat16),
+        ("original", torch.float32, torch.float32),
+        ("original", torch.bfloat16, torch.bfloat16),
+    ],
+)
 def test_an_export_says_how_far_answers_moved(
-    run: Path, tmp_path: Path, merge: str, no_mmlu_files: None, unchanged_tracker: None
+    run: Path,
+    tmp_path: Path,
+    merge: str,
+    files: torch.dtype,
+    dtype: torch.dtype,
+    no_mmlu_files: None,
+    unchanged_tracker: None,
 ) -> None:
     from safetensors.torch import load_file
 
+    base = with_base_in(run, tmp_path / "base", files)
     output = tmp_path / "merged"
     assert main(["export", str(run), "--merge", merge, "--output", str(output)]) == 0
     record = read(output / "merge.json")
     assert record["kind"] == "merge"
-    assert record["dtype"] == "bfloat16"
+    assert record["dtype"] == str(dtype).removeprefix("torch.")
     assert record["trained_quant"] == "nf4"
-    base = read(run / "adapter" / "qlora_harness.json")["base"]
     assert record["base"] == base
+    assert record["run"] == "4bit"
     shift = record["shift"]
     assert (shift["questions"], shift["questions_file"]) == (96, "five_shot_mmlu_demo.json")
     assert 0 < shift["mean_logprob_difference"] <= shift["largest_logprob_difference"] < 1
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     layer = "model.layers.0.mlp.up_proj"
     a, b = (weights[f"base_model.model.{layer}.lora_{x}.weight"].float() for x in "AB")
-    model = transformers.AutoModelForCausalLM.from_pretrained(base["name"], dtype=torch.bfloat16)
-    plain = model.get_submodule(layer).weight
+    model = transformers.AutoModelForCausalLM.from_pretrained(base["name"], dtype=dtype)
+    plain = model.get_parameter(f"{layer}.weight")
     alpha = read(run / "adapter" / "adapter_config.json")["lora_alpha"]
-    expected = (plain.float() + alpha / 4 * (b @ a)).to(torch.bfloat16)
+    expected = (plain.float() + alpha / 4 * (b @ a)).to(dtype)
     merged = transformers.AutoModelForCausalLM.from_pretrained(output, dtype="auto")
-    assert torch.equal(merged.get_submodule(layer).weight, expected)
+    assert torch.equal(merged.get_parameter(f"{layer}.weight"), expected)
+    assert not torch.equal(expected, plain)
     assert transformers.AutoTokenizer.from_pretrained(output).chat_template
 
 

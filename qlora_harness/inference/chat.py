@@ -57,7 +57,8 @@ def chat(run: Path, sampling: Sampling, *, seed: int) -> None:
             f"{run} was trained on plain text, which has no turns", "Use qlora-harness generate"
         )
     torch.manual_seed(seed)
-    print(f"{model.name} on {model.record['base']}, {model.record['quant']}. {_HELP}.")
+    title = f"{model.name} on {model.record['base']}, {model.record['quant']}"
+    print(f"{printable(title)}. {_HELP}.")
     messages: list[Message] = []
     for line in _lines():
         if line == "/exit":

@@ -19,7 +19,7 @@ from qlora_harness.score.run_choice import ScoringChoice, choose_scored_run
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase, TextStreamer
+    from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 
 Message = Mapping[str, str]  # "role" and "content"
 
@@ -64,7 +64,10 @@ def choose_adapter(run: Path) -> ScoringChoice:
 def run_name(choice: ScoringChoice) -> str:
     """Returns the name of the run that trained the adapter, which is that of its folder."""
     folder = (choice.adapter or choice.results_dir).resolve()
-    return folder.parent.name if folder.name == ADAPTER_DIR else folder.name
+    if folder.name == ADAPTER_DIR:
+        folder = folder.parent
+    is_cell = folder.name.startswith("seed_")  # of a study, in the folder of its arm
+    return f"{folder.parent.name}_{folder.name}" if is_cell else folder.name
 
 
 def compute_device() -> torch.device:
@@ -137,6 +140,15 @@ class ChatModel:
             marker = ""  # such as "user" after <|im_start|>, a token that ends the reply itself
         return list(dict.fromkeys([*tokens, *(ids[place] for place in special)])), marker
 
+    @cached_property
+    def _stop_strings(self) -> StoppingCriteriaList:
+        """Of the marker; made once, because it goes through the whole vocabulary."""
+        from transformers import StoppingCriteriaList, StopStringCriteria
+
+        _, marker = self.ends
+        strings = [StopStringCriteria(self.tokenizer, [marker])] if marker else []
+        return StoppingCriteriaList(strings)
+
     def _render(self, messages: Sequence[Message]) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
@@ -191,12 +203,13 @@ class ChatModel:
         )
         if sampling.temperature > 0:
             config.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
-        if marker:
-            config.stop_strings = [marker]
         try:
             with torch.inference_mode():
                 output = self._model.generate(
-                    **batch, generation_config=config, tokenizer=self.tokenizer, streamer=streamer
+                    **batch,
+                    generation_config=config,
+                    stopping_criteria=self._stop_strings,
+                    streamer=streamer,
                 )
         except Exception as error:
             if not is_out_of_memory(error):

@@ -18,7 +18,7 @@ from qlora_harness.inference.chat_model import choose_adapter, compute_device, r
 from qlora_harness.lm_eval_compat.hflm import Encoded
 from qlora_harness.locations import expanded
 from qlora_harness.model.base import BaseSource, find_base, load_base, load_tokenizer
-from qlora_harness.model.lora import load_adapter, public_name
+from qlora_harness.model.lora import load_adapter
 from qlora_harness.record import environment, new_folder, now, scrub_all, write_json
 from qlora_harness.schema.merge_record import MergeRecord, Shift
 from qlora_harness.schema.mmlu import LETTERS
@@ -63,7 +63,8 @@ def export(run: Path, output: Path, *, original_dtype: bool, gguf: bool) -> Merg
     with new_folder(output) as work:
         model.save_pretrained(str(work))
         load_tokenizer(source, choice.adapter).save_pretrained(str(work))
-        lm.take(model.to(lm.device), kernels="none")
+        lm.take(model, kernels="none")  # frees the unmerged model first
+        model.to(lm.device)
         shift = _shift(before, _letter_logprobs(lm, encoded))
         record = _record(
             choice, lm, str(model.dtype), Shift(questions_file=questions_file, **shift)
@@ -129,7 +130,6 @@ def _merged(choice: ScoringChoice, source: BaseSource, *, original_dtype: bool) 
         if not bool(torch.isfinite(parameter).all()):
             raise ModelError(f"merging overflows {parameter.dtype} in {name}", "Use --merge bf16")
     model.config.use_cache = True  # `load_base` turns it off for training
-    model.config.name_or_path = public_name(choice.base)
     return model.eval()
 
 

@@ -32,7 +32,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises DataError with the place of the first prompt that can't be used.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts {path} can't be read ({error})", "Name a text file") from None
     rows = list(_rows(text, path))

@@ -9,10 +9,12 @@ from pathlib import Path
 from statistics import mean, median
 
 from rich.table import Table
+from rich.text import Text
 
 from qlora_harness.data.sources import parse_line
 from qlora_harness.errors import DataError
 
+_LONG = 12  # characters; shows repetition also where no space separates words
 _REMEDY = "Name a file that `qlora-harness generate` wrote"
 
 
@@ -31,10 +33,9 @@ def read_outputs(path: Path) -> list[str]:
     return [str(output) for output in outputs]
 
 
-def distinct_share(text: str, n: int) -> float | None:
-    """Returns the share of a text's n-grams of words that are different; None without any."""
-    words = text.split()
-    grams = [tuple(words[at : at + n]) for at in range(len(words) - n + 1)]
+def distinct_share(units: Sequence[str], n: int) -> float | None:
+    """Returns the share of different n-grams of words or characters; None without any."""
+    grams = [tuple(units[at : at + n]) for at in range(len(units) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None
 
 
@@ -49,25 +50,32 @@ def scripts(outputs: Sequence[str]) -> dict[str, float]:
 
 def statistics(outputs: Sequence[str]) -> dict[str, str]:
     """Returns the counted properties of answers, as texts by name."""
-    lengths = [len(output.split()) for output in outputs]
+    words = [output.split() for output in outputs]
+    lengths = [len(each) for each in words]
     rows = {
         "answers": f"{len(outputs):,}",
         "empty answers": f"{sum(not length for length in lengths):,}",
+        "characters an answer, mean": f"{mean(map(len, outputs)):.1f}",
         "words an answer, mean": f"{mean(lengths):.1f}",
         "words an answer, median": f"{median(lengths):.1f}",
     }
     for n in (1, 2, 3):
-        shares = [share for output in outputs if (share := distinct_share(output, n)) is not None]
-        rows[f"distinct {n}-grams of an answer, mean"] = f"{mean(shares):.3f}" if shares else "–"
+        rows[f"distinct {n}-grams of words"] = _mean_share(words, n)
+    rows[f"distinct {_LONG}-grams of characters"] = _mean_share(outputs, _LONG)
     by_script = [f"{name} {100 * share:.1f}%" for name, share in scripts(outputs).items()]
     rows["letters by script"] = ", ".join(by_script[:3]) or "–"
     return rows
 
 
+def _mean_share(answers: Sequence[Sequence[str]], n: int) -> str:
+    shares = [share for answer in answers if (share := distinct_share(answer, n)) is not None]
+    return f"{mean(shares):.3f}" if shares else "–"
+
+
 def statistics_table(files: Sequence[Path]) -> Table:
     """Returns the properties of one or more files of answers, a column for each."""
     columns = [statistics(read_outputs(path)) for path in files]
-    table = Table("counted", *(path.name for path in files), box=None, header_style="bold")
+    table = Table("counted", *(Text(str(path)) for path in files), box=None, header_style="bold")
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
     return table

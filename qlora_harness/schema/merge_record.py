@@ -38,6 +38,7 @@ class MergeRecord(Header):
     trained_quant: str
     """How the base was held in training: nf4, fp4, int8, hqq or bf16."""
     adapter_sha256: str
+    """Of its configuration and weights."""
     shift: Shift
     """How far answers moved."""
     environment: Environment = Environment()

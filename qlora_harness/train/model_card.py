@@ -50,7 +50,7 @@ def write_card(run_dir: Path) -> Path:
             f"Name the folder of a completed run, with {SUMMARY_FILE} and {ADAPTER_DIR}/",
         )
     path = adapter / CARD_FILE
-    if path.is_file() and _is_edited(path.read_text(encoding="utf-8")):
+    if path.is_file() and _is_edited(path.read_text(encoding="utf-8", errors="replace")):
         raise RunError(f"{path} was edited", "Move it away to have a new card written")
     text = _card(summary, _evaluation_of(run_dir, adapter))
     digest = hashlib.sha256(text.encode()).hexdigest()
