@@ -177,11 +177,12 @@ def test_a_reply_ends_before_the_marker(run: Path) -> None:
     model = ChatModel(choose_adapter(run))
     prompt = model.encode([{"role": "user", "content": "Hi"}])
     [whole] = model.reply([prompt], Sampling(max_new_tokens=12))
-    passes = []
+    model = ChatModel(choose_adapter(run))
+    passes: list[int] = []
     model._model.register_forward_hook(lambda *_: passes.append(1))
-    model.ends = [model.tokenizer.eos_token_id], whole[3:5]
+    model.ends = [model.tokenizer.eos_token_id], whole[3:6]
     [reply] = model.reply([prompt], Sampling(max_new_tokens=12))
-    assert reply == whole[: whole.index(whole[3:5])].strip()
+    assert reply == whole[: whole.index(whole[3:6])].strip()
     assert len(passes) < 12
 
 

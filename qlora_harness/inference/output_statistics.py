@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 
+from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from qlora_harness.data.sources import parse_line
 from qlora_harness.errors import DataError
@@ -75,7 +75,7 @@ def _mean_share(answers: Sequence[Sequence[str]], n: int) -> str:
 def statistics_table(files: Sequence[Path]) -> Table:
     """Returns the properties of one or more files of answers, a column for each."""
     columns = [statistics(read_outputs(path)) for path in files]
-    table = Table("counted", *(Text(str(path)) for path in files), box=None, header_style="bold")
+    table = Table("counted", *(escape(str(path)) for path in files), box=None, header_style="bold")
     for name in columns[0]:
         table.add_row(name, *(column[name] for column in columns))
     return table
