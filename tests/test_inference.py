@@ -13,13 +13,15 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from training_runs import read
+from training_runs import data_of, read
 
 from qlora_harness.cli import main
+from qlora_harness.inference import export
 from qlora_harness.inference.chat import _ReplyStreamer
 from qlora_harness.inference.chat_model import ChatModel, Sampling, choose_adapter
 from qlora_harness.inference.generate import generate, read_prompts
 from qlora_harness.inference.output_statistics import distinct_share, scripts
+from qlora_harness.score.mmlu_files import Question
 
 GREEDY = Sampling(max_new_tokens=6)
 
@@ -171,6 +173,16 @@ def test_a_batch_answers_as_transformers_does_alone(run: Path) -> None:
                 break
         text = model.tokenizer.decode(given[len(ids) :], skip_special_tokens=True)
         assert reply == str(text).partition("### Human:")[0].strip()
+
+
+def test_a_prompt_has_the_tokens_of_training(run: Path, tiny_llama: Path, rows: Path) -> None:
+    model = ChatModel(choose_adapter(run))
+    questions = [f"What is {n} plus {n}?" for n in range(16)]
+    prompts = [model.encode([{"role": "user", "content": text}]) for text in questions]
+    examples = [example.input_ids for example in data_of(tiny_llama, rows).train]
+    assert len(examples) == 12
+    for ids in examples:
+        assert sum(ids[: len(prompt)] == prompt for prompt in prompts) == 1
 
 
 def test_a_reply_ends_before_the_marker(run: Path) -> None:
@@ -397,6 +409,16 @@ def test_an_export_says_how_far_answers_moved(
     assert torch.equal(merged.get_parameter(f"{layer}.weight"), expected)
     assert not torch.equal(expected, plain)
     assert transformers.AutoTokenizer.from_pretrained(output).chat_template
+
+
+def test_200_questions_are_the_same_sample_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = tuple(Question(n, "s", f"{n} Answer:", "A") for n in range(300))
+    monkeypatch.setenv("QLORA_MMLU_DIR", "files")
+    monkeypatch.setattr(export, "load_questions", lambda name: pool)
+    name, sample = export._questions()
+    assert name == "five_shot_mmlu_test.json"
+    assert len({question.index for question in sample}) == 200
+    assert export._questions() == (name, sample)
 
 
 def test_gguf_takes_the_converter_of_llama_cpp(
