@@ -12,6 +12,7 @@ import pytest
 from compare_runs import FAMILY, FIRST, changed, edit, evaluation, summary, write_run, write_study
 from scipy import stats
 
+from qlora_harness.cli import main
 from qlora_harness.compare import page, text
 from qlora_harness.compare.comparison import Comparison, compare
 from qlora_harness.compare.methods import methods
@@ -122,6 +123,40 @@ def test_names_say_what_tells_arms_apart(tmp_path: Path) -> None:
     chain = [comparison.steps[0].arm, *(step.baseline for step in comparison.steps)]
     assert chain == ["NF4", "NF4 no DQ", "HQQ", "bf16"]
     assert comparison.headline.arm == "NF4"
+
+
+def test_fp8_products_are_named_wherever_their_numbers_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = []
+    for number, (quant, compute) in enumerate(
+        [("nf4", ...), ("nf4", "fp8"), ("bf16", "bf16"), ("bf16", "fp8"), ("bf16", ...)]
+    ):
+        record, scores = summary(quant), evaluation(FIRST)
+        if compute is not ...:
+            record["settings"]["compute"] = compute
+        if number == 4:
+            record["settings"]["seed"] = 1
+            scores["tasks"][FAMILY]["settings"] = scores["settings"] | {"compute": "fp8"}
+        paths.append(write_run(tmp_path / str(number), record, scores))
+    result = compare(paths)
+    assert result.arms == ["NF4", "NF4 in FP8", "bf16", "bf16 in FP8", "bf16 scored in FP8"]
+    pairs = {(item.arm, item.baseline) for item in result.primary}
+    assert {("NF4", "bf16"), ("NF4 in FP8", "bf16 in FP8")} <= pairs
+    different = {setting.name: setting.values for setting in result.different}
+    assert different["training.settings.compute"] == ["bf16", "fp8", "bf16", "fp8", "bf16"]
+    assert different["evaluation.settings.compute"] == ["bf16"] * 4 + ["fp8"]
+    noted = [note.partition(":")[0] for note in result.notes if "FP8" in note]
+    assert noted == ["1", "3", "4"]
+    assert "in FP8" in text.title(result) + str(result)
+    assert "NF4 in FP8 vs bf16 in FP8" in page.head(compare([paths[1], paths[3]]))
+    assert methods([load_run(path) for path in paths]).count("FP8 (e4m3)") == 3
+    assert main(["runs", str(tmp_path)]) == 0
+    listed = capsys.readouterr().out.splitlines()[1:]
+    assert ["in FP8" in line for line in listed] == [False, True, False, True, True]
+    # A record of an earlier version is no other arm than one that says bf16.
+    older = compare([paths[0], paths[2]])
+    assert "training.settings.compute" not in {setting.name for setting in older.different}
 
 
 def test_folders_whose_names_differ_in_white_space(tmp_path: Path) -> None:

@@ -110,6 +110,8 @@ class Runtime(Section):
     eval_seconds: Amount | None = None
     total_seconds: Amount | None = None
     resumed: bool = False
+    graph_passes: Count = 0
+    """Training passes that ran as CUDA graphs, without those before a resume."""
 
 
 class Throughput(Section):
@@ -179,6 +181,11 @@ class TrainingSummary(Header):
     """Speed."""
 
     @model_validator(mode="after")
+    def _earlier_versions_had_one_way_to_compute(self) -> TrainingSummary:
+        self.settings.setdefault("compute", "bf16")
+        return self
+
+    @model_validator(mode="after")
     def _completed_runs_have_their_numbers(self) -> TrainingSummary:
         needed = {
             "data.train.fingerprint": self.data.train.fingerprint,
@@ -190,6 +197,11 @@ class TrainingSummary(Header):
         if self.status == "completed" and missing:
             raise ValueError(f"{missing[0]} is missing in a completed run")
         return self
+
+    @property
+    def in_fp8(self) -> bool:
+        """Whether products with the base were in FP8."""
+        return bool(self.settings["compute"] == "fp8")
 
     @property
     def peak_bytes(self) -> float | None:

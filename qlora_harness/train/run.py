@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from qlora_harness.data.chat_encoder import Example, chat_template, show
 from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.errors import AdapterError, RunError, SettingsError, TrainingError
+from qlora_harness.fused import fp8
 from qlora_harness.fused.host_memory import memory_of_a_process
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.adapter_starts import START_FILE, save_pissa_start
@@ -92,6 +93,8 @@ def run_training(
         if start.nothing_to_do and start.previous is not None:
             say(state, f"{settings.run_dir} holds this run, completed; nothing is left to do")
             return start.previous
+        if settings.model.compute == "fp8":
+            _check_fp8(fp8.why_unavailable(device_of(state)))
         settings = _with_compute_dtype(settings, state, start)
         return _Run(settings, state, start, find, on_row).execute()
 
@@ -113,6 +116,11 @@ def _with_compute_dtype(settings: Settings, state: PartialState, start: Starting
         dtype = "bfloat16"
     model = dataclasses.replace(settings.model, compute_dtype=dtype)
     return dataclasses.replace(settings, model=model)
+
+
+def _check_fp8(reason: str | None) -> None:
+    if reason is not None:
+        raise SettingsError(f"--compute fp8: {reason}", "Use --compute bf16")
 
 
 class _Run:
@@ -198,6 +206,8 @@ class _Run:
         if self.device.type != "cuda" and self.settings.optimization.memory is None:
             return
         shape = measure_shape(source.path, source.revision, self.settings.lora.lora_targets)
+        if self.settings.model.compute == "fp8" and not shape.fused:
+            _check_fp8(f"{source.name} has no fused layers")
         self.chosen, plan, tokens = choose_memory_plan(shape, self.settings, lengths)
         check_combination(self.chosen)
         self.plan = plan.record() | {"tokens_per_pass": tokens}
@@ -239,9 +249,12 @@ class _Run:
         optimization = self.chosen.optimization
         auto = optimization.kernels == "auto"
         reason = FusedDecoder.reason_against(model) if auto else "--kernels none"
+        compute = self.chosen.model.compute
+        if compute == "fp8":
+            _check_fp8(FusedDecoder.reason_against_fp8(model))
         if reason is None:
-            tokens = largest_pass(lengths, self.chosen, fused=True)
-            return FusedDecoder.attach(model, optimization.checkpointing, tokens)
+            longest = largest_pass(lengths, self.chosen, fused=True)
+            return FusedDecoder.attach(model, optimization.checkpointing, longest, compute=compute)
         if optimization.checkpointing in ("selective", "offload"):
             raise SettingsError(
                 f"--checkpointing {optimization.checkpointing} needs fused layers, and "
@@ -365,6 +378,8 @@ class _Run:
             resume_from = None if checkpoint is None else str(checkpoint)
             with self.record.timed("train"), self.memory.phase("train"), self.stop.installed():
                 trainer.train(resume_from_checkpoint=resume_from)
+        if self.fused is not None:
+            self.record.graph_passes = self.fused.graphs.passes
         last = trainer.state.global_step
         log.check_complete(done + 1, last)
         log.write()
