@@ -167,7 +167,7 @@ def test_a_batch_answers_as_transformers_does_alone(run: Path) -> None:
     for ids, reply in zip(prompts, model.reply(prompts, GREEDY), strict=True):
         given = list(ids)
         for _ in range(GREEDY.max_new_tokens):
-            logits = model._model(torch.tensor([given])).logits[0, -1]
+            logits = model.model(torch.tensor([given])).logits[0, -1]
             given.append(int(logits.argmax()))
             if given[-1] == model.tokenizer.eos_token_id:
                 break
@@ -191,11 +191,20 @@ def test_a_reply_ends_before_the_marker(run: Path) -> None:
     [whole] = model.reply([prompt], Sampling(max_new_tokens=12))
     model = ChatModel(choose_adapter(run))
     passes: list[int] = []
-    model._model.register_forward_hook(lambda *_: passes.append(1))
+    model.model.register_forward_hook(lambda *_: passes.append(1))
     model.ends = [model.tokenizer.eos_token_id], whole[3:6]
     [reply] = model.reply([prompt], Sampling(max_new_tokens=12))
     assert reply == whole[: whole.index(whole[3:6])].strip()
     assert len(passes) < 12
+
+
+def test_a_prompt_too_long_is_refused_before_weights_are_loaded(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ChatModel, "model", None)
+    words = ["--prompts", str(prompts_file(tmp_path)), "--output", str(tmp_path / "o.json")]
+    assert main(["generate", str(run), *words, "--max-new-tokens=100000"]) == 2
+    assert "prompts.json, prompt 1: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])

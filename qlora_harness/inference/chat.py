@@ -56,9 +56,9 @@ def chat(run: Path, sampling: Sampling, *, seed: int) -> None:
         raise SettingsError(
             f"{run} was trained on plain text, which has no turns", "Use qlora-harness generate"
         )
+    model.load()
     torch.manual_seed(seed)
-    title = f"{model.name} on {model.record['base']}, {model.record['quant']}"
-    print(f"{printable(title)}. {_HELP}.")
+    print(f"{printable(model.title)}. {_HELP}.")
     messages: list[Message] = []
     for line in _lines():
         if line == "/exit":

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import AdapterError, DataError, ModelError, RunError, first_line
 from qlora_harness.locations import expanded
-from qlora_harness.model.adapter_folder import CONFIG_FILE, RECORD_FILE, read_adapter_record
+from qlora_harness.model.adapter_folder import (
+    CONFIG_FILE,
+    RECORD_FILE,
+    adapter_digest,
+    read_adapter_record,
+)
 from qlora_harness.model.base import base_of, find_base, is_out_of_memory
 from qlora_harness.model.lora import public_name
 from qlora_harness.record import ADAPTER_DIR, SUMMARY_FILE
@@ -80,18 +85,25 @@ def compute_device() -> torch.device:
 class ChatModel:
     """Base, unmerged adapter and tokenizer as the adapter's record names them.
 
-    With `base_alone`, the base answers in the same template without the adapter. Raises
-    HarnessError as scoring does if they can't be loaded or don't belong together.
+    With `base_alone`, the base answers in the same template without the adapter. `load` loads the
+    weights, after prompts could be checked. Raises HarnessError as scoring does if the parts can't
+    be loaded or don't belong together.
     """
 
     def __init__(self, choice: ScoringChoice, *, base_alone: bool = False) -> None:
-        from transformers import GenerationConfig
+        from transformers import AutoConfig
 
         from qlora_harness.score.model_arguments import resolve_dtype
-        from qlora_harness.score.scored_model import load_scored_model, load_scored_tokenizer
+        from qlora_harness.score.scored_model import load_scored_tokenizer
 
-        source = find_base(choice.base, choice.revision, argument="the adapter's base")
-        self.tokenizer: PreTrainedTokenizerBase = load_scored_tokenizer(choice, source)
+        self._choice = dataclasses.replace(choice, adapter=None) if base_alone else choice
+        self._source = find_base(choice.base, choice.revision, argument="the adapter's base")
+        self._dtype = resolve_dtype("auto", choice.compute_dtype)
+        config = AutoConfig.from_pretrained(
+            self._source.path, revision=self._source.revision or "main", trust_remote_code=False
+        )
+        self._window: int | None = getattr(config, "max_position_embeddings", None)
+        self.tokenizer: PreTrainedTokenizerBase = load_scored_tokenizer(choice, self._source)
         record = read_adapter_record(choice.adapter) if choice.adapter else None
         self.is_plain_text = (record or {}).get("template") == "none"
         if self.tokenizer.chat_template is None and not self.is_plain_text:
@@ -102,18 +114,41 @@ class ChatModel:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.name = public_name(choice.base) if base_alone else run_name(choice)
-        scored = load_scored_model(
-            dataclasses.replace(choice, adapter=None) if base_alone else choice,
-            source,
-            len(self.tokenizer),
-            resolve_dtype("auto", choice.compute_dtype),
-            compute_device(),
-        )
-        self.record = scored.record()
-        # PEFT's layers are inside the base.
-        self._model: Any = base_of(scored.model)
+
+    @property
+    def title(self) -> str:
+        """Run, base and quantisation."""
+        return f"{self.name} on {self._source.recorded_name}, {self._choice.quant.value}"
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what replies to the same tokens depend on, as JSON."""
+        choice, adapter = self._choice, self._choice.adapter
+        return {
+            "base": self._source.recorded_name,
+            "weights_fingerprint": (choice.recorded or {}).get("weights_fingerprint"),
+            "quant": choice.quant.value,
+            "double_quant": choice.double_quant if choice.quant.is_4bit else None,
+            "compute_dtype": self._dtype,
+            "adapter_sha256": adapter_digest(adapter) if adapter else None,
+        }
+
+    def load(self) -> None:
+        """Loads the weights; do so before you seed, since PEFT draws random numbers meanwhile."""
+        self.model  # noqa: B018  # a cached property
+
+    @cached_property
+    def model(self) -> Any:
+        """The loaded base, with the adapter's modules inside."""
+        from transformers import GenerationConfig
+
+        from qlora_harness.score.scored_model import load_scored_model
+
+        tokens, device = len(self.tokenizer), compute_device()
+        scored = load_scored_model(self._choice, self._source, tokens, self._dtype, device)
+        model = base_of(scored.model)
         # Else the base's own temperature or penalties would join in.
-        self._model.generation_config = GenerationConfig()
+        model.generation_config = GenerationConfig()
+        return model
 
     @cached_property
     def ends(self) -> tuple[list[int], str]:
@@ -169,7 +204,7 @@ class ChatModel:
 
     def check_length(self, ids: Sequence[int], sampling: Sampling, what: str) -> None:
         """Raises DataError if a prompt leaves no room for `max_new_tokens` in the window."""
-        window = getattr(self._model.config, "max_position_embeddings", None)
+        window = self._window
         if window is not None and len(ids) + sampling.max_new_tokens > window:
             raise DataError(
                 f"{what}: {len(ids)} tokens and --max-new-tokens {sampling.max_new_tokens} exceed "
@@ -193,7 +228,7 @@ class ChatModel:
 
         tokens, marker = self.ends
         rows = {"input_ids": [list(ids) for ids in prompts]}
-        batch = self.tokenizer.pad(rows, return_tensors="pt").to(self._model.device)
+        batch = self.tokenizer.pad(rows, return_tensors="pt").to(self.model.device)
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=sampling.temperature > 0,
@@ -205,7 +240,7 @@ class ChatModel:
             config.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
         try:
             with torch.inference_mode():
-                output = self._model.generate(
+                output = self.model.generate(
                     **batch,
                     generation_config=config,
                     stopping_criteria=self._stop_strings,
@@ -215,7 +250,7 @@ class ChatModel:
             if not is_out_of_memory(error):
                 raise
             raise ModelError(
-                f"{self._model.device} ran out of memory with {len(prompts)} prompts in a batch",
+                f"{self.model.device} ran out of memory with {len(prompts)} prompts in a batch",
                 "Give a lower --batch-size or --max-new-tokens",
             ) from None
         new = output[:, batch["input_ids"].shape[1] :]

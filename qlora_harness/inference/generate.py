@@ -135,7 +135,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda n: -len(ids[n]))
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     identity = {
-        "model": model.record,
+        "model": model.identity(),
         "prompts": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
         "sampling": asdict(sampling),
         "seed": seed,
@@ -144,12 +144,13 @@ def generate(
     output.parent.mkdir(parents=True, exist_ok=True)
     journal = AnswerJournal(output, identity)
     try:
+        model.load()
         _answer(model, [[ids[n] for n in batch] for batch in batches], journal, sampling, seed)
         replies = [reply for batch in journal.batches for reply in batch]
         texts = dict(zip(order, replies, strict=True))
         write_json(output, [_row(p, texts[n], model.name) for n, p in enumerate(prompts)])
     except BaseException:
-        journal.close(remove=False)
+        journal.close(remove=not journal.batches)
         raise
     journal.close(remove=True)
     return len(prompts)
