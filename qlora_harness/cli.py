@@ -14,6 +14,8 @@ from qlora_harness import __version__
 from qlora_harness.benchmark.command import add_commands, run_benchmark
 from qlora_harness.compare.command import add_arguments
 from qlora_harness.errors import SettingsError, run_command
+from qlora_harness.inference.command import COMMANDS, run_inference
+from qlora_harness.inference.command import add_commands as add_inference
 
 _SCHEMAS = {
     "training_summary": "schema.training_records:TrainingSummary",
@@ -22,6 +24,7 @@ _SCHEMAS = {
     "mmlu_progress": "schema.scoring_records:Progress",
     "comparison": "compare.comparison:Comparison",
     "study": "schema.study_record:StudyRecord",
+    "merge": "schema.merge_record:MergeRecord",
 }
 
 _PLAN = (
@@ -83,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         "schema", help="print the JSON schema of a record", allow_abbrev=False
     )
     schema.add_argument("kind", choices=sorted(_SCHEMAS), metavar="KIND", help=", ".join(_SCHEMAS))
+    add_inference(commands)
     commands.add_parser(
         "doctor",
         help="check packages, GPUs, memory, data and the plugin, with a remedy for each fault",
@@ -194,6 +198,8 @@ def _run(words: Sequence[str]) -> int:
         _read_runs(args)
     elif args.command == "schema":
         _print_schema(args.kind)
+    elif args.command in COMMANDS:
+        run_inference(args)
     elif args.command == "doctor":
         from qlora_harness.doctor import diagnose
 

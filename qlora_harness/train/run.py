@@ -55,6 +55,7 @@ from qlora_harness.train.evaluation import evaluate_loss
 from qlora_harness.train.held_out import HeldOut, check_held_out
 from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.memory_plan import choose_memory_plan, largest_pass, measure_shape
+from qlora_harness.train.model_card import refresh_card
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
 from qlora_harness.train.ranks import device_of, on_main, say, start_processes
 from qlora_harness.train.run_folder import (
@@ -196,6 +197,8 @@ class _Run:
                 self.lock.release()
             if self.fused is not None:
                 self.fused.detach()  # the weights may be those of later runs, too
+        if self.state.is_main_process:
+            refresh_card(self.run_dir)
         return self.record.content
 
     def _plan_memory(self, source: BaseSource, lengths: Sequence[int]) -> None:
