@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qlora_harness.data.chat_encoder import chat_template
+from qlora_harness.data.templates import chat_template
 from qlora_harness.model.fingerprint import checkpoint_fingerprint
 from qlora_harness.model.lora import load_adapter
 from qlora_harness.score.adapter_lm import QloraAdapterLM
@@ -238,7 +238,7 @@ def test_adapter_of_a_run_is_trained_and_scores_as_the_record_says(
         summary("run")["results"]["eval_loss"], abs=1e-5
     )
     tokenizer = AutoTokenizer.from_pretrained("run/adapter")
-    assert tokenizer.chat_template == chat_template("guanaco", tokenizer)
+    assert tokenizer.chat_template == chat_template("guanaco", leading_bos=True)
     record = read("run/adapter/qlora_harness.json")
     fingerprint = record["base"].pop("weights_fingerprint")
     assert fingerprint.startswith("sha256:")

@@ -16,6 +16,7 @@ from typing import Any
 from dateutil import parser
 
 from qlora_harness.data.conversation import Conversation, Corpus, Turn
+from qlora_harness.data.rows import check_text
 from qlora_harness.errors import DataError, shown
 
 REQUIRED = frozenset({"message_id", "text", "role"})
@@ -24,35 +25,25 @@ _ROLES = {"prompter": "user", "assistant": "assistant"}
 _SCHEMA_REMEDY = (
     "Rows need OASST1's columns: message_id, parent_id, text, role, and lang unless --languages all"
 )
-# Common other formats, each with the columns that give it away.
-_OTHER_FORMS = {
-    "Alpaca's form": {"instruction", "output"},
-    "ShareGPT's form": {"conversations"},
-    "chat messages": {"messages"},
-    "prompts with completions": {"prompt", "completion"},
-    "pairs of preference": {"chosen", "rejected"},
-    "plain text": {"text"},
-}
 _TRUTH_WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
 _Message = Mapping[str, Any]
 
 
-def check_row(row: object, place: str) -> _Message:
+def check_row(row: _Message, place: str) -> _Message:
     """Returns the schema's fields of a row; raises DataError, with `place`, if one is unusable.
 
     An absent field, None, NaN and "" all become None. Numbers and booleans may be strings, as in
     csv. An unreadable `rank` only costs the order of siblings: it becomes None, and `unreadable`
     names it.
     """
-    if not isinstance(row, Mapping):
-        raise DataError(f"{place}: expected an object, found {type(row).__name__}", _SCHEMA_REMEDY)
-    if not row.keys() >= REQUIRED:
-        raise _wrong_columns(row, place)
+    for name in ("message_id", "text", "role"):
+        if name not in row:
+            raise DataError(f"{place}: field '{name}' is missing", _SCHEMA_REMEDY)
     checked: dict[str, Any] = {
         "message_id": _parse_id(row, "message_id", place),
         "parent_id": _parse_id(row, "parent_id", place),
-        "text": _parse_text(row, place),
+        "text": check_text(row["text"], f"{place}: field 'text'"),
         "role": row["role"],
     }
     for name in ("lang", "created_date"):
@@ -72,18 +63,6 @@ def check_row(row: object, place: str) -> _Message:
     return checked
 
 
-def _wrong_columns(row: _Message, place: str) -> DataError:
-    missing = [name for name in ("message_id", "text", "role") if name not in row]
-    columns = ", ".join(shown(str(name), 30)[1:-1] for name in list(row)[:12])
-    foreign = len(missing) > 1
-    form = next((f for f, marks in _OTHER_FORMS.items() if foreign and marks <= row.keys()), None)
-    near = f", as in {form}" if form else ""
-    return DataError(
-        f"{place}: field '{missing[0]}' is missing; the fields are {columns or 'none'}{near}",
-        _SCHEMA_REMEDY,
-    )
-
-
 def _is_null(value: object) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
@@ -98,23 +77,6 @@ def _parse_id(row: _Message, name: str, place: str) -> str | None:
     if isinstance(value, str) or (isinstance(value, int) and abs(value) < 10**40):
         return str(value)
     raise DataError(f"{place}: field '{name}' is {shown(value)}", _SCHEMA_REMEDY)
-
-
-def _parse_text(row: _Message, place: str) -> str:
-    value = row["text"]
-    if _is_null(value):
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"{place}: field 'text' is {shown(value)}", _SCHEMA_REMEDY)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: character {error.start + 1} of field 'text' is half of a surrogate pair, "
-            "which no tokenizer can encode",
-            "Correct or remove the row",
-        ) from None
-    return value
 
 
 def _parse_truth(value: Any, name: str, place: str) -> bool | None:

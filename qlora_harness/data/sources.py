@@ -1,4 +1,4 @@
-"""Reads rows in OASST1's schema from a named data set, a file or a folder."""
+"""Reads rows from a named data set, a file or a folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import logging
 import lzma
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,8 @@ from typing import IO, Any, cast
 
 import jsonlines
 
-from qlora_harness.data.oasst1 import FIELDS, REQUIRED, check_row
+from qlora_harness.data.forms import FORMS
+from qlora_harness.data.rows import Row
 from qlora_harness.errors import DataError, first_line
 from qlora_harness.locations import demo_dir, expanded
 from qlora_harness.record import without_duplicates
@@ -29,7 +30,29 @@ logger = logging.getLogger("qlora_harness")
 
 DEMO_ROWS = "oasst_demo.jsonl"
 DEMO = "demo"
-HUB_NAMES = {"oasst1": "OpenAssistant/oasst1", "oasst2": "OpenAssistant/oasst2"}
+
+
+@dataclass(frozen=True)
+class KnownSet:
+    """A data set with a name of its own here: its Hub id, and the commit that is used."""
+
+    hub: str
+    commit: str | None = None
+
+
+KNOWN_SETS = {
+    "oasst1": KnownSet("OpenAssistant/oasst1", "fdf72ae0827c1cda404aff25b6603abec9e3399b"),
+    "oasst2": KnownSet("OpenAssistant/oasst2", "179dd21fc55192153d94adb0e0ce8f69e222bf75"),
+    "guanaco": KnownSet(
+        "timdettmers/openassistant-guanaco", "831dabac2283d99420cda0b673d7a2a43849f17a"
+    ),
+    "alpaca": KnownSet("tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017"),
+    "alpaca-cleaned": KnownSet("yahma/alpaca-cleaned", "12567cabf869d7c92e573c7c783905fc160e9639"),
+    "dolly-15k": KnownSet(
+        "databricks/databricks-dolly-15k", "bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a"
+    ),
+    "longform": KnownSet("akoksal/LongForm"),
+}
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _CSV_NULLS = frozenset({"", "NA", "N/A", "n/a", "NaN", "nan", "None", "null", "NULL", "<NA>"})
@@ -39,16 +62,34 @@ _LONGEST_CELL = 1 << 24  # characters, in csv
 _REMEDY = "Name a file (.jsonl, .json, .csv or .parquet), a folder or a Hub id"
 _FOLDER = "It must be saved by datasets.save_to_disk, or hold .jsonl, .json, .csv or .parquet files"
 
-Rows = Iterable[Mapping[str, Any]]
+_COLUMNS = frozenset[str]().union(*(form.all_columns for form in FORMS.values()))
+# Cells of these columns are texts as they stand: a message may be "None".
+_TEXTS = _COLUMNS.difference(FORMS["oasst"].optional) | {"text"}
+_COMMIT = re.compile(r"@([0-9a-f]{40})/")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of a split, to be read once, and the files that hold them.
+
+    Without `files` the rows are in memory only.
+    """
+
+    rows: Iterable[Row]
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The rows of a data set; `validation` is its own validation split, if it has one."""
+    """The splits of a data set; `validation` is its own validation split, if it has one.
 
-    train: Rows
-    validation: Rows | None
+    `commit` is that of a data set on the Hub.
+    """
+
+    train: Split
+    validation: Split | None
     source: str
+    commit: str | None = None
 
 
 def parse_line(line: str, place: str, remedy: str) -> object:
@@ -67,8 +108,8 @@ def _loads(text: str | bytes) -> Any:
     return json.loads(text, object_pairs_hook=without_duplicates)
 
 
-def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Yields the checked rows of a file: JSON Lines, a JSON array, csv or parquet.
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yields the rows of a file: JSON Lines, a JSON array, csv or parquet.
 
     All but parquet are UTF-8 and may be compressed (.gz, .xz, .bz2, .zst). Raises DataError with
     the line or number of an unusable row.
@@ -83,7 +124,7 @@ def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
             separator = _DELIMITERS.get(suffix)
             rows = _csv_rows(path, text, separator) if separator else _json_rows(path, text)
         for place, row in rows:
-            yield check_row(row, place)
+            yield _row(place, row)
     except DataError:
         raise
     except FileNotFoundError:
@@ -92,6 +133,15 @@ def read_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         raise DataError(f"{path} is not UTF-8 ({error.reason})", "Convert the file") from None
     except Exception as error:  # noqa: BLE001  # parsers raise many kinds for damaged files
         raise DataError(f"{path} can't be read: {first_line(error)}", "Check the file") from None
+
+
+def _row(place: str, row: object) -> Row:
+    if not isinstance(row, Mapping):
+        raise DataError(
+            f"{place}: expected an object, found {type(row).__name__}",
+            "A row is an object, with a value for each column",
+        )
+    return Row(place, row)
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
@@ -159,8 +209,8 @@ def _csv_rows(path: Path, text: IO[str], separator: str) -> Iterator[tuple[str, 
 
 
 def _csv_cell(name: str, value: str) -> str | None:
-    """Reads a cell as pandas, and so datasets, does; but the text of a message may be "None"."""
-    if name == "text":
+    """Reads a cell as pandas, and so datasets, does; but a text may be "None"."""
+    if name in _TEXTS:
         return value
     if name.endswith("_id") and re.fullmatch(r"\d+\.0", value):
         return value.removesuffix(".0")  # pandas writes a column of integers with a null this way
@@ -175,9 +225,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
     with parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         without_duplicates([(name, None) for name in names])
-        columns = [name for name in names if name in FIELDS]
-        if not set(columns) >= REQUIRED:
-            yield f"{path}, row 1", dict.fromkeys(names)  # refused by check_row, with these names
+        columns = [name for name in names if name in _COLUMNS]
+        if not columns:
+            yield f"{path}, row 1", dict.fromkeys(names)  # has no form, and the message names these
         for batch in file.iter_batches(batch_size=1000, columns=columns):
             table = pyarrow.Table.from_batches([batch])
             for index, column in enumerate(table.schema):
@@ -193,15 +243,16 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def load_splits(name: str, revision: str | None = None) -> Splits:
-    """Returns the rows of "demo", "oasst1", "oasst2", another Hub id, a file or a folder.
+    """Returns the rows of "demo", a name of `KNOWN_SETS`, another Hub id, a file or a folder.
 
     As in `datasets`, the working folder comes before the Hub, but "demo" is always the embedded
     set. A warning says which of two data sets of one name is used. `revision` is a branch, tag or
     commit on the Hub. Raises DataError.
     """
     path = expanded(name)
-    if name in HUB_NAMES and not path.exists():
-        path = Path(HUB_NAMES[name])  # `OpenAssistant/oasst1` may be a local folder, too
+    known = KNOWN_SETS.get(name)
+    if known is not None and not path.exists():
+        path = Path(known.hub)  # `OpenAssistant/oasst1` may be a local folder, too
     kind = _path_kind(path)
     if revision is not None and (name == DEMO or kind is not None):
         what = "the embedded set" if name == DEMO else f"a local {kind}"
@@ -212,14 +263,20 @@ def load_splits(name: str, revision: str | None = None) -> Splits:
     if kind is not None:
         _warn_of_same_name(name, path, kind)
     if name == DEMO:
-        return Splits(read_rows(demo_dir() / DEMO_ROWS), None, f"embedded {DEMO_ROWS}")
+        return Splits(_files_split([demo_dir() / DEMO_ROWS]), None, f"embedded {DEMO_ROWS}")
     if kind == "file":
-        return Splits(read_rows(path), None, str(path))
+        return Splits(_files_split([path]), None, str(path))
     if kind == "folder":
         return _folder_splits(path)
     if path.suffix.lower() in (*_FORMATS, *_COMPRESSED) or name.startswith((".", "/", "~")):
         raise DataError(f"--dataset: {name} does not exist", _REMEDY)
-    return _hub_splits(HUB_NAMES.get(name, name), revision)
+    if known is None:
+        return _hub_splits(name, revision)
+    return _hub_splits(known.hub, revision or known.commit)
+
+
+def _files_split(paths: Sequence[Path]) -> Split:
+    return Split(chain.from_iterable(map(read_rows, paths)), tuple(paths))
 
 
 def _path_kind(path: Path) -> str | None:
@@ -242,9 +299,12 @@ def _warn_of_same_name(name: str, path: Path, kind: str) -> None:
     local = f"the local {kind} {path}"
     if name == DEMO:
         logger.warning(f"--dataset {name}: uses the embedded set, not {local}; that is ./{path}")
-    elif name in HUB_NAMES or name in HUB_NAMES.values():
+        return
+    hubs = {known.hub for known in KNOWN_SETS.values()}
+    if name in KNOWN_SETS or name in hubs:
+        hub = KNOWN_SETS[name].hub if name in KNOWN_SETS else name
         logger.warning(
-            f"--dataset {name}: uses {local}, not {HUB_NAMES.get(name, name)} of the Hub; rename "
+            f"--dataset {name}: uses {local}, not {hub} of the Hub; rename "
             f"the {kind} to use the Hub's, or write ./{path} to silence this"
         )
 
@@ -273,7 +333,7 @@ def _folder_splits(path: Path) -> Splits:
     for name, files in files_by_split.items():
         paths = [file for file in map(Path, files) if _suffixes(file)[0] in _FORMATS]
         if paths:
-            splits[str(name)] = chain.from_iterable(map(read_rows, sorted(paths)))
+            splits[str(name)] = _files_split(sorted(paths))
     if not splits:
         raise DataError(f"--dataset: folder {path} holds no data file", _FOLDER)
     if "train" not in splits:
@@ -296,15 +356,25 @@ def _hub_splits(name: str, revision: str | None) -> Splits:
 
 def _loaded_splits(loaded: Any, source: str) -> Splits:
     if not isinstance(loaded, Mapping):
-        return Splits(_checked_rows(loaded, source), None, source)
+        return Splits(_loaded_split(loaded, source), None, source)
     if "train" not in loaded:
         raise _no_train_split(source, loaded)
-    validation = loaded.get("validation")
+    train, validation = loaded["train"], loaded.get("validation")
+    info = getattr(train, "info", None)
+    # Such as hf://datasets/OpenAssistant/oasst1@fdf7…/data/train.parquet.
+    urls = " ".join(map(str, getattr(info, "download_checksums", None) or ()))
+    commit = _COMMIT.search(urls)
     return Splits(
-        _checked_rows(loaded["train"], f"{source}, split train"),
-        None if validation is None else _checked_rows(validation, f"{source}, split validation"),
+        _loaded_split(train, f"{source}, split train"),
+        None if validation is None else _loaded_split(validation, f"{source}, split validation"),
         source,
+        commit[1] if commit else None,
     )
+
+
+def _loaded_split(rows: Any, place: str) -> Split:
+    files = [Path(file["filename"]) for file in getattr(rows, "cache_files", ())]
+    return Split(_loaded_rows(rows, place), tuple(files))
 
 
 def _no_train_split(source: str, names: Iterable[str]) -> DataError:
@@ -314,15 +384,14 @@ def _no_train_split(source: str, names: Iterable[str]) -> DataError:
     )
 
 
-def _checked_rows(rows: Any, place: str) -> Iterator[Mapping[str, Any]]:
+def _loaded_rows(rows: Any, place: str) -> Iterator[Row]:
     number = 0
     try:
         if hasattr(rows, "select_columns"):  # other columns may need packages to decode
-            present = [name for name in rows.column_names if name in FIELDS]
-            if set(present) >= REQUIRED:
-                rows = rows.select_columns(present)
+            present = [name for name in rows.column_names if name in _COLUMNS]
+            rows = rows.select_columns(present) if present else rows
         for number, row in enumerate(rows, start=1):
-            yield check_row(row, f"{place}, row {number}")
+            yield _row(f"{place}, row {number}", row)
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001  # decoding a column raises many kinds
