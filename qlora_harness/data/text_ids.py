@@ -18,8 +18,6 @@ class Tokenizer(Protocol):
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = ...) -> Any: ...  # noqa: D102
 
-    def apply_chat_template(self, messages: Any, /, **options: Any) -> Any: ...  # noqa: D102
-
 
 def leading_bos(tokenizer: Tokenizer) -> list[int]:
     """Returns [BOS] if the tokenizer itself puts it before a text, else [].

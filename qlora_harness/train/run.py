@@ -437,11 +437,13 @@ def _description(
     report = data.report
     train, held_out = report["train"], report["eval"]
     dropped = ", ".join(f"{n} {reason}" for reason, n in report["dropped"].items()) or "none"
+    rows = f"{report['rows']} rows in the form {report['form']}"
+    if "messages" in report:
+        rows = f"{report['trees']} trees, {report['messages']} messages"
     note = " (random weights)" if source.random_weights else ""
     return (
         f"{source.name}{note}, {settings.quant.value}, into {settings.run_dir}, on {device}\n"
-        f"data: {report['source']} ({report['form']}): {report['trees']} trees, {report['rows']} "
-        f"rows; dropped: {dropped}\n"
+        f"data: {report['source']}: {rows}; dropped: {dropped}\n"
         f"train: {train['conversations']} conversations, {train['tokens']:,} tokens, "
         f"{train['supervised_tokens']:,} learned; {train['truncated']} truncated to "
         f"{settings.data.max_length}, {train['without_supervised_token']} left out\n"
