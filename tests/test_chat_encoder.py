@@ -384,7 +384,7 @@ def test_llama_ids_are_those_of_the_whole_text(llama: Any, english: list[Convers
 
 
 def test_llama_report_of_the_english_half(llama: Any, english: list[Conversation]) -> None:
-    examples = [example for example in encoder(llama).encode_all(english) if example]
+    examples = [e.example() for e in encoder(llama).encode_all(english) if e]
     assert (len(english), len(examples), len(llama)) == (338, 336, 32000)
     assert sum(e.truncated for e in examples) == 86
     assert max(len(e.input_ids) for e in examples) == 512

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from qlora_harness.data.conversation import Conversation
-from qlora_harness.data.examples import IGNORE, Example
+from qlora_harness.data.examples import Example, SpannedIds
 from qlora_harness.data.own_template import OwnTemplate
 from qlora_harness.data.spelling import Spelling, TemplateSpeller, TextSpeller
 from qlora_harness.data.templates import NO_TEMPLATE, TEMPLATES, TOKENIZERS_OWN, check_fits
@@ -39,9 +39,10 @@ class ChatEncoder:
 
     def encode(self, conversation: Conversation) -> Example | None:
         """Encodes one conversation; None if no supervised token is left."""
-        return self.encode_all([conversation])[0]
+        encoded = self.encode_all([conversation])[0]
+        return None if encoded is None else encoded.example()
 
-    def encode_all(self, conversations: Sequence[Conversation]) -> list[Example | None]:
+    def encode_all(self, conversations: Sequence[Conversation]) -> list[SpannedIds | None]:
         """Encodes conversations; None stands for one without a supervised token.
 
         One that is too long loses whole exchanges: from the end back to its first supervised turn,
@@ -53,7 +54,7 @@ class ChatEncoder:
         spellings = self._speller.spell(conversations)
         return [self._fit(*pair) for pair in zip(conversations, spellings, strict=True)]
 
-    def _fit(self, conversation: Conversation, spelling: Spelling) -> Example | None:
+    def _fit(self, conversation: Conversation, spelling: Spelling) -> SpannedIds | None:
         exchanges, longest = spelling.exchanges, self._max_length
         total = len(spelling)
         truncated = total > longest
@@ -79,21 +80,26 @@ class ChatEncoder:
         turns = conversation.turns[2 * first : 2 * last]
         return self._speller.spell([replace(conversation, turns=turns)])[0]
 
-    def _example(self, spelling: Spelling, truncated: bool, turns: int) -> Example | None:
+    def _example(self, spelling: Spelling, truncated: bool, turns: int) -> SpannedIds | None:
         ids = list(spelling.lead)
-        labels = [IGNORE] * len(ids)
+        spans: list[int] = []
         for exchange in spelling.exchanges:
-            prompt, reply = exchange.prompt, exchange.reply
-            ids += prompt
-            ids += reply
-            unlearned = exchange.unlearned if self._learn_all else len(prompt)
-            labels += [IGNORE] * unlearned
-            labels += prompt[unlearned:]
-            learn_reply = self._learn_all or exchange.supervised
-            labels += reply if learn_reply else [IGNORE] * len(reply)
+            start = len(ids)
+            ids += exchange.prompt
+            if self._learn_all:
+                start += exchange.unlearned
+            else:
+                start = len(ids)
+            ids += exchange.reply
+            if self._learn_all or exchange.supervised:
+                spans += [start, len(ids)]
         length = self._max_length
-        example = Example(ids[:length], labels[:length], truncated, turns)
-        return example if any(label != IGNORE for label in example.labels[1:]) else None
+        if len(ids) > length:
+            del ids[length:]
+            inside = [border for border in spans if border < length]
+            spans = [*inside, length] if len(inside) % 2 else inside
+        # Nothing predicts the first token of a row.
+        return SpannedIds(ids, spans, truncated, turns) if spans and spans[-1] > 1 else None
 
 
 def _speller(tokenizer: Tokenizer, template: str, bos: list[int]) -> Speller:

@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_harness.data.chat_encoder import ChatEncoder
 from qlora_harness.data.conversation import Conversation
-from qlora_harness.data.examples import Example
+from qlora_harness.data.examples import SpannedIds
 from qlora_harness.data.reading import Reading, read_conversations
 from qlora_harness.data.sources import Split
 from qlora_harness.settings import DataSettings
@@ -124,11 +126,11 @@ def _write(folder: Path, reading: Reading, encoder: ChatEncoder) -> None:
     )
     trees: dict[str, int] = {}
     with pa.OSFile(str(folder / _TABLE), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for batch in _batches(reading.conversations):
-            examples = [example or _NOTHING for example in encoder.encode_all(batch)]
+        for batch, encoded in _encoded_batches(reading.conversations, encoder):
+            examples = [example or _NOTHING for example in encoded]
             columns = (
                 [example.input_ids for example in examples],
-                [example.learned_spans() for example in examples],
+                [example.spans for example in examples],
                 [example.truncated for example in examples],
                 [example.turns for example in examples],
                 [trees.setdefault(c.tree, len(trees)) for c in batch],
@@ -148,12 +150,22 @@ def _write(folder: Path, reading: Reading, encoder: ChatEncoder) -> None:
     _replace(folder / _COUNTS, json.dumps(counts))
 
 
-_NOTHING = Example([], [])
+_NOTHING = SpannedIds([], [])
 
 
-def _batches(conversations: Iterator[Conversation]) -> Iterator[list[Conversation]]:
-    while batch := list(islice(conversations, _BATCH)):
-        yield batch
+def _encoded_batches(
+    conversations: Iterator[Conversation], encoder: ChatEncoder
+) -> Iterator[tuple[list[Conversation], list[SpannedIds | None]]]:
+    """Yields batches with what they are encoded to; reads the next one meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        begun: deque[tuple[list[Conversation], Future[list[SpannedIds | None]]]] = deque()
+        while batch := list(islice(conversations, _BATCH)):
+            begun.append((batch, pool.submit(encoder.encode_all, batch)))
+            if len(begun) > 1:
+                first, future = begun.popleft()
+                yield first, future.result()
+        for first, future in begun:
+            yield first, future.result()
 
 
 def _replace(path: Path, text: str) -> None:

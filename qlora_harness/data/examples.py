@@ -35,22 +35,29 @@ class Example:
         """The number of learned tokens; nothing predicts the first token of a row."""
         return sum(label != IGNORE for label in self.labels[1:])
 
-    def learned_spans(self) -> list[int]:
-        """Returns where each learned span begins and ends, in one list."""
-        borders, at = [], 0
-        for learned, run in groupby(self.labels, lambda label: label != IGNORE):
-            length = sum(1 for _ in run)
-            if learned:
-                borders += [at, at + length]
-            at += length
-        return borders
+
+@dataclass(frozen=True)
+class SpannedIds:
+    """An example as tables hold it: `spans` are the borders of the learned spans, in turn."""
+
+    input_ids: list[int]
+    spans: list[int]
+    truncated: bool = False
+    turns: int = 0
+
+    def example(self) -> Example:
+        """Returns the example with its labels."""
+        ids, spans = self.input_ids, self.spans
+        labels = [IGNORE] * len(ids)
+        for begin, end in zip(spans[::2], spans[1::2], strict=True):
+            labels[begin:end] = ids[begin:end]
+        return Example(ids, labels, self.truncated, self.turns)
 
 
 class ExampleTable(Sequence[Example]):
-    """Some rows of a table of examples, which may be larger than memory.
+    """Some rows of a table of examples, in its order; it may be larger than memory.
 
-    The columns are `input_ids`, `spans` (`Example.learned_spans`), `truncated` and `turns`. An
-    example is made when it is read.
+    The columns are the fields of `SpannedIds`. An example is made when it is read.
     """
 
     def __init__(self, table: pa.Table, rows: np.ndarray[Any, Any]) -> None:
@@ -68,13 +75,8 @@ class ExampleTable(Sequence[Example]):
         if isinstance(index, slice):
             return ExampleTable(self._table, self._rows[index])
         row = int(self._rows[index])
-        ids = self._table["input_ids"][row].as_py()
-        borders = self._table["spans"][row].as_py()
-        labels = [IGNORE] * len(ids)
-        for begin, end in zip(borders[::2], borders[1::2], strict=True):
-            labels[begin:end] = ids[begin:end]
-        truncated, turns = self._table["truncated"][row], self._table["turns"][row]
-        return Example(ids, labels, truncated.as_py(), turns.as_py())
+        fields = ("input_ids", "spans", "truncated", "turns")
+        return SpannedIds(*(self._table[name][row].as_py() for name in fields)).example()
 
     @property
     def lengths(self) -> list[int]:
@@ -111,31 +113,23 @@ class ExampleTable(Sequence[Example]):
         """Yields ids and labels of each example, as int32."""
         import numpy as np
 
-        columns = [(_Lists(self._table["input_ids"])), _Lists(self._table["spans"])]
-        for row in self._rows:
-            ids, borders = (column[row] for column in columns)
-            labels = np.full(len(ids), IGNORE, np.int32)
-            for begin, end in borders.reshape(-1, 2):
-                labels[begin:end] = ids[begin:end]
-            yield ids, labels
-
-
-class _Lists:
-    """A column of lists of int32, whose lists are views of the column's memory."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        import numpy as np
-
-        chunks = column.chunks
-        self._values = [chunk.values.to_numpy() for chunk in chunks]
-        self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
-        self._starts = np.cumsum([0, *map(len, chunks)])
-
-    def __getitem__(self, row: int) -> Any:
-        chunk = int(self._starts.searchsorted(row, side="right")) - 1
-        place = row - self._starts[chunk]
-        offsets = self._offsets[chunk]
-        return self._values[chunk][offsets[place] : offsets[place + 1]]
+        rows = self._rows
+        columns = self._table["input_ids"], self._table["spans"]
+        begin = 0
+        for ids, spans in zip(*(column.iterchunks() for column in columns), strict=True):
+            first, last = rows.searchsorted([begin, begin + len(ids)])
+            starts = ids.offsets.to_numpy()
+            values = ids.values.to_numpy()
+            # Borders count from the start of their own example, and change what is learned.
+            owner = np.repeat(starts[:-1], np.diff(spans.offsets.to_numpy()))
+            is_border = np.zeros(len(values) + 1, np.int8)
+            np.add.at(is_border, spans.values.to_numpy() + owner, 1)
+            learned = np.cumsum(is_border[:-1]) % 2 == 1
+            labels = np.where(learned, values, np.int32(IGNORE))
+            for row in rows[first:last] - begin:
+                example = slice(starts[row], starts[row + 1])
+                yield values[example], labels[example]
+            begin += len(ids)
 
 
 def lengths_of(examples: Sequence[Example]) -> list[int]:

@@ -18,8 +18,6 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
-import jsonlines
-
 from qlora_harness.data.forms import FORMS
 from qlora_harness.data.rows import Row
 from qlora_harness.errors import DataError, first_line
@@ -92,20 +90,18 @@ class Splits:
     commit: str | None = None
 
 
+_JSON = json.JSONDecoder(object_pairs_hook=without_duplicates)
+
+
 def parse_line(line: str, place: str, remedy: str) -> object:
     """Parses a line of JSON Lines; raises DataError, with `place` and `remedy`, if it can't."""
     try:
-        return jsonlines.Reader([line], loads=_loads).read()
+        return _JSON.decode(line)
     except RecursionError:
         reason = "brackets too deep"
-    except jsonlines.InvalidLineError as error:
-        # The message of jsonlines has a wrong line number; that of the JSON parser is the cause.
-        reason = getattr(error.__cause__, "msg", None) or str(error.__cause__ or error)
-    raise DataError(f"{place}: not valid JSON ({reason:.120})", remedy) from None
-
-
-def _loads(text: str | bytes) -> Any:
-    return json.loads(text, object_pairs_hook=without_duplicates)
+    except ValueError as error:
+        reason = getattr(error, "msg", str(error))
+    raise DataError(f"{place}: not valid JSON ({reason:.120})", remedy)
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -183,7 +179,7 @@ def _json_rows(path: Path, text: IO[str]) -> Iterator[tuple[str, object]]:
 
 def _array_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
     try:
-        rows = _loads(text)
+        rows = _JSON.decode(text)
     except (ValueError, RecursionError) as error:
         reason = "brackets too deep" if isinstance(error, RecursionError) else str(error)
         raise DataError(f"{path}: not valid JSON ({reason:.120})", "Correct the file") from None
