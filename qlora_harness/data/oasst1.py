@@ -279,4 +279,5 @@ def _conversation(path: Sequence[_Message], supervise_all: bool) -> Conversation
         else Turn("user", row["text"])
         for row in path
     ]
-    return Conversation(path[0]["message_id"], tuple(turns))
+    tree = path[0]["message_id"]
+    return Conversation(tree, tuple(turns), place=f"tree {tree}")
