@@ -63,6 +63,16 @@ class DataReport(Section):
     """The data, as counted when it was read."""
 
     dataset: str | None = None
+    """A name, or a mixture such as oasst1:0.7,alpaca:0.3."""
+    form: str | None = None
+    """Of the rows: oasst, alpaca, sharegpt, messages, …; records without it have oasst."""
+    commit: str | None = None
+    """Commit of the data set on the Hub, if it came from there."""
+    rows: Count | None = None
+    dropped: dict[str, Count] = {}
+    """Rows or messages that were left out, by reason."""
+    mixture: list[dict[str, Any]] = []
+    """The weight and the counts of each data set of a mixture."""
     train: DataSplit = DataSplit()
     eval: DataSplit | None = None
 

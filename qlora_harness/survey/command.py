@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,18 +27,23 @@ _FLAGS = (
 )
 
 
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    built = flag_parser("qlora-harness data", _DESCRIPTION, epilog=None)
+    built.add_argument("dataset", metavar="DATA", help="what launch/train.py --dataset takes")
+    built.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write a page with figures (about 5 MB)"
+    )
+    leave_out = [name for name in setting_fields() if name not in _FLAGS]
+    return add_settings(built, leave_out=leave_out)
+
+
 def run(words: Sequence[str]) -> int:
     """Prints the survey of each data set and split; returns the exit status 0.
 
     Raises SettingsError for an unusable flag and DataError for data of no use.
     """
-    parser = flag_parser("qlora-harness data", _DESCRIPTION, epilog=None)
-    parser.add_argument("dataset", metavar="DATA", help="what launch/train.py --dataset takes")
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="also write a page with figures (about 5 MB)"
-    )
-    add_settings(parser, leave_out=[name for name in setting_fields() if name not in _FLAGS])
-    flags = vars(parser.parse_args(words))
+    flags = vars(parser().parse_args(words))
     html, recipe = flags.pop("html"), flags.pop("recipe")
     if recipe is not None:
         raise SettingsError("--recipe: `qlora-harness data` takes none", "Give the flags for data")
