@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One message, verbatim; its tokens are learned if it is `supervised`.
 
@@ -21,7 +21,7 @@ class Turn:
     context: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """Alternating turns, from a user's to an assistant's, or one "text" turn.
 

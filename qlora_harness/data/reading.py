@@ -8,7 +8,7 @@ from itertools import chain
 
 from qlora_harness.data.conversation import Conversation, Corpus
 from qlora_harness.data.forms import Form, recognise
-from qlora_harness.data.oasst1 import build_conversations, check_row
+from qlora_harness.data.oasst1 import check_row, read_trees
 from qlora_harness.data.rows import DroppedRow, Row
 from qlora_harness.data.sources import Split
 from qlora_harness.errors import DataError
@@ -73,15 +73,11 @@ def _trees(
     languages = parse_languages(settings.languages)
     checked = (check_row(row.values, row.place) for row in rows)
     try:
-        built = build_conversations(checked, languages, settings.conversations)
+        yield from read_trees(checked, languages, settings.conversations, corpus)
     except DataError as error:
         if source in str(error):
             raise
         raise DataError(f"{source}: {error.problem}", error.remedy) from None
-    corpus.messages, corpus.trees = built.messages, built.trees
-    corpus.dropped.update(built.dropped)
-    corpus.resolved.update(built.resolved)
-    yield from built.conversations
 
 
 def parse_languages(languages: str) -> tuple[str, ...] | None:
