@@ -159,7 +159,6 @@ def test_report_counts_everything_by_hand(load: Loader, tmp_path: Path) -> None:
         "leading_bos": [BOS],
         "commit": None,
         "form": "oasst",
-        "rows": 11,
         "messages": 11,
         "trees": 6,
         "dropped": {"deleted": 2, "language": 2, "tree without assistant reply": 1},
@@ -247,8 +246,6 @@ def test_validation_split_of_the_data_set_is_used_whole(load: Loader, tmp_path: 
     assert data.report["evaluation_source"] == "validation split"
     assert data.report["dropped"] == {}
     assert data.report["validation"] == {
-        "form": "oasst",
-        "rows": 4,
         "messages": 4,
         "trees": 2,
         "dropped": {"language": 2},

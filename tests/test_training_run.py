@@ -365,8 +365,8 @@ def test_mixture_of_forms_trains_and_its_record_says_what_of(
     assert train(dataset=mixture, **flags) == 0
     data = summary("run")["data"]
     assert (data["dataset"], data["form"]) == (mixture, "oasst, alpaca")
-    counts = [(part["weight"], part["form"], part["rows"]) for part in data["mixture"]]
-    assert counts == [(0.5, "oasst", 32), (0.5, "alpaca", 8)]
+    counts = [(part["weight"], part["form"], part["trees"]) for part in data["mixture"]]
+    assert counts == [(0.5, "oasst", 16), (0.5, "alpaca", 8)]
     assert [part["conversations"] for part in data["train"]["mixture"]] == [6, 6]
     tokenizer = AutoTokenizer.from_pretrained("run/adapter")
     assert tokenizer.chat_template == chat_template("vicuna", leading_bos=True)

@@ -134,7 +134,7 @@ def _data(training: TrainingSummary) -> str:
     data = training.data
     settings = dict(training.settings)
     form = None
-    if data.form not in (None, "oasst"):  # older records have trees
+    if data.form != "oasst":
         form = f"form {data.form}"
         settings.pop("languages", None)  # of trees only
     source = _phrased(settings, _SOURCE)

@@ -62,15 +62,16 @@ class _LoadedPart:
             "source": self.splits.source,
             "commit": self.splits.commit,
             "evaluation_source": self.evaluation_source,
-            **_without_places(self.train.encoded.counts),
+            **_counts(self.train.encoded),
         }
         if self.splits.validation is not None:
-            report["validation"] = _without_places(self.evaluation.encoded.counts)
+            report["validation"] = _counts(self.evaluation.encoded)
+            del report["validation"]["form"]
         return report
 
 
-def _without_places(counts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in counts.items() if name != "first"}
+def _counts(encoded: Encoded) -> dict[str, Any]:
+    return {name: value for name, value in encoded.counts.items() if name != "first"}
 
 
 def load_training_data(tokenizer: Tokenizer, settings: DataSettings) -> TrainingData:
@@ -176,8 +177,8 @@ def _merged(loaded: Sequence[_LoadedPart]) -> dict[str, Any]:
         name: ", ".join(dict.fromkeys(report[name] for report in reports))
         for name in ("source", "form", "evaluation_source")
     }
-    for name in ("rows", "trees"):
-        merged[name] = sum(report[name] for report in reports)
+    merged["rows"] = sum(map(_rows, reports))
+    merged["trees"] = sum(report["trees"] for report in reports)
     for name in ("dropped", "resolved"):
         counts = sum((Counter(report[name]) for report in reports), Counter[str]())
         merged[name] = dict(sorted(counts.items()))
@@ -186,12 +187,18 @@ def _merged(loaded: Sequence[_LoadedPart]) -> dict[str, Any]:
     return merged
 
 
+def _rows(report: Mapping[str, Any]) -> int:
+    """Returns the number of rows; those of trees are messages."""
+    rows: int = report.get("messages", report.get("rows", 0))
+    return rows
+
+
 def _nothing_left(loaded: Sequence[_LoadedPart], settings: DataSettings) -> DataError:
     report = _merged(loaded)
     reasons = ", ".join(f"{n} {reason}" for reason, n in report["dropped"].items())
     lost = sum(len(part.train.rows) - len(part.train.usable) for part in loaded)
     return DataError(
-        f"--dataset {settings.dataset}: no conversation is left to train on (of {report['rows']} "
+        f"--dataset {settings.dataset}: no conversation is left to train on (of {_rows(report)} "
         f"rows; dropped: {reasons or 'none'}; without a supervised token: {lost})",
         "Check --languages and --max-length",
     )

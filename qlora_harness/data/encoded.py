@@ -140,8 +140,8 @@ def _write(folder: Path, reading: Reading, encoder: ChatEncoder) -> None:
     corpus = reading.corpus
     counts = {
         "form": reading.form.name,
-        "rows": corpus.messages,  # a row of a tree is a message
-        **({"messages": corpus.messages} if reading.form.read is None else {}),
+        # A row of a tree is a message.
+        "rows" if reading.form.read else "messages": corpus.messages,
         "trees": corpus.trees,
         "dropped": dict(sorted(corpus.dropped.items())),
         "resolved": dict(sorted(corpus.resolved.items())),

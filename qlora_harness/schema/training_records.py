@@ -64,13 +64,10 @@ class DataReport(Section):
 
     dataset: str | None = None
     """A name, or a mixture such as oasst1:0.7,alpaca:0.3."""
-    form: str | None = None
-    """Of the rows: oasst, alpaca, sharegpt, messages, …; records without it have oasst."""
+    form: str = "oasst"
+    """Of the rows: oasst, as in all older records, alpaca, sharegpt, messages, …"""
     commit: str | None = None
     """Commit of the data set on the Hub, if it came from there."""
-    rows: Count | None = None
-    dropped: dict[str, Count] = {}
-    """Rows or messages that were left out, by reason."""
     mixture: list[dict[str, Any]] = []
     """The weight and the counts of each data set of a mixture."""
     train: DataSplit = DataSplit()
@@ -146,6 +143,10 @@ class Results(Section):
     """On the held-out conversations before the first step."""
 
 
+# Settings that older records lack, with what they were then.
+_LATER_SETTINGS = {"format": "auto"}
+
+
 class TrainingSummary(Header):
     """training_summary.json: one training run."""
 
@@ -187,6 +188,12 @@ class TrainingSummary(Header):
     """Times."""
     throughput: Throughput = Throughput()
     """Speed."""
+
+    @model_validator(mode="after")
+    def _settings_of_older_records_are_complete(self) -> TrainingSummary:
+        for name, value in _LATER_SETTINGS.items():
+            self.settings.setdefault(name, value)
+        return self
 
     @model_validator(mode="after")
     def _completed_runs_have_their_numbers(self) -> TrainingSummary:

@@ -437,9 +437,11 @@ def _description(
     report = data.report
     train, held_out = report["train"], report["eval"]
     dropped = ", ".join(f"{n} {reason}" for reason, n in report["dropped"].items()) or "none"
-    rows = f"{report['rows']} rows in the form {report['form']}"
-    if "messages" in report:
-        rows = f"{report['trees']} trees, {report['messages']} messages"
+    rows = (
+        f"{report['trees']} trees, {report['messages']} messages"
+        if "messages" in report
+        else f"{report['rows']} rows in the form {report['form']}"
+    )
     note = " (random weights)" if source.random_weights else ""
     return (
         f"{source.name}{note}, {settings.quant.value}, into {settings.run_dir}, on {device}\n"
