@@ -67,7 +67,7 @@ def test_sizes(trees: int, fraction: float, held_out: int) -> None:
 
 def test_split_is_seeded() -> None:
     def chosen(seed: int) -> list[int]:
-        return split_by_tree(forest(100), 0.05, seed)[1].tolist()  # type: ignore[no-any-return]
+        return list(split_by_tree(forest(100), 0.05, seed)[1])
 
     assert chosen(0) == chosen(0)
     assert chosen(0) != chosen(1)
@@ -283,6 +283,14 @@ def write_rows(path: Path, rows: list[Row]) -> Path:
 
 def alpaca_rows(count: int, word: str = "q") -> list[Row]:
     return [{"instruction": f"{word}{i}", "input": "", "output": f"r{i}"} for i in range(count)]
+
+
+def test_data_of_which_nothing_is_left_names_the_first_row(load: Loader, tmp_path: Path) -> None:
+    said = [{"from": "gpt", "value": "r"}, {"from": "human", "value": "q"}]
+    path = write_rows(tmp_path / "rows.jsonl", [{"conversations": said}] * 2)
+    with pytest.raises(DataError) as caught:
+        load(path)
+    assert f"of 2 rows; dropped: 2 role order, first {path}, line 1;" in str(caught.value)
 
 
 def test_other_forms_take_the_same_way(load: Loader, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def base(model: Path, quant: str = "bf16") -> Any:
     )
 
 
-def loss_of(model: Any, examples: list[Example]) -> float:
+def loss_of(model: Any, examples: Sequence[Example]) -> float:
     return evaluate_loss(
         model,
         examples,

@@ -194,11 +194,16 @@ def _rows(report: Mapping[str, Any]) -> int:
 
 
 def _nothing_left(loaded: Sequence[_LoadedPart], settings: DataSettings) -> DataError:
-    report = _merged(loaded)
-    reasons = ", ".join(f"{n} {reason}" for reason, n in report["dropped"].items())
+    counts = [part.train.encoded.counts for part in loaded]
+    reasons = [
+        f"{n} {reason}{f', first {place}' if (place := one['first'].get(reason)) else ''}"
+        for one in counts
+        for reason, n in one["dropped"].items()
+    ]
     lost = sum(len(part.train.rows) - len(part.train.usable) for part in loaded)
     return DataError(
-        f"--dataset {settings.dataset}: no conversation is left to train on (of {_rows(report)} "
-        f"rows; dropped: {reasons or 'none'}; without a supervised token: {lost})",
-        "Check --languages and --max-length",
+        f"--dataset {settings.dataset}: no conversation is left to train on (of "
+        f"{sum(map(_rows, counts))} rows; dropped: {'; '.join(reasons) or 'none'}; without a "
+        f"supervised token: {lost})",
+        "Check the data with `qlora-harness data`, --languages and --max-length",
     )

@@ -48,18 +48,19 @@ class Encoded:
     table: pa.Table
     counts: dict[str, Any]
     key: str | None
-    folder: object = None  # a temporary folder, as long as the table is in use
 
     def usable(self) -> np.ndarray[Any, Any]:
         """Returns which rows have a supervised token."""
         import pyarrow.compute as pc
 
         lengths = pc.list_value_length(self.table["input_ids"]).to_numpy()
-        return lengths > 0  # type: ignore[no-any-return]
+        usable: np.ndarray[Any, Any] = lengths > 0
+        return usable
 
     def trees(self) -> np.ndarray[Any, Any]:
         """Returns the number of each row's tree, from 0 in the order of the file."""
-        return self.table["tree"].to_numpy()  # type: ignore[no-any-return]
+        trees: np.ndarray[Any, Any] = self.table["tree"].to_numpy()
+        return trees
 
 
 def encode_split(
@@ -68,9 +69,10 @@ def encode_split(
     """Encodes a split, or opens it in the cache; raises DataError for a row of no use."""
     key = _key(split, settings, encoder)
     if key is None:
-        temporary = tempfile.TemporaryDirectory(prefix="qlora_harness")
-        _write(Path(temporary.name), read_conversations(split, settings, source), encoder)
-        return _open(Path(temporary.name), None, temporary)
+        # The mapped file outlives its name.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+            _write(Path(temporary), read_conversations(split, settings, source), encoder)
+            return _open(Path(temporary), None)
     from filelock import FileLock
 
     folder = _cache_folder() / key
@@ -101,13 +103,13 @@ def remembered(
     return value
 
 
-def _open(folder: Path, key: str | None, temporary: object = None) -> Encoded:
+def _open(folder: Path, key: str | None) -> Encoded:
     import pyarrow as pa
 
     with pa.memory_map(str(folder / _TABLE)) as file:
         table = pa.ipc.open_stream(file).read_all()
     counts = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
-    return Encoded(table, counts, key, temporary)
+    return Encoded(table, counts, key)
 
 
 def _write(folder: Path, reading: Reading, encoder: ChatEncoder) -> None:

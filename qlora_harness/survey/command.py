@@ -32,7 +32,12 @@ def parser() -> argparse.ArgumentParser:
     built = flag_parser("qlora-harness data", _DESCRIPTION, epilog=None)
     built.add_argument("dataset", metavar="DATA", help="what launch/train.py --dataset takes")
     built.add_argument(
-        "--html", type=Path, metavar="FILE", help="also write a page with figures (about 5 MB)"
+        "--html",
+        nargs="?",
+        type=Path,
+        const=Path("data.html"),
+        metavar="FILE",
+        help="also write a page with figures, about 5 MB (default data.html)",
     )
     leave_out = [name for name in setting_fields() if name not in _FLAGS]
     return add_settings(built, leave_out=leave_out)
