@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 from qlora_harness.data.chat_encoder import ChatEncoder
 from qlora_harness.data.conversation import Conversation, Turn
 from qlora_harness.data.examples import IGNORE, Example, fingerprint, show
+from qlora_harness.data.files import read_rows
 from qlora_harness.data.oasst1 import build_conversations, check_row
-from qlora_harness.data.sources import read_rows
 from qlora_harness.data.templates import TEMPLATES, chat_template
 from qlora_harness.data.text_ids import leading_bos
 from qlora_harness.errors import SettingsError

@@ -251,7 +251,7 @@ def test_open_turns_are_counted() -> None:
 def test_files_of_every_kind_hold_forms(tmp_path: Path, suffix: str) -> None:
     import pandas
 
-    from qlora_harness.data.sources import read_rows
+    from qlora_harness.data.files import read_rows
 
     frame = pandas.DataFrame([ALPACA, ALPACA | {"input": "", "output": "None"}])
     path = tmp_path / f"rows.{suffix}"

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from qlora_harness.data import sources
+from qlora_harness.data import files
 from qlora_harness.data.conversation import Conversation, Corpus, Turn
 from qlora_harness.data.oasst1 import build_conversations as build
 from qlora_harness.data.oasst1 import check_row
@@ -262,7 +262,7 @@ PLACE = "rows.jsonl, line 7"
 
 
 def read_rows(path: Path) -> list[Row]:
-    return [dict(check_row(row.values, row.place)) for row in sources.read_rows(path)]
+    return [dict(check_row(row.values, row.place)) for row in files.read_rows(path)]
 
 
 def without(row: Row, name: str) -> Row:

@@ -22,10 +22,11 @@ import pytest
 from mutations import Reader, damaged_bytes, damaged_value
 from pyarrow import parquet
 
+from qlora_harness.data.files import read_rows
 from qlora_harness.data.forms import recognise
 from qlora_harness.data.oasst1 import build_conversations, check_row
 from qlora_harness.data.rows import Row as PlacedRow
-from qlora_harness.data.sources import KNOWN_SETS, Split, load_splits, read_rows
+from qlora_harness.data.sources import KNOWN_SETS, Split, load_splits
 from qlora_harness.errors import DataError
 
 Row = dict[str, Any]

@@ -155,19 +155,18 @@ def test_chatml_with_a_system_prompt(smollm2_tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("template", ["chatml", "llama2", "vicuna", "alpaca-preamble"])
 @pytest.mark.parametrize("system", ["", "Be brief."])
-def test_the_same_template_in_jinja(smollm2_tokenizer: Any, template: str, system: str) -> None:
+def test_the_same_template_in_jinja(
+    smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str, system: str
+) -> None:
     item = talk("Hi there", "Hello!", "2+2?", "4.", system=system)
     example = encode(smollm2_tokenizer, item, template)
-    own = smollm2_tokenizer.chat_template
-    smollm2_tokenizer.chat_template = chat_template(template, leading_bos=False)
+    jinja = chat_template(template, leading_bos=False)
+    monkeypatch.setattr(smollm2_tokenizer, "chat_template", jinja)
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": turn.role, "content": turn.text} for turn in item.turns]
-    try:
-        applied = smollm2_tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True
-        )
-    finally:
-        smollm2_tokenizer.chat_template = own
+    applied = smollm2_tokenizer.apply_chat_template(
+        messages, return_dict=True, return_assistant_tokens_mask=True
+    )
     assert list(applied["input_ids"]) == example.input_ids
     assert [bool(m) for m in applied["assistant_masks"]] == [n != IGNORE for n in example.labels]
 
@@ -219,10 +218,10 @@ SPEAKERS = (
 @pytest.mark.parametrize("system", ["", "Be brief."])
 @pytest.mark.parametrize("mask", ["prompt", "none"])
 def test_own_template_gives_the_ids_and_labels_of_ours(
-    smollm2: str, own: str, system: str, mask: str
+    smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, own: str, system: str, mask: str
 ) -> None:
-    tokenizer: Any = load_tokenizer(find_base(smollm2))
-    tokenizer.chat_template = own
+    tokenizer = smollm2_tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", own)
     item = talk("Hi there", "Hello!\n", "2+2?", "4.", system=system)
     ours = encode(tokenizer, item, "chatml", mask)
     assert pieces_of(encode(tokenizer, item, "tokenizer", mask)) == pieces_of(ours)

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import bz2
-import csv
 import glob
-import gzip
-import io
-import json
 import logging
-import lzma
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-from qlora_harness.data.forms import FORMS
+from qlora_harness.data.files import (
+    COMPRESSED,
+    FORMATS,
+    REMEDY,
+    known_columns,
+    placed,
+    read_rows,
+    suffixes_of,
+)
 from qlora_harness.data.rows import Row
 from qlora_harness.errors import DataError, first_line
 from qlora_harness.locations import demo_dir, expanded
-from qlora_harness.record import without_duplicates
 
 logger = logging.getLogger("qlora_harness")
 
@@ -52,17 +53,8 @@ KNOWN_SETS = {
     "longform": KnownSet("akoksal/LongForm"),
 }
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_CSV_NULLS = frozenset({"", "NA", "N/A", "n/a", "NaN", "nan", "None", "null", "NULL", "<NA>"})
-_COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
-_FORMATS = (".jsonl", ".json", ".ndjson", ".parquet", *_DELIMITERS)
-_LONGEST_CELL = 1 << 24  # characters, in csv
-_REMEDY = "Name a file (.jsonl, .json, .csv or .parquet), a folder or a Hub id"
 _FOLDER = "It must be saved by datasets.save_to_disk, or hold .jsonl, .json, .csv or .parquet files"
 
-_COLUMNS = frozenset[str]().union(*(form.all_columns for form in FORMS.values()))
-# Cells of these columns are texts as they stand: a message may be "None".
-_TEXTS = _COLUMNS.difference(FORMS["oasst"].optional) | {"text"}
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 
@@ -88,154 +80,6 @@ class Splits:
     validation: Split | None
     source: str
     commit: str | None = None
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=without_duplicates)
-
-
-def parse_line(line: str, place: str, remedy: str) -> object:
-    """Parses a line of JSON Lines; raises DataError, with `place` and `remedy`, if it can't."""
-    try:
-        return _JSON.decode(line)
-    except RecursionError:
-        reason = "brackets too deep"
-    except ValueError as error:
-        reason = getattr(error, "msg", str(error))
-    raise DataError(f"{place}: not valid JSON ({reason:.120})", remedy)
-
-
-def read_rows(path: Path) -> Iterator[Row]:
-    """Yields the rows of a file: JSON Lines, a JSON array, csv or parquet.
-
-    All but parquet are UTF-8 and may be compressed (.gz, .xz, .bz2, .zst). Raises DataError with
-    the line or number of an unusable row.
-    """
-    suffix, compression = _suffixes(path)
-    try:
-        if not compression and _is_parquet(path):
-            rows = _parquet_rows(path)
-        else:
-            file = _open(path, compression)
-            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-            separator = _DELIMITERS.get(suffix)
-            rows = _csv_rows(path, text, separator) if separator else _json_rows(path, text)
-        for place, row in rows:
-            yield _row(place, row)
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"--dataset: {path} does not exist", _REMEDY) from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error.reason})", "Convert the file") from None
-    except Exception as error:  # noqa: BLE001  # parsers raise many kinds for damaged files
-        raise DataError(f"{path} can't be read: {first_line(error)}", "Check the file") from None
-
-
-def _row(place: str, row: object) -> Row:
-    if not isinstance(row, Mapping):
-        raise DataError(
-            f"{place}: expected an object, found {type(row).__name__}",
-            "A row is an object, with a value for each column",
-        )
-    return Row(place, row)
-
-
-def _suffixes(path: Path) -> tuple[str, str]:
-    """Returns ".csv" and ".gz" for rows.csv.gz; an absent one is empty."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    compression = suffixes.pop() if suffixes and suffixes[-1] in _COMPRESSED else ""
-    return (suffixes[-1] if suffixes else ""), compression
-
-
-def _is_parquet(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PAR1" or path.suffix.lower() == ".parquet"
-
-
-def _open(path: Path, compression: str) -> IO[bytes]:
-    if compression == ".zst":
-        import pyarrow  # installed with datasets
-
-        stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
-        return io.BufferedReader(cast(io.RawIOBase, stream))
-    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-    return cast(IO[bytes], openers.get(compression, open)(path, "rb"))
-
-
-def _json_rows(path: Path, text: IO[str]) -> Iterator[tuple[str, object]]:
-    """Yields the place and the value of each row of JSON Lines or of a JSON array."""
-    first = True
-    with text:
-        for number, line in enumerate(text, start=1):
-            if not line.strip():
-                continue
-            if first and line.lstrip().startswith("["):
-                yield from _array_rows(path, line + text.read())
-                return
-            first = False
-            place = f"{path}, line {number}"
-            yield place, parse_line(line, place, "Correct or remove the line")
-
-
-def _array_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    try:
-        rows = _JSON.decode(text)
-    except (ValueError, RecursionError) as error:
-        reason = "brackets too deep" if isinstance(error, RecursionError) else str(error)
-        raise DataError(f"{path}: not valid JSON ({reason:.120})", "Correct the file") from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", row
-
-
-def _csv_rows(path: Path, text: IO[str], separator: str) -> Iterator[tuple[str, object]]:
-    csv.field_size_limit(_LONGEST_CELL)
-    with text:
-        reader = csv.reader(text, delimiter=separator, strict=True)
-        names = next(reader, [])
-        without_duplicates([(name, None) for name in names])
-        for cells in filter(None, reader):
-            place = f"{path}, line {reader.line_num}"
-            if len(cells) != len(names):
-                raise DataError(
-                    f"{place}: {len(cells)} cells in {len(names)} columns",
-                    "Quote the cells that hold commas or line breaks",
-                )
-            row = zip(names, cells, strict=True)
-            yield place, {name: _csv_cell(name, cell) for name, cell in row}
-
-
-def _csv_cell(name: str, value: str) -> str | None:
-    """Reads a cell as pandas, and so datasets, does; but a text may be "None"."""
-    if name in _TEXTS:
-        return value
-    if name.endswith("_id") and re.fullmatch(r"\d+\.0", value):
-        return value.removesuffix(".0")  # pandas writes a column of integers with a null this way
-    return None if value in _CSV_NULLS else value
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
-    import pyarrow
-    from pyarrow import parquet, types
-
-    number = 0
-    with parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        without_duplicates([(name, None) for name in names])
-        columns = [name for name in names if name in _COLUMNS]
-        if not columns:
-            yield f"{path}, row 1", dict.fromkeys(names)  # has no form, and the message names these
-        for batch in file.iter_batches(batch_size=1000, columns=columns):
-            table = pyarrow.Table.from_batches([batch])
-            for index, column in enumerate(table.schema):
-                # Dates become numbers: Python's have a smaller range and fewer time zones.
-                values = table[index]
-                if types.is_date(column.type):
-                    values = values.cast(pyarrow.timestamp("s"))
-                if types.is_timestamp(values.type):
-                    table = table.set_column(index, column.name, values.cast(pyarrow.int64()))
-            for row in table.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
 
 
 def load_splits(name: str, revision: str | None = None) -> Splits:
@@ -264,8 +108,8 @@ def load_splits(name: str, revision: str | None = None) -> Splits:
         return Splits(_files_split([path]), None, str(path))
     if kind == "folder":
         return _folder_splits(path)
-    if path.suffix.lower() in (*_FORMATS, *_COMPRESSED) or name.startswith((".", "/", "~")):
-        raise DataError(f"--dataset: {name} does not exist", _REMEDY)
+    if path.suffix.lower() in (*FORMATS, *COMPRESSED) or name.startswith((".", "/", "~")):
+        raise DataError(f"--dataset: {name} does not exist", REMEDY)
     if known is None:
         return _hub_splits(name, revision)
     return _hub_splits(known.hub, revision or known.commit)
@@ -282,12 +126,12 @@ def _path_kind(path: Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     except OSError as error:
-        raise DataError(f"--dataset: {path} can't be read: {error.strerror}", _REMEDY) from None
+        raise DataError(f"--dataset: {path} can't be read: {error.strerror}", REMEDY) from None
     if stat.S_ISDIR(mode):
         return "folder"
     if stat.S_ISREG(mode):
         return "file"
-    raise DataError(f"--dataset: {path} is neither a file nor a folder", _REMEDY)
+    raise DataError(f"--dataset: {path} is neither a file nor a folder", REMEDY)
 
 
 def _warn_of_same_name(name: str, path: Path, kind: str) -> None:
@@ -327,7 +171,7 @@ def _folder_splits(path: Path) -> Splits:
         ) from None
     splits = {}
     for name, files in files_by_split.items():
-        paths = [file for file in map(Path, files) if _suffixes(file)[0] in _FORMATS]
+        paths = [file for file in map(Path, files) if suffixes_of(file)[0] in FORMATS]
         if paths:
             splits[str(name)] = _files_split(sorted(paths))
     if not splits:
@@ -384,10 +228,11 @@ def _loaded_rows(rows: Any, place: str) -> Iterator[Row]:
     number = 0
     try:
         if hasattr(rows, "select_columns"):  # other columns may need packages to decode
-            present = [name for name in rows.column_names if name in _COLUMNS]
+            known = known_columns()
+            present = [name for name in rows.column_names if name in known]
             rows = rows.select_columns(present) if present else rows
         for number, row in enumerate(rows, start=1):
-            yield _row(f"{place}, row {number}", row)
+            yield placed(f"{place}, row {number}", row)
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001  # decoding a column raises many kinds
