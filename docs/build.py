@@ -256,7 +256,7 @@ def picture() -> str:
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 {height}" role="img"
  aria-label="{item.arm} minus {item.baseline} with 95% intervals">
 {STYLE}
-<text class="title" x="12" y="22">{title(study())}</text>
+<text class="title" x="12" y="22">{title(study(), 90)}</text>
 {body}
 </svg>
 """

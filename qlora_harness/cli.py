@@ -88,6 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
         "schema", help="print the JSON schema of a record", allow_abbrev=False
     )
     schema.add_argument("kind", choices=sorted(_SCHEMAS), metavar="KIND", help=", ".join(_SCHEMAS))
+    commands.add_parser(
+        "doctor",
+        help="check packages, GPUs, memory, data and the plugin, with a remedy for each fault",
+        description="Prints a line per check. The exit status is 1 if something needed is missing.",
+        allow_abbrev=False,
+    )
     add_commands(commands)
     return parser
 
@@ -197,6 +203,10 @@ def _run(words: Sequence[str]) -> int:
         _read_runs(args)
     elif args.command == "schema":
         _print_schema(args.kind)
+    elif args.command == "doctor":
+        from qlora_harness.doctor import diagnose
+
+        return diagnose()
     else:
         run_benchmark(args)
     return 0

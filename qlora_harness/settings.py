@@ -26,6 +26,7 @@ DEFAULT_MAX_STEPS = 1875
 # We warn if a 4-bit base holds at least this share of its layer weights in 16 bits.
 NOTABLE_SHARE = 0.05
 CHECKPOINTING = ("none", "selective", "full", "offload")
+COMPUTE = ("bf16", "fp8")
 
 
 class Quant(str, Enum):
@@ -104,6 +105,12 @@ class ModelSettings:
         "auto",
         "dtype of matrix products; auto: bfloat16 on a GPU, the faster dtype on a CPU",
         choices=["auto", "bfloat16", "float32"],
+    )
+    compute: str = _setting(
+        "bf16",
+        "products with the frozen layers: in the compute dtype (bf16), or in 8-bit floats (fp8), "
+        "which is faster and less exact, and needs a Hopper GPU and fused layers",
+        choices=COMPUTE,
     )
 
 
@@ -418,6 +425,8 @@ def check_combination(settings: Settings) -> None:
             "--use-dora with --quant int8: PEFT's DoRA loses the scales of LLM.int8 on a CPU",
             "Use another --quant, or leave --use-dora out",
         )
+    if settings.model.compute == "fp8":
+        _check_fp8(settings)
     needs_fused = checkpointing in ("selective", "offload") and optimization.memory is None
     if needs_fused and not settings.allows_fused:
         arm = "--use-dora" if lora.use_dora else f"--quant {quant.value}"
@@ -425,6 +434,20 @@ def check_combination(settings: Settings) -> None:
             f"--checkpointing {checkpointing} needs fused layers, and {arm} has none",
             "Use --checkpointing full or none",
         )
+
+
+def _check_fp8(settings: Settings) -> None:
+    quant, optimization = settings.quant, settings.optimization
+    reason = None
+    if not settings.allows_fused:
+        arm = "--use-dora" if settings.lora.use_dora else f"--quant {quant.value}"
+        reason = f"{arm}: it has no fused layers", "Use --compute bf16"
+    elif optimization.kernels == "none":
+        reason = "--kernels none: it is a part of fused layers", "Leave one of the two out"
+    elif settings.model.compute_dtype == "float32":
+        reason = "--compute-dtype float32: the rest is bfloat16", "Leave one of the two out"
+    if reason is not None:
+        raise SettingsError(f"--compute fp8 with {reason[0]}", reason[1])
 
 
 def check_can_run(settings: Settings) -> None:

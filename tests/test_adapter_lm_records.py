@@ -92,6 +92,7 @@ def test_evaluation_results_say_what_was_scored_and_how(
     settings = {
         "batch_size": 4,
         "dtype": "float32",
+        "compute": "bf16",
         "softmax_dtype": "float32",
         "max_length": 1900,
         "leading_bos": [BOS],

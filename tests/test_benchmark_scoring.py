@@ -10,6 +10,7 @@ import pytest
 
 from qlora_harness.benchmark.record import ScoringBenchmark, ScoringMeasurement
 from qlora_harness.cli import main
+from qlora_harness.fused import fp8
 from qlora_harness.score.mmlu_files import DEMO_FILE, known_files
 
 
@@ -75,6 +76,21 @@ def test_each_way_is_compared_with_float32(tiny_llama: Path, tmp_path: Path) -> 
     assert exact["largest_difference"] > 0.0  # from hf in bfloat16
 
 
+def test_fp8_is_measured_beside_bf16(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8, "why_unavailable", lambda device: None)
+    words = ["--dtype", "bfloat16", "--quant", "nf4", "--fp8", "--adapter-rank", "4"]
+    measured = record_of(tiny_llama, tmp_path, *words)["measurements"]
+    assert [m["name"] for m in measured[1:]] == [
+        "packed",
+        "packed, compute=fp8",
+        "packed, unmerged adapter of rank 4",
+    ]
+    exact, rounded = (m["largest_difference"] for m in measured[1:3])
+    assert exact < rounded < 1
+
+
 @pytest.mark.parametrize(
     ("words", "facts"),
     [
@@ -86,6 +102,8 @@ def test_each_way_is_compared_with_float32(tiny_llama: Path, tmp_path: Path) -> 
         (["--adapter-rank", "0"], ["--adapter-rank: 0", "at least 1"]),
         (["--json", "/"], ["--json / is a folder"]),
         (["--quant", "nf4", "--float32-reference"], ["--float32-reference with --quant nf4"]),
+        (["--fp8", "--dtype", "bfloat16"], ["compute=fp8", "no CUDA device"]),
+        (["--fp8", "--kernels", "none"], ["compute=fp8 with kernels=none"]),
         (["--file", "nosuch"], ["--file: 'nosuch'", *known_files()]),
         (["--subjects", "nutritoin"], ["--subjects: ", DEMO_FILE, "'nutritoin'", "'nutrition'"]),
         (["--subjects", "nutrition,xyz"], ["--subjects: ", "'xyz'", "It has ", "nutrition"]),

@@ -40,6 +40,10 @@ def test_ways_learn_alike_from_the_same_batches(
         (["--quant", "nf4,foo"], ["--quant: 'foo'", "nf4, fp4, int8, hqq, bf16"]),
         (["--ways", "fused-none,fused-none@0"], ["--ways: 'fused-none@0'", ", ".join(WAYS)]),
         (["--ways", "fused-none@x"], ["--ways: 'fused-none@x'"]),
+        (["--ways", "fused-none,fused-none-fp8"], ["--ways: -fp8", "no CUDA device"]),
+        (["--ways", "fused-none-fp8s"], ["--ways: 'fused-none-fp8s'"]),
+        (["--ways", "trl-pad-fp8"], ["--ways: 'trl-pad-fp8'"]),
+        (["--ways", "peft-none-fp8"], ["--compute fp8 with --kernels none"]),
         (["--lora-r", "0"], ["--lora-r: 0", "at least 1"]),
         (["--steps", "0"], ["--steps: 0", "at least 1"]),
         (["--warm-up", "-1"], ["--warm-up: -1", "at least 0"]),
@@ -62,6 +66,7 @@ def test_batch_size_of_a_way_wins() -> None:
     own = changed_settings("fused-none@8", {"batch_size": 4, "lora_r": 2})
     assert (own["batch_size"], own["lora_r"], own["checkpointing"]) == (8, 2, "none")
     assert changed_settings("fused-none", {"batch_size": 4})["batch_size"] == 4
+    assert changed_settings("fused-none-fp8@8", {"lora_r": 2}) == own | {"compute": "fp8"}
 
 
 def test_table() -> None:

@@ -12,6 +12,7 @@ import pytest
 from compare_runs import FAMILY, FIRST, changed, edit, evaluation, summary, write_run, write_study
 from scipy import stats
 
+from qlora_harness.cli import main
 from qlora_harness.compare import page, text
 from qlora_harness.compare.comparison import Comparison, compare
 from qlora_harness.compare.methods import methods
@@ -44,7 +45,7 @@ def test_the_answer_has_a_row_for_each_arm(study: Comparison) -> None:
     lines = str(study).splitlines()
     assert len(lines) <= 12
     assert max(map(len, lines)) <= 80
-    assert "2, 5, 2, 5 seeds" in lines[0]
+    assert "2–5 seeds per arm" in lines[0]
     assert [line.split()[0] for line in lines[2:6]] == ["FP4", "NF4", "int8", "bf16"]
     nll = study.headline["nll"]
     half = max(nll.high - nll.difference, nll.difference - nll.low)
@@ -124,6 +125,40 @@ def test_names_say_what_tells_arms_apart(tmp_path: Path) -> None:
     assert comparison.headline.arm == "NF4"
 
 
+def test_fp8_products_are_named_wherever_their_numbers_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = []
+    for number, (quant, compute) in enumerate(
+        [("nf4", ...), ("nf4", "fp8"), ("bf16", "bf16"), ("bf16", "fp8"), ("bf16", ...)]
+    ):
+        record, scores = summary(quant), evaluation(FIRST)
+        if compute is not ...:
+            record["settings"]["compute"] = compute
+        if number == 4:
+            record["settings"]["seed"] = 1
+            scores["tasks"][FAMILY]["settings"] = scores["settings"] | {"compute": "fp8"}
+        paths.append(write_run(tmp_path / str(number), record, scores))
+    result = compare(paths)
+    assert result.arms == ["NF4", "NF4 in FP8", "bf16", "bf16 in FP8", "bf16 scored in FP8"]
+    pairs = {(item.arm, item.baseline) for item in result.primary}
+    assert {("NF4", "bf16"), ("NF4 in FP8", "bf16 in FP8")} <= pairs
+    different = {setting.name: setting.values for setting in result.different}
+    assert different["training.settings.compute"] == ["bf16", "fp8", "bf16", "fp8", "bf16"]
+    assert different["evaluation.settings.compute"] == ["bf16"] * 4 + ["fp8"]
+    noted = [note.partition(":")[0] for note in result.notes if "FP8" in note]
+    assert noted == ["1", "3", "4"]
+    assert "in FP8" in text.title(result) + str(result)
+    assert "NF4 in FP8 vs bf16 in FP8" in page.head(compare([paths[1], paths[3]]))
+    assert methods([load_run(path) for path in paths]).count("FP8 (e4m3)") == 3
+    assert main(["runs", str(tmp_path)]) == 0
+    listed = capsys.readouterr().out.splitlines()[1:]
+    assert ["in FP8" in line for line in listed] == [False, True, False, True, True]
+    # A record of an earlier version is no other arm than one that says bf16.
+    older = compare([paths[0], paths[2]])
+    assert "training.settings.compute" not in {setting.name for setting in older.different}
+
+
 def test_folders_whose_names_differ_in_white_space(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / name, summary(quant), evaluation(FIRST))
@@ -133,11 +168,20 @@ def test_folders_whose_names_differ_in_white_space(tmp_path: Path) -> None:
 
 
 def test_a_long_title_leaves_the_data_out(study: Comparison) -> None:
-    named = study.model_copy(update={"model": "org/a-model-with-a-long-name"})
-    assert "oasst1" in text.title(named)
+    named = study.model_copy(update={"model": "org/a-model-with-a-long-name.gguf"})
+    assert text.title(named).split(" · ")[3:] == ["a-model-with-a-long-name", "oasst1"]
     first = str(named).splitlines()[0]
     assert "oasst1" not in first
-    assert first.endswith("200 questions")
+    assert first.split(" · ")[2:] == ["200 questions", "a-model-with-a-long-name"]
+
+
+def test_a_long_line_of_differences_says_how_many_more(study: Comparison) -> None:
+    names = [f"difference_{number}" for number in range(9)]
+    long = study.model_copy(update={"besides": names})
+    assert text.differences_line(long).count("difference_") == 9
+    short = text.differences_line(long, 80)
+    assert len(short) <= 80
+    assert short.endswith(f"and {9 - short.count('difference_')} more.")
 
 
 def test_methods_hold_what_the_records_say(tmp_path: Path) -> None:

@@ -12,17 +12,17 @@ CPU = torch.device("cpu")
 
 def test_masks_keep_a_share_and_follow_the_seed() -> None:
     shapes = [(3, 200, 300), (1, 50, 700)]
-    first, second = dropout.draw(shapes, 0.25, 5, CPU, packed=False)
+    first, second = dropout.draw(shapes, 0.25, torch.tensor([5]), CPU, packed=False)
     assert [m.keep.shape for m in (first, second)] == shapes
     assert first.keep.dtype == torch.bool
     assert first.factor == second.factor == 4 / 3
     assert not first.packed
     assert first.keep.float().mean(dim=(1, 2)).tolist() == [pytest.approx(0.75, abs=0.01)] * 3
     assert second.keep.float().mean().item() == pytest.approx(0.75, abs=0.01)
-    again = dropout.draw(shapes, 0.25, 5, CPU, packed=False)
+    again = dropout.draw(shapes, 0.25, torch.tensor([5]), CPU, packed=False)
     assert torch.equal(first.keep, again[0].keep)
     assert torch.equal(second.keep, again[1].keep)
-    (other,) = dropout.draw(shapes[:1], 0.25, 9, CPU, packed=False)
+    (other,) = dropout.draw(shapes[:1], 0.25, torch.tensor([9]), CPU, packed=False)
     for mask in (*first.keep[1:], *other.keep):  # as far from the first as independent masks are
         differing = (mask != first.keep[0]).float().mean().item()
         assert differing == pytest.approx(2 * 0.25 * 0.75, abs=0.01)
@@ -34,7 +34,8 @@ def test_products_are_those_of_autograd(adapters: int) -> None:
     rows, columns, rank, scale = 6, 10, 2, 0.3
     x = torch.randn(rows, columns, dtype=torch.float64, requires_grad=True)
     down = torch.randn(adapters * rank, columns, dtype=torch.float64, requires_grad=True)
-    (masks,) = dropout.draw([(adapters, rows, columns)], 0.4, 1, CPU, packed=False)
+    seed = torch.tensor([1])
+    (masks,) = dropout.draw([(adapters, rows, columns)], 0.4, seed, CPU, packed=False)
     keep = masks.keep / 0.6
     parts = down.chunk(adapters)
     expected = torch.cat([scale * (x * k) @ a.t() for k, a in zip(keep, parts, strict=True)], dim=1)

@@ -232,18 +232,20 @@ torch.manual_seed(0)
 for shapes, probability, seed in (
     ([(1, 3, 8)], 0.5, 0), ([(2, 5, 520), (0, 5, 8), (3, 7, 24)], 0.1, 2**61 + 12345)
 ):
-    drawn = triton_dropout.draw(shapes, probability, seed, cpu)
+    drawn = triton_dropout.draw(shapes, probability, torch.tensor([seed]), cpu)
     assert [m.shape for m in drawn] == [(n, rows, -(-k // 512) * 64) for n, rows, k in shapes]
-    flat = torch.cat([m.flatten() for m in drawn])
-    assert flat.dtype == torch.uint8
-    for place in (0, 1, 511, len(flat) // 2, len(flat) - 1):
-        if place >= len(flat):
-            continue
-        words = philox(seed, place, 0)
-        drawn = [part for word in words for part in (word & 0xFFFF, word >> 16)]
-        expected = sum((n >= round(probability * 2**16)) << j for j, n in enumerate(drawn))
-        assert int(flat[place]) == expected
-(many,) = triton_dropout.draw([(2, 64, 1024)], 0.1, 3, cpu)
+    masks = [mask.flatten() for group in drawn for mask in group]
+    assert masks[0].dtype == torch.uint8
+    for adapter, mask in enumerate(masks):
+        for byte in (0, 1, 180, 191, len(mask) - 1):
+            words = philox(seed, byte, adapter)
+            parts = [part for word in words for part in (word & 0xFFFF, word >> 16)]
+            expected = sum((n >= round(probability * 2**16)) << j for j, n in enumerate(parts))
+            assert int(mask[byte]) == expected
+seed = torch.tensor([3])
+(many,) = triton_dropout.draw([(2, 64, 1024)], 0.1, seed, cpu)
+longer = triton_dropout.draw([(2, 70, 1024)], 0.1, seed, cpu)[0]
+assert torch.equal(longer[:, :64], many)
 many = unpack(many, 1024)
 assert abs(many.float().mean() - 0.9) < 0.003
 assert abs((many[0] != many[1]).float().mean() - 0.18) < 0.005
@@ -258,7 +260,7 @@ for rows, columns, adapters, rank, tiling in (
     if tiling is not None:
         triton_dropout.PRODUCT = triton_dropout.ADD = triton_dropout.GRADIENT = (tiling,)
         triton_dropout._first_tilings.cache_clear()
-    (bits,) = triton_dropout.draw([(adapters, rows, columns)], 0.2, 11, cpu)
+    (bits,) = triton_dropout.draw([(adapters, rows, columns)], 0.2, torch.tensor([11]), cpu)
     packed, plain = Masks(bits, 1.25), Masks(unpack(bits, columns), 1.25)
     x = room(rows, columns).copy_(torch.randn(rows, columns))
     down = room(adapters * rank, columns).copy_(torch.randn(adapters * rank, columns))

@@ -102,9 +102,9 @@ def test_behind_the_last_attention_only_what_is_read_is_computed(
     gated: list[int] = []
     swiglu = ops.swiglu
 
-    def noted(gates: torch.Tensor, out: torch.Tensor) -> None:
+    def noted(gates: torch.Tensor, out: torch.Tensor, rounded: Any) -> None:
         gated.append(len(gates))
-        swiglu(gates, out)
+        swiglu(gates, out, rounded)
 
     monkeypatch.setattr(ops, "swiglu", noted)
     last, every = [size - 1], list(range(size))

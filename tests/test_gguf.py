@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from compare_runs import changed
 from safetensors.torch import load_file
 from tiny_models import gguf_weights, write_gguf
@@ -33,7 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
     folder = tmp_path / "cache"
     if "smollm2" not in request.fixturenames:
         monkeypatch.setattr(gguf, "cache_dir", lambda: folder)
-    return folder / "gguf"
+    return folder / f"gguf-{gguf._FORMAT}"
 
 
 def expanded_weights(file: Path) -> dict[str, torch.Tensor]:
@@ -247,6 +248,26 @@ def test_tensor_types_without_a_dequantisation(tmp_path: Path) -> None:
 
 
 # --- recorded -------------------------------------------------------------------------------------
+
+
+def test_special_tokens_are_those_of_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """transformers 5.17 names another end of sequence for Qwen2."""
+    load = transformers.AutoTokenizer.from_pretrained
+
+    def with_other_end(*args: Any, **options: Any) -> Any:
+        tokenizer = load(*args, **options)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(6)
+        return tokenizer
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", with_other_end)
+    source = find_base(str(write_gguf(tmp_path / "tiny.gguf", gguf_weights())))
+    monkeypatch.undo()
+    tokenizer = load(source.path)
+    # The file names no padding, so that is transformers' choice.
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 6)
 
 
 def test_a_run_on_a_gguf_file_is_recorded_and_scored(

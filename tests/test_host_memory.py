@@ -122,6 +122,20 @@ def test_no_more_is_pinned_than_planned(
     assert needed <= blocks.pinned <= most == needed * 5 // 4
 
 
+def test_reserved_memory_suffices(streams: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = BLOCK + 1
+    host = HostMemory()
+    host.reserve(3, size)
+    assert host._blocks.pinned == 6
+    for _ in range(3):
+        host._blocks.take(size)
+    assert host._blocks.pinned == 6
+    monkeypatch.setattr(host_memory, "memory_of_a_process", lambda: 4 * 5 * BLOCK)
+    limited = HostMemory()
+    limited.reserve(3, size)
+    assert limited._blocks.pinned == 5  # a quarter of what is free
+
+
 @pytest.mark.parametrize("order", [[4, 3, 2, 1, 0], [0, 3, 4, 1, 2], []])
 def test_tensors_come_back_in_any_order(streams: None, order: list[int]) -> None:
     host = HostMemory()

@@ -87,6 +87,23 @@ def test_prediction_is_within_a_tenth_of_the_measurement(
     assert predict_memory(shape, settings, tokens).peak / GIB == pytest.approx(gib, rel=0.1)
 
 
+def test_graphs_hold_activations_gradients_and_the_work_of_two_layers(
+    shape: Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = build_settings({"checkpointing": "none", "optimizer": "adamw_torch"})
+    plan = predict_memory(shape, settings, 500)
+    assert plan.graphs
+    assert plan.activations == predict_memory(shape, settings, 512).activations
+    held = plan.weights + plan.adapter + plan.states
+    assert plan.peak == held + plan.activations + plan.gradients + plan.work
+    monkeypatch.setattr("qlora_harness.fused.graphs._DEVICE_BOUND", 0)
+    launched = predict_memory(shape, settings, 512)
+    assert not launched.graphs
+    assert plan.work > launched.work
+    assert plan.gradients == launched.gradients
+    assert not predict_memory(shape, settings, 10_000).graphs
+
+
 @pytest.mark.parametrize(
     ("quant", "double_quant", "use_dora"),
     [

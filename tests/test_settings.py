@@ -30,7 +30,8 @@ from qlora_harness.train.command import parse_settings
 # The published recipe (artidoro/qlora, scripts/finetune_llama2_guanaco_7b.sh), by our names.
 PUBLISHED = {
     "model": "meta-llama/Llama-2-7b-hf", "quant": "nf4", "double_quant": True,
-    "compute_dtype": "auto", "dataset": "oasst1", "max_length": 512, "lora_r": 64,
+    "compute_dtype": "auto",
+    "compute": "bf16", "dataset": "oasst1", "max_length": 512, "lora_r": 64,
     "lora_alpha": 16, "lora_dropout": 0.1, "lora_targets": "all-linear", "max_steps": 1875,
     "epochs": None, "learning_rate": 2e-4, "lr_schedule": "constant",
     "optimizer": "paged_adamw_32bit", "adam_beta2": 0.999, "weight_decay": 0.0,
@@ -44,8 +45,8 @@ OURS = {
     "eval_steps": None, "batch_size": 1,
     "grad_accum": 16, "eval_batch_size": 8, "warmup_ratio": 0.0, "adapter_dtype": "float32",
     "use_rslora": False, "use_dora": False, "init_lora_weights": "default",
-    "kernels": "auto", "memory": None, "output_dir": None, "save_steps": 250, "resume": "auto",
-    "overwrite": False, "report_to": "none",
+    "compute": "bf16", "kernels": "auto", "memory": None, "output_dir": None, "save_steps": 250,
+    "resume": "auto", "overwrite": False, "report_to": "none",
 }  # fmt: skip
 
 
@@ -213,6 +214,10 @@ def test_error_names_the_source_of_the_value(
         (["--quant", "int8", "--checkpointing", "offload"], "--checkpointing offload needs fused"),
         (["--use-dora", "--quant", "int8"], "--use-dora with --quant int8: "),
         (["--use-dora", "--checkpointing", "selective"], "--checkpointing selective needs fused"),
+        (["--compute", "fp8", "--quant", "int8"], "--compute fp8 with --quant int8: "),
+        (["--compute", "fp8", "--use-dora"], "--compute fp8 with --use-dora: "),
+        (["--compute", "fp8", "--kernels", "none"], "--compute fp8 with --kernels none: "),
+        (["--compute", "fp8", "--compute-dtype", "float32"], "--compute fp8 with --compute-dtype "),
         (["--quant"], "argument --quant: expected one argument. `launch/train.py --help` "),
         (["--report-to", "mlflow"], "--report-to: 'mlflow' is not one of none, tensorboard, wandb"),
         (["--max-steps", "1.5"], "--max-steps: '1.5' is not a whole number. "),
@@ -360,6 +365,7 @@ def test_settings_round_trip_through_their_flat_form(values: dict[str, Any]) -> 
         values["max_steps"] = None
     # Their other values exclude some quantisations.
     values |= {"init_lora_weights": "eva", "checkpointing": "full", "use_dora": False}
+    values["compute"] = "bf16"
     settings = build_settings(values)
     assert build_settings(settings.flat()) == settings
 

@@ -270,6 +270,10 @@ def test_an_arm_that_does_not_fit_a_gpu_is_refused(file: Path, content: dict[str
     with pytest.raises(SettingsError) as caught:
         check_study_runs(study, [Device("0", 2**40), Device("1", needed - 2**20)])
     assert str(caught.value).startswith("arm '")
+    settings = {**content["settings"], "compute": "fp8", "compute_dtype": "bfloat16"}
+    rounded = build_study({**content, "settings": settings}, {}, file)
+    with pytest.raises(SettingsError, match="--compute fp8: there is no CUDA device"):
+        check_study_runs(rounded, [Device(None, None)])
     assert Device("1", None).environment(10**6) | {"OMP_NUM_THREADS": "1"} == {
         "CUDA_VISIBLE_DEVICES": "1",
         "OMP_NUM_THREADS": "1",

@@ -146,7 +146,8 @@ def test_files_and_numbers_of_a_run(
 
     runtime = record["runtime"]
     assert set(runtime) == {
-        "train_seconds", "load_seconds", "data_seconds", "eval_seconds", "total_seconds", "resumed"
+        "train_seconds", "load_seconds", "data_seconds", "eval_seconds", "total_seconds",
+        "resumed", "graph_passes",
     }  # fmt: skip
     assert runtime["resumed"] is False
     parts = ("train_seconds", "load_seconds", "data_seconds", "eval_seconds")

@@ -23,14 +23,19 @@ Step = tuple[float, dict[str, torch.Tensor]]  # loss, gradients by name
 
 
 def tiny(
-    kind: str, *, quantised: bool = False, num_key_value_heads: int = 2, layers: int = 2
+    kind: str,
+    *,
+    quantised: bool = False,
+    num_key_value_heads: int = 2,
+    layers: int = 2,
+    num_attention_heads: int = 4,
 ) -> Any:
     shape = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": layers,
-        "num_attention_heads": 4,
+        "num_attention_heads": num_attention_heads,
         "num_key_value_heads": num_key_value_heads,
         "max_position_embeddings": 64,
         "attn_implementation": "sdpa",
@@ -40,7 +45,8 @@ def tiny(
         "qwen2": transformers.Qwen2Config,
         "qwen3": transformers.Qwen3Config,
     }
-    config = kinds[kind](**shape, **({"head_dim": 16} if kind == "qwen3" else {}))
+    head = {"head_dim": 64 // num_attention_heads} if kind == "qwen3" else {}
+    config = kinds[kind](**shape, **head)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).float()
     for parameter in model.parameters():

@@ -63,7 +63,8 @@ def _add_training(commands: Any) -> None:
         "published-balanced (the recipe with --memory), peft-none, fused-offload, fused-lean and "
         "fused-lean-1; for the peers trl and unsloth PEER-pad, PEER-free (the same batches without "
         "padding) and PEER-pack (conversations packed into rows), each also as PEER-...-full (with "
-        "the peer's checkpointing); NAME@N sets the batch size to N",
+        "the peer's checkpointing); NAME-fp8 computes one of our fused ways in FP8; NAME@N sets "
+        "the batch size to N",
     )
     add(
         "--peer-path",
@@ -142,6 +143,7 @@ def _add_scoring(commands: Any) -> None:
         help="also score with float32 weights, and print how far each way is from that",
     )
     add("--kernels", default="auto", choices=["auto", "none"])
+    add("--fp8", action="store_true", help="also time packed scoring with compute=fp8")
     _add_output(parser)
 
 

@@ -23,7 +23,9 @@ from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.encoding import Pair
 from qlora_harness.score.mmlu import is_tie, predict
 from qlora_harness.score.mmlu_files import Question, known_files, load_questions
+from qlora_harness.score.model_arguments import ScoringOptions, check_fp8, resolve_dtype
 from qlora_harness.score.session import TokenScores
+from qlora_harness.settings import Quant
 
 Logprobs = list[list[float]]  # four of each question, nats
 
@@ -46,20 +48,24 @@ class ScoringPlan:
     adapter_rank: int | None
     kernels: str
     float32_reference: bool
+    fp8: bool
     output: Path | None
 
 
 def measure_scoring(plan: ScoringPlan) -> str:
     """Loads the base, measures, and returns the table.
 
-    Raises HarnessError if the model or the file can't be read, or if `float32_reference` is set
-    for 4-bit weights.
+    Raises HarnessError if the model or the file can't be read, if `float32_reference` is set for
+    4-bit weights, or `fp8` where FP8 products are impossible.
     """
     if plan.float32_reference and plan.quant != "bf16":
         raise SettingsError(
             f"--float32-reference with --quant {plan.quant}: 4-bit weights have no float32 form",
             "Use --quant bf16",
         )
+    if plan.fp8:
+        ScoringOptions(kernels=plan.kernels, compute="fp8")
+        check_fp8(Quant(plan.quant), resolve_dtype(plan.dtype, None))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     questions = choose_questions(plan.file, plan.folder, plan.subjects, plan.rows)
     lm = QloraAdapterLM(
@@ -146,13 +152,14 @@ class _ScoringBench:
             self._measure(way, warm)
             measured, exact = self._measure(way, self._sample)
             by_way.append((self._add(measured, exact), exact))
-        lm.take(base, plan.kernels)
-        way = _packed_way(lm, "packed")
-        self._measure(way, warm)
-        measured, logprobs = self._measure(way, questions)
-        by_prompt = {q.prompt: row for q, row in zip(questions, logprobs, strict=True)}
-        logprobs = [by_prompt[q.prompt] for q in self._sample]
-        by_way.append((self._add(measured, logprobs), logprobs))
+        for compute in ("bf16", "fp8")[: 1 + plan.fp8]:
+            lm.take(base, plan.kernels, compute)
+            way = _packed_way(lm, "packed" if compute == "bf16" else f"packed, compute={compute}")
+            self._measure(way, warm)
+            measured, logprobs = self._measure(way, questions)
+            by_prompt = {q.prompt: row for q, row in zip(questions, logprobs, strict=True)}
+            logprobs = [by_prompt[q.prompt] for q in self._sample]
+            by_way.append((self._add(measured, logprobs), logprobs))
         if plan.adapter_rank is not None:
             lm.take(_with_random_adapter(lm.model, plan.adapter_rank), plan.kernels)
             way = _packed_way(lm, f"packed, unmerged adapter of rank {plan.adapter_rank}")

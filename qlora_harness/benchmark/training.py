@@ -22,6 +22,7 @@ from qlora_harness.benchmark.record import TrainingBenchmark, TrainingMeasuremen
 from qlora_harness.data.corpus import load_training_data
 from qlora_harness.data.examples import Example
 from qlora_harness.errors import SettingsError, TrainingError
+from qlora_harness.fused import fp8
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import (
     BaseSource,
@@ -35,6 +36,7 @@ from qlora_harness.train.adapter import attach_adapter
 from qlora_harness.train.arguments import training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.memory_meter import MemoryMeter
+from qlora_harness.train.memory_plan import largest_pass
 from qlora_harness.train.trainer import CountingTrainer, StepLog
 
 _SHARED: dict[str, Any] = {
@@ -65,6 +67,7 @@ WAYS: dict[str, dict[str, Any]] = {
     name: _SHARED | {"kernels": "none", "checkpointing": way.checkpointing}
     for name, way in PEER_WAYS.items()
 }
+_FP8_ENDING = "-fp8"
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,12 @@ def measure_training(plan: TrainingPlan) -> str:
         for quant in plan.quants
         for way in plan.ways
     }
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for each in settings.values():
         check_can_run(each)
+        reason = fp8.why_unavailable(device) if each.model.compute == "fp8" else None
+        if reason is not None:
+            raise SettingsError(f"--ways: -fp8 is impossible: {reason}", "Leave these ways out")
     bench = _TrainingBench(plan, build_settings(shared | dict(plan.changes)))
     for quant in plan.quants:
         for way in plan.ways:
@@ -118,12 +125,19 @@ def measure_training(plan: TrainingPlan) -> str:
 
 
 def changed_settings(way: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a way; a batch size after "@" overrides that of `changes`."""
+    """Returns the settings of a way, in FP8 if it ends so.
+
+    A batch size after "@" overrides that of `changes`.
+    """
     name, at, size = way.partition("@")
+    ours, ending, more = name.partition(_FP8_ENDING)
+    if ending and not more and ours not in PEER_WAYS:
+        name, changes = ours, dict(changes) | {"compute": "fp8"}
     if name not in WAYS or (at and (not size.isdecimal() or int(size) == 0)):
         raise SettingsError(
             f"--ways: {way!r} is unknown",
-            f"Use {', '.join(WAYS)}; @N after a name sets the batch size to N",
+            f"Use {', '.join(WAYS)}; -fp8 after a name of fused layers computes in FP8, @N sets "
+            "the batch size to N",
         )
     return WAYS[name] | dict(changes) | ({"batch_size": int(size)} if at else {})
 
@@ -208,8 +222,16 @@ class _TrainingBench:
         optimization = settings.optimization
         model = attach_adapter(self._base, settings)
         decoder: FusedDecoder | None = None
+        compute = settings.model.compute
+        reason = FusedDecoder.reason_against_fp8(model) if compute == "fp8" else None
+        if reason is not None:
+            raise TrainingError(f"-fp8 is impossible: {reason}", "Leave this way out")
         if optimization.kernels == "auto" and FusedDecoder.reason_against(model) is None:
-            decoder = FusedDecoder.attach(model, optimization.checkpointing)
+            lengths = [len(example.input_ids) for example in self.examples]
+            longest = largest_pass(lengths, settings, fused=True)
+            decoder = FusedDecoder.attach(
+                *(model, optimization.checkpointing, longest), compute=compute
+            )
         fused = decoder is not None
         try:
             with tempfile.TemporaryDirectory() as folder:

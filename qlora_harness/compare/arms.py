@@ -89,20 +89,28 @@ def group(runs: Sequence[Run]) -> list[Arm]:
     ]
 
 
+def in_fp8(run: Run) -> str:
+    """Returns what a name says of a run with FP8 products: in training, or in scoring only."""
+    if run.training is not None and run.training.in_fp8:
+        return " in FP8"
+    return " scored in FP8" if any(scored.in_fp8 for scored in run.scored.values()) else ""
+
+
 def _key(run: Run) -> tuple[object, ...]:
     if run.training is None:
-        return (run.quant, False, run.model)
+        return (run.quant, False, run.model, in_fp8(run))
     settings = {**settings_of(run), **run.training.model.model_dump(exclude={"commit", "gguf"})}
     settings.pop("seed", None)
     settings.pop("model", None)  # the same GGUF file in another folder; its name is in `model`
     data = run.training.data.train.fingerprint
-    return (run.quant, True, run.training.status, data, repr(sorted(settings.items())))
+    kind = (run.quant, True, run.training.status, in_fp8(run), data)
+    return (*kind, repr(sorted(settings.items())))
 
 
 def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
     """Each arm's quantisation, and the settings that tell arms of one quantisation apart."""
     firsts = [group[0] for group in groups]
-    names = [NAMES.get(str(run.quant), run.quant or run.label) for run in firsts]
+    names = [NAMES.get(str(run.quant), run.quant or run.label) + in_fp8(run) for run in firsts]
     bases = [not run.tuned and run.quant is not None for run in firsts]
     kinds = list(zip(names, bases, strict=True))
     for kind in {kind for kind in kinds if kinds.count(kind) > 1}:
@@ -215,4 +223,5 @@ def _against_bf16(arms: list[Arm]) -> Pairs:
 def _distance(arm: Arm, reference: Arm) -> int:
     mine, theirs = settings_of(arm.runs[0]), settings_of(reference.runs[0])
     names = (mine.keys() | theirs.keys()) - set(_FOLLOWING)
-    return sum(mine.get(name) != theirs.get(name) for name in names)
+    others = in_fp8(arm.runs[0]) != in_fp8(reference.runs[0])
+    return others + sum(mine.get(name) != theirs.get(name) for name in names)

@@ -251,6 +251,8 @@ def _notes_on_training(run: Run) -> list[str]:
     training, notes = run.training, []
     if training is None:
         return []
+    if training.in_fp8:
+        notes.append("trained with FP8 products (--compute fp8), which are less exact than bf16")
     if training.status == "interrupted":
         notes.append("training was interrupted: its numbers are those up to that step")
     paged = str(training.settings.get("optimizer")).startswith("paged")
@@ -264,6 +266,8 @@ def _notes_on_training(run: Run) -> list[str]:
 
 def _notes_on_scores(scored: Scored, frame: pd.DataFrame | None) -> list[str]:
     notes = list(scored.notes)
+    if scored.in_fp8:
+        notes.append("scored with FP8 products (compute=fp8), which are less exact than bf16")
     shared = 0.0 if frame is None else float((frame["credit"] - frame["score"]).mean())
     if abs(shared) > _NOTABLE_TIES:
         notes.append(

@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{flag} {path} can't be written: {error.strerror}", "Name another file"
             ) from None
     print(printable(text.answer(comparison), keep="\n"))
-    print(printable(text.differences_line(comparison)))
+    print(printable(text.differences_line(comparison, text.COLUMNS)))
     if args.details:
         print(printable(text.details(comparison), keep="\n"))
     print(printable(f"Details: {', '.join(str(path) for path in outputs.values())}"))

@@ -122,7 +122,8 @@ def _held(arms: Sequence[Arm]) -> list[str]:
         scales = ""
         if quant in ("nf4", "fp4") and held.double_quant is not None:
             scales = f" with{'' if held.double_quant else 'out'} double quantisation"
-        forms.append(f"{NAMES.get(quant, quant)}{scales}")
+        rounded = ", rounded to FP8 (e4m3) for products" * run.in_fp8
+        forms.append(f"{NAMES.get(quant, quant)}{scales}{rounded}")
         dtypes += [held.compute_dtype] if held.compute_dtype else []
     if not forms:
         return []
@@ -191,6 +192,7 @@ def _task(scored: Scored) -> str:
         _hash("prompts", scored.prompts_sha256),
         "by log-probabilities of A–D with adapters unmerged" if ours else f"by {scored.metric}",
         _phrased(scored.conditions, dtypes),
+        "products with the base in FP8 (e4m3)" if scored.in_fp8 else None,
     )
 
 

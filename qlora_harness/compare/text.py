@@ -33,29 +33,26 @@ def title(comparison: ComparisonRecord, columns: int | None = None) -> str:
         several = len({item.baseline for item in primary}) > 1
         baseline = "their bf16 arms" if several else primary[0].baseline
         names = f"{len(primary)} arms vs {baseline}"
-    dataset = (comparison.dataset or "").rpartition("/")[2].partition(".")[0]
-    parts = [names, (comparison.model or "").rpartition("/")[2], dataset]
-    parts.append(_seeds(primary))
+    parts = [names, _seeds(primary)]
     if comparison.questions is not None:
         task = "" if comparison.task == DEFAULT_TASK else f"{comparison.task}, "
         parts.append(f"{task}{comparison.questions:,} questions")
-    line = " · ".join(part for part in parts if part)
-    if columns is not None and len(line) > columns and dataset:
-        return line.replace(f" · {dataset}", "", 1)
+    parts.append((comparison.model or "").rpartition("/")[2].removesuffix(".gguf"))
+    parts.append((comparison.dataset or "").rpartition("/")[2].partition(".")[0])
+    shown = [part for part in parts if part]
+    line = " · ".join(shown)
+    if columns is not None and len(line) > columns and parts[-1]:
+        return " · ".join(shown[:-1])
     return line
 
 
 def _seeds(primary: Sequence[Contrast]) -> str:
-    """How many seeds each arm has, in the order of the rows; "" for one each."""
-    arms = {item.arm: item.seeds[0] for item in primary}
-    counts = list((arms | {item.baseline: item.seeds[1] for item in primary}).values())
+    """How many seeds each arm has; "" for one each."""
+    counts = {seeds for item in primary for seeds in item.seeds}
     if max(counts, default=1) == 1:
         return ""
-    if len(set(counts)) == 1:
-        return f"{counts[0]} seeds per arm"
-    if len(counts) > _ROWS:
-        return f"{min(counts)}–{max(counts)} seeds per arm"
-    return f"{', '.join(map(str, counts))} seeds"
+    least, most = min(counts), max(counts)
+    return f"{most if least == most else f'{least}–{most}'} seeds per arm"
 
 
 def answer(comparison: ComparisonRecord) -> str:
@@ -74,11 +71,17 @@ def answer(comparison: ComparisonRecord) -> str:
     return "\n".join(lines)
 
 
-def differences_line(comparison: ComparisonRecord) -> str:
-    """Returns what differs besides quantisation, in a line."""
-    if not comparison.besides:
+def differences_line(comparison: ComparisonRecord, columns: int | None = None) -> str:
+    """Returns what differs besides quantisation, in a line; as many names as fit into `columns`."""
+    names = comparison.besides
+    if not names:
         return "Nothing recorded differs besides quantisation and seed."
-    return _cut(f"Besides quantisation, these differ: {', '.join(comparison.besides)}.")
+    for count in range(len(names), 0, -1):
+        more = "" if count == len(names) else f" and {len(names) - count} more"
+        line = f"Besides quantisation, these differ: {', '.join(names[:count])}{more}."
+        if columns is None or len(line) <= columns:
+            break
+    return line
 
 
 def _cut(line: str, columns: int = COLUMNS) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -36,6 +37,30 @@ class Projection:
     up: torch.nn.Parameter | None  # LoRA's B, [N, r]
     scale: float  # alpha / r
     dropout: float  # probability, on the adapter's input
+
+
+class Sizes:
+    """The sizes of a group of projections, whose adapters share scale and rank.
+
+    `heights` are the output sizes, `height` is N, `width` K, and `border` R, the sum of ranks.
+    `slots` numbers the projections with an adapter; the others have None.
+    """
+
+    def __init__(self, projections: Sequence[Projection]) -> None:
+        self.heights = [int(p.layer.out_features) for p in projections]
+        self.height, self.width = sum(self.heights), int(projections[0].layer.in_features)
+        downs = [p.down for p in projections if p.down is not None]
+        self.rank = len(downs[0]) if downs else 0
+        self.border = self.rank * len(downs)
+        self.scale = next((p.scale for p in projections if p.down is not None), 1.0)
+        numbers = iter(range(len(downs)))
+        self.slots = [None if p.down is None else next(numbers) for p in projections]
+
+    def reach(self) -> list[tuple[int, int]]:
+        """Returns, of each projection, the ends of its rows and of its adapter's columns."""
+        adapted = accumulate(slot is not None for slot in self.slots)
+        columns = (self.rank * count for count in adapted)
+        return list(zip(accumulate(self.heights), columns, strict=True))
 
 
 class Scratch:
@@ -69,23 +94,12 @@ class Views:
     whole: Tensor  # with the unused columns at its right, [N + R, stride]
 
 
-class Bordered:
-    """M of a group of projections, whose adapters share scale and rank.
-
-    `heights` are the output sizes, `height` is N, `width` K, and `border` R, the sum of ranks.
-    `slots` numbers the projections with an adapter; the others have None.
-    """
+class Bordered(Sizes):
+    """M of a group of projections."""
 
     def __init__(self, projections: Sequence[Projection], scratch: Scratch) -> None:
+        super().__init__(projections)
         self.projections, self._scratch = list(projections), scratch
-        self.heights = [int(p.layer.out_features) for p in projections]
-        self.height, self.width = sum(self.heights), int(projections[0].layer.in_features)
-        downs = [p.down for p in projections if p.down is not None]
-        self.rank = len(downs[0]) if downs else 0
-        self.border = self.rank * len(downs)
-        self.scale = next((p.scale for p in projections if p.down is not None), 1.0)
-        numbers = iter(range(len(downs)))
-        self.slots = [None if p.down is None else next(numbers) for p in projections]
         self.stride = aligned(self.width + self.border)
         self._states = [getattr(p.layer.weight, "quant_state", None) for p in projections]
         self._loader: Any = None
@@ -185,14 +199,21 @@ def aligned(columns: int) -> int:
 
 def matrix_sizes(shape: Shape, rank: int) -> list[int]:
     """Returns the elements of M for each group of a decoder layer."""
-    groups = [
+    share = rank * shape.adapted / 7
+    return [
+        int(n + share * count) * aligned(int(k + share * count))
+        for n, k, count in group_sizes(shape)
+    ]
+
+
+def group_sizes(shape: Shape) -> list[tuple[int, int, int]]:
+    """Returns outputs, inputs and projections of each group of a decoder layer."""
+    return [
         (shape.queries + 2 * shape.keys, shape.hidden, 3),
         (shape.hidden, shape.queries, 1),
         (2 * shape.inner, shape.hidden, 2),
         (shape.hidden, shape.inner, 1),
     ]
-    share = rank * shape.adapted / 7
-    return [int(n + share * count) * aligned(int(k + share * count)) for n, k, count in groups]
 
 
 def matrix_bytes(shape: Shape, rank: int, size: int, *, is_4bit: bool) -> int:

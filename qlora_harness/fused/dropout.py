@@ -42,15 +42,16 @@ def can_pack(rank: int, like: Tensor) -> bool:
 def draw(
     shapes: Sequence[tuple[int, int, int]],
     probability: float,
-    seed: int,
+    seed: Tensor,
     device: torch.device,
     *,
     packed: bool,
 ) -> list[Masks]:
-    """Draws masks for each (adapters, T, K); equal arguments give equal masks.
+    """Draws masks for each (adapters, T, K), at most four; equal arguments give equal masks.
 
-    `probability` is that of dropping an element; the seed is below 2**62. `packed` requires that
-    `can_pack` holds for all inputs.
+    `probability` is that of dropping an element. The seed is the first element of a tensor, int64
+    and below 2**62. `packed` requires that `can_pack` holds for all inputs, and the seed on the
+    device. Packed masks of a longer row begin with those of a shorter one.
     """
     factor = 1.0 / (1.0 - probability)
     if packed:
@@ -58,14 +59,14 @@ def draw(
 
         drawn = triton_dropout.draw(shapes, probability, seed, device)
         return [Masks(bits, factor) for bits in drawn]
-    generator = torch.Generator(device)
+    generator, number = torch.Generator(device), int(seed[0])
     masks = []
     for shape in shapes:
         keep = torch.empty(shape, dtype=torch.bool, device=device)
         for mask in keep:
-            generator.manual_seed(seed)
+            generator.manual_seed(number)
             mask.bernoulli_(1.0 - probability, generator=generator)
-            seed += 1
+            number += 1
         masks.append(Masks(keep, factor))
     return masks
 

@@ -46,15 +46,19 @@ class Blocks:
         missing = _blocks(size) - len(self._free)
         return (missing + self.pinned // 4) * _BLOCK if missing > 0 else 0
 
-    def take(self, size: int) -> list[Tensor]:
-        """Returns blocks for `size` bytes; raises NoPinnedMemory if the system pins no more."""
-        for _ in range(_blocks(self.new_bytes(size))):
+    def pin(self, size: int) -> None:
+        """Pins more bytes; raises NoPinnedMemory if the system refuses."""
+        for _ in range(_blocks(size)):
             try:
                 block = torch.empty(_BLOCK, dtype=torch.uint8, pin_memory=True)
             except RuntimeError as error:
                 raise NoPinnedMemory(str(error).splitlines()[0]) from None
             self._free.append(block)
             self.pinned += 1
+
+    def take(self, size: int) -> list[Tensor]:
+        """Returns blocks for `size` bytes; raises NoPinnedMemory if the system pins no more."""
+        self.pin(self.new_bytes(size))
         taken = self._free[: _blocks(size)]
         del self._free[: len(taken)]
         return taken
@@ -117,6 +121,15 @@ class HostMemory:
     def serves(self, x: Tensor) -> bool:
         """Whether a tensor can be stored."""
         return x.is_cuda
+
+    def reserve(self, tensors: int, size: int) -> None:
+        """Pins memory for a number of tensors of `size` bytes, as far as system and limit allow.
+
+        Otherwise the first long rows would wait for it, in the middle of a run.
+        """
+        missing = min(tensors * _blocks(size) * _BLOCK, self._limit) - self._pinned
+        with contextlib.suppress(NoPinnedMemory):
+            self._blocks.pin(max(0, missing))
 
     def put_if_room(self, x: Tensor) -> Stored | None:
         """Does as `put`, but returns None if the system pins no more, or beyond the limit.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,22 +28,29 @@ def launch(
     """Launches a kernel; `constants` are its constexpr parameters, which come last.
 
     Triton specialises a kernel on dtypes, integers and the alignment of addresses, and analyses
-    them at every launch. This finds the compiled kernel with one look-up.
+    them at every launch. This finds the compiled kernel with one look-up. The first argument is a
+    tensor; the others are tensors, their descriptors, integers and floating-point numbers.
     """
     # The kernel's id, since its hash takes longer than everything else here.
-    key: list[Any] = [id(kernel), *constants, *options.values()]
+    key: list[Any] = [id(kernel), arguments[0].get_device(), *constants, *options.values()]
     values: list[Any] = []
     addresses = 0  # bitwise or
     for argument in arguments:
-        if isinstance(argument, Tensor):
+        kind = type(argument)  # faster than isinstance, which asks the metaclass of tensors
+        if kind is int:
+            values.append(argument)
+            key.append(_kind(argument))
+        elif kind is float:
+            values.append(argument)
+            key.append(kind)
+        elif hasattr(argument, "block_shape"):  # Triton's TensorDescriptor
+            values.append(argument)
+            key += (argument.base.dtype, *argument.block_shape)
+        else:
             address = argument.data_ptr()
             addresses |= address
             values.append(address)
             key.append(argument.dtype)
-        else:
-            values.append(argument)
-            key.append(_kind(argument) if isinstance(argument, int) else type(argument))
-    key.append(next(a for a in arguments if isinstance(a, Tensor)).get_device())
     entry, aligned = tuple(key), addresses % 16 == 0
     compiled = _compiled.get(entry)
     if compiled is not None and aligned:
@@ -53,6 +61,7 @@ def launch(
         _compiled[entry] = compiled
 
 
+@lru_cache(maxsize=4096)
 def _kind(number: int) -> tuple[bool, bool, bool]:
     """Returns what Triton specialises on in an integer."""
     return number == 1, number % 16 == 0, number < 2**31

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from qlora_harness.fused import attention, dropout, ops
 from qlora_harness.fused.dropout import Masks
+from qlora_harness.fused.group import Gradients, Group, Inner
 from qlora_harness.fused.host_memory import HostMemory, Stored
-from qlora_harness.fused.lora_group import Gradients, Inner, LoraGroup
 from qlora_harness.fused.packed_row import PackedRow, Rotation
 from qlora_harness.model.shape import Shape
 
@@ -82,16 +82,16 @@ class FusedLayer:
     key_heads: int
     head_size: int
     scale: float  # of the scores
-    qkv: LoraGroup
-    out: LoraGroup
-    gate_up: LoraGroup
-    down: LoraGroup
+    qkv: Group
+    out: Group
+    gate_up: Group
+    down: Group
     checkpointing: str = "none"  # one of `settings.CHECKPOINTING`
     head_norms: tuple[Tensor, Tensor] | None = None  # [D] each, of queries and keys
     host: HostMemory | None = None  # shared by all layers
     gates_on_host: bool = False  # with selective: whether gate and up go to the host, given room
 
-    def groups(self) -> tuple[LoraGroup, ...]:
+    def groups(self) -> tuple[Group, ...]:
         """Returns the groups in the order of their parameters."""
         return self.qkv, self.out, self.gate_up, self.down
 
@@ -102,7 +102,7 @@ class FusedLayer:
 
     def has_adapters_of(self, layer: Any) -> bool:
         """Whether the model's decoder layer still has the same adapters."""
-        own = {id(p) for group in self.groups() for p in group.parameters() if p is not None}
+        own = {id(p) for p in self.parameters() if p is not None}
         return own <= {id(p) for p in layer.parameters()}
 
     def __call__(
@@ -111,18 +111,62 @@ class FusedLayer:
         added: Tensor | None,
         row: PackedRow,
         *,
-        training: bool,
+        seed: Tensor | None,
         read_at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Runs the layer on a row; dropout acts only if `training`."""
-        parameters = [p for group in self.groups() for p in group.parameters()]
-        # From torch's generator, which seeding, checkpoints and resuming cover.
-        seed = int(torch.randint(0, 2**62, ())) if training and self.dropout else None
-        keep = torch.is_grad_enabled()  # always False inside `forward`
+        """Runs the layer on a row; a seed, see `dropout.draw`, turns dropout on."""
+        keep = torch.is_grad_enabled()  # always False inside `_Layer.forward`
         output: tuple[Tensor, Tensor] = _Layer.apply(  # type: ignore[no-untyped-call]
-            x, added, self, row, read_at, seed, keep, *parameters
+            x, added, self, row, read_at, seed, keep, *self.parameters()
         )
         return output
+
+    def parameters(self) -> list[torch.nn.Parameter | None]:
+        """Returns the parameters of all groups, in the order of their gradients."""
+        return [p for group in self.groups() for p in group.parameters()]
+
+    def forward(
+        self,
+        x: Tensor,
+        added: Tensor | None,
+        row: PackedRow,
+        read_at: Tensor | None,
+        seed: Tensor | None,
+        saved: list[Any] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the layer outside autograd; appends what `backward` needs to `saved`, if given."""
+        with torch.autocast(x.device.type, enabled=False):
+            drops = self.draw(row, read_at, seed, x)
+            x, added, first = self.first_half(x, added, row, read_at, drops)
+            h, y, second = self.second_half(_at(x, read_at), added, drops)
+            if saved is not None:
+                saved.append(self.keep(x, h, first, second))
+        return h, y
+
+    def backward(
+        self,
+        dy: Tensor,
+        saved: list[Any],
+        row: PackedRow,
+        read_at: Tensor | None,
+        seed: Tensor | None,
+        *,
+        needs_dx: bool,
+    ) -> tuple[Tensor | None, Gradients]:
+        """Returns the gradients of the input, if it is needed, and of `parameters`.
+
+        dy is the gradient of either output. Takes the last item of `saved`, to free each part of it
+        when it is done with it.
+        """
+        with torch.autocast(dy.device.type, enabled=False), torch.no_grad():
+            drops = self.draw(row, read_at, seed, dy)
+            x, h, first, mlp = self.restore(saved.pop(), row, read_at, drops)
+            dh, mlp_grads = self.second_half_backward(dy, h, mlp, drops)
+            del mlp, h
+            dx, attention_grads = self.first_half_backward(
+                dh, x, first, row, read_at, drops, needs_dx=needs_dx
+            )
+        return dx, [*attention_grads, *mlp_grads]
 
     def infer(
         self,
@@ -143,16 +187,20 @@ class FusedLayer:
         return h, y
 
     def draw(
-        self, row: PackedRow, read_at: Tensor | None, seed: int | None, like: Tensor
+        self, row: PackedRow, read_at: Tensor | None, seed: Tensor | None, like: Tensor
     ) -> _Drops:
         """Draws the masks of a layer; `like` gives dtype and device."""
-        if seed is None:
+        if seed is None or not self.dropout:
             return _Drops()
         tokens = len(row.cos)
         rows = [tokens, *[tokens if read_at is None else len(read_at)] * 3]
         shapes = [group.mask_shape(n) for group, n in zip(self.groups(), rows, strict=True)]
-        packed = all(group.can_pack_masks(like) for group in self.groups())
+        packed = self.packs_masks(like)
         return _Drops(*dropout.draw(shapes, self.dropout, seed, like.device, packed=packed))
+
+    def packs_masks(self, like: Tensor) -> bool:
+        """Whether masks for inputs such as `like` are packed."""
+        return all(group.can_pack_masks(like) for group in self.groups())
 
     def first_half(
         self, x: Tensor, added: Tensor | None, row: PackedRow, read_at: Tensor | None, drops: _Drops
@@ -168,9 +216,11 @@ class FusedLayer:
     ) -> tuple[Tensor, Tensor, Inner, Tensor | None]:
         """Returns x + added, the rotated projections, and what backward needs from them."""
         wide = self.qkv.input(len(x), x)
-        x = ops.rms_norm(x, self.attention_norm, self.eps, wide[:, : x.shape[1]], add=added)
-        projected, inner = self.qkv.forward(wide, drops.qkv)
-        del wide
+        rounded = self.qkv.rounded_input(len(x), x)
+        normed = wide[:, : x.shape[1]]
+        x = ops.rms_norm(x, self.attention_norm, self.eps, normed, added, rounded)
+        projected, inner = self.qkv.forward(wide, drops.qkv, rounded)
+        del wide, normed, rounded
         raw = self._normalise_heads(projected)
         ops.rotate(projected, self.heads + self.key_heads, rotation)
         return x, projected, inner, raw
@@ -185,8 +235,9 @@ class FusedLayer:
     def _gates(self, x: Tensor, added: Tensor | None, drops: _Drops) -> tuple[Tensor, _Mlp]:
         """Returns x + added, and gate and up of it."""
         wide = self.gate_up.input(len(x), x)
-        h = ops.rms_norm(x, self.mlp_norm, self.eps, wide[:, : x.shape[1]], add=added)
-        gates, inner = self.gate_up.forward(wide, drops.gate_up)
+        rounded = self.gate_up.rounded_input(len(x), x)
+        h = ops.rms_norm(x, self.mlp_norm, self.eps, wide[:, : x.shape[1]], added, rounded)
+        gates, inner = self.gate_up.forward(wide, drops.gate_up, rounded)
         return h, _Mlp(gates, inner, None)
 
     def second_half(self, x: Tensor, added: Tensor, drops: _Drops) -> tuple[Tensor, Tensor, _Mlp]:
@@ -194,8 +245,9 @@ class FusedLayer:
         h, mlp = self._gates(x, added, drops)
         assert isinstance(mlp.gates, Tensor)
         wide = self.down.input(len(x), x)
-        ops.swiglu(mlp.gates, wide[:, : mlp.gates.shape[1] // 2])
-        y, mlp.inner_down = self.down.forward(wide, drops.down)
+        rounded = self.down.rounded_input(len(x), x)
+        ops.swiglu(mlp.gates, wide[:, : mlp.gates.shape[1] // 2], rounded)
+        y, mlp.inner_down = self.down.forward(wide, drops.down, rounded)
         return h, y, mlp
 
     def keep(self, x: Tensor, h: Tensor, first: _Attention, second: _Mlp) -> Any:
@@ -249,10 +301,12 @@ class FusedLayer:
         wide = self.down.with_room(dy)
         product, d_inner = self.down.backward(wide, drops.down)
         del wide
-        ops.swiglu_backward(gates, product)
+        rounded = self.gate_up.rounded_gradient(tokens, dy)
+        ops.swiglu_backward(gates, product, rounded)
         down_grads = self.down.gradients(dy, d_inner, product, mlp.inner_down, drops.down)
         del product
-        normed, d_inner = self.gate_up.backward(gates, drops.gate_up)
+        normed, d_inner = self.gate_up.backward(gates, drops.gate_up, rounded)
+        del rounded
         dh = self.out.output_gradient(tokens, dy)
         ops.rms_norm_backward(normed, h, self.mlp_norm, self.eps, dh[:, :hidden], add=dy)
         grads = self.gate_up.gradients(gates, d_inner, normed, mlp.inner_gate_up, drops.gate_up)
@@ -331,38 +385,26 @@ class _Layer(torch.autograd.Function):
         layer: FusedLayer,
         row: PackedRow,
         read_at: Tensor | None,
-        seed: int | None,
+        seed: Tensor | None,
         keep: bool,
         *parameters: Any,
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
-            drops = layer.draw(row, read_at, seed, x)
-            x, added, first = layer.first_half(x, added, row, read_at, drops)
-            h, y, second = layer.second_half(_at(x, read_at), added, drops)
         ctx.layer, ctx.row, ctx.read_at, ctx.seed = layer, row, read_at, seed
-        ctx.saved = layer.keep(x, h, first, second) if keep else None
-        return h, y
+        ctx.saved = [] if keep else None
+        return layer.forward(x, added, row, read_at, seed, ctx.saved)
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor, dy: Tensor) -> Any:
         """Both gradients are equal, since only the sum of the outputs is used."""
         del dh
-        layer, row, read_at, saved = ctx.layer, ctx.row, ctx.read_at, ctx.saved
-        if saved is None:
+        if not ctx.saved:
             raise RuntimeError("the backward pass of a fused layer runs once")
-        ctx.saved = None
-        with torch.autocast(dy.device.type, enabled=False), torch.no_grad():
-            drops = layer.draw(row, read_at, ctx.seed, dy)
-            x, h, first, mlp = layer.restore(saved, row, read_at, drops)
-            del saved
-            dh, mlp_grads = layer.second_half_backward(dy, h, mlp, drops)
-            del mlp, h
-            # False in the first layer: embeddings are frozen.
-            needs_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-            dx, attention_grads = layer.first_half_backward(
-                dh, x, first, row, read_at, drops, needs_dx=needs_dx
-            )
-        return dx, dx, None, None, None, None, None, *attention_grads, *mlp_grads
+        # False in the first layer: embeddings are frozen.
+        needs_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        dx, gradients = ctx.layer.backward(
+            dy, ctx.saved, ctx.row, ctx.read_at, ctx.seed, needs_dx=needs_dx
+        )
+        return dx, dx, None, None, None, None, None, *gradients
 
 
 def _at(rows: Tensor, read_at: Tensor | None) -> Tensor:

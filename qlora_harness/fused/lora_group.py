@@ -1,15 +1,9 @@
-"""Linear layers with LoRA that share one input, forward and backward, outside autograd.
-
-y_i = x W_i^T + b_i + h_i B_i^T,  h_i = s drop_i(x) A_i^T
+"""A group of layers (see `group`) whose products are in the dtype of their input.
 
 One matrix M (`bordered`) holds the weights and adapters of a group, so that its forward is one
-product, [x, h] [W, B]^T. The gradients (W and b are frozen):
-
-dB_i = dy_i^T h_i,  dh_i = dy_i B_i,  dA_i = s dh_i^T drop_i(x),
-dx = sum_i dy_i W_i + drop_i(s dh_i A_i)
-
-A group of several layers computes [dx, dh] = dy [W, B] in one product and adds dh A; a single layer
-computes the narrow dh = dy B first, then dx = [dy, dh] [W; s A].
+product, [x, h] [W, B]^T. Backward, a group of several layers computes [dx, dh] = dy [W, B] in one
+product and adds dh A; a single layer computes the narrow dh = dy B first, then
+dx = [dy, dh] [W; s A].
 
 Adapters have their own dtype; M has the input's.
 """
@@ -24,35 +18,17 @@ from torch import Tensor
 from qlora_harness.fused import dropout
 from qlora_harness.fused.bordered import Bordered, Projection, Scratch, aligned
 from qlora_harness.fused.dropout import Masks
+from qlora_harness.fused.fp8 import Quantised
+from qlora_harness.fused.group import Group, Inner
 from qlora_harness.fused.ops import copy
 
-Gradients = list[Tensor | None]
-Inner = Tensor | None
 
-
-class LoraGroup:
-    """Projections of one input. All adapters share scale, rank, dropout and dtype."""
+class LoraGroup(Group):
+    """A group whose products are in the dtype of its input."""
 
     def __init__(self, projections: Sequence[Projection], scratch: Scratch) -> None:
-        self.projections = list(projections)
-        self.dropout = max(p.dropout for p in projections)
         self._weights = Bordered(projections, scratch)
-        # (index, slot) of each projection with an adapter.
-        self._adapted = [(i, n) for i, n in enumerate(self._weights.slots) if n is not None]
-        self._dtype = next((p.down.dtype for p in projections if p.down is not None), torch.float32)
-        self._bias: Tensor | None = None
-        if any(p.layer.bias is not None for p in projections):
-            heights = zip(projections, self._weights.heights, strict=True)
-            self._bias = torch.cat(
-                [
-                    p.layer.weight.new_zeros(n) if p.layer.bias is None else p.layer.bias.detach()
-                    for p, n in heights
-                ]
-            )
-
-    def parameters(self) -> list[torch.nn.Parameter | None]:
-        """Returns A and B of each projection."""
-        return [p for projection in self.projections for p in (projection.down, projection.up)]
+        super().__init__(projections, self._weights)
 
     def release(self) -> None:
         """Gives full-precision weights separate memory again; the group is unusable afterwards."""
@@ -89,19 +65,10 @@ class LoraGroup:
         wide[:, : dy.shape[1]] = dy
         return wide
 
-    def can_pack_masks(self, like: Tensor) -> bool:
-        """Whether the masks of its adapters can be packed, on inputs such as `like`."""
-        return not self._adapted or dropout.can_pack(self._weights.rank, like)
-
-    def mask_shape(self, tokens: int) -> tuple[int, int, int]:
-        """Returns the shape of the group's masks, (adapters, T, K)."""
-        return len(self._adapted), tokens, self._weights.width
-
-    def forward(self, wide: Tensor, masks: Masks | None) -> tuple[Tensor, Inner]:
-        """Returns the outputs side by side, [T, N], and h, [T, R].
-
-        `wide` comes from `input`, with its first K columns filled.
-        """
+    def forward(
+        self, wide: Tensor, masks: Masks | None, rounded: Quantised | None = None
+    ) -> tuple[Tensor, Inner]:
+        """See `Group`."""
         m = self._weights
         views = m.load(wide)
         inner = self._inner(wide[:, : m.width], views.down, masks, wide[:, m.width :])
@@ -109,11 +76,10 @@ class LoraGroup:
             return wide @ views.weights.t(), inner
         return torch.addmm(self._bias.to(wide.dtype), wide, views.weights.t()), inner
 
-    def backward(self, dy: Tensor, masks: Masks | None) -> tuple[Tensor, Tensor | None]:
-        """Returns the gradients of x, [T, K], and h, [T, R], from that of the outputs, [T, N].
-
-        For a group of one with an adapter, dy comes from `output_gradient` or `with_room`.
-        """
+    def backward(
+        self, dy: Tensor, masks: Masks | None, rounded: Quantised | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Group`."""
         m = self._weights
         views = m.load(dy, again=True)
         if not m.border:
@@ -140,43 +106,8 @@ class LoraGroup:
             return None
         return dy @ self._weights.load(dy, again=True).up
 
-    def gradients(
-        self, dy: Tensor, d_inner: Tensor | None, x: Tensor, inner: Inner, masks: Masks | None
-    ) -> Gradients:
-        """Returns the gradients of A and B of each projection; call it after `backward`.
-
-        dy is [T, N] or wider; `inner` is recomputed if None.
-        """
-        m = self._weights
-        gradients: Gradients = [None] * (2 * len(self.projections))
-        if d_inner is None:
-            return gradients
-        if inner is None:
-            inner = self._inner(x, m.loaded(x).down, masks, None)
-            assert inner is not None
-        parts = torch.split(dy[:, : m.height], m.heights, dim=1)
-        rank = m.rank
-        for i, slot in self._adapted:
-            own = inner[:, slot * rank : (slot + 1) * rank]
-            gradients[2 * i + 1] = _product(parts[i].t(), own, self._dtype)
-        if masks is None:
-            downs = _product((d_inner * m.scale).t(), x, self._dtype)
-        else:
-            downs = dropout.gradients(d_inner, x, masks, m.scale, self._dtype)
-        for i, slot in self._adapted:
-            gradients[2 * i] = downs[slot * rank : (slot + 1) * rank]
-        return gradients
-
-    def _inner(self, x: Tensor, down: Tensor, masks: Masks | None, beside: Tensor | None) -> Inner:
-        """Returns h, and writes it to `beside`; None without adapters."""
-        if not self._weights.border:
-            return None
-        if masks is not None:
-            return dropout.products(x, down, masks, beside)
-        inner = x @ down.t()
-        if beside is not None:
-            copy(inner, beside)
-        return inner
+    def _down(self, like: Tensor) -> Tensor:
+        return self._weights.loaded(like).down
 
 
 def _room(tokens: int, columns: int, like: Tensor) -> Tensor:
@@ -184,11 +115,3 @@ def _room(tokens: int, columns: int, like: Tensor) -> Tensor:
     # (https://github.com/uxlfoundation/oneDNN/issues/5717).
     new = like.new_zeros if like.device.type == "cpu" else like.new_empty
     return new(tokens, aligned(columns))[:, :columns]
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiplies matrices into another dtype; on CUDA without rounding to theirs first."""
-    if a.is_cuda and dtype == torch.float32 and a.dtype == torch.bfloat16:
-        wide: Tensor = torch.mm(a, b, out_dtype=dtype)
-        return wide
-    return (a @ b).to(dtype)

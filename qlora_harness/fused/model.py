@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutput
 
-from qlora_harness.fused import cross_entropy
+from qlora_harness.fused import cross_entropy, fp8
 from qlora_harness.fused.bordered import Projection, Scratch
-from qlora_harness.fused.host_memory import HostMemory, pinned_bytes
+from qlora_harness.fused.fp8_group import Fp8Group
+from qlora_harness.fused.graphs import LayerGraphs
+from qlora_harness.fused.group import Group
+from qlora_harness.fused.host_memory import HostMemory, pinned_bytes, to_device
 from qlora_harness.fused.layer import Attend, FusedLayer
 from qlora_harness.fused.lora_group import LoraGroup
 from qlora_harness.fused.packed_row import PackedRow, Rotation
 from qlora_harness.model.base import base_of, is_plain_linear, why_not_plain
 from qlora_harness.model.plain_lora import is_plain
 from qlora_harness.model.shape import Shape
-from qlora_harness.settings import CHECKPOINTING
+from qlora_harness.settings import CHECKPOINTING, COMPUTE
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 # With selective checkpointing, every third layer recomputes its gates; the others copy them to the
@@ -48,19 +51,34 @@ class FusedDecoder:
 
     The layers hold the model's current weights and adapters, so it must not change device or dtype.
     Full-precision weights become views of larger matrices until `detach`.
+
+    `compute` is one of `settings.COMPUTE`; "fp8" requires that `reason_against_fp8` is None, or a
+    CPU, which rounds the same way but gains nothing.
     """
 
-    def __init__(self, model: Any, checkpointing: str = "none") -> None:
+    def __init__(
+        self,
+        model: Any,
+        checkpointing: str = "none",
+        longest: int | None = None,
+        *,
+        compute: str = "bf16",
+    ) -> None:
         assert checkpointing in CHECKPOINTING
+        assert compute in COMPUTE
         self._base = base_of(model)
         self._decoder = self._base.model
         self._own_forward: Callable[..., Any] = self._base.forward
-        scratch, host = Scratch(), HostMemory()
+        scratch, self._host = Scratch(), HostMemory()
         self.layers = [
-            _fused_layer(layer, checkpointing, scratch, host) for layer in self._decoder.layers
+            _fused_layer(layer, checkpointing, compute, scratch, self._host)
+            for layer in self._decoder.layers
         ]
         for number, layer in enumerate(self.layers):
             layer.gates_on_host = number % _THIRD != 0
+        self._has_dropout = any(layer.dropout for layer in self.layers)
+        # FP8 pays in long rows, whose kernels take longer than their launches.
+        self.graphs = LayerGraphs(self.layers[:-1] if compute == "bf16" else [], longest)
 
     @staticmethod
     def reason_against(model: Any) -> str | None:
@@ -71,10 +89,47 @@ class FusedDecoder:
             reason = _reason_against_adapter(model, base.model.layers)
         return reason or _reason_against_layers(base)
 
+    @staticmethod
+    def reason_against_fp8(model: Any) -> str | None:
+        """Returns why fused layers can't multiply in FP8, or None if they can."""
+        base = base_of(model)
+        weight = base.model.embed_tokens.weight
+        reason = FusedDecoder.reason_against(model) or fp8.why_unavailable(weight.device)
+        if reason is None and weight.dtype != torch.bfloat16:
+            reason = f"its dtype is {str(weight.dtype).removeprefix('torch.')}, not bfloat16"
+        sizes = {
+            size
+            for layer in base.model.layers
+            for group in _groups(layer)
+            for module in group
+            for size in (module.in_features, module.out_features)
+        }
+        odd = [size for size in sorted(sizes) if size % fp8.MULTIPLE]
+        if reason is None and odd:
+            reason = f"it has layers of size {odd[0]}, which is no multiple of {fp8.MULTIPLE}"
+        return reason
+
     @classmethod
-    def attach(cls, model: Any, checkpointing: str) -> FusedDecoder:
-        """Builds the layers and replaces the model's `forward`."""
-        decoder = cls(model, checkpointing)
+    def attach(
+        cls,
+        model: Any,
+        checkpointing: str,
+        longest: int | None = None,
+        *,
+        compute: str = "bf16",
+    ) -> FusedDecoder:
+        """Builds the layers and replaces the model's `forward`.
+
+        `longest` is the number of tokens of the longest row, if known: host memory is pinned for it
+        in advance, and `graphs.LayerGraphs` needs it.
+        """
+        decoder = cls(model, checkpointing, longest, compute=compute)
+        if longest is not None and decoder._base.device.type == "cuda":
+            config, weight = decoder._base.config, decoder._decoder.embed_tokens.weight
+            tensors, elements = _stored_on_host(
+                checkpointing, len(decoder.layers), config.hidden_size, config.intermediate_size
+            )
+            decoder._host.reserve(tensors, elements * longest * weight.element_size())
         decoder._base.forward = decoder
         return decoder
 
@@ -83,6 +138,7 @@ class FusedDecoder:
         for layer in self.layers:
             for group in layer.groups():
                 group.release()
+        self.graphs.release()
         self._base.forward = self._own_forward
 
     def __call__(
@@ -113,14 +169,18 @@ class FusedDecoder:
         """Returns the losses at `read_at`, [R], if `per_token`; else their sum per item."""
         hidden, rotation = self._embed(input_ids, position_ids)
         row = PackedRow(rotation.cos, rotation.sin, borders, starts, longest)
-        training = self._base.training
+        seeds = self._draw_seeds(hidden)
         added: Tensor | None = None
-        *below, last = self.layers
-        for layer in below:
-            hidden, added = layer(hidden, added, row, training=training)
+        if self.graphs.serve(hidden):
+            hidden, added = self.graphs(hidden, row, seeds)
+        else:
+            for number, layer in enumerate(self.layers[:-1]):
+                seed = None if seeds is None else seeds[number]
+                hidden, added = layer(hidden, added, row, seed=seed)
         # The rest of the last layer, the norm and the head run only at learned tokens.
         learned = read_at if len(read_at) else None
-        hidden, added = last(hidden, added, row, training=training, read_at=learned)
+        seed = None if seeds is None else seeds[-1]
+        hidden, added = self.layers[-1](hidden, added, row, seed=seed, read_at=learned)
         head = self._base.lm_head.weight
         with torch.autocast(hidden.device.type, enabled=False):
             read = self._decoder.norm((hidden + added)[: len(read_at)])
@@ -145,6 +205,17 @@ class FusedDecoder:
         normed: Tensor = self._decoder.norm(hidden + added)
         return normed
 
+    def _draw_seeds(self, like: Tensor) -> Tensor | None:
+        """Returns a seed of dropout for each layer, [layers, 2]; None if nothing is dropped.
+
+        They come from torch's generator, which seeding, checkpoints and resuming cover.
+        """
+        if not self._base.training or not self._has_dropout:
+            return None
+        # Twice, since kernels are compiled for addresses that are multiples of 16 bytes.
+        seeds = torch.randint(0, 2**62, (len(self.layers), 1)).repeat(1, 2)
+        return to_device(seeds, like.device) if self.layers[0].packs_masks(like) else seeds
+
     def _embed(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Rotation]:
         """Returns the embeddings, [T, H], and the tokens' rotation."""
         hidden = self._decoder.embed_tokens(input_ids)
@@ -155,11 +226,16 @@ class FusedDecoder:
 
 def host_bytes(shape: Shape, checkpointing: str, tokens: int, size: int) -> int:
     """Returns the most host memory that a model's layers pin, in bytes; an element takes `size`."""
-    layers, elements = {
-        "selective": (shape.layers - -(-shape.layers // _THIRD), 2 * shape.inner),
-        "offload": (shape.layers, shape.hidden),
+    tensors, elements = _stored_on_host(checkpointing, shape.layers, shape.hidden, shape.inner)
+    return pinned_bytes(tensors, elements * size * tokens)
+
+
+def _stored_on_host(checkpointing: str, layers: int, hidden: int, inner: int) -> tuple[int, int]:
+    """Returns how many tensors a pass stores in host memory, and the elements of each per token."""
+    return {
+        "selective": (layers - -(-layers // _THIRD), 2 * inner),
+        "offload": (layers, hidden),
     }.get(checkpointing, (0, 0))
-    return pinned_bytes(layers, elements * size * tokens)
 
 
 def _reason_against_adapter(model: Any, layers: Any) -> str | None:
@@ -207,13 +283,16 @@ def _is_linear(layer: torch.nn.Module, dtype: torch.dtype) -> bool:
     return not getattr(state, "packing_format_for_cpu", False)
 
 
-def _fused_layer(layer: Any, checkpointing: str, scratch: Scratch, host: HostMemory) -> FusedLayer:
+def _fused_layer(
+    layer: Any, checkpointing: str, compute: str, scratch: Scratch, host: HostMemory
+) -> FusedLayer:
     attention = layer.self_attn
     size = attention.head_dim
-    qkv, out, gate_up, down = (
-        LoraGroup([_projection(module) for module in modules], scratch)
-        for modules in _groups(layer)
-    )
+    kind: type[Fp8Group] | type[LoraGroup] = Fp8Group if compute == "fp8" else LoraGroup
+    groups: list[Group] = [
+        kind([_projection(module) for module in modules], scratch) for modules in _groups(layer)
+    ]
+    qkv, out, gate_up, down = groups
     normed = hasattr(attention, "q_norm")
     return FusedLayer(
         attention_norm=layer.input_layernorm.weight,

@@ -10,25 +10,35 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from qlora_harness.fused import fp8
+from qlora_harness.fused.fp8 import Quantised
 from qlora_harness.fused.launch import usable
 from qlora_harness.fused.packed_row import Rotation
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    add: Tensor | None = None,
+    rounded: Quantised | None = None,
 ) -> Tensor:
     """Normalises x + add, [T, H] and contiguous, into `out`; returns x + add.
 
-    As in LLaMA: in float32, cast back, then multiplied by the weight, [H].
+    As in LLaMA: in float32, cast back, then multiplied by the weight, [H]. `rounded` gets `out` in
+    e4m3, if given.
     """
     if usable(x):
         from qlora_harness.fused import triton_ops
 
-        return triton_ops.rms_norm(x, weight, eps, out, add)
+        return triton_ops.rms_norm(x, weight, eps, out, add, rounded)
     total = x if add is None else x + add
     wide = total.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     out.copy_(weight * (wide * scale).to(x.dtype))
+    if rounded is not None:
+        fp8.quantise(out, rounded)
     return total
 
 
@@ -63,23 +73,31 @@ def copy(source: Tensor, out: Tensor) -> None:
         out.copy_(source)
 
 
-def swiglu(gates: Tensor, out: Tensor) -> None:
-    """Writes silu(gate) * up to `out`, [T, I]; `gates` is [gate, up], [T, 2 I] and contiguous."""
+def swiglu(gates: Tensor, out: Tensor, rounded: Quantised | None = None) -> None:
+    """Writes silu(gate) * up to `out`, [T, I], and in e4m3 to `rounded`, if given.
+
+    `gates` is [gate, up], [T, 2 I] and contiguous.
+    """
     if usable(gates):
         from qlora_harness.fused import triton_ops
 
-        triton_ops.swiglu(gates, out)
+        triton_ops.swiglu(gates, out, rounded)
         return
     gate, up = gates.chunk(2, dim=1)
     torch.mul(silu(gate), up, out=out)
+    if rounded is not None:
+        fp8.quantise(out, rounded)
 
 
-def swiglu_backward(gates: Tensor, gradient: Tensor) -> None:
-    """Overwrites [gate, up] with their gradients, and the product's gradient with the product."""
+def swiglu_backward(gates: Tensor, gradient: Tensor, rounded: Quantised | None = None) -> None:
+    """Overwrites [gate, up] with their gradients, and the product's gradient with the product.
+
+    `rounded` gets the gradients of [gate, up] in e4m3, if given.
+    """
     if usable(gates):
         from qlora_harness.fused import triton_ops
 
-        triton_ops.swiglu_backward(gates, gradient)
+        triton_ops.swiglu_backward(gates, gradient, rounded)
         return
     gate, up = gates.chunk(2, dim=1)
     sigmoid = torch.sigmoid(gate.float()).to(gate.dtype)
@@ -89,6 +107,8 @@ def swiglu_backward(gates: Tensor, gradient: Tensor) -> None:
     torch.mul(active, up, out=gradient)
     gate.copy_(d_gate)
     up.copy_(d_up)
+    if rounded is not None:
+        fp8.quantise(gates, rounded)
 
 
 def rotate(projected: Tensor, heads: int, rotation: Rotation) -> None:

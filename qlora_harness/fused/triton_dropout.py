@@ -25,6 +25,7 @@ from qlora_harness.fused.launch import launch, power_of_two
 
 _BYTES = 512  # of a mask, drawn by one program
 _COLUMNS = 64  # of a tile; 8 tiles share their bytes
+_GROUPS = 4  # of a layer
 _SUM_ROWS = 8
 _PROGRAMS = 528  # four per multiprocessor of an H100
 _LEAST = 8  # steps of a share; summing more shares takes longer than it saves
@@ -107,18 +108,27 @@ def _gradient_bytes(tiling: DropoutTiling, rank: int, size: int) -> int:
 
 
 def draw(
-    shapes: Sequence[tuple[int, int, int]], probability: float, seed: int, device: torch.device
+    shapes: Sequence[tuple[int, int, int]], probability: float, seed: Tensor, device: torch.device
 ) -> list[Tensor]:
     """Draws a packed mask, [adapters, T, 64 ceil(K / 512)] uint8, for each (adapters, T, K).
 
     Philox-4x32-10 (Salmon et al. 2011, doi:10.1145/2063384.2063405) gives 16 bits to each element,
-    so the probability is rounded to a multiple of 2**-16. The seed is below 2**63.
+    so the probability is rounded to a multiple of 2**-16. Its counters are a byte's number within
+    the mask of an adapter, and the adapter's number within the layer, whatever the masks' lengths.
     """
     sizes = [(n, rows, -(-k // (8 * _COLUMNS)) * _COLUMNS) for n, rows, k in shapes]
     counts = [prod(size) for size in sizes]
     bits = torch.empty(sum(counts), dtype=torch.uint8, device=device)
     assert len(bits) < 2**31  # the kernel counts in 32 bits
-    arguments = bits, seed, round(probability * 2**16), len(bits)
+    groups = [
+        (sum(counts[:i]), rows * width, sum(size[0] for size in sizes[:i]))
+        for i, (_, rows, width) in enumerate(sizes)
+    ]
+    groups += [(len(bits), 1, 0)] * (_GROUPS - len(groups))
+    arguments = (
+        *(bits, seed, round(probability * 2**16), len(bits), groups[0][1]),
+        *(number for group in groups[1:] for number in group),
+    )
     launch(draw_kernel, (-(-len(bits) // _BYTES), 1, 1), arguments, _BYTES)
     parts = zip(torch.split(bits, counts), sizes, strict=True)
     return [part.view(size) for part, size in parts]
@@ -217,12 +227,34 @@ def _precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "count"])
-def draw_kernel(bits, seed, threshold, count, BLOCK: tl.constexpr):
-    """Program b draws block b of all masks, a byte from each 128 random bits."""
+@triton.jit(
+    do_not_specialize=[
+        *("threshold", "count", "size_0", "start_1", "size_1", "first_1"),
+        *("start_2", "size_2", "first_2", "start_3", "size_3", "first_3"),
+    ]
+)
+def draw_kernel(
+    bits, seed, threshold, count, size_0, start_1, size_1, first_1, start_2, size_2, first_2,
+    start_3, size_3, first_3, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program b draws block b of all masks, a byte from each 128 random bits.
+
+    The masks of group i begin at byte `start` with those of adapter `first`, of `size` bytes each.
+    """
     byte = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     zero = byte * 0
-    words = tl.philox(seed, byte, zero, zero, zero)
+    local, size, adapter = byte, zero + size_0, zero
+    local = tl.where(byte >= start_1, byte - start_1, local)
+    size = tl.where(byte >= start_1, size_1, size)
+    adapter = tl.where(byte >= start_1, first_1, adapter)
+    local = tl.where(byte >= start_2, byte - start_2, local)
+    size = tl.where(byte >= start_2, size_2, size)
+    adapter = tl.where(byte >= start_2, first_2, adapter)
+    local = tl.where(byte >= start_3, byte - start_3, local)
+    size = tl.where(byte >= start_3, size_3, size)
+    adapter = tl.where(byte >= start_3, first_3, adapter)
+    adapter += local // size
+    words = tl.philox(tl.load(seed), local % size, adapter, zero, zero)
     keep = zero
     for i in tl.static_range(4):
         word = words[i]

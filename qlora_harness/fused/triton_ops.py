@@ -5,18 +5,29 @@ Import this only with Triton installed. Triton's compiler reads annotations, so 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlora_harness.fused.fp8 import Quantised
 from qlora_harness.fused.launch import launch, power_of_two
 
 _SWIGLU_BLOCK = 1024
 _LOGITS_BLOCK = 8192  # of a row, read at once
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | None) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    add: Tensor | None,
+    rounded: Quantised | None = None,
+) -> Tensor:
     """See `ops.rms_norm`."""
     assert x.is_contiguous()
     assert add is None or add.is_contiguous()
@@ -24,8 +35,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor, add: Tensor | N
     total = x if add is None else torch.empty_like(x)
     block = power_of_two(columns)
     added = x if add is None else add
-    arguments = x, added, weight, total, out, out.stride(0), columns, eps
-    constants = add is not None, block
+    # Without `rounded`, other tensors of its dtypes take its place, never written.
+    arguments = x, added, weight, total, out, out.stride(0), *(rounded or (x, x)), columns, eps
+    constants = add is not None, rounded is not None, block
     launch(rms_norm_kernel, (rows, 1, 1), arguments, *constants, num_warps=_warps(block))
     return total
 
@@ -55,19 +67,29 @@ def copy(source: Tensor, out: Tensor) -> None:
     launch(copy_kernel, (-(-rows // at_once), 1, 1), arguments, at_once, block)
 
 
-def swiglu(gates: Tensor, out: Tensor) -> None:
+def swiglu(gates: Tensor, out: Tensor, rounded: Quantised | None = None) -> None:
     """See `ops.swiglu`."""
-    rows, columns = out.shape
-    grid = rows, -(-columns // _SWIGLU_BLOCK), 1
-    launch(swiglu_kernel, grid, (gates, out, out.stride(0), columns), _SWIGLU_BLOCK)
+    arguments = gates, out, out.stride(0), *(rounded or (gates, gates)), out.shape[1]
+    _launch_swiglu(swiglu_kernel, arguments, out.shape, rounded)
 
 
-def swiglu_backward(gates: Tensor, gradient: Tensor) -> None:
+def swiglu_backward(gates: Tensor, gradient: Tensor, rounded: Quantised | None = None) -> None:
     """See `ops.swiglu_backward`."""
-    rows, columns = gradient.shape
-    grid = rows, -(-columns // _SWIGLU_BLOCK), 1
-    arguments = gates, gradient, gradient.stride(0), columns
-    launch(swiglu_backward_kernel, grid, arguments, _SWIGLU_BLOCK)
+    columns = gradient.shape[1]
+    arguments = gates, gradient, gradient.stride(0), *(rounded or (gates, gates)), columns
+    _launch_swiglu(swiglu_backward_kernel, arguments, gradient.shape, rounded)
+
+
+def _launch_swiglu(
+    kernel: Any, arguments: Sequence[Any], shape: Sequence[int], rounded: Quantised | None
+) -> None:
+    """Rounding needs a whole row in one program."""
+    rows, columns = shape
+    if rounded is None:
+        launch(kernel, (rows, -(-columns // _SWIGLU_BLOCK), 1), arguments, False, _SWIGLU_BLOCK)
+    else:
+        block = power_of_two(columns)
+        launch(kernel, (rows, 1, 1), arguments, True, block, num_warps=_warps(block))
 
 
 def rotate(projected: Tensor, heads: int, cos: Tensor, sin: Tensor) -> None:
@@ -94,10 +116,19 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
+def scale_of(top):
+    """Returns the scale of a row whose largest magnitude is `top`, and its inverse; see `fp8`."""
+    exponent = tl.maximum(top, 2.0**-100).to(tl.int32, bitcast=True) >> 23  # biased by 127
+    scale = ((exponent - 7) << 23).to(tl.float32, bitcast=True)
+    return scale, ((261 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def rms_norm_kernel(
-    x, add, weight, total, out, out_stride, columns, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
-):
-    """A row a program: total = x + add; out = total / rms(total) * weight."""
+    x, add, weight, total, out, out_stride, values, scales, columns, eps, ADD: tl.constexpr,
+    ROUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row a program: total = x + add; out = total / rms(total) * weight, and that in e4m3."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
@@ -111,6 +142,11 @@ def rms_norm_kernel(
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     normed = (normed * factor).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + column, normed, mask=inside)
+    if ROUND:
+        wide = normed.to(tl.float32)
+        scale, inverse = scale_of(tl.max(tl.abs(wide), axis=0))
+        tl.store(scales + row, scale)
+        tl.store(values + row * columns + column, (wide * inverse).to(tl.float8e4nv), mask=inside)
 
 
 @triton.jit
@@ -138,8 +174,11 @@ def rms_norm_backward_kernel(
 
 
 @triton.jit
-def swiglu_kernel(gates, product, product_stride, columns, BLOCK: tl.constexpr):
-    """Writes silu(gate) * up, of [gate, up] side by side."""
+def swiglu_kernel(
+    gates, product, product_stride, values, scales, columns, ROUND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes silu(gate) * up, of [gate, up] side by side, and that in e4m3."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
@@ -149,11 +188,19 @@ def swiglu_kernel(gates, product, product_stride, columns, BLOCK: tl.constexpr):
     gate = (gate * tl.sigmoid(gate)).to(product.dtype.element_ty).to(tl.float32)
     value = (gate * up).to(product.dtype.element_ty)
     tl.store(product + row * product_stride + column, value, mask=inside)
+    if ROUND:
+        wide = value.to(tl.float32)
+        scale, inverse = scale_of(tl.max(tl.abs(wide), axis=0))
+        tl.store(scales + row, scale)
+        tl.store(values + row * columns + column, (wide * inverse).to(tl.float8e4nv), mask=inside)
 
 
 @triton.jit
-def swiglu_backward_kernel(gates, gradient, gradient_stride, columns, BLOCK: tl.constexpr):
-    """[gate, up] become their gradients, and the gradient becomes the product."""
+def swiglu_backward_kernel(
+    gates, gradient, gradient_stride, values, scales, columns, ROUND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """[gate, up] become their gradients, also in e4m3; the gradient becomes the product."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
@@ -164,9 +211,19 @@ def swiglu_backward_kernel(gates, gradient, gradient_stride, columns, BLOCK: tl.
     dy = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     active = gate * sigmoid
-    d_gate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    tl.store(line, d_gate.to(gates.dtype.element_ty), mask=inside)
-    tl.store(line + columns, (dy * active).to(gates.dtype.element_ty), mask=inside)
+    d_gate = (dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(gates.dtype.element_ty)
+    d_up = (dy * active).to(gates.dtype.element_ty)
+    tl.store(line, d_gate, mask=inside)
+    tl.store(line + columns, d_up, mask=inside)
+    if ROUND:
+        wide = d_gate.to(tl.float32)
+        other = d_up.to(tl.float32)
+        top = tl.max(tl.maximum(tl.abs(wide), tl.abs(other)), axis=0)
+        scale, inverse = scale_of(top)
+        tl.store(scales + row, scale)
+        begin = values + row * 2 * columns + column
+        tl.store(begin, (wide * inverse).to(tl.float8e4nv), mask=inside)
+        tl.store(begin + columns, (other * inverse).to(tl.float8e4nv), mask=inside)
     product = active.to(gradient.dtype.element_ty).to(tl.float32) * up
     tl.store(place, product.to(gradient.dtype.element_ty), mask=inside)
 

@@ -28,7 +28,7 @@ class Loader:
     """
 
     def __init__(self, group: Any, states: Sequence[Any]) -> None:
-        self.fits = _is_expandable([p.layer.weight for p in group.projections], states)
+        self.fits = is_expandable([p.layer.weight for p in group.projections], states)
         if not self.fits:
             return
         first = states[0]
@@ -70,7 +70,8 @@ class Loader:
         launch(load_kernel, self._grid, arguments, *self._constants, **options)
 
 
-def _is_expandable(weights: Sequence[Tensor], states: Sequence[Any]) -> bool:
+def is_expandable(weights: Sequence[Tensor], states: Sequence[Any]) -> bool:
+    """Whether the weights of a group are all in full precision, or all in 4 bits of one kind."""
     if len(states) > 3:
         return False
     if all(state is None for state in states):

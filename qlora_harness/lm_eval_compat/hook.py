@@ -45,6 +45,15 @@ def register_model(models: ModuleType) -> None:
         registry.model_registry.register(MODEL_NAME, target=MODEL_TARGET)
 
 
+def is_registered() -> bool:
+    """Whether lm_eval, imported in this process, finds our model."""
+    import lm_eval.models
+    from lm_eval.api import registry
+
+    del lm_eval
+    return MODEL_NAME in registry.model_registry
+
+
 def extend_task_index(index_module: ModuleType) -> None:
     """Adds our tasks to the index that lm_eval builds."""
     index_class = index_module.TaskIndex

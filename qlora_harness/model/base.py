@@ -404,6 +404,16 @@ def expand_4bit(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.T
     return weight
 
 
+def nf4_error(device: str) -> float:
+    """Returns the largest error of weights in [-1, 1] after NF4, which shows whether it works."""
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = torch.linspace(-1, 1, 4096, device=device).view(64, 64)
+    packed, state = quantize_4bit(weight, quant_type="nf4")
+    return float((expand_4bit(packed, state, weight.dtype) - weight).abs().max())
+
+
 def fits_dequantised(model: PreTrainedModel, compute_dtype: str) -> bool:
     """Whether free memory holds the expanded 4-bit layers and 3 GiB of working memory."""
     import torch

@@ -28,6 +28,8 @@ logger = logging.getLogger("qlora_harness")
 
 _MAGIC = b"GGUF"
 _RECORD = "gguf.json"
+_FORMAT = 2  # of the expanded folders; a change expands every file again
+_SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 # Each tensor of these models is one tensor of the file, at most with its rows reordered. For other
 # architectures, transformers changes values, or splits and joins tensors.
 _FAST = ("llama", "qwen2", "qwen3")
@@ -48,7 +50,7 @@ def expand_gguf(file: Path, shown: str) -> tuple[Path, dict[str, Any]]:
     from filelock import FileLock
 
     digest = _sha256(file, shown)
-    folder = cache_dir() / "gguf" / digest
+    folder = cache_dir() / f"gguf-{_FORMAT}" / digest
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
@@ -79,7 +81,7 @@ def _expand(file: Path, folder: Path, digest: str, shown: str) -> None:
                 _write_model(reader, file, work, shown)
             else:
                 _convert_with_transformers(file, work, shown)
-            _write_tokenizer(file, work)
+            _write_tokenizer(reader, file, work)
             write_json(work / _RECORD, {"sha256": digest, "tensor_types": _tensor_types(reader)})
     except HarnessError:
         raise
@@ -158,12 +160,22 @@ def _tensor_types(reader: Any) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def _write_tokenizer(file: Path, work: Path) -> None:
+def _write_tokenizer(reader: Any, file: Path, work: Path) -> None:
+    """Writes the tokenizer, with the special tokens that the file names.
+
+    transformers 5.17, for one, takes Qwen2's default end of sequence instead, so that a chat model
+    would learn to end its replies with another token.
+    """
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(
+    tokenizer = AutoTokenizer.from_pretrained(
         str(file.parent), gguf_file=file.name, trust_remote_code=False
-    ).save_pretrained(work)
+    )
+    for name, key in _SPECIAL_TOKENS.items():
+        token = _value(reader, f"tokenizer.ggml.{key}_token_id")
+        if token is not None:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(token)))
+    tokenizer.save_pretrained(work)
 
 
 def _convert_with_transformers(file: Path, work: Path, shown: str) -> None:

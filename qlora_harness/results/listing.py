@@ -52,7 +52,7 @@ def _line(path: Path, folder: Path) -> list[str]:
     data = loss = None
     status = "scored"
     if summary is not None:
-        model, quant = summary.model.name or model, summary.quant or quant
+        model, quant = summary.model.name or model, _base(summary) or quant
         random = random or summary.model.random_weights
         data, loss = summary.data.dataset, summary.results.eval_loss
         status = summary.status
@@ -66,6 +66,10 @@ def _line(path: Path, folder: Path) -> list[str]:
         NOTHING if loss is None else f"{loss:.3f}",
         _accuracy(evaluation),
     ]
+
+
+def _base(summary: TrainingSummary) -> str | None:
+    return f"{summary.quant} in FP8" if summary.in_fp8 else summary.quant
 
 
 def _peak(summary: TrainingSummary | None) -> str:
@@ -82,6 +86,7 @@ def _accuracy(evaluation: Evaluation | None) -> str:
     scores = evaluation.tasks[task]
     text = f"{100 * scores.acc:.2f}"
     part = "" if scores.n == scores.n_total else f", {scores.n} of {scores.n_total}"
+    part += ", in FP8" if scores.in_fp8 else ""
     if task == DEFAULT_TASK and not part:
         return text
     return f"{text} ({task.removeprefix('mmlu_qlora_')}{part})"
@@ -117,7 +122,7 @@ def _training(summary: TrainingSummary) -> dict[str, dict[str, object]]:
     }
     rows: dict[str, object] = {
         "status": summary.status,
-        "base": summary.quant,
+        "base": _base(summary),
         "model": summary.model.name,
         "random weights": summary.model.random_weights or None,
         "device": (summary.environment.device or {}).get("name"),
@@ -138,6 +143,7 @@ def _scores(scores: TaskScores) -> Iterator[tuple[str, object]]:
     yield "questions", f"{scores.n:,} of {scores.n_total:,}"
     yield "accuracy, micro", _share(scores.acc, scores.acc_stderr)
     yield "accuracy, macro", _share(scores.acc_macro, scores.acc_macro_stderr)
+    yield "products with the base", "in FP8" if scores.in_fp8 else None
     yield "ties", scores.ties
     yield "truncated prompts", scores.truncated
     for name, score in scores.categories.items():

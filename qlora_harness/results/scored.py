@@ -67,6 +67,12 @@ class Scored:
         return self.n < self.n_total
 
     @property
+    def in_fp8(self) -> bool:
+        """Whether it was scored with compute=fp8; lm_eval's files have its arguments only."""
+        names = ("evaluation.settings.compute", "evaluation.model_args.compute")
+        return any(self.conditions.get(name) == "fp8" for name in names)
+
+    @property
     def tuned(self) -> bool:
         """Whether the record names an adapter."""
         return bool(self.model.peft or self.model.adapter_sha256)
@@ -91,7 +97,7 @@ def read_evaluation(path: Path) -> dict[str, Scored]:
         sections = {
             "model": record.model.model_dump(),
             # Families scored at different times share a file, with settings of their own.
-            "settings": scores.settings or record.settings,
+            "settings": {"compute": "bf16"} | (scores.settings or record.settings),
             "environment": record.environment.model_dump(exclude={"command"}),
         }
         results[task] = Scored(

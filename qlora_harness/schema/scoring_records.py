@@ -78,6 +78,11 @@ class TaskScores(Score):
     categories: dict[str, Score] = {}
     settings: dict[str, Any] = {}
 
+    @property
+    def in_fp8(self) -> bool:
+        """Whether products with the base were in FP8."""
+        return self.settings.get("compute") == "fp8"
+
     @model_validator(mode="after")
     def _totals_are_those_of_the_subjects(self) -> TaskScores:
         subjects = self.subjects.values()

@@ -117,6 +117,8 @@ class Runtime(Section):
     eval_seconds: Amount | None = None
     total_seconds: Amount | None = None
     resumed: bool = False
+    graph_passes: Count = 0
+    """Training passes that ran as CUDA graphs, without those before a resume."""
 
 
 class Throughput(Section):
@@ -144,7 +146,7 @@ class Results(Section):
 
 
 # Settings that older records lack, with what they were then.
-_LATER_SETTINGS = {"format": "auto"}
+_LATER_SETTINGS = {"compute": "bf16", "format": "auto"}
 
 
 class TrainingSummary(Header):
@@ -207,6 +209,11 @@ class TrainingSummary(Header):
         if self.status == "completed" and missing:
             raise ValueError(f"{missing[0]} is missing in a completed run")
         return self
+
+    @property
+    def in_fp8(self) -> bool:
+        """Whether products with the base were in FP8."""
+        return bool(self.settings["compute"] == "fp8")
 
     @property
     def peak_bytes(self) -> float | None:

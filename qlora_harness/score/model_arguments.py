@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from qlora_harness.errors import SettingsError
+from qlora_harness.fused import fp8
+from qlora_harness.settings import COMPUTE, Quant
 
 # Arguments that HFLM gets. Others would bypass our loading of the model.
 _PASSED_ON = {
@@ -49,10 +51,18 @@ class ScoringOptions:
     dequantize: str = "auto"
     pack_tokens: int | None = None
     verify: int = 0
+    compute: str = "bf16"
 
     def __post_init__(self) -> None:
         _check_choice("scoring", self.scoring, ("packed", "hf"))
         _check_choice("kernels", self.kernels, ("auto", "none"))
+        _check_choice("compute", self.compute, COMPUTE)
+        if self.compute == "fp8" and (self.scoring, self.kernels) != ("packed", "auto"):
+            other = "scoring=hf" if self.scoring == "hf" else "kernels=none"
+            raise SettingsError(
+                f"--model_args compute=fp8 with {other}: it is a part of fused layers",
+                "Leave one of the two out",
+            )
         _check_choice("dequantize", self.dequantize, ("auto", "never"))
         _check_count("pack_tokens", self.pack_tokens, 1)
         _check_count("verify", self.verify, 0)
@@ -78,6 +88,22 @@ def resolve_dtype(requested: str, recorded: str | None) -> str:
     if requested != "auto":
         return requested
     return recorded or ("bfloat16" if torch.cuda.is_available() else "float32")
+
+
+def check_fp8(quant: Quant, compute_dtype: str) -> None:
+    """Raises SettingsError if FP8 products are impossible, as far as known without the model."""
+    reason = fp8.why_unavailable(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if quant in (Quant.INT8, Quant.HQQ):
+        reason = f"quant={quant.value} has no fused layers"
+    elif compute_dtype != "bfloat16":
+        reason = f"the compute dtype is {compute_dtype}, not bfloat16"
+    refuse_fp8(reason)
+
+
+def refuse_fp8(reason: str | None) -> None:
+    """Raises SettingsError if there is a reason against FP8 products."""
+    if reason is not None:
+        raise SettingsError(f"--model_args compute=fp8: {reason}", "Use compute=bf16")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str | None, ...]) -> None:

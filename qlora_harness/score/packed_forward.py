@@ -87,6 +87,7 @@ class PackedModel:
         flex: Uses FlexAttention rather than scaled dot product attention by segment; by default
             on CUDA.
         fused: Uses fused layers rather than the model's modules; by default if they support it.
+        compute: How fused layers multiply by the base; see `FusedDecoder`.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class PackedModel:
         *,
         flex: bool | None = None,
         fused: bool | None = None,
+        compute: str = "bf16",
     ) -> None:
         self._model = base_of(model)
         self._decoder = getattr(self._model, self._model.base_model_prefix)
@@ -108,7 +110,7 @@ class PackedModel:
         self._flex = fits if flex is None else flex
         if fused is None:
             fused = FusedDecoder.reason_against(model) is None
-        self._fused = FusedDecoder(model) if fused else None
+        self._fused = FusedDecoder(model, compute=compute) if fused else None
         # Fused layers and a base alone have no LoRA layers to replace.
         plain = fused or self._model is model
         dtype = self._model.get_input_embeddings().weight.dtype

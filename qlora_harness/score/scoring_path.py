@@ -8,7 +8,7 @@ from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.adapter_folder import unknown_field
 from qlora_harness.model.base import base_of, fits_dequantised, is_4bit, mixes_tokens, why_not_plain
 from qlora_harness.model.plain_lora import is_plain
-from qlora_harness.score.model_arguments import ScoringOptions
+from qlora_harness.score.model_arguments import ScoringOptions, refuse_fp8
 from qlora_harness.score.packed_forward import why_unsupported
 from qlora_harness.score.scored_model import ScoredModel
 
@@ -23,10 +23,16 @@ class ScoringPath(NamedTuple):
 
 
 def choose_path(scored: ScoredModel, options: ScoringOptions) -> ScoringPath:
-    """Chooses the fastest path that the model and the options allow."""
+    """Chooses the fastest path that the model and the options allow.
+
+    Raises SettingsError if the options ask for FP8 products and the model can't have them.
+    """
     if options.scoring == "hf":
         return ScoringPath(packed=False)
     model = scored.model
+    if options.compute == "fp8":
+        refuse_fp8(_why_not_packed(scored) or FusedDecoder.reason_against_fp8(model))
+        return ScoringPath(packed=True, fused=True)
     reason = _why_not_packed(scored)
     allowed = reason is None and options.kernels == "auto"
     fused = allowed and FusedDecoder.reason_against(model) is None

@@ -31,6 +31,7 @@ _FEW_PACKS = 6  # enough to time
 _FEW_TOKENS = 16  # a low guess of the tokens that a text adds to a shared prefix
 # Largest mean difference, nats, between two ways of scoring that rounding can explain.
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
+_FP8_TOLERANCE = 1.0
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,17 @@ class ScoringSession:
 
     def identity(self) -> dict[str, Any]:
         """Returns all that a score depends on, which identifies a journal."""
-        return {**self.lm.loaded.record(), **self.settings_record()}
+        identity = {**self.lm.loaded.record(), **self.settings_record()}
+        if identity["compute"] == "bf16":  # as in journals of earlier versions
+            del identity["compute"]
+        return identity
 
     def settings_record(self) -> dict[str, Any]:
         """Returns the "settings" section of the records."""
         return {
             "batch_size": self.lm.batch_size,
             "dtype": self.lm.loaded.compute_dtype,
+            "compute": self.options.compute,
             "softmax_dtype": str(self.lm.softmax_dtype).removeprefix("torch."),
             "max_length": self.lm.max_length,
             "leading_bos": self._leading_bos(),
@@ -210,7 +215,11 @@ class ScoringSession:
     def _scorer(self) -> PackedScorer:
         if self._packed is None:  # made once, as it moves weights
             self.expand_base()
-            self._packed = PackedModel(self.lm.model, self.lm.softmax_dtype, fused=self.path.fused)
+            self._packed = PackedModel(
+                *(self.lm.model, self.lm.softmax_dtype),
+                fused=self.path.fused,
+                compute=self.options.compute,
+            )
         tokens = self.options.pack_tokens or default_pack_tokens(self.lm.model, self.lm.device)
         # All processes must plan the same packs.
         return PackedScorer(
@@ -279,7 +288,8 @@ class ScoringSession:
             mean,
             largest,
         )
-        if mean > _TOLERANCES[self.lm.loaded.compute_dtype]:
+        allowed = _TOLERANCES[self.lm.loaded.compute_dtype]
+        if mean > (_FP8_TOLERANCE if self.options.compute == "fp8" else allowed):
             if journal is not None:
                 journal.close(remove=True)
             raise ResultsError(

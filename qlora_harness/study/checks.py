@@ -60,6 +60,8 @@ def check_study_runs(study: Study, devices: Sequence[Device]) -> dict[str, ArmPl
     """
     for settings in study.arms().values():
         check_can_run(settings)
+        if settings.model.compute == "fp8" and devices[0].gpu is None:
+            raise SettingsError("--compute fp8: there is no CUDA device", "Use --compute bf16")
     if study.tasks:
         from qlora_harness.lm_eval_compat.in_process import load_tasks
 

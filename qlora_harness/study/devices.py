@@ -25,10 +25,17 @@ class Device(NamedTuple):
         """
         if self.gpu is None:
             return {}
-        share = max(1, (os.cpu_count() or 1) // workers)
+        share = max(1, _cores() // workers)
         threads = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(share)}
         unset = {name: value for name, value in threads.items() if name not in os.environ}
         return {_VISIBLE: self.gpu} | unset
+
+
+def _cores() -> int:
+    """The cores that this process may use, which may be fewer than the host's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def visible_devices() -> list[Device]:

@@ -6,9 +6,10 @@ The peak of a step on one GPU, without the CUDA context:
     + max(stored activations + work of one layer, gradients + work of one layer)
 
 The backward pass frees a layer's activations as it adds the layer's gradients, so only the larger
-of the two counts. Paged optimizer states are on the GPU while there is room, but torch's allocator
-does not count them. The bytes per layer are computed beside the layers: in `fused.layer`,
-`fused.bordered` and `fused.model`, in `model.lora` for PEFT's own modules, and in `model.base`.
+of the two counts; CUDA graphs hold the memory of both. Paged optimizer states are on the GPU while
+there is room, but torch's allocator does not count them. The bytes per layer are computed beside
+the layers: in `fused.layer`, `fused.bordered`, `fused.graphs` and `fused.model`, in `model.lora`
+for PEFT's own modules, and in `model.base`.
 """
 
 from __future__ import annotations
@@ -52,12 +53,14 @@ class MemoryPlan:
     activations: int  # stored for the backward pass
     work: int  # of the current layer, the loss, and expanded weights
     host: int  # pinned host memory for activations, at most; not part of the peak
+    graphs: bool  # whether passes run as CUDA graphs on one GPU
 
     @property
     def peak(self) -> int:
         """The predicted peak."""
         held = self.weights + self.adapter + self.states
-        return held + max(self.activations, self.gradients) + self.work
+        both = self.activations, self.gradients
+        return held + (sum(both) if self.graphs else max(both)) + self.work
 
     def record(self) -> dict[str, Any]:
         """Returns the plan as training_summary.json holds it."""
@@ -124,7 +127,7 @@ def uses_fused(shape: Shape, settings: Settings) -> bool:
 
 def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
     """Predicts the peak of a step whose largest forward pass has `tokens`, padding included."""
-    from qlora_harness.fused import bordered, layer, model
+    from qlora_harness.fused import bordered, fp8_weights, graphs, layer, model
     from qlora_harness.model.base import expansion_bytes, weight_bytes
     from qlora_harness.model.lora import dora_activation_bytes, peft_activation_bytes
 
@@ -133,8 +136,12 @@ def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
     size = 2 if settings.model.compute_dtype != "float32" else 4
     parameters = rank * shape.sides + lora.use_dora * shape.outputs
     width = 2 if lora.adapter_dtype == "bfloat16" else 4
-    host = 0
+    host, uses_graphs = 0, False
     if uses_fused(shape, settings):
+        in_bf16 = settings.model.compute == "bf16"
+        uses_graphs = in_bf16 and graphs.planned(shape, checkpointing, tokens, size)
+        if uses_graphs:
+            tokens = graphs.padded(tokens)
         activations, work = layer.fused_activation_bytes(
             *(shape, rank),
             has_dropout=bool(lora.lora_dropout),
@@ -142,7 +149,12 @@ def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
             tokens=tokens,
             size=size,
         )
-        work += bordered.matrix_bytes(shape, rank, size, is_4bit=quant.is_4bit)
+        if uses_graphs:  # the last layer works in memory of its own
+            work += work + graphs.buffer_bytes(shape, tokens, size)
+        if in_bf16:
+            work += bordered.matrix_bytes(shape, rank, size, is_4bit=quant.is_4bit)
+        else:
+            work += fp8_weights.working_bytes(shape, rank, tokens)
         host = model.host_bytes(shape, checkpointing, tokens, size)
     else:
         activations, work = peft_activation_bytes(shape, rank, checkpointing, tokens, size)
@@ -162,6 +174,7 @@ def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
         activations=activations,
         work=work,
         host=host,
+        graphs=uses_graphs,
     )
 
 

@@ -39,7 +39,7 @@ def describe(plan: MemoryPlan, tokens: int) -> str:
     host = f", and {plan.host / GIB:.1f} GiB of the host's memory" if plan.host else ""
     return (
         f"planned peak {plan.peak / GIB:.1f} GiB on a GPU{host}, at {tokens:,} tokens a pass, "
-        f"checkpointing {plan.checkpointing} ({listed})"
+        f"checkpointing {plan.checkpointing}{', CUDA graphs' if plan.graphs else ''} ({listed})"
     )
 
 

@@ -19,6 +19,7 @@ from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.data.examples import Example, show
 from qlora_harness.data.templates import chat_template
 from qlora_harness.errors import AdapterError, RunError, SettingsError, TrainingError
+from qlora_harness.fused import fp8
 from qlora_harness.fused.host_memory import memory_of_a_process
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.adapter_starts import START_FILE, save_pissa_start
@@ -54,7 +55,7 @@ from qlora_harness.train.cpu import faster_dtype, use_all_cores
 from qlora_harness.train.evaluation import evaluate_loss
 from qlora_harness.train.held_out import HeldOut, check_held_out
 from qlora_harness.train.memory_meter import MemoryMeter
-from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
+from qlora_harness.train.memory_plan import choose_memory_plan, largest_pass, measure_shape
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
 from qlora_harness.train.ranks import device_of, on_main, say, start_processes
 from qlora_harness.train.run_folder import (
@@ -92,6 +93,8 @@ def run_training(
         if start.nothing_to_do and start.previous is not None:
             say(state, f"{settings.run_dir} holds this run, completed; nothing is left to do")
             return start.previous
+        if settings.model.compute == "fp8":
+            _check_fp8(fp8.why_unavailable(device_of(state)))
         settings = _with_compute_dtype(settings, state, start)
         return _Run(settings, state, start, find, on_row).execute()
 
@@ -113,6 +116,11 @@ def _with_compute_dtype(settings: Settings, state: PartialState, start: Starting
         dtype = "bfloat16"
     model = dataclasses.replace(settings.model, compute_dtype=dtype)
     return dataclasses.replace(settings, model=model)
+
+
+def _check_fp8(reason: str | None) -> None:
+    if reason is not None:
+        raise SettingsError(f"--compute fp8: {reason}", "Use --compute bf16")
 
 
 class _Run:
@@ -196,6 +204,8 @@ class _Run:
         if self.device.type != "cuda" and self.settings.optimization.memory is None:
             return
         shape = measure_shape(source.path, source.revision, self.settings.lora.lora_targets)
+        if self.settings.model.compute == "fp8" and not shape.fused:
+            _check_fp8(f"{source.name} has no fused layers")
         self.chosen, plan, tokens = choose_memory_plan(shape, self.settings, lengths)
         check_combination(self.chosen)
         self.plan = plan.record() | {"tokens_per_pass": tokens}
@@ -229,16 +239,20 @@ class _Run:
         model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
         # Otherwise PEFT replaces bfloat16 parameters, and fused layers hold on to the old ones.
         model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)
-        self.fused = self._fuse(model)
+        self.fused = self._fuse(model, [len(example.input_ids) for example in data.train])
         return model
 
-    def _fuse(self, model: Any) -> FusedDecoder | None:
+    def _fuse(self, model: Any, lengths: Sequence[int]) -> FusedDecoder | None:
         """Attaches fused layers if the settings and the model allow."""
         optimization = self.chosen.optimization
         auto = optimization.kernels == "auto"
         reason = FusedDecoder.reason_against(model) if auto else "--kernels none"
+        compute = self.chosen.model.compute
+        if compute == "fp8":
+            _check_fp8(FusedDecoder.reason_against_fp8(model))
         if reason is None:
-            return FusedDecoder.attach(model, optimization.checkpointing)
+            longest = largest_pass(lengths, self.chosen, fused=True)
+            return FusedDecoder.attach(model, optimization.checkpointing, longest, compute=compute)
         if optimization.checkpointing in ("selective", "offload"):
             raise SettingsError(
                 f"--checkpointing {optimization.checkpointing} needs fused layers, and "
@@ -362,6 +376,8 @@ class _Run:
             resume_from = None if checkpoint is None else str(checkpoint)
             with self.record.timed("train"), self.memory.phase("train"), self.stop.installed():
                 trainer.train(resume_from_checkpoint=resume_from)
+        if self.fused is not None:
+            self.record.graph_passes = self.fused.graphs.passes
         last = trainer.state.global_step
         log.check_complete(done + 1, last)
         log.write()

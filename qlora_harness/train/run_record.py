@@ -58,6 +58,7 @@ class RunRecord:
     ) -> None:
         self._settings, self._state, self._device = settings, state, device
         self._memory, self._previous = memory, previous
+        self.graph_passes = 0  # so far
         self._seconds: dict[str, float] = {}
         self._began = time.perf_counter()
         self._summary = TrainingSummary(
@@ -171,6 +172,7 @@ class RunRecord:
             eval_seconds=seconds.get("eval"),
             total_seconds=time.perf_counter() - self._began,
             resumed=self._previous is not None,
+            graph_passes=self.graph_passes,
         )
         self._summary.throughput = _throughput(rows)
         self.write()

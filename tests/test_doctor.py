@@ -1,0 +1,73 @@
+"""`qlora-harness doctor`: a state and a remedy for each check."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import bitsandbytes.functional
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from qlora_harness import doctor
+
+
+def run_doctor(**environment: str) -> tuple[int, dict[str, str]]:
+    command = [str(Path(sys.executable).with_name("qlora-harness")), "doctor"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environment, timeout=120
+    )
+    lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
+    return done.returncode, {line[2:18].strip(): line[0] for line in lines}
+
+
+def test_the_command_reports_a_missing_plugin(tmp_path: Path) -> None:
+    (tmp_path / "five_shot_mmlu_val.json").touch()
+    environment = {"HF_HUB_OFFLINE": "1", "QLORA_MMLU_DIR": str(tmp_path)}
+    code, states = run_doctor(**environment)
+    assert code == 0
+    assert (states["lm_eval plugin"], states["MMLU files"], states["torch"]) == ("✓", "✓", "✓")
+    assert states["Hugging Face Hub"] == "!"
+    code, states = run_doctor(**environment, QLORA_HARNESS_NO_HOOK="1")
+    assert (code, states["lm_eval plugin"]) == (1, "✗")
+
+
+def test_versions_are_compared_with_the_tested_ranges() -> None:
+    states = {
+        text: doctor._package(Requirement(text)).state
+        for text in ("torch>=1", "torch<1", "no-such-package-here")
+    }
+    assert list(states.values()) == ["ok", "warning", "missing"]
+
+
+@pytest.mark.parametrize(
+    ("major", "minor", "state", "formats"),
+    [
+        (7, 5, "warning", "neither bf16 nor fp8"),
+        (8, 0, "ok", "bf16"),
+        (9, 0, "ok", "bf16 and fp8"),
+    ],
+)
+def test_a_gpu_is_judged_by_its_own_formats(
+    monkeypatch: pytest.MonkeyPatch, major: int, minor: int, state: str, formats: str
+) -> None:
+    about = SimpleNamespace(major=major, minor=minor, name="Card", total_memory=16 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: about)
+    check = doctor._gpu(0)
+    assert (check.state, check.value.rpartition(", ")[2]) == (state, formats)
+    assert bool(check.remedy) == (state == "warning")
+
+
+def test_a_failing_backend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._quantises("cpu").state == "ok"
+
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("no kernel image\nmore")
+
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", fail)
+    check = doctor._quantises("cpu")
+    assert (check.state, check.value) == ("missing", "bitsandbytes fails: no kernel image")
