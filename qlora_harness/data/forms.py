@@ -174,10 +174,11 @@ def _message(where: str, item: Mapping[str, Any], role_key: str, text_key: str) 
     """Returns the role, as user, assistant or system, and the text of a message."""
     role = item.get(role_key)
     name = role.lower() if isinstance(role, str) else ""
-    if name in _TOOL_ROLES or item.get("tool_calls") or item.get("function_call"):
-        key = role_key if name in _TOOL_ROLES else "tool_calls"
+    calls = [key for key in ("tool_calls", "function_call") if item.get(key)]
+    if name in _TOOL_ROLES or calls:
+        key = calls[0] if calls else role_key
         raise DataError(
-            f"{where}.{key} is {shown(item.get(key))}: no template holds tool turns",
+            f"{where}.{key} is {shown(item[key])}: no template holds tool turns",
             "Remove the rows with tool turns",
         )
     if name not in _ROLES:
