@@ -66,6 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="predict a training run's GPU memory from the model's configuration",
         add_help=False,  # `_plan` parses the flags of launch/train.py
     )
+    commands.add_parser(
+        "data",
+        help="what a data set holds: form, lengths, duplicates, overlap with MMLU, examples",
+        add_help=False,  # `survey.command` parses the flags of launch/train.py for data
+    )
     runs = commands.add_parser(
         "runs",
         help="list the runs below a folder",
@@ -193,6 +198,10 @@ def _run(words: Sequence[str]) -> int:
         from qlora_harness.study.command import run
 
         return run(words[1:])
+    if words[:1] == ["data"]:
+        from qlora_harness.survey.command import run as run_survey
+
+        return run_survey(words[1:])
     args = build_parser().parse_args(words)
     if args.command in ("compare", "plan-study", "runs", "show"):
         _read_runs(args)

@@ -58,6 +58,7 @@ def reaching(folder: str, *forbidden: str) -> list[str]:
         ),
         (["data"], HEAVY),
         (["train/command"], HEAVY),
+        (["survey"], HEAVY),
         (["study/definition", "study/command"], HEAVY),
         (["compare", "results", "schema"], ["torch", "transformers", "peft", "lm_eval"]),
     ],

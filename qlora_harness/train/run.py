@@ -15,8 +15,9 @@ from filelock import FileLock
 from transformers import TrainerState
 from transformers.utils import logging as transformers_logging
 
-from qlora_harness.data.chat_encoder import Example, chat_template, show
 from qlora_harness.data.corpus import TrainingData, load_training_data
+from qlora_harness.data.examples import Example, show
+from qlora_harness.data.templates import chat_template
 from qlora_harness.errors import AdapterError, RunError, SettingsError, TrainingError
 from qlora_harness.fused import fp8
 from qlora_harness.fused.host_memory import memory_of_a_process
@@ -171,7 +172,7 @@ class _Run:
         self.start.check_same(self.run_dir, fingerprint, "data", "train", "fingerprint")
         check_held_out(self.settings, data)
         say(self.state, _description(self.settings, source, data, self.device))
-        self._plan_memory(source, [len(example.input_ids) for example in data.train])
+        self._plan_memory(source, data.train.lengths)
         with self.record.timed("load"), self.memory.phase("load"):
             model = self._load_model(source, data)
         self._check_same_computation(model)
@@ -417,7 +418,11 @@ class _Run:
             "run": self.run_dir.name,
         }
         # The adapter has learned this template, not the base's own.
-        tokenizer.chat_template = chat_template(settings.data.template, tokenizer)
+        tokenizer.chat_template = chat_template(
+            settings.data.template,
+            leading_bos=bool(data.report["leading_bos"]),
+            own=tokenizer.chat_template,
+        )
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         try:
             save_adapter(
@@ -451,11 +456,15 @@ def _description(
     report = data.report
     train, held_out = report["train"], report["eval"]
     dropped = ", ".join(f"{n} {reason}" for reason, n in report["dropped"].items()) or "none"
+    rows = (
+        f"{report['trees']} trees, {report['messages']} messages"
+        if "messages" in report
+        else f"{report['rows']} rows in the form {report['form']}"
+    )
     note = " (random weights)" if source.random_weights else ""
     return (
         f"{source.name}{note}, {settings.quant.value}, into {settings.run_dir}, on {device}\n"
-        f"data: {report['source']}: {report['trees']} trees, {report['messages']} messages; "
-        f"dropped: {dropped}\n"
+        f"data: {report['source']}: {rows}; dropped: {dropped}\n"
         f"train: {train['conversations']} conversations, {train['tokens']:,} tokens, "
         f"{train['supervised_tokens']:,} learned; {train['truncated']} truncated to "
         f"{settings.data.max_length}, {train['without_supervised_token']} left out\n"
