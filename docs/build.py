@@ -48,6 +48,16 @@ TRAINING_ROWS = {
     "fused-lean": "fused, `--memory lean` (offload, paged 8-bit AdamW, bf16 adapter)",
     "fused-lean-1": "fused, one conversation a step, full, paged 8-bit AdamW, bf16 adapter",
 }
+FP8_ROWS = {
+    "fused-none": "no checkpointing",
+    "fused-none-fp8": "no checkpointing, FP8",
+    "fused-selective-fp8": "selective checkpointing, FP8",
+    "published-fast-fp8": "the recipe with `--memory fast`, dropout 0.1, FP8",
+}
+SMALL_ROWS = {
+    "fused-none": "16 conversations a step in one pass",
+    "published-fused": "the published recipe: 16 passes of one conversation",
+}
 PEER_ROWS = {
     "fused-none": "fused layers",
     "fused-none@28": "fused layers, 28 conversations a step",
@@ -56,10 +66,10 @@ PEER_ROWS = {
 }
 
 
-def training(name: str) -> dict[str, TrainingMeasurement]:
-    """The measurements of a training record of the 7B shape, by way."""
+def training(name: str, model: str = "llama7b") -> dict[str, TrainingMeasurement]:
+    """The measurements of a training record, by way."""
     record = TrainingBenchmark.model_validate_json((RECORDS / name).read_text(encoding="utf-8"))
-    check_model(name, record.title, "llama7b")
+    check_model(name, record.title, model)
     return {m.way: m for m in record.measurements if m.failure is None}
 
 
@@ -109,6 +119,38 @@ def training_table() -> str:
     ]
     head = ["", "NF4 tokens/s", "NF4 peak, GiB", "bf16 tokens/s", "bf16 peak, GiB"]
     return table(head, rows)
+
+
+def fp8_table() -> str:
+    record = training("training_fp8_nf4.json")
+    rows = [
+        [text, f"{m.tokens_per_second:,.0f}", f"{m.median_tokens_per_second:,.0f}", peak(m)]
+        for way, text in FP8_ROWS.items()
+        for m in [record[way]]
+    ]
+    return table(["NF4", "tokens/s", "median of the steps", "peak, GiB"], rows)
+
+
+def small_table() -> str:
+    rows = []
+    for size in ("0.5B", "1.5B"):
+        name = size.lower()
+        record = training(f"training_small_{name}.json", f"q{name}")
+        for way, text in SMALL_ROWS.items():
+            m = record[way]
+            speeds = [f"{m.tokens_per_second:,.0f}", f"{m.median_tokens_per_second:,.0f}"]
+            rows.append([f"{size}, {text}", *speeds, peak(m)])
+    return table(["NF4", "tokens/s", "median of the steps", "peak, GiB"], rows)
+
+
+def fp8_scoring_table() -> str:
+    rows = [
+        [f"{m.name}, {base} base", f"{m.scoring_seconds:.1f}", gib(m.peak_allocated_bytes)]
+        for base in ("bf16", "NF4")
+        for m in scoring(f"scoring_7b_{base.lower()}_fp8.json", "llama7b").values()
+        if m.name != HF
+    ]
+    return table(["", "scoring, s", "peak, GiB"], rows)
 
 
 def peers_table() -> str:
@@ -348,6 +390,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "answer: at chance": partial(answer, AT_CHANCE),
     "table: headline": headline_table,
     "table: training": training_table,
+    "table: fp8": fp8_table,
+    "table: small": small_table,
+    "table: fp8 scoring": fp8_scoring_table,
     "table: peers": peers_table,
     "sentence: peers": peers_sentence,
     "table: scoring": scoring_table,
