@@ -183,6 +183,7 @@ class TrainingSummary(Header):
     @model_validator(mode="after")
     def _earlier_versions_had_one_way_to_compute(self) -> TrainingSummary:
         self.settings.setdefault("compute", "bf16")
+        self.settings.setdefault("rope_scaling", None)
         return self
 
     @model_validator(mode="after")

@@ -49,6 +49,7 @@ class ScoredModel:
             "random_weights": self.source.random_weights,
             "quant": choice.quant.value,
             "double_quant": choice.double_quant if choice.quant.is_4bit else None,
+            "rope_scaling": choice.rope_scaling,
             "peft": choice.adapter.name if choice.adapter else None,
             "adapter_sha256": self.adapter_sha256,
             "unquantised_share": unquantised_share(self.model),
@@ -80,6 +81,7 @@ def load_scored_model(
         double_quant=choice.double_quant,
         compute_dtype=compute_dtype,
         device=device,
+        rope_scaling=choice.rope_scaling,
     )
     embedding: Any = base.get_input_embeddings()
     _check_vocabulary(choice, tokens, embedding.weight.shape[0])
