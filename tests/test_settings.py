@@ -31,7 +31,7 @@ from qlora_harness.train.command import parse_settings
 PUBLISHED = {
     "model": "meta-llama/Llama-2-7b-hf", "quant": "nf4", "double_quant": True,
     "compute_dtype": "auto",
-    "compute": "bf16", "rope_scaling": None, "dataset": "oasst1", "max_length": 512, "lora_r": 64,
+    "compute": "bf16", "dataset": "oasst1", "max_length": 512, "lora_r": 64,
     "lora_alpha": 16, "lora_dropout": 0.1, "lora_targets": "all-linear", "max_steps": 1875,
     "epochs": None, "learning_rate": 2e-4, "lr_schedule": "constant",
     "optimizer": "paged_adamw_32bit", "adam_beta2": 0.999, "weight_decay": 0.0,
@@ -348,6 +348,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         strategy: st.SearchStrategy[Any] = st.sampled_from(choices)
     elif name == "memory":
         strategy = st.sampled_from(["fast", "lean", "16", "7.5"])
+    elif name == "rope_scaling":
+        strategy = st.sampled_from(["linear:1.5", "dynamic:2", "yarn:4"])
     elif kind is str:
         strategy = st.text("abcdefgh0123456789/._-", min_size=1, max_size=12)
     elif kind is bool:

@@ -158,7 +158,10 @@ def _checked_record(adapter: Path) -> dict[str, Any]:
                 "Train again, or remove the file and give pretrained= and quant=",
             )
     where = f"{adapter / RECORD_FILE}, key 'rope_scaling'"
-    return record | {"rope_scaling": _scaling(record.get("rope_scaling"), where)}
+    try:
+        return record | {"rope_scaling": _scaling(record.get("rope_scaling"), where)}
+    except SettingsError as error:
+        raise AdapterError(error.problem, "Train again, or correct it") from None
 
 
 def _results_dir(peft: str, adapter: Path, quant: str, recorded_quant: str | None) -> Path:
