@@ -41,7 +41,7 @@ class ScoredModel:
     def record(self) -> dict[str, Any]:
         """Returns the "model" section of the records."""
         choice, base = self.choice, base_of(self.model)
-        gguf = {} if self.source.gguf is None else {"gguf": self.source.gguf}
+        rare = {"gguf": self.source.gguf, "rope_scaling": choice.rope_scaling}
         return {
             "base": self.source.recorded_name,
             "revision": choice.revision,
@@ -49,13 +49,12 @@ class ScoredModel:
             "random_weights": self.source.random_weights,
             "quant": choice.quant.value,
             "double_quant": choice.double_quant if choice.quant.is_4bit else None,
-            "rope_scaling": choice.rope_scaling,
             "peft": choice.adapter.name if choice.adapter else None,
             "adapter_sha256": self.adapter_sha256,
             "unquantised_share": unquantised_share(self.model),
             "attention": attention_of(base),
             "weights_fingerprint": weights_fingerprint(base),
-            **gguf,
+            **{name: value for name, value in rare.items() if value is not None},
         }
 
 

@@ -129,8 +129,6 @@ class ScoringSession:
         identity = {**self.lm.loaded.record(), **self.settings_record()}
         if identity["compute"] == "bf16":  # as in journals of earlier versions
             del identity["compute"]
-        if identity["rope_scaling"] is None:
-            del identity["rope_scaling"]
         return identity
 
     def settings_record(self) -> dict[str, Any]:
