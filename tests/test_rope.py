@@ -30,6 +30,8 @@ from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import find_base, load_base, read_config
 from qlora_harness.model.rope import finish_scaling, scale, window
 from qlora_harness.model.shared_base import sharing_base, take_base
+from qlora_harness.schema.scoring_records import Evaluation
+from qlora_harness.score.evaluation_record import _is_of_same_model
 from qlora_harness.score.packed_forward import why_unsupported
 from qlora_harness.score.prefix_tree import Query, plan
 from qlora_harness.score.run_choice import choose_scored_run
@@ -352,6 +354,20 @@ def test_the_choice_of_what_to_score(tmp_path: Path, adapter: Path) -> None:
     assert "rope_scaling" in message
     path.write_text(json.dumps(read(path) | {"rope_scaling": "ntk:4"}))
     assert str(path) in refused(lambda: pick(peft=str(copy)), AdapterError)
+
+
+def test_results_of_another_scaling_are_those_of_another_model() -> None:
+    def same(before: str | None, after: str | None) -> bool:
+        models = [
+            {"base": "x"} if scaling is None else {"base": "x", "rope_scaling": scaling}
+            for scaling in (before, after)
+        ]
+        record = Evaluation.model_validate({"arm": "4bit", "model": models[0], "tasks": {}})
+        return _is_of_same_model(record, {"arm": "4bit", "model": models[1]})
+
+    assert same(None, None)
+    assert same("yarn:4", "yarn:4")
+    assert not any((same(None, "yarn:4"), same("yarn:4", None), same("yarn:4", "linear:4")))
 
 
 def test_arms_of_a_study_may_differ_by_scaling() -> None:

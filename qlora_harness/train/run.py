@@ -419,11 +419,12 @@ class _Run:
             "double_quant": settings.model.double_quant,
             "init_lora_weights": settings.lora.init_lora_weights,
             "compute_dtype": settings.model.compute_dtype,
-            "rope_scaling": settings.model.rope_scaling,
             "data_fingerprint": data.report["train"]["fingerprint"],
             "template": settings.data.template,
             "run": self.run_dir.name,
         }
+        if settings.model.rope_scaling is not None:
+            record["rope_scaling"] = settings.model.rope_scaling
         # The adapter has learned this template, not the base's own.
         tokenizer.chat_template = chat_template(settings.data.template, tokenizer)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
