@@ -14,6 +14,8 @@ from qlora_harness import __version__
 from qlora_harness.benchmark.command import add_commands, run_benchmark
 from qlora_harness.compare.command import add_arguments
 from qlora_harness.errors import SettingsError, run_command
+from qlora_harness.inference.command import COMMANDS, run_inference
+from qlora_harness.inference.command import add_commands as add_inference
 
 _SCHEMAS = {
     "training_summary": "schema.training_records:TrainingSummary",
@@ -22,6 +24,7 @@ _SCHEMAS = {
     "mmlu_progress": "schema.scoring_records:Progress",
     "comparison": "compare.comparison:Comparison",
     "study": "schema.study_record:StudyRecord",
+    "merge": "schema.merge_record:MergeRecord",
 }
 
 _PLAN = (
@@ -63,6 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="predict a training run's GPU memory from the model's configuration",
         add_help=False,  # `_plan` parses the flags of launch/train.py
     )
+    commands.add_parser(
+        "data",
+        help="what a data set holds: form, lengths, duplicates, overlap with MMLU, examples",
+        add_help=False,  # `survey.command` parses the flags of launch/train.py for data
+    )
     runs = commands.add_parser(
         "runs",
         help="list the runs below a folder",
@@ -83,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         "schema", help="print the JSON schema of a record", allow_abbrev=False
     )
     schema.add_argument("kind", choices=sorted(_SCHEMAS), metavar="KIND", help=", ".join(_SCHEMAS))
+    add_inference(commands)
     commands.add_parser(
         "doctor",
         help="check packages, GPUs, memory, data and the plugin, with a remedy for each fault",
@@ -191,11 +200,17 @@ def _run(words: Sequence[str]) -> int:
         from qlora_harness.study.command import run
 
         return run(words[1:])
+    if words[:1] == ["data"]:
+        from qlora_harness.survey.command import run as run_survey
+
+        return run_survey(words[1:])
     args = build_parser().parse_args(words)
     if args.command in ("compare", "plan-study", "runs", "show"):
         _read_runs(args)
     elif args.command == "schema":
         _print_schema(args.kind)
+    elif args.command in COMMANDS:
+        run_inference(args)
     elif args.command == "doctor":
         from qlora_harness.doctor import diagnose
 

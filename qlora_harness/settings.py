@@ -127,8 +127,19 @@ class DataSettings:
 
     dataset: str = _setting(
         "oasst1",
-        "conversations in OASST1's row schema: 'oasst1', 'demo' (embedded), a Hub id, a file "
-        "(.jsonl, .json, .csv, .parquet, also .gz or .zst), or a folder of `datasets`",
+        "a known data set (oasst1, oasst2, guanaco, alpaca, alpaca-cleaned, dolly-15k, longform, "
+        "or 'demo', which is embedded), a Hub id, a file (.jsonl, .json, .csv, .parquet, also .gz "
+        "or .zst), a folder of `datasets`, or a mixture such as oasst1:0.7,alpaca:0.3",
+        listed=True,
+    )
+    format: str = _setting(
+        "auto",
+        "form of the rows; auto: the one that their columns fit",
+        choices=[
+            "auto",
+            *("oasst", "alpaca", "dolly", "sharegpt", "messages"),
+            *("prompt-completion", "longform", "guanaco", "text"),
+        ],
     )
     dataset_revision: str | None = _setting(
         None, "branch, tag or commit of the data set on the Hub (default: its main branch)"
@@ -141,8 +152,12 @@ class DataSettings:
     )
     template: str = _setting(
         "guanaco",
-        "text around the turns; guanaco is '### Human: …### Assistant: …'",
-        choices=["guanaco", "alpaca", "chatml"],
+        "text around the turns; guanaco is '### Human: …### Assistant: …'; tokenizer is the chat "
+        "template of the model's tokenizer; none is for plain text",
+        choices=[
+            *("guanaco", "alpaca", "alpaca-preamble", "chatml", "llama2", "vicuna"),
+            *("tokenizer", "none"),
+        ],
     )
     mask: str = _setting(
         "prompt",
@@ -157,7 +172,10 @@ class DataSettings:
         high=0.5,
     )
     eval_seed: int = _setting(
-        0, "seed of the choice of these trees; --seed does not change it", high=2**32 - 1
+        0,
+        "seed of the choice of these trees, and of a mixture's conversations; --seed does not "
+        "change it",
+        high=2**32 - 1,
     )
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qlora_harness.data.chat_encoder import Example
+from qlora_harness.data.examples import Example
 from qlora_harness.train.batches import ExampleSet, pad_batch, padding_id
 
 

@@ -17,7 +17,7 @@ from qlora_harness.benchmark import peer_process
 from qlora_harness.benchmark.peers import PEER_WAYS, run_peer
 from qlora_harness.benchmark.training import WAYS
 from qlora_harness.cli import main
-from qlora_harness.data.chat_encoder import Example
+from qlora_harness.data.examples import Example
 from qlora_harness.model.base import find_base
 from qlora_harness.settings import build_settings
 

@@ -9,23 +9,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import BOS, EOS, token_ids, write_tokenizer
 from transformers import AutoTokenizer
 
-from qlora_harness.data.chat_encoder import (
-    IGNORE,
-    TEMPLATES,
-    ChatEncoder,
-    Example,
-    chat_template,
-    fingerprint,
-    leading_bos,
-    show,
-)
+from qlora_harness.data.chat_encoder import ChatEncoder
 from qlora_harness.data.conversation import Conversation, Turn
-from qlora_harness.data.oasst1 import build_conversations
-from qlora_harness.data.sources import read_rows
+from qlora_harness.data.examples import IGNORE, Example, fingerprint, show
+from qlora_harness.data.files import read_rows
+from qlora_harness.data.oasst1 import build_conversations, check_row
+from qlora_harness.data.templates import TEMPLATES, chat_template
+from qlora_harness.data.text_ids import leading_bos
 from qlora_harness.errors import SettingsError
 from qlora_harness.model.base import find_base, load_tokenizer
 from qlora_harness.settings import setting_fields
@@ -216,7 +211,8 @@ def test_nothing_is_added_to_the_vocabulary(tiny_tokenizer: Path, template: str)
 
 
 def test_every_template_is_a_choice_of_the_settings() -> None:
-    assert set(TEMPLATES) == set(setting_fields()["template"][1].metadata["choices"])
+    choices = setting_fields()["template"][1].metadata["choices"]
+    assert {*TEMPLATES, "tokenizer", "none"} == set(choices)
 
 
 # --- truncation -----------------------------------------------------------------------------------
@@ -301,22 +297,25 @@ def test_cut_and_dropped_conversations_are_counted(tokenizer: Any) -> None:
     short, too_long = conversation("q", "r"), conversation("x" * 100, "r")
     encoded = encoder(tokenizer, length=59).encode_all([short, too_long, PAIR, short])
     whole = 1 + len(PROMPT) + len(reply_ids("r"))
-    assert [len(e.input_ids) for e in encoded.examples] == [whole, 1 + len(FIRST), whole]
     # The turns are those left in the examples.
-    assert (encoded.dropped, encoded.truncated, encoded.turns) == (1, 1, 6)
+    assert [e and (len(e.input_ids), e.truncated, e.turns) for e in encoded] == [
+        *((whole, False, 2), None, (1 + len(FIRST), True, 2), (whole, False, 2))
+    ]
 
 
 # --- fingerprint and show -------------------------------------------------------------------------
 
 
+def hashed(examples: list[Example]) -> str:
+    return fingerprint((np.array(e.input_ids), np.array(e.labels)) for e in examples)
+
+
 def test_fingerprint_changes_exactly_when_what_is_learned_changes() -> None:
     base = [Example([1, 2, 3], [-100, 2, 3]), Example([4, 5], [-100, 5])]
     same = [Example([1, 2, 3], [-100, 2, 3], truncated=True), base[1]]
-    assert fingerprint(base) == fingerprint(same)
+    assert hashed(base) == hashed(same)
     # sha256 over lengths, ids and labels as 32-bit little-endian integers.
-    assert fingerprint([]) == (
-        "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    )
+    assert hashed([]) == ("sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855")
     others = [
         [Example([1, 2, 9], [-100, 2, 9]), base[1]],
         [Example([1, 2, 3], [-100, -100, 3]), base[1]],
@@ -325,7 +324,7 @@ def test_fingerprint_changes_exactly_when_what_is_learned_changes() -> None:
         [Example([1, 2, 3, 4, 5], [-100, 2, 3, -100, 5])],
         [Example([1, 2], [-100, 2]), Example([3, 4, 5], [3, -100, 5])],
     ]
-    prints = [fingerprint(base), *map(fingerprint, others)]
+    prints = [hashed(base), *map(hashed, others)]
     assert len(set(prints)) == len(prints)
 
 
@@ -349,7 +348,8 @@ def llama(shared_data: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def english(shared_data: Path) -> list[Conversation]:
-    rows = read_rows(shared_data / "oasst" / "oasst1_validation_best.jsonl")
+    file = shared_data / "oasst" / "oasst1_validation_best.jsonl"
+    rows = (check_row(row.values, row.place) for row in read_rows(file))
     return build_conversations(rows).conversations
 
 
@@ -384,12 +384,12 @@ def test_llama_ids_are_those_of_the_whole_text(llama: Any, english: list[Convers
 
 
 def test_llama_report_of_the_english_half(llama: Any, english: list[Conversation]) -> None:
-    encoded = encoder(llama).encode_all(english)
-    assert (len(english), len(encoded.examples), encoded.dropped) == (338, 336, 2)
-    assert (encoded.truncated, len(llama)) == (86, 32000)
-    assert max(len(e.input_ids) for e in encoded.examples) == 512
-    assert all(e.input_ids[0] == 1 and e.input_ids.count(1) == 1 for e in encoded.examples)
-    assert all(e.supervised_tokens > 0 for e in encoded.examples)
+    examples = [e.example() for e in encoder(llama).encode_all(english) if e]
+    assert (len(english), len(examples), len(llama)) == (338, 336, 32000)
+    assert sum(e.truncated for e in examples) == 86
+    assert max(len(e.input_ids) for e in examples) == 512
+    assert all(e.input_ids[0] == 1 and e.input_ids.count(1) == 1 for e in examples)
+    assert all(e.supervised_tokens > 0 for e in examples)
 
 
 # --- the template as the saved tokenizer has it ---------------------------------------------------
@@ -399,7 +399,7 @@ TALK = conversation("Hi 'there'", 'Hello! "How"\nare you?', "2+2\\3? é", "It is
 
 def check_chat_template(tokenizer: Any, template: str, talk: Conversation) -> None:
     example = encode(tokenizer, talk, template=template, length=10_000)
-    tokenizer.chat_template = chat_template(template, tokenizer)
+    tokenizer.chat_template = chat_template(template, leading_bos=bool(leading_bos(tokenizer)))
     messages = [{"role": turn.role, "content": turn.text} for turn in talk.turns]
     applied = tokenizer.apply_chat_template(
         messages, return_dict=True, return_assistant_tokens_mask=True

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from conftest import BOS, EOS, token_ids
 from transformers import AutoTokenizer
 
-from qlora_harness.data.chat_encoder import IGNORE, fingerprint
-from qlora_harness.data.conversation import Conversation, Turn
-from qlora_harness.data.corpus import (
-    TrainingData,
-    load_training_data,
-    parse_languages,
-    split_by_tree,
-)
+from qlora_harness.data.corpus import TrainingData, load_training_data, split_by_tree
+from qlora_harness.data.examples import IGNORE, Example, fingerprint
+from qlora_harness.data.reading import parse_languages
 from qlora_harness.errors import DataError
 from qlora_harness.settings import DataSettings
 
@@ -28,9 +24,12 @@ Row = dict[str, Any]
 Loader = Callable[..., TrainingData]
 
 
-def forest(trees: int, per_tree: int = 1) -> list[Conversation]:
-    turns = (Turn("user", "q"), Turn("assistant", "a", True))
-    return [Conversation(f"t{tree}", turns) for tree in range(trees) for _ in range(per_tree)]
+def forest(trees: int, per_tree: int = 1) -> Any:
+    return np.repeat(np.arange(trees), per_tree)
+
+
+def hashed(examples: Iterable[Example]) -> str:
+    return fingerprint((np.array(e.input_ids), np.array(e.labels)) for e in examples)
 
 
 # --- the split ------------------------------------------------------------------------------------
@@ -38,13 +37,14 @@ def forest(trees: int, per_tree: int = 1) -> list[Conversation]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_tree_stands_on_both_sides(seed: int) -> None:
-    conversations = forest(20, per_tree=3)
-    train, held_out = split_by_tree(conversations, 0.25, seed)
-    assert {c.tree for c in train} & {c.tree for c in held_out} == set()
+    trees = forest(20, per_tree=3)
+    train, held_out = split_by_tree(trees, 0.25, seed)
+    assert set(trees[train]) & set(trees[held_out]) == set()
     assert (len(train), len(held_out)) == (45, 15)
     # Both sides keep the order of the file, and together they are everything.
-    assert train == [c for c in conversations if c in train]
-    assert sorted(c.tree for c in train + held_out) == sorted(c.tree for c in conversations)
+    assert train.tolist() == sorted(train)
+    assert held_out.tolist() == sorted(held_out)
+    assert sorted([*train, *held_out]) == list(range(60))
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_sizes(trees: int, fraction: float, held_out: int) -> None:
 
 
 def test_split_is_seeded() -> None:
-    def chosen(seed: int) -> set[str]:
-        return {c.tree for c in split_by_tree(forest(100), 0.05, seed)[1]}
+    def chosen(seed: int) -> list[int]:
+        return list(split_by_tree(forest(100), 0.05, seed)[1])
 
     assert chosen(0) == chosen(0)
     assert chosen(0) != chosen(1)
@@ -137,7 +137,7 @@ def test_report_counts_everything_by_hand(load: Loader, tmp_path: Path) -> None:
     assert len(token_ids(" ### Human: q### Assistant:")) == 26
     examples = [example_ids("q", "yes"), example_ids("q", "x" * 100)[:64]]
     assert [e.input_ids for e in data.train] == examples
-    assert data.evaluation == []
+    assert list(data.evaluation) == []
     split = {
         "conversations": 2,
         "turns": 4,
@@ -145,7 +145,7 @@ def test_report_counts_everything_by_hand(load: Loader, tmp_path: Path) -> None:
         "supervised_tokens": (4 + 1) + 37,
         "truncated": 1,
         "without_supervised_token": 1,
-        "fingerprint": fingerprint(data.train),
+        "fingerprint": hashed(data.train),
     }
     assert data.report == {
         "dataset": str(tmp_path / "rows.jsonl"),
@@ -157,12 +157,14 @@ def test_report_counts_everything_by_hand(load: Loader, tmp_path: Path) -> None:
         "template": "guanaco",
         "mask": "prompt",
         "leading_bos": [BOS],
+        "commit": None,
+        "form": "oasst",
         "messages": 11,
         "trees": 6,
         "dropped": {"deleted": 2, "language": 2, "tree without assistant reply": 1},
         "resolved": {},
         "train": split,
-        "eval": dict.fromkeys(split, 0) | {"fingerprint": fingerprint([])},
+        "eval": dict.fromkeys(split, 0) | {"fingerprint": hashed([])},
     }
     assert json.loads(json.dumps(data.report)) == data.report
 
@@ -195,7 +197,7 @@ def test_share_of_the_trees_is_held_out(load: Loader) -> None:
     assert (len(data.train), len(data.evaluation)) == (18, 2)
     assert data.report["evaluation_source"] == "0.1 of the trees"
     assert load(rows, eval_fraction=0.1).report == data.report
-    every = {tuple(e.input_ids) for e in data.train + data.evaluation}
+    every = {tuple(e.input_ids) for e in (*data.train, *data.evaluation)}
     assert every == {tuple(example_ids("q", f"answer {i}")) for i in range(20)}
     assert "validation" not in data.report
 
@@ -256,9 +258,9 @@ def test_validation_split_of_the_data_set_is_used_whole(load: Loader, tmp_path: 
     [
         (
             [*pair("t1", "Frage", "ja", lang="de"), *pair("t2", "q" * 100, "no")],
-            ["of 4 messages", "2 language", "token: 1", "--languages", "--max-length"],
+            ["of 4 rows", "2 language", "token: 1", "--languages", "--max-length"],
         ),
-        ([], ["of 0 messages", "dropped: none"]),
+        ([], ["no rows"]),
         # Two rows that differ share an id.
         ([*pair("t1", "q", "yes"), pair("t1", "q", "no")[1]], ["'t1-a'"]),
     ],
@@ -269,3 +271,122 @@ def test_data_that_cannot_be_trained_on_says_why(
     with pytest.raises(DataError) as caught:
         load(rows)
     assert all(fact in str(caught.value) for fact in (str(tmp_path / "rows.jsonl"), *facts))
+
+
+# --- forms and mixtures ---------------------------------------------------------------------------
+
+
+def write_rows(path: Path, rows: list[Row]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def alpaca_rows(count: int, word: str = "q") -> list[Row]:
+    return [{"instruction": f"{word}{i}", "input": "", "output": f"r{i}"} for i in range(count)]
+
+
+def test_data_of_which_nothing_is_left_names_the_first_row(load: Loader, tmp_path: Path) -> None:
+    said = [{"from": "gpt", "value": "r"}, {"from": "human", "value": "q"}]
+    path = write_rows(tmp_path / "rows.jsonl", [{"conversations": said}] * 2)
+    with pytest.raises(DataError) as caught:
+        load(path)
+    assert f"of 2 rows; dropped: 2 role order, first {path}, line 1;" in str(caught.value)
+
+
+def test_other_forms_take_the_same_way(load: Loader, tmp_path: Path) -> None:
+    rows = [*alpaca_rows(3), {"instruction": "q", "input": "", "output": ""}]
+    data = load(write_rows(tmp_path / "alpaca.jsonl", rows))
+    assert [e.input_ids for e in data.train] == [example_ids(f"q{i}", f"r{i}") for i in range(3)]
+    report = data.report
+    assert (report["form"], report["rows"], report["trees"]) == ("alpaca", 4, 3)
+    assert report["dropped"] == {"no reply": 1}
+
+
+@pytest.fixture
+def mixed(load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loader:
+    """Loads a mixture of a.jsonl, 40 rows, b.jsonl, 30 rows, and trees.jsonl, 10 trees."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path("a.jsonl"), alpaca_rows(40, "a"))
+    write_rows(Path("b.jsonl"), [{"prompt": f"b{i}", "completion": "r"} for i in range(30)])
+    write_rows(Path("trees.jsonl"), numbered(*"0123456789"))
+    return lambda dataset, **options: load(Path(dataset), **options)
+
+
+def test_mixture_has_the_proportion_of_its_weights(mixed: Loader) -> None:
+    data = mixed("a.jsonl:0.75,b.jsonl:0.15,trees.jsonl:0.1", eval_fraction=0.1)
+    # Training has 36, 27 and 9 conversations: 36 / 0.75 = 48 are the most in this proportion.
+    report = data.report
+    assert report["train"]["mixture"] == [
+        {"dataset": "a.jsonl", "conversations": 36, "available": 36},
+        {"dataset": "b.jsonl", "conversations": 7, "available": 27},
+        {"dataset": "trees.jsonl", "conversations": 4, "available": 9},
+    ]
+    assert [m["conversations"] for m in report["eval"]["mixture"]] == [4, 1, 1]
+    assert (len(data.train), len(data.evaluation)) == (47, 6)
+    assert [(m["dataset"], m["weight"], m["form"]) for m in report["mixture"]] == [
+        ("a.jsonl", 0.75, "alpaca"),
+        ("b.jsonl", 0.15, "prompt-completion"),
+        ("trees.jsonl", 0.1, "oasst"),
+    ]
+    assert (report["rows"], report["form"]) == (90, "alpaca, prompt-completion, oasst")
+    assert report["train"]["fingerprint"] == hashed(data.train)
+    every = {tuple(e.input_ids) for e in (*data.train, *data.evaluation)}
+    assert len(every) == 53
+    json.dumps(report)
+
+
+def test_mixture_is_seeded(mixed: Loader) -> None:
+    name = "a.jsonl:0.5,b.jsonl:0.5"
+    fingerprints = [
+        mixed(name, eval_seed=seed, eval_fraction=0).report["train"]["fingerprint"]
+        for seed in (0, 0, 1)
+    ]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "fact"),
+    [
+        ("a.jsonl:0.5,b.jsonl:0.4", "sum to 0.9"),
+        ("a.jsonl:0.5,b.jsonl", "'b.jsonl' has no weight"),
+        ("a.jsonl:x,b.jsonl:0.5", "the weight 'x'"),
+        ("a.jsonl:-1,b.jsonl:2", "the weight '-1'"),
+        ("a.jsonl:nan,b.jsonl:1", "the weight 'nan'"),
+        ("a.jsonl:0.5,a.jsonl:0.5", "a.jsonl appears twice"),
+        ("a.jsonl:0.5,c.jsonl:0.5", "c.jsonl does not exist"),
+    ],
+)
+def test_mixtures_that_are_refused(mixed: Loader, dataset: str, fact: str) -> None:
+    with pytest.raises(DataError) as caught:
+        mixed(dataset)
+    assert fact in str(caught.value)
+
+
+def test_file_whose_name_looks_like_a_mixture(load: Loader, tmp_path: Path) -> None:
+    assert len(load(write_rows(tmp_path / "a:1,b", alpaca_rows(3))).train) == 3
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+def test_second_load_reads_no_row(
+    load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(20))
+    first = load(path, eval_fraction=0.1)
+    moved = path.rename(tmp_path / "moved.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "qlora_harness.data.encoded.read_conversations", lambda *_: pytest.fail("read again")
+        )
+        again = load(moved, eval_fraction=0.1)
+        load(moved, eval_seed=1, eval_fraction=0.2)
+    assert list(again.train) == list(first.train)
+    assert list(again.evaluation) == list(first.evaluation)
+    names = {"dataset": str(path), "source": str(path)}
+    assert again.report | names == first.report
+    # Whatever changes the examples is in the key.
+    for options in ({"template": "alpaca"}, {"max_length": 32}, {"mask": "none"}):
+        assert load(moved, **options).report["train"] != load(moved).report["train"]
+    write_rows(moved, alpaca_rows(21))
+    assert load(moved).report["rows"] == 21

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from nbclient import NotebookClient
 
 from qlora_harness.cli import build_parser
 from qlora_harness.study.command import _parser as study_parser
+from qlora_harness.survey.command import parser as survey_parser
 from qlora_harness.train.command import parse_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +27,12 @@ PAGES = [
     ROOT / "results" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
+# The commands that take flags of launch/train.py.
+OWN_PARSERS: dict[str, Callable[[list[str]], object]] = {
+    "plan": parse_settings,
+    "study": lambda words: study_parser().parse_args(words),
+    "data": lambda words: survey_parser().parse_args(words),
+}
 STUDY = ROOT / "results" / "published" / "smollm2"
 
 
@@ -95,12 +103,9 @@ def test_commands_that_need_more_are_well_formed(block: Block) -> None:
             while words[0] not in ("launch/train.py", "qlora_harness.train"):
                 words.pop(0)
             parse_settings(words[1:])
-        elif words[:2] == ["qlora-harness", "plan"]:
-            parse_settings(words[2:])
-        elif words[:2] == ["qlora-harness", "study"]:
-            study_parser().parse_args(words[2:])
         elif words[:1] == ["qlora-harness"]:
-            build_parser().parse_args(words[1:])
+            parse = OWN_PARSERS.get(words[1])
+            parse(words[2:]) if parse else build_parser().parse_args(words[1:])
         elif words[:1] == ["make"]:
             makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), words
@@ -109,7 +114,7 @@ def test_commands_that_need_more_are_well_formed(block: Block) -> None:
             assert flags["--model"] == "qlora_adapter"
             assert all(task.startswith("mmlu_qlora") for task in flags["--tasks"].split(","))
         else:
-            assert not words or words[0] in {"pip", "export", "hf", "pytest"}, line
+            assert not words or words[0] in {"pip", "export", "hf", "pytest", "alpaca_eval"}, line
 
 
 def test_links_lead_somewhere() -> None:

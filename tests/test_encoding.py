@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 
+from qlora_harness.score import encoding
 from qlora_harness.score.encoding import encode_pairs
 
 TEXT = st.text(st.sampled_from("ab Z:é\n▁Ġ5?<s>"), max_size=12)
@@ -71,3 +72,18 @@ def test_real_prompts_and_letters(tokenizer: Any, shared_data: Path) -> None:
     questions = load_questions("five_shot_mmlu_val.json", str(shared_data / "mmlu"))[::60]
     pairs = [(q.prompt, f" {letter}") for q in questions for letter in "ABCD"]
     assert encode_pairs(lm, pairs) == [plain(lm, *pair) for pair in pairs]
+
+
+@given(
+    st.text(st.sampled_from("ab \n"), max_size=60), st.text(st.sampled_from("ab \n"), max_size=60)
+)
+def test_a_known_head_changes_no_piece(first: str, second: str) -> None:
+    """Each pair shares its first paragraphs, which are cut once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "_PIECE", 5)
+        heads: dict[str, encoding._Cut] = {}
+        for text in (f"{first}\n\n{second}", f"{first}\n\nab {second}", first):
+            cut = encoding._cut(text, heads)
+            alone = encoding._cut_from(text, "", 0).pieces
+            assert [*heads[cut.head].pieces[:-1], *cut.pieces] == alone
+            assert "".join(piece for _, piece in alone) == text

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from training_runs import base
 
-from qlora_harness.data.chat_encoder import Example
+from qlora_harness.data.examples import Example
 from qlora_harness.train.evaluation import ConversationLosses, evaluate_loss
 
 PAD = 2

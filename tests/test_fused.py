@@ -23,7 +23,7 @@ from tiny_models import (
     tiny,
 )
 
-from qlora_harness.data.chat_encoder import IGNORE
+from qlora_harness.data.examples import IGNORE
 from qlora_harness.fused import dropout
 from qlora_harness.fused import layer as fused_layer
 from qlora_harness.fused.model import FusedDecoder

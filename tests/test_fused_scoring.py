@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, logprobs, model_of, one_pack, queries, tiny
 
-from qlora_harness.fused import ops
+from qlora_harness.fused import layer, ops
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import count_parameters
 from qlora_harness.score.packed_forward import PackedModel
@@ -33,6 +33,13 @@ def test_packs_equal_the_models_own_modules(
     assert FusedDecoder.reason_against(model) is None
     for flex in (False, True):
         assert logprobs(model, pack, flex=flex) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_mlp_computes_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pack = model_of("qwen2", False, 2, "all-linear"), one_pack(queries(9))
+    expected = logprobs(model, pack)
+    monkeypatch.setattr(layer, "_CPU_ROWS", 5)
+    assert logprobs(model, pack) == pytest.approx(expected, abs=1e-6)
 
 
 def test_an_adapter_is_seen() -> None:

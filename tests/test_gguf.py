@@ -316,3 +316,27 @@ def test_compare_says_that_a_base_was_quantised_before(pair: tuple[Path, Path]) 
     assert "Q4_K, Q6_K:" in note
     # Runs of the previous version lack the entry; they may have the same base.
     assert after.different == before.different
+
+
+def test_a_file_is_hashed_once_and_again_if_it_changes(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", gguf_weights())
+    hashed: list[Path] = []
+    sha256 = gguf._sha256
+
+    def counted(path: Path, shown: str) -> str:
+        hashed.append(path)
+        return sha256(path, shown)
+
+    monkeypatch.setattr(gguf, "_sha256", counted)
+    first = gguf._digest(file, "x")
+    assert gguf._digest(file, "x") == first == sha256(file, "x")
+    assert hashed == [file]
+    file.write_bytes(file.read_bytes() + b"\0")
+    assert gguf._digest(file, "x") == sha256(file, "x") != first
+    assert hashed == [file, file]
+    (note,) = (cache.parent / "gguf-digests").iterdir()
+    note.write_text("{")
+    assert gguf._digest(file, "x") == sha256(file, "x")
+    assert len(hashed) == 3

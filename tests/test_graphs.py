@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import adapted, gradients, texts, tiny
 
-from qlora_harness.data.chat_encoder import IGNORE
+from qlora_harness.data.examples import IGNORE
 from qlora_harness.fused.graphs import LayerGraphs, padded
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.fused.packed_row import PackedRow, Rotation, RowBuffer

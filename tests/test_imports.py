@@ -58,6 +58,7 @@ def reaching(folder: str, *forbidden: str) -> list[str]:
         ),
         (["data"], HEAVY),
         (["train/command"], HEAVY),
+        (["survey"], HEAVY),
         (["study/definition", "study/command"], HEAVY),
         (["compare", "results", "schema"], ["torch", "transformers", "peft", "lm_eval"]),
     ],
@@ -84,7 +85,8 @@ def test_importing_brings_in_nothing_heavy(parts: list[str], watched: list[str])
         ("schema", ["torch", "lm_eval", "results", "train"]),
         ("results", ["torch", "lm_eval", "compare", "train"]),
         ("compare", ["torch", "lm_eval", "train", "model", "score"]),
-        ("study", ["benchmark"]),
+        ("inference", ["lm_eval", "results", "compare", "study", "benchmark"]),
+        ("study", ["benchmark", "inference"]),
     ],
 )
 def test_no_stage_reaches_back(folder: str, forbidden: list[str]) -> None:
@@ -92,9 +94,11 @@ def test_no_stage_reaches_back(folder: str, forbidden: list[str]) -> None:
     assert reaching(folder, *names) == []
 
 
-def test_only_the_command_line_imports_studies() -> None:
-    lines = reaching("", "qlora_harness.study")
-    assert {line.split(":")[0] for line in lines if not line.startswith("study/")} <= {"cli.py"}
+@pytest.mark.parametrize("package", ["study", "inference"])
+def test_only_the_command_line_imports(package: str) -> None:
+    lines = reaching("", f"qlora_harness.{package}")
+    outside = [line for line in lines if not line.startswith(f"{package}/")]
+    assert {line.split(":")[0] for line in outside} <= {"cli.py"}
 
 
 def test_only_one_place_imports_lm_eval() -> None:

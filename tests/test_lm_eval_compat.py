@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from functools import reduce
 from importlib import import_module
@@ -66,6 +67,32 @@ def test_lm_eval_still_hints_at_custom_datasets_in_these_words() -> None:
 
     source = inspect.getsource(lm_eval.api.task)
     assert "{self.config.task}: Custom kwargs can be passed" in source
+
+
+def test_lm_eval_gets_the_environment_that_was_described_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lm_eval.loggers.utils import add_env_info
+    from torch.utils import collect_env
+
+    from qlora_harness.lm_eval_compat.environment import describe_environment_ahead
+
+    threads: list[str] = []
+
+    def describe() -> str:
+        threads.append(threading.current_thread().name)
+        return "PyTorch version: 2"
+
+    monkeypatch.setattr(collect_env, "get_pretty_env_info", describe)
+    describe_environment_ahead.cache_clear()
+    results: list[dict[str, Any]] = [{}, {}]
+    for result in results:
+        describe_environment_ahead()
+        add_env_info(result)
+    describe_environment_ahead.cache_clear()
+    assert [r["pretty_env_info"] for r in results] == ["PyTorch version: 2"] * 2
+    assert len(threads) == 1
+    assert threads[0] != threading.main_thread().name
 
 
 def test_entry_point_is_the_model_class() -> None:

@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
+from qlora_harness.data import files
 from qlora_harness.data.conversation import Conversation, Corpus, Turn
 from qlora_harness.data.oasst1 import build_conversations as build
 from qlora_harness.data.oasst1 import check_row
-from qlora_harness.data.sources import read_rows
 from qlora_harness.errors import DataError
 
 Row = dict[str, Any]
@@ -261,28 +261,19 @@ QUESTION = message("q", None, "P")
 PLACE = "rows.jsonl, line 7"
 
 
+def read_rows(path: Path) -> list[Row]:
+    return [dict(check_row(row.values, row.place)) for row in files.read_rows(path)]
+
+
 def without(row: Row, name: str) -> Row:
     return {key: value for key, value in row.items() if key != name}
 
 
-@pytest.mark.parametrize(
-    ("row", "facts"),
-    [
-        *((without(QUESTION, name), [name]) for name in ("message_id", "text", "role")),
-        ({"instruction": "", "input": "", "output": ""}, ["message_id", "Alpaca"]),
-        ({"conversations": [], "id": 1}, ["message_id", "ShareGPT"]),
-        ({"messages": []}, ["message_id", "chat messages"]),
-        ({"prompt": "", "completion": ""}, ["message_id", "prompts with completions"]),
-        ({"chosen": "", "rejected": ""}, ["message_id", "preference"]),
-        ({"text": "", "source": ""}, ["message_id", "plain text"]),
-    ],
-)
-def test_missing_field_is_told_with_those_that_are_there(row: Row, facts: list[str]) -> None:
+@pytest.mark.parametrize("name", ["message_id", "text", "role"])
+def test_missing_field_is_told(name: str) -> None:
     with pytest.raises(DataError) as caught:
-        check_row(row, PLACE)
-    problem = caught.value.problem
-    assert problem.startswith(f"{PLACE}: field '{facts[0]}' ")
-    assert all(text in problem for text in (*facts, ", ".join(row)))
+        check_row(without(QUESTION, name), PLACE)
+    assert caught.value.problem == f"{PLACE}: field '{name}' is missing"
 
 
 @pytest.mark.parametrize("null", [None, math.nan, ""])
@@ -335,11 +326,13 @@ def test_values_as_other_forms_have_them(change: Row, field: str, value: object)
         (QUESTION | {"deleted": "perhaps"}, "field 'deleted' is 'perhaps'"),
         (QUESTION | {"review_result": 2}, "field 'review_result' is 2"),
         (QUESTION | {"role": "user"}, "field 'role' is 'user'"),
-        (QUESTION | {"text": "ab\ud800"}, "character 3 of field 'text'"),
-        (["q"], "expected an object, found list"),
+        (
+            QUESTION | {"text": "ab\ud800"},
+            "field 'text' has half of a surrogate pair as",
+        ),
     ],
 )
-def test_field_that_cannot_be_understood(row: object, facts: str) -> None:
+def test_field_that_cannot_be_understood(row: Row, facts: str) -> None:
     with pytest.raises(DataError) as caught:
         check_row(row, PLACE)
     assert caught.value.problem.startswith(f"{PLACE}: {facts}")

@@ -27,6 +27,8 @@ from qlora_harness.cli import main as cli
 from qlora_harness.compare.comparison import compare
 from qlora_harness.errors import AdapterError, ModelError, SettingsError
 from qlora_harness.fused.model import FusedDecoder
+from qlora_harness.inference.chat_model import ChatModel, Sampling
+from qlora_harness.inference.export import _merged
 from qlora_harness.model.base import find_base, load_base, read_config
 from qlora_harness.model.rope import finish_scaling, scale, window
 from qlora_harness.model.shared_base import sharing_base, take_base
@@ -305,6 +307,21 @@ def test_a_run_is_recorded_resumed_and_replayed(
             expected.append(alone(model, query))
     assert max(len(lm.tok_encode(prompt)) for prompt in prompts) > SHORT
     assert score(lm, prompts) == pytest.approx(expected, abs=1e-4)
+
+    # Plain PEFT as the card says, chats, and a merged model have it, too.
+    card = Path("run/adapter/README.md").read_text()
+    names: dict[str, Any] = {}
+    code = card.split("```python\n")[1].partition("```")[0]
+    code = code.replace(f'"{short_llama.name}"', repr(str(short_llama)))
+    exec(code.replace('adapter = "."', f"adapter = {str(moved)!r}"), names)
+    choice = lm.loaded.choice
+    chat = ChatModel(choice)
+    merged = [_merged(choice, lm.loaded.source, original_dtype=old) for old in (False, True)]
+    parameters = model.config.rope_parameters
+    for other in (names["model"], chat.model, *merged):
+        assert other.config.rope_parameters == parameters
+    assert chat.identity()["rope_scaling"] == f"{kind}:20"
+    chat.check_length([1] * 1000, Sampling(max_new_tokens=280), "it")
 
     without = make_lm(peft=str(moved), rope_scaling="none", max_length=1280)
     assert without.loaded.model.config.rope_parameters["rope_type"] == "default"

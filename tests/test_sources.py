@@ -22,8 +22,11 @@ import pytest
 from mutations import Reader, damaged_bytes, damaged_value
 from pyarrow import parquet
 
-from qlora_harness.data.oasst1 import build_conversations
-from qlora_harness.data.sources import load_splits, read_rows
+from qlora_harness.data.files import read_rows
+from qlora_harness.data.forms import recognise
+from qlora_harness.data.oasst1 import build_conversations, check_row
+from qlora_harness.data.rows import Row as PlacedRow
+from qlora_harness.data.sources import KNOWN_SETS, Split, load_splits
 from qlora_harness.errors import DataError
 
 Row = dict[str, Any]
@@ -98,17 +101,30 @@ def save(folder: Path, rows: list[Row] | None = None, **splits: list[Row]) -> Pa
     return folder
 
 
+def check(rows: Iterable[PlacedRow]) -> list[Row]:
+    """The rows as OASST's form reads them."""
+    checked: list[Row] = []
+    for row in rows:
+        if not checked:
+            recognise(row)
+        checked.append(dict(check_row(row.values, row.place)))
+    return checked
+
+
+def read(split: Split | None) -> list[Row] | None:
+    return None if split is None else check(split.rows)
+
+
 def check_splits(name: object, train: list[Row], validation: list[Row] | None = None) -> None:
     splits = load_splits(str(name))
-    assert list(splits.train) == train
-    assert (splits.validation and list(splits.validation)) == validation
+    assert (read(splits.train), read(splits.validation)) == (train, validation)
     assert splits.source == str(name)
 
 
 def problem(name: object, revision: str | None = None) -> str:
     """What is wrong with a data set, in one line."""
     with pytest.raises(DataError) as caught:
-        list(load_splits(str(name), revision).train)
+        read(load_splits(str(name), revision).train)
     assert "\n" not in str(caught.value)
     return caught.value.problem
 
@@ -140,7 +156,7 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path: Path, form: str) -> Non
     path = write_form(tmp_path / f"rows.{form}")
     content = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     path.write_bytes(b"\xef\xbb\xbf" + content)
-    assert list(read_rows(path)) == ROWS
+    assert check(read_rows(path)) == ROWS
 
 
 @pytest.mark.parametrize(
@@ -189,7 +205,7 @@ def test_nulls_as_csv_has_them(tmp_path: Path) -> None:
         "message_id,parent_id,text,role,lang,rank,deleted\n"
         "1,None,None,prompter,en,NaN,false\n2,1.0,N/A,assistant,en,0.0,\n"
     )
-    first, second = read_rows(path)
+    first, second = check(read_rows(path))
     assert (first["parent_id"], first["text"], first["rank"]) == (None, "None", None)
     assert (second["parent_id"], second["text"], second["rank"]) == ("1", "N/A", 0.0)
 
@@ -208,23 +224,23 @@ def test_types_and_columns_of_parquet_that_python_does_not_know(tmp_path: Path) 
     }
     path = tmp_path / "rows.data"  # known by its content
     parquet.write_table(pyarrow.table(columns), path)
-    first, second = read_rows(path)
+    first, second = check(read_rows(path))
     assert (first["created_date"], second["created_date"]) == (2**62, 5)
     assert (second["rank"], set(second)) == (0.0, set(ROWS[0]))
     dates = (date(2023, 2, 5), date(2023, 2, 6))
     rows = [row | {"created_date": day} for row, day in zip(ROWS, dates, strict=True)]
-    first, second = read_rows(write_form(tmp_path / "rows.parquet", rows))
+    first, second = check(read_rows(write_form(tmp_path / "rows.parquet", rows)))
     assert second["created_date"] - first["created_date"] == 86_400
 
 
 @pytest.mark.parametrize("name", ["ok.parquet", "array.json"])
 def test_shared_files_give_the_rows_of_their_json_lines(shared_cases: Path, name: str) -> None:
-    assert list(read_rows(shared_cases / name)) == list(read_rows(shared_cases / "ok.jsonl"))
+    assert check(read_rows(shared_cases / name)) == check(read_rows(shared_cases / "ok.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["nan_rank.jsonl", "epoch_dates.jsonl", "no_parent_key.jsonl"])
 def test_shared_files_give_a_conversation(shared_cases: Path, name: str) -> None:
-    corpus = build_conversations(read_rows(shared_cases / name), None)
+    corpus = build_conversations(check(read_rows(shared_cases / name)), None)
     assert corpus.conversations
     assert "BAD" not in str(corpus.conversations)
 
@@ -269,7 +285,7 @@ def fuzz(folder: Path, seed: int, count: int) -> dict[str, int]:
         languages = rng.choice([None, ("en",)])
         reader.read(
             lambda path=path, languages=languages: build_conversations(  # type: ignore[misc]
-                load_splits(str(path)).train, languages
+                check(load_splits(str(path)).train.rows), languages
             ),
             (seed, number, form),
         )
@@ -343,16 +359,12 @@ def test_what_can_be_no_data_set_is_not_looked_up_on_the_hub(
 
 def test_home_folder_is_understood_as_it_is_for_models(folder: Path) -> None:
     write_form(folder / "rows.jsonl")
-    assert list(load_splits("~/rows.jsonl").train) == ROWS
+    assert read(load_splits("~/rows.jsonl").train) == ROWS
 
 
 @pytest.mark.parametrize(
     ("name", "hub"),
-    [
-        ("oasst1", "OpenAssistant/oasst1"),
-        ("oasst2", "OpenAssistant/oasst2"),
-        ("someone/rows", "someone/rows"),
-    ],
+    [*((name, known.hub) for name, known in KNOWN_SETS.items()), ("someone/rows", "someone/rows")],
 )
 def test_other_names_are_loaded_from_the_hub(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, hub: str
@@ -366,8 +378,7 @@ def test_other_names_are_loaded_from_the_hub(
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     splits = load_splits(name, "abc")
     assert requests == [(hub, "abc")]
-    assert splits.validation is not None
-    assert (list(splits.train), list(splits.validation)) == (ROWS, ROWS[:1])
+    assert (read(splits.train), read(splits.validation)) == (ROWS, ROWS[:1])
     assert splits.source == hub
 
 
@@ -394,12 +405,12 @@ def test_local_data_of_a_known_name_is_taken_and_said(
         (folder / local).parent.mkdir(exist_ok=True)
         (folder / local).write_text(lines(), encoding="utf-8")
     splits = load_splits(name)
-    assert (list(splits.train), splits.source) == (ROWS, local)
+    assert (read(splits.train), splits.source) == (ROWS, local)
     (said,) = caplog.messages
     facts = (f"--dataset {name}:", f"local {kind} {local},", f"not {hub} ", f"./{local}")
     assert all(fact in said for fact in facts)
     caplog.clear()
-    assert list(load_splits(f"./{local}").train) == ROWS
+    assert read(load_splits(f"./{local}").train) == ROWS
     assert caplog.messages == []
 
 
@@ -413,11 +424,11 @@ def test_demo_is_the_embedded_set_also_beside_a_folder_of_that_name(
     assert caplog.messages == []
     save(folder / "demo")
     splits = load_splits("demo")
-    assert (len(list(splits.train)), splits.source) == (291, "embedded oasst_demo.jsonl")
+    assert (len(list(splits.train.rows)), splits.source) == (291, "embedded oasst_demo.jsonl")
     (said,) = caplog.messages
     assert all(fact in said for fact in ("--dataset demo:", "embedded set", "./demo"))
     caplog.clear()
-    assert list(load_splits("./demo").train) == ROWS
+    assert read(load_splits("./demo").train) == ROWS
     assert caplog.messages == []
 
 

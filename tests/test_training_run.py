@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qlora_harness.data.chat_encoder import chat_template
+from qlora_harness.data.templates import chat_template
 from qlora_harness.model.fingerprint import checkpoint_fingerprint
 from qlora_harness.model.lora import load_adapter
 from qlora_harness.score.adapter_lm import QloraAdapterLM
@@ -239,7 +239,7 @@ def test_adapter_of_a_run_is_trained_and_scores_as_the_record_says(
         summary("run")["results"]["eval_loss"], abs=1e-5
     )
     tokenizer = AutoTokenizer.from_pretrained("run/adapter")
-    assert tokenizer.chat_template == chat_template("guanaco", tokenizer)
+    assert tokenizer.chat_template == chat_template("guanaco", leading_bos=True)
     record = read("run/adapter/qlora_harness.json")
     fingerprint = record["base"].pop("weights_fingerprint")
     assert fingerprint.startswith("sha256:")
@@ -350,3 +350,27 @@ def test_base_without_sdpa_trains_with_eager_attention(
     assert attention == ("sdpa" if Gemma2ForCausalLM._supports_sdpa else "eager")
     warnings = [m for m in caplog.messages if m.endswith(f"has {attention} attention only")]
     assert len(warnings) == (attention == "eager")
+
+
+def test_mixture_of_forms_trains_and_its_record_says_what_of(
+    train: Train, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alpaca = [{"instruction": f"q{i}", "input": "", "output": f"r{i}"} for i in range(8)]
+    Path("alpaca.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alpaca))
+    (tmp_path / "trees.jsonl").symlink_to(rows)
+    mixture = "trees.jsonl:0.5,alpaca.jsonl:0.5"
+    flags = {"output_dir": "run", "template": "vicuna", "max_length": 300, "max_steps": 1}
+    assert train(dataset="trees.jsonl:0.5,alpaca.jsonl:0.4", **flags) == 2
+    assert train(dataset=mixture, **flags, format="alpaca") == 2  # trees are not
+    assert not Path("run").exists()
+    assert train(dataset=mixture, **flags) == 0
+    data = summary("run")["data"]
+    assert (data["dataset"], data["form"]) == (mixture, "oasst, alpaca")
+    counts = [(part["weight"], part["form"], part["trees"]) for part in data["mixture"]]
+    assert counts == [(0.5, "oasst", 16), (0.5, "alpaca", 8)]
+    assert [part["conversations"] for part in data["train"]["mixture"]] == [6, 6]
+    tokenizer = AutoTokenizer.from_pretrained("run/adapter")
+    assert tokenizer.chat_template == chat_template("vicuna", leading_bos=True)
+    assert train(dataset=mixture, **flags, resume="auto") == 0  # nothing is left to do
+    assert train(dataset=mixture, **flags | {"template": "llama2"}, resume="auto") == 2
+    assert "--template vicuna" in capsys.readouterr().err

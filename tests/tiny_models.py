@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from qlora_harness.data.chat_encoder import IGNORE
+from qlora_harness.data.examples import IGNORE
 from qlora_harness.fused.host_memory import HostMemory, Stored
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.score.packed_forward import PackedModel

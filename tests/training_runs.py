@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from qlora_harness.data.chat_encoder import Example
 from qlora_harness.data.corpus import TrainingData, load_training_data
+from qlora_harness.data.examples import Example
 from qlora_harness.model.base import find_base, load_base, load_tokenizer
 from qlora_harness.settings import DataSettings, Quant
 from qlora_harness.train.evaluation import evaluate_loss
@@ -75,7 +75,7 @@ def base(model: Path, quant: str = "bf16") -> Any:
     )
 
 
-def loss_of(model: Any, examples: list[Example]) -> float:
+def loss_of(model: Any, examples: Sequence[Example]) -> float:
     return evaluate_loss(
         model,
         examples,

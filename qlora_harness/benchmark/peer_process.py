@@ -157,7 +157,7 @@ def _dataset(request: dict[str, Any]) -> Any:
     """Returns examples with a mask instead of labels, because Unsloth doesn't pack labels."""
     from datasets import Dataset
 
-    from qlora_harness.data.chat_encoder import IGNORE
+    from qlora_harness.data.examples import IGNORE
 
     masks = [[int(label != IGNORE) for label in labels] for labels in request["labels"]]
     return Dataset.from_dict({"input_ids": request["input_ids"], "completion_mask": masks})

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_harness.data.chat_encoder import Example
+from qlora_harness.data.examples import Example
 from qlora_harness.errors import ResultsError, SettingsError, printable
 from qlora_harness.locations import expanded
 from qlora_harness.model.base import BaseSource

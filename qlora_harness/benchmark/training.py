@@ -19,8 +19,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from qlora_harness.benchmark.peers import PEER_WAYS, run_peer
 from qlora_harness.benchmark.record import TrainingBenchmark, TrainingMeasurement, training_row
-from qlora_harness.data.chat_encoder import Example
 from qlora_harness.data.corpus import load_training_data
+from qlora_harness.data.examples import Example
 from qlora_harness.errors import SettingsError, TrainingError
 from qlora_harness.fused import fp8
 from qlora_harness.fused.model import FusedDecoder

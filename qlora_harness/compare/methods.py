@@ -134,8 +134,13 @@ def _held(arms: Sequence[Arm]) -> list[str]:
 
 def _data(training: TrainingSummary) -> str:
     data = training.data
-    source = _phrased(training.settings, _SOURCE)
-    text = _joined(data.dataset, source, _split(data.train))
+    settings = dict(training.settings)
+    form = None
+    if data.form != "oasst":
+        form = f"form {data.form}"
+        settings.pop("languages", None)  # of trees only
+    source = _phrased(settings, _SOURCE)
+    text = _joined(data.dataset, form, source, _hash("commit", data.commit), _split(data.train))
     return f"{text}; held out: {_split(data.eval)}" if data.eval else text
 
 

@@ -7,32 +7,41 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Turn:
-    """One message, verbatim; its tokens are learned if it is `supervised`."""
+    """One message, verbatim; its tokens are learned if it is `supervised`.
 
-    role: Literal["user", "assistant"]
+    `context` is what an instruction comes with: Alpaca's input, Dolly's context. A "text" turn
+    stands alone and is learned as it is.
+    """
+
+    role: Literal["user", "assistant", "text"]
     text: str
     supervised: bool = False
+    context: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
-    """Alternating turns, from a user's to an assistant's.
+    """Alternating turns, from a user's to an assistant's, or one "text" turn.
 
-    All conversations of one `tree` are either trained or evaluated on.
+    All conversations of one `tree` are either trained or evaluated on. `place` names the row for
+    messages, and `resolved` a choice to count.
     """
 
     tree: str
     turns: tuple[Turn, ...]
+    system: str = ""
+    place: str = field(default="", compare=False)
+    resolved: str = field(default="", compare=False)
 
 
 @dataclass
 class Corpus:
     """The conversations of a data set, in file order, and what was left out.
 
-    `dropped` counts messages (or trees, if the reason says so) by reason; `resolved` counts the
-    choices that no rank decided, by kind.
+    `dropped` counts messages (or trees, or rows, if the reason says so) by reason; `resolved`
+    counts the choices that no rank decided, by kind.
     """
 
     conversations: list[Conversation]

@@ -1,134 +1,209 @@
-"""Loads the data of a run: reads, splits by tree, encodes, reports."""
+"""Loads the data of a run: reads and encodes, splits by tree, mixes, reports."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qlora_harness.data.chat_encoder import ChatEncoder, EncodedSet, Example, Tokenizer, fingerprint
-from qlora_harness.data.conversation import Conversation, Corpus
-from qlora_harness.data.oasst1 import build_conversations
-from qlora_harness.data.sources import Rows, load_splits
+from qlora_harness.data.chat_encoder import ChatEncoder
+from qlora_harness.data.encoded import Encoded, encode_split, remembered
+from qlora_harness.data.examples import ExampleTable
+from qlora_harness.data.mixture import Part, mix, parse_parts
+from qlora_harness.data.sources import Splits, load_splits
+from qlora_harness.data.text_ids import Tokenizer
 from qlora_harness.errors import DataError
 from qlora_harness.settings import DataSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Rows = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """Examples to train on, held-out examples, and a JSON report of both."""
 
-    train: list[Example]
-    evaluation: list[Example]
+    train: ExampleTable
+    evaluation: ExampleTable
     report: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Side:
+    """Training or evaluation: the rows that it has in an encoded split."""
+
+    encoded: Encoded
+    rows: Rows
+
+    @property
+    def usable(self) -> Rows:
+        """The rows with a supervised token."""
+        usable: Rows = self.rows[self.encoded.usable()[self.rows]]
+        return usable
+
+
+@dataclass(frozen=True)
+class _LoadedPart:
+    """A data set, encoded and split."""
+
+    part: Part
+    splits: Splits
+    train: _Side
+    evaluation: _Side
+    evaluation_source: str
+
+    def report(self) -> dict[str, Any]:
+        """Returns what records say of a data set."""
+        report = {
+            "source": self.splits.source,
+            "commit": self.splits.commit,
+            "evaluation_source": self.evaluation_source,
+            **_counts(self.train.encoded),
+        }
+        if self.splits.validation is not None:
+            report["validation"] = _counts(self.evaluation.encoded)
+            del report["validation"]["form"]
+        return report
+
+
+def _counts(encoded: Encoded) -> dict[str, Any]:
+    return {name: value for name, value in encoded.counts.items() if name != "first"}
+
+
 def load_training_data(tokenizer: Tokenizer, settings: DataSettings) -> TrainingData:
-    """Loads, splits and encodes a data set.
+    """Loads, encodes and splits a data set, or a mixture of several.
 
     A data set's own validation split is used for evaluation. Without one, `eval_fraction` of the
     trees is held out, chosen by `eval_seed` alone: runs that differ in the seed of the training
     have the same conversations. Raises DataError if the data can't be read or nothing is left to
     train on.
     """
-    encoder = ChatEncoder(tokenizer, settings.template, settings.max_length, settings.mask)
-    splits = load_splits(settings.dataset, settings.dataset_revision)
-    corpus = _build(splits.train, settings, splits.source)
-    validation = None
-    if splits.validation is None:
-        fraction = settings.eval_fraction
-        train, held_out = split_by_tree(corpus.conversations, fraction, settings.eval_seed)
-        evaluation_source = f"{fraction:g} of the trees"
-        if settings.eval_seed:
-            evaluation_source += f", seed {settings.eval_seed}"
-    else:
-        validation = _build(splits.validation, settings, splits.source)
-        train, held_out = corpus.conversations, validation.conversations
-        evaluation_source = "validation split"
-    encoded = encoder.encode_all(train)
-    encoded_evaluation = encoder.encode_all(held_out)
-    if not encoded.examples:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(corpus.dropped.items()))
+    parts = parse_parts(settings.dataset)
+    if len(parts) > 1 and settings.dataset_revision is not None:
         raise DataError(
-            f"--dataset {settings.dataset}: no conversation is left to train on (of "
-            f"{corpus.messages} messages; dropped: {reasons or 'none'}; without a supervised "
-            f"token: {encoded.dropped})",
-            "Check --languages and --max-length",
+            f"--dataset-revision {settings.dataset_revision}: --dataset is a mixture",
+            "Leave the revision out; the data sets known by name have theirs",
         )
+    encoder = ChatEncoder(tokenizer, settings.template, settings.max_length, settings.mask)
+    loaded = [_load_part(part, settings, encoder) for part in parts]
+    train, train_report = _combine([p.train for p in loaded], parts, settings)
+    evaluation, evaluation_report = _combine([p.evaluation for p in loaded], parts, settings)
+    if not train:
+        raise _nothing_left(loaded, settings)
     report = {
         "dataset": settings.dataset,
         "revision": settings.dataset_revision,
-        "source": splits.source,
         "languages": settings.languages,
         "conversations": settings.conversations,
-        "evaluation_source": evaluation_source,
         "template": settings.template,
         "mask": settings.mask,
         "leading_bos": encoder.leading_bos,
-        **_corpus_report(corpus),
-        "train": _split_report(encoded),
-        "eval": _split_report(encoded_evaluation),
+        **_merged(loaded),
+        "train": train_report,
+        "eval": evaluation_report,
     }
-    if validation is not None:
-        report["validation"] = _corpus_report(validation)
-    return TrainingData(encoded.examples, encoded_evaluation.examples, report)
+    return TrainingData(train, evaluation, report)
 
 
-def _build(rows: Rows, settings: DataSettings, source: str) -> Corpus:
-    """Builds conversations; an error that names no file gets the name of the data set."""
-    languages = parse_languages(settings.languages)
-    try:
-        return build_conversations(rows, languages, settings.conversations)
-    except DataError as error:
-        if source in str(error):
-            raise
-        raise DataError(f"{source}: {error.problem}", error.remedy) from None
+def _load_part(part: Part, settings: DataSettings, encoder: ChatEncoder) -> _LoadedPart:
+    import numpy as np
+
+    splits = load_splits(part.name, settings.dataset_revision)
+    encoded = encode_split(splits.train, settings, encoder, splits.source)
+    if splits.validation is None:
+        fraction, seed = settings.eval_fraction, settings.eval_seed
+        train, held_out = split_by_tree(encoded.trees(), fraction, seed)
+        source = f"{fraction:g} of the trees" + (f", seed {seed}" if seed else "")
+        return _LoadedPart(part, splits, _Side(encoded, train), _Side(encoded, held_out), source)
+    validation = encode_split(splits.validation, settings, encoder, splits.source)
+    train, held_out = (np.arange(len(e.table)) for e in (encoded, validation))
+    sides = _Side(encoded, train), _Side(validation, held_out)
+    return _LoadedPart(part, splits, *sides, "validation split")
 
 
-def parse_languages(languages: str) -> tuple[str, ...] | None:
-    """Returns the codes of --languages, or None for "all"."""
-    codes = tuple(code.strip() for code in languages.split(",") if code.strip())
-    if "all" in codes and len(codes) > 1:
-        raise DataError(
-            f"--languages {languages}: 'all' can't be combined with codes", "Give one of the two"
-        )
-    return None if codes == ("all",) else codes
+def split_by_tree(trees: Rows, eval_fraction: float, seed: int) -> tuple[Rows, Rows]:
+    """Returns the rows for training and evaluation, in file order, with no tree on both sides.
 
-
-def split_by_tree(
-    conversations: Sequence[Conversation], eval_fraction: float, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Returns training and evaluation conversations, in file order, with no tree on both sides.
-
-    `eval_fraction` is rounded to whole trees, but to no less than one if it is above 0 and there
-    are at least two.
+    `trees` [N] is the tree of each row, numbered from 0. `eval_fraction` is rounded to whole trees,
+    but to no less than one if it is above 0 and there are at least two.
     """
-    trees = list(dict.fromkeys(c.tree for c in conversations))
-    count = round(len(trees) * eval_fraction)
-    if eval_fraction > 0 and len(trees) > 1:
+    import numpy as np
+
+    number = int(trees.max()) + 1 if len(trees) else 0
+    count = round(number * eval_fraction)
+    if eval_fraction > 0 and number > 1:
         count = max(count, 1)
-    held_out = set(random.Random(seed).sample(trees, count))
-    train = [c for c in conversations if c.tree not in held_out]
-    return train, [c for c in conversations if c.tree in held_out]
+    is_held_out = np.zeros(number, dtype=bool)
+    is_held_out[random.Random(seed).sample(range(number), count)] = True
+    return np.flatnonzero(~is_held_out[trees]), np.flatnonzero(is_held_out[trees])
 
 
-def _corpus_report(corpus: Corpus) -> dict[str, Any]:
-    return {
-        "messages": corpus.messages,
-        "trees": corpus.trees,
-        "dropped": dict(sorted(corpus.dropped.items())),
-        "resolved": dict(sorted(corpus.resolved.items())),
+def _combine(
+    sides: Sequence[_Side], parts: Sequence[Part], settings: DataSettings
+) -> tuple[ExampleTable, dict[str, Any]]:
+    """Returns the examples of training or evaluation, mixed by weight, and their report."""
+    import numpy as np
+    import pyarrow as pa
+
+    available = [side.usable for side in sides]
+    chosen = mix(available, parts, settings.eval_seed)
+    tables = [side.encoded.table for side in sides]
+    starts = np.cumsum([0, *map(len, tables)])
+    pairs = zip(starts[:-1], chosen, strict=True)
+    rows = np.concatenate([start + part for start, part in pairs]).astype(np.int64)
+    examples = ExampleTable(pa.concat_tables(tables), rows)
+    report = remembered([side.encoded.key for side in sides], rows, examples.report)
+    report["without_supervised_token"] = sum(
+        len(side.rows) - len(usable) for side, usable in zip(sides, available, strict=True)
+    )
+    if len(parts) > 1:
+        report["mixture"] = [
+            {"dataset": part.name, "conversations": len(rows), "available": len(usable)}
+            for part, rows, usable in zip(parts, chosen, available, strict=True)
+        ]
+    return examples, report
+
+
+def _merged(loaded: Sequence[_LoadedPart]) -> dict[str, Any]:
+    """Returns the report of one data set, or those of several and their sum."""
+    reports = [part.report() for part in loaded]
+    if len(reports) == 1:
+        return reports[0]
+    merged: dict[str, Any] = {
+        name: ", ".join(dict.fromkeys(report[name] for report in reports))
+        for name in ("source", "form", "evaluation_source")
     }
+    merged["rows"] = sum(map(_rows, reports))
+    merged["trees"] = sum(report["trees"] for report in reports)
+    for name in ("dropped", "resolved"):
+        counts = sum((Counter(report[name]) for report in reports), Counter[str]())
+        merged[name] = dict(sorted(counts.items()))
+    weights = ({"dataset": p.part.name, "weight": p.part.weight} for p in loaded)
+    merged["mixture"] = [a | b for a, b in zip(weights, reports, strict=True)]
+    return merged
 
 
-def _split_report(encoded: EncodedSet) -> dict[str, Any]:
-    return {
-        "conversations": len(encoded.examples),
-        "turns": encoded.turns,
-        "tokens": sum(len(e.input_ids) for e in encoded.examples),
-        "supervised_tokens": sum(e.supervised_tokens for e in encoded.examples),
-        "truncated": encoded.truncated,
-        "without_supervised_token": encoded.dropped,
-        "fingerprint": fingerprint(encoded.examples),
-    }
+def _rows(report: Mapping[str, Any]) -> int:
+    """Returns the number of rows; those of trees are messages."""
+    rows: int = report.get("messages", report.get("rows", 0))
+    return rows
+
+
+def _nothing_left(loaded: Sequence[_LoadedPart], settings: DataSettings) -> DataError:
+    counts = [part.train.encoded.counts for part in loaded]
+    reasons = [
+        f"{n} {reason}{f', first {place}' if (place := one['first'].get(reason)) else ''}"
+        for one in counts
+        for reason, n in one["dropped"].items()
+    ]
+    lost = sum(len(part.train.rows) - len(part.train.usable) for part in loaded)
+    return DataError(
+        f"--dataset {settings.dataset}: no conversation is left to train on (of "
+        f"{sum(map(_rows, counts))} rows; dropped: {'; '.join(reasons) or 'none'}; without a "
+        f"supervised token: {lost})",
+        "Check the data with `qlora-harness data`, --languages and --max-length",
+    )

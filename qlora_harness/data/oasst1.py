@@ -6,9 +6,12 @@ root of a tree, `rank` 0 for the best of several siblings and null for an only c
 
 from __future__ import annotations
 
+import hashlib
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from decimal import Decimal
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 from dateutil import parser
 
 from qlora_harness.data.conversation import Conversation, Corpus, Turn
+from qlora_harness.data.rows import check_text
 from qlora_harness.errors import DataError, shown
 
 REQUIRED = frozenset({"message_id", "text", "role"})
@@ -24,35 +28,37 @@ _ROLES = {"prompter": "user", "assistant": "assistant"}
 _SCHEMA_REMEDY = (
     "Rows need OASST1's columns: message_id, parent_id, text, role, and lang unless --languages all"
 )
-# Common other formats, each with the columns that give it away.
-_OTHER_FORMS = {
-    "Alpaca's form": {"instruction", "output"},
-    "ShareGPT's form": {"conversations"},
-    "chat messages": {"messages"},
-    "prompts with completions": {"prompt", "completion"},
-    "pairs of preference": {"chosen", "rejected"},
-    "plain text": {"text"},
-}
 _TRUTH_WORDS = {"true": True, "yes": True, "false": False, "no": False}
 
-_Message = Mapping[str, Any]
+_Row = Mapping[str, Any]
 
 
-def check_row(row: object, place: str) -> _Message:
+@dataclass(slots=True, eq=False)
+class _Message:
+    """What is needed of a row; there may be millions."""
+
+    identity: str
+    parent: str | None
+    role: str
+    text: str
+    rank: float | None
+    created: Any
+
+
+def check_row(row: _Row, place: str) -> _Row:
     """Returns the schema's fields of a row; raises DataError, with `place`, if one is unusable.
 
     An absent field, None, NaN and "" all become None. Numbers and booleans may be strings, as in
     csv. An unreadable `rank` only costs the order of siblings: it becomes None, and `unreadable`
     names it.
     """
-    if not isinstance(row, Mapping):
-        raise DataError(f"{place}: expected an object, found {type(row).__name__}", _SCHEMA_REMEDY)
-    if not row.keys() >= REQUIRED:
-        raise _wrong_columns(row, place)
+    for name in ("message_id", "text", "role"):
+        if name not in row:
+            raise DataError(f"{place}: field '{name}' is missing", _SCHEMA_REMEDY)
     checked: dict[str, Any] = {
         "message_id": _parse_id(row, "message_id", place),
         "parent_id": _parse_id(row, "parent_id", place),
-        "text": _parse_text(row, place),
+        "text": check_text(row["text"], f"{place}: field 'text'"),
         "role": row["role"],
     }
     for name in ("lang", "created_date"):
@@ -72,23 +78,11 @@ def check_row(row: object, place: str) -> _Message:
     return checked
 
 
-def _wrong_columns(row: _Message, place: str) -> DataError:
-    missing = [name for name in ("message_id", "text", "role") if name not in row]
-    columns = ", ".join(shown(str(name), 30)[1:-1] for name in list(row)[:12])
-    foreign = len(missing) > 1
-    form = next((f for f, marks in _OTHER_FORMS.items() if foreign and marks <= row.keys()), None)
-    near = f", as in {form}" if form else ""
-    return DataError(
-        f"{place}: field '{missing[0]}' is missing; the fields are {columns or 'none'}{near}",
-        _SCHEMA_REMEDY,
-    )
-
-
 def _is_null(value: object) -> bool:
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
-def _parse_id(row: _Message, name: str, place: str) -> str | None:
+def _parse_id(row: _Row, name: str, place: str) -> str | None:
     """Returns an id as text: "7" for "7", 7 and 7.0."""
     value = row.get(name)
     if _is_null(value):
@@ -98,23 +92,6 @@ def _parse_id(row: _Message, name: str, place: str) -> str | None:
     if isinstance(value, str) or (isinstance(value, int) and abs(value) < 10**40):
         return str(value)
     raise DataError(f"{place}: field '{name}' is {shown(value)}", _SCHEMA_REMEDY)
-
-
-def _parse_text(row: _Message, place: str) -> str:
-    value = row["text"]
-    if _is_null(value):
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"{place}: field 'text' is {shown(value)}", _SCHEMA_REMEDY)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: character {error.start + 1} of field 'text' is half of a surrogate pair, "
-            "which no tokenizer can encode",
-            "Correct or remove the row",
-        ) from None
-    return value
 
 
 def _parse_truth(value: Any, name: str, place: str) -> bool | None:
@@ -174,9 +151,18 @@ def _parse_date(value: Any) -> float | None:
 
 
 def build_conversations(
-    rows: Iterable[_Message], languages: Sequence[str] | None = ("en",), paths: str = "best-path"
+    rows: Iterable[_Row], languages: Sequence[str] | None = ("en",), paths: str = "best-path"
 ) -> Corpus:
-    """Builds conversations from checked message rows in any order.
+    """Returns the conversations of `read_trees` in a list, with their counts."""
+    corpus = Corpus([])
+    corpus.conversations.extend(read_trees(rows, languages, paths, corpus))
+    return corpus
+
+
+def read_trees(
+    rows: Iterable[_Row], languages: Sequence[str] | None, paths: str, corpus: Corpus
+) -> Iterator[Conversation]:
+    """Builds conversations from checked message rows in any order, and counts in `corpus`.
 
     `best-path` follows each root down through the best-ranked reply, or the earliest if none has a
     rank. `all-paths` turns every path from a root to an assistant message into a conversation and
@@ -188,19 +174,13 @@ def build_conversations(
     row have one role), and trees as `tree without assistant reply`. Raises DataError if two
     different rows share a message_id.
     """
-    corpus = Corpus([])
     remaining = _select(rows, languages, corpus)
-    roots = [row for row in remaining if row["parent_id"] is None]
-    children: dict[str, list[_Message]] = defaultdict(list)
-    for row in remaining:
-        if row["parent_id"] is not None:
-            children[row["parent_id"]].append(row)
-    for siblings in children.values():
-        if len(siblings) > 1:
-            siblings.sort(key=lambda row: _preference(row, corpus))
+    children = _children(remaining, corpus)
     reached = 0
-    for root in roots:
-        if root["role"] != "prompter":
+    for root in remaining:
+        if root.parent is not None:
+            continue
+        if root.role != "prompter":
             corpus.dropped["role order"] += 1
             reached += 1
             continue
@@ -209,42 +189,72 @@ def build_conversations(
             conversations = _best_path(root, children, corpus)
         else:
             conversations = list(_all_paths(root, children))
-        corpus.conversations.extend(conversations)
+        yield from conversations
         if not conversations:
             corpus.dropped["tree without assistant reply"] += 1
     if orphans := len(remaining) - reached:
         corpus.dropped["orphan"] += orphans
-    return corpus
+
+
+def _children(messages: Iterable[_Message], corpus: Corpus) -> Mapping[str, list[_Message]]:
+    """Returns the answers to each message that has any, best first."""
+    children: dict[str, list[_Message]] = defaultdict(list)
+    for message in messages:
+        if message.parent is not None:
+            children[message.parent].append(message)
+    for siblings in children.values():
+        if len(siblings) > 1:
+            siblings.sort(key=lambda message: _preference(message, corpus))
+    return children
 
 
 def _select(
-    rows: Iterable[_Message], languages: Sequence[str] | None, corpus: Corpus
+    rows: Iterable[_Row], languages: Sequence[str] | None, corpus: Corpus
 ) -> list[_Message]:
-    """Returns the rows that stay, in file order."""
+    """Returns the messages that stay, in file order."""
     remaining: list[_Message] = []
-    seen: dict[str, _Message] = {}
+    seen: dict[str, bytes] = {}
     for row in rows:
         identity = row["message_id"]
         corpus.messages += 1
+        content = _digest(row)
         if identity in seen:
-            if row != seen[identity]:
+            if content != seen[identity]:
                 raise DataError(
                     f"two different rows have the message_id {identity!r}", "Remove one of them"
                 )
             corpus.dropped["duplicate row"] += 1
             continue
-        seen[identity] = row
+        seen[identity] = content
         if name := row.get("unreadable"):
             corpus.resolved[f"unreadable {name}"] += 1
         corpus.trees += row["parent_id"] is None
         if reason := _drop_reason(row, languages):
             corpus.dropped[reason] += 1
         else:
-            remaining.append(row)
+            remaining.append(_message(row))
     return remaining
 
 
-def _drop_reason(row: _Message, languages: Sequence[str] | None) -> str | None:
+def _digest(row: _Row) -> bytes:
+    """Returns what tells a row from others with its id; 1 and 1.0 are one rank."""
+    rank = row.get("rank")
+    values = {**row, "rank": None if rank is None else float(rank)}
+    return hashlib.blake2b(repr(sorted(values.items())).encode(), digest_size=8).digest()
+
+
+def _message(row: _Row) -> _Message:
+    return _Message(
+        row["message_id"],
+        row["parent_id"],
+        sys.intern(row["role"]),
+        row["text"],
+        row.get("rank"),
+        row.get("created_date"),
+    )
+
+
+def _drop_reason(row: _Row, languages: Sequence[str] | None) -> str | None:
     if row.get("deleted"):
         return "deleted"
     if row.get("review_result") is False:
@@ -256,18 +266,18 @@ def _drop_reason(row: _Message, languages: Sequence[str] | None) -> str | None:
     return None
 
 
-def _preference(row: _Message, corpus: Corpus) -> tuple[float, float]:
+def _preference(message: _Message, corpus: Corpus) -> tuple[float, float]:
     """Sorts siblings by rank (unranked last), then date; a tie leaves them in file order."""
-    rank, created = row.get("rank"), row.get("created_date")
+    rank, created = message.rank, message.created
     moment = None if created is None else _parse_date(created)
     if created is not None and moment is None:
         corpus.resolved["unreadable created_date"] += 1
     return math.inf if rank is None else float(rank), -math.inf if moment is None else moment
 
 
-def _replies(row: _Message, children: Mapping[str, list[_Message]]) -> list[_Message]:
+def _replies(message: _Message, children: Mapping[str, list[_Message]]) -> list[_Message]:
     """Returns the children of the other role, best first."""
-    return [c for c in children.get(row["message_id"], ()) if c["role"] != row["role"]]
+    return [c for c in children.get(message.identity, ()) if c.role != message.role]
 
 
 def _count_below(root: _Message, children: Mapping[str, list[_Message]], corpus: Corpus) -> int:
@@ -275,12 +285,12 @@ def _count_below(root: _Message, children: Mapping[str, list[_Message]], corpus:
     count = 0
     stack = [(root, True)]
     while stack:
-        row, in_order = stack.pop()
+        message, in_order = stack.pop()
         count += 1
         if not in_order:
             corpus.dropped["role order"] += 1
-        for child in children.get(row["message_id"], ()):
-            stack.append((child, in_order and child["role"] != row["role"]))
+        for child in children.get(message.identity, ()):
+            stack.append((child, in_order and child.role != message.role))
     return count
 
 
@@ -289,12 +299,12 @@ def _best_path(
 ) -> list[Conversation]:
     path = [root]
     while replies := _replies(path[-1], children):
-        if len(replies) > 1 and replies[0].get("rank") == replies[1].get("rank"):
-            unranked = replies[0].get("rank") is None
+        if len(replies) > 1 and replies[0].rank == replies[1].rank:
+            unranked = replies[0].rank is None
             kind = "unranked siblings" if unranked else "siblings of the same best rank"
             corpus.resolved[f"earliest of several {kind}"] += 1
         path.append(replies[0])
-    if path[-1]["role"] == "prompter":
+    if path[-1].role == "prompter":
         path.pop()
         if path:
             corpus.resolved["prompter turn cut from the end"] += 1
@@ -305,16 +315,17 @@ def _all_paths(root: _Message, children: Mapping[str, list[_Message]]) -> Iterat
     stack = [[root]]
     while stack:
         path = stack.pop()
-        if path[-1]["role"] == "assistant":
+        if path[-1].role == "assistant":
             yield _conversation(path, supervise_all=False)
         stack.extend([*path, reply] for reply in reversed(_replies(path[-1], children)))
 
 
 def _conversation(path: Sequence[_Message], supervise_all: bool) -> Conversation:
     turns = [
-        Turn("assistant", row["text"], supervised=supervise_all or row is path[-1])
-        if row["role"] == "assistant"
-        else Turn("user", row["text"])
-        for row in path
+        Turn("assistant", message.text, supervised=supervise_all or message is path[-1])
+        if message.role == "assistant"
+        else Turn("user", message.text)
+        for message in path
     ]
-    return Conversation(path[0]["message_id"], tuple(turns))
+    tree = path[0].identity
+    return Conversation(tree, tuple(turns), place=f"tree {tree}")

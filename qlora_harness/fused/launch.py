@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from functools import lru_cache
+from contextlib import suppress
+from functools import cache, lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,6 +19,25 @@ _compiled: dict[Any, Any] = {}
 def usable(x: Tensor) -> bool:
     """Whether Triton kernels can run on a tensor."""
     return x.is_cuda and _HAS_TRITON
+
+
+@cache
+def hash_triton_ahead() -> None:
+    """Starts to hash Triton's files in a thread.
+
+    Triton's cache needs the hash for the first kernel, and it takes seconds on a slow disk.
+    """
+    if _HAS_TRITON:
+        threading.Thread(target=_hash_triton, name="qlora_harness hash", daemon=True).start()
+
+
+def _hash_triton() -> None:
+    with suppress(ImportError, OSError):  # which the first kernel raises again
+        for module in ("triton.runtime.cache", "triton.compiler.compiler"):  # the latter up to 3.4
+            compute = getattr(import_module(module), "triton_key", None)
+            if compute is not None:
+                compute()  # remembers its result
+                return
 
 
 def launch(

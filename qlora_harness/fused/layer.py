@@ -31,6 +31,9 @@ from qlora_harness.fused.host_memory import HostMemory, Stored
 from qlora_harness.fused.packed_row import PackedRow, Rotation
 from qlora_harness.model.shape import Shape
 
+# At once in an MLP without gradients on a CPU; for larger results the system clears fresh memory.
+_CPU_ROWS = 1024
+
 # Attention of queries [T, heads, D] to keys and values [T, key heads, D], with the factor of the
 # scores: [T, heads, D].
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -183,8 +186,14 @@ class FusedLayer:
         del q, k, v, projected, added
         y, _ = self._leave(attended, read_at, _Drops())
         del attended
-        h, y, _ = self.second_half(_at(x, read_at), y, _Drops())
-        return h, y
+        return self._infer_mlp(_at(x, read_at), y)
+
+    def _infer_mlp(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs `second_half` without dropout, on a CPU a few rows at a time."""
+        size = _CPU_ROWS if x.device.type == "cpu" else len(x)
+        parts = zip(x.split(size), added.split(size), strict=True)
+        h, y = zip(*(self.second_half(*part, _Drops())[:2] for part in parts), strict=True)
+        return (h[0], y[0]) if len(h) == 1 else (torch.cat(h), torch.cat(y))
 
     def draw(
         self, row: PackedRow, read_at: Tensor | None, seed: Tensor | None, like: Tensor

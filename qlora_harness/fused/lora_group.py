@@ -21,6 +21,7 @@ from qlora_harness.fused.dropout import Masks
 from qlora_harness.fused.fp8 import Quantised
 from qlora_harness.fused.group import Group, Inner
 from qlora_harness.fused.ops import copy
+from qlora_harness.fused.products import linear
 
 
 class LoraGroup(Group):
@@ -72,9 +73,8 @@ class LoraGroup(Group):
         m = self._weights
         views = m.load(wide)
         inner = self._inner(wide[:, : m.width], views.down, masks, wide[:, m.width :])
-        if self._bias is None:
-            return wide @ views.weights.t(), inner
-        return torch.addmm(self._bias.to(wide.dtype), wide, views.weights.t()), inner
+        bias = None if self._bias is None else self._bias.to(wide.dtype)
+        return linear(wide, views.weights, bias), inner
 
     def backward(
         self, dy: Tensor, masks: Masks | None, rounded: Quantised | None = None
@@ -113,5 +113,7 @@ class LoraGroup(Group):
 def _room(tokens: int, columns: int, like: Tensor) -> Tensor:
     # On CPUs with AMX, oneDNN multiplies the padding by zero in bfloat16, so NaN there would spread
     # (https://github.com/uxlfoundation/oneDNN/issues/5717).
-    new = like.new_zeros if like.device.type == "cpu" else like.new_empty
-    return new(tokens, aligned(columns))[:, :columns]
+    stride = aligned(columns)
+    padded = like.device.type == "cpu" and stride > columns
+    new = like.new_zeros if padded else like.new_empty
+    return new(tokens, stride)[:, :columns]

@@ -5,6 +5,7 @@
     index_cache.py  caches lm_eval's own index between commands
     saving.py       patches the tracker that saves results
     hflm.py         the subclass of HFLM with our loading
+    environment.py  describes the environment for lm_eval's results ahead of time
 
 `NEEDS` lists the names that a release may move. tests/test_lm_eval_compat.py checks each.
 """
@@ -59,6 +60,10 @@ NEEDS = (
     Need(
         *("lm_eval.loggers", "EvaluationTracker.save_results_samples", ("task_name", "samples")),
         "patched: as above",
+    ),
+    Need(
+        *("lm_eval.loggers.utils", "add_env_info", ("storage",)),
+        "takes its description of the environment from torch, where we replace it",
     ),
     Need(
         *(_HFLM, "HFLM._create_model", ("pretrained",)),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -348,9 +349,18 @@ def is_4bit(layer: torch.nn.Module) -> bool:
 def is_plain_linear(layer: torch.nn.Module) -> bool:
     """Whether a layer is exactly torch's Linear or bitsandbytes' Linear4bit, not a subclass."""
     import torch
-    from bitsandbytes.nn import Linear4bit
 
-    return type(layer) in (torch.nn.Linear, Linear4bit)
+    layers = _bitsandbytes_layers()
+    kinds = [torch.nn.Linear] if layers is None else [torch.nn.Linear, layers.Linear4bit]
+    return type(layer) in kinds
+
+
+def _bitsandbytes_layers() -> Any:
+    """bitsandbytes.nn, or None if nothing has imported it, so that no layer can be one of its own.
+
+    The import takes seconds, which a base in bf16 needn't wait for.
+    """
+    return sys.modules.get("bitsandbytes.nn")
 
 
 def why_not_plain(model: torch.nn.Module) -> str | None:
@@ -367,9 +377,10 @@ def hqq_layers(model: torch.nn.Module) -> list[str]:
 
 def mixes_tokens(model: torch.nn.Module) -> bool:
     """Whether the result for a token depends on the other texts of a pass, as with LLM.int8."""
-    from bitsandbytes.nn import Linear8bitLt
-
-    return any(isinstance(layer, Linear8bitLt) for layer in model.modules())
+    layers = _bitsandbytes_layers()
+    return layers is not None and any(
+        isinstance(layer, layers.Linear8bitLt) for layer in model.modules()
+    )
 
 
 def base_of(model: Any) -> Any:

@@ -16,7 +16,7 @@ import struct
 from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def expand_gguf(file: Path, shown: str) -> tuple[Path, dict[str, Any]]:
     """
     from filelock import FileLock
 
-    digest = _sha256(file, shown)
+    digest = _digest(file, shown)
     folder = cache_dir() / f"gguf-{_FORMAT}" / digest
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +60,22 @@ def expand_gguf(file: Path, shown: str) -> tuple[Path, dict[str, Any]]:
                 logger.warning("expanding %s to bfloat16, once, in %s", shown, folder)
                 _expand(file, folder, digest, shown)
     return folder, read_json(folder / _RECORD)
+
+
+def _digest(file: Path, shown: str) -> str:
+    """The file's SHA-256, computed again only if its size, inode or modification time changed."""
+    state, path = file.stat(), str(file.resolve())
+    identity = [state.st_size, state.st_ino, state.st_mtime_ns]
+    name = hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:32]
+    note = cache_dir() / "gguf-digests" / f"{name}.json"
+    with suppress(HarnessError, OSError):
+        known = read_json(note)
+        if known.get("identity") == identity and isinstance(known.get("sha256"), str):
+            return str(known["sha256"])
+    digest = _sha256(file, shown)
+    with suppress(OSError):  # without the note the next command is slower, not wrong
+        write_json(note, {"identity": identity, "sha256": digest})
+    return digest
 
 
 def _sha256(file: Path, shown: str) -> str:

@@ -63,6 +63,13 @@ class DataReport(Section):
     """The data, as counted when it was read."""
 
     dataset: str | None = None
+    """A name, or a mixture such as oasst1:0.7,alpaca:0.3."""
+    form: str = "oasst"
+    """Of the rows: oasst, as in all older records, alpaca, sharegpt, messages, …"""
+    commit: str | None = None
+    """Commit of the data set on the Hub, if it came from there."""
+    mixture: list[dict[str, Any]] = []
+    """The weight and the counts of each data set of a mixture."""
     train: DataSplit = DataSplit()
     eval: DataSplit | None = None
 
@@ -138,6 +145,10 @@ class Results(Section):
     """On the held-out conversations before the first step."""
 
 
+# Settings that older records lack, with what they were then.
+_LATER_SETTINGS = {"compute": "bf16", "format": "auto", "rope_scaling": None}
+
+
 class TrainingSummary(Header):
     """training_summary.json: one training run."""
 
@@ -181,9 +192,9 @@ class TrainingSummary(Header):
     """Speed."""
 
     @model_validator(mode="after")
-    def _earlier_versions_had_one_way_to_compute(self) -> TrainingSummary:
-        self.settings.setdefault("compute", "bf16")
-        self.settings.setdefault("rope_scaling", None)
+    def _settings_of_older_records_are_complete(self) -> TrainingSummary:
+        for name, value in _LATER_SETTINGS.items():
+            self.settings.setdefault(name, value)
         return self
 
     @model_validator(mode="after")

@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
 _SAMPLE = 32  # pairs encoded whole, too, as a check
 _ANCHOR = 24  # characters to search for the word before a piece
 _PIECE = 128  # least characters of a piece
 _BORDER = re.compile(r"(?<=[^\s▁Ġ]) (?=[^\s▁Ġ])")
+_SPACED = re.compile(r"[^▁Ġ ][▁Ġ ]")
 _CROSSING = re.compile(r"\S[ ▁]")
 
 Pair = tuple[str, str]
@@ -47,41 +49,76 @@ def _by_pieces(lm: Any, pairs: Sequence[Pair]) -> dict[Pair, TokenIds]:
 
     Returns an empty dict if the ids differ from those of whole texts.
     """
-    added = _added_tokens(lm.tokenizer)
-    words = {pair: _word_before(pair[0]) for pair in pairs if _splits(*pair, added)}
-    pieces = {context: _cut(context) for context in dict.fromkeys(c for c, _ in words)}
-    heads = _encode_distinct(lm, (head for head, _ in pieces.values()))
-    last = [(word, continuation) for (_, continuation), word in words.items()]
-    tails = _encode_tails(lm, [*(tail for _, cut in pieces.values() for tail in cut), *last])
+    separate = _separate(pairs, _added_tokens(lm.tokenizer))
+    words = {context: _word_before(context) for context in dict.fromkeys(c for c, _ in separate)}
+    heads: dict[str, _Cut] = {}
+    cuts = {context: _cut(context, heads) for context in words}
+    pieces = dict.fromkeys(p for cut in (*heads.values(), *cuts.values()) for p in cut.pieces)
+    pieces |= dict.fromkeys((words[context], continuation) for context, continuation in separate)
+    tails = _encode_tails(lm, [piece for piece in pieces if piece[0]])
     if tails is None:
         return {}
-    ids = {
-        context: [*heads[head], *(token for tail in cut for token in tails[tail])]
-        for context, (head, cut) in pieces.items()
-    }
-    encoded = {pair: (ids[pair[0]], tails[word, pair[1]]) for pair, word in words.items()}
+    first = _encode_distinct(lm, (text for word, text in pieces if not word))
+    known = tails | {("", text): ids for text, ids in first.items()}
+    complete = {head: _joined(cut.pieces[:-1], known) for head, cut in heads.items()}
+    ids = {c: complete[cut.head] + _joined(cut.pieces, known) for c, cut in cuts.items()}
+    encoded = {(c, k): (ids[c], tails[words[c], k]) for c, k in separate}
     # The vocabulary does not show all that a tokenizer may do.
     sample = random.Random(0).sample(list(encoded), min(_SAMPLE, len(encoded)))
     confirmed = _whole(lm, sample) == [encoded[pair] for pair in sample]
     return encoded if confirmed else {}
 
 
-def _cut(text: str) -> tuple[str, list[Pair]]:
+def _separate(pairs: Sequence[Pair], added: re.Pattern[str] | None) -> list[Pair]:
+    """The pairs whose continuation can be encoded without its context."""
+    texts = {text for pair in pairs for text in pair}
+    special = {text for text in texts if added is not None and added.search(text)}
+    return [
+        (context, continuation)
+        for context, continuation in pairs
+        if _BORDER.match(context[-1:] + continuation[:2], 1)
+        and not (context in special or continuation in special)
+    ]
+
+
+class _Cut(NamedTuple):
+    """The pieces of a text, each with the word before it, which the text's first piece lacks."""
+
+    head: (
+        str  # the text without its last paragraph; its complete pieces, all but the last, go first
+    )
+    pieces: list[Pair]  # then come these
+    start: int  # of the last one
+
+
+def _cut(text: str, heads: dict[str, _Cut]) -> _Cut:
     """Cuts a text at the first border of a line once a piece is long enough.
 
-    Returns the first piece, then the others, each with the word before it.
+    `heads` holds the heads cut so far: few-shot prompts share most of theirs.
     """
-    starts = [0]
+    head = text.rpartition("\n\n")[0]
+    if head not in heads:
+        heads[head] = _cut_from(head, "", 0)
+    return _cut_from(text, head, heads[head].start)
+
+
+def _cut_from(text: str, head: str, start: int) -> _Cut:
+    """Cuts a text after the complete pieces of its head, which end at `start`."""
+    starts = [start]
     while (line := text.find("\n", starts[-1] + _PIECE)) >= 0:
         border = _BORDER.search(text, line)
         if border is None:
             break
         starts.append(border.start())
-    ends = [*starts[1:], len(text)]
-    return text[: ends[0]], [
+    pieces = [
         (_word_before(text[max(0, start - _ANCHOR) : start]), text[start:stop])
-        for start, stop in zip(starts[1:], ends[1:], strict=True)
+        for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)
     ]
+    return _Cut(head, pieces, starts[-1])
+
+
+def _joined(pieces: Sequence[Pair], known: Mapping[Pair, list[int]]) -> list[int]:
+    return list(chain.from_iterable(known[piece] for piece in pieces))
 
 
 def _move_spaces(context: str, continuation: str) -> Pair:
@@ -92,13 +129,6 @@ def _move_spaces(context: str, continuation: str) -> Pair:
     return stripped, context[len(stripped) :] + continuation
 
 
-def _splits(context: str, continuation: str, added: re.Pattern[str] | None) -> bool:
-    """Whether a continuation can be encoded without its context."""
-    if not _BORDER.match(context[-1:] + continuation[:2], 1):
-        return False
-    return added is None or not (added.search(continuation) or added.search(context))
-
-
 def _is_separable(tokenizer: Any) -> bool:
     """Whether no token crosses a border between a non-space and a space."""
     if not getattr(tokenizer, "is_fast", False):
@@ -107,7 +137,7 @@ def _is_separable(tokenizer: Any) -> bool:
         return False
     # "▁" is a space for SentencePiece vocabularies, "Ġ" for byte-level ones. Before it may be
     # another kind of space, such as a tab, which only the decoded token shows.
-    spaced = [token for token in tokenizer.get_vocab() if re.search(r"[^▁Ġ ][▁Ġ ]", token)]
+    spaced = [token for token in tokenizer.get_vocab() if _SPACED.search(token)]
     return not any(_CROSSING.search(tokenizer.convert_tokens_to_string([t])) for t in spaced)
 
 

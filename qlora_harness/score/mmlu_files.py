@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from qlora_harness.data.sources import parse_line
+from qlora_harness.data.files import parse_line
 from qlora_harness.errors import DataError
 from qlora_harness.locations import cache_dir, demo_dir, expanded
 from qlora_harness.schema.mmlu import LETTERS

@@ -20,6 +20,7 @@ from qlora_harness.score.evaluation_record import (
     write_records,
 )
 from qlora_harness.score.mmlu_files import rows_in
+from qlora_harness.train.model_card import refresh_card
 
 if TYPE_CHECKING:
     from qlora_harness.lm_eval_compat.hflm import Request
@@ -119,6 +120,7 @@ class MmluRecorder:
             written = write_records(self._folder, self._progress_name, header, scored)
         except OSError as error:
             raise unwritable(self._folder, error) from None
+        refresh_card(self._folder)
         for family in scored:
             if family in written:
                 logger.warning("record of %s written to %s", family, self._folder)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qlora_harness.errors import ResultsError, SettingsError
+from qlora_harness.lm_eval_compat.environment import describe_environment_ahead
 from qlora_harness.lm_eval_compat.hflm import Encoded, LoadedHFLM, Request
 from qlora_harness.model.base import dequantise
 from qlora_harness.record import environment, scrub_all
@@ -200,6 +201,7 @@ class ScoringSession:
                 scorer.build_ahead()
         try:
             encoded = self.encode(pending)
+            describe_environment_ahead()
             scores = self._score_with(scorer, encoded, journal, show_progress).scores
         finally:
             if scorer is not None:

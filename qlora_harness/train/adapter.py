@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qlora_harness.data.chat_encoder import IGNORE, Example
+from qlora_harness.data.examples import IGNORE, Example
 from qlora_harness.errors import RunError, SettingsError
 from qlora_harness.model.adapter_starts import (
     START_FILE,

@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from qlora_harness.data.chat_encoder import IGNORE, Example
+from qlora_harness.data.examples import IGNORE, Example, lengths_of
 
 
 class ExampleSet(Dataset[dict[str, list[int]]]):
@@ -21,6 +21,11 @@ class ExampleSet(Dataset[dict[str, list[int]]]):
 
     def __len__(self) -> int:
         return len(self._examples)
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each example."""
+        return lengths_of(self._examples)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         example = self._examples[index]

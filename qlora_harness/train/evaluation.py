@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import send_to_device
 
-from qlora_harness.data.chat_encoder import IGNORE, Example
+from qlora_harness.data.examples import IGNORE, Example, lengths_of
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def evaluate_loss(
     rounding. `examples` are the same on every process. A `fused` model takes rows without padding.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))[rank::world]
+    order = sorted(range(len(examples)), key=lengths_of(examples).__getitem__)[rank::world]
     rows = ExampleSet(examples)
     device = accelerator.device
     losses: dict[int, tuple[float, int]] = {}  # by example

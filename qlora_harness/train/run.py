@@ -15,8 +15,9 @@ from filelock import FileLock
 from transformers import TrainerState
 from transformers.utils import logging as transformers_logging
 
-from qlora_harness.data.chat_encoder import Example, chat_template, show
 from qlora_harness.data.corpus import TrainingData, load_training_data
+from qlora_harness.data.examples import Example, show
+from qlora_harness.data.templates import chat_template
 from qlora_harness.errors import AdapterError, RunError, SettingsError, TrainingError
 from qlora_harness.fused import fp8
 from qlora_harness.fused.host_memory import memory_of_a_process
@@ -57,6 +58,7 @@ from qlora_harness.train.evaluation import evaluate_loss
 from qlora_harness.train.held_out import HeldOut, check_held_out
 from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.memory_plan import choose_memory_plan, largest_pass, measure_shape
+from qlora_harness.train.model_card import refresh_card
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
 from qlora_harness.train.ranks import device_of, on_main, say, start_processes
 from qlora_harness.train.run_folder import (
@@ -175,7 +177,7 @@ class _Run:
         self.start.check_same(self.run_dir, fingerprint, "data", "train", "fingerprint")
         check_held_out(self.settings, data)
         say(self.state, _description(self.settings, source, data, self.device))
-        self._plan_memory(source, [len(example.input_ids) for example in data.train])
+        self._plan_memory(source, data.train.lengths)
         with self.record.timed("load"), self.memory.phase("load"):
             model = self._load_model(source, data)
         self._check_same_computation(model)
@@ -201,6 +203,8 @@ class _Run:
                 self.lock.release()
             if self.fused is not None:
                 self.fused.detach()  # the weights may be those of later runs, too
+        if self.state.is_main_process:
+            refresh_card(self.run_dir)
         return self.record.content
 
     def _plan_memory(self, source: BaseSource, lengths: Sequence[int]) -> None:
@@ -426,7 +430,11 @@ class _Run:
         if settings.model.rope_scaling is not None:
             record["rope_scaling"] = settings.model.rope_scaling
         # The adapter has learned this template, not the base's own.
-        tokenizer.chat_template = chat_template(settings.data.template, tokenizer)
+        tokenizer.chat_template = chat_template(
+            settings.data.template,
+            leading_bos=bool(data.report["leading_bos"]),
+            own=tokenizer.chat_template,
+        )
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         try:
             save_adapter(
@@ -460,11 +468,15 @@ def _description(
     report = data.report
     train, held_out = report["train"], report["eval"]
     dropped = ", ".join(f"{n} {reason}" for reason, n in report["dropped"].items()) or "none"
+    rows = (
+        f"{report['trees']} trees, {report['messages']} messages"
+        if "messages" in report
+        else f"{report['rows']} rows in the form {report['form']}"
+    )
     note = " (random weights)" if source.random_weights else ""
     return (
         f"{source.name}{note}, {settings.quant.value}, into {settings.run_dir}, on {device}\n"
-        f"data: {report['source']}: {report['trees']} trees, {report['messages']} messages; "
-        f"dropped: {dropped}\n"
+        f"data: {report['source']}: {rows}; dropped: {dropped}\n"
         f"train: {train['conversations']} conversations, {train['tokens']:,} tokens, "
         f"{train['supervised_tokens']:,} learned; {train['truncated']} truncated to "
         f"{settings.data.max_length}, {train['without_supervised_token']} left out\n"

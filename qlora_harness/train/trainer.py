@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from qlora_harness.data.chat_encoder import IGNORE
+from qlora_harness.data.examples import IGNORE
 from qlora_harness.errors import HarnessError, TrainingError
 from qlora_harness.record import LOGS_FILE, write_json
 from qlora_harness.schema.training_records import StepRow, TrainingLog
@@ -74,7 +74,7 @@ class CountingTrainer(Trainer):
             return super().get_train_dataloader()
         data: Any = self.train_dataset
         sampler = _ByLength(
-            [len(data[i]["input_ids"]) for i in range(len(data))],
+            data.lengths,
             self.args.train_batch_size * self.args.gradient_accumulation_steps,
             self.args.seed,
             lambda: math.floor((self.state.epoch or 0.0) + 1e-6),

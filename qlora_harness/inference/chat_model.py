@@ -1,0 +1,259 @@
+"""A trained adapter on its base, which answers conversations in the template of its training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_harness.errors import AdapterError, DataError, ModelError, RunError, first_line
+from qlora_harness.locations import expanded
+from qlora_harness.model.adapter_folder import (
+    CONFIG_FILE,
+    RECORD_FILE,
+    adapter_digest,
+    read_adapter_record,
+)
+from qlora_harness.model.base import base_of, find_base, is_out_of_memory, read_config
+from qlora_harness.model.lora import public_name
+from qlora_harness.model.rope import window
+from qlora_harness.record import ADAPTER_DIR, SUMMARY_FILE
+from qlora_harness.score.run_choice import ScoringChoice, choose_scored_run
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
+
+Message = Mapping[str, str]  # "role" and "content"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: the likeliest at temperature 0, else at random among `top_p`."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+def choose_adapter(run: Path) -> ScoringChoice:
+    """Returns what a run folder or an adapter folder recorded about base and quantisation.
+
+    Raises RunError if there is no adapter with a record.
+    """
+    folder = expanded(str(run))
+    adapter = folder / ADAPTER_DIR if (folder / ADAPTER_DIR).is_dir() else folder
+    if not (adapter / CONFIG_FILE).is_file():
+        unfinished = "a run without an adapter" if (folder / SUMMARY_FILE).is_file() else "no run"
+        raise RunError(
+            f"{run} holds {unfinished}", "Name the folder of a completed run, or its adapter"
+        )
+    if read_adapter_record(adapter) is None:
+        raise RunError(
+            f"{adapter} has no {RECORD_FILE}, which says on which base it was trained",
+            "Name an adapter that this project trained",
+        )
+    return choose_scored_run(
+        pretrained=None,
+        peft=str(adapter),
+        quant=None,
+        double_quant=None,
+        revision=None,
+        peft_revision=None,
+        results_dir=None,
+    )
+
+
+def run_name(choice: ScoringChoice) -> str:
+    """Returns the name of the run that trained the adapter, which is that of its folder."""
+    folder = (choice.adapter or choice.results_dir).resolve()
+    if folder.name == ADAPTER_DIR:
+        folder = folder.parent
+    is_cell = folder.name.startswith("seed_")  # of a study, in the folder of its arm
+    return f"{folder.parent.name}_{folder.name}" if is_cell else folder.name
+
+
+def compute_device() -> torch.device:
+    """Returns the GPU, or the CPU if there is none."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class ChatModel:
+    """Base, unmerged adapter and tokenizer as the adapter's record names them.
+
+    With `base_alone`, the base answers in the same template without the adapter. `load` loads the
+    weights, after prompts could be checked. Raises HarnessError as scoring does if the parts can't
+    be loaded or don't belong together.
+    """
+
+    def __init__(self, choice: ScoringChoice, *, base_alone: bool = False) -> None:
+        from qlora_harness.score.model_arguments import resolve_dtype
+        from qlora_harness.score.scored_model import load_scored_tokenizer
+
+        self._choice = dataclasses.replace(choice, adapter=None) if base_alone else choice
+        self._source = find_base(choice.base, choice.revision, argument="the adapter's base")
+        self._dtype = resolve_dtype("auto", choice.compute_dtype)
+        self._window = window(read_config(self._source, choice.rope_scaling))
+        self.tokenizer: PreTrainedTokenizerBase = load_scored_tokenizer(choice, self._source)
+        record = read_adapter_record(choice.adapter) if choice.adapter else None
+        self.is_plain_text = (record or {}).get("template") == "none"
+        if self.tokenizer.chat_template is None and not self.is_plain_text:
+            raise AdapterError(
+                f"the tokenizer in {choice.adapter} has no chat template", "Train the adapter again"
+            )
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.name = public_name(choice.base) if base_alone else run_name(choice)
+
+    @property
+    def title(self) -> str:
+        """Run, base and quantisation."""
+        return f"{self.name} on {self._source.recorded_name}, {self._choice.quant.value}"
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what replies to the same tokens depend on, as JSON."""
+        choice, adapter = self._choice, self._choice.adapter
+        return {
+            "base": self._source.recorded_name,
+            "weights_fingerprint": (choice.recorded or {}).get("weights_fingerprint"),
+            "quant": choice.quant.value,
+            "double_quant": choice.double_quant if choice.quant.is_4bit else None,
+            "compute_dtype": self._dtype,
+            "rope_scaling": choice.rope_scaling,
+            "adapter_sha256": adapter_digest(adapter) if adapter else None,
+        }
+
+    def load(self) -> None:
+        """Loads the weights; do so before you seed, since PEFT draws random numbers meanwhile."""
+        self.model  # noqa: B018  # a cached property
+
+    @cached_property
+    def model(self) -> Any:
+        """The loaded base, with the adapter's modules inside."""
+        from transformers import GenerationConfig
+
+        from qlora_harness.score.scored_model import load_scored_model
+
+        tokens, device = len(self.tokenizer), compute_device()
+        scored = load_scored_model(self._choice, self._source, tokens, self._dtype, device)
+        model = base_of(scored.model)
+        # Else the base's own temperature or penalties would join in.
+        model.generation_config = GenerationConfig()
+        return model
+
+    @cached_property
+    def ends(self) -> tuple[list[int], str]:
+        """The tokens that end a reply, and the text with which the next turn begins, or ""."""
+        eos = self.tokenizer.eos_token_id
+        tokens = [eos] if isinstance(eos, int) else []
+        if self.is_plain_text:
+            return tokens, ""
+        reply, question = "REPLY", "QUESTION"
+        messages = [
+            {"role": "user", "content": "A"},
+            {"role": "assistant", "content": reply},
+            {"role": "user", "content": question},
+        ]
+        text = self._render(messages)
+        between = text.rpartition(reply)[2].partition(question)[0]
+        ids = self.tokenizer.encode(between, add_special_tokens=False)
+        added = self.tokenizer.added_tokens_decoder
+        special = [place for place, token in enumerate(ids) if token in added]
+        after = ids[special[-1] + 1 :] if special else ids
+        marker = str(self.tokenizer.decode(after)).strip()
+        edges = (self.tokenizer.bos_token_id, eos)
+        if (special and ids[special[-1]] not in edges) or marker.replace(" ", "").isalnum():
+            marker = ""  # such as "user" after <|im_start|>, a token that ends the reply itself
+        return list(dict.fromkeys([*tokens, *(ids[place] for place in special)])), marker
+
+    @cached_property
+    def _stop_strings(self) -> StoppingCriteriaList:
+        """Of the marker; made once, because it goes through the whole vocabulary."""
+        from transformers import StoppingCriteriaList, StopStringCriteria
+
+        _, marker = self.ends
+        strings = [StopStringCriteria(self.tokenizer, [marker])] if marker else []
+        return StoppingCriteriaList(strings)
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # noqa: BLE001  # Jinja raises what a template says
+            raise AdapterError(
+                f"the adapter's chat template refuses the conversation ({first_line(error)})",
+                "Use user and assistant turns only",
+            ) from None
+        return str(text)
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the token ids of a conversation up to where the model's reply begins."""
+        if self.is_plain_text:
+            return list(self.tokenizer.encode(messages[-1]["content"]))
+        return list(self.tokenizer.encode(self._render(messages), add_special_tokens=False))
+
+    def check_length(self, ids: Sequence[int], sampling: Sampling, what: str) -> None:
+        """Raises DataError if a prompt leaves no room for `max_new_tokens` in the window."""
+        longest = self._window
+        if longest is not None and len(ids) + sampling.max_new_tokens > longest:
+            raise DataError(
+                f"{what}: {len(ids)} tokens and --max-new-tokens {sampling.max_new_tokens} exceed "
+                f"the model's window of {longest}",
+                "Shorten it, or give a lower --max-new-tokens",
+            )
+
+    def reply(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        streamer: TextStreamer | None = None,
+    ) -> list[str]:
+        """Returns the replies to a batch of prompts, without surrounding space.
+
+        A reply ends at a token that ends a turn, before the next turn's marker, or after
+        `max_new_tokens`. Random choices follow torch's global seed.
+        """
+        import torch
+        from transformers import GenerationConfig
+
+        tokens, marker = self.ends
+        rows = {"input_ids": [list(ids) for ids in prompts]}
+        batch = self.tokenizer.pad(rows, return_tensors="pt").to(self.model.device)
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=sampling.temperature > 0,
+            eos_token_id=tokens,
+            pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=True,
+        )
+        if sampling.temperature > 0:
+            config.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
+        try:
+            with torch.inference_mode():
+                output = self.model.generate(
+                    **batch,
+                    generation_config=config,
+                    stopping_criteria=self._stop_strings,
+                    streamer=streamer,
+                )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ModelError(
+                f"{self.model.device} ran out of memory with {len(prompts)} prompts in a batch",
+                "Give a lower --batch-size or --max-new-tokens",
+            ) from None
+        new = output[:, batch["input_ids"].shape[1] :]
+        return [self._text(ids.tolist(), tokens, marker) for ids in new]
+
+    def _text(self, ids: list[int], tokens: list[int], marker: str) -> str:
+        end = next((place for place, token in enumerate(ids) if token in tokens), len(ids))
+        text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
+        return (text.partition(marker)[0] if marker else text).strip()

@@ -1,0 +1,185 @@
+"""The flags of `card`, `generate`, `chat` and `export`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_harness.errors import SettingsError
+from qlora_harness.flag_checks import check_at_least, check_output_file, why_not_writable
+
+if TYPE_CHECKING:
+    from qlora_harness.inference.chat_model import Sampling
+
+_RUN = "a run folder, such as results/4bit, or its adapter folder"
+COMMANDS = ("card", "generate", "chat", "export")
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the four to the subcommands of `qlora-harness`; imports nothing heavy."""
+    card = commands.add_parser(
+        "card",
+        help="write the model card of a run's adapter",
+        description="Writes adapter/README.md from the records of a run. Training and scoring do "
+        "so, too.",
+        allow_abbrev=False,
+    )
+    card.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as results/4bit")
+    _add_generate(commands)
+    chat = commands.add_parser(
+        "chat",
+        help="talk to a trained adapter",
+        description="Answers the lines of standard input in the template of the training.",
+        allow_abbrev=False,
+    )
+    chat.add_argument("run", type=Path, metavar="RUN", help=_RUN)
+    _add_sampling(chat, temperature=0.7)
+    _add_export(commands)
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="answer a file of prompts, as alpaca_eval reads it",
+        description="Answers each prompt with the unmerged adapter, in the template of the "
+        "training. The same command continues after an interruption.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run", nargs="?", type=Path, metavar="RUN", help=_RUN)
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="JSON or JSON Lines with 'instruction', or a .txt with a prompt a line",
+    )
+    add("--output", type=Path, metavar="FILE", help="the JSON file to write")
+    add("--base", action="store_true", help="answer with the base alone, as a reference")
+    add("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default 8)")
+    _add_sampling(parser, temperature=0.0)
+    add(
+        "--compare",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="only print length, repetition and script of the answers in these files",
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser, *, temperature: float) -> None:
+    add = parser.add_argument
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="longest answer, tokens (default 512)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="T",
+        help=f"0 takes the likeliest token (default {temperature:g})",
+    )
+    add(
+        "--top-p",
+        type=float,
+        default=0.9,
+        metavar="P",
+        help="sampling from the likeliest tokens with this probability together (default 0.9)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of sampling (default 0)")
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="merge an adapter into its base",
+        description="Writes the merged model, and reports how far its answers to 200 MMLU "
+        "questions are from those of the adapter as trained.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help=_RUN)
+    add(
+        "--merge",
+        required=True,
+        choices=["bf16", "original"],
+        help="dtype of the merged weights; original is that of the base's files",
+    )
+    add("--output", required=True, type=Path, metavar="DIR", help="a new folder")
+    add("--gguf", action="store_true", help="also convert with llama.cpp's converter")
+
+
+def run_inference(args: argparse.Namespace) -> None:
+    """Runs one of the four and prints its result."""
+    if args.command == "card":
+        from qlora_harness.train.model_card import write_card
+
+        print(f"wrote {write_card(args.run)}")
+    elif args.command == "generate":
+        _generate(args)
+    elif args.command == "chat":
+        sampling = _sampling(args)
+        from qlora_harness.inference.chat import chat
+
+        chat(args.run, sampling, seed=args.seed)
+    else:
+        _export(args)
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    from qlora_harness.inference.chat_model import Sampling
+
+    check_at_least({"--max-new-tokens": args.max_new_tokens}, 1)
+    check_at_least({"--seed": args.seed}, 0)
+    if not 0 <= args.temperature <= 100:
+        raise SettingsError(f"--temperature: {args.temperature:g}", "It must be from 0 to 100")
+    if not 0 < args.top_p <= 1:
+        raise SettingsError(f"--top-p: {args.top_p:g}", "It must be above 0 and at most 1")
+    return Sampling(args.max_new_tokens, args.temperature, args.top_p)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from qlora_harness.inference.generate import generate
+    from qlora_harness.inference.output_statistics import statistics_table
+
+    files = args.compare
+    if files is None:
+        required = {"RUN": args.run, "--prompts": args.prompts, "--output": args.output}
+        if missing := [name for name, value in required.items() if value is None]:
+            raise SettingsError(f"generate needs {', '.join(missing)}", "Or give --compare FILE")
+        check_at_least({"--batch-size": args.batch_size}, 1)
+        check_output_file("--output", args.output)
+        count = generate(
+            args.run,
+            args.prompts,
+            args.output,
+            _sampling(args),
+            seed=args.seed,
+            batch_size=args.batch_size,
+            base_alone=args.base,
+        )
+        print(f"wrote {count} answers to {args.output}")
+        files = [args.output]
+    Console(highlight=False).print(statistics_table(files))
+
+
+def _export(args: argparse.Namespace) -> None:
+    if reason := why_not_writable(args.output.parent):
+        raise SettingsError(f"--output {args.output}: {reason}", "Name another folder")
+    from qlora_harness.inference.export import export
+
+    record = export(args.run, args.output, original_dtype=args.merge == "original", gguf=args.gguf)
+    shift = record.shift
+    print(
+        f"wrote {args.output}: {record.run}, trained on {record.trained_quant}, merged in "
+        f"{record.dtype}\n"
+        f"{shift.questions} questions of {shift.questions_file}: log-probabilities moved by "
+        f"{shift.mean_logprob_difference:.4f} nats on average, "
+        f"{shift.largest_logprob_difference:.4f} at most; {shift.changed_letters} letters changed"
+    )

@@ -1,0 +1,81 @@
+"""Length, repetition and script of answers: what can be counted without a judge of quality."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, median
+
+from rich.markup import escape
+from rich.table import Table
+
+from qlora_harness.data.sources import parse_line
+from qlora_harness.errors import DataError
+
+_LONG = 12  # characters; shows repetition also where no space separates words
+_REMEDY = "Name a file that `qlora-harness generate` wrote"
+
+
+def read_outputs(path: Path) -> list[str]:
+    """Returns the outputs in a file of answers; raises DataError if it is not one."""
+    try:
+        rows = parse_line(path.read_text(encoding="utf-8"), str(path), _REMEDY)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} can't be read ({error})", _REMEDY) from None
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{path} is not a list of answers", _REMEDY)
+    outputs = [row.get("output") if isinstance(row, dict) else None for row in rows]
+    for number, output in enumerate(outputs, start=1):
+        if not isinstance(output, str):
+            raise DataError(f"{path}, item {number}: it has no text 'output'", _REMEDY)
+    return [str(output) for output in outputs]
+
+
+def distinct_share(units: Sequence[str], n: int) -> float | None:
+    """Returns the share of different n-grams of words or characters; None without any."""
+    grams = [tuple(units[at : at + n]) for at in range(len(units) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None
+
+
+def scripts(outputs: Sequence[str]) -> dict[str, float]:
+    """Returns the share of all letters in each script, the largest first, by Unicode's names."""
+    letters = Counter(letter for output in outputs for letter in output if letter.isalpha())
+    counts: Counter[str] = Counter()
+    for letter, count in letters.items():
+        counts[unicodedata.name(letter, "UNKNOWN").partition(" ")[0].capitalize()] += count
+    return {name: count / letters.total() for name, count in counts.most_common()}
+
+
+def statistics(outputs: Sequence[str]) -> dict[str, str]:
+    """Returns the counted properties of answers, as texts by name."""
+    words = [output.split() for output in outputs]
+    lengths = [len(each) for each in words]
+    rows = {
+        "answers": f"{len(outputs):,}",
+        "empty answers": f"{sum(not length for length in lengths):,}",
+        "characters an answer, mean": f"{mean(map(len, outputs)):.1f}",
+        "words an answer, mean": f"{mean(lengths):.1f}",
+        "words an answer, median": f"{median(lengths):.1f}",
+    }
+    for n in (1, 2, 3):
+        rows[f"distinct {n}-grams of words"] = _mean_share(words, n)
+    rows[f"distinct {_LONG}-grams of characters"] = _mean_share(outputs, _LONG)
+    by_script = [f"{name} {100 * share:.1f}%" for name, share in scripts(outputs).items()]
+    rows["letters by script"] = ", ".join(by_script[:3]) or "–"
+    return rows
+
+
+def _mean_share(answers: Sequence[Sequence[str]], n: int) -> str:
+    shares = [share for answer in answers if (share := distinct_share(answer, n)) is not None]
+    return f"{mean(shares):.3f}" if shares else "–"
+
+
+def statistics_table(files: Sequence[Path]) -> Table:
+    """Returns the properties of one or more files of answers, a column for each."""
+    columns = [statistics(read_outputs(path)) for path in files]
+    table = Table("counted", *(escape(str(path)) for path in files), box=None, header_style="bold")
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
+    return table

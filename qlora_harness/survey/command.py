@@ -1,0 +1,113 @@
+"""`qlora-harness data`: what a data set holds, before anything is trained on it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qlora_harness.data.mixture import parse_parts
+from qlora_harness.data.templates import TOKENIZERS_OWN
+from qlora_harness.errors import ResultsError, SettingsError
+from qlora_harness.flag_checks import check_output_file
+from qlora_harness.settings import build_settings, flag_of, setting_fields
+from qlora_harness.train.command import add_settings, flag_parser
+
+_DESCRIPTION = (
+    "Reads a data set as training would, and prints its form, what is left out and why, the "
+    "lengths, duplicates, MMLU questions in it (with QLORA_MMLU_DIR), and three examples with "
+    "what is learned of them. Takes the flags of launch/train.py for data."
+)
+_FLAGS = (
+    *("model", "revision", "dataset_revision", "format"),
+    *("languages", "conversations", "template", "mask", "max_length"),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command."""
+    built = flag_parser("qlora-harness data", _DESCRIPTION, epilog=None)
+    built.add_argument("dataset", metavar="DATA", help="what launch/train.py --dataset takes")
+    built.add_argument(
+        "--html",
+        nargs="?",
+        type=Path,
+        const=Path("data.html"),
+        metavar="FILE",
+        help="also write a page with figures, about 5 MB (default data.html)",
+    )
+    leave_out = [name for name in setting_fields() if name not in _FLAGS]
+    return add_settings(built, leave_out=leave_out)
+
+
+def run(words: Sequence[str]) -> int:
+    """Prints the survey of each data set and split; returns the exit status 0.
+
+    Raises SettingsError for an unusable flag and DataError for data of no use.
+    """
+    flags = vars(parser().parse_args(words))
+    html, recipe = flags.pop("html"), flags.pop("recipe")
+    if recipe is not None:
+        raise SettingsError("--recipe: `qlora-harness data` takes none", "Give the flags for data")
+    settings = build_settings(flags, {name: flag_of(name) for name in flags})
+    check_output_file("--html", html)
+    if html is not None:
+        from qlora_harness.compare.page import check_packages
+
+        check_packages()
+    parts = parse_parts(settings.data.dataset)
+    tokenizer = _tokenizer(settings.model.model, settings.model.revision, flags, settings)
+    from qlora_harness.results.terminal import PipedConsole, close_quietly
+    from qlora_harness.survey.overlap import local_questions
+    from qlora_harness.survey.survey import take_surveys
+    from qlora_harness.survey.text import print_survey
+
+    questions = local_questions()
+    surveys = [
+        survey
+        for part in parts
+        for survey in take_surveys(
+            part.name, replace(settings.data, dataset=part.name), tokenizer, questions
+        )
+    ]
+    # Written before printing: whoever closes the pipe early loses no file.
+    if html is not None:
+        _write(html, surveys)
+    console = PipedConsole(highlight=False)
+    try:
+        for survey in surveys:
+            print_survey(survey, console)
+            console.print()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        close_quietly()
+    return 0
+
+
+def _tokenizer(name: str, revision: str | None, flags: Any, settings: Any) -> Any:
+    """Returns the tokenizer of --model; None without that flag."""
+    if "model" not in flags:
+        if settings.data.template == TOKENIZERS_OWN:
+            raise SettingsError(
+                "--template tokenizer is the chat template of a model's tokenizer",
+                "Name the model with --model",
+            )
+        return None
+    from qlora_harness.model.base import find_base, load_tokenizer
+
+    return load_tokenizer(find_base(name, revision))
+
+
+def _write(path: Path, surveys: Any) -> None:
+    from qlora_harness.record import write_text
+    from qlora_harness.survey.page import to_html
+
+    try:
+        write_text(path, to_html(surveys))
+    except OSError as error:
+        raise ResultsError(
+            f"--html {path} can't be written: {error.strerror}", "Name another file"
+        ) from None
