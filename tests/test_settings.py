@@ -41,7 +41,7 @@ PUBLISHED = {
 # The two deliberate differences from it, and settings it does not state.
 OURS = {
     "revision": None, "dataset_revision": None, "languages": "en", "conversations": "best-path",
-    "template": "guanaco", "mask": "prompt", "eval_fraction": 0.05, "eval_seed": 0,
+    "format": "auto", "template": "guanaco", "mask": "prompt", "eval_fraction": 0.05, "eval_seed": 0,
     "eval_steps": None, "batch_size": 1,
     "grad_accum": 16, "eval_batch_size": 8, "warmup_ratio": 0.0, "adapter_dtype": "float32",
     "use_rslora": False, "use_dora": False, "init_lora_weights": "default",

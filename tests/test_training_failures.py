@@ -121,11 +121,11 @@ BAD_INPUT: dict[str, tuple[dict[str, str], str]] = {
     "broken JSON": ({"dataset": "{folder}/half.jsonl"}, "{folder}/half.jsonl, line 33: not valid "),
     "missing fields": (
         {"dataset": "{folder}/text.jsonl"},
-        "{folder}/text.jsonl, line 33: field 'message_id' is missing; the fields are text",
+        "{folder}/text.jsonl, line 33: field 'message_id' is missing",
     ),
     "nothing left": (
         {"languages": "de"},
-        "--dataset {rows}: no conversation is left to train on (of 32 messages; dropped: 32 langu",
+        "--dataset {rows}: no conversation is left to train on (of 32 rows; dropped: 32 langu",
     ),
     "too short": ({"max_length": "8"}, "--dataset {rows}: no conversation is left to train on "),
     "template": ({"template": "chatml"}, "--template chatml needs the token '<|im_start|>'"),

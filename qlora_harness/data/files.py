@@ -37,13 +37,18 @@ def known_columns() -> frozenset[str]:
 def parse_line(line: str, place: str, remedy: str) -> object:
     """Parses a line of JSON Lines; raises DataError, with `place` and `remedy`, if it can't."""
     try:
-        return jsonlines.Reader([line], loads=_JSON.decode).read()
+        return jsonlines.Reader([line], loads=_loads).read()
     except RecursionError:
         reason = "brackets too deep"
     except jsonlines.InvalidLineError as error:
         # The message of jsonlines has a wrong line number; that of the JSON parser is the cause.
         reason = getattr(error.__cause__, "msg", None) or str(error.__cause__ or error)
     raise DataError(f"{place}: not valid JSON ({reason:.120})", remedy) from None
+
+
+def _loads(text: str | bytes) -> Any:
+    assert isinstance(text, str)
+    return _JSON.decode(text)
 
 
 def read_rows(path: Path) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from qlora_harness.data.sources import parse_line
+from qlora_harness.data.files import parse_line
 from qlora_harness.errors import DataError, RunError, shown
 from qlora_harness.inference.chat_model import ChatModel, Sampling, choose_adapter
 from qlora_harness.record import write_json

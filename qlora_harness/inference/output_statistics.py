@@ -11,7 +11,7 @@ from statistics import mean, median
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_harness.data.sources import parse_line
+from qlora_harness.data.files import parse_line
 from qlora_harness.errors import DataError
 
 _LONG = 12  # characters; shows repetition also where no space separates words
