@@ -227,6 +227,26 @@ def test_shared_bases_differ_by_scaling(short_llama: Path) -> None:
     assert torch.equal(one, other)
     assert not torch.allclose(one, plain, atol=1e-3)
     assert torch.equal(plain, load_base(source, **options)(ids).logits)
+    short = ids[:, :30]
+    assert torch.equal(models[0](short).logits, models[2](short).logits)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_loaded_frequencies_are_those_of_the_type(short_llama: Path, kind: str) -> None:
+    model: Any = load_base(
+        find_base(str(short_llama)),
+        quant=Quant.NF4,
+        double_quant=True,
+        compute_dtype="bfloat16",
+        device=torch.device("cpu"),
+        rope_scaling=f"{kind}:4",
+    )
+    rotary = model.model.rotary_emb
+    frequencies, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[kind](model.config)
+    assert torch.equal(rotary.inv_freq, frequencies)
+    assert rotary.inv_freq.dtype == torch.float32
+    assert rotary.attention_scaling == factor
+    assert (factor > 1) is (kind == "yarn")
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ OURS = {
     "grad_accum": 16, "eval_batch_size": 8, "warmup_ratio": 0.0, "adapter_dtype": "float32",
     "use_rslora": False, "use_dora": False, "init_lora_weights": "default",
     "compute": "bf16", "kernels": "auto", "memory": None, "output_dir": None, "save_steps": 250,
-    "rope_scaling": None, "format": "auto", "resume": "auto", "overwrite": False,
+    "rope_scaling": None, "resume": "auto", "overwrite": False,
     "report_to": "none",
 }  # fmt: skip
 

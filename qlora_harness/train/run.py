@@ -167,7 +167,7 @@ class _Run:
         if self.trains_residual and self.start.checkpoint is not None:
             pissa_start(self.start.checkpoint)
         source = find_base(self.settings.model.model, self.settings.model.revision)
-        if self.start.checkpoint is None:  # earlier versions let runs exceed the window
+        if self.start.checkpoint is None:  # earlier versions let runs exceed it
             check_window(self.settings, source)
         tokenizer = load_tokenizer(source)
         # The main process goes first: it fills the cache that the others read.
