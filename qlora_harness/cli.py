@@ -144,10 +144,12 @@ def _plan(words: Sequence[str]) -> None:
     from qlora_harness.train.command import flag_parser, parse_settings
     from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
     from qlora_harness.train.plan_text import table
+    from qlora_harness.train.window import check_window
 
     parser = flag_parser("qlora-harness plan", _PLAN, epilog=None)
     settings, _ = parse_settings(words, parser)
     source = find_base(settings.model.model, settings.model.revision)
+    check_window(settings, source)
     shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
     # Without data, assumes that every example has the longest permitted length.
     examples = settings.optimization.batch_size * settings.optimization.grad_accum

@@ -27,6 +27,7 @@ DEFAULT_MAX_STEPS = 1875
 NOTABLE_SHARE = 0.05
 CHECKPOINTING = ("none", "selective", "full", "offload")
 COMPUTE = ("bf16", "fp8")
+ROPE_TYPES = ("linear", "dynamic", "yarn")
 
 
 class Quant(str, Enum):
@@ -66,6 +67,7 @@ _ARMS = {
     Quant.HQQ: "4bit_hqq",
     Quant.BF16: "16bit",
 }
+_LARGEST_FACTOR = 10_000  # of a RoPE scaling
 _ABOVE_ZERO = math.ulp(0.0)  # the smallest positive float
 
 
@@ -111,6 +113,11 @@ class ModelSettings:
         "products with the frozen layers: in the compute dtype (bf16), or in 8-bit floats (fp8), "
         "which is faster and less exact, and needs a Hopper GPU and fused layers",
         choices=COMPUTE,
+    )
+    rope_scaling: str | None = _setting(
+        None,
+        "longer window of the base, as TYPE:FACTOR with TYPE linear, dynamic or yarn: yarn:4 for "
+        "four times as many tokens (default: the base's own window)",
     )
 
 
@@ -306,9 +313,20 @@ class Settings:
         return Quant(self.model.quant)
 
     @property
+    def without_fused(self) -> str | None:
+        """The flag, with its value, for which there are no fused layers, or None."""
+        if self.lora.use_dora:
+            return "--use-dora"
+        if self.quant in (Quant.INT8, Quant.HQQ):
+            return f"--quant {self.quant.value}"
+        # Its frequencies depend on the length of the text, and a row holds several.
+        scaling = self.model.rope_scaling or ""
+        return f"--rope-scaling {scaling}" if scaling.startswith("dynamic") else None
+
+    @property
     def allows_fused(self) -> bool:
         """Whether fused layers can compute this arm, if they can compute its base model."""
-        return self.quant not in (Quant.INT8, Quant.HQQ) and not self.lora.use_dora
+        return self.without_fused is None
 
     @property
     def run_dir(self) -> Path:
@@ -359,6 +377,9 @@ def build_settings(values: Mapping[str, Any], sources: Mapping[str, str] | None 
             raise unknown_name(name, given.get(name, f"setting '{name}'"), known)
         group, f = known[name]
         grouped[group][name] = _checked(f, value, where[name])
+    model = grouped["model"]
+    if model.get("rope_scaling") is not None:
+        model["rope_scaling"] = checked_scaling(model["rope_scaling"], where["rope_scaling"])
     optimization = grouped["optimization"]
     _check_exclusions(optimization, where, given)
     if optimization.get("max_steps") is None and optimization.get("epochs") is None:
@@ -429,25 +450,41 @@ def check_combination(settings: Settings) -> None:
         _check_fp8(settings)
     needs_fused = checkpointing in ("selective", "offload") and optimization.memory is None
     if needs_fused and not settings.allows_fused:
-        arm = "--use-dora" if lora.use_dora else f"--quant {quant.value}"
         raise SettingsError(
-            f"--checkpointing {checkpointing} needs fused layers, and {arm} has none",
+            f"--checkpointing {checkpointing} needs fused layers, and {settings.without_fused} "
+            "has none",
             "Use --checkpointing full or none",
         )
 
 
 def _check_fp8(settings: Settings) -> None:
-    quant, optimization = settings.quant, settings.optimization
     reason = None
     if not settings.allows_fused:
-        arm = "--use-dora" if settings.lora.use_dora else f"--quant {quant.value}"
-        reason = f"{arm}: it has no fused layers", "Use --compute bf16"
-    elif optimization.kernels == "none":
+        reason = f"{settings.without_fused}: it has no fused layers", "Use --compute bf16"
+    elif settings.optimization.kernels == "none":
         reason = "--kernels none: it is a part of fused layers", "Leave one of the two out"
     elif settings.model.compute_dtype == "float32":
         reason = "--compute-dtype float32: the rest is bfloat16", "Leave one of the two out"
     if reason is not None:
         raise SettingsError(f"--compute fp8 with {reason[0]}", reason[1])
+
+
+def checked_scaling(text: str, where: str) -> str:
+    """Returns a RoPE scaling as records have it: yarn:4 for yarn:4.0. Raises SettingsError."""
+    kind, _, factor = text.partition(":")
+    if kind not in ROPE_TYPES:
+        raise SettingsError(
+            f"{where}: {shown(text)} has a type that is not one of {', '.join(ROPE_TYPES)}",
+            "Give TYPE:FACTOR, such as yarn:4",
+        )
+    number = _as_float(factor)
+    if not 1 < number <= _LARGEST_FACTOR:
+        raise SettingsError(
+            f"{where}: the factor of {shown(text)} is not a number above 1, at most "
+            f"{_LARGEST_FACTOR}",
+            f"Give TYPE:FACTOR, such as {kind}:4",
+        )
+    return f"{kind}:{number:.12g}"
 
 
 def check_can_run(settings: Settings) -> None:

@@ -104,6 +104,18 @@ def test_graphs_hold_activations_gradients_and_the_work_of_two_layers(
     assert not predict_memory(shape, settings, 10_000).graphs
 
 
+def test_long_rows_take_memory_by_the_token(shape: Shape) -> None:
+    """Attention holds no scores, and fused layers compute logits in parts."""
+    moving = []
+    for count in (1, 2, 4):
+        settings = build_settings({"lora_r": 16, "rope_scaling": "yarn:16"})
+        plan = predict_memory(shape, settings, count * 8192)
+        moving.append(plan.activations + plan.work)
+    assert moving[2] - moving[1] == 2 * (moving[1] - moving[0])
+    plan = predict_memory(shape, build_settings({"rope_scaling": "dynamic:16"}), 32768)
+    assert plan.work >= 32768 * shape.vocabulary * 4  # PEFT's modules have them as a whole
+
+
 @pytest.mark.parametrize(
     ("quant", "double_quant", "use_dora"),
     [

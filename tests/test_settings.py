@@ -46,7 +46,8 @@ OURS = {
     "grad_accum": 16, "eval_batch_size": 8, "warmup_ratio": 0.0, "adapter_dtype": "float32",
     "use_rslora": False, "use_dora": False, "init_lora_weights": "default",
     "compute": "bf16", "kernels": "auto", "memory": None, "output_dir": None, "save_steps": 250,
-    "resume": "auto", "overwrite": False, "report_to": "none",
+    "rope_scaling": None, "resume": "auto", "overwrite": False,
+    "report_to": "none",
 }  # fmt: skip
 
 
@@ -348,6 +349,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         strategy: st.SearchStrategy[Any] = st.sampled_from(choices)
     elif name == "memory":
         strategy = st.sampled_from(["fast", "lean", "16", "7.5"])
+    elif name == "rope_scaling":
+        strategy = st.sampled_from(["linear:1.5", "dynamic:2", "yarn:4"])
     elif kind is str:
         strategy = st.text("abcdefgh0123456789/._-", min_size=1, max_size=12)
     elif kind is bool:

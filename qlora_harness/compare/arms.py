@@ -60,7 +60,8 @@ def settings_of(run: Run) -> dict[str, object]:
     """Returns the settings that affect what a run computes; of a base alone, how it is held."""
     if run.training is None:
         models = [scored.model for scored in run.scored.values()]
-        return {"double_quant": models[0].double_quant} if models else {}
+        names = ("double_quant", "rope_scaling")
+        return {name: getattr(models[0], name) for name in names} if models else {}
     settings = run.training.settings
     return {name: value for name, value in settings.items() if name not in BOOKKEEPING}
 

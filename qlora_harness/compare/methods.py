@@ -107,6 +107,7 @@ def _model(training: TrainingSummary) -> str:
     return _joined(
         model.name,
         f"revision {model.revision}" if model.revision else None,
+        _phrased(training.settings, {"rope_scaling": "RoPE scaling {}"}),
         _hash("commit", model.commit),
         _hash("weights", model.weights_fingerprint),
         f"from a GGUF file with {listed(types)} tensors" if types else None,

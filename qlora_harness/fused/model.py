@@ -20,6 +20,7 @@ from qlora_harness.fused.lora_group import LoraGroup
 from qlora_harness.fused.packed_row import PackedRow, Rotation
 from qlora_harness.model.base import base_of, is_plain_linear, why_not_plain
 from qlora_harness.model.plain_lora import is_plain
+from qlora_harness.model.rope import why_by_length
 from qlora_harness.model.shape import Shape
 from qlora_harness.settings import CHECKPOINTING, COMPUTE
 
@@ -39,7 +40,7 @@ def reason_against_config(config: Any) -> str | None:
         return f"its activation is {config.hidden_act}"
     if getattr(config, "attention_dropout", 0.0):
         return f"it has attention dropout ({config.attention_dropout})"
-    return None
+    return why_by_length(config)
 
 
 class FusedDecoder:

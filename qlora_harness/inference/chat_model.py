@@ -17,8 +17,9 @@ from qlora_harness.model.adapter_folder import (
     adapter_digest,
     read_adapter_record,
 )
-from qlora_harness.model.base import base_of, find_base, is_out_of_memory
+from qlora_harness.model.base import base_of, find_base, is_out_of_memory, read_config
 from qlora_harness.model.lora import public_name
+from qlora_harness.model.rope import window
 from qlora_harness.record import ADAPTER_DIR, SUMMARY_FILE
 from qlora_harness.score.run_choice import ScoringChoice, choose_scored_run
 
@@ -91,18 +92,13 @@ class ChatModel:
     """
 
     def __init__(self, choice: ScoringChoice, *, base_alone: bool = False) -> None:
-        from transformers import AutoConfig
-
         from qlora_harness.score.model_arguments import resolve_dtype
         from qlora_harness.score.scored_model import load_scored_tokenizer
 
         self._choice = dataclasses.replace(choice, adapter=None) if base_alone else choice
         self._source = find_base(choice.base, choice.revision, argument="the adapter's base")
         self._dtype = resolve_dtype("auto", choice.compute_dtype)
-        config = AutoConfig.from_pretrained(
-            self._source.path, revision=self._source.revision or "main", trust_remote_code=False
-        )
-        self._window: int | None = getattr(config, "max_position_embeddings", None)
+        self._window = window(read_config(self._source, choice.rope_scaling))
         self.tokenizer: PreTrainedTokenizerBase = load_scored_tokenizer(choice, self._source)
         record = read_adapter_record(choice.adapter) if choice.adapter else None
         self.is_plain_text = (record or {}).get("template") == "none"
@@ -129,6 +125,7 @@ class ChatModel:
             "quant": choice.quant.value,
             "double_quant": choice.double_quant if choice.quant.is_4bit else None,
             "compute_dtype": self._dtype,
+            "rope_scaling": choice.rope_scaling,
             "adapter_sha256": adapter_digest(adapter) if adapter else None,
         }
 
@@ -204,11 +201,11 @@ class ChatModel:
 
     def check_length(self, ids: Sequence[int], sampling: Sampling, what: str) -> None:
         """Raises DataError if a prompt leaves no room for `max_new_tokens` in the window."""
-        window = self._window
-        if window is not None and len(ids) + sampling.max_new_tokens > window:
+        longest = self._window
+        if longest is not None and len(ids) + sampling.max_new_tokens > longest:
             raise DataError(
                 f"{what}: {len(ids)} tokens and --max-new-tokens {sampling.max_new_tokens} exceed "
-                f"the model's window of {window}",
+                f"the model's window of {longest}",
                 "Shorten it, or give a lower --max-new-tokens",
             )
 

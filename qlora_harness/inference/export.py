@@ -17,8 +17,15 @@ from qlora_harness.errors import ModelError, RunError, SettingsError
 from qlora_harness.inference.chat_model import choose_adapter, compute_device, run_name
 from qlora_harness.lm_eval_compat.hflm import Encoded
 from qlora_harness.locations import expanded
-from qlora_harness.model.base import BaseSource, find_base, load_base, load_tokenizer
+from qlora_harness.model.base import (
+    BaseSource,
+    find_base,
+    load_base,
+    load_tokenizer,
+    read_config,
+)
 from qlora_harness.model.lora import load_adapter
+from qlora_harness.model.rope import finish_scaling
 from qlora_harness.record import environment, new_folder, now, scrub_all, write_json
 from qlora_harness.schema.merge_record import MergeRecord, Shift
 from qlora_harness.schema.mmlu import LETTERS
@@ -114,8 +121,13 @@ def _merged(choice: ScoringChoice, source: BaseSource, *, original_dtype: bool) 
     assert choice.adapter is not None  # of `choose_adapter`
     if original_dtype:
         base: Any = AutoModelForCausalLM.from_pretrained(
-            source.path, revision=source.revision or "main", dtype="auto", trust_remote_code=False
+            source.path,
+            config=read_config(source, choice.rope_scaling),
+            revision=source.revision or "main",
+            dtype="auto",
+            trust_remote_code=False,
         )
+        finish_scaling(base, choice.rope_scaling, source.shown)
     else:
         base = load_base(
             source,
@@ -123,6 +135,7 @@ def _merged(choice: ScoringChoice, source: BaseSource, *, original_dtype: bool) 
             double_quant=False,
             compute_dtype="bfloat16",
             device=torch.device("cpu"),
+            rope_scaling=choice.rope_scaling,
         )
     model: Any = load_adapter(base, choice.adapter)
     model = model.merge_and_unload()

@@ -18,6 +18,7 @@ from qlora_harness.locations import expanded
 from qlora_harness.model.fingerprint import checkpoint_fingerprint
 from qlora_harness.model.free_memory import available_memory
 from qlora_harness.model.gguf import expand_gguf
+from qlora_harness.model.rope import finish_scaling, scale
 from qlora_harness.model.shape import Shape
 from qlora_harness.model.smollm2 import smollm2_file
 from qlora_harness.settings import NOTABLE_SHARE, Quant
@@ -115,6 +116,21 @@ def find_base(name: str, revision: str | None = None, *, argument: str = "--mode
     )
 
 
+def read_config(source: BaseSource, rope_scaling: str | None) -> Any:
+    """Returns the configuration of a base that `find_base` has read, with its RoPE scaling.
+
+    Raises ModelError if the base can't have it.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        source.path, revision=source.revision or "main", trust_remote_code=False
+    )
+    if rope_scaling is not None:
+        scale(config, rope_scaling, source.shown)
+    return config
+
+
 def _unreadable(shown: str, error: Exception, remedy: str) -> ModelError:
     """Returns the error for a model or tokenizer that transformers can't load."""
     if _is_refused_by_hub(error):
@@ -177,6 +193,7 @@ def load_base(
     double_quant: bool,
     compute_dtype: str,
     device: torch.device,
+    rope_scaling: str | None = None,
 ) -> PreTrainedModel:
     """Loads a base model onto one device, frozen and in evaluation mode.
 
@@ -192,7 +209,8 @@ def load_base(
             f"{torch.cuda.get_device_name(device)} can't compute in bfloat16",
             "Use a GPU of compute capability 8.0 or newer, or --compute-dtype float32",
         )
-    model = _read_weights(source, quant, double_quant, compute_dtype, device)
+    model = _read_weights(source, quant, double_quant, compute_dtype, device, rope_scaling)
+    finish_scaling(model, rope_scaling, source.shown)
     if compute_dtype == "float32":
         for parameter in model.parameters():
             if parameter.is_floating_point():  # quantised weights are stored as integers
@@ -220,7 +238,12 @@ def load_base(
 
 
 def _read_weights(
-    source: BaseSource, quant: Quant, double_quant: bool, compute_dtype: str, device: torch.device
+    source: BaseSource,
+    quant: Quant,
+    double_quant: bool,
+    compute_dtype: str,
+    device: torch.device,
+    rope_scaling: str | None,
 ) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
@@ -230,6 +253,8 @@ def _read_weights(
         options = {}  # `_quantise_hqq` moves it, a layer at a time
     elif quant.is_quantised:
         options["quantization_config"] = _bitsandbytes_config(quant, double_quant, compute_dtype)
+    if rope_scaling is not None:
+        options["config"] = read_config(source, rope_scaling)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path,

@@ -50,6 +50,7 @@ def take_base(
     double_quant: bool,
     compute_dtype: str,
     device: torch.device,
+    rope_scaling: str | None = None,
     shared: bool = True,
 ) -> PreTrainedModel:
     """Returns what `load_base` returns; inside `sharing_base` its tensors may be shared.
@@ -59,7 +60,7 @@ def take_base(
     """
     held = _HELD.get()
     shared = shared and (quant is Quant.BF16 or quant.is_4bit)
-    key = (source.path, source.revision, quant, double_quant, compute_dtype, device)
+    key = (source.path, source.revision, quant, double_quant, compute_dtype, device, rope_scaling)
     if held is not None and held.key == key and held.model is not None and shared:
         return with_own_modules(held.model)
     if held is not None:
@@ -71,6 +72,7 @@ def take_base(
         double_quant=double_quant,
         compute_dtype=compute_dtype,
         device=device,
+        rope_scaling=rope_scaling,
     )
     if held is None or not shared:
         return model

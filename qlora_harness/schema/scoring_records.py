@@ -38,6 +38,8 @@ class EvaluatedModel(Section):
     quant: str | None = None
     double_quant: bool | None = None
     """Whether the scales were quantised, too; null for int8, hqq and bf16."""
+    rope_scaling: str | None = None
+    """TYPE:FACTOR; null for the base's own window."""
     peft: str | None = None
     """Name of the adapter's folder; null for the base alone."""
     adapter_sha256: str | None = None

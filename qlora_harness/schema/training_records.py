@@ -146,7 +146,7 @@ class Results(Section):
 
 
 # Settings that older records lack, with what they were then.
-_LATER_SETTINGS = {"compute": "bf16", "format": "auto"}
+_LATER_SETTINGS = {"compute": "bf16", "format": "auto", "rope_scaling": None}
 
 
 class TrainingSummary(Header):

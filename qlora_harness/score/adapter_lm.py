@@ -22,7 +22,8 @@ from qlora_harness.errors import SettingsError, install_excepthook
 from qlora_harness.fused.launch import hash_triton_ahead
 from qlora_harness.lm_eval_compat.hflm import LoadedHFLM, Request
 from qlora_harness.lm_eval_compat.saving import verify_saved_results
-from qlora_harness.model.base import count_parameters, find_base
+from qlora_harness.model.base import count_parameters, find_base, read_config
+from qlora_harness.model.rope import window
 from qlora_harness.score.model_arguments import (
     ScoringOptions,
     check_arguments,
@@ -62,6 +63,7 @@ class QloraAdapterLM(LoadedHFLM):
             is an error.
         compute: "fp8" multiplies by the base's layers in 8-bit floats, on a Hopper GPU: faster and
             less exact than "bf16".
+        rope_scaling: Longer window of the base, TYPE:FACTOR, or "none". Default: as trained.
         **options: Arguments of HFLM: max_length, batch_size, device, …
     """
 
@@ -82,6 +84,7 @@ class QloraAdapterLM(LoadedHFLM):
         verify: int = 0,
         kernels: str = "auto",
         compute: str = "bf16",
+        rope_scaling: str | None = None,
         **options: Any,
     ) -> None:
         install_excepthook()
@@ -95,6 +98,7 @@ class QloraAdapterLM(LoadedHFLM):
             revision=revision,
             peft_revision=peft_revision,
             results_dir=results_dir,
+            rope_scaling=rope_scaling,
         )
         if torch.cuda.is_available():
             hash_triton_ahead()
@@ -104,6 +108,8 @@ class QloraAdapterLM(LoadedHFLM):
         if compute == "fp8":
             check_fp8(choice.quant, compute_dtype)
         source = find_base(choice.base, choice.revision, argument="--model_args pretrained=")
+        if choice.rope_scaling is not None and not options.get("max_length"):
+            options["max_length"] = window(read_config(source, choice.rope_scaling))
         tokenizer = load_scored_tokenizer(choice, source)
         super().__init__(
             partial(load_scored_model, choice, source, len(tokenizer), compute_dtype),
@@ -118,10 +124,11 @@ class QloraAdapterLM(LoadedHFLM):
         self.session = ScoringSession(self, scoring_options)
         verify_saved_results()
         logger.warning(
-            "%s, %s%s%s, adapter %s, compute dtype %s%s",
+            "%s, %s%s%s%s, adapter %s, compute dtype %s%s",
             choice.base,
             choice.quant.value,
             " (expanded once)" if self.session.path.expanded else "",
+            f", RoPE scaling {choice.rope_scaling}" if choice.rope_scaling else "",
             ", random weights" if source.random_weights else "",
             choice.adapter or "none",
             compute_dtype,
@@ -155,6 +162,7 @@ class QloraAdapterLM(LoadedHFLM):
             "base": self.loaded.source.recorded_name,
             "quant": choice.quant.value,
             "double_quant": choice.double_quant if choice.quant.is_4bit else None,
+            "rope_scaling": choice.rope_scaling,
             **{key: settings[key] for key in ("softmax_dtype", "max_length", "leading_bos")},
         }
 

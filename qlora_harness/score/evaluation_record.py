@@ -183,7 +183,8 @@ def _existing(path: Path, kind: type[_Record]) -> _Record | None:
 
 def _is_of_same_model(record: Progress | Evaluation, header: Mapping[str, Any]) -> bool:
     """Compares the keys that both have; earlier versions wrote fewer."""
-    known = record.model.model_dump(exclude_unset=True)
+    plain = {"rope_scaling": None}  # written only where there is one
+    known = plain | record.model.model_dump(exclude_unset=True)
     return record.arm == header["arm"] and all(
-        known.get(key, value) == value for key, value in header["model"].items()
+        known.get(key, value) == value for key, value in (plain | header["model"]).items()
     )

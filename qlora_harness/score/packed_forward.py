@@ -20,6 +20,7 @@ from qlora_harness.fused.host_memory import to_device
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import base_of, head_size
 from qlora_harness.model.plain_lora import FastLora
+from qlora_harness.model.rope import why_by_length
 from qlora_harness.score.output_head import OutputHead
 from qlora_harness.score.prefix_tree import Pack, Query, Segment, plan
 from qlora_harness.score.tree_attention import BLOCK, TreeAttention, attending, block_mask
@@ -57,11 +58,7 @@ def why_unsupported(config: Any) -> str | None:
             return f"its configuration has {name}"
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         return "its attention scale depends on the layer"
-    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    rope = (scaling or {}).get("rope_type", "default")
-    if rope not in ("default", "linear", "llama3", "yarn"):
-        return f"its rotary embedding ({rope}) depends on the length of the text"
-    return None
+    return why_by_length(config)
 
 
 class Running(NamedTuple):

@@ -17,7 +17,7 @@ from qlora_harness.model.adapter_folder import (
 from qlora_harness.record import ADAPTER_DIR, nested
 from qlora_harness.schema.training_records import read_summary
 from qlora_harness.score.evaluation_record import model_slug
-from qlora_harness.settings import Quant, check_quant_package
+from qlora_harness.settings import Quant, check_quant_package, checked_scaling
 
 _QUANTS = [quant.value for quant in Quant]
 _RESULTS = Path("results")
@@ -35,6 +35,7 @@ class ScoringChoice:
     adapter: Path | None  # None scores the base alone
     recorded: dict[str, Any] | None  # the base in the adapter's record
     results_dir: Path
+    rope_scaling: str | None = None  # TYPE:FACTOR
 
     @property
     def progress_name(self) -> str:
@@ -52,6 +53,7 @@ def choose_scored_run(
     revision: str | None,
     peft_revision: str | None,
     results_dir: str | None,
+    rope_scaling: str | None = None,
 ) -> ScoringChoice:
     """Chooses the model from `--model_args`, which `QloraAdapterLM` explains.
 
@@ -67,6 +69,7 @@ def choose_scored_run(
         for value in (pretrained, peft, revision, peft_revision, results_dir)
     )
     folder = Path(results_dir) if results_dir else None
+    given = _scaling(rope_scaling, "--model_args rope_scaling")
     if peft is None and pretrained is not None:
         chosen = Quant(quant or "bf16")
         check_quant_package(chosen, f"--model_args quant={chosen.value}")
@@ -78,7 +81,9 @@ def choose_scored_run(
             compute_dtype=None,
             adapter=None,
             recorded=None,
-            results_dir=folder or _RESULTS / f"{model_slug(pretrained)}_base_{chosen.arm}",
+            results_dir=folder
+            or _RESULTS / f"{model_slug(pretrained)}_base_{chosen.arm}{_suffix(given)}",
+            rope_scaling=given,
         )
     if peft is None:
         peft = str(_newest_run() / ADAPTER_DIR)
@@ -107,6 +112,11 @@ def choose_scored_run(
             f"peft={peft}, quant=int8: PEFT's DoRA loses the scales of LLM.int8 on a CPU",
             "Give another quant= in --model_args",
         )
+    recorded = record.get("rope_scaling")
+    scaling = recorded if rope_scaling is None else given
+    results = _results_dir(peft, adapter, quant, record.get("quant"))
+    if scaling != recorded:  # another model, too
+        results /= f"with{_suffix(scaling) or '_none'}"
     return ScoringChoice(
         base=base,
         revision=revision,
@@ -115,8 +125,19 @@ def choose_scored_run(
         compute_dtype=record.get("compute_dtype"),
         adapter=adapter,
         recorded=record.get("base"),
-        results_dir=folder or _results_dir(peft, adapter, quant, record.get("quant")),
+        results_dir=folder or results,
+        rope_scaling=scaling,
     )
+
+
+def _scaling(value: object, where: str) -> str | None:
+    """A checked RoPE scaling; None without one."""
+    none = value is None or str(value).lower() == "none"
+    return None if none else checked_scaling(str(value), where)
+
+
+def _suffix(scaling: str | None) -> str:
+    return "" if scaling is None else f"_{scaling.replace(':', '_')}"
 
 
 def _checked_record(adapter: Path) -> dict[str, Any]:
@@ -136,7 +157,11 @@ def _checked_record(adapter: Path) -> dict[str, Any]:
                 f"{adapter / RECORD_FILE}, key {name!r}: {record.get(name)!r}",
                 "Train again, or remove the file and give pretrained= and quant=",
             )
-    return record
+    where = f"{adapter / RECORD_FILE}, key 'rope_scaling'"
+    try:
+        return record | {"rope_scaling": _scaling(record.get("rope_scaling"), where)}
+    except SettingsError as error:
+        raise AdapterError(error.problem, "Train again, or correct it") from None
 
 
 def _results_dir(peft: str, adapter: Path, quant: str, recorded_quant: str | None) -> Path:

@@ -41,7 +41,7 @@ class ScoredModel:
     def record(self) -> dict[str, Any]:
         """Returns the "model" section of the records."""
         choice, base = self.choice, base_of(self.model)
-        gguf = {} if self.source.gguf is None else {"gguf": self.source.gguf}
+        rare = {"gguf": self.source.gguf, "rope_scaling": choice.rope_scaling}
         return {
             "base": self.source.recorded_name,
             "revision": choice.revision,
@@ -54,7 +54,7 @@ class ScoredModel:
             "unquantised_share": unquantised_share(self.model),
             "attention": attention_of(base),
             "weights_fingerprint": weights_fingerprint(base),
-            **gguf,
+            **{name: value for name, value in rare.items() if value is not None},
         }
 
 
@@ -80,6 +80,7 @@ def load_scored_model(
         double_quant=choice.double_quant,
         compute_dtype=compute_dtype,
         device=device,
+        rope_scaling=choice.rope_scaling,
     )
     embedding: Any = base.get_input_embeddings()
     _check_vocabulary(choice, tokens, embedding.weight.shape[0])

@@ -19,6 +19,7 @@ from qlora_harness.train.arguments import planned_steps
 from qlora_harness.train.cpu import faster_dtype
 from qlora_harness.train.held_out import check_held_out
 from qlora_harness.train.memory_plan import CONTEXT, GIB, choose_memory_plan, measure_shape
+from qlora_harness.train.window import check_window
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ def check_study_runs(study: Study, devices: Sequence[Device]) -> dict[str, ArmPl
     plans = {}
     for arm, settings in study.arms().items():
         source = find_base(settings.model.model, settings.model.revision)
+        # Earlier versions let runs exceed the window, and those can go on.
+        if not any(summary_of(cell) for cell in study.cells if cell.arm == arm):
+            check_window(settings, source)
         tokenizer = load_tokenizer(source)
         if settings.data not in data:
             data[settings.data] = load_training_data(tokenizer, settings.data)

@@ -95,6 +95,8 @@ class Cell:
             arguments["revision"] = model.revision
         if model.compute_dtype != "auto":
             arguments["dtype"] = model.compute_dtype
+        if model.rope_scaling is not None:
+            arguments["rope_scaling"] = model.rope_scaling
         return arguments | records
 
 
@@ -138,10 +140,10 @@ class Study:
 
 
 def base_kind(settings: Settings) -> tuple[object, ...]:
-    """Returns what distinguishes bases of one model: quantisation and dtype."""
+    """Returns what distinguishes bases of one model: quantisation, dtype and RoPE scaling."""
     model = settings.model
     double_quant = settings.quant.is_4bit and model.double_quant
-    return (model.quant, double_quant, model.compute_dtype)
+    return (model.quant, double_quant, model.compute_dtype, model.rope_scaling)
 
 
 def _command(program: str, words: Iterable[str]) -> str:

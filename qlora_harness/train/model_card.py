@@ -208,6 +208,22 @@ def _settings(summary: TrainingSummary) -> list[str]:
     return _table("Settings", rows)
 
 
+def _scaled_config(summary: TrainingSummary, pinned: str) -> str:
+    """The lines that give the base its RoPE scaling, which an adapter's own files can't."""
+    scaling = summary.settings["rope_scaling"]
+    if scaling is None:
+        return ""
+    kind, _, factor = str(scaling).partition(":")
+    window = ', "original_max_position_embeddings": config.max_position_embeddings'
+    return f"""from transformers import AutoConfig
+
+config = AutoConfig.from_pretrained(base{pinned})
+scaling = {{"rope_type": "{kind}", "factor": {float(factor)}{window * (kind == "yarn")}}}
+config.rope_parameters = {{**config.rope_parameters, **scaling}}
+options["config"] = config
+"""
+
+
 def _loading(summary: TrainingSummary) -> list[str]:
     model = summary.model
     revision = model.commit or model.revision
@@ -215,6 +231,7 @@ def _loading(summary: TrainingSummary) -> list[str]:
     note = "" if model.commit else "  # not from the Hub: the folder of its weights"
     kind = "fp4" if summary.quant == "fp4" else "nf4"
     double = summary.quantization.double_quant is not False
+    scaled = _scaled_config(summary, pinned)
     return f"""## How to load it
 
 `adapter` is this folder, or its name on the Hub. The tokenizer's chat template is that of training.
@@ -228,7 +245,7 @@ base = "{_base_name(summary)}"{note}
 adapter = "."
 tokenizer = AutoTokenizer.from_pretrained(adapter)
 options = {{"dtype": torch.bfloat16, "device_map": "auto"}}
-model = AutoModelForCausalLM.from_pretrained(base{pinned}, **options)
+{scaled}model = AutoModelForCausalLM.from_pretrained(base{pinned}, **options)
 model = PeftModel.from_pretrained(model, adapter)
 ```
 

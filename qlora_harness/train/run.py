@@ -25,12 +25,14 @@ from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.adapter_starts import START_FILE, save_pissa_start
 from qlora_harness.model.base import (
     BaseSource,
+    base_of,
     find_base,
     is_out_of_memory,
     load_tokenizer,
     weights_fingerprint,
 )
 from qlora_harness.model.lora import public_name, save_adapter
+from qlora_harness.model.rope import why_by_length
 from qlora_harness.model.shared_base import take_base
 from qlora_harness.record import (
     ADAPTER_DIR,
@@ -70,6 +72,7 @@ from qlora_harness.train.run_folder import (
 from qlora_harness.train.run_record import RunRecord
 from qlora_harness.train.signals import StopOnSignal, sigterm_as_ctrl_c
 from qlora_harness.train.trainer import CountingTrainer, StepLog
+from qlora_harness.train.window import check_window
 
 
 def run_training(
@@ -164,6 +167,8 @@ class _Run:
         if self.trains_residual and self.start.checkpoint is not None:
             pissa_start(self.start.checkpoint)
         source = find_base(self.settings.model.model, self.settings.model.revision)
+        if self.start.checkpoint is None:  # earlier versions let runs exceed it
+            check_window(self.settings, source)
         tokenizer = load_tokenizer(source)
         # The main process goes first: it fills the cache that the others read.
         with self.record.timed("data"), self.state.main_process_first():
@@ -227,6 +232,7 @@ class _Run:
             double_quant=settings.model.double_quant,
             compute_dtype=settings.model.compute_dtype,
             device=self.device,
+            rope_scaling=settings.model.rope_scaling,
             shared=not self.trains_residual,
         )
         self.base_fingerprint = weights_fingerprint(model)
@@ -354,8 +360,7 @@ class _Run:
             evaluate_loss,
             cast(torch.nn.Module, self.trainer.model),
             examples,
-            # With LLM.int8, the loss of a conversation depends on the others of its batch.
-            batch_size=1 if settings.quant is Quant.INT8 else settings.optimization.eval_batch_size,
+            batch_size=1 if self._mixes_texts() else settings.optimization.eval_batch_size,
             pad_id=self.pad_id,
             accelerator=self.trainer.accelerator,
             autocast_dtype=torch.bfloat16 if self.trainer.args.bf16 else None,
@@ -363,6 +368,11 @@ class _Run:
         )
         every = self.settings.run.eval_steps
         return HeldOut(evaluate, every, self.losses, self.record, self.memory)
+
+    def _mixes_texts(self) -> bool:
+        """Whether the loss of a conversation depends on the others of its batch."""
+        by_length = why_by_length(base_of(self.trainer.model).config)
+        return self.settings.quant is Quant.INT8 or by_length is not None
 
     def _train(self) -> None:
         """Trains to the last step; raises TrainingError if a signal stops the run first."""
@@ -417,6 +427,8 @@ class _Run:
             "template": settings.data.template,
             "run": self.run_dir.name,
         }
+        if settings.model.rope_scaling is not None:
+            record["rope_scaling"] = settings.model.rope_scaling
         # The adapter has learned this template, not the base's own.
         tokenizer.chat_template = chat_template(
             settings.data.template,
