@@ -302,6 +302,16 @@ def test_other_forms_take_the_same_way(load: Loader, tmp_path: Path) -> None:
     assert report["dropped"] == {"no reply": 1}
 
 
+def test_rows_of_another_form_are_no_rows_without_a_reply(load: Loader, tmp_path: Path) -> None:
+    folder = tmp_path / "two forms"
+    folder.mkdir()
+    write_rows(folder / "a.jsonl", alpaca_rows(3))
+    path = write_rows(folder / "b.jsonl", [{"instruction": "q", "response": "r"}])
+    with pytest.raises(DataError) as caught:
+        load(folder)
+    assert f"{path}, line 1: field 'output' is missing" in str(caught.value)
+
+
 @pytest.fixture
 def mixed(load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loader:
     """Loads a mixture of a.jsonl, 40 rows, b.jsonl, 30 rows, and trees.jsonl, 10 trees."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from qlora_harness.data.conversation import Conversation, Corpus
-from qlora_harness.data.forms import Form, recognise
+from qlora_harness.data.forms import Form, check_columns, recognise
 from qlora_harness.data.oasst1 import check_row, read_trees
 from qlora_harness.data.rows import DroppedRow, Row
 from qlora_harness.data.sources import Split
@@ -54,6 +54,7 @@ def _each(rows: Iterable[Row], form: Form, reading: Reading) -> Iterator[Convers
     corpus = reading.corpus
     for row in rows:
         corpus.messages += 1
+        check_columns(row, form)
         try:
             conversation = form.read(row)
         except DroppedRow as dropped:
