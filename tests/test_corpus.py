@@ -364,12 +364,27 @@ def test_mixture_is_seeded(mixed: Loader) -> None:
         ("a.jsonl:nan,b.jsonl:1", "the weight 'nan'"),
         ("a.jsonl:0.5,a.jsonl:0.5", "a.jsonl appears twice"),
         ("a.jsonl:0.5,c.jsonl:0.5", "c.jsonl does not exist"),
+        ("a.jsonl:0.5,./a.jsonl:0.5", "a.jsonl and ./a.jsonl are the same data"),
+        ("a.jsonl:0.5,empty.jsonl:0.5", "empty.jsonl: no conversation is left"),
     ],
 )
 def test_mixtures_that_are_refused(mixed: Loader, dataset: str, fact: str) -> None:
+    write_rows(Path("empty.jsonl"), [{"prompt": "q", "completion": ""}])
     with pytest.raises(DataError) as caught:
         mixed(dataset)
     assert fact in str(caught.value)
+
+
+@pytest.mark.parametrize("option", [{"languages": "de"}, {"conversations": "all-paths"}])
+def test_settings_of_trees_are_refused_without_trees(mixed: Loader, option: dict[str, str]) -> None:
+    [(name, value)] = option.items()
+    for dataset in ("a.jsonl", "a.jsonl:0.5,b.jsonl:0.5"):
+        with pytest.raises(DataError, match=f"--{name} {value}: it is for trees"):
+            mixed(dataset, **option)
+    write_rows(Path("trees.jsonl"), numbered(*"0123456789", lang="de"))
+    mixture = mixed("a.jsonl:0.5,trees.jsonl:0.5", **{"languages": "de"} | option)
+    assert mixture.report["train"]["conversations"] == 20
+    assert len(mixed("a.jsonl", languages="all").train) == 40
 
 
 def test_file_whose_name_looks_like_a_mixture(load: Loader, tmp_path: Path) -> None:
