@@ -415,3 +415,21 @@ def test_second_load_reads_no_row(
         assert load(moved, **options).report["train"] != load(moved).report["train"]
     write_rows(moved, alpaca_rows(21))
     assert load(moved).report["rows"] == 21
+
+
+def test_a_cache_that_cannot_be_written(
+    load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(20))
+    cached = load(path, eval_fraction=0.1)
+    other = write_rows(tmp_path / "others.jsonl", alpaca_rows(9))
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_harness.data.encoded.why_not_writable", lambda _: "read-only")
+        assert load(path, eval_fraction=0.1).report == cached.report
+        assert not caplog.records
+        alone = load(other)
+        assert "read-only: every process" in caplog.text
+        patch.undo()
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", str(path))  # a file
+        again = load(other)
+    assert alone.report == again.report == load(other).report
