@@ -188,6 +188,11 @@ def _message(where: str, item: Mapping[str, Any], role_key: str, text_key: str) 
             f"{where}.{key} is {shown(item[key])}: no template holds tool turns",
             "Remove the rows with tool turns",
         )
+    if item.get("weight") not in (None, 1):  # of OpenAI's fine-tuning: 0 is not learned
+        raise DataError(
+            f"{where}.weight is {shown(item['weight'])}: every reply is learned",
+            "Remove the key, or the row",
+        )
     if name not in _ROLES:
         known = "human, gpt or system" if role_key == "from" else "user, assistant or system"
         raise DataError(f"{where}.{role_key} is {shown(role)}", f"It must be {known}")
@@ -200,6 +205,11 @@ def _message(where: str, item: Mapping[str, Any], role_key: str, text_key: str) 
 def _conversation(row: Row, messages: list[tuple[str, str]], system: str = "") -> Conversation:
     """Builds a conversation; a user's turn at its end, which has no reply, is left out."""
     if messages and messages[0][0] == "system":
+        if system not in ("", messages[0][1]):
+            raise DataError(
+                f"{row.place}: two system prompts, {shown(system)} and {shown(messages[0][1])}",
+                "Remove the column or the message",
+            )
         system = messages[0][1]
         messages = messages[1:]
     is_open = bool(messages) and messages[-1][0] == "user"
