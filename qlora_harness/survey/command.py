@@ -97,6 +97,11 @@ def _tokenizer(name: str, revision: str | None, flags: Any, settings: Any) -> An
                 "--template tokenizer is the chat template of a model's tokenizer",
                 "Name the model with --model",
             )
+        if revision is not None:
+            raise SettingsError(
+                f"--revision {revision} is that of a model, and --model is not given",
+                "Give --model, or --dataset-revision for the data",
+            )
         return None
     from qlora_harness.model.base import find_base, load_tokenizer
 
