@@ -109,6 +109,19 @@ def test_tokens_and_truncation_are_those_of_the_model(rows: Path, smollm2: str) 
     assert cut.leading_bos == data.report["leading_bos"]
 
 
+def test_replies_that_a_template_does_not_show_are_left_out(rows: Path, smollm2: str) -> None:
+    from qlora_harness.model.base import find_base, load_tokenizer
+
+    tokenizer: Any = load_tokenizer(find_base(smollm2))
+    tokenizer.chat_template = "nothing"
+    survey = take(rows, "tokenizer", tokenizer)
+    assert survey.corpus.dropped == {"no reply": 1, "without a supervised token": 4}
+    assert (survey.first["without a supervised token"], len(survey.lengths)) == (
+        "rows.jsonl, line 1",
+        0,
+    )
+
+
 def test_histograms() -> None:
     assert length_bars([]) == []
     assert length_bars([1, 16, 17, 32, 33, 300]) == [
@@ -120,6 +133,7 @@ def test_histograms() -> None:
     ]
     numbers = list(range(1, 101))
     assert quantiles(numbers) == {"median": 50, "90%": 90, "99%": 99, "longest": 100}
+    assert quantiles(range(1, 6)) == {"median": 3, "90%": 5, "99%": 5, "longest": 5}
     assert quantiles([]) == {}
 
 
@@ -206,6 +220,7 @@ def test_command_takes_mixtures(rows: Path, capsys: Any) -> None:
     [
         (["--template", "guanaco"], ["rows.jsonl, line 5", "system prompt"]),
         (["--template", "tokenizer"], ["--model"]),
+        (["--template", "chatml", "--revision", "abc"], ["--revision abc", "--model"]),
         (["--format", "alpaca"], ["rows.jsonl, line 1", "instruction"]),
         (["--template", "chatml", "--html", "."], ["--html . is a folder"]),
         (["--quant", "nf4"], ["--quant"]),

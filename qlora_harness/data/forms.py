@@ -113,6 +113,8 @@ _ROLES = {
     "system": "system",
     "developer": "system",
 }
+# Columns that belong to a conversation wherever they are; others, such as an id, don't.
+TURN_COLUMNS = frozenset({"system", "system_prompt", "history"})
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 
 FORMS: dict[str, Form] = {
@@ -137,17 +139,10 @@ def recognise(first: Row, name: str = "auto") -> Form:
 
     Raises DataError if no form has these columns, two have, or the named one has not.
     """
-    row, place = first.values, first.place
-    columns = ", ".join(shown(str(column), 30)[1:-1] for column in list(row)[:12]) or "none"
+    row, place, columns = first.values, first.place, _columns(first)
     if name != "auto":
-        form = FORMS[name]
-        if missing := sorted(form.columns - row.keys()):
-            raise DataError(
-                f"{place}: field '{missing[0]}' is missing, which --format {name} needs; the "
-                f"fields are {columns}",
-                "Name another --format, or rename the columns",
-            )
-        return form
+        check_columns(first, FORMS[name])
+        return FORMS[name]
     matching = [form for form in FORMS.values() if form.matches(row)]
     chosen = [f for f in matching if not any(other.is_narrower(f) for other in matching)]
     if len(chosen) > 1:
@@ -158,6 +153,30 @@ def recognise(first: Row, name: str = "auto") -> Form:
     if not chosen:
         raise DataError(f"{place}: no form has the fields {columns}", _known_forms())
     return chosen[0]
+
+
+def check_columns(row: Row, form: Form) -> None:
+    """Raises DataError if a row lacks a column of the form, or has turns in one that it has not.
+
+    A null is no missing column, and holds no turns.
+    """
+    if missing := sorted(form.columns - row.values.keys()):
+        raise DataError(
+            f"{row.place}: field '{missing[0]}' is missing, which --format {form.name} needs; the "
+            f"fields are {_columns(row)}",
+            "Name another --format, or rename the columns; all rows have one form",
+        )
+    for key in sorted(TURN_COLUMNS - form.all_columns):
+        if row.values.get(key):
+            raise DataError(
+                f"{row.place}: field '{key}' is {shown(row.values[key])}, and --format {form.name} "
+                "has no place for it",
+                "Write the rows as --format messages, or remove the column",
+            )
+
+
+def _columns(row: Row) -> str:
+    return ", ".join(shown(str(column), 30)[1:-1] for column in list(row.values)[:12]) or "none"
 
 
 def _known_forms() -> str:
@@ -181,6 +200,11 @@ def _message(where: str, item: Mapping[str, Any], role_key: str, text_key: str) 
             f"{where}.{key} is {shown(item[key])}: no template holds tool turns",
             "Remove the rows with tool turns",
         )
+    if item.get("weight") not in (None, 1):  # of OpenAI's fine-tuning: 0 is not learned
+        raise DataError(
+            f"{where}.weight is {shown(item['weight'])}: every reply is learned",
+            "Remove the key, or the row",
+        )
     if name not in _ROLES:
         known = "human, gpt or system" if role_key == "from" else "user, assistant or system"
         raise DataError(f"{where}.{role_key} is {shown(role)}", f"It must be {known}")
@@ -193,6 +217,11 @@ def _message(where: str, item: Mapping[str, Any], role_key: str, text_key: str) 
 def _conversation(row: Row, messages: list[tuple[str, str]], system: str = "") -> Conversation:
     """Builds a conversation; a user's turn at its end, which has no reply, is left out."""
     if messages and messages[0][0] == "system":
+        if system not in ("", messages[0][1]):
+            raise DataError(
+                f"{row.place}: two system prompts, {shown(system)} and {shown(messages[0][1])}",
+                "Remove the column or the message",
+            )
         system = messages[0][1]
         messages = messages[1:]
     is_open = bool(messages) and messages[-1][0] == "user"

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qlora_harness.inference.chat_model import Sampling
 
 _RUN = "a run folder, such as results/4bit, or its adapter folder"
+_TOP_P = 0.9
 COMMANDS = ("card", "generate", "chat", "export")
 
 
@@ -86,9 +87,9 @@ def _add_sampling(parser: argparse.ArgumentParser, *, temperature: float) -> Non
     add(
         "--top-p",
         type=float,
-        default=0.9,
         metavar="P",
-        help="sampling from the likeliest tokens with this probability together (default 0.9)",
+        help="sampling from the likeliest tokens with this probability together (default "
+        f"{_TOP_P})",
     )
     add("--seed", type=int, default=0, metavar="N", help="of sampling (default 0)")
 
@@ -137,9 +138,14 @@ def _sampling(args: argparse.Namespace) -> Sampling:
     check_at_least({"--seed": args.seed}, 0)
     if not 0 <= args.temperature <= 100:
         raise SettingsError(f"--temperature: {args.temperature:g}", "It must be from 0 to 100")
-    if not 0 < args.top_p <= 1:
+    if args.top_p is not None and not 0 < args.top_p <= 1:
         raise SettingsError(f"--top-p: {args.top_p:g}", "It must be above 0 and at most 1")
-    return Sampling(args.max_new_tokens, args.temperature, args.top_p)
+    if args.top_p is not None and args.temperature == 0:
+        raise SettingsError(
+            f"--top-p {args.top_p:g} has no effect: --temperature is 0", "Give one above 0"
+        )
+    top_p = _TOP_P if args.top_p is None else args.top_p
+    return Sampling(args.max_new_tokens, args.temperature, top_p)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -149,8 +155,14 @@ def _generate(args: argparse.Namespace) -> None:
     from qlora_harness.inference.output_statistics import statistics_table
 
     files = args.compare
-    if files is None:
-        required = {"RUN": args.run, "--prompts": args.prompts, "--output": args.output}
+    required = {"RUN": args.run, "--prompts": args.prompts, "--output": args.output}
+    if files is not None:
+        if useless := [name for name, value in required.items() if value is not None]:
+            raise SettingsError(
+                f"--compare answers nothing, so {', '.join(useless)} has no effect",
+                "Give them to one `generate`, and --compare to another",
+            )
+    else:
         if missing := [name for name, value in required.items() if value is None]:
             raise SettingsError(f"generate needs {', '.join(missing)}", "Or give --compare FILE")
         check_at_least({"--batch-size": args.batch_size}, 1)

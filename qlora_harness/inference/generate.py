@@ -6,11 +6,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any, cast
 
+from filelock import FileLock, Timeout
+
 from qlora_harness.data.files import parse_line
+from qlora_harness.data.rows import check_text
 from qlora_harness.errors import DataError, RunError, shown
 from qlora_harness.inference.chat_model import ChatModel, Sampling, choose_adapter
 from qlora_harness.record import write_json
@@ -42,7 +47,8 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def _rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    start = "" if path.suffix == ".txt" else text.lstrip()[:1]
+    is_plain = path.suffix == ".txt"
+    start = "" if is_plain else text.lstrip()[:1]
     if start == "[":
         rows = cast(list[Any], parse_line(text, str(path), _REMEDY))
         yield from ((f"{path}, item {number}", row) for number, row in enumerate(rows, start=1))
@@ -50,11 +56,8 @@ def _rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         place = f"{path}, line {number}"
         if line.strip():
-            is_json = start == "{"
-            yield (
-                place,
-                parse_line(line, place, _REMEDY) if is_json else {"instruction": line.strip()},
-            )
+            plain = {"instruction": line.strip()}
+            yield place, plain if is_plain else parse_line(line, place, _REMEDY)
 
 
 def _prompt(row: Any, place: str) -> Prompt:
@@ -65,6 +68,7 @@ def _prompt(row: Any, place: str) -> Prompt:
         raise DataError(
             f"{place}: 'input' is {shown(row['input'])}", "Put its text into 'instruction'"
         )
+    check_text(instruction, f"{place}: 'instruction'")
     dataset = row.get("dataset")
     return Prompt(instruction, dataset if isinstance(dataset, str) else None)
 
@@ -72,25 +76,37 @@ def _prompt(row: Any, place: str) -> Prompt:
 class AnswerJournal:
     """A JSON Lines file beside the output with a line per batch, so that a killed run continues.
 
-    The first line holds `identity`, all that the answers depend on; RunError if another is there.
+    The first line holds `identity`, all that the answers depend on; RunError if another is there,
+    or if another process writes the file. `sizes` are those of the batches: from the first line
+    that is no whole batch on, they are answered again.
     """
 
-    def __init__(self, output: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, identity: Mapping[str, Any], sizes: Sequence[int]) -> None:
         self.path = output.with_name(f".{output.name}.journal")
-        head = json.dumps(identity, sort_keys=True)
-        data = self.path.read_bytes() if self.path.is_file() else b""
-        whole = data[: data.rfind(b"\n") + 1]  # a killed run may have cut off the last line
-        lines = whole.decode().splitlines()
-        if lines and lines[0] != head:
+        self._lock = FileLock(f"{self.path}.lock", timeout=0)
+        try:
+            with suppress(NotImplementedError):  # this file system has no locks
+                self._lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"another process answers prompts into {output}", "Wait, or name another --output"
+            ) from None
+        head = json.dumps(identity, sort_keys=True).encode()
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        if lines and lines[0].endswith(b"\n") and lines[0][:-1] != head:
+            self._unlock()
             raise RunError(
                 f"{self.path} holds answers to other prompts or with other settings",
                 "Give those again, remove the file, or name another --output",
             )
-        self.batches: list[list[str]] = [json.loads(line) for line in lines[1:]]
+        batches = [_batch(line, size) for line, size in zip(lines[1:], sizes, strict=False)]
+        self.batches: list[list[str]] = [each for each in takewhile(bool, batches) if each]
+        whole = sum(map(len, lines[: len(self.batches) + 1]))
         self._file: IO[str] = self.path.open("a", encoding="utf-8")
-        self._file.truncate(len(whole))
-        if not lines:
-            self._write(head)
+        is_new = not lines or not lines[0].endswith(b"\n")
+        self._file.truncate(0 if is_new else whole)
+        if is_new:
+            self._write(head.decode())
 
     def append(self, replies: Sequence[str]) -> None:
         """Adds the replies of the next batch, and waits until the disk has them."""
@@ -107,6 +123,22 @@ class AnswerJournal:
         self._file.close()
         if remove:
             self.path.unlink()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+
+
+def _batch(line: bytes, size: int) -> list[str] | None:
+    """Returns the replies of a line, or None if it is damaged or was cut off by a kill."""
+    try:
+        replies = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(replies, list) or len(replies) != size:
+        return None
+    return replies if all(isinstance(reply, str) for reply in replies) else None
 
 
 def generate(
@@ -142,7 +174,7 @@ def generate(
         "batch_size": batch_size,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    journal = AnswerJournal(output, identity)
+    journal = AnswerJournal(output, identity, [len(batch) for batch in batches])
     try:
         model.load()
         _answer(model, [[ids[n] for n in batch] for batch in batches], journal, sampling, seed)

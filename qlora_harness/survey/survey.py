@@ -21,6 +21,7 @@ from qlora_harness.survey.overlap import Overlap, Questions
 
 _BATCH = 1000  # conversations
 _EXAMPLES = 3
+_UNLEARNED = "without a supervised token"
 _UNLIMITED = 1 << 30  # tokens: nothing is cut
 
 
@@ -107,7 +108,10 @@ def _fill(
         survey.questions = len(questions)
     while batch := list(islice(reading.conversations, _BATCH)):
         for conversation, encoded in zip(batch, encoder.encode_all(batch), strict=True):
-            assert encoded is not None  # nothing was cut
+            if encoded is None:  # nothing was cut: the tokenizer's own template shows no reply
+                survey.corpus.dropped[_UNLEARNED] += 1
+                survey.first.setdefault(_UNLEARNED, conversation.place)
+                continue
             _count(survey, conversation, encoded, seen)
             if len(survey.examples) < _EXAMPLES:
                 survey.examples.append(_shown(conversation, encoded, tokenizer))
@@ -181,9 +185,9 @@ def turn_bars(turns: Counter[int]) -> list[Bar]:
 def quantiles(lengths: Sequence[int]) -> dict[str, int]:
     """Returns the median, the 90th and 99th percentile and the longest, by nearest rank."""
     ordered = sorted(lengths)
-    names = {"median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1.0}
+    names = {"median": 50, "90%": 90, "99%": 99, "longest": 100}
     return {
-        name: ordered[max(0, round(share * len(ordered)) - 1)]
-        for name, share in names.items()
+        name: ordered[-(-percent * len(ordered) // 100) - 1]  # rounded up
+        for name, percent in names.items()
         if ordered
     }
