@@ -365,6 +365,21 @@ def test_mixture_has_the_proportion_of_its_weights(mixed: Loader) -> None:
     json.dumps(report)
 
 
+def test_prompts_held_out_of_one_part_are_not_trained_on_in_another(mixed: Loader) -> None:
+    write_rows(
+        Path("b.jsonl"), [{"prompt": f" a{i}\n", "completion": "r"} for i in range(39, -1, -1)]
+    )
+    rows = [{"prompt": f"a{i}", "completion": "r"} for i in range(40)]
+    write_rows(Path("a.jsonl"), rows)
+    data = mixed("a.jsonl:0.5,b.jsonl:0.5", eval_fraction=0.25)
+    # Each part holds out 10 prompts, 10 to 20 different ones in all.
+    available = [part["available"] for part in data.report["train"]["mixture"]]
+    assert available[0] == available[1] < 30
+    assert [part["available"] for part in data.report["eval"]["mixture"]] == [10, 10]
+    alone = mixed("a.jsonl", eval_fraction=0.25)
+    assert (len(alone.train), len(alone.evaluation)) == (30, 10)
+
+
 def test_mixture_is_seeded(mixed: Loader) -> None:
     name = "a.jsonl:0.5,b.jsonl:0.5"
     fingerprints = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_harness.data.chat_encoder import ChatEncoder
@@ -90,7 +90,7 @@ def load_training_data(tokenizer: Tokenizer, settings: DataSettings) -> Training
             "Leave the revision out; the data sets known by name have theirs",
         )
     encoder = ChatEncoder(tokenizer, settings.template, settings.max_length, settings.mask)
-    loaded = [_load_part(part, settings, encoder) for part in parts]
+    loaded = _held_out_of_all([_load_part(part, settings, encoder) for part in parts])
     _check_parts(loaded, settings)
     train, train_report = _combine([p.train for p in loaded], parts, settings)
     evaluation, evaluation_report = _combine([p.evaluation for p in loaded], parts, settings)
@@ -123,6 +123,25 @@ def _load_part(part: Part, settings: DataSettings, encoder: ChatEncoder) -> _Loa
     train, held_out = (np.arange(len(e.table)) for e in (encoded, validation))
     sides = _Side(encoded, train), _Side(validation, held_out)
     return _LoadedPart(part, splits, *sides, "validation split")
+
+
+def _held_out_of_all(parts: list[_LoadedPart]) -> list[_LoadedPart]:
+    """Leaves out of training what begins like a conversation held out of another part.
+
+    Data sets share prompts: alpaca-cleaned has alpaca's, guanaco those of oasst1.
+    """
+    import numpy as np
+
+    if len(parts) == 1:
+        return parts
+    held_out = [p.evaluation.encoded.prompts()[p.evaluation.rows] for p in parts]
+    remaining = []
+    for index, part in enumerate(parts):
+        side = part.train
+        elsewhere = np.concatenate(held_out[:index] + held_out[index + 1 :])
+        rows = side.rows[~np.isin(side.encoded.prompts()[side.rows], elsewhere)]
+        remaining.append(replace(part, train=replace(side, rows=rows)))
+    return remaining
 
 
 def split_by_tree(trees: Rows, eval_fraction: float, seed: int) -> tuple[Rows, Rows]:

@@ -46,7 +46,8 @@ class Encoded:
     """An encoded split.
 
     `table` has a row for each conversation: the columns of `ExampleTable`, without ids where no
-    supervised token is left, and `tree`, the number of its tree. `counts` are those of `Reading`.
+    supervised token is left, `tree`, the number of its tree, and `prompt`, a hash of its first
+    turn. `counts` are those of `Reading`.
     Without `key` it was not cached.
     """
 
@@ -66,6 +67,11 @@ class Encoded:
         """Returns the number of each row's tree, from 0 in the order of the file."""
         trees: np.ndarray[Any, Any] = self.table["tree"].to_numpy()
         return trees
+
+    def prompts(self) -> np.ndarray[Any, Any]:
+        """Returns a hash of each row's first turn, [N] int64, whatever the data set and form."""
+        prompts: np.ndarray[Any, Any] = self.table["prompt"].to_numpy()
+        return prompts
 
 
 def encode_split(
@@ -146,6 +152,7 @@ def _write(folder: Path, reading: Reading, encoder: ChatEncoder) -> None:
             "truncated": pa.bool_(),
             "turns": numbers,
             "tree": numbers,
+            "prompt": pa.int64(),
         }
     )
     trees: dict[str, int] = {}
@@ -158,6 +165,7 @@ def _write(folder: Path, reading: Reading, encoder: ChatEncoder) -> None:
                 [example.truncated for example in examples],
                 [example.turns for example in examples],
                 [trees.setdefault(c.tree, len(trees)) for c in batch],
+                list(map(_prompt_hash, batch)),
             )
             arrays = [pa.array(*pair) for pair in zip(columns, schema.types, strict=True)]
             writer.write_batch(pa.record_batch(arrays, schema=schema))
@@ -172,6 +180,13 @@ def _write(folder: Path, reading: Reading, encoder: ChatEncoder) -> None:
         "first": reading.first,
     }
     _replace(folder / _COUNTS, json.dumps(counts))
+
+
+def _prompt_hash(conversation: Conversation) -> int:
+    first = conversation.turns[0]
+    text = f"{first.text.strip()}\0{first.context.strip()}"
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 _NOTHING = SpannedIds([], [])
