@@ -88,8 +88,8 @@ def _length_rows(survey: Survey, count: int) -> Iterator[tuple[str, str]]:
 
 def _counts(survey: Survey) -> str:
     dropped = sorted(survey.corpus.dropped.items())
-    places = {reason: f" (first: {place})" for reason, place in survey.first.items()}
-    return ", ".join(f"{n:,} {reason}{places.get(reason, '')}" for reason, n in dropped)
+    first = {reason: f" (first: {place})" for reason, place in survey.first.items()}
+    return ", ".join(f"{n:,} {reason}{first.get(reason, '')}" for reason, n in dropped)
 
 
 def _overlap(survey: Survey) -> str:
