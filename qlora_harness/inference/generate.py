@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
+
+import torch
+from tqdm import tqdm
 
 from qlora_harness.data.files import parse_line
 from qlora_harness.errors import DataError, RunError, shown
@@ -77,36 +80,27 @@ class AnswerJournal:
 
     def __init__(self, output: Path, identity: Mapping[str, Any]) -> None:
         self.path = output.with_name(f".{output.name}.journal")
-        head = json.dumps(identity, sort_keys=True)
+        self._head = json.dumps(identity, sort_keys=True)
         data = self.path.read_bytes() if self.path.is_file() else b""
         whole = data[: data.rfind(b"\n") + 1]  # a killed run may have cut off the last line
-        lines = whole.decode().splitlines()
-        if lines and lines[0] != head:
+        head, *lines = whole.decode().splitlines() or [self._head]
+        if head != self._head:
             raise RunError(
                 f"{self.path} holds answers to other prompts or with other settings",
                 "Give those again, remove the file, or name another --output",
             )
-        self.batches: list[list[str]] = [json.loads(line) for line in lines[1:]]
-        self._file: IO[str] = self.path.open("a", encoding="utf-8")
-        self._file.truncate(len(whole))
-        if not lines:
-            self._write(head)
+        if whole != data:
+            os.truncate(self.path, len(whole))
+        self.batches: list[list[str]] = [json.loads(line) for line in lines]
 
-    def append(self, replies: Sequence[str]) -> None:
+    def append(self, replies: list[str]) -> None:
         """Adds the replies of the next batch, and waits until the disk has them."""
-        self.batches.append(list(replies))
-        self._write(json.dumps(self.batches[-1]))
-
-    def _write(self, line: str) -> None:
-        self._file.write(f"{line}\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self, *, remove: bool) -> None:
-        """Closes the file, and removes it once the output is written."""
-        self._file.close()
-        if remove:
-            self.path.unlink()
+        self.batches.append(replies)
+        with self.path.open("a", encoding="utf-8") as file:
+            head = "" if file.tell() else f"{self._head}\n"
+            file.write(f"{head}{json.dumps(replies)}\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def generate(
@@ -141,35 +135,18 @@ def generate(
         "seed": seed,
         "batch_size": batch_size,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
     journal = AnswerJournal(output, identity)
-    try:
-        model.load()
-        _answer(model, [[ids[n] for n in batch] for batch in batches], journal, sampling, seed)
-        replies = [reply for batch in journal.batches for reply in batch]
-        texts = dict(zip(order, replies, strict=True))
-        write_json(output, [_row(p, texts[n], model.name) for n, p in enumerate(prompts)])
-    except BaseException:
-        journal.close(remove=not journal.batches)
-        raise
-    journal.close(remove=True)
-    return len(prompts)
-
-
-def _answer(
-    model: ChatModel,
-    batches: Sequence[Sequence[Sequence[int]]],
-    journal: AnswerJournal,
-    sampling: Sampling,
-    seed: int,
-) -> None:
-    import torch
-    from tqdm import tqdm
-
+    output.parent.mkdir(parents=True, exist_ok=True)
+    model.load()
     done = len(journal.batches)
     for number in tqdm(range(done, len(batches)), initial=done, total=len(batches), unit="batch"):
         torch.manual_seed(seed + number)
-        journal.append(model.reply(batches[number], sampling))
+        journal.append(model.reply([ids[n] for n in batches[number]], sampling))
+    replies = [reply for batch in journal.batches for reply in batch]
+    texts = dict(zip(order, replies, strict=True))
+    write_json(output, [_row(p, texts[n], model.name) for n, p in enumerate(prompts)])
+    journal.path.unlink()
+    return len(prompts)
 
 
 def _row(prompt: Prompt, output: str, generator: str) -> dict[str, str]:
