@@ -302,6 +302,16 @@ def test_other_forms_take_the_same_way(load: Loader, tmp_path: Path) -> None:
     assert report["dropped"] == {"no reply": 1}
 
 
+def test_rows_of_another_form_are_no_rows_without_a_reply(load: Loader, tmp_path: Path) -> None:
+    folder = tmp_path / "two forms"
+    folder.mkdir()
+    write_rows(folder / "a.jsonl", alpaca_rows(3))
+    path = write_rows(folder / "b.jsonl", [{"instruction": "q", "response": "r"}])
+    with pytest.raises(DataError) as caught:
+        load(folder)
+    assert f"{path}, line 1: field 'output' is missing" in str(caught.value)
+
+
 @pytest.fixture
 def mixed(load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loader:
     """Loads a mixture of a.jsonl, 40 rows, b.jsonl, 30 rows, and trees.jsonl, 10 trees."""
@@ -354,12 +364,27 @@ def test_mixture_is_seeded(mixed: Loader) -> None:
         ("a.jsonl:nan,b.jsonl:1", "the weight 'nan'"),
         ("a.jsonl:0.5,a.jsonl:0.5", "a.jsonl appears twice"),
         ("a.jsonl:0.5,c.jsonl:0.5", "c.jsonl does not exist"),
+        ("a.jsonl:0.5,./a.jsonl:0.5", "a.jsonl and ./a.jsonl are the same data"),
+        ("a.jsonl:0.5,empty.jsonl:0.5", "empty.jsonl: no conversation is left"),
     ],
 )
 def test_mixtures_that_are_refused(mixed: Loader, dataset: str, fact: str) -> None:
+    write_rows(Path("empty.jsonl"), [{"prompt": "q", "completion": ""}])
     with pytest.raises(DataError) as caught:
         mixed(dataset)
     assert fact in str(caught.value)
+
+
+@pytest.mark.parametrize("option", [{"languages": "de"}, {"conversations": "all-paths"}])
+def test_settings_of_trees_are_refused_without_trees(mixed: Loader, option: dict[str, str]) -> None:
+    [(name, value)] = option.items()
+    for dataset in ("a.jsonl", "a.jsonl:0.5,b.jsonl:0.5"):
+        with pytest.raises(DataError, match=f"--{name} {value}: it is for trees"):
+            mixed(dataset, **option)
+    write_rows(Path("trees.jsonl"), numbered(*"0123456789", lang="de"))
+    mixture = mixed("a.jsonl:0.5,trees.jsonl:0.5", **{"languages": "de"} | option)
+    assert mixture.report["train"]["conversations"] == 20
+    assert len(mixed("a.jsonl", languages="all").train) == 40
 
 
 def test_file_whose_name_looks_like_a_mixture(load: Loader, tmp_path: Path) -> None:
@@ -390,3 +415,21 @@ def test_second_load_reads_no_row(
         assert load(moved, **options).report["train"] != load(moved).report["train"]
     write_rows(moved, alpaca_rows(21))
     assert load(moved).report["rows"] == 21
+
+
+def test_a_cache_that_cannot_be_written(
+    load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", alpaca_rows(20))
+    cached = load(path, eval_fraction=0.1)
+    other = write_rows(tmp_path / "others.jsonl", alpaca_rows(9))
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_harness.data.encoded.why_not_writable", lambda _: "read-only")
+        assert load(path, eval_fraction=0.1).report == cached.report
+        assert not caplog.records
+        alone = load(other)
+        assert "read-only: every process" in caplog.text
+        patch.undo()
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", str(path))  # a file
+        again = load(other)
+    assert alone.report == again.report == load(other).report

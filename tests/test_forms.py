@@ -175,6 +175,16 @@ def test_rows_that_are_left_out(form: str, values: Values, reason: str) -> None:
             {"messages": [message("user", "q"), message("assistant", None, tool_calls=[{}])]},
             "messages[1].tool_calls is [{}]: no template holds tool turns",
         ),
+        (
+            "messages",
+            {"messages": [message("user", "q"), message("assistant", "r", weight=0)]},
+            "messages[1].weight is 0: every reply is learned",
+        ),
+        (
+            "sharegpt",
+            {"system": "s", "conversations": [said("system", "t"), *SHAREGPT["conversations"]]},
+            "two system prompts, 's' and 't'",
+        ),
     ],
 )
 def test_rows_that_are_refused_with_place_and_key(form: str, values: Values, problem: str) -> None:

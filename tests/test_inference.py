@@ -16,10 +16,11 @@ from peft import PeftModel
 from training_runs import data_of, read
 
 from qlora_harness.cli import main
+from qlora_harness.errors import DataError, RunError
 from qlora_harness.inference import export
 from qlora_harness.inference.chat import _ReplyStreamer
 from qlora_harness.inference.chat_model import ChatModel, Sampling, choose_adapter
-from qlora_harness.inference.generate import generate, read_prompts
+from qlora_harness.inference.generate import AnswerJournal, generate, read_prompts
 from qlora_harness.inference.output_statistics import distinct_share, scripts
 from qlora_harness.score.mmlu_files import Question
 
@@ -207,9 +208,12 @@ def test_a_prompt_too_long_is_refused_before_weights_are_loaded(
     assert "prompts.json, prompt 1: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.5])
+@pytest.mark.parametrize(
+    ("temperature", "damage"),
+    [(0.0, b'["cut o'), (1.5, b"\xff\n"), (0.0, b'["one of two"]\n'), (0.0, b'["a", 1]\n')],
+)
 def test_a_killed_run_continues_to_the_same_answers(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float, damage: bytes
 ) -> None:
     prompts = prompts_file(tmp_path)
     sampling = Sampling(6, temperature)
@@ -230,12 +234,39 @@ def test_a_killed_run_continues_to_the_same_answers(
         with pytest.raises(KeyboardInterrupt):
             generate(run, prompts, killed, sampling, **options)
     journal = tmp_path / ".killed.json.journal"
-    with journal.open("a") as file:
-        file.write('["cut o')
+    first, *rest = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(first + rest[0] + damage)
     assert main(["generate", str(run), "--prompts", str(prompts), "--output", str(killed)]) == 2
     generate(run, prompts, killed, sampling, **options)
     assert read_list(killed) == read_list(whole)
     assert not journal.exists()
+
+
+def test_two_processes_do_not_write_one_journal(tmp_path: Path) -> None:
+    output = tmp_path / "answers.json"
+    journal = AnswerJournal(output, {}, [1])
+    with pytest.raises(RunError, match=r"answers\.json"):
+        AnswerJournal(output, {}, [1])
+    journal.append(["one"])
+    journal.close(remove=False)
+    again = AnswerJournal(output, {}, [1, 1])
+    assert again.batches == [["one"]]
+    again.close(remove=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["generate", "run", "--prompts=a.txt", "--output=b.json", "--top-p=0.5"], "--top-p 0.5"),
+        (["generate", "run", "--compare", "b.json"], "--compare"),
+    ],
+)
+def test_flags_without_effect_are_refused(
+    words: list[str], flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert flag in capsys.readouterr().err
 
 
 def read_list(path: Path) -> Any:
@@ -253,14 +284,15 @@ def read_list(path: Path) -> Any:
         ),
         ("a.txt", "One\n[2]\n\n", ["One", "[2]"]),
         ("a.txt", "\n", None),
+        ("a.csv", "instruction,input\nOne,\n", None),
+        ("a.jsonl", '"One"\n', None),
+        ("a.jsonl", '{"instruction": "\\ud83d"}\n', None),
         ("a.json", '[{"instruction": ""}]', None),
         ("a.json", '[{"instruction": "One", "input": "more"}]', None),
         ("a.json", '[{"instruction": "One"', None),
     ],
 )
 def test_prompts(tmp_path: Path, name: str, text: str, expected: list[str] | None) -> None:
-    from qlora_harness.errors import DataError
-
     path = tmp_path / name
     path.write_text(text)
     if expected is None:
@@ -291,7 +323,7 @@ def test_a_chat_reads_lines(
         return own(self, messages)
 
     monkeypatch.setattr(ChatModel, "encode", encode)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nWhy?\n/reset\nHi\n/exit\nNo\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n\udcff\nWhy?\n/reset\nHi\n/exit\nNo\n"))
     words = ["chat", str(run), "--temperature=0", "--max-new-tokens=5"]
     assert main(words) == 0
     first = conversations[0]

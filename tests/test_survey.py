@@ -120,6 +120,7 @@ def test_histograms() -> None:
     ]
     numbers = list(range(1, 101))
     assert quantiles(numbers) == {"median": 50, "90%": 90, "99%": 99, "longest": 100}
+    assert quantiles(range(1, 6)) == {"median": 3, "90%": 5, "99%": 5, "longest": 5}
     assert quantiles([]) == {}
 
 

@@ -12,6 +12,7 @@ from qlora_harness.data.chat_encoder import ChatEncoder
 from qlora_harness.data.encoded import Encoded, encode_split, remembered
 from qlora_harness.data.examples import ExampleTable
 from qlora_harness.data.mixture import Part, mix, parse_parts
+from qlora_harness.data.reading import check_tree_settings
 from qlora_harness.data.sources import Splits, load_splits
 from qlora_harness.data.text_ids import Tokenizer
 from qlora_harness.errors import DataError
@@ -90,10 +91,9 @@ def load_training_data(tokenizer: Tokenizer, settings: DataSettings) -> Training
         )
     encoder = ChatEncoder(tokenizer, settings.template, settings.max_length, settings.mask)
     loaded = [_load_part(part, settings, encoder) for part in parts]
+    _check_parts(loaded, settings)
     train, train_report = _combine([p.train for p in loaded], parts, settings)
     evaluation, evaluation_report = _combine([p.evaluation for p in loaded], parts, settings)
-    if not train:
-        raise _nothing_left(loaded, settings)
     report = {
         "dataset": settings.dataset,
         "revision": settings.dataset_revision,
@@ -193,17 +193,32 @@ def _rows(report: Mapping[str, Any]) -> int:
     return rows
 
 
-def _nothing_left(loaded: Sequence[_LoadedPart], settings: DataSettings) -> DataError:
-    counts = [part.train.encoded.counts for part in loaded]
+def _check_parts(loaded: Sequence[_LoadedPart], settings: DataSettings) -> None:
+    """Raises DataError if a part is another one again, is empty, or a setting has no effect."""
+    check_tree_settings({part.train.encoded.counts["form"] for part in loaded}, settings)
+    names: dict[str, str] = {}
+    for part in loaded:
+        name, encoded = part.part.name, part.train.encoded
+        # The key is a hash of the content, so two spellings of one file have the same.
+        other = names.setdefault(encoded.key or part.splits.source, name)
+        if other != name:
+            raise DataError(
+                f"--dataset {settings.dataset}: {other} and {name} are the same data",
+                "Name it once, with the sum of its weights",
+            )
+        if not len(part.train.usable):
+            raise _nothing_left(part)
+
+
+def _nothing_left(part: _LoadedPart) -> DataError:
+    counts = part.train.encoded.counts
     reasons = [
-        f"{n} {reason}{f', first {place}' if (place := one['first'].get(reason)) else ''}"
-        for one in counts
-        for reason, n in one["dropped"].items()
+        f"{n} {reason}{f', first {place}' if (place := counts['first'].get(reason)) else ''}"
+        for reason, n in counts["dropped"].items()
     ]
-    lost = sum(len(part.train.rows) - len(part.train.usable) for part in loaded)
     return DataError(
-        f"--dataset {settings.dataset}: no conversation is left to train on (of "
-        f"{sum(map(_rows, counts))} rows; dropped: {'; '.join(reasons) or 'none'}; without a "
-        f"supervised token: {lost})",
+        f"--dataset {part.part.name}: no conversation is left to train on (of {_rows(counts)} "
+        f"rows; dropped: {'; '.join(reasons) or 'none'}; without a supervised token: "
+        f"{len(part.train.rows)})",
         "Check the data with `qlora-harness data`, --languages and --max-length",
     )

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -24,11 +26,14 @@ from qlora_harness.data.conversation import Conversation
 from qlora_harness.data.examples import SpannedIds
 from qlora_harness.data.reading import Reading, read_conversations
 from qlora_harness.data.sources import Split
+from qlora_harness.flag_checks import why_not_writable
 from qlora_harness.settings import DataSettings
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+
+logger = logging.getLogger("qlora_harness")
 
 _BATCH = 1000  # conversations whose texts are tokenized together
 _HASHED = 1 << 20  # bytes read at a time
@@ -69,19 +74,35 @@ def encode_split(
     """Encodes a split, or opens it in the cache; raises DataError for a row of no use."""
     key = _key(split, settings, encoder)
     if key is None:
-        # The mapped file outlives its name.
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-            _write(Path(temporary), read_conversations(split, settings, source), encoder)
-            return _open(Path(temporary), None)
+        return _encode_alone(split, settings, encoder, source)
+    folder = _cache_folder() / key
+    if not (folder / _COUNTS).exists():  # what is there already needs no lock, nor to be written
+        if reason := why_not_writable(folder.parent):
+            logger.warning("%s: every process encodes the data for itself", reason)
+            return _encode_alone(split, settings, encoder, source)
+        _encode_once(folder, split, settings, encoder, source)
+    return _open(folder, key)
+
+
+def _encode_alone(
+    split: Split, settings: DataSettings, encoder: ChatEncoder, source: str
+) -> Encoded:
+    # The mapped file outlives its name.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        _write(Path(temporary), read_conversations(split, settings, source), encoder)
+        return _open(Path(temporary), None)
+
+
+def _encode_once(
+    folder: Path, split: Split, settings: DataSettings, encoder: ChatEncoder, source: str
+) -> None:
     from filelock import FileLock
 
-    folder = _cache_folder() / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / _COUNTS).exists():
             folder.mkdir(exist_ok=True)
             _write(folder, read_conversations(split, settings, source), encoder)
-    return _open(folder, key)
 
 
 def remembered(
@@ -99,7 +120,8 @@ def remembered(
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         value = compute()
-        _replace(path, json.dumps(value))
+        with suppress(OSError):  # a cache that can't be written
+            _replace(path, json.dumps(value))
     return value
 
 

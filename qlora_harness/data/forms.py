@@ -137,17 +137,10 @@ def recognise(first: Row, name: str = "auto") -> Form:
 
     Raises DataError if no form has these columns, two have, or the named one has not.
     """
-    row, place = first.values, first.place
-    columns = ", ".join(shown(str(column), 30)[1:-1] for column in list(row)[:12]) or "none"
+    row, place, columns = first.values, first.place, _columns(first)
     if name != "auto":
-        form = FORMS[name]
-        if missing := sorted(form.columns - row.keys()):
-            raise DataError(
-                f"{place}: field '{missing[0]}' is missing, which --format {name} needs; the "
-                f"fields are {columns}",
-                "Name another --format, or rename the columns",
-            )
-        return form
+        check_columns(first, FORMS[name])
+        return FORMS[name]
     matching = [form for form in FORMS.values() if form.matches(row)]
     chosen = [f for f in matching if not any(other.is_narrower(f) for other in matching)]
     if len(chosen) > 1:
@@ -158,6 +151,20 @@ def recognise(first: Row, name: str = "auto") -> Form:
     if not chosen:
         raise DataError(f"{place}: no form has the fields {columns}", _known_forms())
     return chosen[0]
+
+
+def check_columns(row: Row, form: Form) -> None:
+    """Raises DataError if a row lacks a column of the form; a null is no missing column."""
+    if missing := sorted(form.columns - row.values.keys()):
+        raise DataError(
+            f"{row.place}: field '{missing[0]}' is missing, which --format {form.name} needs; the "
+            f"fields are {_columns(row)}",
+            "Name another --format, or rename the columns; all rows have one form",
+        )
+
+
+def _columns(row: Row) -> str:
+    return ", ".join(shown(str(column), 30)[1:-1] for column in list(row.values)[:12]) or "none"
 
 
 def _known_forms() -> str:
@@ -181,6 +188,11 @@ def _message(where: str, item: Mapping[str, Any], role_key: str, text_key: str) 
             f"{where}.{key} is {shown(item[key])}: no template holds tool turns",
             "Remove the rows with tool turns",
         )
+    if item.get("weight") not in (None, 1):  # of OpenAI's fine-tuning: 0 is not learned
+        raise DataError(
+            f"{where}.weight is {shown(item['weight'])}: every reply is learned",
+            "Remove the key, or the row",
+        )
     if name not in _ROLES:
         known = "human, gpt or system" if role_key == "from" else "user, assistant or system"
         raise DataError(f"{where}.{role_key} is {shown(role)}", f"It must be {known}")
@@ -193,6 +205,11 @@ def _message(where: str, item: Mapping[str, Any], role_key: str, text_key: str) 
 def _conversation(row: Row, messages: list[tuple[str, str]], system: str = "") -> Conversation:
     """Builds a conversation; a user's turn at its end, which has no reply, is left out."""
     if messages and messages[0][0] == "system":
+        if system not in ("", messages[0][1]):
+            raise DataError(
+                f"{row.place}: two system prompts, {shown(system)} and {shown(messages[0][1])}",
+                "Remove the column or the message",
+            )
         system = messages[0][1]
         messages = messages[1:]
     is_open = bool(messages) and messages[-1][0] == "user"

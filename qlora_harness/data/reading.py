@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
 from qlora_harness.data.conversation import Conversation, Corpus
-from qlora_harness.data.forms import Form, recognise
+from qlora_harness.data.forms import FORMS, Form, check_columns, recognise
 from qlora_harness.data.oasst1 import check_row, read_trees
 from qlora_harness.data.rows import DroppedRow, Row
 from qlora_harness.data.sources import Split
@@ -54,6 +54,7 @@ def _each(rows: Iterable[Row], form: Form, reading: Reading) -> Iterator[Convers
     corpus = reading.corpus
     for row in rows:
         corpus.messages += 1
+        check_columns(row, form)
         try:
             conversation = form.read(row)
         except DroppedRow as dropped:
@@ -78,6 +79,23 @@ def _trees(
         if source in str(error):
             raise
         raise DataError(f"{source}: {error.problem}", error.remedy) from None
+
+
+def check_tree_settings(forms: Collection[str], settings: DataSettings) -> None:
+    """Raises DataError if a setting for trees has no effect, since none of the forms has trees."""
+    if any(FORMS[form].read is None for form in forms):
+        return
+    ignored = {
+        "--languages": settings.languages if settings.languages not in ("en", "all") else None,
+        "--conversations": "all-paths" if settings.conversations == "all-paths" else None,
+    }
+    for flag, value in ignored.items():
+        if value is not None:
+            raise DataError(
+                f"{flag} {value}: it is for trees (the form oasst), and {settings.dataset} has "
+                f"rows of the form {', '.join(sorted(forms))}",
+                f"Leave {flag} out, and filter the rows yourself if they need it",
+            )
 
 
 def parse_languages(languages: str) -> tuple[str, ...] | None:

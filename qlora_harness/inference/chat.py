@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from qlora_harness.data.rows import check_text
 from qlora_harness.errors import DataError, SettingsError, printable
 from qlora_harness.inference.chat_model import ChatModel, Message, Sampling, choose_adapter
 
@@ -67,6 +68,8 @@ def chat(run: Path, sampling: Sampling, *, seed: int) -> None:
 
 
 def _lines() -> Iterator[str]:
+    if hasattr(sys.stdin, "reconfigure"):  # bytes that are no UTF-8 cost a turn, not the chat
+        sys.stdin.reconfigure(errors="surrogateescape")
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -76,12 +79,16 @@ def _lines() -> Iterator[str]:
 
 
 def _answered(model: ChatModel, messages: list[Message], sampling: Sampling) -> list[Message]:
-    """Prints the reply and returns the conversation with it; without the turn if it is too long."""
-    ids = model.encode(messages)
+    """Prints the reply and returns the conversation with it.
+
+    A turn that is too long, or not UTF-8, is left out.
+    """
     try:
+        check_text(messages[-1]["content"], "the turn")
+        ids = model.encode(messages)
         model.check_length(ids, sampling, "the conversation")
     except DataError as error:
-        print(f"{error} /reset begins a new one.")
+        print(f"{error} {_HELP}")
         return messages[:-1]
     streamer = _ReplyStreamer(model.tokenizer, model.ends[1])
     [reply] = model.reply([ids], sampling, streamer)

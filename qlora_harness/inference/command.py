@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 COMMANDS = ("card", "generate", "chat", "export")
 _RUN = "a run folder, such as results/4bit, or its adapter folder"
+_TOP_P = 0.9
 
 
 def add_commands(commands: Any) -> None:
@@ -65,10 +66,10 @@ def _add_generate(commands: Any) -> None:
 def _add_sampling(add: Any, *, temperature: float) -> None:
     longest = "longest answer in tokens (default 512)"
     likeliest = f"0 takes the likeliest token (default {temperature:g})"
-    share = "draw from the likeliest tokens with this total probability (default 0.9)"
+    share = f"draw from the likeliest tokens with this total probability (default {_TOP_P})"
     add("--max-new-tokens", type=int, default=512, metavar="N", help=longest)
     add("--temperature", type=float, default=temperature, metavar="T", help=likeliest)
-    add("--top-p", type=float, default=0.9, metavar="P", help=share)
+    add("--top-p", type=float, metavar="P", help=share)
     add("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default 0)")
 
 
@@ -110,9 +111,14 @@ def _sampling(args: argparse.Namespace) -> Sampling:
     check_at_least({"--seed": args.seed}, 0)
     if not 0 <= args.temperature <= 100:
         raise SettingsError(f"--temperature: {args.temperature:g}", "It must be from 0 to 100")
-    if not 0 < args.top_p <= 1:
+    if args.top_p is not None and not 0 < args.top_p <= 1:
         raise SettingsError(f"--top-p: {args.top_p:g}", "It must be above 0 and at most 1")
-    return Sampling(args.max_new_tokens, args.temperature, args.top_p)
+    if args.top_p is not None and args.temperature == 0:
+        raise SettingsError(
+            f"--top-p {args.top_p:g} has no effect: --temperature is 0", "Give one above 0"
+        )
+    top_p = _TOP_P if args.top_p is None else args.top_p
+    return Sampling(args.max_new_tokens, args.temperature, top_p)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -122,8 +128,14 @@ def _generate(args: argparse.Namespace) -> None:
     from qlora_harness.inference.output_statistics import statistics_table
 
     files = args.compare
-    if files is None:
-        required = {"RUN": args.run, "--prompts": args.prompts, "--output": args.output}
+    required = {"RUN": args.run, "--prompts": args.prompts, "--output": args.output}
+    if files is not None:
+        if useless := [name for name, value in required.items() if value is not None]:
+            raise SettingsError(
+                f"--compare answers nothing, so {', '.join(useless)} has no effect",
+                "Give them to one `generate`, and --compare to another",
+            )
+    else:
         if missing := [name for name, value in required.items() if value is None]:
             raise SettingsError(f"generate lacks {', '.join(missing)}", "Add it, or use --compare")
         check_at_least({"--batch-size": args.batch_size}, 1)

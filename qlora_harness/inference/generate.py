@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from qlora_harness.data.files import parse_line
+from qlora_harness.data.rows import check_text
 from qlora_harness.errors import DataError, RunError, shown
 from qlora_harness.inference.chat_model import ChatModel, Sampling, choose_adapter
 from qlora_harness.record import write_json
@@ -45,7 +49,8 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def _rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    start = "" if path.suffix == ".txt" else text.lstrip()[:1]
+    is_plain = path.suffix == ".txt"
+    start = "" if is_plain else text.lstrip()[:1]
     if start == "[":
         rows = cast(list[Any], parse_line(text, str(path), _REMEDY))
         yield from ((f"{path}, item {number}", row) for number, row in enumerate(rows, start=1))
@@ -53,11 +58,8 @@ def _rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):
         place = f"{path}, line {number}"
         if line.strip():
-            is_json = start == "{"
-            yield (
-                place,
-                parse_line(line, place, _REMEDY) if is_json else {"instruction": line.strip()},
-            )
+            plain = {"instruction": line.strip()}
+            yield place, plain if is_plain else parse_line(line, place, _REMEDY)
 
 
 def _prompt(row: Any, place: str) -> Prompt:
@@ -68,6 +70,7 @@ def _prompt(row: Any, place: str) -> Prompt:
         raise DataError(
             f"{place}: 'input' is {shown(row['input'])}", "Put its text into 'instruction'"
         )
+    check_text(instruction, f"{place}: 'instruction'")
     dataset = row.get("dataset")
     return Prompt(instruction, dataset if isinstance(dataset, str) else None)
 
@@ -75,32 +78,65 @@ def _prompt(row: Any, place: str) -> Prompt:
 class AnswerJournal:
     """A JSON Lines file beside the output with a line per batch, so that a killed run continues.
 
-    The first line holds `identity`, all that the answers depend on; RunError if another is there.
+    The first line holds `identity`, all that the answers depend on; RunError if another is there,
+    or if another process writes the file. `sizes` are those of the batches: from the first line
+    that is no whole batch on, they are answered again.
     """
 
-    def __init__(self, output: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, identity: Mapping[str, Any], sizes: Sequence[int]) -> None:
         self.path = output.with_name(f".{output.name}.journal")
-        self._head = json.dumps(identity, sort_keys=True)
-        data = self.path.read_bytes() if self.path.is_file() else b""
-        whole = data[: data.rfind(b"\n") + 1]  # a killed run may have cut off the last line
-        head, *lines = whole.decode().splitlines() or [self._head]
-        if head != self._head:
+        self.batches: list[list[str]] = []
+        self._head = json.dumps(identity, sort_keys=True).encode() + b"\n"
+        self._lock = FileLock(f"{self.path}.lock", timeout=0)
+        try:
+            with suppress(NotImplementedError):  # this file system has no locks
+                self._lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"another process answers prompts into {output}", "Wait, or name another --output"
+            ) from None
+        if self.path.is_file():
+            self._read(sizes)
+
+    def _read(self, sizes: Sequence[int]) -> None:
+        """Reads the whole batches, and cuts off the rest."""
+        head, *lines = self.path.read_bytes().splitlines(keepends=True) or [b""]
+        if head.endswith(b"\n") and head != self._head:
+            self.close(remove=False)
             raise RunError(
                 f"{self.path} holds answers to other prompts or with other settings",
                 "Give those again, remove the file, or name another --output",
             )
-        if whole != data:
-            os.truncate(self.path, len(whole))
-        self.batches: list[list[str]] = [json.loads(line) for line in lines]
+        batches = [_batch(line, size) for line, size in zip(lines, sizes, strict=False)]
+        self.batches = [each for each in takewhile(bool, batches) if each]
+        whole = sum(map(len, [head, *lines[: len(self.batches)]]))
+        os.truncate(self.path, whole if self.batches else 0)
 
     def append(self, replies: list[str]) -> None:
         """Adds the replies of the next batch, and waits until the disk has them."""
         self.batches.append(replies)
-        with self.path.open("a", encoding="utf-8") as file:
-            head = "" if file.tell() else f"{self._head}\n"
-            file.write(f"{head}{json.dumps(replies)}\n")
+        with self.path.open("ab") as file:
+            file.write((b"" if file.tell() else self._head) + json.dumps(replies).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def close(self, *, remove: bool) -> None:
+        """Lets other processes write the file, or removes it once the output is written."""
+        if remove:
+            self.path.unlink()
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+
+
+def _batch(line: bytes, size: int) -> list[str] | None:
+    """Returns the replies of a line, or None if it is damaged or was cut off by a kill."""
+    try:
+        replies = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(replies, list) or len(replies) != size:
+        return None
+    return replies if all(isinstance(reply, str) for reply in replies) else None
 
 
 def generate(
@@ -135,17 +171,21 @@ def generate(
         "seed": seed,
         "batch_size": batch_size,
     }
-    journal = AnswerJournal(output, identity)
     output.parent.mkdir(parents=True, exist_ok=True)
-    model.load()
-    done = len(journal.batches)
-    for number in tqdm(range(done, len(batches)), initial=done, total=len(batches), unit="batch"):
-        torch.manual_seed(seed + number)
-        journal.append(model.reply([ids[n] for n in batches[number]], sampling))
-    replies = [reply for batch in journal.batches for reply in batch]
-    texts = dict(zip(order, replies, strict=True))
-    write_json(output, [_row(p, texts[n], model.name) for n, p in enumerate(prompts)])
-    journal.path.unlink()
+    journal = AnswerJournal(output, identity, [len(batch) for batch in batches])
+    complete = False
+    try:
+        model.load()
+        done, count = len(journal.batches), len(batches)
+        for number in tqdm(range(done, count), initial=done, total=count, unit="batch"):
+            torch.manual_seed(seed + number)
+            journal.append(model.reply([ids[n] for n in batches[number]], sampling))
+        replies = [reply for batch in journal.batches for reply in batch]
+        texts = dict(zip(order, replies, strict=True))
+        write_json(output, [_row(p, texts[n], model.name) for n, p in enumerate(prompts)])
+        complete = True
+    finally:
+        journal.close(remove=complete)
     return len(prompts)
 
 

@@ -60,6 +60,7 @@ def run(words: Sequence[str]) -> int:
         check_packages()
     parts = parse_parts(settings.data.dataset)
     tokenizer = _tokenizer(settings.model.model, settings.model.revision, flags, settings)
+    from qlora_harness.data.reading import check_tree_settings
     from qlora_harness.results.terminal import PipedConsole, close_quietly
     from qlora_harness.survey.overlap import local_questions
     from qlora_harness.survey.survey import take_surveys
@@ -73,6 +74,7 @@ def run(words: Sequence[str]) -> int:
             part.name, replace(settings.data, dataset=part.name), tokenizer, questions
         )
     ]
+    check_tree_settings({survey.form for survey in surveys}, settings.data)
     # Written before printing: whoever closes the pipe early loses no file.
     if html is not None:
         _write(html, surveys)

@@ -181,9 +181,9 @@ def turn_bars(turns: Counter[int]) -> list[Bar]:
 def quantiles(lengths: Sequence[int]) -> dict[str, int]:
     """Returns the median, the 90th and 99th percentile and the longest, by nearest rank."""
     ordered = sorted(lengths)
-    names = {"median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1.0}
+    names = {"median": 50, "90%": 90, "99%": 99, "longest": 100}
     return {
-        name: ordered[max(0, round(share * len(ordered)) - 1)]
-        for name, share in names.items()
+        name: ordered[-(-percent * len(ordered) // 100) - 1]  # rounded up
+        for name, percent in names.items()
         if ordered
     }
