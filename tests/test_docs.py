@@ -126,6 +126,21 @@ def test_links_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_architecture_names_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    modules = {path for path in (ROOT / "qlora_harness").rglob("[!_]*.py")}
+    groups = ("triton_", "mmlu")  # one line for all of them, and one for schema/
+    single = {
+        path.name
+        for path in modules
+        if path.parent.name != "schema" and not path.name.startswith(groups)
+    }
+    named = set(re.findall(r"\b[a-z]\w*\.py\b", text))
+    assert single - named == set()
+    others = {"build.py", "train.py", "test_imports.py", "plugin.py"}
+    assert named - {path.name for path in modules} == others
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
