@@ -68,7 +68,7 @@ def chat(run: Path, sampling: Sampling, *, seed: int) -> None:
 
 
 def _lines() -> Iterator[str]:
-    if hasattr(sys.stdin, "reconfigure"):  # bytes that are no UTF-8 cost a turn, not the chat
+    if hasattr(sys.stdin, "reconfigure"):  # bytes that aren't UTF-8 cost a turn, not the chat
         sys.stdin.reconfigure(errors="surrogateescape")
     prompt = "> " if sys.stdin.isatty() else ""
     while True:

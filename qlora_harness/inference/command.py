@@ -132,8 +132,8 @@ def _generate(args: argparse.Namespace) -> None:
     if files is not None:
         if useless := [name for name, value in required.items() if value is not None]:
             raise SettingsError(
-                f"--compare answers nothing, so {', '.join(useless)} has no effect",
-                "Give them to one `generate`, and --compare to another",
+                f"--compare with {', '.join(useless)}: it answers no prompts",
+                "Give one or the other",
             )
     else:
         if missing := [name for name, value in required.items() if value is None]:
