@@ -6,10 +6,11 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from qlora_harness.errors import first_line
 
@@ -53,13 +54,27 @@ def checks() -> Iterator[Check]:
     yield Check("Python", "ok", ".".join(map(str, sys.version_info[:3])))
     packages = [_package(requirement) for requirement in _requirements()]
     yield from packages
-    yield _plugin()
-    yield from _host()
-    yield _mmlu()
-    yield _hub()
+    parts: dict[str, Callable[[], Iterable[Check]]] = {
+        "lm_eval plugin": lambda: [_plugin()],
+        "host": _host,
+        "MMLU files": lambda: [_mmlu()],
+        "Hugging Face Hub": lambda: [_hub()],
+        "GPU": _gpus,
+    }
     if any(check.name == "torch" and check.state == "missing" for check in packages):
-        return
-    yield from _gpus()
+        del parts["GPU"]
+    for name, part in parts.items():
+        yield from _guarded(name, part)
+
+
+def _guarded(name: str, part: Callable[[], Iterable[Check]]) -> Iterator[Check]:
+    """Yields the checks of a part; one that fails, as for a broken package, is a line, too."""
+    try:
+        yield from part()
+    except Exception as error:  # noqa: BLE001  # broken packages raise anything
+        where = error.name if isinstance(error, ImportError) and error.name else "the package"
+        yield Check(name, "missing", f"the check fails: {first_line(error)}",
+                    f"Reinstall {where} in this environment")  # fmt: skip
 
 
 def _requirements() -> list[Any]:
@@ -142,9 +157,11 @@ def _hub() -> Check:
     if constants.HF_HUB_OFFLINE:
         return Check("Hugging Face Hub", "warning", f"HF_HUB_OFFLINE is set, {token}",
                      "Only models and data in the cache or in folders can be used")  # fmt: skip
-    host = constants.ENDPOINT.partition("://")[2].partition("/")[0]
+    address = urlsplit(constants.ENDPOINT)
+    host = address.hostname or ""
+    port = address.port or (80 if address.scheme == "http" else 443)
     try:
-        socket.create_connection((host, 443), timeout=_TIMEOUT).close()
+        socket.create_connection((host, port), timeout=_TIMEOUT).close()
     except OSError as error:
         return Check("Hugging Face Hub", "warning", f"{host} can't be reached ({error}), {token}",
                      "Use models and data in folders, or HF_ENDPOINT for a mirror")  # fmt: skip
@@ -175,9 +192,9 @@ def _gpu(number: int) -> Check:
     import torch
 
     about = torch.cuda.get_device_properties(number)
-    capability = about.major, about.minor
-    # is_bf16_supported() also counts emulation, which a T4 has.
-    formats = [name for name, least in (("bf16", (8, 0)), ("fp8", (8, 9))) if capability >= least]
+    major: int = about.major
+    # is_bf16_supported() also counts emulation, which a T4 has. --compute fp8 is for Hopper only.
+    formats = [name for name, has in (("bf16", major >= 8), ("fp8", major == 9)) if has]
     value = (
         f"{about.name}, {about.total_memory / _GIB:.0f} GiB, CUDA {torch.version.cuda}, "
         f"{' and '.join(formats) or 'neither bf16 nor fp8'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,8 @@ def test_versions_are_compared_with_the_tested_ranges() -> None:
     ("major", "minor", "state", "formats"),
     [
         (7, 5, "warning", "neither bf16 nor fp8"),
-        (8, 0, "ok", "bf16"),
+        (8, 9, "ok", "bf16"),
+        (10, 0, "ok", "bf16"),
         (9, 0, "ok", "bf16 and fp8"),
     ],
 )
@@ -73,6 +75,24 @@ def test_a_gpu_is_judged_by_its_own_formats(
     check = doctor._gpu(0)
     assert (check.state, check.value.rpartition(", ")[2]) == (state, formats)
     assert bool(check.remedy) == (state == "warning")
+
+
+def test_a_broken_package_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setattr(doctor, "_gpus", lambda: [])
+    states = {check.name: check.state for check in doctor.checks()}
+    assert states["Hugging Face Hub"] == "missing"
+    assert states["MMLU files"] in ("ok", "warning")
+
+
+def test_the_port_of_a_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}/hub")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        assert doctor._hub().state == "ok"
 
 
 def test_a_failing_backend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -336,7 +338,14 @@ def test_a_file_is_hashed_once_and_again_if_it_changes(
     file.write_bytes(file.read_bytes() + b"\0")
     assert gguf._digest(file, "x") == sha256(file, "x") != first
     assert hashed == [file, file]
+    state, content = file.stat(), bytearray(file.read_bytes())
+    content[-2] ^= 1  # the same size and inode, and the time of modification is set back
+    time.sleep(0.02)  # longer than a tick of the file system's clock
+    file.write_bytes(content)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert gguf._digest(file, "x") == sha256(file, "x")
+    assert hashed == [file] * 3
     (note,) = (cache.parent / "gguf-digests").iterdir()
     note.write_text("{")
     assert gguf._digest(file, "x") == sha256(file, "x")
-    assert len(hashed) == 3
+    assert len(hashed) == 4

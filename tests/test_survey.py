@@ -109,6 +109,19 @@ def test_tokens_and_truncation_are_those_of_the_model(rows: Path, smollm2: str) 
     assert cut.leading_bos == data.report["leading_bos"]
 
 
+def test_replies_that_a_template_does_not_show_are_left_out(rows: Path, smollm2: str) -> None:
+    from qlora_harness.model.base import find_base, load_tokenizer
+
+    tokenizer: Any = load_tokenizer(find_base(smollm2))
+    tokenizer.chat_template = "nothing"
+    survey = take(rows, "tokenizer", tokenizer)
+    assert survey.corpus.dropped == {"no reply": 1, "without a supervised token": 4}
+    assert (survey.first["without a supervised token"], len(survey.lengths)) == (
+        "rows.jsonl, line 1",
+        0,
+    )
+
+
 def test_histograms() -> None:
     assert length_bars([]) == []
     assert length_bars([1, 16, 17, 32, 33, 300]) == [

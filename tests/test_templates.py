@@ -214,7 +214,9 @@ SPEAKERS = (
 )
 
 
-@pytest.mark.parametrize("own", [CHATML, MARKED])
+@pytest.mark.parametrize(
+    "own", [CHATML, MARKED, MARKED.replace("{% generation %}", "{%-  generation-%}")]
+)
 @pytest.mark.parametrize("system", ["", "Be brief."])
 @pytest.mark.parametrize("mask", ["prompt", "none"])
 def test_own_template_gives_the_ids_and_labels_of_ours(
@@ -247,6 +249,7 @@ def test_own_template_without_special_tokens_is_learned_to_its_end(tokenizer: An
         (REWRITTEN, talk("q", "r", "s", "t"), "earlier messages look different"),
         (NO_SYSTEM, talk("q", "r", system="S"), "no system"),
         ("{{ nothing.at.all }}", talk("q", "r"), "'nothing' is undefined"),
+        ("{{ messages[0]['content'] + 1 }}", talk("q", "r"), "can only concatenate str"),
     ],
 )
 def test_own_template_that_cannot_hold_a_row_is_one_line(

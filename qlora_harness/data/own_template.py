@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -14,6 +15,7 @@ from qlora_harness.data.text_ids import Tokenizer
 from qlora_harness.errors import DataError, SettingsError, first_line
 
 _REMEDY = "Use another --template, such as chatml"
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\b")  # as spaced as Jinja permits
 _JOIN = Template("", "", "")  # how a text and its context become one message
 
 
@@ -39,8 +41,7 @@ class OwnTemplate:
         self._tokenizer = cast(Any, tokenizer)
         self._bos = leading_bos
         self._special = frozenset(self._tokenizer.all_special_ids)
-        template = tokenizer.chat_template
-        self._marks_replies = "{% generation" in str(template) or "{%- generation" in str(template)
+        self._marks_replies = _GENERATION.search(str(tokenizer.chat_template)) is not None
 
     def spell(self, conversations: Sequence[Conversation]) -> list[Spelling]:
         """Spells conversations; raises DataError for one that the template refuses or rewrites."""
@@ -85,11 +86,9 @@ class OwnTemplate:
             rendered, spans = render(messages, replies)
         except DataError as error:
             raise self._refusal(conversation, error.problem) from None
-        except Exception as error:
-            # Templates raise errors of their own, for example for a system prompt.
-            if type(error).__module__.startswith("jinja2"):
-                raise self._refusal(conversation, first_line(error)) from None
-            raise
+        except Exception as error:  # noqa: BLE001
+            # Templates raise errors of their own, for example for a system prompt, and Python's.
+            raise self._refusal(conversation, first_line(error)) from None
         if len(spans) != len(replies):
             reason = f"it marks {len(spans)} replies of {len(replies)}"
             raise self._refusal(conversation, reason)

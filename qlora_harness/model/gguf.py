@@ -63,9 +63,10 @@ def expand_gguf(file: Path, shown: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _digest(file: Path, shown: str) -> str:
-    """The file's SHA-256, computed again only if its size, inode or modification time changed."""
+    """The file's SHA-256, computed again only if its size, inode or a time of change differs."""
     state, path = file.stat(), str(file.resolve())
-    identity = [state.st_size, state.st_ino, state.st_mtime_ns]
+    # `touch -r` and `cp -p` set the time of modification, but nothing sets st_ctime.
+    identity = [state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns]
     name = hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:32]
     note = cache_dir() / "gguf-digests" / f"{name}.json"
     with suppress(HarnessError, OSError):

@@ -21,6 +21,7 @@ from qlora_harness.survey.overlap import Overlap, Questions
 
 _BATCH = 1000  # conversations
 _EXAMPLES = 3
+_UNLEARNED = "without a supervised token"
 _UNLIMITED = 1 << 30  # tokens: nothing is cut
 
 
@@ -107,7 +108,10 @@ def _fill(
         survey.questions = len(questions)
     while batch := list(islice(reading.conversations, _BATCH)):
         for conversation, encoded in zip(batch, encoder.encode_all(batch), strict=True):
-            assert encoded is not None  # nothing was cut
+            if encoded is None:  # nothing was cut: the tokenizer's own template shows no reply
+                survey.corpus.dropped[_UNLEARNED] += 1
+                survey.first.setdefault(_UNLEARNED, conversation.place)
+                continue
             _count(survey, conversation, encoded, seen)
             if len(survey.examples) < _EXAMPLES:
                 survey.examples.append(_shown(conversation, encoded, tokenizer))
