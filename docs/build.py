@@ -261,7 +261,8 @@ def headline_table() -> str:
 
 
 @cache
-def study(folder: Path = STUDY) -> qh.Comparison:
+@cache
+def study(folder: Path) -> qh.Comparison:
     """The comparison of all runs in a study's folder."""
     return qh.compare(find_runs(folder))
 
@@ -293,12 +294,12 @@ KEYS = (("eval_loss", "eval loss, nats"), ("nll", "NLL, nats"), ("accuracy", "ac
 
 def picture() -> str:
     """The differences of the published study as an SVG, for light and dark pages."""
-    item = study().headline
-    body, height = _rows(item) if len(study().primary) == 1 else _panels(study())
+    item = study(STUDY).headline
+    body, height = _rows(item) if len(study(STUDY).primary) == 1 else _panels(study(STUDY))
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 {height}" role="img"
  aria-label="{item.arm} minus {item.baseline} with 95% intervals">
 {STYLE}
-<text class="title" x="12" y="22">{title(study(), 90)}</text>
+<text class="title" x="12" y="22">{title(study(STUDY), 90)}</text>
 {body}
 </svg>
 """

@@ -19,11 +19,11 @@ def test_ways_learn_alike_from_the_same_batches(
     words = ["benchmark-training", "--model", str(tiny_llama), "--compute-dtype", "float32"]
     words += ["--dataset", "demo", "--max-length", "64", "--batch-size", "3", "--lora-r", "4"]
     words += ["--steps", "2", "--warm-up", "1", "--json", str(output)]
-    assert main([*words, "--ways", "peft-full,peft-none,fused-none,fused-full,fused-offload"]) == 0
+    assert main([*words, "--ways", "peft-full,fused-none,fused-full"]) == 0
     record = json.loads(output.read_text())
     for quant in ("nf4", "bf16"):
         rows = [m for m in record["measurements"] if m["quant"] == quant]
-        assert len(rows) == 5
+        assert len(rows) == 3
         for measured in rows:
             assert measured["losses"] == pytest.approx(rows[0]["losses"], abs=1e-4)
             assert len(measured["losses"]) == 3
