@@ -312,6 +312,26 @@ def test_rows_of_another_form_are_no_rows_without_a_reply(load: Loader, tmp_path
     assert f"{path}, line 1: field 'output' is missing" in str(caught.value)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("column", "value", "empty"), [("history", [["q", "r"]], []), ("system", "S", None)]
+)
+def test_turns_in_columns_of_no_form_are_not_ignored(
+    load: Loader, tmp_path: Path, suffix: str, column: str, value: Any, empty: Any
+) -> None:
+    def write(*values: Any) -> Path:
+        rows = [row | {column: each} for row, each in zip(alpaca_rows(2), values, strict=True)]
+        path = tmp_path / f"rows{suffix}"
+        if suffix == ".jsonl":
+            return write_rows(path, rows)
+        datasets.Dataset.from_list(rows).to_parquet(path)
+        return path
+
+    assert len(load(write(empty, empty)).train) == 2
+    with pytest.raises(DataError, match=f"(line|row) 2: field '{column}'"):
+        load(write(empty, value))
+
+
 @pytest.fixture
 def mixed(load: Loader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loader:
     """Loads a mixture of a.jsonl, 40 rows, b.jsonl, 30 rows, and trees.jsonl, 10 trees."""

@@ -220,6 +220,7 @@ def test_command_takes_mixtures(rows: Path, capsys: Any) -> None:
     [
         (["--template", "guanaco"], ["rows.jsonl, line 5", "system prompt"]),
         (["--template", "tokenizer"], ["--model"]),
+        (["--template", "chatml", "--revision", "abc"], ["--revision abc", "--model"]),
         (["--format", "alpaca"], ["rows.jsonl, line 1", "instruction"]),
         (["--template", "chatml", "--html", "."], ["--html . is a folder"]),
         (["--quant", "nf4"], ["--quant"]),

@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 
 import jsonlines
 
-from qlora_harness.data.forms import FORMS
+from qlora_harness.data.forms import FORMS, TURN_COLUMNS
 from qlora_harness.data.rows import Row
 from qlora_harness.errors import DataError, first_line
 from qlora_harness.record import without_duplicates
@@ -30,8 +30,8 @@ _JSON = json.JSONDecoder(object_pairs_hook=without_duplicates)
 
 
 def known_columns() -> frozenset[str]:
-    """Returns the columns of all forms; others are not read where that saves work."""
-    return frozenset[str]().union(*(form.all_columns for form in FORMS.values()))
+    """Returns the columns that are read or refused; others are not read where that saves work."""
+    return TURN_COLUMNS.union(*(form.all_columns for form in FORMS.values()))
 
 
 def parse_line(line: str, place: str, remedy: str) -> object:

@@ -113,6 +113,8 @@ _ROLES = {
     "system": "system",
     "developer": "system",
 }
+# Columns that belong to a conversation wherever they are; others, such as an id, don't.
+TURN_COLUMNS = frozenset({"system", "system_prompt", "history"})
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 
 FORMS: dict[str, Form] = {
@@ -154,13 +156,23 @@ def recognise(first: Row, name: str = "auto") -> Form:
 
 
 def check_columns(row: Row, form: Form) -> None:
-    """Raises DataError if a row lacks a column of the form; a null is no missing column."""
+    """Raises DataError if a row lacks a column of the form, or has turns in one that it has not.
+
+    A null is no missing column, and holds no turns.
+    """
     if missing := sorted(form.columns - row.values.keys()):
         raise DataError(
             f"{row.place}: field '{missing[0]}' is missing, which --format {form.name} needs; the "
             f"fields are {_columns(row)}",
             "Name another --format, or rename the columns; all rows have one form",
         )
+    for key in sorted(TURN_COLUMNS - form.all_columns):
+        if row.values.get(key):
+            raise DataError(
+                f"{row.place}: field '{key}' is {shown(row.values[key])}, and --format {form.name} "
+                "has no place for it",
+                "Write the rows as --format messages, or remove the column",
+            )
 
 
 def _columns(row: Row) -> str:

@@ -64,12 +64,7 @@ def run(words: Sequence[str]) -> int:
 
         check_packages()
     parts = parse_parts(settings.data.dataset)
-    tokenizer = _tokenizer(settings) if "model" in flags else None
-    if tokenizer is None and settings.data.template == TOKENIZERS_OWN:
-        raise SettingsError(
-            "--template tokenizer is the chat template of a model's tokenizer",
-            "Name the model with --model",
-        )
+    tokenizer = _tokenizer(settings, is_named="model" in flags)
     from qlora_harness.data.reading import check_tree_settings
     from qlora_harness.results.terminal import PipedConsole, close_quietly
     from qlora_harness.survey.overlap import local_questions
@@ -99,10 +94,24 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+def _tokenizer(settings: Settings, *, is_named: bool) -> PreTrainedTokenizerBase | None:
+    """Returns the tokenizer of --model; None without that flag."""
+    model = settings.model
+    if not is_named:
+        if settings.data.template == TOKENIZERS_OWN:
+            raise SettingsError(
+                "--template tokenizer is the chat template of a model's tokenizer",
+                "Name the model with --model",
+            )
+        if model.revision is not None:
+            raise SettingsError(
+                f"--revision {model.revision} is that of a model, and --model is not given",
+                "Give --model, or --dataset-revision for the data",
+            )
+        return None
     from qlora_harness.model.base import find_base, load_tokenizer
 
-    return load_tokenizer(find_base(settings.model.model, settings.model.revision))
+    return load_tokenizer(find_base(model.model, model.revision))
 
 
 def _write(path: Path, surveys: Sequence[Survey]) -> None:
