@@ -85,15 +85,15 @@ def _requirements() -> list[Any]:
 
 
 def _package(requirement: Any) -> Check:
-    name, wanted = requirement.name, requirement.specifier
-    install = f"pip install '{name}{wanted}'"
+    name, tested = requirement.name, requirement.specifier
+    install = f"pip install '{name}{tested}'"
     try:
         installed = version(name)
     except PackageNotFoundError:
         return Check(name, "missing", "not installed", install)
-    if wanted.contains(installed, prereleases=True):
+    if tested.contains(installed, prereleases=True):
         return Check(name, "ok", installed)
-    return Check(name, "warning", f"{installed}, not among the tested {wanted}", install)
+    return Check(name, "warning", f"{installed}, not among the tested {tested}", install)
 
 
 def _plugin() -> Check:

@@ -114,7 +114,14 @@ def test_commands_that_need_more_are_well_formed(block: Block) -> None:
             assert flags["--model"] == "qlora_adapter"
             assert all(task.startswith("mmlu_qlora") for task in flags["--tasks"].split(","))
         else:
-            assert not words or words[0] in {"pip", "export", "hf", "pytest", "alpaca_eval"}, line
+            assert not words or words[0] in {
+                "cd",
+                "pip",
+                "export",
+                "hf",
+                "pytest",
+                "alpaca_eval",
+            }, line
 
 
 def test_links_lead_somewhere() -> None:
@@ -124,6 +131,21 @@ def test_links_lead_somewhere() -> None:
                 if "published" in target and not STUDY.is_dir():
                     continue  # not part of this copy
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_architecture_names_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    modules = {path for path in (ROOT / "qlora_harness").rglob("[!_]*.py")}
+    groups = ("triton_", "mmlu")  # one line for all of them, and one for schema/
+    single = {
+        path.name
+        for path in modules
+        if path.parent.name != "schema" and not path.name.startswith(groups)
+    }
+    named = set(re.findall(r"\b[a-z]\w*\.py\b", text))
+    assert single - named == set()
+    others = {"build.py", "train.py", "test_imports.py", "plugin.py"}
+    assert named - {path.name for path in modules} == others
 
 
 def test_readme_is_short() -> None:

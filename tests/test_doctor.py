@@ -15,26 +15,39 @@ import torch
 from packaging.requirements import Requirement
 
 from qlora_harness import doctor
+from qlora_harness.lm_eval_compat import hook
 
 
-def run_doctor(**environment: str) -> tuple[int, dict[str, str]]:
-    command = [str(Path(sys.executable).with_name("qlora-harness")), "doctor"]
+def test_the_command_reports_the_state_of_each_part(tmp_path: Path) -> None:
+    (tmp_path / "five_shot_mmlu_val.json").touch()
     done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | environment, timeout=120
+        [str(Path(sys.executable).with_name("qlora-harness")), "doctor"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "QLORA_MMLU_DIR": str(tmp_path)},
+        timeout=120,
     )
     lines = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
-    return done.returncode, {line[2:18].strip(): line[0] for line in lines}
-
-
-def test_the_command_reports_a_missing_plugin(tmp_path: Path) -> None:
-    (tmp_path / "five_shot_mmlu_val.json").touch()
-    environment = {"HF_HUB_OFFLINE": "1", "QLORA_MMLU_DIR": str(tmp_path)}
-    code, states = run_doctor(**environment)
-    assert code == 0
+    states = {line[2:18].strip(): line[0] for line in lines}
+    assert done.returncode == 0
     assert (states["lm_eval plugin"], states["MMLU files"], states["torch"]) == ("✓", "✓", "✓")
     assert states["Hugging Face Hub"] == "!"
-    code, states = run_doctor(**environment, QLORA_HARNESS_NO_HOOK="1")
-    assert (code, states["lm_eval plugin"]) == (1, "✗")
+
+
+@pytest.mark.parametrize(
+    ("off", "cause"), [("1", "QLORA_HARNESS_NO_HOOK"), ("0", "qlora_harness_hook.pth")]
+)
+def test_a_missing_plugin_is_an_error_with_its_cause(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], off: str, cause: str
+) -> None:
+    monkeypatch.setattr(hook, "is_registered", lambda: False)
+    monkeypatch.setenv("QLORA_HARNESS_NO_HOOK", off)
+    plugin = doctor._plugin()
+    monkeypatch.setattr(doctor, "checks", lambda: iter([plugin]))
+    assert doctor.diagnose() == 1
+    assert plugin.state == "missing"
+    assert cause in plugin.value
+    assert capsys.readouterr().out.startswith("✗")
 
 
 def test_versions_are_compared_with_the_tested_ranges() -> None:

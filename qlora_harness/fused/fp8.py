@@ -2,8 +2,8 @@
 
 e4m3 has three bits of mantissa at every magnitude from 2^-6 to 448. So a scale need only bring the
 largest magnitude near the top, and a power of two does that without rounding. Every row of an input
-or gradient has its own scale; a group's weights share one, so that both layouts, which the two
-directions need, hold the same values.
+or gradient has its own scale. A group's weights share one, so the layouts of both passes hold the
+same values.
 
 On CUDA the products run in Triton (`triton_fp8`); elsewhere plain torch rounds the same way.
 """
@@ -24,11 +24,11 @@ MULTIPLE = 16  # rows of e4m3 must start on 16 bytes
 _CAPABILITY = 9  # Hopper; TMA and the tile sizes in `triton_fp8` are for it
 # The largest magnitude of a row lies in [2^7, 2^8), safely below 448.
 _EXPONENT = 7
-_TINY = 2.0**-100  # of a row; smaller ones have the scale of this
+_TINY = 2.0**-100  # the smallest magnitude that gets a scale of its own
 
 
 class Quantised(NamedTuple):
-    """Rows in e4m3: values, [T, K], and the power of two that each is multiplied by, [T]."""
+    """Rows in e4m3: values, [T, K], each row to be multiplied by its scale, a power of two, [T]."""
 
     values: Tensor
     scales: Tensor  # float32
@@ -81,7 +81,7 @@ class Adapter(NamedTuple):
 
     inner: Tensor  # [T, R]
     up: Tensor  # [N, R]
-    # Of each projection, where its rows of `up` end, and the columns that aren't zero in them.
+    # For each projection, the ends of its rows and of its nonzero columns in `up`.
     reach: Sequence[tuple[int, int]]
 
 

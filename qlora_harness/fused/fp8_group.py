@@ -1,8 +1,8 @@
 """A group of layers (see `group`) whose products with the frozen weights are in 8 bits.
 
-Forward and gradient of the input multiply e4m3 (`fp8`) by e4m3 (`fp8_weights`). The adapters'
-products and gradients are in the dtype of the input, and read it as it was before rounding. Both
-parts of a result are added in float32 and rounded once.
+The forward pass and the gradient of the input multiply e4m3 (`fp8`) by e4m3 (`fp8_weights`). The
+adapters compute in the dtype of the input, from its values before rounding. Both parts of a result
+are added in float32, and the sum rounded once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Fp8Group(Group):
         super().__init__(projections, self._weights)
 
     def release(self) -> None:
-        """Does nothing, as the weights have not moved."""
+        """Does nothing: the weights were never moved."""
 
     def input(self, tokens: int, like: Tensor) -> Tensor:
         """Allocates an input, [T, K]."""

@@ -1,8 +1,8 @@
 """The weights of a group in e4m3, in memory that all groups share.
 
-The base stays as it is, in 4 or 16 bits. Each pass rounds the weights that `bordered` would
-multiply by to e4m3: row by row for y = x W^T, and transposed for dx = dy W, as the tensor cores
-read both operands along the sum. Beside them are the adapters in the dtype of the input.
+The base stays in 4 or 16 bits. Each pass rounds the weights that `bordered` would multiply by to
+e4m3: as they are for y = x W^T, transposed for dx = dy W, because tensor cores read both operands
+along the sum. Beside them are the adapters, in the dtype of the input.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Fp8Weights(Sizes):
         return bool(self._rounder.fits)
 
     def _round(self, parts: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """Rounds each weight, [n, K], to `dtype` as for products in it, and that to e4m3."""
+        """Rounds each weight, [n, K], first to `dtype` as for products in it, then to e4m3."""
         for projection, state, part in zip(self.projections, self._states, parts, strict=True):
             weight = projection.layer.weight
             full = weight.detach() if state is None else expand_4bit(weight.data, state, dtype)

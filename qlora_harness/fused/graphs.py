@@ -1,13 +1,12 @@
 """The layers below the last as two CUDA graphs, one forward and one backward.
 
-In short rows and small models, kernels take less time than Python takes to launch them. A graph
-launches those of all layers at once. Its shapes and addresses are fixed, so a row is copied into
-buffers of the next of a few lengths, and a pair of graphs serves all rows of that length. The last
-layer and the head run without a graph: their shapes also depend on the learned tokens.
+With short rows and small models, Python takes longer to launch the kernels than the GPU to run
+them. A graph launches those of all layers at once. Its shapes and addresses are fixed, so a row is
+copied into buffers of the next of a few lengths, each with its pair of graphs. The last layer and
+the head run without a graph: their shapes also depend on the learned tokens.
 
 The tokens that fill up a row form a text of their own, which the last layer doesn't get. So no
-token of the row depends on them, and their gradients are zero, as is all that they add to those of
-the adapters.
+token of the row depends on them, and they add zero to the adapters' gradients.
 
 All graphs share their memory, so the backward pass of a row must precede the next row's forward.
 """
@@ -26,11 +25,11 @@ from qlora_harness.fused.layer import FusedLayer
 from qlora_harness.fused.packed_row import PackedRow, RowBuffer
 from qlora_harness.model.shape import Shape
 
-# Tokens times the weights of a layer above which an H100 takes longer to compute a layer than
-# Python takes to launch it.
+# Tokens times weights of a layer; above this, an H100 takes longer to compute the layer than Python
+# to launch it.
 _DEVICE_BOUND = 2**39
 _CHECKPOINTING = "none", "full"  # the others wait for copies to and from the host
-_LENGTHS = 64  # with graphs at a time; the one that was unused for the longest makes room
+_LENGTHS = 64  # with graphs at a time; the least recently used makes room
 _SHORTEST = 32  # tokens
 
 
@@ -41,26 +40,26 @@ def padded(tokens: int) -> int:
 
 
 def worthwhile(tokens: int, weights: int) -> bool:
-    """Whether launching takes longer than computing a row with layers of as many weights."""
+    """Whether a row takes longer to launch than to compute, in layers of `weights` weights each."""
     return tokens * weights <= _DEVICE_BOUND
 
 
 def planned(shape: Shape, checkpointing: str, tokens: int, size: int) -> bool:
-    """Whether a run with rows of up to `tokens` uses graphs on a GPU; an element takes `size`."""
+    """Whether a run with rows of up to `tokens` uses graphs; an element takes `size` bytes."""
     short = worthwhile(tokens, shape.linear // shape.layers)
     return short and checkpointing in _CHECKPOINTING and size == 2 and shape.layers > 1
 
 
 def buffer_bytes(shape: Shape, tokens: int, size: int) -> int:
-    """Returns the bytes of the buffers for rows of a length; an element takes `size`."""
+    """Returns the bytes of the buffers of a length; an element takes `size` bytes."""
     return 4 * shape.hidden * tokens * size
 
 
 class LayerGraphs:
     """The graphs of consecutive layers, the first of which needs no gradient of its input.
 
-    `longest` is the number of tokens of the longest row, if known: graphs are for runs in which all
-    rows are short, since their memory can't serve others. `passes` counts the rows through them.
+    `longest` is the tokens of the run's longest row, if known. If that is too long, no row uses
+    graphs, as nothing else can use their memory. `passes` counts the rows computed.
     """
 
     def __init__(self, layers: Sequence[FusedLayer], longest: int | None) -> None:
@@ -74,7 +73,7 @@ class LayerGraphs:
         self._capture: _Capture | None = None
 
     def serve(self, hidden: Tensor) -> bool:
-        """Whether they compute a row, [T, H], exactly as the layers do, and in less time."""
+        """Whether graphs compute a row, [T, H], exactly as the layers do, and faster."""
         if not self.layers or not torch.is_grad_enabled():
             return False
         layer, distributed = self.layers[0], torch.distributed
@@ -91,17 +90,16 @@ class LayerGraphs:
     def __call__(
         self, hidden: Tensor, row: PackedRow, seeds: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Runs the layers on a row; see `FusedLayer` for what they return.
+        """Runs the layers on a row, and returns what `FusedLayer` does.
 
-        Their gradients are added to `grad` of the adapters' parameters directly.
+        The backward pass adds to the adapters' `grad` directly.
         """
         if self._gradients is None:
             self._gradients = _Gradients(self.layers)
             self._start = torch.zeros((), device=hidden.device, requires_grad=True)
         length = padded(len(hidden))
         if length > self._length:
-            # The longest graphs come first: the others find room in their memory, but a longer one
-            # wouldn't in that of shorter ones.
+            # The longest first: shorter graphs fit into its memory, but not the reverse.
             self._rows.clear()
             self._capture = _Capture() if hidden.is_cuda else None
             self._length = max(length, padded(self._longest))
@@ -115,7 +113,7 @@ class LayerGraphs:
         return output
 
     def _row(self, length: int, hidden: Tensor, row: PackedRow, seeds: Tensor | None) -> _Row:
-        """Returns the buffers of a length for rows such as this one."""
+        """Returns the buffers of a length, with graphs, for rows like this one."""
         assert self._gradients is not None
         texts = 1 << (len(row.starts) - 2).bit_length()  # rounded up to a power of two
         key = length, texts, seeds is None
@@ -173,7 +171,7 @@ class _Gradients:
         torch._foreach_add_(self.by_layer[0], self.by_layer[0])  # loads the kernel, for captures
 
     def attach(self) -> None:
-        """Makes it the parameters' `grad`, whose values it takes; zeros for None."""
+        """Makes this memory the parameters' `grad`, with their values; zeros for None."""
         fresh = []
         for parameter, own in self._pairs:
             if parameter.grad is own:
@@ -188,7 +186,7 @@ class _Gradients:
 
 
 class _Row:
-    """Buffers for rows of one length, and the passes on them: kernel by kernel, then as graphs."""
+    """Buffers of one length, and both passes: kernel by kernel until graphs replace them."""
 
     def __init__(
         self,
@@ -198,7 +196,7 @@ class _Row:
         hidden: Tensor,
         seeds: Tensor | None,
     ) -> None:
-        """Allocates them; `hidden` and `seeds` are like those of the rows."""
+        """Allocates the buffers; `hidden` and `seeds` show dtype, width and device."""
         self.layers, self.gradients, self.row = layers, gradients, row
         shape = len(row.cos), hidden.shape[1]
         self.hidden, self.dy = hidden.new_zeros(shape), hidden.new_zeros(shape)
@@ -252,8 +250,8 @@ class _Capture:
 
     def record(self, row: _Row) -> None:
         """Replaces a row's passes by replays of graphs."""
-        # Compiles and loads kernels, which a capture can't. The pool has no room for it: once there
-        # is one, two layers must do, the first and one that needs the gradient of its input.
+        # Compiles and loads kernels, which a capture can't, in memory beside the pool. Once there
+        # is a pool, two layers must do: the first, and one that needs the gradient of its input.
         row.run_forward(None if self._first else 2)
         row.run_backward(discard=True)
         self._first = False

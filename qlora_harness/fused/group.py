@@ -50,7 +50,7 @@ class Group(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Gives full-precision weights separate memory again; the group is unusable afterwards."""
+        """Gives unquantised weights separate memory again; the group is unusable afterwards."""
 
     @abstractmethod
     def input(self, tokens: int, like: Tensor) -> Tensor:

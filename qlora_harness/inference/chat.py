@@ -14,14 +14,11 @@ from qlora_harness.data.rows import check_text
 from qlora_harness.errors import DataError, SettingsError, printable
 from qlora_harness.inference.chat_model import ChatModel, Message, Sampling, choose_adapter
 
-_HELP = "/reset begins a new conversation, /exit ends"
+_HELP = "/reset begins a new conversation, /exit ends."
 
 
 class _ReplyStreamer(TextStreamer):
-    """Prints a reply as it grows, without the space before it and without the next turn's marker.
-
-    Holds back text that may be the beginning of the marker.
-    """
+    """Prints a reply as it grows, without space before it, up to the marker of the next turn."""
 
     def __init__(self, tokenizer: Any, marker: str) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -35,16 +32,14 @@ class _ReplyStreamer(TextStreamer):
         if not self._begun:
             self._pending = self._pending.lstrip()
         before, marker, _ = self._pending.partition(self._marker or "\0")
-        held = 0 if stream_end or marker else self._held(before)
+        held = 0  # characters that may begin the marker
+        if not stream_end and not marker:
+            ends = range(min(len(before), len(self._marker)), 0, -1)
+            held = next((n for n in ends if self._marker.startswith(before[-n:])), 0)
         shown = before[: len(before) - held]
         self._begun = self._begun or bool(shown)
         self._pending = "" if marker else before[len(before) - held :]
         print(printable(shown, keep="\n\t"), end="\n" if stream_end else "", flush=True)
-
-    def _held(self, text: str) -> int:
-        """The length of the longest end of a text with which the marker begins."""
-        longest = min(len(text), len(self._marker))
-        return next((n for n in range(longest, 0, -1) if self._marker.startswith(text[-n:])), 0)
 
 
 def chat(run: Path, sampling: Sampling, *, seed: int) -> None:
@@ -59,7 +54,7 @@ def chat(run: Path, sampling: Sampling, *, seed: int) -> None:
         )
     model.load()
     torch.manual_seed(seed)
-    print(f"{printable(model.title)}. {_HELP}.")
+    print(f"{printable(model.title)}. {_HELP}")
     messages: list[Message] = []
     for line in _lines():
         if line == "/exit":
@@ -67,13 +62,13 @@ def chat(run: Path, sampling: Sampling, *, seed: int) -> None:
         if line == "/reset":
             messages = []
         elif line.startswith("/"):
-            print(f"{_HELP}.")
+            print(_HELP)
         elif line:
             messages = _answered(model, [*messages, {"role": "user", "content": line}], sampling)
 
 
 def _lines() -> Iterator[str]:
-    if hasattr(sys.stdin, "reconfigure"):  # bytes that are no UTF-8 cost a turn, not the chat
+    if hasattr(sys.stdin, "reconfigure"):  # bytes that aren't UTF-8 cost a turn, not the chat
         sys.stdin.reconfigure(errors="surrogateescape")
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
@@ -93,7 +88,7 @@ def _answered(model: ChatModel, messages: list[Message], sampling: Sampling) -> 
         ids = model.encode(messages)
         model.check_length(ids, sampling, "the conversation")
     except DataError as error:
-        print(f"{error} {_HELP}.")
+        print(f"{error} {_HELP}")
         return messages[:-1]
     streamer = _ReplyStreamer(model.tokenizer, model.ends[1])
     [reply] = model.reply([ids], sampling, streamer)

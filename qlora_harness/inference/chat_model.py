@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from qlora_harness.errors import AdapterError, DataError, ModelError, RunError, first_line
 from qlora_harness.locations import expanded
@@ -21,11 +24,9 @@ from qlora_harness.model.base import base_of, find_base, is_out_of_memory, read_
 from qlora_harness.model.lora import public_name
 from qlora_harness.model.rope import window
 from qlora_harness.record import ADAPTER_DIR, SUMMARY_FILE
+from qlora_harness.score.model_arguments import resolve_dtype
 from qlora_harness.score.run_choice import ScoringChoice, choose_scored_run
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
+from qlora_harness.score.scored_model import load_scored_model, load_scored_tokenizer
 
 Message = Mapping[str, str]  # "role" and "content"
 
@@ -78,23 +79,17 @@ def run_name(choice: ScoringChoice) -> str:
 
 def compute_device() -> torch.device:
     """Returns the GPU, or the CPU if there is none."""
-    import torch
-
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class ChatModel:
     """Base, unmerged adapter and tokenizer as the adapter's record names them.
 
-    With `base_alone`, the base answers in the same template without the adapter. `load` loads the
-    weights, after prompts could be checked. Raises HarnessError as scoring does if the parts can't
-    be loaded or don't belong together.
+    With `base_alone`, the base answers without the adapter, in the same template. Weights are
+    loaded on first use, so prompts can be checked before. Raises HarnessError as scoring does.
     """
 
     def __init__(self, choice: ScoringChoice, *, base_alone: bool = False) -> None:
-        from qlora_harness.score.model_arguments import resolve_dtype
-        from qlora_harness.score.scored_model import load_scored_tokenizer
-
         self._choice = dataclasses.replace(choice, adapter=None) if base_alone else choice
         self._source = find_base(choice.base, choice.revision, argument="the adapter's base")
         self._dtype = resolve_dtype("auto", choice.compute_dtype)
@@ -130,16 +125,12 @@ class ChatModel:
         }
 
     def load(self) -> None:
-        """Loads the weights; do so before you seed, since PEFT draws random numbers meanwhile."""
+        """Loads the weights; call it before you seed, since PEFT draws random numbers."""
         self.model  # noqa: B018  # a cached property
 
     @cached_property
     def model(self) -> Any:
         """The loaded base, with the adapter's modules inside."""
-        from transformers import GenerationConfig
-
-        from qlora_harness.score.scored_model import load_scored_model
-
         tokens, device = len(self.tokenizer), compute_device()
         scored = load_scored_model(self._choice, self._source, tokens, self._dtype, device)
         model = base_of(scored.model)
@@ -154,32 +145,18 @@ class ChatModel:
         tokens = [eos] if isinstance(eos, int) else []
         if self.is_plain_text:
             return tokens, ""
-        reply, question = "REPLY", "QUESTION"
-        messages = [
-            {"role": "user", "content": "A"},
-            {"role": "assistant", "content": reply},
-            {"role": "user", "content": question},
-        ]
-        text = self._render(messages)
-        between = text.rpartition(reply)[2].partition(question)[0]
+        roles = {"FIRST": "user", "REPLY": "assistant", "SECOND": "user"}
+        text = self._render([{"role": role, "content": name} for name, role in roles.items()])
+        between = text.rpartition("REPLY")[2].partition("SECOND")[0]
         ids = self.tokenizer.encode(between, add_special_tokens=False)
         added = self.tokenizer.added_tokens_decoder
-        special = [place for place, token in enumerate(ids) if token in added]
-        after = ids[special[-1] + 1 :] if special else ids
-        marker = str(self.tokenizer.decode(after)).strip()
+        special = [token for token in ids if token in added]
+        last = max((at for at, token in enumerate(ids) if token in added), default=-1)
+        marker = str(self.tokenizer.decode(ids[last + 1 :])).strip()
         edges = (self.tokenizer.bos_token_id, eos)
-        if (special and ids[special[-1]] not in edges) or marker.replace(" ", "").isalnum():
+        if (special and special[-1] not in edges) or marker.replace(" ", "").isalnum():
             marker = ""  # such as "user" after <|im_start|>, a token that ends the reply itself
-        return list(dict.fromkeys([*tokens, *(ids[place] for place in special)])), marker
-
-    @cached_property
-    def _stop_strings(self) -> StoppingCriteriaList:
-        """Of the marker; made once, because it goes through the whole vocabulary."""
-        from transformers import StoppingCriteriaList, StopStringCriteria
-
-        _, marker = self.ends
-        strings = [StopStringCriteria(self.tokenizer, [marker])] if marker else []
-        return StoppingCriteriaList(strings)
+        return list(dict.fromkeys([*tokens, *special])), marker
 
     def _render(self, messages: Sequence[Message]) -> str:
         try:
@@ -220,27 +197,25 @@ class ChatModel:
         A reply ends at a token that ends a turn, before the next turn's marker, or after
         `max_new_tokens`. Random choices follow torch's global seed.
         """
-        import torch
-        from transformers import GenerationConfig
-
         tokens, marker = self.ends
         rows = {"input_ids": [list(ids) for ids in prompts]}
         batch = self.tokenizer.pad(rows, return_tensors="pt").to(self.model.device)
+        random = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=sampling.temperature > 0,
             eos_token_id=tokens,
             pad_token_id=self.tokenizer.pad_token_id,
             use_cache=True,
+            stop_strings=[marker] if marker else None,
+            **(random if sampling.temperature > 0 else {}),
         )
-        if sampling.temperature > 0:
-            config.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
         try:
             with torch.inference_mode():
                 output = self.model.generate(
                     **batch,
                     generation_config=config,
-                    stopping_criteria=self._stop_strings,
+                    tokenizer=self.tokenizer,
                     streamer=streamer,
                 )
         except Exception as error:
@@ -254,6 +229,6 @@ class ChatModel:
         return [self._text(ids.tolist(), tokens, marker) for ids in new]
 
     def _text(self, ids: list[int], tokens: list[int], marker: str) -> str:
-        end = next((place for place, token in enumerate(ids) if token in tokens), len(ids))
+        end = next((at for at, token in enumerate(ids) if token in tokens), len(ids))
         text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
         return (text.partition(marker)[0] if marker else text).strip()

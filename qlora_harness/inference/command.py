@@ -12,104 +12,78 @@ from qlora_harness.flag_checks import check_at_least, check_output_file, why_not
 if TYPE_CHECKING:
     from qlora_harness.inference.chat_model import Sampling
 
+COMMANDS = ("card", "generate", "chat", "export")
 _RUN = "a run folder, such as results/4bit, or its adapter folder"
 _TOP_P = 0.9
-COMMANDS = ("card", "generate", "chat", "export")
 
 
 def add_commands(commands: Any) -> None:
     """Adds the four to the subcommands of `qlora-harness`; imports nothing heavy."""
-    card = commands.add_parser(
+    add = _command(
+        commands,
         "card",
-        help="write the model card of a run's adapter",
-        description="Writes adapter/README.md from the records of a run. Training and scoring do "
-        "so, too.",
-        allow_abbrev=False,
+        "write the model card of a run's adapter",
+        "Writes adapter/README.md from a run's records, as training and scoring do.",
     )
-    card.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as results/4bit")
-    _add_generate(commands)
-    chat = commands.add_parser(
+    add("run", type=Path, metavar="RUN", help="a run folder, such as results/4bit")
+    add = _command(
+        commands,
         "chat",
-        help="talk to a trained adapter",
-        description="Answers the lines of standard input in the template of the training.",
-        allow_abbrev=False,
+        "talk to a trained adapter",
+        "Answers the lines of standard input in the template of the training.",
     )
-    chat.add_argument("run", type=Path, metavar="RUN", help=_RUN)
-    _add_sampling(chat, temperature=0.7)
+    add("run", type=Path, metavar="RUN", help=_RUN)
+    _add_sampling(add, temperature=0.7)
+    _add_generate(commands)
     _add_export(commands)
 
 
+def _command(commands: Any, name: str, summary: str, description: str) -> Any:
+    """Returns what adds arguments to a new subcommand."""
+    parser = commands.add_parser(name, help=summary, description=description, allow_abbrev=False)
+    return parser.add_argument
+
+
 def _add_generate(commands: Any) -> None:
-    parser = commands.add_parser(
+    add = _command(
+        commands,
         "generate",
-        help="answer a file of prompts, as alpaca_eval reads it",
-        description="Answers each prompt with the unmerged adapter, in the template of the "
-        "training. The same command continues after an interruption.",
-        allow_abbrev=False,
+        "answer a file of prompts, as alpaca_eval reads it",
+        "Answers each prompt with the unmerged adapter, in the template of the training. Repeat "
+        "the command to continue after an interruption.",
     )
-    add = parser.add_argument
+    prompts = "JSON or JSON Lines with 'instruction', or a .txt with a prompt a line"
+    compare = "only print length, repetition and script of the answers in these files"
     add("run", nargs="?", type=Path, metavar="RUN", help=_RUN)
-    add(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help="JSON or JSON Lines with 'instruction', or a .txt with a prompt a line",
-    )
+    add("--prompts", type=Path, metavar="FILE", help=prompts)
     add("--output", type=Path, metavar="FILE", help="the JSON file to write")
     add("--base", action="store_true", help="answer with the base alone, as a reference")
     add("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default 8)")
-    _add_sampling(parser, temperature=0.0)
-    add(
-        "--compare",
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="only print length, repetition and script of the answers in these files",
-    )
+    _add_sampling(add, temperature=0.0)
+    add("--compare", nargs="+", type=Path, metavar="FILE", help=compare)
 
 
-def _add_sampling(parser: argparse.ArgumentParser, *, temperature: float) -> None:
-    add = parser.add_argument
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=512,
-        metavar="N",
-        help="longest answer, tokens (default 512)",
-    )
-    add(
-        "--temperature",
-        type=float,
-        default=temperature,
-        metavar="T",
-        help=f"0 takes the likeliest token (default {temperature:g})",
-    )
-    add(
-        "--top-p",
-        type=float,
-        metavar="P",
-        help="sampling from the likeliest tokens with this probability together (default "
-        f"{_TOP_P})",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="of sampling (default 0)")
+def _add_sampling(add: Any, *, temperature: float) -> None:
+    longest = "longest answer in tokens (default 512)"
+    likeliest = f"0 takes the likeliest token (default {temperature:g})"
+    share = f"draw from the likeliest tokens with this total probability (default {_TOP_P})"
+    add("--max-new-tokens", type=int, default=512, metavar="N", help=longest)
+    add("--temperature", type=float, default=temperature, metavar="T", help=likeliest)
+    add("--top-p", type=float, metavar="P", help=share)
+    add("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default 0)")
 
 
 def _add_export(commands: Any) -> None:
-    parser = commands.add_parser(
+    add = _command(
+        commands,
         "export",
-        help="merge an adapter into its base",
-        description="Writes the merged model, and reports how far its answers to 200 MMLU "
-        "questions are from those of the adapter as trained.",
-        allow_abbrev=False,
+        "merge an adapter into its base",
+        "Writes the merged model, and says how far its answers to 200 MMLU questions are from "
+        "those of the unmerged adapter.",
     )
-    add = parser.add_argument
+    dtype = "dtype of the merged weights; original is that of the base's files"
     add("run", type=Path, metavar="RUN", help=_RUN)
-    add(
-        "--merge",
-        required=True,
-        choices=["bf16", "original"],
-        help="dtype of the merged weights; original is that of the base's files",
-    )
+    add("--merge", required=True, choices=["bf16", "original"], help=dtype)
     add("--output", required=True, type=Path, metavar="DIR", help="a new folder")
     add("--gguf", action="store_true", help="also convert with llama.cpp's converter")
 
@@ -123,10 +97,9 @@ def run_inference(args: argparse.Namespace) -> None:
     elif args.command == "generate":
         _generate(args)
     elif args.command == "chat":
-        sampling = _sampling(args)
         from qlora_harness.inference.chat import chat
 
-        chat(args.run, sampling, seed=args.seed)
+        chat(args.run, _sampling(args), seed=args.seed)
     else:
         _export(args)
 
@@ -159,12 +132,12 @@ def _generate(args: argparse.Namespace) -> None:
     if files is not None:
         if useless := [name for name, value in required.items() if value is not None]:
             raise SettingsError(
-                f"--compare answers nothing, so {', '.join(useless)} has no effect",
-                "Give them to one `generate`, and --compare to another",
+                f"--compare with {', '.join(useless)}: it answers no prompts",
+                "Give one or the other",
             )
     else:
         if missing := [name for name, value in required.items() if value is None]:
-            raise SettingsError(f"generate needs {', '.join(missing)}", "Or give --compare FILE")
+            raise SettingsError(f"generate lacks {', '.join(missing)}", "Add it, or use --compare")
         check_at_least({"--batch-size": args.batch_size}, 1)
         check_output_file("--output", args.output)
         count = generate(

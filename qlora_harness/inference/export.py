@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from qlora_harness.errors import ModelError, RunError, SettingsError
 from qlora_harness.inference.chat_model import choose_adapter, compute_device, run_name
-from qlora_harness.lm_eval_compat.hflm import Encoded
 from qlora_harness.locations import expanded
 from qlora_harness.model.base import (
     BaseSource,
@@ -27,7 +26,7 @@ from qlora_harness.model.base import (
 from qlora_harness.model.lora import load_adapter
 from qlora_harness.model.rope import finish_scaling
 from qlora_harness.record import environment, new_folder, now, scrub_all, write_json
-from qlora_harness.schema.merge_record import MergeRecord, Shift
+from qlora_harness.schema.merge_record import MergeRecord
 from qlora_harness.schema.mmlu import LETTERS
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.mmlu import predict
@@ -35,10 +34,8 @@ from qlora_harness.score.mmlu_files import DEMO_FILE, DIR_VARIABLE, Question, lo
 from qlora_harness.score.run_choice import ScoringChoice
 from qlora_harness.settings import Quant
 
-MERGE_FILE = "merge.json"
-CONVERTER = "convert_hf_to_gguf.py"
-LLAMA_CPP_VARIABLE = "LLAMA_CPP_DIR"
-
+_CONVERTER = "convert_hf_to_gguf.py"
+_LLAMA_CPP_VARIABLE = "LLAMA_CPP_DIR"
 _QUESTIONS = 200
 _SEED = 0
 _MMLU_FILE = "five_shot_mmlu_test.json"
@@ -54,7 +51,7 @@ def export(run: Path, output: Path, *, original_dtype: bool, gguf: bool) -> Merg
     choice = choose_adapter(run)
     if output.exists():
         raise RunError(f"--output {output} exists", "Name another folder, or remove it")
-    converter = find_converter() if gguf else None
+    converter = _find_converter() if gguf else None
     source = find_base(choice.base, choice.revision, argument="the adapter's base")
     questions_file, questions = _questions()
     lm = QloraAdapterLM(
@@ -64,19 +61,17 @@ def export(run: Path, output: Path, *, original_dtype: bool, gguf: bool) -> Merg
         kernels="none",  # as for the merged model: only the merge shall differ
         batch_size=8,
     )
-    encoded = _encoded(lm, questions)
-    before = _letter_logprobs(lm, encoded)
+    before = _letter_logprobs(lm, questions)
     model = _merged(choice, source, original_dtype=original_dtype)
     with new_folder(output) as work:
         model.save_pretrained(str(work))
         load_tokenizer(source, choice.adapter).save_pretrained(str(work))
         lm.take(model, kernels="none")  # frees the unmerged model first
         model.to(lm.device)
-        shift = _shift(before, _letter_logprobs(lm, encoded))
-        record = _record(
-            choice, lm, str(model.dtype), Shift(questions_file=questions_file, **shift)
-        )
-        write_json(work / MERGE_FILE, record.content())
+        shift = {"questions_file": questions_file}
+        shift |= _shift(before, _letter_logprobs(lm, questions))
+        record = _record(choice, lm, str(model.dtype), shift)
+        write_json(work / "merge.json", record.content())
     if converter is not None:
         _convert(converter, output, output / f"{output.resolve().name}.gguf")
     return record
@@ -89,30 +84,24 @@ def _questions() -> tuple[str, list[Question]]:
     return name, random.Random(_SEED).sample(questions, min(_QUESTIONS, len(questions)))
 
 
-def _encoded(lm: QloraAdapterLM, questions: list[Question]) -> list[Encoded]:
-    return lm.session.encode([(q.prompt, f" {letter}") for q in questions for letter in LETTERS])
-
-
-def _letter_logprobs(lm: QloraAdapterLM, encoded: list[Encoded]) -> list[list[float]]:
+def _letter_logprobs(lm: QloraAdapterLM, questions: list[Question]) -> list[list[float]]:
     """Returns the log-probabilities of the four letters of each question, nats."""
+    pairs = [(q.prompt, f" {letter}") for q in questions for letter in LETTERS]
+    encoded = lm.session.encode(pairs)
     scores = [logprob for logprob, _ in lm.session.score_tokens(encoded).scores]
     lm.session.close()
     return [scores[at : at + len(LETTERS)] for at in range(0, len(scores), len(LETTERS))]
 
 
 def _shift(before: list[list[float]], after: list[list[float]]) -> dict[str, Any]:
-    differences = [
-        abs(a - b)
-        for old, new in zip(before, after, strict=True)
-        for a, b in zip(old, new, strict=True)
-    ]
-    changed = sum(predict(old) != predict(new) for old, new in zip(before, after, strict=True))
+    pairs = list(zip(before, after, strict=True))
+    differences = [abs(a - b) for old, new in pairs for a, b in zip(old, new, strict=True)]
     return {
         "questions": len(before),
         "seed": _SEED,
         "mean_logprob_difference": sum(differences) / len(differences),
         "largest_logprob_difference": max(differences),
-        "changed_letters": changed,
+        "changed_letters": sum(predict(old) != predict(new) for old, new in pairs),
     }
 
 
@@ -146,9 +135,10 @@ def _merged(choice: ScoringChoice, source: BaseSource, *, original_dtype: bool) 
     return model.eval()
 
 
-def _record(choice: ScoringChoice, lm: QloraAdapterLM, dtype: str, shift: Shift) -> MergeRecord:
-    on_gpu = lm.device.type == "cuda"
-    device = torch.cuda.get_device_name(lm.device) if on_gpu else "cpu"
+def _record(
+    choice: ScoringChoice, lm: QloraAdapterLM, dtype: str, shift: dict[str, Any]
+) -> MergeRecord:
+    device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else "cpu"
     content = scrub_all(
         {
             "created": now(),
@@ -157,24 +147,24 @@ def _record(choice: ScoringChoice, lm: QloraAdapterLM, dtype: str, shift: Shift)
             "dtype": dtype.removeprefix("torch."),
             "trained_quant": choice.quant.value,
             "adapter_sha256": lm.loaded.adapter_sha256,
-            "shift": shift.model_dump(),
+            "shift": shift,
             "environment": environment() | {"device": {"name": device}},
         }
     )
     return MergeRecord.model_validate(content)
 
 
-def find_converter() -> Path:
+def _find_converter() -> Path:
     """Returns llama.cpp's converter; raises SettingsError if it is not installed."""
-    folder = os.environ.get(LLAMA_CPP_VARIABLE)
-    path = shutil.which(CONVERTER)
-    candidate = expanded(folder) / CONVERTER if folder else Path(path) if path else None
+    folder = os.environ.get(_LLAMA_CPP_VARIABLE)
+    path = shutil.which(_CONVERTER)
+    candidate = expanded(folder) / _CONVERTER if folder else Path(path) if path else None
     if candidate is None or not candidate.is_file():
-        where = f"{LLAMA_CPP_VARIABLE}={folder}" if folder else "PATH"
+        where = f"{_LLAMA_CPP_VARIABLE}={folder}" if folder else "PATH"
         raise SettingsError(
-            f"--gguf: {CONVERTER} is not in {where}",
+            f"--gguf: {_CONVERTER} is not in {where}",
             f"Clone https://github.com/ggml-org/llama.cpp, install its requirements.txt, and set "
-            f"{LLAMA_CPP_VARIABLE} to the folder",
+            f"{_LLAMA_CPP_VARIABLE} to the folder",
         )
     return candidate
 

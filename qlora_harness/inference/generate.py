@@ -10,9 +10,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
+import torch
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from qlora_harness.data.files import parse_line
 from qlora_harness.data.rows import check_text
@@ -83,6 +85,8 @@ class AnswerJournal:
 
     def __init__(self, output: Path, identity: Mapping[str, Any], sizes: Sequence[int]) -> None:
         self.path = output.with_name(f".{output.name}.journal")
+        self.batches: list[list[str]] = []
+        self._head = json.dumps(identity, sort_keys=True).encode() + b"\n"
         self._lock = FileLock(f"{self.path}.lock", timeout=0)
         try:
             with suppress(NotImplementedError):  # this file system has no locks
@@ -91,41 +95,35 @@ class AnswerJournal:
             raise RunError(
                 f"another process answers prompts into {output}", "Wait, or name another --output"
             ) from None
-        head = json.dumps(identity, sort_keys=True).encode()
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
-        if lines and lines[0].endswith(b"\n") and lines[0][:-1] != head:
-            self._unlock()
+        if self.path.is_file():
+            self._read(sizes)
+
+    def _read(self, sizes: Sequence[int]) -> None:
+        """Reads the whole batches, and cuts off the rest."""
+        head, *lines = self.path.read_bytes().splitlines(keepends=True) or [b""]
+        if head.endswith(b"\n") and head != self._head:
+            self.close(remove=False)
             raise RunError(
                 f"{self.path} holds answers to other prompts or with other settings",
                 "Give those again, remove the file, or name another --output",
             )
-        batches = [_batch(line, size) for line, size in zip(lines[1:], sizes, strict=False)]
-        self.batches: list[list[str]] = [each for each in takewhile(bool, batches) if each]
-        whole = sum(map(len, lines[: len(self.batches) + 1]))
-        self._file: IO[str] = self.path.open("a", encoding="utf-8")
-        is_new = not lines or not lines[0].endswith(b"\n")
-        self._file.truncate(0 if is_new else whole)
-        if is_new:
-            self._write(head.decode())
+        batches = [_batch(line, size) for line, size in zip(lines, sizes, strict=False)]
+        self.batches = [each for each in takewhile(bool, batches) if each]
+        whole = sum(map(len, [head, *lines[: len(self.batches)]]))
+        os.truncate(self.path, whole if self.batches else 0)
 
-    def append(self, replies: Sequence[str]) -> None:
+    def append(self, replies: list[str]) -> None:
         """Adds the replies of the next batch, and waits until the disk has them."""
-        self.batches.append(list(replies))
-        self._write(json.dumps(self.batches[-1]))
-
-    def _write(self, line: str) -> None:
-        self._file.write(f"{line}\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.batches.append(replies)
+        with self.path.open("ab") as file:
+            file.write((b"" if file.tell() else self._head) + json.dumps(replies).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def close(self, *, remove: bool) -> None:
-        """Closes the file, and removes it once the output is written."""
-        self._file.close()
+        """Lets other processes write the file, or removes it once the output is written."""
         if remove:
             self.path.unlink()
-        self._unlock()
-
-    def _unlock(self) -> None:
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
 
@@ -175,33 +173,20 @@ def generate(
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     journal = AnswerJournal(output, identity, [len(batch) for batch in batches])
+    complete = False
     try:
         model.load()
-        _answer(model, [[ids[n] for n in batch] for batch in batches], journal, sampling, seed)
+        done, count = len(journal.batches), len(batches)
+        for number in tqdm(range(done, count), initial=done, total=count, unit="batch"):
+            torch.manual_seed(seed + number)
+            journal.append(model.reply([ids[n] for n in batches[number]], sampling))
         replies = [reply for batch in journal.batches for reply in batch]
         texts = dict(zip(order, replies, strict=True))
         write_json(output, [_row(p, texts[n], model.name) for n, p in enumerate(prompts)])
-    except BaseException:
-        journal.close(remove=not journal.batches)
-        raise
-    journal.close(remove=True)
+        complete = True
+    finally:
+        journal.close(remove=complete)
     return len(prompts)
-
-
-def _answer(
-    model: ChatModel,
-    batches: Sequence[Sequence[Sequence[int]]],
-    journal: AnswerJournal,
-    sampling: Sampling,
-    seed: int,
-) -> None:
-    import torch
-    from tqdm import tqdm
-
-    done = len(journal.batches)
-    for number in tqdm(range(done, len(batches)), initial=done, total=len(batches), unit="batch"):
-        torch.manual_seed(seed + number)
-        journal.append(model.reply(batches[number], sampling))
 
 
 def _row(prompt: Prompt, output: str, generator: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from qlora_harness.data.files import parse_line
 from qlora_harness.errors import DataError
 
-_LONG = 12  # characters; shows repetition also where no space separates words
+_LONG = 12  # characters; shows repetition in languages without spaces, too
 _REMEDY = "Name a file that `qlora-harness generate` wrote"
 
 
@@ -26,11 +26,10 @@ def read_outputs(path: Path) -> list[str]:
         raise DataError(f"{path} can't be read ({error})", _REMEDY) from None
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path} is not a list of answers", _REMEDY)
-    outputs = [row.get("output") if isinstance(row, dict) else None for row in rows]
-    for number, output in enumerate(outputs, start=1):
-        if not isinstance(output, str):
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not isinstance(row.get("output"), str):
             raise DataError(f"{path}, item {number}: it has no text 'output'", _REMEDY)
-    return [str(output) for output in outputs]
+    return [row["output"] for row in rows]
 
 
 def distinct_share(units: Sequence[str], n: int) -> float | None:

@@ -1,4 +1,4 @@
-"""Characters instead of tokens, for a data set that is looked at without a model."""
+"""Characters instead of tokens, for a survey without a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SPLIT = re.compile("(" + "|".join(map(re.escape, _CONTROL)) + ")")
 
 
 class Characters:
-    """A tokenizer with a token for each character, and those that the templates need."""
+    """A tokenizer with a token for each character and each control token of the templates."""
 
     chat_template: Any = None
     bos_token_id: int | None = None

@@ -7,19 +7,24 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qlora_harness.data.mixture import parse_parts
 from qlora_harness.data.templates import TOKENIZERS_OWN
 from qlora_harness.errors import ResultsError, SettingsError
 from qlora_harness.flag_checks import check_output_file
-from qlora_harness.settings import build_settings, flag_of, setting_fields
+from qlora_harness.settings import Settings, build_settings, flag_of, setting_fields
 from qlora_harness.train.command import add_settings, flag_parser
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_harness.survey.survey import Survey
+
 _DESCRIPTION = (
-    "Reads a data set as training would, and prints its form, what is left out and why, the "
-    "lengths, duplicates, MMLU questions in it (with QLORA_MMLU_DIR), and three examples with "
-    "what is learned of them. Takes the flags of launch/train.py for data."
+    "Reads a data set as training would, and prints its form, what is left out and why, lengths, "
+    "duplicates, MMLU questions in it (with QLORA_MMLU_DIR), and three examples with what is "
+    "learned. Takes the flags of launch/train.py for data."
 )
 _FLAGS = (
     *("model", "revision", "dataset_revision", "format"),
@@ -51,7 +56,7 @@ def run(words: Sequence[str]) -> int:
     flags = vars(parser().parse_args(words))
     html, recipe = flags.pop("html"), flags.pop("recipe")
     if recipe is not None:
-        raise SettingsError("--recipe: `qlora-harness data` takes none", "Give the flags for data")
+        raise SettingsError("--recipe: `qlora-harness data` takes none", "Give its flags instead")
     settings = build_settings(flags, {name: flag_of(name) for name in flags})
     check_output_file("--html", html)
     if html is not None:
@@ -59,7 +64,7 @@ def run(words: Sequence[str]) -> int:
 
         check_packages()
     parts = parse_parts(settings.data.dataset)
-    tokenizer = _tokenizer(settings.model.model, settings.model.revision, flags, settings)
+    tokenizer = _tokenizer(settings, is_named="model" in flags)
     from qlora_harness.data.reading import check_tree_settings
     from qlora_harness.results.terminal import PipedConsole, close_quietly
     from qlora_harness.survey.overlap import local_questions
@@ -89,26 +94,27 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _tokenizer(name: str, revision: str | None, flags: Any, settings: Any) -> Any:
+def _tokenizer(settings: Settings, *, is_named: bool) -> PreTrainedTokenizerBase | None:
     """Returns the tokenizer of --model; None without that flag."""
-    if "model" not in flags:
+    model = settings.model
+    if not is_named:
         if settings.data.template == TOKENIZERS_OWN:
             raise SettingsError(
                 "--template tokenizer is the chat template of a model's tokenizer",
                 "Name the model with --model",
             )
-        if revision is not None:
+        if model.revision is not None:
             raise SettingsError(
-                f"--revision {revision} is that of a model, and --model is not given",
+                f"--revision {model.revision} is that of a model, and --model is not given",
                 "Give --model, or --dataset-revision for the data",
             )
         return None
     from qlora_harness.model.base import find_base, load_tokenizer
 
-    return load_tokenizer(find_base(name, revision))
+    return load_tokenizer(find_base(model.model, model.revision))
 
 
-def _write(path: Path, surveys: Any) -> None:
+def _write(path: Path, surveys: Sequence[Survey]) -> None:
     from qlora_harness.record import write_text
     from qlora_harness.survey.page import to_html
 

@@ -1,8 +1,8 @@
 """Questions of MMLU that stand in the data.
 
-As in GPT-3's study of contamination, by word n-grams: a question is in a conversation if 13 words
-of it follow each other there, or all of its words if it has fewer. Case and punctuation don't
-count, and answers are not compared. Questions of fewer than 8 words are left out: they say little.
+By n-grams of words, as in GPT-3's study of contamination: a question is in a conversation that
+has 13 consecutive words of it, or all its words if it has fewer. Case, punctuation and answers
+don't count. Questions of fewer than 8 words are left out: they occur by chance.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Questions:
         self.overlaps: dict[str, Overlap] = {}
         self._subjects = {stem_of(question.prompt): question.subject for question in questions}
         self._phrases: dict[str, list[str]] = {}
-        # By the first words of each phrase, so that most rows need one look only.
+        # By the first words of each phrase: most rows need no other look.
         self._by_start: dict[tuple[str, ...], set[str]] = defaultdict(set)
         for stem in self._subjects:
             words = _words(stem)
@@ -72,7 +72,7 @@ class Questions:
 def local_questions() -> Questions | None:
     """Returns the questions of the files in QLORA_MMLU_DIR; None if it is not set.
 
-    Raises DataError if a file there is damaged, or there is none.
+    Raises DataError if none of the files is there, or one is damaged.
     """
     folder = os.environ.get(DIR_VARIABLE)
     if not folder:
@@ -82,7 +82,7 @@ def local_questions() -> Questions | None:
         for name in _FILES
         if any((expanded(folder) / f"{name}{suffix}").is_file() for suffix in ("", ".xz"))
     ]
-    # Without any file, the first one's error says what is missing.
+    # Without any, loading the first raises the error that says what is missing.
     return Questions(q for name in present or _FILES[:1] for q in load_questions(name))
 
 

@@ -83,13 +83,13 @@ def _length_rows(survey: Survey, count: int) -> Iterator[tuple[str, str]]:
         share = f"{cut / count:.1%}"
         yield "truncated", f"{cut:,} ({share}) are longer than --max-length {survey.max_length}"
     else:
-        yield "truncated", "not known in characters; --model NAME counts its tokens"
+        yield "truncated", "unknown in characters: --model NAME counts tokens"
 
 
 def _counts(survey: Survey) -> str:
     dropped = sorted(survey.corpus.dropped.items())
-    places = {reason: f" (first: {place})" for reason, place in survey.first.items()}
-    return ", ".join(f"{n:,} {reason}{places.get(reason, '')}" for reason, n in dropped)
+    first = {reason: f" (first: {place})" for reason, place in survey.first.items()}
+    return ", ".join(f"{n:,} {reason}{first.get(reason, '')}" for reason, n in dropped)
 
 
 def _overlap(survey: Survey) -> str:
@@ -97,7 +97,7 @@ def _overlap(survey: Survey) -> str:
         return "not compared: QLORA_MMLU_DIR names no folder with the questions"
     return (
         f"{len(survey.overlaps):,} of {survey.questions:,} questions have {LONGEST} words in a "
-        "row, or all of theirs, in common with a conversation"
+        "row, or all their words, in common with a conversation"
     )
 
 

@@ -46,12 +46,12 @@ def write_card(run_dir: Path) -> Path:
     if summary is None or summary.status != "completed" or not (adapter / RECORD_FILE).is_file():
         status = "no run" if summary is None else f"a run with status {summary.status!r}"
         raise RunError(
-            f"{run_dir} holds {status}, whose adapter a card could describe",
+            f"{run_dir} holds {status}",
             f"Name the folder of a completed run, with {SUMMARY_FILE} and {ADAPTER_DIR}/",
         )
     path = adapter / CARD_FILE
     if path.is_file() and _is_edited(path.read_text(encoding="utf-8", errors="replace")):
-        raise RunError(f"{path} was edited", "Move it away to have a new card written")
+        raise RunError(f"{path} was edited", "Move it away, then repeat the command")
     text = _card(summary, _evaluation_of(run_dir, adapter))
     digest = hashlib.sha256(text.encode()).hexdigest()
     write_text(path, f"{text}\n<!-- written by qlora-harness, sha256 {digest} -->\n")
@@ -151,19 +151,11 @@ def _tables(summary: TrainingSummary, evaluation: Evaluation | None) -> Iterator
     model, data, results = summary.model, summary.data, summary.results
     device = summary.environment.device or {}
     losses = {
-        "held-out loss before training": results.eval_loss_before,
-        "held-out loss after training": results.eval_loss,
-        "training loss of the last step": results.final_train_loss,
+        "held-out loss before training": _nats(results.eval_loss_before),
+        "held-out loss after training": _nats(results.eval_loss),
+        "training loss of the last step": _nats(results.final_train_loss),
     }
-    yield from _table(
-        "Results",
-        {
-            name: f"{loss:.4f} nats per learned token"
-            for name, loss in losses.items()
-            if loss is not None
-        }
-        | dict(_scores(evaluation)),
-    )
+    yield from _table("Results", losses | dict(_scores(evaluation)))
     yield from _table(
         "Origin",
         {
@@ -181,6 +173,10 @@ def _tables(summary: TrainingSummary, evaluation: Evaluation | None) -> Iterator
             "versions": ", ".join(f"{k} {v}" for k, v in summary.environment.versions.items()),
         },
     )
+
+
+def _nats(loss: float | None) -> str | None:
+    return None if loss is None else f"{loss:.4f} nats per learned token"
 
 
 def _scores(evaluation: Evaluation | None) -> Iterator[tuple[str, str]]:
