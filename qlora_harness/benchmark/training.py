@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from qlora_harness.benchmark.peers import PEER_WAYS, run_peer
 from qlora_harness.benchmark.record import TrainingBenchmark, TrainingMeasurement, training_row
 from qlora_harness.data.corpus import load_training_data
-from qlora_harness.data.examples import Example
+from qlora_harness.data.examples import Example, lengths_of
 from qlora_harness.errors import SettingsError, TrainingError
 from qlora_harness.fused import fp8
 from qlora_harness.fused.model import FusedDecoder
@@ -227,8 +227,7 @@ class _TrainingBench:
         if reason is not None:
             raise TrainingError(f"-fp8 is impossible: {reason}", "Leave this way out")
         if optimization.kernels == "auto" and FusedDecoder.reason_against(model) is None:
-            lengths = [len(example.input_ids) for example in self.examples]
-            longest = largest_pass(lengths, settings, fused=True)
+            longest = largest_pass(lengths_of(self.examples), settings, fused=True)
             decoder = FusedDecoder.attach(
                 *(model, optimization.checkpointing, longest), compute=compute
             )

@@ -248,7 +248,7 @@ class _Run:
         model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
         # Otherwise PEFT replaces bfloat16 parameters, and fused layers hold on to the old ones.
         model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)
-        self.fused = self._fuse(model, [len(example.input_ids) for example in data.train])
+        self.fused = self._fuse(model, data.train.lengths)
         return model
 
     def _fuse(self, model: Any, lengths: Sequence[int]) -> FusedDecoder | None:
