@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
 
@@ -123,23 +123,24 @@ def training_table() -> str:
 
 def fp8_table() -> str:
     record = training("training_fp8_nf4.json")
-    rows = [
-        [text, f"{m.tokens_per_second:,.0f}", f"{m.median_tokens_per_second:,.0f}", peak(m)]
-        for way, text in FP8_ROWS.items()
-        for m in [record[way]]
-    ]
-    return table(["NF4", "tokens/s", "median of the steps", "peak, GiB"], rows)
+    return speed_table({text: record[way] for way, text in FP8_ROWS.items()})
 
 
 def small_table() -> str:
-    rows = []
+    rows: dict[str, TrainingMeasurement] = {}
     for size in ("0.5B", "1.5B"):
         name = size.lower()
         record = training(f"training_small_{name}.json", f"q{name}")
-        for way, text in SMALL_ROWS.items():
-            m = record[way]
-            speeds = [f"{m.tokens_per_second:,.0f}", f"{m.median_tokens_per_second:,.0f}"]
-            rows.append([f"{size}, {text}", *speeds, peak(m)])
+        rows |= {f"{size}, {text}": record[way] for way, text in SMALL_ROWS.items()}
+    return speed_table(rows)
+
+
+def speed_table(measurements: Mapping[str, TrainingMeasurement]) -> str:
+    """Mean and median speed, and peak memory, of measurements in NF4 by name."""
+    rows = [
+        [text, f"{m.tokens_per_second:,.0f}", f"{m.median_tokens_per_second:,.0f}", peak(m)]
+        for text, m in measurements.items()
+    ]
     return table(["NF4", "tokens/s", "median of the steps", "peak, GiB"], rows)
 
 

@@ -115,22 +115,15 @@ def _plugin() -> Check:
 def _host() -> Iterator[Check]:
     from qlora_harness.model.free_memory import available_memory
 
-    memory = available_memory()
-    enough = memory >= _HOST_MEMORY
-    yield Check(
-        "host memory",
-        "ok" if enough else "warning",
-        f"{memory / _GIB:.1f} GiB free",
-        "" if enough else "A 7B base takes up to 13 GiB while it loads",
-    )
-    free = shutil.disk_usage(Path.cwd()).free
-    enough = free >= _DISK
-    yield Check(
-        "disk",
-        "ok" if enough else "warning",
-        f"{free / _GIB:.1f} GiB free in {Path.cwd()}",
-        "" if enough else "A 7B base takes 13 GiB in the Hub's cache (HF_HOME)",
-    )
+    hint = "A 7B base takes up to 13 GiB while it loads"
+    yield _free("host memory", available_memory(), _HOST_MEMORY, "", hint)
+    hint = "A 7B base takes 13 GiB in the Hub's cache (HF_HOME)"
+    yield _free("disk", shutil.disk_usage(Path.cwd()).free, _DISK, f" in {Path.cwd()}", hint)
+
+
+def _free(name: str, size: int, least: int, where: str, hint: str) -> Check:
+    state, remedy = ("ok", "") if size >= least else ("warning", hint)
+    return Check(name, state, f"{size / _GIB:.1f} GiB free{where}", remedy)
 
 
 def _mmlu() -> Check:
