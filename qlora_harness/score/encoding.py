@@ -84,10 +84,8 @@ def _separate(pairs: Sequence[Pair], added: re.Pattern[str] | None) -> list[Pair
 class _Cut(NamedTuple):
     """The pieces of a text, each with the word before it, which the text's first piece lacks."""
 
-    head: (
-        str  # the text without its last paragraph; its complete pieces, all but the last, go first
-    )
-    pieces: list[Pair]  # then come these
+    head: str  # the text without its last paragraph, whose pieces but the last come first
+    pieces: list[Pair]  # then these
     start: int  # of the last one
 
 
