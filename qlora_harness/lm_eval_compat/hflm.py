@@ -85,6 +85,12 @@ class LoadedHFLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
         return scores
 
 
+    def generate_plainly(self, requests: list[Request], *, show_progress: bool) -> list[str]:
+        """Continues contexts with HFLM's batches."""
+        texts: list[str] = HFLM.generate_until(self, requests, disable_tqdm=not show_progress)
+        return texts
+
+
 class StockHFLM:
     """lm_eval's `hf` model with loaded weights, for timing each step."""
 

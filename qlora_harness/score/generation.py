@@ -1,0 +1,142 @@
+"""lm_eval's `generate_until` requests: which go to `generator`, and where their texts end.
+
+Their text is HFLM's. It takes all requests that aren't greedy or whose model has no packs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from tqdm import tqdm
+
+from qlora_harness.errors import SettingsError
+from qlora_harness.lm_eval_compat.hflm import LoadedHFLM, Request
+from qlora_harness.model.base import base_of
+from qlora_harness.score.generator import generate
+from qlora_harness.score.session import ScoringSession
+
+logger = logging.getLogger("qlora_harness")
+
+_LOOKBACK = 2  # tokens more than a stop string has, as in HFLM: it may be spelled with more
+_GREEDY = {"do_sample": False, "temperature": 0.0}
+# Of a model's generation config: what doesn't change greedy choices, or is followed here.
+_NEUTRAL = {
+    "_from_model_config",
+    "bos_token_id",
+    "do_sample",
+    "eos_token_id",
+    "max_length",
+    "max_new_tokens",
+    "pad_token_id",
+    "temperature",
+    "top_k",
+    "top_p",
+    "transformers_version",
+    "use_cache",
+}
+
+
+class Stops:
+    """Says which texts end: at one of some tokens, or at a stop string as HFLM looks for it."""
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str], tokens: Iterable[int]) -> None:
+        self._tokenizer, self._tokens = tokenizer, frozenset(tokens)
+        self._strings: dict[int, list[str]] = {}
+        for string in strings:
+            length = len(tokenizer.encode(string, add_special_tokens=False)) + _LOOKBACK
+            self._strings.setdefault(length, []).append(string)
+
+    def __call__(self, texts: Sequence[list[int]]) -> list[bool]:
+        """Looks at the ends of the new tokens of each text."""
+        ended = [tokens[-1] in self._tokens for tokens in texts]
+        for length, strings in self._strings.items() if texts else ():
+            windows = self._tokenizer.batch_decode([tokens[-length:] for tokens in texts])
+            ended = [
+                end or any(string in window for string in strings)
+                for end, window in zip(ended, windows, strict=True)
+            ]
+        return ended
+
+
+class GenerationTask:
+    """Answers `generate_until` requests of one call."""
+
+    def __init__(self, lm: LoadedHFLM, session: ScoringSession, *, show_progress: bool) -> None:
+        self._lm, self._session, self._show_progress = lm, session, show_progress
+        self._config = base_of(lm.model).generation_config
+
+    def answer(self, requests: Sequence[Request]) -> list[str]:
+        """Returns the texts; raises SettingsError if the window has no room for new tokens."""
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(number)
+        texts: dict[int, str] = {}
+        for numbers in groups.values():
+            group = [requests[n] for n in numbers]
+            texts.update(zip(numbers, self._answer_alike(group), strict=True))
+        return [texts[n] for n in range(len(requests))]
+
+    def _answer_alike(self, requests: list[Request]) -> list[str]:
+        """Answers requests with the same settings."""
+        settings = normalize_gen_kwargs(requests[0].args[1], self._lm.max_gen_toks)
+        until = handle_stop_sequences(
+            settings.pop("until"),
+            eos=self._lm.tok_decode(self._lm.eot_token_id, skip_special_tokens=False),
+        )
+        room = self._lm.max_length - settings.pop("max_gen_toks")
+        if room < 1:
+            raise SettingsError(
+                f"generation_kwargs: max_gen_toks {self._lm.max_length - room} leaves no room for a "
+                f"prompt in max_length={self._lm.max_length}",
+                "Give a lower max_gen_toks",
+            )
+        reason = self._session.path.reason or self._why_not(settings)
+        prompts = self._encode([request.args[0] for request in requests], room)
+        if reason is None and not min(map(len, prompts)):
+            reason = "a context is empty"
+        if reason is not None or not self._session.path.packed:
+            if reason is not None:
+                logger.warning("generating with HFLM's batches: %s", reason)
+            return self._lm.generate_plainly(requests, show_progress=self._show_progress)
+        ends = self._config.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        # A model's own limit has precedence in transformers.
+        longest = self._config.max_new_tokens or self._lm.max_length - room
+        texts = [""] * len(requests)
+        with tqdm(
+            desc="Generating", total=len(requests), unit=" texts", disable=not self._show_progress
+        ) as bar:
+            stops = Stops(self._lm.tokenizer, until, ends)
+            for text in generate(self._session.packed_model(), prompts, longest, stops):
+                texts[text.number] = postprocess_generated_text(
+                    self._lm.tok_decode(text.tokens), stop=until, think_end_token=None
+                )
+                self._lm.cache_hook.add_partial(
+                    "generate_until", requests[text.number].args, texts[text.number]
+                )
+                bar.update()
+        return texts
+
+    def _why_not(self, settings: dict[str, Any]) -> str | None:
+        """Returns why only HFLM can follow settings, those of a model included, or None."""
+        if self._lm.think_end_token is not None:
+            return "think_end_token is set"
+        for name, value in settings.items():
+            if _GREEDY.get(name, not value) != value:
+                return f"{name} is {value!r}"
+        others = sorted(self._config.to_diff_dict().keys() - _NEUTRAL)
+        return f"the model's generation config sets {others[0]}" if others else None
+
+    def _encode(self, contexts: list[str], room: int) -> list[list[int]]:
+        """Encodes contexts as HFLM does, cut on the left."""
+        ids, mask = self._lm.tok_batch_encode(
+            contexts, left_truncate_len=room, truncation=self._lm.truncation
+        )
+        return [row[used].tolist() for row, used in zip(ids, mask.bool(), strict=True)]
