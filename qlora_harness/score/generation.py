@@ -98,13 +98,11 @@ class GenerationTask:
                 "Give a lower max_gen_toks",
             )
         reason = self._session.path.reason or self._why_not(settings)
-        prompts = self._encode([request.args[0] for request in requests], room)
-        if reason is None and not min(map(len, prompts)):
-            reason = "a context is empty"
         if reason is not None or not self._session.path.packed:
             if reason is not None:
                 logger.warning("generating with HFLM's batches: %s", reason)
             return self._lm.generate_plainly(requests, show_progress=self._show_progress)
+        prompts = self._encode([request.args[0] for request in requests], room)
         ends = self._config.eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         # A model's own limit has precedence in transformers.
@@ -129,9 +127,10 @@ class GenerationTask:
         if self._lm.think_end_token is not None:
             return "think_end_token is set"
         for name, value in settings.items():
-            if _GREEDY.get(name, not value) != value:
+            if name not in _GREEDY or value != _GREEDY[name]:
                 return f"{name} is {value!r}"
-        others = sorted(self._config.to_diff_dict().keys() - _NEUTRAL)
+        own = self._config.to_diff_dict()
+        others = sorted(name for name in own.keys() - _NEUTRAL if own[name])
         return f"the model's generation config sets {others[0]}" if others else None
 
     def _encode(self, contexts: list[str], room: int) -> list[list[int]]:

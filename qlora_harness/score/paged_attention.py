@@ -61,7 +61,7 @@ class PagedCache:
         self._table[:, 0] = np.arange(rows)
         self._owner = np.arange(pages, dtype=np.int32)
         self._first = np.zeros(pages, dtype=np.int32)
-        # On the device: the pages of each row; the row of each page, and its first token there; the
+        # On the device: the pages of each row; the row of each page, if any, and its first token there; the
         # tokens that a row holds, and the index of the last that it may get.
         self.table, self.owner, self.first = (
             torch.from_numpy(each).to(device) for each in (self._table, self._owner, self._first)
@@ -80,6 +80,7 @@ class PagedCache:
     def release(self, row: int) -> None:
         """Takes the pages back."""
         self._free += self._owned[row]
+        self._owner[self._owned[row]] = -1
         self._owned[row] = []
 
     def upload(self, lengths: dict[int, tuple[int, int]]) -> None:
