@@ -114,3 +114,8 @@ class StockHFLM:
         score = self._hflm._loglikelihood_tokens  # noqa: SLF001  # as above
         scores: list[Score] = score(encoded, disable_tqdm=True)
         return scores
+
+    def generate(self, requests: list[Request]) -> list[str]:
+        """Continues contexts."""
+        texts: list[str] = self._hflm.generate_until(requests, disable_tqdm=True)
+        return texts
