@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from scoring_runs import MakeLm, refused
-from tiny_models import adapted, model_of, tiny_of_any_kind
+from tiny_models import continued, generated, model_of, prompts, tiny_of_any_kind
 
 from qlora_harness.errors import SettingsError
 from qlora_harness.lm_eval_compat.hflm import LoadedHFLM
@@ -39,43 +38,6 @@ def as_hflm(lm: QloraAdapterLM, batch_size: int) -> HFLM:
     return HFLM(lm.model, tokenizer=lm.tokenizer, batch_size=batch_size, max_length=lm.max_length)
 
 
-def prompts(count: int, vocabulary: int, shared: int = 5) -> list[list[int]]:
-    draw = torch.Generator().manual_seed(3)
-    prefix = torch.randint(1, vocabulary, (shared,), generator=draw).tolist()
-    lengths = [1 + n * 7 % 13 for n in range(count)]
-    return [
-        prefix + torch.randint(1, vocabulary, (length,), generator=draw).tolist()
-        for length in lengths
-    ]
-
-
-def continued(model: Any, ids: list[list[int]], longest: int, end: int) -> list[list[int]]:
-    """What transformers generates for each prompt alone."""
-    texts = []
-    for prompt in ids:
-        out = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-            max_new_tokens=longest,
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=0,
-        )
-        texts.append(out[0, len(prompt) :].tolist())
-    return texts
-
-
-def generated(
-    model: PackedModel, ids: list[list[int]], longest: int, end: int
-) -> list[list[int]]:
-    texts: list[list[int]] = [[] for _ in ids]
-    done = generator.generate(model, ids, longest, lambda new: [text[-1] == end for text in new])
-    for text in done:
-        assert not texts[text.number]
-        texts[text.number] = text.tokens
-    return texts
-
-
 @pytest.mark.parametrize("flex", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"])
 def test_tokens_are_those_of_transformers(
@@ -89,7 +51,8 @@ def test_tokens_are_those_of_transformers(
     open_ended = continued(model, ids, 20, end=-1)
     # The token that ends texts at the most different lengths.
     end = max(
-        range(40), key=lambda token: len({text.index(token) for text in open_ended if token in text})
+        range(40),
+        key=lambda token: len({text.index(token) for text in open_ended if token in text}),
     )
     expected = continued(model, ids, 20, end=end)
     assert len({len(text) for text in expected}) > 2 or kind.startswith("gpt")
@@ -126,7 +89,8 @@ def test_texts_are_those_of_hflm(
     stops = [open_ended[1][4:6], open_ended[2][7], "\n\n"]
     stopped = [*requests(CONTEXTS[:3], until=stops), *requests(CONTEXTS, until=stops[0])]
     expected = theirs.generate_until(stopped, disable_tqdm=True)
-    assert expected[1] != open_ended[1] and expected[2] != open_ended[2]
+    assert expected[1] != open_ended[1]
+    assert expected[2] != open_ended[2]
     assert lm.generate_until(stopped, disable_tqdm=True) == expected
 
 
@@ -155,7 +119,8 @@ def test_long_contexts_are_cut_as_hflm_does(
         long, disable_tqdm=True
     )
     text = refused(lambda: lm.generate_until(requests(["a"], max_gen_toks=64)), SettingsError)
-    assert "max_gen_toks 64" in text and "max_length=64" in text
+    assert "max_gen_toks 64" in text
+    assert "max_length=64" in text
 
 
 def test_smollm2_continues_as_with_hflm(smollm2: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +160,9 @@ def test_hflm_takes_what_is_not_greedy(
 
 def test_stop_strings_may_be_spelled_with_other_tokens(make_lm: MakeLm) -> None:
     lm = make_lm()
-    whole, parts = ([lm.tokenizer.convert_tokens_to_ids(t) for t in ts] for ts in (["▁A"], ["▁", "A"]))
+    whole, parts = (
+        [lm.tokenizer.convert_tokens_to_ids(t) for t in ts] for ts in (["▁A"], ["▁", "A"])
+    )
     end = lm.tokenizer.convert_tokens_to_ids("x")
     stops = Stops(lm.tokenizer, ["b A"], [end])
     b = lm.tokenizer.convert_tokens_to_ids("b")

@@ -34,7 +34,9 @@ def measure_generation(plan: ScoringPlan) -> str:
     assert plan.generate is not None
     prompts, source = choose_prompts(plan.gsm8k, plan.generate)
     settings = {"until": _STOPS, "max_gen_toks": plan.max_new_tokens, "do_sample": False}
-    requests = [Request("generate_until", {}, (text, settings), n) for n, text in enumerate(prompts)]
+    requests = [
+        Request("generate_until", {}, (text, settings), n) for n, text in enumerate(prompts)
+    ]
     few = min(plan.baseline_questions or len(requests), len(requests))
     sample = random.Random(0).sample(range(len(requests)), few)
     lm = load_for_benchmark(plan)

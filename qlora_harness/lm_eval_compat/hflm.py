@@ -84,7 +84,6 @@ class LoadedHFLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
         scores: list[Score] = super()._loglikelihood_tokens(encoded, disable_tqdm=True)
         return scores
 
-
     def generate_plainly(self, requests: list[Request], *, show_progress: bool) -> list[str]:
         """Continues contexts with HFLM's batches."""
         texts: list[str] = HFLM.generate_until(self, requests, disable_tqdm=not show_progress)

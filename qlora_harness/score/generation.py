@@ -93,8 +93,8 @@ class GenerationTask:
         room = self._lm.max_length - settings.pop("max_gen_toks")
         if room < 1:
             raise SettingsError(
-                f"generation_kwargs: max_gen_toks {self._lm.max_length - room} leaves no room for a "
-                f"prompt in max_length={self._lm.max_length}",
+                f"generation_kwargs: max_gen_toks {self._lm.max_length - room} leaves no room for "
+                f"a prompt in max_length={self._lm.max_length}",
                 "Give a lower max_gen_toks",
             )
         reason = self._session.path.reason or self._why_not(settings)

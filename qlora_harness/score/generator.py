@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class Text:
     """A prompt and its continuation."""
 
     number: int
-    prompt: Sequence[int]
+    prompt: list[int]
     tokens: list[int] = field(default_factory=list)
     complete: bool = False
 
@@ -57,7 +57,7 @@ class _Step(NamedTuple):
 
 @torch.inference_mode()
 def generate(
-    model: PackedModel, prompts: Sequence[Sequence[int]], longest: int, complete: Complete
+    model: PackedModel, prompts: Sequence[list[int]], longest: int, complete: Complete
 ) -> Iterator[Text]:
     """Yields texts as they become complete, with at most `longest` new tokens each.
 
@@ -67,7 +67,7 @@ def generate(
     yield from _Generator(model, prompts, longest, complete).run()
 
 
-def common_prefix(texts: Sequence[Sequence[int]]) -> int:
+def common_prefix(texts: Sequence[list[int]]) -> int:
     """Returns the number of tokens with which all texts begin."""
     first, last = min(texts), max(texts)  # in lexicographic order
     pairs = enumerate(zip(first, last, strict=False))
@@ -78,7 +78,7 @@ class _Generator:
     def __init__(
         self,
         model: PackedModel,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[list[int]],
         longest: int,
         complete: Complete,
     ) -> None:
@@ -206,7 +206,7 @@ class _Generator:
             self._compute()
             if self._model.has_graphs:  # whose kernels the step has compiled and loaded
                 self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph):
+                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                     self._compute()
         self._steps.append(_started(list(self._rows), self._tokens))
 

@@ -64,10 +64,10 @@ class OutputHead:
     def likeliest(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the token with the largest logit, [R] int64, for each of [R, H]."""
         weight = self._weight
-        if hidden.is_cuda and hidden.dtype == torch.bfloat16 and self._bias is None:
-            if weight is not None and weight.dtype == torch.bfloat16:
-                # As exact: products of bfloat16 numbers have no more digits than a float32.
-                return torch.mm(hidden, weight.t(), out_dtype=torch.float32).argmax(-1)
+        plain = hidden.is_cuda and weight is not None and self._bias is None
+        if plain and hidden.dtype == weight.dtype == torch.bfloat16:
+            # As exact: products of bfloat16 numbers have no more digits than a float32.
+            return torch.mm(hidden, weight.t(), out_dtype=torch.float32).argmax(-1)
         return self.logits(hidden).argmax(-1)
 
     def read(

@@ -7,22 +7,19 @@ as the text needs. Its two parts, to the prefix and to the pages, join by their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from qlora_harness.fused.host_memory import to_device
 from qlora_harness.fused.layer import Attend
 from qlora_harness.model.base import head_size
 from qlora_harness.score.tree_attention import keep_compiling
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 PAGE = 128  # tokens
 
@@ -45,7 +42,13 @@ class PagedCache:
     """
 
     def __init__(
-        self, config: Any, dtype: torch.dtype, device: torch.device, rows: int, pages: int, widest: int
+        self,
+        config: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: int,
+        pages: int,
+        widest: int,
     ) -> None:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         shape = heads, pages * PAGE, head_size(config)
@@ -61,8 +64,8 @@ class PagedCache:
         self._table[:, 0] = np.arange(rows)
         self._owner = np.arange(pages, dtype=np.int32)
         self._first = np.zeros(pages, dtype=np.int32)
-        # On the device: the pages of each row; the row of each page, if any, and its first token there; the
-        # tokens that a row holds, and the index of the last that it may get.
+        # On the device: the pages of each row; the row of each page, if any, and its first token
+        # there; the tokens that a row holds, and the index of the last that it may get.
         self.table, self.owner, self.first = (
             torch.from_numpy(each).to(device) for each in (self._table, self._owner, self._first)
         )
@@ -131,10 +134,10 @@ class StepAttention:
     """Attention of one new token of each row, which it adds to the cache."""
 
     def __init__(self, cache: PagedCache, *, flex: bool) -> None:
-        self._cache, self._layer = cache, 0
+        self._cache, self._flex, self._layer = cache, flex, 0
+        self._mask: BlockMask | None = None  # one for all layers
         page, within = cache.length // PAGE, cache.length % PAGE
         self._at = cache.table.gather(1, page[:, None])[:, 0].long() * PAGE + within
-        self._mask = _mask(cache) if flex else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See `Attend`; T is the number of rows."""
@@ -143,11 +146,17 @@ class StepAttention:
         cache.write(layer, self._at, k, v)
         prefix = cache.prefix[layer] if cache.prefix else None
         keys, values = cache.keys[layer], cache.values[layer]
-        if self._mask is None:
-            return _plain(q, *self._gathered(keys, values), prefix, cache.length, scale)
-        if q.is_cuda:
-            keep_compiling()
-        return _flex(q.is_cuda)(q, keys, values, prefix, self._mask, scale)
+        # Query heads that share a key head are like queries of one head.
+        grouped = q.view(len(q), len(keys), -1, q.shape[2])
+        if self._flex:
+            self._mask = self._mask or _mask(cache, grouped.shape[2])
+            if q.is_cuda:
+                keep_compiling()
+            out = _flex(q.is_cuda)(grouped, keys, values, prefix, self._mask, scale)
+        else:
+            pages = self._gathered(keys, values)
+            out = _plain(grouped, *pages, prefix, cache.length, scale)
+        return out.reshape(q.shape)
 
     def _gathered(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Copies what the rows hold, up to the longest, [K, T, S, D]."""
@@ -166,29 +175,23 @@ def _plain(
     length: Tensor,
     scale: float,
 ) -> Tensor:
-    """Attends with matrix products; keys and values are [K, T, S, D]."""
-    (rows, heads, size), key_heads = q.shape, len(keys)
-    grouped = q.view(rows, key_heads, -1, size).transpose(0, 1)  # [K, T, G, D]
-    scores = grouped @ keys.transpose(2, 3) * scale
+    """Attends with matrix products: q is [T, K, G, D], keys and values are [K, T, S, D]."""
+    q = q.transpose(0, 1)
+    scores = q @ keys.transpose(2, 3) * scale
     unseen = torch.arange(keys.shape[2], device=q.device) > length[:, None]
     scores = scores.masked_fill(unseen[:, None], -torch.inf)
     if prefix is None:
-        out = scores.float().softmax(-1).to(q.dtype) @ values
-    else:
-        before, after = prefix[0].shape[1], scores.shape[3]
-        flat = grouped.reshape(key_heads, -1, size)
-        shared = (flat @ prefix[0].transpose(1, 2) * scale).view(*scores.shape[:3], before)
-        weights = torch.cat([shared, scores], dim=3).float().softmax(-1).to(q.dtype)
-        shared, own = weights.split([before, after], dim=3)
-        out = own @ values
-        out += (shared.reshape(key_heads, -1, before) @ prefix[1]).view_as(out)
-    return out.transpose(0, 1).reshape(rows, heads, size)
+        return (scores.float().softmax(-1).to(q.dtype) @ values).transpose(0, 1)
+    before = q.flatten(1, 2) @ prefix[0].transpose(1, 2) * scale
+    both = torch.cat([before.view(*q.shape[:3], -1), scores], dim=3)
+    weights = both.float().softmax(-1).to(q.dtype)
+    before, own = weights.split([before.shape[2], scores.shape[3]], dim=3)
+    out = own @ values + (before.flatten(1, 2) @ prefix[1]).view_as(q)
+    return out.transpose(0, 1)
 
 
-def _mask(cache: PagedCache) -> BlockMask:
+def _mask(cache: PagedCache, group: int) -> BlockMask:
     """Returns FlexAttention's mask: a row sees the tokens that it holds, and its new one."""
-    from torch.nn.attention.flex_attention import BlockMask
-
     owner, first, length = cache.owner, cache.first, cache.length
 
     def sees(row: Any, head: Any, query: Any, slot: Any) -> Any:
@@ -198,9 +201,9 @@ def _mask(cache: PagedCache) -> BlockMask:
     return BlockMask.from_kv_blocks(
         (length // PAGE + 1).int()[:, None, None],
         cache.table[:, None, None],
-        BLOCK_SIZE=PAGE,
+        BLOCK_SIZE=(128, PAGE),
         mask_mod=sees,
-        seq_lengths=(1, cache.keys[0].shape[1]),
+        seq_lengths=(group, cache.keys[0].shape[1]),
         compute_q_blocks=False,  # for gradients
     )
 
@@ -213,31 +216,24 @@ def _joined(
     mask: BlockMask,
     scale: float,
 ) -> Tensor:
-    """Attends with FlexAttention; keys and values are all pages of a layer, [K, S, D]."""
-    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
-
+    """Attends with FlexAttention: q is [T, K, G, D], keys and values are all pages, [K, S, D]."""
     attend: Any = flex_attention
     with_lse = AuxRequest(lse=True)
     own, aux = attend(
-        *(q[:, :, None], keys[None], values[None]),
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=True,
-        return_aux=with_lse,
+        *(q, keys[None], values[None]), block_mask=mask, scale=scale, return_aux=with_lse
     )
-    own = own[:, :, 0]
     if prefix is None:
         return own  # type: ignore[no-any-return]
-    (rows, heads, size), key_heads = q.shape, len(keys)
     # The prefix is one text for all rows, so their queries are one matrix.
-    grouped = q.view(rows, key_heads, -1, size).transpose(0, 1).reshape(1, key_heads, -1, size)
-    shared, shared_aux = attend(
-        grouped, prefix[0][None], prefix[1][None], scale=scale, return_aux=with_lse
+    flat = q.transpose(0, 1).flatten(1, 2)[None]
+    before, aux_before = attend(
+        *(flat, prefix[0][None], prefix[1][None]), scale=scale, return_aux=with_lse
     )
-    shared = shared.view(key_heads, rows, -1, size).transpose(0, 1).reshape(rows, heads, size)
-    shared_lse = shared_aux.lse.view(key_heads, rows, -1).transpose(0, 1).reshape(rows, heads)
-    share = torch.sigmoid(aux.lse[:, :, 0] - shared_lse)[..., None]
-    return (shared + share * (own - shared)).to(q.dtype)  # type: ignore[no-any-return]
+    before = before.view(q.transpose(0, 1).shape).transpose(0, 1)
+    lse = aux_before.lse.view(q.shape[1], q.shape[0], q.shape[2]).transpose(0, 1)
+    share = torch.sigmoid(aux.lse - lse)[..., None]
+    joined: Tensor = before + share * (own - before)
+    return joined.to(q.dtype)
 
 
 @lru_cache(maxsize=2)
