@@ -758,8 +758,7 @@ def test_generating_with_graphs_equals_launching_each_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(generator, "_MOST_ROWS", 8)
-    model = model_of("llama", True, 2, "all-linear").to(torch.bfloat16).cuda()
-    packed = PackedModel(model, None)
+    packed = PackedModel(small("llama", quantised=True, dropout=0.0).eval(), None)
     # Texts that grow beyond their first page, and end early.
     ids = [[*prompt, *range(1, 55), *range(1, 55)] for prompt in prompts(20, shared=30)]
     replayed = generated(packed, ids, 40, 7)
