@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 
 from qlora_harness.model.base import base_of
 from qlora_harness.score.encoding import Pair
@@ -20,6 +25,14 @@ if TYPE_CHECKING:
 
 Request: TypeAlias = Instance
 Encoded = tuple[Pair, list[int], list[int]]  # the ids of context and continuation
+
+
+class GenerationSettings(NamedTuple):
+    """How a `generate_until` request's text is made, with HFLM's defaults."""
+
+    stops: list[str]  # with the tokenizer's EOS
+    longest: int  # new tokens
+    others: dict[str, Any]
 
 
 class LoadedHFLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
@@ -83,6 +96,25 @@ class LoadedHFLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
         """Scores token ids exactly as HFLM does, without the float32 output head."""
         scores: list[Score] = super()._loglikelihood_tokens(encoded, disable_tqdm=True)
         return scores
+
+    def generation_settings(self, given: dict[str, Any]) -> GenerationSettings:
+        """Completes the settings of a request."""
+        others = normalize_gen_kwargs(given, self.max_gen_toks)
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        stops = handle_stop_sequences(others.pop("until"), eos=eos)
+        return GenerationSettings(stops, others.pop("max_gen_toks"), others)
+
+    def encode_contexts(self, contexts: list[str], room: int) -> list[list[int]]:
+        """Encodes the contexts of a batch, cut on the left to `room` tokens."""
+        ids, mask = self.tok_batch_encode(
+            contexts, left_truncate_len=room, truncation=self.truncation
+        )
+        return [row[used].tolist() for row, used in zip(ids, mask.bool(), strict=True)]
+
+    def text_of(self, tokens: list[int], stops: list[str]) -> str:
+        """Decodes new tokens, up to the first stop string."""
+        text: str = postprocess_generated_text(self.tok_decode(tokens), stops, None)
+        return text
 
     def generate_plainly(self, requests: list[Request], *, show_progress: bool) -> list[str]:
         """Continues contexts with HFLM's batches."""

@@ -9,11 +9,6 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
 from tqdm import tqdm
 
 from qlora_harness.errors import SettingsError
@@ -85,45 +80,41 @@ class GenerationTask:
 
     def _answer_alike(self, requests: list[Request]) -> list[str]:
         """Answers requests with the same settings."""
-        settings = normalize_gen_kwargs(requests[0].args[1], self._lm.max_gen_toks)
-        until = handle_stop_sequences(
-            settings.pop("until"),
-            eos=self._lm.tok_decode(self._lm.eot_token_id, skip_special_tokens=False),
-        )
-        room = self._lm.max_length - settings.pop("max_gen_toks")
+        lm, path = self._lm, self._session.path
+        settings = lm.generation_settings(requests[0].args[1])
+        room = lm.max_length - settings.longest
         if room < 1:
             raise SettingsError(
-                f"generation_kwargs: max_gen_toks {self._lm.max_length - room} leaves no room for "
-                f"a prompt in max_length={self._lm.max_length}",
+                f"generation_kwargs: max_gen_toks {settings.longest} leaves no room for a prompt "
+                f"in max_length={lm.max_length}",
                 "Give a lower max_gen_toks",
             )
-        reason = self._session.path.reason or self._why_not(settings)
-        if reason is not None or not self._session.path.packed:
-            if reason is not None:
-                logger.warning("generating with HFLM's batches: %s", reason)
-            return self._lm.generate_plainly(requests, show_progress=self._show_progress)
-        prompts = self._encode([request.args[0] for request in requests], room)
+        reason = path.reason or self._why_not_greedy(settings.others)
+        if reason is not None:
+            logger.warning("generating with HFLM's batches: %s", reason)
+        if reason is not None or not path.packed:
+            return lm.generate_plainly(requests, show_progress=self._show_progress)
         ends = self._config.eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         # A model's own limit has precedence in transformers.
-        longest = self._config.max_new_tokens or self._lm.max_length - room
+        longest = self._config.max_new_tokens or settings.longest
+        prompts = lm.encode_contexts([request.args[0] for request in requests], room)
+        stops = Stops(lm.tokenizer, settings.stops, ends)
         texts = [""] * len(requests)
-        with tqdm(
-            desc="Generating", total=len(requests), unit=" texts", disable=not self._show_progress
-        ) as bar:
-            stops = Stops(self._lm.tokenizer, until, ends)
-            for text in generate(self._session.packed_model(), prompts, longest, stops):
-                texts[text.number] = postprocess_generated_text(
-                    self._lm.tok_decode(text.tokens), stop=until, think_end_token=None
-                )
-                self._lm.cache_hook.add_partial(
-                    "generate_until", requests[text.number].args, texts[text.number]
-                )
-                bar.update()
+        for text in tqdm(
+            generate(self._session.packed_model(), prompts, longest, stops),
+            desc="Generating",
+            total=len(requests),
+            unit=" texts",
+            disable=not self._show_progress,
+        ):
+            texts[text.number] = lm.text_of(text.tokens, settings.stops)
+            request = requests[text.number]
+            lm.cache_hook.add_partial("generate_until", request.args, texts[text.number])
         return texts
 
-    def _why_not(self, settings: dict[str, Any]) -> str | None:
-        """Returns why only HFLM can follow settings, those of a model included, or None."""
+    def _why_not_greedy(self, settings: dict[str, Any]) -> str | None:
+        """Returns why only HFLM can follow settings, those of the model included, or None."""
         if self._lm.think_end_token is not None:
             return "think_end_token is set"
         for name, value in settings.items():
@@ -132,10 +123,3 @@ class GenerationTask:
         own = self._config.to_diff_dict()
         others = sorted(name for name in own.keys() - _NEUTRAL if own[name])
         return f"the model's generation config sets {others[0]}" if others else None
-
-    def _encode(self, contexts: list[str], room: int) -> list[list[int]]:
-        """Encodes contexts as HFLM does, cut on the left."""
-        ids, mask = self._lm.tok_batch_encode(
-            contexts, left_truncate_len=room, truncation=self._lm.truncation
-        )
-        return [row[used].tolist() for row, used in zip(ids, mask.bool(), strict=True)]
