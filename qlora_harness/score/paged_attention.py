@@ -1,7 +1,7 @@
 """Keys and values of growing texts in pages, and attention to them.
 
 All texts begin with the same prefix, whose keys and values exist once. Those of the rest of a text
-are in pages of 128 tokens, which a text owns until another takes its place: attention reads as many
+are in pages of 64 tokens, which a text owns until another takes its place: attention reads as many
 as the text needs. Its two parts, to the prefix and to the pages, join by their log-sum-exp.
 """
 
@@ -21,7 +21,7 @@ from qlora_harness.fused.layer import Attend
 from qlora_harness.model.base import head_size
 from qlora_harness.score.tree_attention import keep_compiling
 
-PAGE = 128  # tokens
+PAGE = 64  # tokens
 
 
 def pages_for(tokens: int) -> int:
@@ -218,12 +218,13 @@ def _joined(
 ) -> Tensor:
     """Attends with FlexAttention: q is [T, K, G, D], keys and values are all pages, [K, S, D]."""
     attend: Any = flex_attention
+    own: Tensor
     with_lse = AuxRequest(lse=True)
     own, aux = attend(
         *(q, keys[None], values[None]), block_mask=mask, scale=scale, return_aux=with_lse
     )
     if prefix is None:
-        return own  # type: ignore[no-any-return]
+        return own
     # The prefix is one text for all rows, so their queries are one matrix.
     flat = q.transpose(0, 1).flatten(1, 2)[None]
     before, aux_before = attend(
