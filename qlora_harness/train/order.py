@@ -8,6 +8,7 @@ nearly as many tokens: a step takes as long as its slowest process.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch.utils.data import Sampler
@@ -101,4 +102,4 @@ def _split(examples: Sequence[int], size: int) -> Iterator[list[int]]:
 def _parts(examples: Sequence[int], count: int) -> list[list[int]]:
     """Splits examples into parts of nearly the same number."""
     borders = [number * len(examples) // count for number in range(count + 1)]
-    return [list(examples[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+    return [list(examples[a:b]) for a, b in pairwise(borders)]

@@ -53,10 +53,10 @@ class CountingTrainer(Trainer):
         if self.accelerator.ddp_handler is not None:
             # Without a copy of the gradients beside the buckets that are reduced.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
-        # Every process has loaded the same base. DDP would send it again, and buffers at each step.
+        # Every process has loaded the same base. DDP would send it again, and buffers in each step.
         frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
         buffers = [name for name, _ in self.model.named_buffers()]
-        self.model._ddp_params_and_buffers_to_ignore = [*frozen, *buffers]
+        self.model._ddp_params_and_buffers_to_ignore = frozen + buffers  # noqa: SLF001  # DDP's name
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; a checkpoint that torch can't load raises RunError."""
