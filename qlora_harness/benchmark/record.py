@@ -84,6 +84,7 @@ class TrainingBenchmark(_Benchmark):
 
     schema_version: Literal[1] = 1
     kind: Literal["training_benchmark"] = "training_benchmark"
+    processes: int = 1  # each with a GPU of its own; tokens are those of all, peaks the largest
     measurements: list[TrainingMeasurement]
 
     def table(self) -> str:
