@@ -66,6 +66,9 @@ class _Benchmark(BaseModel):
     title: str
     measurements: Any
     environment: dict[str, Any]
+    # Each with its own device. Tokens are those of all; peaks are the largest in training, and
+    # those of the first process in scoring.
+    processes: int = 1
 
     @classmethod
     def of(cls, title: str, measurements: Any, device: str) -> Self:
@@ -84,7 +87,6 @@ class TrainingBenchmark(_Benchmark):
 
     schema_version: Literal[1] = 1
     kind: Literal["training_benchmark"] = "training_benchmark"
-    processes: int = 1  # each with a GPU of its own; tokens are those of all, peaks the largest
     measurements: list[TrainingMeasurement]
 
     def table(self) -> str:
