@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ def run_benchmark(args: argparse.Namespace) -> None:
     """Runs one of the three and prints its result."""
     values = vars(args).copy()
     command = values.pop("command")
-    if command == "benchmark-training":
-        print(_benchmark_training(values))
-    elif command == "benchmark-scoring":
-        print(_benchmark_scoring(values))
+    if command in ("benchmark-training", "benchmark-scoring"):
+        measure = _benchmark_training if command == "benchmark-training" else _benchmark_scoring
+        table = measure(values)
+        if os.environ.get("RANK", "0") == "0":
+            print(table)
     else:
         from qlora_harness.benchmark.random_model import write_random_model
 

@@ -81,10 +81,12 @@ def measure_scoring(plan: ScoringPlan) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     random_weights = ", random weights" if lm.loaded.source.random_weights else ""
     dtype = lm.loaded.compute_dtype
-    title = f"{plan.model}{random_weights}, {plan.quant}, {dtype}, {plan.file}, {name}"
+    devices = name if lm.world_size == 1 else f"{lm.world_size} × {name}"
+    title = f"{plan.model}{random_weights}, {plan.quant}, {dtype}, {plan.file}, {devices}"
     title += ", fused kernels" if lm.session.path.fused else ""
     record = ScoringBenchmark.of(title, measurements, name)
-    if plan.output is not None:
+    record.processes = lm.world_size
+    if plan.output is not None and lm.rank == 0:
         record.write(plan.output)
     return record.table()
 
