@@ -142,6 +142,7 @@ def _plan(words: Sequence[str]) -> None:
     """Parses the flags of launch/train.py and prints the memory of every way to train."""
     from qlora_harness.model.base import find_base
     from qlora_harness.train.command import flag_parser, parse_settings
+    from qlora_harness.train.compute_dtype import with_own_dtype
     from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
     from qlora_harness.train.plan_text import table
     from qlora_harness.train.window import check_window
@@ -150,6 +151,7 @@ def _plan(words: Sequence[str]) -> None:
     settings, _ = parse_settings(words, parser)
     source = find_base(settings.model.model, settings.model.revision)
     check_window(settings, source)
+    settings = with_own_dtype(settings)
     shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
     # Without data, assumes that every example has the longest permitted length.
     examples = settings.optimization.batch_size * settings.optimization.grad_accum

@@ -62,7 +62,7 @@ class _Config(_Part):
             return arguments.get("bnb_4bit_quant_type", "fp4")
         if arguments.get("load_in_8bit", "").lower() == "true":
             return "int8"
-        return "bf16" if _as_recorded(self.model_dtype) == "bfloat16" else None
+        return "bf16" if _as_recorded(self.model_dtype) in ("bfloat16", "float16") else None
 
 
 class _ResultsFile(_Part):

@@ -128,6 +128,8 @@ class _Command:
 
         self._devices = visible_devices()
         self._study = with_one_dtype(study, self._devices)
+        if not all(device.has_bfloat16 for device in self._devices):
+            print("float16 where compute_dtype is auto: a GPU has no bfloat16")
         self._folder = StudyFolder(self._study)
         self._folder.check()
         self._chosen, self._began = chosen, began
