@@ -292,10 +292,10 @@ def answer(folder: Path = STUDY) -> str:
     return "\n".join(f"    {line}".rstrip() for line in printed.splitlines())
 
 
-def fp8_answer(arm: str, lines: int) -> str:
-    """The comparison of an arm in FP8 with the same seeds in bf16."""
-    runs = find_runs(IN_FP8 / arm)
-    same = [STUDY / arm / run.name if run.name != arm else STUDY / arm for run in runs]
+def fp8_answer(arms: Iterable[str], lines: int) -> str:
+    """The comparison of arms in FP8 with the same seeds in bf16."""
+    runs = [run for arm in arms for run in find_runs(IN_FP8 / arm)]
+    same = [STUDY / run.relative_to(IN_FP8) for run in runs]
     printed = str(qh.compare([*runs, *same])).splitlines()
     return "\n".join(f"    {line}".rstrip() for line in printed[:lines])
 
@@ -419,10 +419,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "table: headline": headline_table,
     "table: training": partial(training_table, "training", TRAINING_ROWS),
     "table: fp8": partial(training_table, "training_fp8", FP8_ROWS),
-    "answer: bf16 in FP8": partial(fp8_answer, "bf16", 7),
-    "answer: NF4 in FP8": partial(fp8_answer, "nf4", 7),
-    "answer: bf16 scored in FP8": partial(fp8_answer, "base_bf16", 4),
-    "answer: NF4 scored in FP8": partial(fp8_answer, "base_nf4", 4),
+    "answer: bf16 in FP8": partial(fp8_answer, ["bf16"], 7),
+    "answer: NF4 in FP8": partial(fp8_answer, ["nf4"], 7),
+    "answer: in FP8": partial(fp8_answer, ["bf16", "nf4"], 5),
+    "answer: bf16 scored in FP8": partial(fp8_answer, ["base_bf16"], 4),
+    "answer: NF4 scored in FP8": partial(fp8_answer, ["base_nf4"], 4),
     "table: long": long_table,
     "table: small": small_table,
     "table: fp8 scoring": fp8_scoring_table,
