@@ -330,8 +330,11 @@ def _conditions(record: _ResultsFile) -> dict[str, object]:
         "environment.versions.torch": torch[1].strip() if torch else None,
         "environment.device.name": gpu[1].strip() if gpu else None,
     }
-    for name in ("chat_template_sha", "system_instruction_sha", "fewshot_as_multiturn"):
+    for name in ("chat_template_sha", "system_instruction_sha"):
         conditions[name] = others.get(name)
+    # lm_eval's command and its Python entry have two defaults, which matter with a template only.
+    multiturn = others.get("fewshot_as_multiturn") if others.get("chat_template_sha") else None
+    conditions["fewshot_as_multiturn"] = multiturn
     arguments = config.arguments
     arguments.pop("pretrained", None)
     arguments.pop("peft", None)
