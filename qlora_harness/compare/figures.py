@@ -45,9 +45,11 @@ def figures(comparison: ComparisonRecord) -> list[Figure]:
     colours = {arm: _COLOURS[number % len(_COLOURS)] for number, arm in enumerate(others)}
     if baseline is not None:
         colours[baseline] = _BASELINE
-    differences = [_forest(comparison, key) for key in ("accuracy", "nll")]
+    keys = ("accuracy", "nll", *comparison.benchmarks)
+    differences = [_forest(comparison, key) for key in keys]
     if len(comparison.primary) > 1:
-        differences = [_dose(comparison, key) for key in ("eval_loss", "nll", "accuracy")]
+        keys = ("eval_loss", "nll", "accuracy", *comparison.benchmarks)
+        differences = [_dose(comparison, key) for key in keys]
     made = [
         *differences,
         _memory_and_loss(comparison, colours),

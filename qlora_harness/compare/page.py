@@ -42,7 +42,7 @@ def check_packages() -> None:
 def tiles(comparison: ComparisonRecord) -> list[Tile]:
     """Returns the headlines of the leading contrast."""
     shown = []
-    for key in _TILES if comparison.primary else ():
+    for key in (*_TILES, *comparison.benchmarks) if comparison.primary else ():
         endpoint = comparison.headline.endpoints.get(key)
         if endpoint is None:
             continue
@@ -52,7 +52,7 @@ def tiles(comparison: ComparisonRecord) -> list[Tile]:
         ends = interval(endpoint)
         shown.append(
             Tile(
-                endpoint.name.capitalize(),
+                endpoint.name[:1].upper() + endpoint.name[1:] if key in _TILES else endpoint.name,
                 difference(endpoint),
                 f"{ends} · {sizes}" if ends else sizes,
                 word(endpoint),
