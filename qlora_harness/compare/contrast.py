@@ -50,8 +50,8 @@ def contrast(
         detail = sc.detail(one, two)
         endpoints = [sc.mark_letters(endpoint, detail) for endpoint in endpoints]
     elif task is not None and all(task in run.scored for run in runs):
-        results = [[run.scored[task] for run in part.runs] for part in (arm, baseline)]
-        endpoints.append(sc.unpaired("accuracy", *results, level, margin))
+        first, second = ([run.scored[task] for run in part.runs] for part in (arm, baseline))
+        endpoints.append(sc.unpaired("accuracy", first, second, level, margin))
     others = [sc.benchmark(one, (arm, baseline), level, margin) for one in measures]
     endpoints += [one for one in others if one is not None]
     if tests > 1:  # Bonferroni's correction, as in the intervals

@@ -94,6 +94,7 @@ def other_measures(
     for name in dict.fromkeys(name for run in runs for name in (task, *run.tasks) if name):
         if sum(name in run.scored for run in runs) < 2:
             continue
+        key = name
         try:
             usual = None if name == task else results_on(runs, name)
             for key, scored in _metrics(name, usual, first):
@@ -104,7 +105,7 @@ def other_measures(
                 if key == name:
                     notes += [f"{name}: {note}" for note in own]
         except (ComparisonError, ResultsError) as error:
-            notes.append(f"{name} is not compared: {error.problem.rstrip('.')}.")
+            notes.append(f"{key} is not compared: {error.problem.rstrip('.')}.")
     return measures
 
 

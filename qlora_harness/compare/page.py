@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_harness.compare.endpoint import heading
 from qlora_harness.compare.methods import methods
 from qlora_harness.compare.numbers import difference, interval, value, word
 from qlora_harness.compare.record import ComparisonRecord
@@ -52,7 +53,7 @@ def tiles(comparison: ComparisonRecord) -> list[Tile]:
         ends = interval(endpoint)
         shown.append(
             Tile(
-                endpoint.name[:1].upper() + endpoint.name[1:] if key in _TILES else endpoint.name,
+                heading(endpoint),
                 difference(endpoint),
                 f"{ends} · {sizes}" if ends else sizes,
                 word(endpoint),

@@ -71,8 +71,8 @@ def benchmark(
         return None
     scored = measure.scored[labels[0][0]]
     if not all(label in measure.answers for part in labels for label in part):
-        results = [[measure.scored[label] for label in part] for part in labels]
-        return unpaired(measure.key, *results, level, margin, name=measure.name)
+        first, second = ([measure.scored[label] for label in part] for part in labels)
+        return unpaired(measure.key, first, second, level, margin, name=measure.name)
     one, two = ([measure.answers[label] for label in part] for part in labels)
     credit = stacked(one, "credit"), stacked(two, "credit")
     spec = _accuracy_spec(scored, margin, credit)._replace(name=measure.name)

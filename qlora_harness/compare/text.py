@@ -150,10 +150,8 @@ def _many(comparison: ComparisonRecord) -> list[str]:
     if len(shown) < len(items):
         lines.insert(1 + len(shown), f"… and {len(items) - len(shown)} more arms (see --details)")
     for task in comparison.benchmarks:
-        known = [
-            f"{item.arm} {_cell(one, difference)}" for item in shown for one in _on(item, [task])
-        ]
-        lines += [_cut(f"{task}: {', '.join(known)}")] if known else []
+        texts = [f"{i.arm} {_cell(one, difference)}" for i in shown for one in _on(i, [task])]
+        lines += [_cut(f"{task}: {', '.join(texts)}")] if texts else []
     return [*lines, legend + _LEGEND]
 
 
