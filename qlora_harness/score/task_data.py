@@ -1,6 +1,6 @@
 """Benchmarks whose data come from files instead of the Hub: `--metadata data_dir=FOLDER`.
 
-The rows get the form in which the Hub has them, so that prompts and hashes are the same.
+The rows get the form in which the Hub has them, which lm_eval's tasks expect.
 """
 
 from __future__ import annotations
