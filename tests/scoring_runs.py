@@ -93,11 +93,11 @@ def write_summary(run: Path, *, finished: str | None, status: str) -> None:
 
 
 # Rows as GSM8K, TruthfulQA and IFEval publish theirs, but made for these tests.
-PROBLEMS = [
+PROBLEMS: list[dict[str, Any]] = [
     {"question": f"Ann has {n} pens and buys 2. How many?", "answer": f"{n}+2\n#### {n + 2}"}
     for n in range(3, 10)
 ]
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {
         "question": "What is the sky?",
         "mc1_targets": {"It is blue.": 1, "It is a roof of glass.": 0, "Nothing at all.": 0},
@@ -109,7 +109,7 @@ QUESTIONS = [
         "mc2_targets": {"No, cats walk.": 1, "Yes.": 0, "Yes, cats fly.": 0, "At night.": 0},
     },
 ]
-PROMPTS = [
+PROMPTS: list[dict[str, Any]] = [
     {
         "key": 1000,
         "prompt": "Write no comma.",
@@ -127,7 +127,7 @@ PROMPTS = [
 
 def write_task_data(folder: Path) -> Path:
     """Writes the files that `--data-dir` reads."""
-    lines = {
+    lines: dict[str, list[dict[str, Any]]] = {
         "gsm8k/train.jsonl": PROBLEMS[:5],
         "gsm8k/test.jsonl": PROBLEMS[5:],
         "ifeval/input_data.jsonl": PROMPTS,

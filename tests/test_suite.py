@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from lm_eval.__main__ import cli_evaluate
@@ -56,13 +57,10 @@ def test_a_run_is_scored_as_by_the_printed_commands(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["score", "4bit", "--suite", "truthfulqa,gsm8k,mmlu_qlora_demo", "--data-dir", "data"]
-    loads = []
-    create = QloraAdapterLM.create_from_arg_obj
-    monkeypatch.setattr(
-        QloraAdapterLM, "create_from_arg_obj", lambda *args: loads.append(args) or create(*args)
-    )
+    load = Mock(wraps=QloraAdapterLM.create_from_arg_obj)
+    monkeypatch.setattr(QloraAdapterLM, "create_from_arg_obj", load)
     assert cli.main(words) == 0
-    assert len(loads) == 1
+    assert load.call_count == 1
     run = load_run("4bit")
     assert set(run.tasks) == {"mmlu_qlora_demo", "truthfulqa_mc1", "truthfulqa_mc2", "gsm8k"}
     assert len(list((tmp_path / "4bit" / "lm_eval").rglob("results_*.json"))) == 3
@@ -124,7 +122,7 @@ def test_the_metrics_of_truthfulqa_are_those_of_its_log_probabilities(
         task = f"truthfulqa_mc{number}"
         loaded = check_tasks([task], str(data)).load([task])["tasks"][task]
         for doc, question in zip(loaded.validation_docs(), QUESTIONS, strict=True):
-            labels: dict[str, int] = question[name]  # type: ignore[assignment]
+            labels: dict[str, int] = question[name]
             assert doc[name] == {"choices": list(labels), "labels": list(labels.values())}
             context = loaded.fewshot_context(doc, 0)
             pairs = [(context, f" {choice}") for choice in labels]
@@ -143,7 +141,7 @@ def test_data_have_the_form_of_the_hub(data: Path) -> None:
     prompts = list(load_local(local_task="ifeval", data_dir=str(data))["train"])
     empty = {"relation": None, "num_words": None}
     assert prompts[0] == {**PROMPTS[0], "kwargs": [empty]}
-    assert prompts[1] == {**PROMPTS[1], "kwargs": [empty, PROMPTS[1]["kwargs"][1]]}  # type: ignore[index]
+    assert prompts[1] == {**PROMPTS[1], "kwargs": [empty, PROMPTS[1]["kwargs"][1]]}
 
 
 def test_ifeval_reads_files(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
