@@ -16,6 +16,7 @@ from qlora_harness.compare.command import add_arguments
 from qlora_harness.errors import SettingsError, run_command
 from qlora_harness.inference.command import COMMANDS, run_inference
 from qlora_harness.inference.command import add_commands as add_inference
+from qlora_harness.score import command as score_command
 
 _SCHEMAS = {
     "training_summary": "schema.training_records:TrainingSummary",
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="qlora-harness",
         description="What do the 4 bits of QLoRA cost? Compares runs. Training is launch/train.py, "
-        "scoring is lm_eval --model qlora_adapter.",
+        "scoring is lm_eval --model qlora_adapter, or `score` for a suite.",
     )
     parser.add_argument("--version", action="version", version=f"qlora-harness {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what a data set holds: form, lengths, duplicates, overlap with MMLU, examples",
         add_help=False,  # `survey.command` parses the flags of launch/train.py for data
     )
+    score_command.add_command(commands)
     runs = commands.add_parser(
         "runs",
         help="list the runs below a folder",
@@ -211,6 +213,8 @@ def _run(words: Sequence[str]) -> int:
         _read_runs(args)
     elif args.command == "schema":
         _print_schema(args.kind)
+    elif args.command == "score":
+        score_command.run(args)
     elif args.command in COMMANDS:
         run_inference(args)
     elif args.command == "doctor":

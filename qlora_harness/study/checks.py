@@ -71,7 +71,7 @@ def check_study_runs(study: Study, devices: Sequence[Device]) -> dict[str, ArmPl
     if study.tasks:
         from qlora_harness.lm_eval_compat.in_process import load_tasks
 
-        load_tasks(study.tasks)
+        load_tasks(study.tasks, study.data_dir)
     data: dict[DataSettings, TrainingData] = {}
     plans = {}
     for arm, settings in study.arms().items():
