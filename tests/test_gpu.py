@@ -19,11 +19,14 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from safetensors.torch import load_file
 from tiny_models import (
     adapted,
+    continued,
+    generated,
     gradients,
     logprobs,
     model_of,
     noted_widths,
     one_pack,
+    prompts,
     queries,
     texts,
     tiny,
@@ -39,6 +42,7 @@ from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.fused.packed_row import PackedRow
 from qlora_harness.model.base import find_base, load_base
 from qlora_harness.model.lora import attach_lora
+from qlora_harness.score import generator
 from qlora_harness.score.packed_forward import PackedModel
 from qlora_harness.score.prefix_tree import Query, plan
 from qlora_harness.score.tree_attention import TreeAttention, block_mask
@@ -802,6 +806,37 @@ def test_attention_of_fused_packs_copies_nothing() -> None:
         enable_gqa=True,
     )
     assert torch.allclose(out, causal[0].transpose(0, 1), atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantised", "keys", "targets"),
+    [("llama", True, 2, "all-linear"), ("qwen3", False, 4, None), ("qwen2", False, 1, None)],
+)
+def test_generated_tokens_in_float32_are_those_of_transformers(
+    kind: str, quantised: bool, keys: int, targets: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generator, "_MOST_ROWS", 4)
+    model = model_of(kind, quantised, keys, targets).cuda()
+    for ids in (prompts(9), prompts(9, shared=0), prompts(2, shared=150)):
+        expected = continued(model, ids, 12, -1)
+        for flex, fused in ((True, False), (False, True), (True, True)):
+            packed = PackedModel(model, None, flex=flex, fused=fused)
+            assert packed.has_graphs == (flex and fused)
+            assert generated(packed, ids, 12, -1) == expected
+            packed.close()
+
+
+def test_generating_with_graphs_equals_launching_each_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(generator, "_MOST_ROWS", 8)
+    packed = PackedModel(small("llama", quantised=True, dropout=0.0).eval(), None)
+    # Texts that grow beyond their first page, and end early.
+    ids = [[*prompt, *range(1, 55), *range(1, 55)] for prompt in prompts(20, shared=30)]
+    replayed = generated(packed, ids, 40, 7)
+    assert packed.has_graphs
+    packed.has_graphs = False
+    assert generated(packed, ids, 40, 7) == replayed
 
 
 def gpu_step(model: Any, rows: Any, *, packed: bool) -> Any:

@@ -147,17 +147,25 @@ def _add_scoring(commands: Any) -> None:
     )
     add("--kernels", default="auto", choices=["auto", "none"])
     add("--fp8", action="store_true", help="also time packed scoring with compute=fp8")
+    add("--generate", type=int, metavar="N", help="instead continue N prompts of GSM8K's form")
+    add("--gsm8k", type=Path, metavar="FILE", help="its JSON Lines (default: synthetic questions)")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="of each (default 128)")
     _add_output(parser)
 
 
 def _benchmark_scoring(values: dict[str, Any]) -> str:
     counts = ("rows", "batch_size", "margin_batch_size", "pack_tokens", "baseline_questions")
-    for name in (*counts, "adapter_rank"):
+    for name in (*counts, "adapter_rank", "generate", "max_new_tokens"):
         check_at_least({f"--{name.replace('_', '-')}": values[name]}, 1)
     check_output_file("--json", values["output"])
     from qlora_harness.benchmark.scoring import ScoringPlan, measure_scoring
 
-    return measure_scoring(ScoringPlan(**values))
+    plan = ScoringPlan(**values)
+    if plan.generate is None:
+        return measure_scoring(plan)
+    from qlora_harness.benchmark.generation import measure_generation
+
+    return measure_generation(plan)
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
