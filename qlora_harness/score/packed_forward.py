@@ -104,18 +104,12 @@ class PackedModel:
         # Granite divides its logits after the head.
         self._logits_scaling = float(getattr(self._model.config, "logits_scaling", 1.0) or 1.0)
         self._softmax_dtype = softmax_dtype
-<<<<<<< HEAD
-        self._device = next(model.parameters()).device
-        has_triton = self._device.type == "cuda" and has_bfloat16(self._device)
-        fits = has_triton and head_size(model.config) >= _SMALLEST_HEAD
-        self._flex = fits if flex is None else flex
-=======
         self.config = self._model.config
         self.device = next(model.parameters()).device
         self.dtype = self._model.get_input_embeddings().weight.dtype
-        fits = self.device.type == "cuda" and head_size(model.config) >= _SMALLEST_HEAD
+        has_triton = self.device.type == "cuda" and has_bfloat16(self.device)
+        fits = has_triton and head_size(model.config) >= _SMALLEST_HEAD
         self.flex = fits if flex is None else flex
->>>>>>> generation
         if fused is None:
             fused = FusedDecoder.reason_against(model) is None
         self._fused = FusedDecoder(model, compute=compute) if fused else None
