@@ -16,6 +16,7 @@ import torch
 import transformers
 from accelerate.utils import send_to_device
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from safetensors.torch import load_file
 from tiny_models import (
     adapted,
     continued,
@@ -149,6 +150,77 @@ def test_resumed_run_agrees_with_an_uninterrupted_one(
     assert second["runtime"]["resumed"] is True
     assert losses(resumed) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
     assert second["results"]["eval_loss"] == pytest.approx(whole["results"]["eval_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "adamw_torch"])
+@pytest.mark.parametrize("quant", ["nf4", "bf16"])
+def test_training_in_float16_resumes_with_the_scale_of_its_loss(
+    one_head: Path, tmp_path: Path, quant: str, optimizer: str
+) -> None:
+    options = {"quant": quant, "optimizer": optimizer, "lora_dropout": 0.0, "kernels": "none"}
+    exact = train(one_head, tmp_path / "float32", compute_dtype="float32", **options)
+    whole = train(one_head, tmp_path / "whole", compute_dtype="float16", **options)
+    assert whole["quantization"]["compute_dtype"] == "float16"
+    assert whole["computation"]["fused_layers"] is False
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "float32"), rel=0.02)
+    assert whole["results"]["eval_loss"] == pytest.approx(exact["results"]["eval_loss"], rel=0.02)
+    # As saved; scaled so little that each step counts; and so much that none does.
+    for scale in (None, 2.0**10, 2.0**60):
+        folder = tmp_path / f"resumed-{scale}"
+        shutil.copytree(tmp_path / "whole", folder)
+        shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+        saved = folder / "checkpoints" / "checkpoint-2" / "scaler.pt"
+        state = torch.load(saved)
+        if scale is not None:
+            state |= {"scale": scale, "_growth_tracker": 7}
+            torch.save(state, saved)
+        summary = json.loads((folder / "training_summary.json").read_text())
+        (folder / "training_summary.json").write_text(
+            json.dumps(summary | {"status": "interrupted"})
+        )
+        assert train(one_head, folder, compute_dtype="auto", **options)["runtime"]["resumed"]
+        last = torch.load(folder / "checkpoints" / "checkpoint-4" / "scaler.pt")
+        norms = [
+            row["grad_norm"] is None
+            for row in json.loads((folder / "training_logs.json").read_text())["steps"]
+        ]
+        if scale is None:
+            whole_scaler = tmp_path / "whole" / "checkpoints" / "checkpoint-4" / "scaler.pt"
+            assert last == torch.load(whole_scaler)
+            assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+        elif scale < 2**20:
+            assert (last["scale"], last["_growth_tracker"]) == (scale, 9)
+            assert norms[2:] == [False, False]
+        else:
+            assert (last["scale"], last["_growth_tracker"]) == (scale / 4, 0)
+            assert norms[2:] == [True, True]
+            two, four = (
+                load_file(folder / "checkpoints" / f"checkpoint-{n}" / "adapter_model.safetensors")
+                for n in (2, 4)
+            )
+            assert all(torch.equal(two[name], four[name]) for name in two)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "bf16"])
+def test_scoring_in_float16_is_near_float32(one_head: Path, tmp_path: Path, quant: str) -> None:
+    from lm_eval.api.instance import Instance
+
+    from qlora_harness.score.adapter_lm import QloraAdapterLM
+    from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
+
+    train(one_head, tmp_path / "run", compute_dtype="float16", quant=quant)
+    requests = [
+        Instance("loglikelihood", {}, (question.prompt, f" {letter}"), place)
+        for question in load_questions(DEMO_FILE)[:6]
+        for place, letter in enumerate("ABCD")
+    ]
+    logprobs = []
+    for dtype in ("auto", "float32"):
+        adapter = str(tmp_path / "run" / "adapter")
+        lm = QloraAdapterLM(peft=adapter, dtype=dtype, device="cuda", batch_size=4, verify=8)
+        assert lm.session.settings_record()["dtype"] == ("float16" if dtype == "auto" else dtype)
+        logprobs.append([score for score, _ in lm.loglikelihood(requests, disable_tqdm=True)])
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=0.02)
 
 
 def test_memory_is_measured_as_allocated_reserved_and_by_the_driver(

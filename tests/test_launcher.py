@@ -1,4 +1,4 @@
-"""Training as users start it: through the launcher, killed, and in two processes.
+"""Training as users start it: through the launcher, and killed.
 
 Each run is a subprocess that imports torch anew (about 6 seconds), so there are few of them.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import REPOSITORY, tiny_rows
-from training_runs import losses, read, summary
+from training_runs import losses, summary
 
 ACCELERATE = Path(sys.executable).parent / "accelerate"
 ONE_PROCESS = [
@@ -156,45 +155,3 @@ def test_sigterm_to_accelerate_launch_ends_the_run_with_a_checkpoint(
     record = summary(run_dir)
     assert record["status"] == "interrupted"
     assert (run_dir / "checkpoints" / f"checkpoint-{record['results']['steps']}").is_dir()
-
-
-def test_two_processes_give_the_numbers_of_one(checkout: Path, flags: list[str]) -> None:
-    """Through torch's own launcher: `accelerate launch --cpu` starts one process only."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = ["launch/train.py", "--quant", "bf16", *flags, "--max-steps", "3", "--batch-size", "2"]
-    common += ["--eval-steps", "2"]
-    status, out, err = run(
-        checkout, sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-        "--master_port", str(port), *common, "--grad-accum", "1", "--output-dir", "two",
-        ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
-    assert status == 0, err
-    status, _, err = run(
-        checkout, sys.executable, *common, "--grad-accum", "2", "--output-dir", "one"
-    )
-    assert status == 0, err
-    one, two = (summary(checkout / name) for name in ("one", "two"))
-    assert losses(checkout / "two") == pytest.approx(losses(checkout / "one"), abs=1e-5)
-    for name in ("eval_loss", "perplexity"):
-        assert two["results"][name] == pytest.approx(one["results"][name], rel=1e-5)
-    assert two["results"]["eval_tokens"] == one["results"]["eval_tokens"]
-    curves = [read(path)["evaluation"]["during"] for path in checkout.glob("*/training_logs.json")]
-    assert [[point["step"] for point in curve] for curve in curves] == [[2], [2]]
-    assert curves[0][0]["nll"] == pytest.approx(curves[1][0]["nll"], rel=1e-5)
-    counts = [
-        [(row["tokens"], row["supervised_tokens"]) for row in read(path)["steps"]]
-        for path in sorted(checkout.glob("*/training_logs.json"))
-    ]
-    assert counts[0] == counts[1]
-    # Both processes are in the record; only the first one prints.
-    assert (one["environment"]["world_size"], two["environment"]["world_size"]) == (1, 2)
-    phases = [(phase["phase"], phase["rank"]) for phase in two["memory"]["phases"]]
-    assert sorted(phases) == [
-        (name, rank)
-        for name in ("evaluate", "evaluate_before", "evaluate_during", "load", "train")
-        for rank in (0, 1)
-    ]
-    assert out.count("first example, learned parts in") == 1
-    assert out.count("adapter: two/adapter") == 1

@@ -168,11 +168,7 @@ def test_two_processes_leave_the_same_record(single: Run, runs: dict[str, Future
     assert stored == expected
     name = "mmlu_progress_tiny_llama_4bit_base.json"
     rows, others = (run.record(name)["tasks"]["mmlu_qlora_demo"] for run in (single, both))
-    for row, other in zip(rows, others, strict=True):
-        assert list(other.pop("logprobs").values()) == pytest.approx(
-            list(row.pop("logprobs").values()), abs=1e-5
-        )
-    assert rows == others
+    assert rows == others  # to the last bit: both compute the same packs
     theirs = both.harness_json()["results"]["mmlu_qlora_demo"]
     assert theirs["acc,none"] == pytest.approx(stored["acc"], abs=1e-12)
 

@@ -7,9 +7,14 @@ bases, in float32 arithmetic so that losses can be compared to 1e-5. What needs 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
+import os
 import shutil
-from collections.abc import Callable, Sequence
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +42,7 @@ def summary(run_dir: str | Path) -> dict[str, Any]:
     return read(Path(run_dir) / "training_summary.json")
 
 
-def evaluations(run_dir: str) -> dict[str, Any]:
+def evaluations(run_dir: str | Path) -> dict[str, Any]:
     evaluation: dict[str, Any] = read(f"{run_dir}/training_logs.json")["evaluation"]
     return evaluation
 
@@ -148,3 +153,54 @@ def write_checkpoint(run_dir: Path, step: int, without: str = "") -> Path:
     if without:
         (folder / without).unlink()
     return folder
+
+
+# Runs in several processes.
+
+
+def on_ranks(ranks: int, flags: Mapping[str, Any], folder: Path) -> list[int | None]:
+    """Runs the training command in processes joined by gloo; returns their exit statuses.
+
+    What each prints goes to `folder`/rank0.txt and so on, errors to errors0.txt. The server from
+    which they are forked imports everything once.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qlora_harness.train.run", "qlora_harness.train.command"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = []
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words.append(f"--{flag}={value}")
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    processes = [
+        context.Process(
+            target=_rank,
+            args=(words, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, folder),
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+def _rank(words: list[str], environment: dict[str, str], folder: Path) -> None:
+    from qlora_harness.train.command import main
+
+    os.environ.update(environment | {"ACCELERATE_USE_CPU": "true"})
+    os.chdir(folder)
+    with contextlib.ExitStack() as outputs:
+        for name, redirect in (
+            ("rank", contextlib.redirect_stdout), ("errors", contextlib.redirect_stderr),
+        ):  # fmt: skip
+            file = outputs.enter_context(open(f"{name}{environment['RANK']}.txt", "a"))
+            outputs.enter_context(redirect(file))
+        status = main(words)
+    sys.exit(status)

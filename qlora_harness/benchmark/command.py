@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 from qlora_harness.flag_checks import check_above_zero, check_at_least, check_output_file
+from qlora_harness.settings import COMPUTE_DTYPES
 
 
 def add_commands(commands: Any) -> None:
@@ -20,10 +22,11 @@ def run_benchmark(args: argparse.Namespace) -> None:
     """Runs one of the three and prints its result."""
     values = vars(args).copy()
     command = values.pop("command")
-    if command == "benchmark-training":
-        print(_benchmark_training(values))
-    elif command == "benchmark-scoring":
-        print(_benchmark_scoring(values))
+    if command in ("benchmark-training", "benchmark-scoring"):
+        measure = _benchmark_training if command == "benchmark-training" else _benchmark_scoring
+        table = measure(values)
+        if os.environ.get("RANK", "0") == "0":
+            print(table)
     else:
         from qlora_harness.benchmark.random_model import write_random_model
 
@@ -84,7 +87,7 @@ def _add_training(commands: Any) -> None:
     )
     add("--dataset", default="oasst1", metavar="NAME", help="default oasst1")
     add("--max-length", type=int, default=512, metavar="N", help="default 512")
-    add("--compute-dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    add("--compute-dtype", default="bfloat16", choices=COMPUTE_DTYPES)
     add("--steps", type=int, default=5, metavar="N", help="timed steps (default 5)")
     add("--warm-up", type=int, default=3, metavar="N", help="steps before those (default 3)")
     add("--batch-size", type=int, metavar="N", help="for every way")
@@ -117,7 +120,7 @@ def _add_scoring(commands: Any) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="base model")
     add("--quant", default="bf16", choices=["nf4", "fp4", "bf16"])
-    add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
+    add("--dtype", default="auto", choices=["auto", *COMPUTE_DTYPES])
     add("--file", default="five_shot_mmlu_test.json", metavar="NAME")
     add("--mmlu-dir", dest="folder", metavar="DIR", help="folder of the file (default: fetched)")
     add("--subjects", type=_comma_separated, metavar="A,B", help="only these subjects")

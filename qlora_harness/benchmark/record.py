@@ -77,6 +77,9 @@ class _Benchmark(BaseModel):
     title: str
     measurements: Any
     environment: dict[str, Any]
+    # Each with its own device. Tokens are those of all; peaks are the largest in training, and
+    # those of the first process in scoring.
+    processes: int = 1
 
     @classmethod
     def of(cls, title: str, measurements: Any, device: str) -> Self:

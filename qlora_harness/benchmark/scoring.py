@@ -75,7 +75,8 @@ def measure_scoring(plan: ScoringPlan) -> str:
     record = ScoringBenchmark.of(
         benchmark_title(lm, plan, plan.file), measurements, device_name(lm)
     )
-    if plan.output is not None:
+    record.processes = lm.world_size
+    if plan.output is not None and lm.rank == 0:
         record.write(plan.output)
     return record.table()
 
@@ -102,7 +103,8 @@ def benchmark_title(lm: QloraAdapterLM, plan: ScoringPlan, questions: str) -> st
     """Returns the title of a record: the model, how it computes, and the questions."""
     random_weights = ", random weights" if lm.loaded.source.random_weights else ""
     dtype = lm.loaded.compute_dtype
-    title = f"{plan.model}{random_weights}, {plan.quant}, {dtype}, {questions}, {device_name(lm)}"
+    devices = device_name(lm) if lm.world_size == 1 else f"{lm.world_size} × {device_name(lm)}"
+    title = f"{plan.model}{random_weights}, {plan.quant}, {dtype}, {questions}, {devices}"
     return title + (", fused kernels" if lm.session.path.fused else "")
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers.trainer_callback import PrinterCallback
 
 from qlora_harness.benchmark.peers import PEER_WAYS, run_peer
@@ -37,6 +39,7 @@ from qlora_harness.train.arguments import training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.memory_plan import largest_pass
+from qlora_harness.train.ranks import device_of, say, start_processes
 from qlora_harness.train.trainer import CountingTrainer, StepLog
 
 _SHARED: dict[str, Any] = {
@@ -109,13 +112,16 @@ def measure_training(plan: TrainingPlan) -> str:
         for quant in plan.quants
         for way in plan.ways
     }
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    state = start_processes()
+    device = device_of(state)
+    if state.num_processes > 1 and any(way.partition("@")[0] in PEER_WAYS for way in plan.ways):
+        raise SettingsError("--ways: peers train in one process", "Leave trl and unsloth out")
     for each in settings.values():
         check_can_run(each)
         reason = fp8.why_unavailable(device) if each.model.compute == "fp8" else None
         if reason is not None:
             raise SettingsError(f"--ways: -fp8 is impossible: {reason}", "Leave these ways out")
-    bench = _TrainingBench(plan, build_settings(shared | dict(plan.changes)))
+    bench = _TrainingBench(plan, build_settings(shared | dict(plan.changes)), state)
     for quant in plan.quants:
         for way in plan.ways:
             measured = TrainingMeasurement(way=way, quant=quant, changes=changes[way])
@@ -145,24 +151,31 @@ def changed_settings(way: str, changes: Mapping[str, Any]) -> dict[str, Any]:
 class _TrainingBench:
     """The base, data and device that all ways share, and the measurements so far."""
 
-    def __init__(self, plan: TrainingPlan, settings: Settings) -> None:
+    def __init__(self, plan: TrainingPlan, settings: Settings, state: PartialState) -> None:
         self.plan = plan
+        self.state = state
         self.source: BaseSource = find_base(plan.model)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device_of(state)
         self.device_name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         tokenizer = load_tokenizer(self.source)
-        self.examples: Sequence[Example] = load_training_data(tokenizer, settings.data).train
+        with state.main_process_first():  # it fills the cache that the others read
+            data = load_training_data(tokenizer, settings.data)
+        self.examples: Sequence[Example] = data.train
         self.pad_id = padding_id(tokenizer)
         self.measurements: list[TrainingMeasurement] = []
         self._base: Any = None
 
     def record(self) -> TrainingBenchmark:
         random_weights = ", random weights" if self.source.random_weights else ""
+        count = self.state.num_processes
+        devices = self.device_name if count == 1 else f"{count} × {self.device_name}"
         title = (
             f"{self.source.name}{random_weights}, {self.plan.compute_dtype}, {self.plan.dataset}, "
-            f"at most {self.plan.max_length} tokens, {self.device_name}"
+            f"at most {self.plan.max_length} tokens, {devices}"
         )
-        return TrainingBenchmark.of(title, self.measurements, self.device_name)
+        record = TrainingBenchmark.of(title, self.measurements, self.device_name)
+        record.processes = count
+        return record
 
     def measure(self, measured: TrainingMeasurement, settings: Settings) -> None:
         peer = PEER_WAYS.get(measured.way.partition("@")[0])
@@ -189,8 +202,8 @@ class _TrainingBench:
             baseline = next((m for m in same_base if m.failure is None), measured)
             measured.ratio = measured.tokens_per_second / baseline.tokens_per_second
         self.measurements.append(measured)
-        print(training_row(measured), flush=True)
-        if self.plan.output is not None:
+        say(self.state, training_row(measured))
+        if self.plan.output is not None and self.state.is_main_process:
             self.record().write(self.plan.output)
 
     def release_base(self) -> None:
@@ -212,8 +225,8 @@ class _TrainingBench:
         except TrainingError as error:
             result = {"failure": error.problem}
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
+            if not is_out_of_memory(error) or self.state.num_processes > 1:
+                raise  # the other processes wait for this one
             result = {"failure": "out of memory"}
         self._collect()  # nothing refers to the trainer any more
         return result
@@ -245,7 +258,7 @@ class _TrainingBench:
                     fused=fused,
                     changes={"save_strategy": "no", "disable_tqdm": True},
                 )
-                meter = MemoryMeter(self.device, 0)
+                meter = MemoryMeter(self.device, self.state.process_index)
                 log = StepLog(Path(folder), meter, [])
                 trainer = CountingTrainer(
                     model=model,
@@ -258,11 +271,12 @@ class _TrainingBench:
                 trainer.remove_callback(PrinterCallback)
                 with meter.phase("train"):
                     trainer.train()
-            phase = meter.phases[-1]
-            return {
-                "steps": log.rows,
-                "peak_allocated_bytes": phase.peak_allocated_bytes,
-                "peak_reserved_bytes": phase.peak_reserved_bytes,
+            phases = gather_object([meter.phases[-1]])
+            peaks = ("peak_allocated_bytes", "peak_reserved_bytes")
+            on_gpu = self.device.type == "cuda"
+            return {"steps": log.rows} | {
+                name: max(getattr(phase, name) for phase in phases) if on_gpu else None
+                for name in peaks
             }
         finally:
             if decoder is not None:

@@ -211,7 +211,8 @@ def matched(arm: Arm, baseline: Arm) -> tuple[Arm, Arm]:
 
 def _against_bf16(arms: list[Arm]) -> Pairs:
     """Each arm with the bf16 arm most like it; then bf16 arms that are nobody's baseline."""
-    references = [arm for arm in arms if arm.quant == "bf16"] or arms[:1]
+    exact = sorted(arms, key=lambda arm: in_fp8(arm.runs[0]))  # FP8 is the treatment
+    references = [arm for arm in exact if arm.quant == "bf16"] or exact[:1]
     others = [arm for arm in arms if arm not in references]
     pairs = [(arm, min(references, key=partial(_distance, arm))) for arm in others]
     met = [baseline for _, baseline in pairs] or references[:1]

@@ -51,8 +51,9 @@ class QloraAdapterLM(LoadedHFLM):
         double_quant: Whether 4-bit scales are quantised too. Default: as trained.
         revision: Branch, tag or commit of the base.
         peft_revision: Branch, tag or commit of an adapter on the Hub.
-        dtype: Compute dtype, "bfloat16" or "float32". Default: as trained; for a base alone
-            bfloat16 on a GPU and float32 on a CPU.
+        dtype: Compute dtype, "bfloat16", "float16" or "float32". Default: as trained; for a base
+            alone bfloat16 on a GPU and float32 on a CPU. On a GPU without bfloat16 the default is
+            float16 instead.
         softmax_dtype: dtype of the log-softmax; bfloat16 makes ties.
         results_dir: Folder of the progress and evaluation records.
         scoring: "packed", or "hf" for HFLM's batches.

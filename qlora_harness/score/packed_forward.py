@@ -20,6 +20,7 @@ from qlora_harness.fused.host_memory import to_device
 from qlora_harness.fused.layer import Attend
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import base_of, head_size
+from qlora_harness.model.compute_dtype import has_bfloat16
 from qlora_harness.model.plain_lora import FastLora
 from qlora_harness.model.rope import why_by_length
 from qlora_harness.score.output_head import OutputHead
@@ -83,7 +84,7 @@ class PackedModel:
     Args:
         softmax_dtype: dtype of the log-softmax; None is float32.
         flex: Uses FlexAttention rather than scaled dot product attention by segment; by default
-            on CUDA.
+            on GPUs that Triton supports.
         fused: Uses fused layers rather than the model's modules; by default if they support it.
         compute: How fused layers multiply by the base; see `FusedDecoder`.
     """
@@ -106,7 +107,8 @@ class PackedModel:
         self.config = self._model.config
         self.device = next(model.parameters()).device
         self.dtype = self._model.get_input_embeddings().weight.dtype
-        fits = self.device.type == "cuda" and head_size(model.config) >= _SMALLEST_HEAD
+        has_triton = self.device.type == "cuda" and has_bfloat16(self.device)
+        fits = has_triton and head_size(model.config) >= _SMALLEST_HEAD
         self.flex = fits if flex is None else flex
         if fused is None:
             fused = FusedDecoder.reason_against(model) is None

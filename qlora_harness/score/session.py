@@ -31,7 +31,7 @@ logger = logging.getLogger("qlora_harness")
 _FEW_PACKS = 6  # enough to time
 _FEW_TOKENS = 16  # a low guess of the tokens that a text adds to a shared prefix
 # Largest mean difference, nats, between two ways of scoring that rounding can explain.
-_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
+_TOLERANCES = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 _FP8_TOLERANCE = 1.0
 
 
@@ -190,17 +190,17 @@ class ScoringSession:
         """Scores distinct pairs, and returns the contexts that were cut to the window, too."""
         distinct = list(dict.fromkeys(pairs))
         known = {} if journal is None else _known(journal, distinct)
-        pending = self._union([pair for pair in distinct if pair not in known])
-        if not pending:
+        own = [pair for pair in distinct if pair not in known]
+        if not any(self._gather(len(own))):
             return known, set()
         scorer = self._scorer() if self.path.packed else None
         if scorer is not None:
             # Fewer texts may fit into one short pack, which needs other kernels.
-            texts = len({context for context, _ in pending})
+            texts = len({context for context, _ in own})
             if self.lm.world_size == 1 and texts * _FEW_TOKENS >= scorer.pack_tokens:
                 scorer.build_ahead()
         try:
-            encoded = self.encode(pending)
+            encoded = self._of_all(self.encode(own))
             describe_environment_ahead()
             scores = self._score_with(scorer, encoded, journal, show_progress).scores
         finally:
@@ -208,7 +208,8 @@ class ScoringSession:
                 scorer.wait()
         window = self.lm.max_length
         truncated = {pair[0] for pair, ids, more in encoded if len(ids) + len(more) > window + 1}
-        return known | dict(zip(pending, scores, strict=True)), truncated
+        pairs_scored = (pair for pair, _, _ in encoded)
+        return known | dict(zip(pairs_scored, scores, strict=True)), truncated
 
     def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
         """Encodes texts in batches."""
@@ -267,11 +268,12 @@ class ScoringSession:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def _union(self, pairs: list[Pair]) -> list[Pair]:
-        """The pairs of all processes in one order, or this process's own for HFLM's batches."""
+    def _of_all(self, encoded: list[Encoded]) -> list[Encoded]:
+        """The texts of all processes, each once; this process's own for HFLM's batches."""
         if not self.path.packed:
-            return pairs
-        return list(dict.fromkeys(pair for part in self._gather(pairs) for pair in part))
+            return encoded
+        by_pair = {text[0]: text for part in self._gather(encoded) for text in part}
+        return list(by_pair.values())
 
     def _score_sample_as_hflm(self, pairs: Sequence[Pair]) -> dict[Pair, float]:
         """Scores a random sample for `verify` with the unmodified model."""

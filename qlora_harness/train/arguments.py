@@ -70,7 +70,7 @@ def training_arguments(
         "weight_decay": optimization.weight_decay,
         "max_grad_norm": optimization.max_grad_norm,
         "bf16": compute_dtype == "bfloat16",
-        "fp16": False,
+        "fp16": compute_dtype == "float16",
         "seed": optimization.seed,
         "data_seed": optimization.seed,
         # StepLog logs every step; Trainer would wait for the device at each one.
@@ -87,7 +87,8 @@ def training_arguments(
         "label_names": ["labels"],
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": not use_cpu,
-        "accelerator_config": {"non_blocking": not use_cpu},
+        # `StepBatches` has as many batches for every process.
+        "accelerator_config": {"non_blocking": not use_cpu, "even_batches": False},
         "use_cpu": use_cpu,
         # Trainer's tracker would reset our peak counters.
         "skip_memory_metrics": True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qlora_harness.train.measured_step import Clock
 from qlora_harness.train.process import launcher_has_ended
 
 
@@ -43,6 +45,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._flags: deque[tuple[Clock, torch.Tensor]] = deque()  # of steps, on several processes
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -64,11 +67,23 @@ class StopOnSignal(TrainerCallback):
         """Makes Trainer save and stop, at the same step on all processes."""
         if not self.received and launcher_has_ended():
             self.received = "the end of the launcher"
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            flag = torch.tensor([float(self.received is not None)], device=args.device)
-            torch.distributed.all_reduce(flag)
-            if flag.item() and not self.received:
-                self.received = "a signal to another process"
-        if self.received:
+        stop = self.received is not None
+        if args.world_size > 1:
+            stop = self._any_process(stop, args.device)
+        if stop:
+            self.received = self.received or "a signal to another process"
             control.should_save = True
             control.should_training_stop = True
+
+    def _any_process(self, stop: bool, device: torch.device) -> bool:
+        """Whether a process wanted to stop; on GPUs before this step, which nothing waits for."""
+        flag = torch.full((1,), float(stop), device=device)
+        torch.distributed.all_reduce(flag)
+        on_host = torch.empty(1, pin_memory=device.type == "cuda")
+        on_host.copy_(flag, non_blocking=True)
+        self._flags.append((Clock(device), on_host))
+        if device.type == "cuda" and len(self._flags) == 1:
+            return False
+        reduced, number = self._flags.popleft()
+        reduced.wait()
+        return bool(number)

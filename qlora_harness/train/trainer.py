@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 import transformers
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from qlora_harness.data.examples import IGNORE
 from qlora_harness.errors import HarnessError, TrainingError
@@ -29,8 +28,12 @@ from qlora_harness.train.checkpoints import cannot_be_loaded
 from qlora_harness.train.held_out import HeldOut
 from qlora_harness.train.measured_step import Clock, MeasuredStep
 from qlora_harness.train.memory_meter import MemoryMeter
+from qlora_harness.train.order import StepBatches
 
 _WRITE_EVERY_SECONDS = 10.0
+# In float16 a step whose gradients overflow is skipped, and the scale of the loss halved. It begins
+# at 2^16, so gradients that overflow after this many are infinite without a scale, too.
+_MOST_SKIPPED = 17
 
 
 class CountingTrainer(Trainer):
@@ -50,6 +53,13 @@ class CountingTrainer(Trainer):
         self._checkpoint: str | None = None  # while it is being loaded
         self._clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_gradients
+        if self.accelerator.ddp_handler is not None:
+            # Without a copy of the gradients beside the buckets that are reduced.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        # Every process has loaded the same base. DDP would send it again, and buffers in each step.
+        frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
+        buffers = [name for name, _ in self.model.named_buffers()]
+        self.model._ddp_params_and_buffers_to_ignore = frozen + buffers  # noqa: SLF001  # DDP's name
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; a checkpoint that torch can't load raises RunError."""
@@ -65,24 +75,24 @@ class CountingTrainer(Trainer):
             raise cannot_be_loaded(self._checkpoint, error) from None
 
     def get_train_dataloader(self) -> Any:
-        """Groups examples of similar length, in an order that depends on seed and epoch alone.
+        """Deals the examples of each step to the processes, see `StepBatches`.
 
-        Trainer's own order depends on the global random state. A run that resumes in a later epoch
-        restores that state too late, and would continue with other examples.
+        Trainer's own order by length depends on the global random state. A run that resumes in a
+        later epoch restores that state too late, and would continue with other examples.
         """
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super().get_train_dataloader()
         data: Any = self.train_dataset
-        sampler = _ByLength(
+        batches = StepBatches(
             data.lengths,
-            self.args.train_batch_size * self.args.gradient_accumulation_steps,
-            self.args.seed,
-            lambda: math.floor((self.state.epoch or 0.0) + 1e-6),
+            batch_size=self.args.train_batch_size,
+            passes=self.args.gradient_accumulation_steps,
+            processes=self.accelerator.num_processes,
+            by_length=self.args.train_sampling_strategy == "group_by_length",
+            seed=self.args.seed,
+            epoch=lambda: math.floor((self.state.epoch or 0.0) + 1e-6),
         )
         loader = DataLoader(
             data,
-            batch_size=self.args.train_batch_size,
-            sampler=sampler,
+            batch_sampler=batches,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
         )
@@ -104,6 +114,8 @@ class CountingTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Computes one micro-batch and adds up the loss of its optimizer step."""
         self._checkpoint = None  # it has been loaded by now
+        if self.model_wrapped is not self.model:
+            self.model_wrapped.parameters = self.model.parameters  # see `listed_modules`
         loss = super().training_step(*args, **kwargs)
         if self._loss is None:
             self._loss = torch.zeros((), device=self.args.device)
@@ -133,13 +145,13 @@ class CountingTrainer(Trainer):
         if grad_norm is None or learning_rate is None:
             raise _unsupported_release(f"no gradient norm or learning rate for step {step}")
         norm = torch.as_tensor(grad_norm, device=device)
-        means = torch.stack([loss.detach().double(), norm.detach().double()])
-        counts = counts.double()
-        if self.accelerator.num_processes > 1:
-            means = self.accelerator.reduce(means, reduction="mean")
-            counts = self.accelerator.reduce(counts, reduction="sum")
+        processes = self.accelerator.num_processes
+        means = torch.stack([loss.detach().double(), norm.detach().double()]) / processes
+        values = torch.cat([means, counts.double()])
+        if processes > 1:
+            torch.distributed.all_reduce(values)
         numbers = torch.empty(4, dtype=torch.float64, pin_memory=device.type == "cuda")
-        numbers.copy_(torch.cat([means, counts]), non_blocking=True)
+        numbers.copy_(values, non_blocking=True)
         self._begun = ended = Clock(device)
         return MeasuredStep(step, self.state.epoch, learning_rate, begun, ended, numbers)
 
@@ -147,14 +159,15 @@ class CountingTrainer(Trainer):
         """Excludes the time until the next batch from the next step."""
         self._begun = None
 
-    def log_step(self, step: MeasuredStep, loss: float, grad_norm: float) -> None:
+    def log_step(self, step: MeasuredStep, loss: float, grad_norm: float | None) -> None:
         """Logs a step under its own number and epoch, even if a later one has been launched."""
         self._losses.append(loss)
         state = self.state
         now = state.global_step, state.epoch
         state.global_step, state.epoch = step.step, step.epoch or 0.0
         try:
-            self.log({"loss": loss, "learning_rate": step.learning_rate, "grad_norm": grad_norm})
+            norm = {} if grad_norm is None else {"grad_norm": grad_norm}
+            self.log({"loss": loss, "learning_rate": step.learning_rate} | norm)
         finally:
             state.global_step, state.epoch = now
 
@@ -177,8 +190,7 @@ def listed_modules(model: Any) -> Iterator[None]:
     """Makes `model.parameters()` and `model.train()` cheap inside the `with` block.
 
     A model of 32 layers with PEFT's modules around each projection has 2,665 modules. Walking them
-    for `train()`, clipping and `zero_grad()` takes over 10 ms a step, in which a GPU may idle. (If
-    the model is wrapped for several processes, only `train()` gets cheaper.)
+    for `train()`, clipping and `zero_grad()` takes over 10 ms a step, in which a GPU may idle.
     """
     parameters, train = list(model.parameters()), model.train
     current: bool | None = None  # unknown: modules may be in different modes
@@ -198,26 +210,6 @@ def listed_modules(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.train, model.parameters
-
-
-class _ByLength(Sampler[int]):
-    """Puts examples of similar length next to each other, in a new order each epoch."""
-
-    def __init__(
-        self, lengths: list[int], batch_size: int, seed: int, epoch: Callable[[], int]
-    ) -> None:
-        self._lengths, self._batch_size = lengths, batch_size
-        self._seed, self._epoch = seed, epoch
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator()
-        generator.manual_seed(self._seed + 1_000_003 * self._epoch())
-        return iter(
-            get_length_grouped_indices(self._lengths, self._batch_size, generator=generator)
-        )
 
 
 class StepLog(TrainerCallback):
@@ -301,12 +293,15 @@ class StepLog(TrainerCallback):
         """Waits for a step and logs it; raises TrainingError if its numbers are not finite."""
         step.ended.wait()
         loss, norm, tokens, supervised_tokens = step.numbers.tolist()
-        self.trainer.log_step(step, loss, norm)
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        skipped = self._is_skipped(loss, norm)
+        self.trainer.log_step(step, loss, None if skipped else norm)
+        if not skipped and not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"step {step.step}: loss {loss}, gradient norm {norm}; the run was stopped, and "
                 f"{self._path.name} has the earlier steps",
-                "Lower --learning-rate, or look at the data of this step",
+                "Lower --learning-rate, or look at the data of this step"
+                + ", or use --compute-dtype float32"
+                * (self.trainer.accelerator.scaler is not None),
             )
         seconds = step.ended.seconds_since(step.begun)
         self.rows.append(
@@ -315,7 +310,7 @@ class StepLog(TrainerCallback):
                 "epoch": step.epoch,
                 "loss": loss,
                 "learning_rate": step.learning_rate,
-                "grad_norm": norm,
+                "grad_norm": None if skipped else norm,
                 "tokens": int(tokens),
                 "supervised_tokens": int(supervised_tokens),
                 "seconds": seconds,
@@ -327,6 +322,13 @@ class StepLog(TrainerCallback):
             self._on_row(self.rows[-1])
         if time.monotonic() - self._written > _WRITE_EVERY_SECONDS:
             self.write()
+
+    def _is_skipped(self, loss: float, norm: float) -> bool:
+        """Whether the scaler of float16 skipped a step, and a smaller scale may help."""
+        if self.trainer.accelerator.scaler is None or math.isfinite(norm):
+            return False
+        before = [row["grad_norm"] for row in self.rows[-_MOST_SKIPPED:]]
+        return math.isfinite(loss) and before != [None] * _MOST_SKIPPED
 
     def write(self) -> None:
         """Writes training_logs.json (main process only)."""
