@@ -176,17 +176,18 @@ def _plain(
     scale: float,
 ) -> Tensor:
     """Attends with matrix products: q is [T, K, G, D], keys and values are [K, T, S, D]."""
-    q = q.transpose(0, 1)
-    scores = q @ keys.transpose(2, 3) * scale
+    q = q.transpose(0, 1) * scale
+    scores = q @ keys.transpose(2, 3)
     unseen = torch.arange(keys.shape[2], device=q.device) > length[:, None]
     scores = scores.masked_fill(unseen[:, None], -torch.inf)
-    if prefix is None:
-        return (scores.float().softmax(-1).to(q.dtype) @ values).transpose(0, 1)
-    before = q.flatten(1, 2) @ prefix[0].transpose(1, 2) * scale
-    both = torch.cat([before.view(*q.shape[:3], -1), scores], dim=3)
-    weights = both.float().softmax(-1).to(q.dtype)
-    before, own = weights.split([before.shape[2], scores.shape[3]], dim=3)
-    out = own @ values + (before.flatten(1, 2) @ prefix[1]).view_as(q)
+    before = scores[..., :0]
+    if prefix is not None:
+        before = (q.flatten(1, 2) @ prefix[0].transpose(1, 2)).view(*q.shape[:3], -1)
+    weights = torch.cat([before, scores], dim=3).float().softmax(-1).to(q.dtype)
+    before, own = weights.split([before.shape[3], scores.shape[3]], dim=3)
+    out: Tensor = own @ values
+    if prefix is not None:
+        out += (before.flatten(1, 2) @ prefix[1]).view_as(out)
     return out.transpose(0, 1)
 
 
