@@ -59,9 +59,10 @@ def test_generation_has_the_texts_of_hf(tiny_llama: Path, tmp_path: Path, from_f
     if from_file:
         row = json.dumps({"question": "How many?", "answer": "Two.\n#### 2"})
         (tmp_path / "test.jsonl").write_text("\n".join([row] * 6))
-        words += ["--gsm8k", str(tmp_path / "test.jsonl")]
+        words += ["--gsm8k", str(tmp_path / "test.jsonl"), "--own-examples"]
     record = record_of(tiny_llama, tmp_path, *words, "--dtype", "float32", "--adapter-rank", "4")
     assert ("synthetic" in record["title"]) != from_file
+    assert ("own examples" in record["title"]) == from_file
     assert [m["questions"] for m in record["measurements"]] == [4, 6, 6]
     assert [m["same_texts"] for m in record["measurements"]] == [None, 1.0, 1.0]
     baseline, first, _ = record["measurements"]

@@ -149,6 +149,8 @@ def _add_scoring(commands: Any) -> None:
     add("--fp8", action="store_true", help="also time packed scoring with compute=fp8")
     add("--generate", type=int, metavar="N", help="instead continue N prompts of GSM8K's form")
     add("--gsm8k", type=Path, metavar="FILE", help="its JSON Lines (default: synthetic questions)")
+    examples = "other examples before each question, as in lm_eval's gsm8k"
+    add("--own-examples", action="store_true", help=examples)
     add("--max-new-tokens", type=int, default=128, metavar="N", help="of each (default 128)")
     _add_output(parser)
 

@@ -32,7 +32,7 @@ _QUESTION_WORDS, _ANSWER_WORDS = (3.764, 0.371), 53
 def measure_generation(plan: ScoringPlan) -> str:
     """Loads the base, measures, and returns the table; raises HarnessError as scoring does."""
     assert plan.generate is not None
-    prompts, source = choose_prompts(plan.gsm8k, plan.generate)
+    prompts, source = choose_prompts(plan.gsm8k, plan.generate, own_examples=plan.own_examples)
     settings = {"until": _STOPS, "max_gen_toks": plan.max_new_tokens, "do_sample": False}
     requests = [
         Request("generate_until", {}, (text, settings), n) for n, text in enumerate(prompts)
@@ -68,11 +68,11 @@ def measure_generation(plan: ScoringPlan) -> str:
     return record.table()
 
 
-def choose_prompts(file: Path | None, count: int) -> tuple[list[str], str]:
+def choose_prompts(file: Path | None, count: int, *, own_examples: bool) -> tuple[list[str], str]:
     """Returns prompts with five examples before each question, and what they are.
 
-    `file` is GSM8K's JSON Lines, of which the first rows are the examples; without it, words of
-    other questions take the place of GSM8K's, as many as those have.
+    `file` is GSM8K's JSON Lines, whose first rows are the examples unless each question has its
+    own; without it, words of other questions take the place of GSM8K's, as many as those have.
     """
     if file is None:
         questions, answer = _synthetic_questions(max(count, _SHOTS))
@@ -82,8 +82,13 @@ def choose_prompts(file: Path | None, count: int) -> tuple[list[str], str]:
         source = f"GSM8K questions of {file.name}"
     if len(rows) < max(count, _SHOTS):
         raise DataError(f"--gsm8k {file} has {len(rows)} questions", "Give a lower --generate")
-    shots = "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in rows[:_SHOTS])
-    return [f"{shots}Question: {q}\nAnswer:" for q, _ in rows[:count]], source
+    draw = random.Random(0)
+    prompts = []
+    for question, _ in rows[:count]:
+        examples = draw.sample(rows, _SHOTS) if own_examples else rows[:_SHOTS]
+        shots = "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in examples)
+        prompts.append(f"{shots}Question: {question}\nAnswer:")
+    return prompts, source + (", each with its own examples" if own_examples else "")
 
 
 def _synthetic_questions(count: int) -> tuple[list[str], str]:

@@ -53,6 +53,7 @@ class ScoringPlan:
     generate: int | None = None
     gsm8k: Path | None = None
     max_new_tokens: int = 128
+    own_examples: bool = False
 
 
 def measure_scoring(plan: ScoringPlan) -> str:

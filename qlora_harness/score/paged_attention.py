@@ -31,8 +31,13 @@ def pages_for(tokens: int) -> int:
 
 def page_bytes(config: Any, dtype: torch.dtype) -> int:
     """Returns the bytes of a page in all layers of a model."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * head_size(config) * PAGE * dtype.itemsize)
+    size = PAGE * key_heads(config) * head_size(config) * dtype.itemsize
+    return int(2 * config.num_hidden_layers * size)
+
+
+def key_heads(config: Any) -> int:
+    """Returns the number of key heads of a layer."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 class PagedCache:
@@ -50,12 +55,11 @@ class PagedCache:
         pages: int,
         widest: int,
     ) -> None:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        shape = heads, pages * PAGE, head_size(config)
-        count = config.num_hidden_layers
+        shape = key_heads(config), pages * PAGE, head_size(config)
+        layers = range(config.num_hidden_layers)
         # Zeros, as whatever isn't attended to still gets multiplied by zero.
         self.keys, self.values = (
-            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(count)] for _ in range(2)
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in layers] for _ in range(2)
         )
         self.prefix: list[tuple[Tensor, Tensor]] = []  # of each layer, [K, P, D] each
         self._free = list(range(pages - 1, rows - 1, -1))
@@ -149,7 +153,8 @@ class StepAttention:
         # Query heads that share a key head are like queries of one head.
         grouped = q.view(len(q), len(keys), -1, q.shape[2])
         if self._flex:
-            self._mask = self._mask or _mask(cache, grouped.shape[2])
+            if self._mask is None:
+                self._mask = _mask(cache, grouped.shape[2])
             if q.is_cuda:
                 keep_compiling()
             out = _flex(q.is_cuda)(grouped, keys, values, prefix, self._mask, scale)
