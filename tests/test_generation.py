@@ -45,7 +45,7 @@ def as_hflm(lm: QloraAdapterLM, batch_size: int) -> HFLM:
 def test_tokens_are_those_of_transformers(
     monkeypatch: pytest.MonkeyPatch, kind: str, flex: bool
 ) -> None:
-    monkeypatch.setattr(generator, "_MOST_ROWS", 4)  # 11 texts take three rounds
+    monkeypatch.setattr(generator, "_MOST_CPU_ROWS", 4)  # 11 texts take three rounds
     monkeypatch.setattr(generator, "_PACK", 24)
     monkeypatch.setattr(paged_attention, "PAGE", 8)
     model = tiny_of_any_kind(kind)
