@@ -186,7 +186,7 @@ def _plain(
     both = torch.cat([before.view(*q.shape[:3], -1), scores], dim=3)
     weights = both.float().softmax(-1).to(q.dtype)
     before, own = weights.split([before.shape[2], scores.shape[3]], dim=3)
-    out = own @ values + (before.flatten(1, 2) @ prefix[1]).view_as(q)
+    out: Tensor = own @ values + (before.flatten(1, 2) @ prefix[1]).view_as(q)
     return out.transpose(0, 1)
 
 
