@@ -94,7 +94,7 @@ def test_a_projection_generates_one_batch(
         time.sleep(0.5)
         return [""] * len(requests)
 
-    monkeypatch.setattr(HFLM, "generate_until", answers)
+    monkeypatch.setattr(QloraAdapterLM, "generate_until", answers, raising=False)
     arguments = {"peft": str(own_adapter), "results_dir": str(tmp_path)}
     scorer = InProcessScorer([("gsm8k",)], 1, str(data))
     began = time.perf_counter()
