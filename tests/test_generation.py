@@ -38,8 +38,10 @@ def as_hflm(lm: QloraAdapterLM, batch_size: int) -> HFLM:
     return HFLM(lm.model, tokenizer=lm.tokenizer, batch_size=batch_size, max_length=lm.max_length)
 
 
-@pytest.mark.parametrize("flex", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(
+    ("kind", "flex"),
+    [*((kind, False) for kind in ("llama", "qwen2", "qwen3", "gpt2", "gpt_neox")), ("llama", True)],
+)
 def test_tokens_are_those_of_transformers(
     monkeypatch: pytest.MonkeyPatch, kind: str, flex: bool
 ) -> None:
@@ -132,7 +134,7 @@ def test_smollm2_continues_as_with_hflm(smollm2: str, monkeypatch: pytest.Monkey
         f"{shots}Question: {text}\nAnswer:"
         for text in ("What is 1 + 6?", "Which colour has the sky?", "7?")
     ]
-    asked = requests(contexts, until=["Question:", "</s>"], max_gen_toks=14)
+    asked = requests(contexts, until=["Question:", "</s>"], max_gen_toks=10)
     texts = lm.generate_until(asked, disable_tqdm=True)
     assert texts == theirs.generate_until(asked, disable_tqdm=True)
     assert any("\n\n" in text for text in texts)

@@ -809,21 +809,30 @@ def test_attention_of_fused_packs_copies_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "quantised", "keys", "targets"),
-    [("llama", True, 2, "all-linear"), ("qwen3", False, 4, None), ("qwen2", False, 1, None)],
+    ("kind", "quantised", "keys", "targets", "shared"),
+    [
+        ("llama", True, 2, "all-linear", 5),
+        ("llama", True, 2, "all-linear", 0),
+        ("qwen2", False, 1, None, 150),
+    ],
 )
 def test_generated_tokens_in_float32_are_those_of_transformers(
-    kind: str, quantised: bool, keys: int, targets: str | None, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    quantised: bool,
+    keys: int,
+    targets: str | None,
+    shared: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(generator, "_MOST_ROWS", 4)
     model = model_of(kind, quantised, keys, targets).cuda()
-    for ids in (prompts(9), prompts(9, shared=0), prompts(2, shared=150)):
-        expected = continued(model, ids, 12, -1)
-        for flex, fused in ((True, False), (False, True), (True, True)):
-            packed = PackedModel(model, None, flex=flex, fused=fused)
-            assert packed.has_graphs == (flex and fused)
-            assert generated(packed, ids, 12, -1) == expected
-            packed.close()
+    ids = prompts(9, shared=shared)
+    expected = continued(model, ids, 12, -1)
+    for flex, fused in ((True, False), (False, True), (True, True)):
+        packed = PackedModel(model, None, flex=flex, fused=fused)
+        assert packed.has_graphs == (flex and fused)
+        assert generated(packed, ids, 12, -1) == expected
+        packed.close()
 
 
 def test_generating_with_graphs_equals_launching_each_kernel(

@@ -32,7 +32,7 @@ from qlora_harness.score.prefix_tree import Pack, Query, plan
 _PACK = 8192  # tokens of prompts in a pass; one length for all needs one set of kernels
 _MOST_ROWS = 512  # a step of more is no faster per token
 _REFILL = 4  # a pass over new prompts waits until one row in so many is free
-_SHARE = 0.75  # of free memory for keys and values
+_SHARE = 0.8  # of free memory for keys and values
 
 Complete = Callable[[Sequence[list[int]]], list[bool]]
 

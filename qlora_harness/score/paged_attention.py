@@ -1,7 +1,7 @@
 """Keys and values of growing texts in pages, and attention to them.
 
 All texts begin with the same prefix, whose keys and values exist once. Those of the rest of a text
-are in pages of 128 tokens, which a text owns until another takes its place: attention reads as many
+are in pages of 64 tokens, which a text owns until another takes its place: attention reads as many
 as the text needs. Its two parts, to the prefix and to the pages, join by their log-sum-exp.
 """
 
@@ -21,7 +21,7 @@ from qlora_harness.fused.layer import Attend
 from qlora_harness.model.base import head_size
 from qlora_harness.score.tree_attention import keep_compiling
 
-PAGE = 128  # tokens
+PAGE = 64  # tokens
 
 
 def pages_for(tokens: int) -> int:
@@ -176,17 +176,18 @@ def _plain(
     scale: float,
 ) -> Tensor:
     """Attends with matrix products: q is [T, K, G, D], keys and values are [K, T, S, D]."""
-    q = q.transpose(0, 1)
-    scores = q @ keys.transpose(2, 3) * scale
+    q = q.transpose(0, 1) * scale
+    scores = q @ keys.transpose(2, 3)
     unseen = torch.arange(keys.shape[2], device=q.device) > length[:, None]
     scores = scores.masked_fill(unseen[:, None], -torch.inf)
-    if prefix is None:
-        return (scores.float().softmax(-1).to(q.dtype) @ values).transpose(0, 1)
-    before = q.flatten(1, 2) @ prefix[0].transpose(1, 2) * scale
-    both = torch.cat([before.view(*q.shape[:3], -1), scores], dim=3)
-    weights = both.float().softmax(-1).to(q.dtype)
-    before, own = weights.split([before.shape[2], scores.shape[3]], dim=3)
-    out: Tensor = own @ values + (before.flatten(1, 2) @ prefix[1]).view_as(q)
+    before = scores[..., :0]
+    if prefix is not None:
+        before = (q.flatten(1, 2) @ prefix[0].transpose(1, 2)).view(*q.shape[:3], -1)
+    weights = torch.cat([before, scores], dim=3).float().softmax(-1).to(q.dtype)
+    before, own = weights.split([before.shape[3], scores.shape[3]], dim=3)
+    out: Tensor = own @ values
+    if prefix is not None:
+        out += (before.flatten(1, 2) @ prefix[1]).view_as(out)
     return out.transpose(0, 1)
 
 
@@ -218,12 +219,13 @@ def _joined(
 ) -> Tensor:
     """Attends with FlexAttention: q is [T, K, G, D], keys and values are all pages, [K, S, D]."""
     attend: Any = flex_attention
+    own: Tensor
     with_lse = AuxRequest(lse=True)
     own, aux = attend(
         *(q, keys[None], values[None]), block_mask=mask, scale=scale, return_aux=with_lse
     )
     if prefix is None:
-        return own  # type: ignore[no-any-return]
+        return own
     # The prefix is one text for all rows, so their queries are one matrix.
     flat = q.transpose(0, 1).flatten(1, 2)[None]
     before, aux_before = attend(
