@@ -270,9 +270,9 @@ def test_scoring_on_the_gpu_agrees_with_the_cpu(tiny_llama: Path, quant: str) ->
 
     prompts = [q.prompt for q in load_questions(DEMO_FILE)[:6]]
     requests = [
-        Instance("loglikelihood", {}, (prompt, f" {letter}"), place)
+        Instance("loglikelihood", {}, (prompt, f" {answer}"), place)
         for prompt in prompts
-        for place, letter in enumerate("ABCD")
+        for place, answer in enumerate((*"ABCD", "It is blue.", "It is black or grey."))
     ]
     logprobs = {}
     for device in ("cpu", "cuda"):

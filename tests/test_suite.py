@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 import shutil
+import time
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +21,7 @@ from scoring_runs import PROBLEMS, PROMPTS, QUESTIONS, MakeLm, refused, write_ta
 
 from qlora_harness import cli
 from qlora_harness.errors import DataError, HarnessError, SettingsError
-from qlora_harness.lm_eval_compat.in_process import check_tasks
+from qlora_harness.lm_eval_compat.in_process import InProcessScorer, check_tasks
 from qlora_harness.lm_eval_compat.tasks import check_sentence_splitter
 from qlora_harness.results.runs import load_run
 from qlora_harness.score.adapter_lm import QloraAdapterLM
@@ -81,6 +82,25 @@ def test_a_run_is_scored_as_by_the_printed_commands(
     prompt = samples(Path("ours"), "gsm8k")[0]["arguments"]["gen_args_0"]["arg_0"]
     assert prompt.count("Question:") == 6
     assert all(row["question"] in prompt for row in PROBLEMS[:6])
+
+
+def test_a_projection_generates_one_batch(
+    own_adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+
+    def answers(self: HFLM, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        counts.append(len(requests))
+        time.sleep(0.5)
+        return [""] * len(requests)
+
+    monkeypatch.setattr(QloraAdapterLM, "generate_until", answers, raising=False)
+    arguments = {"peft": str(own_adapter), "results_dir": str(tmp_path)}
+    scorer = InProcessScorer([("gsm8k",)], 1, str(data))
+    began = time.perf_counter()
+    projected = scorer.project(arguments)
+    assert counts == [1]  # of 2 problems
+    assert projected > time.perf_counter() - began + 0.4
 
 
 def test_truthfulqa_in_one_pack_equals_lm_eval_and_computes_each_prefix_once(

@@ -132,7 +132,7 @@ def _data_names(summary: TrainingSummary) -> list[str]:
 
 def _about(summary: TrainingSummary) -> list[str]:
     quantization, model = summary.quantization, summary.model
-    held = f"in {summary.quant}"
+    held = f"in {'float16' if quantization.is_float16 else summary.quant}"
     if quantization.double_quant:
         held += " with double quantisation"
     lines = [
