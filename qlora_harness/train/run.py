@@ -60,7 +60,7 @@ from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.memory_plan import choose_memory_plan, largest_pass, measure_shape
 from qlora_harness.train.model_card import refresh_card
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
-from qlora_harness.train.ranks import device_of, on_main, say, start_processes
+from qlora_harness.train.ranks import device_of, lost_process, on_main, say, start_processes
 from qlora_harness.train.run_folder import (
     StartingPoint,
     clear_run_folder,
@@ -87,6 +87,15 @@ def run_training(
     Raises HarnessError for anything the user can fix; the folder then says "failed", or is
     untouched if training had not begun.
     """
+    try:
+        return _run_training(settings, resume_given, on_row)
+    except RuntimeError as error:
+        raise lost_process(error) or error from None
+
+
+def _run_training(
+    settings: Settings, resume_given: bool, on_row: Callable[[Mapping[str, Any]], None] | None
+) -> dict[str, Any]:
     with sigterm_as_ctrl_c():
         state = start_processes()
         check_can_run(settings)
@@ -194,7 +203,7 @@ class _Run:
                     self.log.write()
                 self.record.finish("completed", self.log.rows, self.earlier_rows)
             except BaseException as error:
-                self._fail(error)
+                self._fail(lost_process(error) or error)
                 if is_out_of_memory(error):
                     raise self._memory_advice() from error
                 raise
