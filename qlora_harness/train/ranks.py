@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from qlora_harness.errors import (
     HarnessError,
@@ -50,8 +52,8 @@ def _own_store() -> dict[str, Any]:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or torch.distributed.is_initialized():
         return {}
-    store, rank, processes = next(torch.distributed.rendezvous("env://", timeout=_TIMEOUT))
-    store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
+    store, rank, processes = next(rendezvous("env://", timeout=_TIMEOUT))
+    store = PrefixStore(f"attempt_{attempt}", store)
     return {"store": store, "rank": rank, "world_size": processes}
 
 

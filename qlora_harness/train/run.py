@@ -223,13 +223,15 @@ class _Run:
         shape = measure_shape(source.path, source.revision, self.settings.lora.lora_targets)
         if self.settings.model.compute == "fp8" and not shape.fused:
             _check_fp8(f"{source.name} has no fused layers")
-        self.chosen, plan, tokens = choose_memory_plan(shape, self.settings, lengths)
+        self.chosen, plan, tokens = choose_memory_plan(
+            shape, self.settings, lengths, self.state.num_processes
+        )
         check_combination(self.chosen)
         self.plan = plan.record() | {"tokens_per_pass": tokens}
         lines = [describe(plan, tokens), host_shortage(plan, memory_of_a_process())]
         if self.device.type == "cuda" and self.start.checkpoint is None:
             free, _ = torch.cuda.mem_get_info(self.device)
-            lines.append(one_pass(shape, self.settings, lengths, free))
+            lines.append(one_pass(shape, self.settings, lengths, free, plan.processes))
         say(self.state, "\n".join(line for line in lines if line is not None))
 
     def _load_model(self, source: BaseSource, data: TrainingData) -> Any:
