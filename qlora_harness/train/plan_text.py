@@ -38,8 +38,9 @@ def describe(plan: MemoryPlan, tokens: int) -> str:
     listed = ", ".join(f"{name} {value / GIB:.2f}" for name, value in _parts(plan).items())
     host = f", and {plan.host / GIB:.1f} GiB of the host's memory" if plan.host else ""
     return (
-        f"planned peak {plan.peak / GIB:.1f} GiB on {_gpus(plan.processes)}{host}, "
-        f"at {tokens:,} tokens a pass, checkpointing {plan.checkpointing}{', CUDA graphs' if plan.graphs else ''} ({listed})"
+        f"planned peak {plan.peak / GIB:.1f} GiB on {_gpus(plan.processes)}{host}, at {tokens:,} "
+        f"tokens a pass, checkpointing {plan.checkpointing}"
+        f"{', CUDA graphs' if plan.graphs else ''} ({listed})"
     )
 
 
