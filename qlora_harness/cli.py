@@ -17,6 +17,7 @@ from qlora_harness.errors import SettingsError, run_command
 from qlora_harness.flag_checks import check_at_least
 from qlora_harness.inference.command import COMMANDS, run_inference
 from qlora_harness.inference.command import add_commands as add_inference
+from qlora_harness.score import command as score_command
 
 _SCHEMAS = {
     "training_summary": "schema.training_records:TrainingSummary",
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="qlora-harness",
         description="What do the 4 bits of QLoRA cost? Compares runs. Training is launch/train.py, "
-        "scoring is lm_eval --model qlora_adapter.",
+        "scoring is lm_eval --model qlora_adapter, or `score` for a suite.",
     )
     parser.add_argument("--version", action="version", version=f"qlora-harness {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -73,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what a data set holds: form, lengths, duplicates, overlap with MMLU, examples",
         add_help=False,  # `survey.command` parses the flags of launch/train.py for data
     )
+    score_command.add_command(commands)
     runs = commands.add_parser(
         "runs",
         help="list the runs below a folder",
@@ -144,6 +146,7 @@ def _plan(words: Sequence[str]) -> None:
     """Parses the flags of launch/train.py and prints the memory of every way to train."""
     from qlora_harness.model.base import find_base
     from qlora_harness.train.command import flag_parser, parse_settings
+    from qlora_harness.train.compute_dtype import with_own_dtype
     from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
     from qlora_harness.train.plan_text import table
     from qlora_harness.train.window import check_window
@@ -157,6 +160,7 @@ def _plan(words: Sequence[str]) -> None:
     settings, _ = parse_settings(words, parser)
     source = find_base(settings.model.model, settings.model.revision)
     check_window(settings, source)
+    settings = with_own_dtype(settings)
     shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
     # Without data, assumes that every example has the longest permitted length.
     examples = settings.optimization.batch_size * settings.optimization.grad_accum
@@ -217,6 +221,8 @@ def _run(words: Sequence[str]) -> int:
         _read_runs(args)
     elif args.command == "schema":
         _print_schema(args.kind)
+    elif args.command == "score":
+        score_command.run(args)
     elif args.command in COMMANDS:
         run_inference(args)
     elif args.command == "doctor":

@@ -258,7 +258,8 @@ def with_rung(settings: Settings, rung: Mapping[str, str]) -> Settings:
 
     A rung without an optimizer turns paged 32-bit AdamW into torch's: the update is the same, and
     what fits needs no paging, for which bitsandbytes waits at each parameter. (torch's states have
-    the adapter's dtype, so a bfloat16 adapter stays with the paged one.)
+    the adapter's dtype, so a bfloat16 adapter stays with the paged one.) With compute dtype
+    float16, the adapter keeps its dtype.
     """
     optimization, lora = settings.optimization, settings.lora
     optimizer = optimization.optimizer
@@ -269,7 +270,9 @@ def with_rung(settings: Settings, rung: Mapping[str, str]) -> Settings:
         checkpointing=rung["checkpointing"],
         optimizer=rung.get("optimizer", optimizer),
     )
-    lora = dataclasses.replace(lora, adapter_dtype=rung.get("adapter_dtype", lora.adapter_dtype))
+    if settings.model.compute_dtype != "float16":
+        dtype = rung.get("adapter_dtype", lora.adapter_dtype)
+        lora = dataclasses.replace(lora, adapter_dtype=dtype)
     return dataclasses.replace(settings, optimization=optimization, lora=lora)
 
 
