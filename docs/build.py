@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import qlora_harness as qh
 from qlora_harness.benchmark.record import (
@@ -33,6 +34,7 @@ STUDY = ROOT / "results" / "qwen2.5-coder-1.5b"
 IN_FP8 = ROOT / "results" / "qwen2.5-coder-1.5b-fp8"
 AT_CHANCE = ROOT / "results" / "published" / "smollm2"
 HF = "lm-eval hf, batch size 16"
+NOT_MEASURED = "Not measured yet."
 
 TRAINING_ROWS = {
     "published": "published recipe: PEFT, 1 × 16, full checkpointing, dropout 0.1",
@@ -77,16 +79,26 @@ PEER_ROWS = {
 }
 
 
+def read_training(path: Path) -> TrainingBenchmark:
+    """A training record."""
+    return TrainingBenchmark.model_validate_json(path.read_text(encoding="utf-8"))
+
+
 def training(name: str, model: str = "llama7b") -> dict[str, TrainingMeasurement]:
     """The measurements of a training record, by way."""
-    record = TrainingBenchmark.model_validate_json((RECORDS / name).read_text(encoding="utf-8"))
+    record = read_training(RECORDS / name)
     check_model(name, record.title, model)
     return {m.way: m for m in record.measurements if m.failure is None}
 
 
+def read_scoring(path: Path) -> ScoringBenchmark:
+    """A scoring record."""
+    return ScoringBenchmark.model_validate_json(path.read_text(encoding="utf-8"))
+
+
 def scoring(name: str, model: str = "smollm2") -> dict[str, ScoringMeasurement]:
     """The measurements of a scoring record, by name."""
-    record = ScoringBenchmark.model_validate_json((RECORDS / name).read_text(encoding="utf-8"))
+    record = read_scoring(RECORDS / name)
     check_model(name, record.title, model)
     return {m.name: m for m in record.measurements}
 
@@ -413,6 +425,50 @@ def _panels(comparison: qh.Comparison) -> tuple[str, int]:
     return "\n".join(parts), bottom + 12
 
 
+def by_machine(kind: str, read: Callable[[Path], Any]) -> Iterator[tuple[Any, Any]]:
+    """The records scale_KIND…_N.json of N processes, each after that of one on its machine."""
+    for path in sorted(RECORDS.glob(f"scale_{kind}*_1.json")):
+        paths = RECORDS.glob(f"{path.stem.removesuffix('1')}*.json")
+        records = sorted(map(read, paths), key=lambda record: int(record.processes))
+        yield from ((records[0], record) for record in records)
+
+
+def scaled(record: Any) -> str:
+    return f"{record.processes} × {record.environment['device']} | {record.created[:10]}"
+
+
+def scale_table() -> str:
+    """Training on several GPUs beside one GPU of the same machine."""
+    rows = []
+    for one, record in by_machine("training", read_training):
+        base = {(m.way, m.quant): m.median_tokens_per_second for m in one.measurements}
+        for m in record.measurements:
+            share = m.median_tokens_per_second / record.processes / base[m.way, m.quant]
+            rows.append(
+                f"| {record.title.partition(',')[0]}, {m.quant}, {m.way} | {scaled(record)} | "
+                f"{m.tokens / m.steps:,.0f} | {m.median_tokens_per_second:,.0f} | {share:.1%} | "
+                f"{gib(m.peak_allocated_bytes)} |"
+            )
+    head = "| | GPUs | | tokens/step | tokens/s | of linear | peak of a GPU, GiB |"
+    return "\n".join([head, "|---|---|---|" + "---:|" * 4, *rows]) if rows else NOT_MEASURED
+
+
+def scale_scoring_table() -> str:
+    """Scoring on several GPUs beside one GPU of the same machine."""
+    rows = []
+    for one, record in by_machine("scoring", read_scoring):
+        base = {m.name: m.scoring_seconds for m in one.measurements}
+        for m in record.measurements:
+            if m.name.startswith("packed"):
+                rows.append(
+                    f"| {record.title.partition(',')[0]}, {m.name} | {scaled(record)} | "
+                    f"{m.questions:,} | {m.scoring_seconds:.1f} | "
+                    f"{m.scoring_seconds / base[m.name]:.2f} |"
+                )
+    head = "| | GPUs | | prompts | scoring, s | of one GPU's time |"
+    return "\n".join([head, "|---|---|---|" + "---:|" * 3, *rows]) if rows else NOT_MEASURED
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "answer": answer,
     "answer: at chance": partial(answer, AT_CHANCE),
@@ -426,6 +482,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "answer: NF4 scored in FP8": partial(fp8_answer, ["base_nf4"], 4),
     "table: long": long_table,
     "table: small": small_table,
+    "table: scale": scale_table,
+    "table: scale scoring": scale_scoring_table,
     "table: fp8 scoring": fp8_scoring_table,
     "table: peers": peers_table,
     "sentence: peers": peers_sentence,

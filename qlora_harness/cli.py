@@ -14,6 +14,7 @@ from qlora_harness import __version__
 from qlora_harness.benchmark.command import add_commands, run_benchmark
 from qlora_harness.compare.command import add_arguments
 from qlora_harness.errors import SettingsError, run_command
+from qlora_harness.flag_checks import check_at_least
 from qlora_harness.inference.command import COMMANDS, run_inference
 from qlora_harness.inference.command import add_commands as add_inference
 from qlora_harness.score import command as score_command
@@ -30,7 +31,8 @@ _SCHEMAS = {
 
 _PLAN = (
     "Predicts the GPU memory of a training run with these flags, for every way to save memory, "
-    "from the model's configuration alone; needs no GPU."
+    "from the model's configuration alone; needs no GPU. --gpus N [--engine ddp] predicts that of "
+    "each of N GPUs."
 )
 
 
@@ -149,6 +151,11 @@ def _plan(words: Sequence[str]) -> None:
     from qlora_harness.train.plan_text import table
     from qlora_harness.train.window import check_window
 
+    own = _Parser(prog="qlora-harness plan", add_help=False, allow_abbrev=False)
+    own.add_argument("--gpus", type=int, default=1)
+    own.add_argument("--engine", choices=["ddp"], default="ddp")
+    devices, words = own.parse_known_args(words)
+    check_at_least({"--gpus": devices.gpus}, 1)
     parser = flag_parser("qlora-harness plan", _PLAN, epilog=None)
     settings, _ = parse_settings(words, parser)
     source = find_base(settings.model.model, settings.model.revision)
@@ -157,8 +164,9 @@ def _plan(words: Sequence[str]) -> None:
     shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
     # Without data, assumes that every example has the longest permitted length.
     examples = settings.optimization.batch_size * settings.optimization.grad_accum
-    chosen, _, tokens = choose_memory_plan(shape, settings, [settings.data.max_length] * examples)
-    print(table(shape, settings, chosen, tokens))
+    lengths = [settings.data.max_length] * examples
+    chosen, _, tokens = choose_memory_plan(shape, settings, lengths, devices.gpus)
+    print(table(shape, settings, chosen, tokens, devices.gpus))
 
 
 def _read_runs(args: argparse.Namespace) -> None:

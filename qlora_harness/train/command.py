@@ -118,10 +118,12 @@ def _train(argv: Sequence[str] | None) -> int:
     from qlora_harness.train.run import run_training
 
     summary = run_training(settings, resume_given=resume_given)
-    if PartialState().is_main_process:
+    state = PartialState()
+    if state.is_main_process:
         print(f"{settings.quant.value}: " + "; ".join(_numbers(summary)))
         adapter = settings.run_dir / ADAPTER_DIR
         print(printable(f"adapter: {adapter}   record: {settings.run_dir}"))
+    state.destroy_process_group()
     return 0
 
 

@@ -6,7 +6,8 @@ The peak of a step on one GPU, without the CUDA context:
     + max(stored activations + work of one layer, gradients + work of one layer)
 
 The backward pass frees a layer's activations as it adds the layer's gradients, so only the larger
-of the two counts; CUDA graphs hold the memory of both. Paged optimizer states are on the GPU while
+of the two counts; CUDA graphs hold the memory of both, and so does DDP, whose buckets of gradients
+are always there. Paged optimizer states are on the GPU while
 there is room, but torch's allocator does not count them. The bytes per layer are computed beside
 the layers: in `fused.layer`, `fused.bordered`, `fused.graphs` and `fused.model`, in `model.lora`
 for PEFT's own modules, and in `model.base`.
@@ -54,13 +55,14 @@ class MemoryPlan:
     work: int  # of the current layer, the loss, and expanded weights
     host: int  # pinned host memory for activations, at most; not part of the peak
     graphs: bool  # whether passes run as CUDA graphs on one GPU
+    processes: int = 1  # each with a GPU of its own, by DDP; the plan is that of each
 
     @property
     def peak(self) -> int:
         """The predicted peak."""
         held = self.weights + self.adapter + self.states
         both = self.activations, self.gradients
-        return held + (sum(both) if self.graphs else max(both)) + self.work
+        return held + (sum(both) if self.graphs or self.processes > 1 else max(both)) + self.work
 
     def record(self) -> dict[str, Any]:
         """Returns the plan as training_summary.json holds it."""
@@ -125,7 +127,7 @@ def uses_fused(shape: Shape, settings: Settings) -> bool:
     return shape.fused and settings.allows_fused and settings.optimization.kernels == "auto"
 
 
-def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
+def predict_memory(shape: Shape, settings: Settings, tokens: int, processes: int = 1) -> MemoryPlan:
     """Predicts the peak of a step whose largest forward pass has `tokens`, padding included."""
     from qlora_harness.fused import bordered, fp8_weights, graphs, layer, model
     from qlora_harness.model.base import expansion_bytes, weight_bytes
@@ -139,7 +141,8 @@ def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
     host, uses_graphs = 0, False
     if uses_fused(shape, settings):
         in_bf16 = settings.model.compute == "bf16"
-        uses_graphs = in_bf16 and graphs.planned(shape, checkpointing, tokens, size)
+        planned = graphs.planned(shape, checkpointing, tokens, size)
+        uses_graphs = in_bf16 and planned and processes == 1
         if uses_graphs:
             tokens = graphs.padded(tokens)
         activations, work = layer.fused_activation_bytes(
@@ -175,6 +178,7 @@ def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
         work=work,
         host=host,
         graphs=uses_graphs,
+        processes=processes,
     )
 
 
@@ -202,7 +206,7 @@ def largest_pass(lengths: Sequence[int], settings: Settings, *, fused: bool) -> 
 
 
 def choose_memory_plan(
-    shape: Shape, settings: Settings, lengths: Sequence[int]
+    shape: Shape, settings: Settings, lengths: Sequence[int], processes: int = 1
 ) -> tuple[Settings, MemoryPlan, int]:
     """Applies `--memory`: returns the settings to run with, their plan and the tokens per pass.
 
@@ -215,7 +219,7 @@ def choose_memory_plan(
 
     def planned(changed: Settings) -> tuple[Settings, MemoryPlan, int]:
         tokens = largest_pass(lengths, changed, fused=fused)
-        return changed, predict_memory(shape, changed, tokens), tokens
+        return changed, predict_memory(shape, changed, tokens, processes), tokens
 
     memory = settings.optimization.memory
     if memory is None:

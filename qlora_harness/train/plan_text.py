@@ -38,9 +38,14 @@ def describe(plan: MemoryPlan, tokens: int) -> str:
     listed = ", ".join(f"{name} {value / GIB:.2f}" for name, value in _parts(plan).items())
     host = f", and {plan.host / GIB:.1f} GiB of the host's memory" if plan.host else ""
     return (
-        f"planned peak {plan.peak / GIB:.1f} GiB on a GPU{host}, at {tokens:,} tokens a pass, "
-        f"checkpointing {plan.checkpointing}{', CUDA graphs' if plan.graphs else ''} ({listed})"
+        f"planned peak {plan.peak / GIB:.1f} GiB on {_gpus(plan.processes)}{host}, at {tokens:,} "
+        f"tokens a pass, checkpointing {plan.checkpointing}"
+        f"{', CUDA graphs' if plan.graphs else ''} ({listed})"
     )
+
+
+def _gpus(processes: int) -> str:
+    return "a GPU" if processes == 1 else f"each of {processes} GPUs (DDP)"
 
 
 def host_shortage(plan: MemoryPlan, free: int) -> str | None:
@@ -53,7 +58,9 @@ def host_shortage(plan: MemoryPlan, free: int) -> str | None:
     return None
 
 
-def one_pass(shape: Shape, settings: Settings, lengths: Sequence[int], free: int) -> str | None:
+def one_pass(
+    shape: Shape, settings: Settings, lengths: Sequence[int], free: int, processes: int = 1
+) -> str | None:
     """Returns a hint at the `--memory` that computes a step of several passes in one, or None.
 
     `lengths` are the tokens of each training example, `free` the free bytes of the GPU.
@@ -65,7 +72,7 @@ def one_pass(shape: Shape, settings: Settings, lengths: Sequence[int], free: int
         preset = dataclasses.replace(
             settings, optimization=dataclasses.replace(optimization, memory=word)
         )
-        _, plan, _ = choose_memory_plan(shape, preset, lengths)
+        _, plan, _ = choose_memory_plan(shape, preset, lengths, processes)
         if plan.peak * _MARGIN <= free:
             return (
                 f"{optimization.grad_accum} passes a step; --memory {word} computes the same "
@@ -75,7 +82,9 @@ def one_pass(shape: Shape, settings: Settings, lengths: Sequence[int], free: int
     return None
 
 
-def table(shape: Shape, settings: Settings, chosen: Settings, tokens: int) -> str:
+def table(
+    shape: Shape, settings: Settings, chosen: Settings, tokens: int, processes: int = 1
+) -> str:
     """Returns the plan of every rung, and the GPUs it fits, for passes of `tokens`.
 
     The row of `chosen`, the settings from `choose_memory_plan`, comes first and is marked.
@@ -88,7 +97,7 @@ def table(shape: Shape, settings: Settings, chosen: Settings, tokens: int) -> st
     }
     plans: dict[tuple[str, str, str], MemoryPlan] = {}
     for rung in (first, *rungs_of(fused)):
-        plan = predict_memory(shape, with_rung(settings, rung), tokens)
+        plan = predict_memory(shape, with_rung(settings, rung), tokens, processes)
         plans.setdefault((plan.checkpointing, plan.optimizer, plan.adapter_dtype), plan)
     kind = "fused layers" if fused else "PEFT's own modules: an estimate"
     dtype = settings.model.compute_dtype.replace("auto", "bfloat16")
@@ -97,7 +106,8 @@ def table(shape: Shape, settings: Settings, chosen: Settings, tokens: int) -> st
     return "\n".join(
         [
             f"{settings.model.model}, {settings.quant.value}, {dtype}, "
-            f"rank {settings.lora.lora_r}, {tokens:,} tokens a pass; {kind}; GiB",
+            f"rank {settings.lora.lora_r}, {tokens:,} tokens a pass; {kind}; "
+            f"GiB on {_gpus(processes)}",
             f"{'checkpointing':<15}{'optimizer':<20}{'adapter':<10}"
             + "".join(f"{head:>12}" for head in heads)
             + "  fits GPUs of",

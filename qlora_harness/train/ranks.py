@@ -1,18 +1,29 @@
-"""The processes that train together: their devices, and work for the main process only."""
+"""The processes that train together: their devices, work for the main process only, their end."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
-from qlora_harness.errors import HarnessError, SettingsError, printable
+from qlora_harness.errors import (
+    HarnessError,
+    SettingsError,
+    TrainingError,
+    first_line,
+    printable,
+)
 
 _Result = TypeVar("_Result")
+# The others wait so long for a process, also while the first one encodes the data.
+_TIMEOUT = timedelta(minutes=30)
 
 
 def start_processes() -> PartialState:
@@ -21,7 +32,8 @@ def start_processes() -> PartialState:
     Raises SettingsError if one process sees several GPUs: Trainer would use all of them.
     """
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    state = PartialState(cpu=on_cpu or not torch.cuda.is_available())
+    cpu = on_cpu or not torch.cuda.is_available()
+    state = PartialState(cpu=cpu, timeout=_TIMEOUT, **_own_store())
     if not state.is_main_process:
         logging.getLogger("qlora_harness").setLevel(logging.ERROR)  # so that warnings appear once
     if state.device.type == "cuda" and state.num_processes == 1 and torch.cuda.device_count() > 1:
@@ -30,6 +42,19 @@ def start_processes() -> PartialState:
             "Use `accelerate launch --multi_gpu launch/train.py …`, or set CUDA_VISIBLE_DEVICES=0",
         )
     return state
+
+
+def _own_store() -> dict[str, Any]:
+    """Returns what processes restarted by torchrun need to join each other.
+
+    torch 2.13 leaves the addresses of those before in the launcher's store.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or torch.distributed.is_initialized():
+        return {}
+    store, rank, processes = next(rendezvous("env://", timeout=_TIMEOUT))
+    store = PrefixStore(f"attempt_{attempt}", store)
+    return {"store": store, "rank": rank, "world_size": processes}
 
 
 def device_of(state: PartialState) -> torch.device:
@@ -41,7 +66,10 @@ def device_of(state: PartialState) -> torch.device:
 
 
 def on_main(state: PartialState, work: Callable[[], _Result]) -> _Result:
-    """Returns the main process's result, or raises its HarnessError, on every process."""
+    """Returns the main process's result on every process.
+
+    Its HarnessError ends all of them, and is printed once.
+    """
     outcome: list[Any] = [None]
     if state.is_main_process:
         try:
@@ -53,9 +81,25 @@ def on_main(state: PartialState, work: Callable[[], _Result]) -> _Result:
 
         broadcast_object_list(outcome)
     if isinstance(outcome[0], HarnessError):
-        raise outcome[0]
+        if state.is_main_process:
+            raise outcome[0]
+        raise SystemExit(outcome[0].exit_status)
     result: _Result = outcome[0]
     return result
+
+
+def lost_process(error: BaseException) -> TrainingError | None:
+    """Returns the error to raise if another process ended or hangs, else None."""
+    lost = isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
+    if not lost:
+        return None
+    cause = first_line(error).split(". ")[0]
+    return TrainingError(
+        f"another process of this run ended or doesn't answer ({cause})",
+        "See its own error; the same command resumes from the last checkpoint",
+    )
 
 
 def say(state: PartialState, text: str) -> None:

@@ -59,7 +59,7 @@ from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.memory_plan import choose_memory_plan, largest_pass, measure_shape
 from qlora_harness.train.model_card import refresh_card
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
-from qlora_harness.train.ranks import device_of, on_main, say, start_processes
+from qlora_harness.train.ranks import device_of, lost_process, on_main, say, start_processes
 from qlora_harness.train.run_folder import (
     StartingPoint,
     clear_run_folder,
@@ -86,6 +86,15 @@ def run_training(
     Raises HarnessError for anything the user can fix; the folder then says "failed", or is
     untouched if training had not begun.
     """
+    try:
+        return _run_training(settings, resume_given, on_row)
+    except RuntimeError as error:
+        raise lost_process(error) or error from None
+
+
+def _run_training(
+    settings: Settings, resume_given: bool, on_row: Callable[[Mapping[str, Any]], None] | None
+) -> dict[str, Any]:
     with sigterm_as_ctrl_c():
         state = start_processes()
         check_can_run(settings)
@@ -175,7 +184,7 @@ class _Run:
                     self.log.write()
                 self.record.finish("completed", self.log.rows, self.earlier_rows)
             except BaseException as error:
-                self._fail(error)
+                self._fail(lost_process(error) or error)
                 if is_out_of_memory(error):
                     raise self._memory_advice() from error
                 raise
@@ -195,13 +204,15 @@ class _Run:
         shape = measure_shape(source.path, source.revision, self.settings.lora.lora_targets)
         if self.settings.model.compute == "fp8" and not shape.fused:
             _check_fp8(f"{source.name} has no fused layers")
-        self.chosen, plan, tokens = choose_memory_plan(shape, self.settings, lengths)
+        self.chosen, plan, tokens = choose_memory_plan(
+            shape, self.settings, lengths, self.state.num_processes
+        )
         check_combination(self.chosen)
         self.plan = plan.record() | {"tokens_per_pass": tokens}
         lines = [describe(plan, tokens), host_shortage(plan, memory_of_a_process())]
         if self.device.type == "cuda" and self.start.checkpoint is None:
             free, _ = torch.cuda.mem_get_info(self.device)
-            lines.append(one_pass(shape, self.settings, lengths, free))
+            lines.append(one_pass(shape, self.settings, lengths, free, plan.processes))
         say(self.state, "\n".join(line for line in lines if line is not None))
 
     def _load_model(self, source: BaseSource, data: TrainingData) -> Any:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -57,9 +57,10 @@ class CountingTrainer(Trainer):
             # Without a copy of the gradients beside the buckets that are reduced.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         # Every process has loaded the same base. DDP would send it again, and buffers in each step.
-        frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
-        buffers = [name for name, _ in self.model.named_buffers()]
-        self.model._ddp_params_and_buffers_to_ignore = frozen + buffers  # noqa: SLF001  # DDP's name
+        model: Any = self.model
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        buffers = [name for name, _ in model.named_buffers()]
+        model._ddp_params_and_buffers_to_ignore = frozen + buffers  # noqa: SLF001  # DDP's name
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; a checkpoint that torch can't load raises RunError."""
@@ -114,8 +115,9 @@ class CountingTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Computes one micro-batch and adds up the loss of its optimizer step."""
         self._checkpoint = None  # it has been loaded by now
-        if self.model_wrapped is not self.model:
-            self.model_wrapped.parameters = self.model.parameters  # see `listed_modules`
+        wrapped: Any = self.model_wrapped
+        if wrapped is not self.model:
+            wrapped.parameters = cast(Any, self.model).parameters  # see `listed_modules`
         loss = super().training_step(*args, **kwargs)
         if self._loss is None:
             self._loss = torch.zeros((), device=self.args.device)
