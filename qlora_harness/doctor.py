@@ -52,7 +52,7 @@ def diagnose() -> int:
 def checks() -> Iterator[Check]:
     """Yields all checks, the cheap ones first."""
     yield Check("Python", "ok", ".".join(map(str, sys.version_info[:3])))
-    packages = [_package(requirement) for requirement in _requirements()]
+    packages = list(_packages())
     yield from packages
     parts: dict[str, Callable[[], Iterable[Check]]] = {
         "lm_eval plugin": lambda: [_plugin()],
@@ -77,11 +77,17 @@ def _guarded(name: str, part: Callable[[], Iterable[Check]]) -> Iterator[Check]:
                     f"Reinstall {where} in this environment")  # fmt: skip
 
 
-def _requirements() -> list[Any]:
+def _packages() -> Iterator[Check]:
     from packaging.requirements import Requirement
 
-    parsed = [Requirement(text) for text in requires("qlora-harness") or []]
-    return [requirement for requirement in parsed if requirement.marker is None]
+    try:
+        texts = requires("qlora-harness") or []
+    except PackageNotFoundError:  # run from a folder on PYTHONPATH
+        yield Check("qlora-harness", "missing", "not installed", "pip install -e .")
+        return
+    for requirement in map(Requirement, texts):
+        if requirement.marker is None:
+            yield _package(requirement)
 
 
 def _package(requirement: Any) -> Check:

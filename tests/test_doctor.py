@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +57,16 @@ def test_versions_are_compared_with_the_tested_ranges() -> None:
         for text in ("torch>=1", "torch<1", "no-such-package-here")
     }
     assert list(states.values()) == ["ok", "warning", "missing"]
+
+
+def test_a_folder_on_the_path_is_not_an_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> list[str]:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "requires", missing)
+    assert [(check.name, check.state) for check in doctor._packages()] == [
+        ("qlora-harness", "missing")
+    ]
 
 
 @pytest.mark.parametrize(
