@@ -28,6 +28,7 @@ from qlora_harness.lm_eval_compat.tasks import (
     use_local_data,
 )
 from qlora_harness.score.adapter_lm import QloraAdapterLM
+from qlora_harness.score.generator import MOST_ROWS
 from qlora_harness.score.prefix_tree import Score
 
 _DEVICE = "cuda:0"  # the command's default, which becomes the CPU if there is no GPU
@@ -47,7 +48,8 @@ class _Projection(QloraAdapterLM):
 
     def generate_until(self, requests: list[Request], disable_tqdm: bool = False) -> list[str]:
         began = time.perf_counter()
-        batch = random.Random(0).sample(requests, min(self.batch_size, len(requests)))
+        rows = MOST_ROWS if self.device.type == "cuda" else self.batch_size  # one round
+        batch = random.Random(0).sample(requests, min(rows, len(requests)))
         super().generate_until(batch, disable_tqdm=True)
         seconds = time.perf_counter() - began
         self.spent += seconds

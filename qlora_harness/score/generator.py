@@ -31,7 +31,7 @@ from qlora_harness.score.prefix_tree import Pack, Query, plan
 
 _PACK = 8192  # tokens of prompts in a pass; one length for all needs one set of kernels
 # A step of more rows is no faster per token.
-_MOST_ROWS = 512
+MOST_ROWS = 512
 _MOST_CPU_ROWS = 64
 _REFILL = 4  # a pass over new prompts waits until one row in so many is free
 _SHARE = 0.8  # of free memory for keys and values
@@ -107,7 +107,7 @@ class _Generator:
         model = self._model
         pages = np.cumsum([pages_for(need) for need in needs])
         room = int(_SHARE * _free_memory(model.device)) // page_bytes(model.config, model.dtype)
-        most = _MOST_ROWS if model.overlaps else _MOST_CPU_ROWS
+        most = MOST_ROWS if model.overlaps else _MOST_CPU_ROWS
         rows = min(int(np.searchsorted(pages, room, side="right")), most)
         if not rows:
             raise ModelError(
