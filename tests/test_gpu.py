@@ -824,7 +824,7 @@ def test_generated_tokens_in_float32_are_those_of_transformers(
     shared: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(generator, "_MOST_ROWS", 4)
+    monkeypatch.setattr(generator, "MOST_ROWS", 4)
     model = model_of(kind, quantised, keys, targets).cuda()
     ids = prompts(9, shared=shared)
     expected = continued(model, ids, 12, -1)
@@ -838,7 +838,7 @@ def test_generated_tokens_in_float32_are_those_of_transformers(
 def test_generating_with_graphs_equals_launching_each_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(generator, "_MOST_ROWS", 8)
+    monkeypatch.setattr(generator, "MOST_ROWS", 8)
     packed = PackedModel(small("llama", quantised=True, dropout=0.0).eval(), None)
     # Texts that grow beyond their first page, and end early.
     ids = [[*prompt, *range(1, 55), *range(1, 55)] for prompt in prompts(20, shared=30)]
