@@ -17,6 +17,7 @@ from typing import Any
 
 import qlora_harness as qh
 from qlora_harness.benchmark.record import (
+    GenerationBenchmark,
     ScoringBenchmark,
     ScoringMeasurement,
     TrainingBenchmark,
@@ -231,6 +232,23 @@ def scoring_table() -> str:
     ]
     head = ["", "questions", "encoding, s", "scoring, s", "computed tokens", "peak, GiB"]
     return table([*head, "ratio", "ratio of scoring alone"], rows)
+
+
+def generation_table() -> str:
+    name = "generation_7b_nf4.json"
+    record = GenerationBenchmark.model_validate_json((RECORDS / name).read_text(encoding="utf-8"))
+    check_model(name, record.title, "llama7b")
+    rows = [
+        [
+            m.name,
+            f"{m.questions:,}",
+            f"{m.seconds:.1f}",
+            gib(m.peak_allocated_bytes),
+            f"{m.ratio:.0f}",
+        ]
+        for m in record.measurements
+    ]
+    return table(["", "questions", "seconds", "peak, GiB", "ratio"], rows)
 
 
 def scoring_sentence() -> str:
@@ -489,6 +507,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "sentence: peers": peers_sentence,
     "table: scoring": scoring_table,
     "sentence: scoring": scoring_sentence,
+    "table: generation": generation_table,
     "table: agreement": agreement_table,
 }
 
