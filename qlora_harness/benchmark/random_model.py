@@ -55,7 +55,8 @@ def write_random_model(
     """Writes a LLaMA folder with random bfloat16 weights; its config says that they are random.
 
     `tokenizer` is a folder, a Hub id or "smollm2", copied beside the weights. The vocabulary is
-    `vocab_size`, or that of the shape and at least as large as the tokenizer's. Raises ModelError if the folder exists or the tokenizer can't be read.
+    `vocab_size`, or that of the shape and at least as large as the tokenizer's. Raises
+    ModelError if the folder exists or the tokenizer can't be read.
     """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
