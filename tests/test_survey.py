@@ -240,3 +240,10 @@ def test_characters_know_the_tokens_of_the_templates() -> None:
     ids = tokenizer.encode(text)
     assert (len(ids), tokenizer.decode(ids)) == (4, text)
     assert tokenizer.encode(text, split_special_tokens=True) == list(map(ord, text))
+
+
+def test_a_missing_file_name_points_to_this_commands_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["data"]) == 2
+    assert "`qlora-harness data --help`" in capsys.readouterr().err

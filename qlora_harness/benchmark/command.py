@@ -187,5 +187,5 @@ def _add_random_model(commands: Any) -> None:
     add = parser.add_argument
     add("folder", type=Path, help="folder to write; must not exist")
     add("--shape", required=True, choices=["llama-2-7b", "qwen2.5-1.5b", "qwen2.5-0.5b", "tiny"])
-    add("--tokenizer", required=True, metavar="PATH", help="tokenizer folder or Hub id")
+    add("--tokenizer", required=True, metavar="PATH", help="folder, Hub id or smollm2")
     add("--seed", type=int, default=0, metavar="N", help="default 0")

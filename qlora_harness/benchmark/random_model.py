@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.errors import ModelError, first_line
-from qlora_harness.model.base import RANDOM_WEIGHTS_KEY
+from qlora_harness.model.base import EMBEDDED, RANDOM_WEIGHTS_KEY, find_base
 from qlora_harness.record import new_folder
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -54,14 +54,17 @@ def write_random_model(
 ) -> None:
     """Writes a LLaMA folder with random bfloat16 weights; its config says that they are random.
 
-    `tokenizer` is a folder or Hub id, copied beside the weights; `vocab_size` replaces that of the
-    shape. Raises ModelError if the folder exists or the tokenizer can't be read.
+    `tokenizer` is a folder, a Hub id or "smollm2", copied beside the weights. The vocabulary is
+    `vocab_size`, or that of the shape and at least as large as the tokenizer's. Raises
+    ModelError if the folder exists or the tokenizer can't be read.
     """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     if folder.exists():
         raise ModelError(f"{folder} exists", "Name a new folder")
+    if tokenizer == EMBEDDED:
+        tokenizer = find_base(EMBEDDED, argument="--tokenizer").path
     try:
         tok = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  # transformers raises many kinds
@@ -69,7 +72,8 @@ def write_random_model(
             f"--tokenizer: {tokenizer!r} can't be loaded ({first_line(error)})",
             "Name a tokenizer folder or a Hub id",
         ) from None
-    dims = SHAPES[shape] | ({} if vocab_size is None else {"vocab_size": vocab_size})
+    dims = dict(SHAPES[shape])
+    dims["vocab_size"] = vocab_size or max(dims["vocab_size"], len(tok))
     config = LlamaConfig(
         **dims,
         rms_norm_eps=1e-5,

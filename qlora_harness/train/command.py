@@ -43,7 +43,7 @@ class _FlagParser(argparse.ArgumentParser):
             name = flag.split("=")[0].lstrip("-").replace("-", "_")
             known = [option[2:].replace("-", "_") for option in self._option_string_actions]
             raise unknown_name(name, f"flag {flag}", known)
-        raise SettingsError(message, "`launch/train.py --help` lists every flag")
+        raise SettingsError(message, f"`{self.prog} --help` lists every flag")
 
 
 def flag_parser(
