@@ -158,7 +158,9 @@ def write_checkpoint(run_dir: Path, step: int, without: str = "") -> Path:
 # Runs in several processes.
 
 
-def on_ranks(ranks: int, flags: Mapping[str, Any], folder: Path) -> list[int | None]:
+def on_ranks(
+    ranks: int, flags: Mapping[str, Any], folder: Path, variables: Mapping[str, str] | None = None
+) -> list[int | None]:
     """Runs the training command in processes joined by gloo; returns their exit statuses.
 
     What each prints goes to `folder`/rank0.txt and so on, errors to errors0.txt. The server from
@@ -177,6 +179,7 @@ def on_ranks(ranks: int, flags: Mapping[str, Any], folder: Path) -> list[int | N
         else:
             words.append(f"--{flag}={value}")
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    environment |= variables or {}
     processes = [
         context.Process(
             target=_rank,

@@ -152,7 +152,7 @@ def predict_memory(shape: Shape, settings: Settings, tokens: int) -> MemoryPlan:
         if uses_graphs:  # the last layer works in memory of its own
             work += work + graphs.buffer_bytes(shape, tokens, size)
         if in_bf16:
-            work += bordered.matrix_bytes(shape, rank, size, is_4bit=quant.is_4bit)
+            work += bordered.matrix_bytes(shape, rank, size, shared=quant.is_4bit)
         else:
             work += fp8_weights.working_bytes(shape, rank, tokens)
         host = model.host_bytes(shape, checkpointing, tokens, size)

@@ -12,16 +12,23 @@ from accelerate import PartialState
 
 from qlora_harness.errors import HarnessError, SettingsError, printable
 
+_USE_FSDP = "ACCELERATE_USE_FSDP"
 _Result = TypeVar("_Result")
 
 
 def start_processes() -> PartialState:
     """Joins the other processes, on the CPU with `accelerate launch --cpu` or without a GPU.
 
-    Raises SettingsError if one process sees several GPUs: Trainer would use all of them.
+    A launcher that was told to use FSDP leaves that to `model.sharded`, see `shards_base`. Raises
+    SettingsError if one process sees several GPUs: Trainer would use all of them.
     """
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    on_cpu = _is_set("ACCELERATE_USE_CPU")
+    # accelerate's FSDP2 doesn't shard packed weights. It must not see that it was asked to.
+    fsdp = _is_set(_USE_FSDP)
+    os.environ.pop(_USE_FSDP, None)
     state = PartialState(cpu=on_cpu or not torch.cuda.is_available())
+    if fsdp:
+        state.shards_base = True  # type: ignore[attr-defined]  # shared by all instances
     if not state.is_main_process:
         logging.getLogger("qlora_harness").setLevel(logging.ERROR)  # so that warnings appear once
     if state.device.type == "cuda" and state.num_processes == 1 and torch.cuda.device_count() > 1:
@@ -30,6 +37,15 @@ def start_processes() -> PartialState:
             "Use `accelerate launch --multi_gpu launch/train.py …`, or set CUDA_VISIBLE_DEVICES=0",
         )
     return state
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
+def shards_base(state: PartialState) -> bool:
+    """Whether the base is spread over processes: several were launched, with FSDP."""
+    return state.num_processes > 1 and getattr(state, "shards_base", False)
 
 
 def device_of(state: PartialState) -> torch.device:

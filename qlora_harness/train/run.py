@@ -42,7 +42,13 @@ from qlora_harness.record import (
     scrub_all,
 )
 from qlora_harness.schema.training_records import EvaluationLosses
-from qlora_harness.settings import Quant, Settings, check_can_run, check_combination
+from qlora_harness.settings import (
+    Quant,
+    Settings,
+    check_can_run,
+    check_can_shard,
+    check_combination,
+)
 from qlora_harness.train.adapter import (
     attach_adapter,
     eva_batches,
@@ -60,7 +66,7 @@ from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.memory_plan import choose_memory_plan, largest_pass, measure_shape
 from qlora_harness.train.model_card import refresh_card
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
-from qlora_harness.train.ranks import device_of, on_main, say, start_processes
+from qlora_harness.train.ranks import device_of, on_main, say, shards_base, start_processes
 from qlora_harness.train.run_folder import (
     StartingPoint,
     clear_run_folder,
@@ -90,7 +96,13 @@ def run_training(
     with sigterm_as_ctrl_c():
         state = start_processes()
         check_can_run(settings)
-        find = partial(find_start, settings.run_dir, settings, resume_given=resume_given)
+        if shards_base(state):
+            check_can_shard(settings)
+        find = partial(
+            find_start,
+            *(settings.run_dir, settings, state.num_processes),
+            resume_given=resume_given,
+        )
         start = on_main(state, find)
         for note in start.notes:
             say(state, f"{settings.run_dir}: skipped {note}")
@@ -234,6 +246,7 @@ class _Run:
             device=self.device,
             rope_scaling=settings.model.rope_scaling,
             shared=not self.trains_residual,
+            sharded=shards_base(self.state),
         )
         self.base_fingerprint = weights_fingerprint(model)
         model = attach_adapter(model, settings, resumed=checkpoint is not None)
@@ -293,7 +306,11 @@ class _Run:
 
     def _check_same_computation(self, model: Any) -> None:
         """Refuses to resume on other weights or with another computation."""
-        for name, value in self.computation.items():
+        computation = self.computation
+        if self.start.recorded("environment", "world_size") not in (None, self.state.num_processes):
+            # Other processes share the examples of a step differently; `find_start` has checked it.
+            del computation["batch_size"], computation["grad_accum"]
+        for name, value in computation.items():
             self.start.check_same(self.run_dir, value, "computation", name)
         self.start.check_same(self.run_dir, self.base_fingerprint, "model", "weights_fingerprint")
         if self.start.checkpoint is not None:
