@@ -140,21 +140,39 @@ def _print_schema(kind: str) -> None:
 
 def _plan(words: Sequence[str]) -> None:
     """Parses the flags of launch/train.py and prints the memory of every way to train."""
+    from qlora_harness.flag_checks import check_at_least
     from qlora_harness.model.base import find_base
+    from qlora_harness.settings import check_can_shard
     from qlora_harness.train.command import flag_parser, parse_settings
-    from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
+    from qlora_harness.train.memory_plan import Ranks, choose_memory_plan, measure_shape
     from qlora_harness.train.plan_text import table
     from qlora_harness.train.window import check_window
 
+    own = _Parser("qlora-harness plan", add_help=False, allow_abbrev=False)
     parser = flag_parser("qlora-harness plan", _PLAN, epilog=None)
+    for each in (own, parser):  # the latter shows them
+        each.add_argument("--gpus", type=int, default=1, metavar="N", help="default 1")
+        each.add_argument(
+            "--engine",
+            choices=["ddp", "fsdp2"],
+            default="ddp",
+            help="of several GPUs: fsdp2 spreads the base over them (default ddp)",
+        )
+    parser.set_defaults(gpus=argparse.SUPPRESS, engine=argparse.SUPPRESS)
+    args, words = own.parse_known_args(words)
+    check_at_least({"--gpus": args.gpus}, 1)
+    ranks = Ranks(args.gpus, args.engine == "fsdp2" and args.gpus > 1)
     settings, _ = parse_settings(words, parser)
+    if ranks.sharded:
+        check_can_shard(settings)
     source = find_base(settings.model.model, settings.model.revision)
     check_window(settings, source)
     shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
     # Without data, assumes that every example has the longest permitted length.
     examples = settings.optimization.batch_size * settings.optimization.grad_accum
-    chosen, _, tokens = choose_memory_plan(shape, settings, [settings.data.max_length] * examples)
-    print(table(shape, settings, chosen, tokens))
+    lengths = [settings.data.max_length] * examples
+    chosen, _, tokens = choose_memory_plan(shape, settings, lengths, ranks)
+    print(table(shape, settings, chosen, tokens, ranks))
 
 
 def _read_runs(args: argparse.Namespace) -> None:

@@ -136,6 +136,9 @@ class FusedDecoder:
             )
             decoder._host.reserve(tensors, elements * longest * weight.element_size())
         decoder._base.forward = decoder
+        if decoder._sharded is not None:
+            # Trainer's would copy the layers out of their buffers, from "cpu" to "cpu:0".
+            model.to = lambda *_, **__: model
         return decoder
 
     def detach(self) -> None:

@@ -10,7 +10,9 @@ from qlora_harness.settings import Settings
 from qlora_harness.train.memory_plan import (
     CONTEXT,
     GIB,
+    ONE_GPU,
     MemoryPlan,
+    Ranks,
     choose_memory_plan,
     predict_memory,
     rungs_of,
@@ -53,7 +55,9 @@ def host_shortage(plan: MemoryPlan, free: int) -> str | None:
     return None
 
 
-def one_pass(shape: Shape, settings: Settings, lengths: Sequence[int], free: int) -> str | None:
+def one_pass(
+    shape: Shape, settings: Settings, lengths: Sequence[int], free: int, ranks: Ranks = ONE_GPU
+) -> str | None:
     """Returns a hint at the `--memory` that computes a step of several passes in one, or None.
 
     `lengths` are the tokens of each training example, `free` the free bytes of the GPU.
@@ -65,7 +69,7 @@ def one_pass(shape: Shape, settings: Settings, lengths: Sequence[int], free: int
         preset = dataclasses.replace(
             settings, optimization=dataclasses.replace(optimization, memory=word)
         )
-        _, plan, _ = choose_memory_plan(shape, preset, lengths)
+        _, plan, _ = choose_memory_plan(shape, preset, lengths, ranks)
         if plan.peak * _MARGIN <= free:
             return (
                 f"{optimization.grad_accum} passes a step; --memory {word} computes the same "
@@ -75,7 +79,9 @@ def one_pass(shape: Shape, settings: Settings, lengths: Sequence[int], free: int
     return None
 
 
-def table(shape: Shape, settings: Settings, chosen: Settings, tokens: int) -> str:
+def table(
+    shape: Shape, settings: Settings, chosen: Settings, tokens: int, ranks: Ranks = ONE_GPU
+) -> str:
     """Returns the plan of every rung, and the GPUs it fits, for passes of `tokens`.
 
     The row of `chosen`, the settings from `choose_memory_plan`, comes first and is marked.
@@ -88,9 +94,12 @@ def table(shape: Shape, settings: Settings, chosen: Settings, tokens: int) -> st
     }
     plans: dict[tuple[str, str, str], MemoryPlan] = {}
     for rung in (first, *rungs_of(fused)):
-        plan = predict_memory(shape, with_rung(settings, rung), tokens)
+        plan = predict_memory(shape, with_rung(settings, rung), tokens, ranks)
         plans.setdefault((plan.checkpointing, plan.optimizer, plan.adapter_dtype), plan)
     kind = "fused layers" if fused else "PEFT's own modules: an estimate"
+    if ranks.count > 1:
+        engine = "FSDP, the layers spread over them" if ranks.sharded else "DDP"
+        kind += f"; each of {ranks.count} GPUs, {engine}"
     dtype = settings.model.compute_dtype.replace("auto", "bfloat16")
     rows = [_plan_row(plan, " *" if n == 0 else "") for n, plan in enumerate(plans.values())]
     heads = [*_parts(next(iter(plans.values()))), "peak", "host"]

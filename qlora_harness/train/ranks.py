@@ -16,15 +16,15 @@ _USE_FSDP = "ACCELERATE_USE_FSDP"
 _Result = TypeVar("_Result")
 
 
-def start_processes() -> PartialState:
+def start_processes(*, fsdp: bool = False) -> PartialState:
     """Joins the other processes, on the CPU with `accelerate launch --cpu` or without a GPU.
 
-    A launcher that was told to use FSDP leaves that to `model.sharded`, see `shards_base`. Raises
-    SettingsError if one process sees several GPUs: Trainer would use all of them.
+    With `fsdp`, or a launcher that was told to use it, the base is spread over the processes, see
+    `model.sharded`. Raises SettingsError if one process sees several GPUs: Trainer would use all.
     """
     on_cpu = _is_set("ACCELERATE_USE_CPU")
     # accelerate's FSDP2 doesn't shard packed weights. It must not see that it was asked to.
-    fsdp = _is_set(_USE_FSDP)
+    fsdp = _is_set(_USE_FSDP) or fsdp
     os.environ.pop(_USE_FSDP, None)
     state = PartialState(cpu=on_cpu or not torch.cuda.is_available())
     if fsdp:
