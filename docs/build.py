@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import qlora_harness as qh
 from qlora_harness.benchmark.record import (
@@ -30,8 +31,10 @@ from qlora_harness.results.terminal import gib, optional
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "results" / "benchmarks"
 STUDY = ROOT / "results" / "qwen2.5-coder-1.5b"
+IN_FP8 = ROOT / "results" / "qwen2.5-coder-1.5b-fp8"
 AT_CHANCE = ROOT / "results" / "published" / "smollm2"
 HF = "lm-eval hf, batch size 16"
+NOT_MEASURED = "Not measured yet."
 
 TRAINING_ROWS = {
     "published": "published recipe: PEFT, 1 × 16, full checkpointing, dropout 0.1",
@@ -51,9 +54,19 @@ TRAINING_ROWS = {
 FP8_ROWS = {
     "fused-none": "no checkpointing",
     "fused-none-fp8": "no checkpointing, FP8",
+    "fused-selective": "selective checkpointing",
     "fused-selective-fp8": "selective checkpointing, FP8",
+    "fused-offload": "offload",
+    "fused-offload-fp8": "offload, FP8",
+    "published-fast": "the recipe with `--memory fast`, dropout 0.1",
     "published-fast-fp8": "the recipe with `--memory fast`, dropout 0.1, FP8",
 }
+LONG_ROWS = {
+    "fused-selective": "selective checkpointing",
+    "fused-full": "full checkpointing",
+    "fused-offload": "offload",
+}
+LENGTHS = (1024, 4096, 16384, 32768)
 SMALL_ROWS = {
     "fused-none": "16 conversations a step in one pass",
     "published-fused": "the published recipe: 16 passes of one conversation",
@@ -66,16 +79,26 @@ PEER_ROWS = {
 }
 
 
+def read_training(path: Path) -> TrainingBenchmark:
+    """A training record."""
+    return TrainingBenchmark.model_validate_json(path.read_text(encoding="utf-8"))
+
+
 def training(name: str, model: str = "llama7b") -> dict[str, TrainingMeasurement]:
     """The measurements of a training record, by way."""
-    record = TrainingBenchmark.model_validate_json((RECORDS / name).read_text(encoding="utf-8"))
+    record = read_training(RECORDS / name)
     check_model(name, record.title, model)
     return {m.way: m for m in record.measurements if m.failure is None}
 
 
+def read_scoring(path: Path) -> ScoringBenchmark:
+    """A scoring record."""
+    return ScoringBenchmark.model_validate_json(path.read_text(encoding="utf-8"))
+
+
 def scoring(name: str, model: str = "smollm2") -> dict[str, ScoringMeasurement]:
     """The measurements of a scoring record, by name."""
-    record = ScoringBenchmark.model_validate_json((RECORDS / name).read_text(encoding="utf-8"))
+    record = read_scoring(RECORDS / name)
     check_model(name, record.title, model)
     return {m.name: m for m in record.measurements}
 
@@ -110,33 +133,41 @@ def peak(m: TrainingMeasurement | None, digits: int = 2) -> str:
     return f"{m.peak_allocated_bytes / 2**30:.{digits}f}" + (" †" if paged else "")
 
 
-def training_table() -> str:
-    nf4, bf16 = training("training_nf4.json"), training("training_bf16.json")
+def training_table(prefix: str, ways: Mapping[str, str]) -> str:
+    """Speed and memory of both arms, from the records PREFIX_nf4.json and PREFIX_bf16.json."""
+    nf4, bf16 = training(f"{prefix}_nf4.json"), training(f"{prefix}_bf16.json")
     rows = [
         [text, speed(nf4.get(way)), peak(nf4.get(way)), speed(bf16.get(way)), peak(bf16.get(way))]
-        for way, text in TRAINING_ROWS.items()
+        for way, text in ways.items()
         if way in nf4 or way in bf16
     ]
     head = ["", "NF4 tokens/s", "NF4 peak, GiB", "bf16 tokens/s", "bf16 peak, GiB"]
     return table(head, rows)
 
 
-def fp8_table() -> str:
-    record = training("training_fp8_nf4.json")
-    return speed_table({text: record[way] for way, text in FP8_ROWS.items()})
+def long_table() -> str:
+    records = [training(f"training_long_{length}.json", "l32k") for length in LENGTHS]
+    rows = [
+        [
+            text,
+            *(
+                f"{record[way].tokens_per_second:,.0f} ({peak(record[way], 1)})"
+                for record in records
+            ),
+        ]
+        for way, text in LONG_ROWS.items()
+    ]
+    head = [f"{length:,} tokens a row" for length in LENGTHS]
+    return table(["NF4, tokens/s (peak GiB)", *head], rows)
 
 
 def small_table() -> str:
-    rows: dict[str, TrainingMeasurement] = {}
+    """Mean and median speed, and peak memory, of small models in NF4."""
+    measurements: dict[str, TrainingMeasurement] = {}
     for size in ("0.5B", "1.5B"):
         name = size.lower()
         record = training(f"training_small_{name}.json", f"q{name}")
-        rows |= {f"{size}, {text}": record[way] for way, text in SMALL_ROWS.items()}
-    return speed_table(rows)
-
-
-def speed_table(measurements: Mapping[str, TrainingMeasurement]) -> str:
-    """Mean and median speed, and peak memory, of measurements in NF4 by name."""
+        measurements |= {f"{size}, {text}": record[way] for way, text in SMALL_ROWS.items()}
     rows = [
         [text, f"{m.tokens_per_second:,.0f}", f"{m.median_tokens_per_second:,.0f}", peak(m)]
         for text, m in measurements.items()
@@ -262,7 +293,6 @@ def headline_table() -> str:
 
 
 @cache
-@cache
 def study(folder: Path) -> qh.Comparison:
     """The comparison of all runs in a study's folder."""
     return qh.compare(find_runs(folder))
@@ -272,6 +302,14 @@ def answer(folder: Path = STUDY) -> str:
     """What `qlora-harness compare` prints about a published study."""
     printed = f"{study(folder)}\n{differences_line(study(folder))}"
     return "\n".join(f"    {line}".rstrip() for line in printed.splitlines())
+
+
+def fp8_answer(arms: Iterable[str], lines: int) -> str:
+    """The comparison of arms in FP8 with the same seeds in bf16."""
+    runs = [run for arm in arms for run in find_runs(IN_FP8 / arm)]
+    same = [STUDY / run.relative_to(IN_FP8) for run in runs]
+    printed = str(qh.compare([*runs, *same])).splitlines()
+    return "\n".join(f"    {line}".rstrip() for line in printed[:lines])
 
 
 STYLE = """<style>
@@ -387,13 +425,65 @@ def _panels(comparison: qh.Comparison) -> tuple[str, int]:
     return "\n".join(parts), bottom + 12
 
 
+def by_machine(kind: str, read: Callable[[Path], Any]) -> Iterator[tuple[Any, Any]]:
+    """The records scale_KIND…_N.json of N processes, each after that of one on its machine."""
+    for path in sorted(RECORDS.glob(f"scale_{kind}*_1.json")):
+        paths = RECORDS.glob(f"{path.stem.removesuffix('1')}*.json")
+        records = sorted(map(read, paths), key=lambda record: int(record.processes))
+        yield from ((records[0], record) for record in records)
+
+
+def scaled(record: Any) -> str:
+    return f"{record.processes} × {record.environment['device']} | {record.created[:10]}"
+
+
+def scale_table() -> str:
+    """Training on several GPUs beside one GPU of the same machine."""
+    rows = []
+    for one, record in by_machine("training", read_training):
+        base = {(m.way, m.quant): m.median_tokens_per_second for m in one.measurements}
+        for m in record.measurements:
+            share = m.median_tokens_per_second / record.processes / base[m.way, m.quant]
+            rows.append(
+                f"| {record.title.partition(',')[0]}, {m.quant}, {m.way} | {scaled(record)} | "
+                f"{m.tokens / m.steps:,.0f} | {m.median_tokens_per_second:,.0f} | {share:.1%} | "
+                f"{gib(m.peak_allocated_bytes)} |"
+            )
+    head = "| | GPUs | | tokens/step | tokens/s | of linear | peak of a GPU, GiB |"
+    return "\n".join([head, "|---|---|---|" + "---:|" * 4, *rows]) if rows else NOT_MEASURED
+
+
+def scale_scoring_table() -> str:
+    """Scoring on several GPUs beside one GPU of the same machine."""
+    rows = []
+    for one, record in by_machine("scoring", read_scoring):
+        base = {m.name: m.scoring_seconds for m in one.measurements}
+        for m in record.measurements:
+            if m.name.startswith("packed"):
+                rows.append(
+                    f"| {record.title.partition(',')[0]}, {m.name} | {scaled(record)} | "
+                    f"{m.questions:,} | {m.scoring_seconds:.1f} | "
+                    f"{m.scoring_seconds / base[m.name]:.2f} |"
+                )
+    head = "| | GPUs | | prompts | scoring, s | of one GPU's time |"
+    return "\n".join([head, "|---|---|---|" + "---:|" * 3, *rows]) if rows else NOT_MEASURED
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "answer": answer,
     "answer: at chance": partial(answer, AT_CHANCE),
     "table: headline": headline_table,
-    "table: training": training_table,
-    "table: fp8": fp8_table,
+    "table: training": partial(training_table, "training", TRAINING_ROWS),
+    "table: fp8": partial(training_table, "training_fp8", FP8_ROWS),
+    "answer: bf16 in FP8": partial(fp8_answer, ["bf16"], 7),
+    "answer: NF4 in FP8": partial(fp8_answer, ["nf4"], 7),
+    "answer: in FP8": partial(fp8_answer, ["bf16", "nf4"], 5),
+    "answer: bf16 scored in FP8": partial(fp8_answer, ["base_bf16"], 4),
+    "answer: NF4 scored in FP8": partial(fp8_answer, ["base_nf4"], 4),
+    "table: long": long_table,
     "table: small": small_table,
+    "table: scale": scale_table,
+    "table: scale scoring": scale_scoring_table,
     "table: fp8 scoring": fp8_scoring_table,
     "table: peers": peers_table,
     "sentence: peers": peers_sentence,

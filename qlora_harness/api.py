@@ -12,6 +12,7 @@ from qlora_harness.errors import RunError
 from qlora_harness.recipes import with_recipe
 from qlora_harness.record import ADAPTER_DIR
 from qlora_harness.results.runs import Run, load_run
+from qlora_harness.score.suite import benchmarks, lm_eval_words
 from qlora_harness.settings import Settings, build_settings
 
 
@@ -40,17 +41,18 @@ def score(
     """Scores a run with `lm_eval --model qlora_adapter` in its own process.
 
     `run` is the folder of a trained run or, with `pretrained`, the folder for the records of a base
-    without an adapter. `limit` is in questions of each task. `model_args` are further arguments of
-    the model, such as kernels="none". Raises RunError with lm_eval's last line if it fails.
+    without an adapter. `tasks` are those of `qlora-harness score --suite`, and `limit` is in
+    questions of each. `model_args` are further arguments of the model, such as kernels="none".
+    Raises RunError with lm_eval's last line if it fails.
     """
     folder = Path(run)
     if "pretrained" not in model_args:
         model_args = {"peft": folder / ADAPTER_DIR, **model_args}
-    arguments = ",".join(f"{name}={value}" for name, value in model_args.items())
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "qlora_adapter"]
-    command += ["--model_args", f"{arguments},results_dir={folder}", "--tasks", tasks]
-    command += ["--batch_size", str(batch_size), "--output_path", str(folder / "lm_eval")]
-    command += ["--log_samples"] + ([] if limit is None else ["--limit", str(limit)])
+    model_args = {**model_args, "results_dir": folder}
+    chosen = [task for part in benchmarks(tasks.split(","), "tasks") for task in part]
+    words = lm_eval_words(model_args, chosen, batch_size, folder / "lm_eval")
+    command = [sys.executable, "-m", "lm_eval", *words]
+    command += [] if limit is None else ["--limit", str(limit)]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]

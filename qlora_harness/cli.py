@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,8 +15,10 @@ from qlora_harness import __version__
 from qlora_harness.benchmark.command import add_commands, run_benchmark
 from qlora_harness.compare.command import add_arguments
 from qlora_harness.errors import SettingsError, run_command
+from qlora_harness.flag_checks import check_at_least
 from qlora_harness.inference.command import COMMANDS, run_inference
 from qlora_harness.inference.command import add_commands as add_inference
+from qlora_harness.score import command as score_command
 
 _SCHEMAS = {
     "training_summary": "schema.training_records:TrainingSummary",
@@ -29,7 +32,8 @@ _SCHEMAS = {
 
 _PLAN = (
     "Predicts the GPU memory of a training run with these flags, for every way to save memory, "
-    "from the model's configuration alone; needs no GPU."
+    "from the model's configuration alone; needs no GPU. --gpus N [--engine ddp] predicts that of "
+    "each of N GPUs."
 )
 
 
@@ -43,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="qlora-harness",
         description="What do the 4 bits of QLoRA cost? Compares runs. Training is launch/train.py, "
-        "scoring is lm_eval --model qlora_adapter.",
+        "scoring is lm_eval --model qlora_adapter, or `score` for a suite.",
     )
     parser.add_argument("--version", action="version", version=f"qlora-harness {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -71,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what a data set holds: form, lengths, duplicates, overlap with MMLU, examples",
         add_help=False,  # `survey.command` parses the flags of launch/train.py for data
     )
+    score_command.add_command(commands)
     runs = commands.add_parser(
         "runs",
         help="list the runs below a folder",
@@ -140,25 +145,25 @@ def _print_schema(kind: str) -> None:
 
 def _plan(words: Sequence[str]) -> None:
     """Parses the flags of launch/train.py and prints the memory of every way to train."""
-    from qlora_harness.flag_checks import check_at_least
     from qlora_harness.model.base import find_base
     from qlora_harness.settings import check_can_shard
     from qlora_harness.train.command import flag_parser, parse_settings
+    from qlora_harness.train.compute_dtype import with_own_dtype
     from qlora_harness.train.memory_plan import Ranks, choose_memory_plan, measure_shape
     from qlora_harness.train.plan_text import table
     from qlora_harness.train.window import check_window
 
-    own = _Parser("qlora-harness plan", add_help=False, allow_abbrev=False)
+    own = _Parser(prog="qlora-harness plan", add_help=False, allow_abbrev=False)
     parser = flag_parser("qlora-harness plan", _PLAN, epilog=None)
     for each in (own, parser):  # the latter shows them
-        each.add_argument("--gpus", type=int, default=1, metavar="N", help="default 1")
-        each.add_argument(
+        add = partial(each.add_argument, default=argparse.SUPPRESS)
+        add("--gpus", type=int, metavar="N", help="default 1")
+        add(
             "--engine",
             choices=["ddp", "fsdp2"],
-            default="ddp",
             help="of several GPUs: fsdp2 spreads the base over them (default ddp)",
         )
-    parser.set_defaults(gpus=argparse.SUPPRESS, engine=argparse.SUPPRESS)
+    own.set_defaults(gpus=1, engine="ddp")
     args, words = own.parse_known_args(words)
     check_at_least({"--gpus": args.gpus}, 1)
     ranks = Ranks(args.gpus, args.engine == "fsdp2" and args.gpus > 1)
@@ -167,6 +172,7 @@ def _plan(words: Sequence[str]) -> None:
         check_can_shard(settings)
     source = find_base(settings.model.model, settings.model.revision)
     check_window(settings, source)
+    settings = with_own_dtype(settings)
     shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
     # Without data, assumes that every example has the longest permitted length.
     examples = settings.optimization.batch_size * settings.optimization.grad_accum
@@ -227,6 +233,8 @@ def _run(words: Sequence[str]) -> int:
         _read_runs(args)
     elif args.command == "schema":
         _print_schema(args.kind)
+    elif args.command == "score":
+        score_command.run(args)
     elif args.command in COMMANDS:
         run_inference(args)
     elif args.command == "doctor":

@@ -184,17 +184,17 @@ def _gpus() -> Iterator[Check]:
 def _gpu(number: int) -> Check:
     import torch
 
+    from qlora_harness.model.compute_dtype import has_bfloat16
+
     about = torch.cuda.get_device_properties(number)
-    major: int = about.major
-    # is_bf16_supported() also counts emulation, which a T4 has. --compute fp8 is for Hopper only.
-    formats = [name for name, has in (("bf16", major >= 8), ("fp8", major == 9)) if has]
-    value = (
-        f"{about.name}, {about.total_memory / _GIB:.0f} GiB, CUDA {torch.version.cuda}, "
-        f"{' and '.join(formats) or 'neither bf16 nor fp8'}"
+    formats = "bf16" if has_bfloat16(number) else "no bf16: float16 will be used"
+    if about.major == 9:  # --compute fp8 is for Hopper only
+        formats += " and fp8"
+    return Check(
+        f"GPU {number}",
+        "ok",
+        f"{about.name}, {about.total_memory / _GIB:.0f} GiB, CUDA {torch.version.cuda}, {formats}",
     )
-    if not formats:
-        return Check(f"GPU {number}", "warning", value, "Train with --compute-dtype float32")
-    return Check(f"GPU {number}", "ok", value)
 
 
 def _quantises(device: str) -> Check:

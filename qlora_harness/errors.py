@@ -145,7 +145,9 @@ def of_system(error: OSError) -> HarnessError | None:
 
 
 def print_error(error: HarnessError) -> None:
-    """Prints an error as one line on standard error."""
+    """Prints an error as one line on standard error; of several processes, a wrong flag once."""
+    if isinstance(error, SettingsError) and os.environ.get("RANK", "0") != "0":
+        return
     print(f"{_PREFIX}{error}", file=sys.stderr, flush=True)
 
 

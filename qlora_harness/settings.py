@@ -27,6 +27,7 @@ DEFAULT_MAX_STEPS = 1875
 NOTABLE_SHARE = 0.05
 CHECKPOINTING = ("none", "selective", "full", "offload")
 COMPUTE = ("bf16", "fp8")
+COMPUTE_DTYPES = ("bfloat16", "float16", "float32")
 ROPE_TYPES = ("linear", "dynamic", "yarn")
 
 
@@ -99,14 +100,16 @@ class ModelSettings:
     )
     quant: str = _setting(
         "nf4",
-        "format of the frozen base weights: 4 bits (nf4, fp4, hqq), LLM.int8 or bf16",
+        "format of the frozen base weights: 4 bits (nf4, fp4, hqq), LLM.int8, or bf16 for 16 bits, "
+        "which --compute-dtype float16 holds in float16",
         choices=[q.value for q in Quant],
     )
     double_quant: bool = _setting(True, "quantise the 4-bit scales as well (nf4 and fp4 only)")
     compute_dtype: str = _setting(
         "auto",
-        "dtype of matrix products; auto: bfloat16 on a GPU, the faster dtype on a CPU",
-        choices=["auto", "bfloat16", "float32"],
+        "dtype of matrix products; auto: bfloat16 on a GPU, or float16 if it has no bfloat16, and "
+        "on a CPU the faster of bfloat16 and float32",
+        choices=["auto", *COMPUTE_DTYPES],
     )
     compute: str = _setting(
         "bf16",
@@ -319,6 +322,8 @@ class Settings:
             return "--use-dora"
         if self.quant in (Quant.INT8, Quant.HQQ):
             return f"--quant {self.quant.value}"
+        if self.model.compute_dtype == "float16":
+            return "--compute-dtype float16"
         # Its frequencies depend on the length of the text, and a row holds several.
         scaling = self.model.rope_scaling or ""
         return f"--rope-scaling {scaling}" if scaling.startswith("dynamic") else None
@@ -446,6 +451,12 @@ def check_combination(settings: Settings) -> None:
             "--use-dora with --quant int8: PEFT's DoRA loses the scales of LLM.int8 on a CPU",
             "Use another --quant, or leave --use-dora out",
         )
+    if settings.model.compute_dtype == "float16" and lora.adapter_dtype != "float32":
+        raise SettingsError(
+            f"--adapter-dtype {lora.adapter_dtype} with --compute-dtype float16: the gradients of "
+            "a scaled loss need float32",
+            "Use --adapter-dtype float32",
+        )
     if settings.model.compute == "fp8":
         _check_fp8(settings)
     needs_fused = checkpointing in ("selective", "offload") and optimization.memory is None
@@ -455,6 +466,14 @@ def check_combination(settings: Settings) -> None:
             "has none",
             "Use --checkpointing full or none",
         )
+
+
+def with_dtype(settings: Settings, dtype: str) -> Settings:
+    """Returns settings with another compute dtype; raises SettingsError if others exclude it."""
+    model = dataclasses.replace(settings.model, compute_dtype=dtype)
+    changed = dataclasses.replace(settings, model=model)
+    check_combination(changed)
+    return changed
 
 
 def _check_fp8(settings: Settings) -> None:

@@ -152,7 +152,7 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def sample(doc_id: int, metrics: dict[str, float], *, task: str = "t", **more: Any) -> Sample:
+def sample(doc_id: int, metrics: Mapping[str, object], *, task: str = "t", **more: Any) -> Sample:
     return {
         "doc_id": doc_id,
         "doc": {"question": f"q{doc_id}"},

@@ -90,3 +90,51 @@ def write_summary(run: Path, *, finished: str | None, status: str) -> None:
         "throughput": {"tokens_per_second": 1.0},
     }
     (run / "training_summary.json").write_text(json.dumps(summary))
+
+
+# Rows as GSM8K, TruthfulQA and IFEval publish theirs, but made for these tests.
+PROBLEMS: list[dict[str, Any]] = [
+    {"question": f"Ann has {n} pens and buys 2. How many?", "answer": f"{n}+2\n#### {n + 2}"}
+    for n in range(3, 10)
+]
+QUESTIONS: list[dict[str, Any]] = [
+    {
+        "question": "What is the sky?",
+        "mc1_targets": {"It is blue.": 1, "It is a roof of glass.": 0, "Nothing at all.": 0},
+        "mc2_targets": {"It is blue.": 1, "Air.": 1, "It is a roof of glass.": 0},
+    },
+    {
+        "question": "Do cats fly?",
+        "mc1_targets": {"No, cats walk.": 1, "Yes, cats fly.": 0},
+        "mc2_targets": {"No, cats walk.": 1, "Yes.": 0, "Yes, cats fly.": 0, "At night.": 0},
+    },
+]
+PROMPTS: list[dict[str, Any]] = [
+    {
+        "key": 1000,
+        "prompt": "Write no comma.",
+        "instruction_id_list": ["punctuation:no_comma"],
+        "kwargs": [{}],
+    },
+    {
+        "key": 1001,
+        "prompt": "Write 900 words with no comma.",
+        "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+        "kwargs": [{}, {"relation": "at least", "num_words": 900}],
+    },
+]
+
+
+def write_task_data(folder: Path) -> Path:
+    """Writes the files that `--data-dir` reads."""
+    lines: dict[str, list[dict[str, Any]]] = {
+        "gsm8k/train.jsonl": PROBLEMS[:5],
+        "gsm8k/test.jsonl": PROBLEMS[5:],
+        "ifeval/input_data.jsonl": PROMPTS,
+    }
+    for name, rows in lines.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "truthfulqa").mkdir()
+    (folder / "truthfulqa" / "mc_task.json").write_text(json.dumps(QUESTIONS, indent=4))
+    return folder

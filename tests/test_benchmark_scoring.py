@@ -53,6 +53,21 @@ def test_benchmark_scores_both_ways_alike(
     assert f"{packed['computed_tokens']:,}" in row
 
 
+@pytest.mark.parametrize("from_file", [False, True])
+def test_generation_has_the_texts_of_hf(tiny_llama: Path, tmp_path: Path, from_file: bool) -> None:
+    words = ["--generate", "6", "--max-new-tokens", "5", "--baseline-questions", "4"]
+    if from_file:
+        row = json.dumps({"question": "How many?", "answer": "Two.\n#### 2"})
+        (tmp_path / "test.jsonl").write_text("\n".join([row] * 6))
+        words += ["--gsm8k", str(tmp_path / "test.jsonl")]
+    record = record_of(tiny_llama, tmp_path, *words, "--dtype", "float32", "--adapter-rank", "4")
+    assert ("synthetic" in record["title"]) != from_file
+    assert [m["questions"] for m in record["measurements"]] == [4, 6, 6]
+    assert [m["same_texts"] for m in record["measurements"]] == [None, 1.0, 1.0]
+    baseline, first, _ = record["measurements"]
+    assert first["ratio"] == pytest.approx(baseline["seconds"] / 4 * 6 / first["seconds"])
+
+
 def test_baseline_on_a_sample_is_scaled(tiny_llama: Path, tmp_path: Path) -> None:
     words = ["--dtype", "float32", "--baseline-questions", "3"]
     baseline, packed = record_of(tiny_llama, tmp_path, *words)["measurements"]

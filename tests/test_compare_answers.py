@@ -16,6 +16,8 @@ import pytest
 from compare_runs import DATE, Sample, changed, chosen, edit, sample, spoil, write
 
 from qlora_harness.compare.comparison import Comparison, compare
+from qlora_harness.compare.figures import figures
+from qlora_harness.compare.page import tiles
 from qlora_harness.errors import ComparisonError, ResultsError
 from qlora_harness.results.runs import load_run
 
@@ -35,10 +37,10 @@ def write_task(
         results[task] = {"name": task, "alias": task, "sample_len": len(samples)}
         for name in filters:
             mine = [item for item in samples if item["filter"] == name]
-            for metric in mine[0]["metrics"]:
+            for metric in mine[0]["metrics"] if mine else ():
                 values = [item[metric] for item in mine]
-                if all(isinstance(value, int | float) for value in values):
-                    results[task][f"{metric},{name}"] = float(np.mean(values))
+                if all(isinstance(value, int | float | list) for value in values):
+                    results[task][f"{metric},{name}"] = float(np.mean(np.hstack(values)))
                     results[task][f"{metric}_stderr,{name}"] = 0.01
         count = len({item["doc_id"] for item in samples})
         sizes[task] = {"original": count, "effective": count}
@@ -86,7 +88,9 @@ def change(
     values = []
     for folder in folders:
         rows = [json.loads(line) for line in samples_of(folder, task).read_text().splitlines()]
-        known = {row["doc_hash"]: row[metric] for row in rows if row["filter"] == chosen_filter}
+        known = {
+            row["doc_hash"]: float(row[metric]) for row in rows if row["filter"] == chosen_filter
+        }
         values.append(pd.Series(known))
     return float((values[1] - values[0]).dropna().mean())
 
@@ -320,10 +324,12 @@ def test_a_metric_is_that_of_the_task_alone(tmp_path: Path) -> None:
         }
         folder = write_task(tmp_path / str(seed), tasks, groups={"g": ["g_a", "g_b"], "odd": []})
         folders.append(folder)
-    assert accuracy(compare(folders, task="g_a", metric="acc_norm")).n == 9
+    comparison = compare(folders, task="g_a", metric="acc_norm")
+    assert accuracy(comparison).n == 9
+    assert comparison.benchmarks == []
+    for task in ("g", "odd"):
+        assert sum(note.startswith(f"{task} is not compared") for note in comparison.notes) == 1
     assert accuracy(compare(folders, task="g_b")).name == "mc2"
-    with pytest.raises(ComparisonError, match="several tasks in common: g, odd"):
-        compare(folders)
     with pytest.raises(ResultsError, match="holds no number for acc_norm"):
         compare(folders, task="odd", metric="acc_norm")
 
@@ -383,3 +389,97 @@ def test_one_result_or_one_model_a_run(tmp_path: Path, arcs: list[Path]) -> None
         folder.rename(both / folder.name)
     with pytest.raises(ResultsError, match="are of different models"):
         compare([both, both / "a"])
+
+
+def suite_run(folder: Path, seed: int) -> Path:
+    """What TruthfulQA, GSM8K and IFEval leave: 30 questions each, answered by a seed."""
+    rng = np.random.default_rng(seed)
+    right = [bool(value) for value in rng.integers(0, 2, 30)]
+    instructions = [[bool(v) for v in rng.integers(0, 2, 1 + i % 3)] for i in range(30)]
+    return write_task(
+        folder,
+        {
+            "truthfulqa_mc1": [chosen(i, 0, random_logprobs(rng), "mc1") for i in range(30)],
+            "truthfulqa_mc2": [sample(i, {"acc": float(rng.random())}) for i in range(30)],
+            "gsm8k": [
+                sample(i, {"exact_match": float(hit and lenient)}, filter=name)
+                for lenient, name in ((1, "flexible-extract"), (seed, "strict-match"))
+                for i, hit in enumerate(right)
+            ],
+            "ifeval": [
+                sample(i, {"inst_level_strict_acc": hits, "prompt_level_strict_acc": all(hits)})
+                for i, hits in enumerate(instructions)
+            ],
+        },
+        filters=("none", "flexible-extract", "strict-match"),
+    )
+
+
+def test_every_task_is_compared_with_all_its_metrics(tmp_path: Path) -> None:
+    folders = [suite_run(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    comparison = compare(folders)
+    assert comparison.task == "truthfulqa_mc1"
+    assert comparison.benchmarks == ["truthfulqa_mc2", "gsm8k", "ifeval"]
+    endpoints = comparison.primary[0].endpoints
+    assert list(endpoints) == [
+        "accuracy",
+        *("nll", "brier"),  # the right choice is always the first: no preference to take out
+        "truthfulqa_mc1 acc_norm,none",
+        "truthfulqa_mc2",
+        *("gsm8k", "gsm8k exact_match,flexible-extract"),
+        *("ifeval", "ifeval inst_level_strict_acc,none"),
+    ]
+    for key, metric, task, part in (
+        ("accuracy", "acc", "truthfulqa_mc1", "none"),
+        ("truthfulqa_mc2", "acc", "truthfulqa_mc2", "none"),
+        ("gsm8k", "exact_match", "gsm8k", "strict-match"),
+        ("gsm8k exact_match,flexible-extract", "exact_match", "gsm8k", "flexible-extract"),
+        ("ifeval", "prompt_level_strict_acc", "ifeval", "none"),
+    ):
+        assert (endpoints[key].n, endpoints[key].unit) == (30, "share")
+        assert endpoints[key].difference == pytest.approx(change(folders, metric, task, part))
+        assert endpoints[key].stderr
+    assert [run.benchmarks["gsm8k"] for run in comparison.runs] == [0, endpoints["gsm8k"].arm]
+    shown = str(comparison).splitlines()
+    assert [line.split()[0] for line in shown[4:7]] == comparison.benchmarks
+    assert [tile.name for tile in tiles(comparison)][1:] == [
+        "truthfulqa_mc2 acc",
+        "gsm8k exact_match (strict-match)",
+        "ifeval prompt_level_strict_acc",
+    ]
+    headings = [figure.heading for figure in figures(comparison)]
+    assert sum(name in heading for heading in headings for name in comparison.benchmarks) == 3
+
+
+def test_instructions_of_one_prompt_are_weighted_together(tmp_path: Path) -> None:
+    folders = [suite_run(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    first, second = (
+        [row["inst_level_strict_acc"] for row in map(json.loads, samples_of(f, "ifeval").open())]
+        for f in folders
+    )
+    change = np.array([sum(b) - sum(a) for a, b in zip(first, second, strict=True)])
+    counts = np.array(list(map(len, first)))
+    difference = change.sum() / counts.sum()
+    parts = (change - difference * counts) / counts.sum()
+    for comparison, key in (
+        (compare(folders), "ifeval inst_level_strict_acc,none"),
+        (compare(folders, task="ifeval", metric="inst_level_strict_acc"), "accuracy"),
+    ):
+        endpoint = comparison.primary[0][key]
+        assert endpoint.difference == pytest.approx(difference)
+        assert endpoint.stderr == pytest.approx(np.sqrt(30 / 29 * parts @ parts))
+        assert endpoint.arm == pytest.approx(np.mean(np.hstack(second)))
+
+
+def test_another_task_that_cannot_be_compared_is_a_note(tmp_path: Path) -> None:
+    folders = [suite_run(tmp_path / name, seed) for seed, name in enumerate("abc")]
+    spoil(samples_of(folders[1], "gsm8k"), 30, doc_hash="another")
+    for path in folders[2].rglob("samples_ifeval_*"):
+        path.unlink()
+    comparison = compare(folders)
+    assert comparison.benchmarks == ["truthfulqa_mc2", "ifeval"]
+    assert sum(note.startswith("gsm8k is not compared: ") for note in comparison.notes) == 1
+    assert [item["ifeval"].reason is None for item in comparison.primary] == [True, False]
+    assert sum(line.startswith("ifeval: b ") for line in str(comparison).splitlines()) == 1
+    with pytest.raises(ComparisonError, match="different questions"):
+        compare(folders, task="gsm8k")

@@ -48,11 +48,12 @@ def published() -> qh.Comparison:
     return qh.compare([PUBLISHED / name for name in (*SEEDS, *BASES)])
 
 
-def test_answer_first_in_twelve_lines(published: qh.Comparison) -> None:
+def test_answer_first_in_twelve_lines_and_one_for_another_task(published: qh.Comparison) -> None:
     two = qh.compare([PUBLISHED / "4bit", str(PUBLISHED / "16bit")])
     for comparison in (two, published):
         lines = str(comparison).splitlines()
-        assert len(lines) <= 12
+        assert comparison.benchmarks == ["mmlu_qlora_5shot_val"]
+        assert len(lines) <= 12 + 1
         assert max(map(len, lines)) <= 80
         assert [re.split(r"  +", line)[0] for line in lines[2:7]] == [
             "peak memory", "train time", "eval loss", "accuracy", "NLL",
@@ -189,15 +190,15 @@ def test_page_shows_headlines_then_figures_and_folds_tables(published: qh.Compar
     html = page.to_html(published)
     body = html.split("</head>")[1]
     assert [tile.name for tile in page.tiles(published)] == [
-        "Peak memory", "Train time", "Eval loss", "Accuracy",
+        "Peak memory", "Train time", "Eval loss", "Accuracy", "mmlu_qlora_5shot_val acc",
     ]  # fmt: skip
     assert published.verdict.split(".")[0] in body
     assert body.index('class="tiles"') < body.index("plotly-graph-div") < body.index("<table")
-    assert body.count('role="img" aria-label="') == body.count('class="plotly-graph-div"') == 6
+    assert body.count('role="img" aria-label="') == body.count('class="plotly-graph-div"') == 7
     assert 'src="http' not in html
     assert '<link rel="stylesheet' not in html
     notebook = published._repr_html_()
-    assert notebook.count('class="tile"') == 4
+    assert notebook.count('class="tile"') == 5
     assert published.verdict[:40] in notebook
     assert "plotly" not in notebook
 

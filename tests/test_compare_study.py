@@ -159,6 +159,20 @@ def test_fp8_products_are_named_wherever_their_numbers_are(
     assert "training.settings.compute" not in {setting.name for setting in older.different}
 
 
+def test_runs_in_float16_keep_their_arms_and_show_the_dtype(tmp_path: Path) -> None:
+    paths = []
+    for quant, dtype in (("nf4", "float16"), ("bf16", "float16"), ("bf16", "bfloat16")):
+        record = summary(quant, quantization__compute_dtype=dtype, settings__compute_dtype=dtype)
+        paths.append(write_run(tmp_path / f"{quant}-{dtype}", record, evaluation(FIRST)))
+    result = compare(paths)
+    assert result.arms == ["NF4", "bf16 float16", "bf16 bfloat16"]
+    different = {setting.name: setting.values for setting in result.different}
+    assert different["training.quantization.compute_dtype"] == ["float16", "float16", "bfloat16"]
+    paragraph = methods([load_run(path) for path in paths])
+    assert "NF4 with double quantisation, float16 and bf16" in paragraph
+    assert "matrix products in float16 and bfloat16" in paragraph
+
+
 def test_folders_whose_names_differ_in_white_space(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / name, summary(quant), evaluation(FIRST))

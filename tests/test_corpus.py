@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from collections.abc import Callable, Iterable
@@ -450,6 +451,25 @@ def test_second_load_reads_no_row(
         assert load(moved, **options).report["train"] != load(moved).report["train"]
     write_rows(moved, alpaca_rows(21))
     assert load(moved).report["rows"] == 21
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_batches_encoded_at_once_keep_their_order_and_special_tokens_as_text(
+    load: Loader, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    rows = [
+        {"instruction": f"q {i} {tokenizer.eos_token} q" * (i % 5), "input": "", "output": f"r{i}"}
+        for i in range(60)
+    ]
+    whole = load(write_rows(tmp_path / "rows.jsonl", rows), eval_fraction=0.1)
+    monkeypatch.setattr("qlora_harness.data.encoded._BATCH", batch)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "other"))
+    thresholds = gc.get_threshold()
+    parts = load(tmp_path / "rows.jsonl", eval_fraction=0.1)
+    assert (parts.report, list(parts.train)) == (whole.report, list(whole.train))
+    assert {list(example.input_ids).count(EOS) for example in parts.train} == {1}
+    assert tokenizer.backend_tokenizer.encode_special_tokens is False
+    assert gc.get_threshold() == thresholds
 
 
 def test_a_cache_that_cannot_be_written(

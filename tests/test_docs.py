@@ -33,6 +33,7 @@ OWN_PARSERS: dict[str, Callable[[list[str]], object]] = {
     "study": lambda words: study_parser().parse_args(words),
     "data": lambda words: survey_parser().parse_args(words),
 }
+TRAINING = ("launch/train.py", "qlora_harness.train")
 STUDY = ROOT / "results" / "published" / "smollm2"
 
 
@@ -92,16 +93,26 @@ def test_commands_run(block: Block, copy_of_the_repository: Path) -> None:
     assert process.returncode == 0, process.stderr
 
 
+def without_launcher(words: list[str]) -> list[str]:
+    """Drops srun, variables, `accelerate launch` and torchrun with their flags."""
+    if words[:3] == ["srun", "bash", "-c"]:
+        words = shlex.split(words[3])
+    while words and re.match("[A-Z_]+=", words[0]):
+        words.pop(0)
+    if words[:1] in (["accelerate"], ["torchrun"]):
+        while words[0] not in (*TRAINING, "qlora-harness", "lm_eval"):
+            words.pop(0)
+    return words
+
+
 @pytest.mark.parametrize("block", MARKED, ids=named)
 def test_commands_that_need_more_are_well_formed(block: Block) -> None:
     if block.language == "python":
         compile(block.text, block.page, "exec")
         return
     for line in block.text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if words[:2] == ["accelerate", "launch"]:
-            while words[0] not in ("launch/train.py", "qlora_harness.train"):
-                words.pop(0)
+        words = without_launcher(shlex.split(line, comments=True))
+        if words and words[0] in TRAINING:
             parse_settings(words[1:])
         elif words[:1] == ["qlora-harness"]:
             parse = OWN_PARSERS.get(words[1])

@@ -16,13 +16,17 @@ import torch
 import transformers
 from accelerate.utils import send_to_device
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from safetensors.torch import load_file
 from tiny_models import (
     adapted,
+    continued,
+    generated,
     gradients,
     logprobs,
     model_of,
     noted_widths,
     one_pack,
+    prompts,
     queries,
     texts,
     tiny,
@@ -38,6 +42,7 @@ from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.fused.packed_row import PackedRow
 from qlora_harness.model.base import find_base, load_base
 from qlora_harness.model.lora import attach_lora
+from qlora_harness.score import generator
 from qlora_harness.score.packed_forward import PackedModel
 from qlora_harness.score.prefix_tree import Query, plan
 from qlora_harness.score.tree_attention import TreeAttention, block_mask
@@ -147,6 +152,77 @@ def test_resumed_run_agrees_with_an_uninterrupted_one(
     assert second["results"]["eval_loss"] == pytest.approx(whole["results"]["eval_loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "adamw_torch"])
+@pytest.mark.parametrize("quant", ["nf4", "bf16"])
+def test_training_in_float16_resumes_with_the_scale_of_its_loss(
+    one_head: Path, tmp_path: Path, quant: str, optimizer: str
+) -> None:
+    options = {"quant": quant, "optimizer": optimizer, "lora_dropout": 0.0, "kernels": "none"}
+    exact = train(one_head, tmp_path / "float32", compute_dtype="float32", **options)
+    whole = train(one_head, tmp_path / "whole", compute_dtype="float16", **options)
+    assert whole["quantization"]["compute_dtype"] == "float16"
+    assert whole["computation"]["fused_layers"] is False
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "float32"), rel=0.02)
+    assert whole["results"]["eval_loss"] == pytest.approx(exact["results"]["eval_loss"], rel=0.02)
+    # As saved; scaled so little that each step counts; and so much that none does.
+    for scale in (None, 2.0**10, 2.0**60):
+        folder = tmp_path / f"resumed-{scale}"
+        shutil.copytree(tmp_path / "whole", folder)
+        shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+        saved = folder / "checkpoints" / "checkpoint-2" / "scaler.pt"
+        state = torch.load(saved)
+        if scale is not None:
+            state |= {"scale": scale, "_growth_tracker": 7}
+            torch.save(state, saved)
+        summary = json.loads((folder / "training_summary.json").read_text())
+        (folder / "training_summary.json").write_text(
+            json.dumps(summary | {"status": "interrupted"})
+        )
+        assert train(one_head, folder, compute_dtype="auto", **options)["runtime"]["resumed"]
+        last = torch.load(folder / "checkpoints" / "checkpoint-4" / "scaler.pt")
+        norms = [
+            row["grad_norm"] is None
+            for row in json.loads((folder / "training_logs.json").read_text())["steps"]
+        ]
+        if scale is None:
+            whole_scaler = tmp_path / "whole" / "checkpoints" / "checkpoint-4" / "scaler.pt"
+            assert last == torch.load(whole_scaler)
+            assert losses(folder) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+        elif scale < 2**20:
+            assert (last["scale"], last["_growth_tracker"]) == (scale, 9)
+            assert norms[2:] == [False, False]
+        else:
+            assert (last["scale"], last["_growth_tracker"]) == (scale / 4, 0)
+            assert norms[2:] == [True, True]
+            two, four = (
+                load_file(folder / "checkpoints" / f"checkpoint-{n}" / "adapter_model.safetensors")
+                for n in (2, 4)
+            )
+            assert all(torch.equal(two[name], four[name]) for name in two)
+
+
+@pytest.mark.parametrize("quant", ["nf4", "bf16"])
+def test_scoring_in_float16_is_near_float32(one_head: Path, tmp_path: Path, quant: str) -> None:
+    from lm_eval.api.instance import Instance
+
+    from qlora_harness.score.adapter_lm import QloraAdapterLM
+    from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
+
+    train(one_head, tmp_path / "run", compute_dtype="float16", quant=quant)
+    requests = [
+        Instance("loglikelihood", {}, (question.prompt, f" {letter}"), place)
+        for question in load_questions(DEMO_FILE)[:6]
+        for place, letter in enumerate("ABCD")
+    ]
+    logprobs = []
+    for dtype in ("auto", "float32"):
+        adapter = str(tmp_path / "run" / "adapter")
+        lm = QloraAdapterLM(peft=adapter, dtype=dtype, device="cuda", batch_size=4, verify=8)
+        assert lm.session.settings_record()["dtype"] == ("float16" if dtype == "auto" else dtype)
+        logprobs.append([score for score, _ in lm.loglikelihood(requests, disable_tqdm=True)])
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=0.02)
+
+
 def test_memory_is_measured_as_allocated_reserved_and_by_the_driver(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -194,9 +270,9 @@ def test_scoring_on_the_gpu_agrees_with_the_cpu(tiny_llama: Path, quant: str) ->
 
     prompts = [q.prompt for q in load_questions(DEMO_FILE)[:6]]
     requests = [
-        Instance("loglikelihood", {}, (prompt, f" {letter}"), place)
+        Instance("loglikelihood", {}, (prompt, f" {answer}"), place)
         for prompt in prompts
-        for place, letter in enumerate("ABCD")
+        for place, answer in enumerate((*"ABCD", "It is blue.", "It is black or grey."))
     ]
     logprobs = {}
     for device in ("cpu", "cuda"):
@@ -730,6 +806,46 @@ def test_attention_of_fused_packs_copies_nothing() -> None:
         enable_gqa=True,
     )
     assert torch.allclose(out, causal[0].transpose(0, 1), atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantised", "keys", "targets", "shared"),
+    [
+        ("llama", True, 2, "all-linear", 5),
+        ("llama", True, 2, "all-linear", 0),
+        ("qwen2", False, 1, None, 150),
+    ],
+)
+def test_generated_tokens_in_float32_are_those_of_transformers(
+    kind: str,
+    quantised: bool,
+    keys: int,
+    targets: str | None,
+    shared: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(generator, "_MOST_ROWS", 4)
+    model = model_of(kind, quantised, keys, targets).cuda()
+    ids = prompts(9, shared=shared)
+    expected = continued(model, ids, 12, -1)
+    for flex, fused in ((True, False), (False, True), (True, True)):
+        packed = PackedModel(model, None, flex=flex, fused=fused)
+        assert packed.has_graphs == (flex and fused)
+        assert generated(packed, ids, 12, -1) == expected
+        packed.close()
+
+
+def test_generating_with_graphs_equals_launching_each_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(generator, "_MOST_ROWS", 8)
+    packed = PackedModel(small("llama", quantised=True, dropout=0.0).eval(), None)
+    # Texts that grow beyond their first page, and end early.
+    ids = [[*prompt, *range(1, 55), *range(1, 55)] for prompt in prompts(20, shared=30)]
+    replayed = generated(packed, ids, 40, 7)
+    assert packed.has_graphs
+    packed.has_graphs = False
+    assert generated(packed, ids, 40, 7) == replayed
 
 
 def gpu_step(model: Any, rows: Any, *, packed: bool) -> Any:

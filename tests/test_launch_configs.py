@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import socket
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import launch_command, launch_command_parser
 from conftest import REPOSITORY
+from torch.distributed import DistError
 
 from qlora_harness.train.command import parse_settings
 
@@ -41,14 +43,32 @@ def test_accelerate_reads_it(name: str) -> None:
         assert key in flags
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_its_command_is_well_formed(name: str) -> None:
+def command_of(name: str) -> str:
     lines = (folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     commands = [line[2:].strip() for line in lines if line.startswith("#   accelerate launch ")]
     assert len(commands) == 1
-    words = shlex.split(commands[0])[2:]
-    args = launch_command_parser().parse_args(words)
+    return commands[0].removeprefix("accelerate launch ")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_its_command_is_well_formed(name: str) -> None:
+    args = launch_command_parser().parse_args(shlex.split(command_of(name)))
     assert args.config_file == f"launch/accelerate/{name}.yaml"
     assert args.training_script == "launch/train.py"
     settings, _ = parse_settings(args.training_script_args)
     assert settings.quant.value == "nf4"
+
+
+@pytest.mark.parametrize("machine", [0, 1])
+def test_a_machine_that_does_not_come_ends_the_run(
+    machine: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = command_of("multi_node").replace("node0", f"127.0.0.1 --main_process_port {port}")
+    command = command.replace("timeout=300", "timeout=1")
+    command = command.replace("machine_rank 0", f"machine_rank {machine}")
+    with pytest.raises(DistError):
+        launch_command(launch_command_parser().parse_args(shlex.split(command)))

@@ -104,6 +104,14 @@ def test_graphs_hold_activations_gradients_and_the_work_of_two_layers(
     assert not predict_memory(shape, settings, 10_000).graphs
 
 
+def test_ddp_holds_its_buckets_beside_the_activations(shape: Shape) -> None:
+    settings = build_settings({"checkpointing": "selective"})
+    one, each = (predict_memory(shape, settings, 4000, gpus) for gpus in (1, 2))
+    assert one.activations > one.gradients
+    assert each.peak == one.peak + one.gradients
+    assert not predict_memory(shape, settings, 500, 2).graphs
+
+
 def test_long_rows_take_memory_by_the_token(shape: Shape) -> None:
     """Attention holds no scores, and fused layers compute logits in parts."""
     moving = []

@@ -5,64 +5,70 @@ The processes are forked from one that has imported everything, so a run takes a
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import tiny_rows
 from safetensors.torch import load_file
-from training_runs import evaluations, losses, on_ranks, steps, summary
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from training_runs import Train, losses, on_ranks, read, steps, summary
 
 from qlora_harness.train.order import StepBatches, deal
 
 
-@pytest.mark.parametrize(("kernels", "group_by_length"), [("auto", False), ("none", True)])
+def flags_for(model: Path, rows: Path) -> dict[str, Any]:
+    return {
+        "quant": "bf16", "model": model, "dataset": rows, "compute_dtype": "float32",
+        "optimizer": "adamw_torch", "max_length": 96, "lora_r": 4, "lora_dropout": 0,
+        "eval_fraction": 0.25, "learning_rate": 0.001, "batch_size": 2, "checkpointing": "none",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kernels", "group_by_length"), [(4, "auto", False), (2, "none", True)]
+)
 def test_ranks_give_the_numbers_of_one(
     tiny_llama: Path,
+    rows: Path,
     tmp_path: Path,
+    train: Train,
+    ranks: int,
     kernels: str,
     group_by_length: bool,
 ) -> None:
     """Each step of an epoch, also its last and shorter one, learns from the same examples."""
-    rows = tiny_rows(tmp_path / "rows.jsonl")
-    common = {
-        "quant": "bf16", "model": tiny_llama, "dataset": rows, "compute_dtype": "float32",
-        "optimizer": "adamw_torch", "max_length": 96, "lora_r": 4, "lora_dropout": 0,
-        "eval_fraction": 0.25, "eval_steps": 2, "learning_rate": 0.001, "batch_size": 2,
-        "max_steps": 5, "checkpointing": "none", "kernels": kernels,
-        "group_by_length": group_by_length,
+    common = flags_for(tiny_llama, rows) | {
+        "eval_steps": 2, "max_steps": 5, "kernels": kernels, "group_by_length": group_by_length,
     }  # fmt: skip
-    folders = {}
-    for ranks in (1, 2, 4):
-        folders[ranks] = folder = tmp_path / str(ranks)
-        flags = common | {"grad_accum": 4 // ranks, "output_dir": folder}
-        assert on_ranks(ranks, flags, tmp_path) == [0] * ranks
-    assert (tmp_path / "rank0.txt").read_text().count("adapter: ") == len(folders)
-    assert all((tmp_path / f"rank{rank}.txt").read_text() == "" for rank in (1, 2, 3))
-    one = folders.pop(1)
-    weights = load_file(one / "adapter" / "adapter_model.safetensors")
-    for ranks, folder in folders.items():
-        assert losses(folder) == pytest.approx(losses(one), rel=1e-6)
-        for name in ("tokens", "supervised_tokens"):
-            assert [row[name] for row in steps(folder)] == [row[name] for row in steps(one)]
-        norms = [row["grad_norm"] for row in steps(one)]
-        assert [row["grad_norm"] for row in steps(folder)] == pytest.approx(norms, rel=1e-5)
-        # All processes are in the record.
-        result = summary(folder)
-        assert result["computation"]["fused_layers"] == (kernels == "auto")
-        phases = sorted((phase["phase"], phase["rank"]) for phase in result["memory"]["phases"])
-        names = ("evaluate", "evaluate_before", "evaluate_during", "load", "train")
-        assert phases == [(name, rank) for name in names for rank in range(ranks)]
-        during, expected = (evaluations(run)["during"] for run in (folder, one))
-        assert [point["step"] for point in during] == [2, 4]
-        for point, other in zip(during, expected, strict=True):
-            assert point["nll"] == pytest.approx(other["nll"], rel=1e-6)
-        assert result["environment"]["world_size"] == ranks
-        assert result["results"]["eval_loss"] == pytest.approx(
-            summary(one)["results"]["eval_loss"], rel=1e-6
-        )
-        for name, tensor in load_file(folder / "adapter" / "adapter_model.safetensors").items():
-            # Not by element: Adam makes a step of the rounding of a gradient near zero.
-            assert float((tensor - weights[name]).norm() / weights[name].norm()) < 1e-6
+    one, several = tmp_path / "one", tmp_path / "several"
+    assert train(**common, grad_accum=4, output_dir=one) == 0
+    on_ranks(ranks, common | {"grad_accum": 4 // ranks, "output_dir": several}, tmp_path)
+    # Only the first process prints, and all are in the record.
+    printed = [(tmp_path / f"rank{rank}.txt").read_text() for rank in range(ranks)]
+    assert printed[0].count("adapter: ") == 1
+    assert printed[1:] == [""] * (ranks - 1)
+    result = summary(several)
+    assert result["environment"]["world_size"] == ranks
+    assert result["computation"]["fused_layers"] == (kernels == "auto")
+    phases = sorted((phase["phase"], phase["rank"]) for phase in result["memory"]["phases"])
+    names = ("evaluate", "evaluate_before", "evaluate_during", "load", "train")
+    assert phases == [(name, rank) for name in names for rank in range(ranks)]
+
+    assert losses(several) == pytest.approx(losses(one), rel=1e-6)
+    own, expected = steps(several), steps(one)
+    for name in ("tokens", "supervised_tokens"):
+        assert [row[name] for row in own] == [row[name] for row in expected]
+    norms = [row["grad_norm"] for row in expected]
+    assert [row["grad_norm"] for row in own] == pytest.approx(norms, rel=1e-5)
+    evaluated = [read(run / "training_logs.json")["evaluation"] for run in (several, one)]
+    for points in zip(*(evaluation["during"] for evaluation in evaluated), strict=True):
+        assert points[0]["nll"] == pytest.approx(points[1]["nll"], rel=1e-6)
+    assert evaluated[0]["nll"] == pytest.approx(evaluated[1]["nll"], rel=1e-6)
+    adapters = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (several, one)]
+    for name, tensor in adapters[1].items():
+        # Not by element: Adam makes a step of the rounding of a gradient near zero.
+        assert float((adapters[0][name] - tensor).norm() / tensor.norm()) < 1e-6
 
 
 def test_a_step_has_the_same_examples_on_any_number_of_ranks() -> None:
@@ -93,3 +99,26 @@ def test_ranks_get_nearly_as_many_tokens() -> None:
     assert max(tokens) - min(tokens) <= 10
     # A rank without an example would not take part in the reduction.
     assert [len(share) for share in deal(range(3), lengths, 2)] == [2, 1]
+
+
+def test_faults_leave_a_run_that_resumes(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
+    common = flags_for(tiny_llama, rows) | {"max_steps": 8, "save_steps": 3, "grad_accum": 1}
+    flags = common | {"output_dir": tmp_path / "faulty"}
+    began = time.monotonic()
+    with pytest.raises(ChildFailedError):
+        on_ranks(2, flags, tmp_path, fault="out of memory")
+    assert time.monotonic() - began < 60
+    texts = [(tmp_path / f"errors{rank}.txt").read_text() for rank in (0, 1)]
+    first, second = ([s for s in text.splitlines() if "error:" in s] for text in texts)
+    assert len(second) == 1
+    assert "ran out of memory" in second[0]
+    assert len(first) <= 1  # unless it got the signal first
+    assert "Traceback" not in "".join(texts)
+    record = summary(tmp_path / "faulty")
+    assert record["status"] in ("failed", "interrupted")
+    # Killed without a word; torchrun --max-restarts 1 resumes from the checkpoint.
+    on_ranks(2, flags, tmp_path, fault="kill", restarts=1)
+    record = summary(tmp_path / "faulty")
+    assert (record["status"], record["runtime"]["resumed"]) == ("completed", True)
+    on_ranks(2, common | {"output_dir": tmp_path / "whole"}, tmp_path)
+    assert losses(tmp_path / "faulty") == losses(tmp_path / "whole")

@@ -230,7 +230,7 @@ def test_broken_configuration_is_named(content: bytes) -> None:
         {"quant": "int4"},
         {"quant": 4},
         {"base": "meta-llama/Llama-2-7b-hf"},
-        {"compute_dtype": "float16"},
+        {"compute_dtype": "float8"},
         {"double_quant": "no"},
     ],
 )

@@ -265,7 +265,10 @@ def test_setting_missing_from_an_older_record_has_its_default(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("recorded", "given"),
-    [("float32", "auto"), ("bfloat16", "auto"), ("float32", "float32"), ("float32", "bfloat16")],
+    [
+        *[("float32", "auto"), ("bfloat16", "auto"), ("float16", "auto")],
+        *[("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "float16")],
+    ],
 )
 def test_compute_dtype_is_that_of_the_run(tmp_path: Path, recorded: str, given: str) -> None:
     write_run(tmp_path, "interrupted")

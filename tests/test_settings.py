@@ -219,6 +219,15 @@ def test_error_names_the_source_of_the_value(
         (["--compute", "fp8", "--use-dora"], "--compute fp8 with --use-dora: "),
         (["--compute", "fp8", "--kernels", "none"], "--compute fp8 with --kernels none: "),
         (["--compute", "fp8", "--compute-dtype", "float32"], "--compute fp8 with --compute-dtype "),
+        (["--compute", "fp8", "--compute-dtype", "float16"], "--compute fp8 with --compute-dtype "),
+        (
+            ["--compute-dtype", "float16", "--adapter-dtype", "bfloat16"],
+            "--adapter-dtype bfloat16 ",
+        ),
+        (
+            ["--compute-dtype", "float16", "--checkpointing", "selective"],
+            "--checkpointing selective",
+        ),
         (["--quant"], "argument --quant: expected one argument. `launch/train.py --help` "),
         (["--report-to", "mlflow"], "--report-to: 'mlflow' is not one of none, tensorboard, wandb"),
         (["--max-steps", "1.5"], "--max-steps: '1.5' is not a whole number. "),
@@ -368,7 +377,7 @@ def test_settings_round_trip_through_their_flat_form(values: dict[str, Any]) -> 
         values["max_steps"] = None
     # Their other values exclude some quantisations.
     values |= {"init_lora_weights": "eva", "checkpointing": "full", "use_dora": False}
-    values["compute"] = "bf16"
+    values |= {"compute": "bf16", "adapter_dtype": "float32"}
     settings = build_settings(values)
     assert build_settings(settings.flat()) == settings
 

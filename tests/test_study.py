@@ -128,7 +128,7 @@ def test_cells_on_one_base_equal_separate_commands(file: Path, content: dict[str
     bf16, nf4, int8 = (alone.cell(f"{arm}/1") for arm in ("bf16", "nf4", "int8"))
     for cell in (bf16, int8):
         run_training(cell.settings)
-        InProcessScorer([TASK], 16).score(cell.model_args(), cell.folder / "lm_eval")
+        InProcessScorer([[TASK]], 16).score(cell.model_args(), cell.folder / "lm_eval")
     (file.parent / "launch").symlink_to(REPOSITORY / "launch")
     for command in alone.commands(nf4):
         line = shlex.split(command)
@@ -339,7 +339,7 @@ def test_results_of_lm_eval_are_whole_or_absent(
 ) -> None:
     study = build_study({**content, "score_bases": True}, {}, file)
     cell = study.cell("base_bf16")
-    scorer = InProcessScorer([TASK], 16)
+    scorer = InProcessScorer([[TASK]], 16)
 
     def killed(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt

@@ -13,6 +13,7 @@ import transformers
 from qlora_harness.data.examples import IGNORE
 from qlora_harness.fused.host_memory import HostMemory, Stored
 from qlora_harness.model.lora import attach_lora
+from qlora_harness.score.generator import generate
 from qlora_harness.score.packed_forward import PackedModel
 from qlora_harness.score.prefix_tree import Pack, Query, plan
 from qlora_harness.train.batches import pack_batch, pad_batch
@@ -168,6 +169,43 @@ def model_of(kind: str, quantised: bool, keys: int, targets: str | None) -> Any:
     if targets is not None:
         model = adapted(model, targets=targets).requires_grad_(False)
     return model.eval()
+
+
+def prompts(count: int, vocabulary: int = VOCABULARY, *, shared: int = 5) -> list[list[int]]:
+    """Prompts of several lengths that begin with the same tokens."""
+    draw = torch.Generator().manual_seed(3)
+    prefix = torch.randint(1, vocabulary, (shared,), generator=draw).tolist()
+    lengths = [1 + n * 7 % 13 for n in range(count)]
+    return [
+        prefix + torch.randint(1, vocabulary, (length,), generator=draw).tolist()
+        for length in lengths
+    ]
+
+
+def continued(model: Any, ids: list[list[int]], longest: int, end: int) -> list[list[int]]:
+    """What transformers generates for each prompt alone."""
+    texts = []
+    for prompt in ids:
+        out = model.generate(
+            input_ids=torch.tensor([prompt], device=model.device),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=model.device),
+            max_new_tokens=longest,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=0,
+        )
+        texts.append(out[0, len(prompt) :].tolist())
+    return texts
+
+
+def generated(model: PackedModel, ids: list[list[int]], longest: int, end: int) -> list[list[int]]:
+    """What `score.generator` generates."""
+    texts: list[list[int]] = [[] for _ in ids]
+    done = generate(model, ids, longest, lambda new: [text[-1] == end for text in new])
+    for text in done:
+        assert not texts[text.number]
+        texts[text.number] = text.tokens
+    return texts
 
 
 def write_gguf(

@@ -12,7 +12,7 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +22,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.data.examples import Example
@@ -42,7 +43,7 @@ def summary(run_dir: str | Path) -> dict[str, Any]:
     return read(Path(run_dir) / "training_summary.json")
 
 
-def evaluations(run_dir: str | Path) -> dict[str, Any]:
+def evaluations(run_dir: str) -> dict[str, Any]:
     evaluation: dict[str, Any] = read(f"{run_dir}/training_logs.json")["evaluation"]
     return evaluation
 
@@ -159,18 +160,23 @@ def write_checkpoint(run_dir: Path, step: int, without: str = "") -> Path:
 
 
 def on_ranks(
-    ranks: int, flags: Mapping[str, Any], folder: Path, variables: Mapping[str, str] | None = None
-) -> list[int | None]:
-    """Runs the training command in processes joined by gloo; returns their exit statuses.
+    ranks: int,
+    flags: Mapping[str, Any],
+    folder: Path,
+    *,
+    fault: str = "",
+    restarts: int = 0,
+    fsdp: bool = False,
+) -> None:
+    """Runs the training command in processes joined by gloo, as torchrun does.
 
-    What each prints goes to `folder`/rank0.txt and so on, errors to errors0.txt. The server from
-    which they are forked imports everything once.
+    What each prints goes to `folder`/rank0.txt and so on, errors to errors0.txt. A `fault`, "kill"
+    or "out of memory", ends the last one in its fifth step. The server from which they are forked
+    imports everything once.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qlora_harness.train.run", "qlora_harness.train.command"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    multiprocessing.set_forkserver_preload(
+        ["qlora_harness.train.run", "qlora_harness.train.command"]
+    )
     words = []
     for name, value in flags.items():
         flag = name.replace("_", "-")
@@ -178,32 +184,44 @@ def on_ranks(
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words.append(f"--{flag}={value}")
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    environment |= variables or {}
-    processes = [
-        context.Process(
-            target=_rank,
-            args=(words, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, folder),
-        )
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    return [process.exitcode for process in processes]
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        max_restarts=restarts,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        start_method="forkserver",
+    )
+    elastic_launch(config, _rank)(words, folder, fault, fsdp)
 
 
-def _rank(words: list[str], environment: dict[str, str], folder: Path) -> None:
+def _rank(words: list[str], folder: Path, fault: str, fsdp: bool) -> None:
     from qlora_harness.train.command import main
+    from qlora_harness.train.trainer import CountingTrainer
 
-    os.environ.update(environment | {"ACCELERATE_USE_CPU": "true"})
+    rank, ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": str(fsdp).lower()}
     os.chdir(folder)
+    step = CountingTrainer.training_step
+
+    def faulty(self: CountingTrainer, *args: Any, **options: Any) -> Any:
+        if self.state.global_step == 4:
+            if fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, *args, **options)
+
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if fault and first and int(rank) == int(ranks) - 1:
+        CountingTrainer.training_step = faulty  # type: ignore[method-assign]
     with contextlib.ExitStack() as outputs:
         for name, redirect in (
             ("rank", contextlib.redirect_stdout), ("errors", contextlib.redirect_stderr),
         ):  # fmt: skip
-            file = outputs.enter_context(open(f"{name}{environment['RANK']}.txt", "a"))
+            file = outputs.enter_context(open(f"{name}{rank}.txt", "a"))
             outputs.enter_context(redirect(file))
         status = main(words)
-    sys.exit(status)
+    if status:
+        sys.exit(status)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.flag_checks import check_above_zero, check_at_least, check_output_file
+from qlora_harness.settings import COMPUTE_DTYPES
 
 _SHAPES = ["llama-2-7b", "llama-2-70b", "qwen2.5-1.5b", "qwen2.5-0.5b", "tiny"]
 
@@ -89,7 +90,7 @@ def _add_training(commands: Any) -> None:
     )
     add("--dataset", default="oasst1", metavar="NAME", help="default oasst1")
     add("--max-length", type=int, default=512, metavar="N", help="default 512")
-    add("--compute-dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    add("--compute-dtype", default="bfloat16", choices=COMPUTE_DTYPES)
     add("--steps", type=int, default=5, metavar="N", help="timed steps (default 5)")
     add("--warm-up", type=int, default=3, metavar="N", help="steps before those (default 3)")
     add(
@@ -128,7 +129,7 @@ def _add_scoring(commands: Any) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="NAME", help="base model")
     add("--quant", default="bf16", choices=["nf4", "fp4", "bf16"])
-    add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
+    add("--dtype", default="auto", choices=["auto", *COMPUTE_DTYPES])
     add("--file", default="five_shot_mmlu_test.json", metavar="NAME")
     add("--mmlu-dir", dest="folder", metavar="DIR", help="folder of the file (default: fetched)")
     add("--subjects", type=_comma_separated, metavar="A,B", help="only these subjects")
@@ -155,17 +156,25 @@ def _add_scoring(commands: Any) -> None:
     )
     add("--kernels", default="auto", choices=["auto", "none"])
     add("--fp8", action="store_true", help="also time packed scoring with compute=fp8")
+    add("--generate", type=int, metavar="N", help="instead continue N prompts of GSM8K's form")
+    add("--gsm8k", type=Path, metavar="FILE", help="its JSON Lines (default: synthetic questions)")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="of each (default 128)")
     _add_output(parser)
 
 
 def _benchmark_scoring(values: dict[str, Any]) -> str:
     counts = ("rows", "batch_size", "margin_batch_size", "pack_tokens", "baseline_questions")
-    for name in (*counts, "adapter_rank"):
+    for name in (*counts, "adapter_rank", "generate", "max_new_tokens"):
         check_at_least({f"--{name.replace('_', '-')}": values[name]}, 1)
     check_output_file("--json", values["output"])
     from qlora_harness.benchmark.scoring import ScoringPlan, measure_scoring
 
-    return measure_scoring(ScoringPlan(**values))
+    plan = ScoringPlan(**values)
+    if plan.generate is None:
+        return measure_scoring(plan)
+    from qlora_harness.benchmark.generation import measure_generation
+
+    return measure_generation(plan)
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

@@ -60,6 +60,17 @@ class ScoringMeasurement(BaseModel):
     float32_predictions: float | None = None  # share of the questions with the same letter
 
 
+class GenerationMeasurement(BaseModel):
+    """One way to continue one set of prompts."""
+
+    name: str
+    questions: int
+    seconds: float  # with encoding and decoding
+    peak_allocated_bytes: int | None  # None on a CPU
+    ratio: float = 1.0  # seconds per question of the baseline, over these
+    same_texts: float | None = None  # share of the baseline's; None for the baseline itself
+
+
 class _Benchmark(BaseModel):
     """What the records of both benchmarks hold."""
 
@@ -144,6 +155,24 @@ class ScoringBenchmark(_Benchmark):
             ]
             lines.append(f"| {m.name} | {' | '.join(cells)} |")
         return "\n".join(lines)
+
+
+class GenerationBenchmark(_Benchmark):
+    """The record of `qlora-harness benchmark-scoring --generate`."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["generation_benchmark"] = "generation_benchmark"
+    measurements: list[GenerationMeasurement]
+
+    def table(self) -> str:
+        """Returns a Markdown table with a row per way."""
+        head = "| | questions | seconds | ratio | peak GiB | same texts |"
+        rows = [
+            f"| {m.name} | {m.questions:,} | {m.seconds:.1f} | {m.ratio:.2f} | "
+            f"{gib(m.peak_allocated_bytes)} | {optional(m.same_texts, '{:.2%}')} |"
+            for m in self.measurements
+        ]
+        return "\n".join([self.title, "", head, "|---|" + "---:|" * 5, *rows])
 
 
 def training_row(m: TrainingMeasurement) -> str:

@@ -50,6 +50,9 @@ class ScoringPlan:
     float32_reference: bool
     fp8: bool
     output: Path | None
+    generate: int | None = None
+    gsm8k: Path | None = None
+    max_new_tokens: int = 128
 
 
 def measure_scoring(plan: ScoringPlan) -> str:
@@ -66,29 +69,43 @@ def measure_scoring(plan: ScoringPlan) -> str:
     if plan.fp8:
         ScoringOptions(kernels=plan.kernels, compute="fp8")
         check_fp8(Quant(plan.quant), resolve_dtype(plan.dtype, None))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     questions = choose_questions(plan.file, plan.folder, plan.subjects, plan.rows)
-    lm = QloraAdapterLM(
-        pretrained=plan.model,
-        quant=plan.quant,
-        dtype=plan.dtype,
-        batch_size=plan.batch_size,
-        device=device,
-        pack_tokens=plan.pack_tokens,
-        kernels="none",
-    )
+    lm = load_for_benchmark(plan)
     measurements = _ScoringBench(lm, questions, plan).measurements
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    random_weights = ", random weights" if lm.loaded.source.random_weights else ""
-    dtype = lm.loaded.compute_dtype
-    devices = name if lm.world_size == 1 else f"{lm.world_size} × {name}"
-    title = f"{plan.model}{random_weights}, {plan.quant}, {dtype}, {plan.file}, {devices}"
-    title += ", fused kernels" if lm.session.path.fused else ""
-    record = ScoringBenchmark.of(title, measurements, name)
+    record = ScoringBenchmark.of(
+        benchmark_title(lm, plan, plan.file), measurements, device_name(lm)
+    )
     record.processes = lm.world_size
     if plan.output is not None and lm.rank == 0:
         record.write(plan.output)
     return record.table()
+
+
+def load_for_benchmark(plan: ScoringPlan) -> QloraAdapterLM:
+    """Loads the base, without fused layers yet."""
+    return QloraAdapterLM(
+        pretrained=plan.model,
+        quant=plan.quant,
+        dtype=plan.dtype,
+        batch_size=plan.batch_size,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        pack_tokens=plan.pack_tokens,
+        kernels="none",
+    )
+
+
+def device_name(lm: QloraAdapterLM) -> str:
+    """Returns the name of the GPU, or "CPU"."""
+    return torch.cuda.get_device_name() if lm.device.type == "cuda" else "CPU"
+
+
+def benchmark_title(lm: QloraAdapterLM, plan: ScoringPlan, questions: str) -> str:
+    """Returns the title of a record: the model, how it computes, and the questions."""
+    random_weights = ", random weights" if lm.loaded.source.random_weights else ""
+    dtype = lm.loaded.compute_dtype
+    devices = device_name(lm) if lm.world_size == 1 else f"{lm.world_size} × {device_name(lm)}"
+    title = f"{plan.model}{random_weights}, {plan.quant}, {dtype}, {questions}, {devices}"
+    return title + (", fused kernels" if lm.session.path.fused else "")
 
 
 def choose_questions(
@@ -163,7 +180,7 @@ class _ScoringBench:
             logprobs = [by_prompt[q.prompt] for q in self._sample]
             by_way.append((self._add(measured, logprobs), logprobs))
         if plan.adapter_rank is not None:
-            lm.take(_with_random_adapter(lm.model, plan.adapter_rank), plan.kernels)
+            lm.take(with_random_adapter(lm.model, plan.adapter_rank), plan.kernels)
             way = _packed_way(lm, f"packed, unmerged adapter of rank {plan.adapter_rank}")
             self._measure(way, warm)
             self._add(self._measure(way, questions)[0], None)
@@ -248,7 +265,8 @@ def _packed_way(lm: QloraAdapterLM, name: str) -> _Way:
     )
 
 
-def _with_random_adapter(model: Any, rank: int) -> Any:
+def with_random_adapter(model: Any, rank: int) -> Any:
+    """Attaches an adapter whose output isn't zero."""
     adapted = attach_lora(model, r=rank, alpha=16, dropout=0.0, targets="all-linear").eval()
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

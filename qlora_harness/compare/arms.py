@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from qlora_harness.errors import SettingsError
 from qlora_harness.results.runs import Run
-from qlora_harness.settings import BOOKKEEPING
+from qlora_harness.settings import BOOKKEEPING, COMPUTE_DTYPES
 
 # Quantisations by dose: the most bits removed first.
 NAMES = {"fp4": "FP4", "nf4": "NF4", "int4": "int4", "hqq": "HQQ", "int8": "int8", "bf16": "bf16"}
@@ -18,6 +18,7 @@ _DOSES = tuple(NAMES)
 _FOLLOWING = ("double_quant", "quant", "seed")
 # Short names of values; a setting's default has none.
 _SHORT: dict[str, dict[object, str]] = {
+    "compute_dtype": {name: name for name in COMPUTE_DTYPES},
     "double_quant": {False: "no DQ"},
     "use_rslora": {True: "rsLoRA"},
     "use_dora": {True: "DoRA"},
@@ -211,7 +212,8 @@ def matched(arm: Arm, baseline: Arm) -> tuple[Arm, Arm]:
 
 def _against_bf16(arms: list[Arm]) -> Pairs:
     """Each arm with the bf16 arm most like it; then bf16 arms that are nobody's baseline."""
-    references = [arm for arm in arms if arm.quant == "bf16"] or arms[:1]
+    exact = sorted(arms, key=lambda arm: in_fp8(arm.runs[0]))  # FP8 is the treatment
+    references = [arm for arm in exact if arm.quant == "bf16"] or exact[:1]
     others = [arm for arm in arms if arm not in references]
     pairs = [(arm, min(references, key=partial(_distance, arm))) for arm in others]
     met = [baseline for _, baseline in pairs] or references[:1]

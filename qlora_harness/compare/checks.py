@@ -30,10 +30,10 @@ _INTERSECT = "--intersect to compare the questions that all runs answered"
 
 
 def choose_task(runs: Sequence[Run], name: str | None) -> str | None:
-    """Returns the task to compare: the named one, or else one that all scored runs have.
+    """Returns the task to compare first: the named one, or else one that all scored runs have.
 
     None if no run was scored. Raises ComparisonError if a run lacks the named task, or if the
-    scored runs have no task or several in common.
+    scored runs have no task in common.
     """
     if name is not None:
         for run in runs:
@@ -47,13 +47,8 @@ def choose_task(runs: Sequence[Run], name: str | None) -> str | None:
     common = [task for task in scored[0].tasks if all(task in run.tasks for run in scored)]
     if DEFAULT_TASK in common:
         return DEFAULT_TASK
-    if len(common) == 1:
-        return common[0]
     if common:
-        raise ComparisonError(
-            f"the runs have several tasks in common: {', '.join(common[:8])}",
-            f"Choose one, for example --task {common[0]}",
-        )
+        return common[0]
     _refuse_task(runs, "the runs have no task in common")
 
 

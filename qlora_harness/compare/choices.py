@@ -85,9 +85,13 @@ class RunAnswers:
         self.answer = frame["answer"].to_numpy()
         self.credit: Floats = frame["credit"].to_numpy()
         self.score: Floats = frame["score"].to_numpy()
+        self.weight: Floats = frame["weight"].to_numpy()
         self.has_choices = self.logprobs.shape[1] > 0
-        self.alike = self.has_choices and bool(np.isfinite(self.logprobs).all())
-        """Whether all questions have the same number of choices."""
+        whole = self.has_choices and bool(np.isfinite(self.logprobs).all())
+        self.alike = whole and len(np.unique(self.answer)) > 1
+        """Whether all questions have the same choices, and none is always right."""
+        self.counts = self.has_choices or bool(np.isin(self.score, (0, 1)).all())
+        """Whether each answer is right or wrong."""
 
     @cached_property
     def subjects(self) -> NDArray[np.intp]:

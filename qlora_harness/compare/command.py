@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     switch("--details", help="also print all tables, 120 columns wide")
     task = (
-        f"any task of lm_eval (default: {DEFAULT_TASK} if all runs have it, else the only one "
-        "that they have in common)"
+        f"the task to compare first, any of lm_eval (default: {DEFAULT_TASK} if all runs have it, "
+        "else another that they have in common)"
     )
     add("--task", metavar="NAME", help=task)
     metric = "metric of that task, for example acc_norm or exact_match,flexible-extract"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,17 @@ from qlora_harness.compare.arms import by_dose, double_quant, group, neighbours,
 from qlora_harness.compare.choices import RunAnswers
 from qlora_harness.compare.contrast import answers_of, contrast, effects
 from qlora_harness.compare.loss_curve import loss_curves, notes_on_curves
+from qlora_harness.compare.measures import (
+    Permissions,
+    aligned_answers,
+    other_measures,
+    results_on,
+)
 from qlora_harness.compare.record import ComparisonRecord, RunInfo, Setting, Source
 from qlora_harness.compare.scores import chance
 from qlora_harness.compare.verdict import verdict
 from qlora_harness.errors import ComparisonError, SettingsError
 from qlora_harness.record import now, scrub, scrub_all
-from qlora_harness.results.answers import align, read_answers
 from qlora_harness.results.runs import Run, default_labels, load_run
 from qlora_harness.results.scored import Scored
 
@@ -77,7 +83,7 @@ def compare(
     Args:
         runs: Two or more run folders, results_*.json of lm_eval, or folders of those.
         baseline: Arm or run that all others are compared with; by default bf16.
-        task: By default mmlu_qlora_5shot, or the only task that all have.
+        task: The one to compare first; by default mmlu_qlora_5shot, or another that all have.
         metric: Metric of other tasks, for example "acc_norm" or "exact_match,flexible-extract".
         margin: Accuracies within this share of the questions count as the same.
         allow_limit: Whether runs with the same --limit may be compared.
@@ -98,20 +104,29 @@ def compare(
     """
     if not 0 < margin < 1:
         raise SettingsError(f"margin {margin:g}", "Give a share above 0 and below 1")
-    loaded = _load([Path(run) for run in runs], metric)
+    loaded = _load([Path(run) for run in runs], None)
     checks.check_substance(loaded)
     notes = checks.check_data(loaded, allow_different_data)
     task = checks.choose_task(loaded, task)
-    loaded = [run.on(task) for run in loaded]
-    scored = _results(loaded, task)
-    notes += checks.check_limit(scored, allow_limit, intersect)
-    frames, dropped = _answers(scored, intersect, notes)
+    allowed = Permissions(allow_limit, intersect)
+    named = loaded if metric is None else _load([run.path for run in loaded], metric)
+    scored = results_on(named, task)
+    frames, dropped = aligned_answers(scored, allowed, notes)
+    measures = other_measures(loaded, scored, allowed, notes)
+    benchmarks = [one.key for one in measures if one.is_usual]
+    loaded = [_on(run, scored.get(run.label), benchmarks) for run in loaded]
     arms = group(loaded)
     primary, secondary = map(by_dose, pair(arms, baseline))
     steps = neighbours(arms)
     answers = {label: RunAnswers(frame) for label, frame in frames.items()}
     contrasts = [
-        contrast(a, b, answers, task, margin=margin, tests=tests, primary=pairs is primary)
+        contrast(
+            *(a, b, answers, task),
+            margin=margin,
+            measures=measures,
+            tests=tests,
+            primary=pairs is primary,
+        )
         for pairs, tests in ((primary, len(primary)), (secondary, 1))
         for a, b in pairs
     ]
@@ -135,6 +150,7 @@ def compare(
         model=_common([run.model for run in loaded]),
         dataset=_common([run.training.data.dataset for run in loaded if run.training]),
         margin=margin,
+        benchmarks=benchmarks,
         runs=[_info(run, arm_of[run.label], task, run.label in frames) for run in loaded],
         arms=[arm.name for arm in arms],
         contrasts=contrasts,
@@ -169,31 +185,10 @@ def _load(paths: list[Path], metric: str | None) -> list[Run]:
     return [load_run(p, label=n, metric=metric) for p, n in zip(paths, names, strict=True)]
 
 
-def _results(runs: Sequence[Run], task: str | None) -> dict[str, Scored]:
-    """The result of each scored run; raises ComparisonError if two runs are one file."""
-    scored = {
-        run.label: run.scored[task] for run in runs if task is not None and task in run.scored
-    }
-    for (label, one), (name, other) in combinations(scored.items(), 2):
-        if one.path.resolve() == other.path.resolve():
-            raise ComparisonError(f"{label} and {name} are both {other.path}", "Name it once")
-    return scored
-
-
-def _answers(
-    scored: Mapping[str, Scored], intersect: bool, notes: list[str]
-) -> tuple[dict[str, pd.DataFrame], dict[str, int]]:
-    """The aligned answers of each run, and how many were dropped; adds to the notes."""
-    read = {label: read_answers(result) for label, result in scored.items()}
-    frames = {label: frame for label, frame in read.items() if frame is not None}
-    notes += checks.check_results(scored, list(frames), intersect)
-    dropped: dict[str, int] = {}
-    if len(frames) > 1:
-        frames, dropped = align(frames, intersect=intersect)
-    if any(dropped.values()):
-        counts = ", ".join(f"{count:,} of {label}" for label, count in dropped.items() if count)
-        notes.append(f"Compared on the questions that all runs answered; left out: {counts}.")
-    return frames, dropped
+def _on(run: Run, first: Scored | None, benchmarks: Sequence[str]) -> Run:
+    """A run with its result on the first task, and with those on other tasks."""
+    results = {} if first is None else {first.task: first}
+    return replace(run, scored={**results, **run.on(*benchmarks).scored})
 
 
 def _common(values: Sequence[str | None]) -> str | None:
@@ -221,4 +216,5 @@ def _info(run: Run, arm: str, task: str | None, answers: bool) -> RunInfo:
         value=scored.value if scored else None,
         stderr=scored.stderr if scored else None,
         answers=answers,
+        benchmarks={name: one.value for name, one in run.scored.items() if name != task},
     )

@@ -9,6 +9,7 @@ from qlora_harness.compare import statistics as st
 from qlora_harness.compare.arms import Arm
 from qlora_harness.compare.choices import RunAnswers, stacked
 from qlora_harness.compare.costs import costs
+from qlora_harness.compare.measures import Measure
 from qlora_harness.compare.record import Contrast
 
 Answers = Mapping[str, RunAnswers]
@@ -26,10 +27,11 @@ def contrast(
     task: str | None,
     *,
     margin: float,
+    measures: Sequence[Measure] = (),
     tests: int = 1,
     primary: bool = False,
 ) -> Contrast:
-    """Compares an arm with its baseline.
+    """Compares an arm with its baseline on a task, and on other measures.
 
     `answers` are the aligned ones by label of the run. Accuracies within `margin`, a share, count
     as the same. `tests` is the number of contrasts for which intervals and p-values hold
@@ -48,7 +50,10 @@ def contrast(
         detail = sc.detail(one, two)
         endpoints = [sc.mark_letters(endpoint, detail) for endpoint in endpoints]
     elif task is not None and all(task in run.scored for run in runs):
-        endpoints.append(sc.unpaired_accuracy(arm, baseline, task, level, margin))
+        first, second = ([run.scored[task] for run in part.runs] for part in (arm, baseline))
+        endpoints.append(sc.unpaired("accuracy", first, second, level, margin))
+    others = [sc.benchmark(one, (arm, baseline), level, margin) for one in measures]
+    endpoints += [one for one in others if one is not None]
     if tests > 1:  # Bonferroni's correction, as in the intervals
         endpoints = [
             one if one.p is None else one.model_copy(update={"p": min(1.0, tests * one.p)})

@@ -39,6 +39,12 @@ SPECS = {
 }
 
 
+def heading(endpoint: Endpoint) -> str:
+    """Returns the name with a capital; that of a task stays as it is."""
+    name = endpoint.name
+    return name[:1].upper() + name[1:] if endpoint.key in SPECS else name
+
+
 def absent(key: str, reason: str) -> Endpoint:
     """Returns an endpoint without a measurement."""
     return Endpoint(key=key, name=SPECS[key].name, unit=SPECS[key].unit, reason=reason)

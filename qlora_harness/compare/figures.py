@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
+from qlora_harness.compare.endpoint import heading
 from qlora_harness.compare.numbers import difference, interval, word
 from qlora_harness.compare.record import (
     ComparisonRecord,
@@ -45,9 +46,11 @@ def figures(comparison: ComparisonRecord) -> list[Figure]:
     colours = {arm: _COLOURS[number % len(_COLOURS)] for number, arm in enumerate(others)}
     if baseline is not None:
         colours[baseline] = _BASELINE
-    differences = [_forest(comparison, key) for key in ("accuracy", "nll")]
+    keys = ("accuracy", "nll", *comparison.benchmarks)
+    differences = [_forest(comparison, key) for key in keys]
     if len(comparison.primary) > 1:
-        differences = [_dose(comparison, key) for key in ("eval_loss", "nll", "accuracy")]
+        keys = ("eval_loss", "nll", "accuracy", *comparison.benchmarks)
+        differences = [_dose(comparison, key) for key in keys]
     made = [
         *differences,
         _memory_and_loss(comparison, colours),
@@ -144,9 +147,9 @@ def _intervals(rows: Sequence[_Row], what: str) -> Figure | None:
     notes += (
         ["◇ before training"] if any(r.before and r.before.low is not None for r in rows) else []
     )
-    heading = f"{first.name[0].upper()}{first.name[1:]} {what}"
-    heading += f" ({', '.join(notes)})" if notes else ""
-    return Figure(heading, "; ".join(alt), _layout(figure, 110 + 46 * len(rows)))
+    title = f"{heading(first)} {what}"
+    title += f" ({', '.join(notes)})" if notes else ""
+    return Figure(title, "; ".join(alt), _layout(figure, 110 + 46 * len(rows)))
 
 
 def _add_interval(figure: Any, label: str, one: Endpoint, scale: int, y: float, hollow: int) -> str:

@@ -124,7 +124,8 @@ def _held(arms: Sequence[Arm]) -> list[str]:
         if quant in ("nf4", "fp4") and held.double_quant is not None:
             scales = f" with{'' if held.double_quant else 'out'} double quantisation"
         rounded = ", rounded to FP8 (e4m3) for products" * run.in_fp8
-        forms.append(f"{NAMES.get(quant, quant)}{scales}{rounded}")
+        form = "float16" if held.is_float16 else NAMES.get(quant, quant)
+        forms.append(f"{form}{scales}{rounded}")
         dtypes += [held.compute_dtype] if held.compute_dtype else []
     if not forms:
         return []

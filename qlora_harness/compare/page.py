@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_harness.compare.endpoint import heading
 from qlora_harness.compare.methods import methods
 from qlora_harness.compare.numbers import difference, interval, value, word
 from qlora_harness.compare.record import ComparisonRecord
@@ -42,7 +43,7 @@ def check_packages() -> None:
 def tiles(comparison: ComparisonRecord) -> list[Tile]:
     """Returns the headlines of the leading contrast."""
     shown = []
-    for key in _TILES if comparison.primary else ():
+    for key in (*_TILES, *comparison.benchmarks) if comparison.primary else ():
         endpoint = comparison.headline.endpoints.get(key)
         if endpoint is None:
             continue
@@ -52,7 +53,7 @@ def tiles(comparison: ComparisonRecord) -> list[Tile]:
         ends = interval(endpoint)
         shown.append(
             Tile(
-                endpoint.name.capitalize(),
+                heading(endpoint),
                 difference(endpoint),
                 f"{ends} · {sizes}" if ends else sizes,
                 word(endpoint),

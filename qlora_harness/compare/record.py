@@ -191,6 +191,8 @@ class RunInfo(Part):
     value: float | None
     stderr: float | None
     answers: bool
+    benchmarks: dict[str, float] = {}
+    """The metric of each other task, as recorded."""
 
 
 class Setting(Part):
@@ -225,6 +227,8 @@ class ComparisonRecord(BaseModel):
     """Metric of the task."""
     questions: int | None
     """Questions compared."""
+    benchmarks: list[str] = []
+    """Other tasks; the endpoint of that name is the usual metric."""
     dropped: dict[str, int]
     """With --intersect, questions of each run that others lack."""
     model: str | None

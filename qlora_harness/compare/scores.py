@@ -16,20 +16,27 @@ from qlora_harness.compare import statistics as st
 from qlora_harness.compare.arms import Arm
 from qlora_harness.compare.choices import RunAnswers, stacked
 from qlora_harness.compare.endpoint import SPECS, Spec, measured
+from qlora_harness.compare.measures import Measure
 from qlora_harness.compare.record import Chance, Detail, Endpoint, GroupDifference, Kind
 from qlora_harness.compare.statistics import Floats
+from qlora_harness.results.scored import Scored
 
 Runs = Sequence[RunAnswers]
 MOSTLY = 0.5  # a cause of more than this share of a difference is named
 FEWEST_SUBJECTS = 10  # a standard error over fewer says little
+_BY_SUBJECT = ("nll", "brier", "letter_centred")
 
 
 class Design(NamedTuple):
-    """Each question's subject, [n], the two-sided level, and which arms have no seed."""
+    """Each question's subject, [n], the two-sided level, which arms have no seed, and weights [n].
+
+    Weights None are all 1.
+    """
 
     subjects: NDArray[np.intp]
     level: float
     fixed: tuple[bool, bool]
+    weights: Floats | None = None
 
 
 def scores(
@@ -40,9 +47,9 @@ def scores(
     `margin` is the difference, a share, within which accuracies are the same.
     """
     credit = stacked(one, "credit"), stacked(two, "credit")
-    spec = _accuracy_spec(arms[0], task, margin, credit)
-    design = Design(one[0].subjects, level, (not arms[0].tuned, not arms[1].tuned))
-    endpoints = [paired("accuracy", *credit, design, spec, counts=spec.unit == "share")]
+    spec = _accuracy_spec(arms[0].runs[0].scored[task], margin, credit)
+    design = _design(one, arms, level)
+    endpoints = [paired("accuracy", *credit, design, spec, counts=_are_counts(one, two))]
     if design.subjects.max() > 0:
         endpoints.append(_macro(*credit, design, spec))
     if one[0].has_choices:
@@ -55,8 +62,35 @@ def scores(
     return endpoints
 
 
-def _accuracy_spec(arm: Arm, task: str, margin: float, values: Sequence[Floats]) -> Spec:
-    scored = arm.runs[0].scored[task]
+def benchmark(
+    measure: Measure, arms: tuple[Arm, Arm], level: float, margin: float
+) -> Endpoint | None:
+    """Returns the endpoint of a measure; None unless all runs of both arms have it."""
+    labels = [[run.label for run in arm.runs] for arm in arms]
+    if not all(label in measure.scored for part in labels for label in part):
+        return None
+    scored = measure.scored[labels[0][0]]
+    if not all(label in measure.answers for part in labels for label in part):
+        first, second = ([measure.scored[label] for label in part] for part in labels)
+        return unpaired(measure.key, first, second, level, margin, name=measure.name)
+    one, two = ([measure.answers[label] for label in part] for part in labels)
+    credit = stacked(one, "credit"), stacked(two, "credit")
+    spec = _accuracy_spec(scored, margin, credit)._replace(name=measure.name)
+    counts = _are_counts(one, two)
+    return paired(measure.key, *credit, _design(one, arms, level), spec, counts=counts)
+
+
+def _design(runs: Runs, arms: tuple[Arm, Arm], level: float) -> Design:
+    weights = runs[0].weight
+    fixed = not arms[0].tuned, not arms[1].tuned
+    return Design(runs[0].subjects, level, fixed, None if (weights == 1).all() else weights)
+
+
+def _are_counts(one: Runs, two: Runs) -> bool:
+    return all(run.counts for run in (*one, *two))
+
+
+def _accuracy_spec(scored: Scored, margin: float, values: Sequence[Floats]) -> Spec:
     shares = all(part.min() >= 0 and part.max() <= 1 for part in values)
     return Spec(
         "accuracy" if scored.metric == "acc" else scored.metric,
@@ -75,31 +109,34 @@ def paired(
     *,
     counts: bool = False,
 ) -> Endpoint:
-    """Compares values by question, [seeds, n]; all but accuracy with errors by subject.
+    """Compares values by question, [seeds, n]; NLL and the like with errors by subject.
 
-    With `counts`, each value is the credit for an answer, 0 to 1.
+    With `counts`, each value is the credit for an answer that is right or wrong, 0 to 1.
     """
     change = one.mean(axis=0) - two.mean(axis=0)
-    difference, items = st.over_items(change)
-    clustered = _by_subject(change, design.subjects)
+    means = [np.average(part, axis=1, weights=design.weights) for part in (one, two)]
+    difference, items = st.over_items(change, design.weights)
+    clustered = _by_subject(change, design.subjects, design.weights)
     if counts and len(one) == len(two) == 1:
         estimate = st.paired_proportions(change, level=design.level)
     else:
-        seeds = st.over_seeds(one.mean(axis=1), two.mean(axis=1), blocks=False, fixed=design.fixed)
+        seeds = st.over_seeds(means[0], means[1], blocks=False, fixed=design.fixed)
         if counts:
             items = _never_zero(items, len(change))
-        if key != "accuracy" and clustered is not None:
+        if key in _BY_SUBJECT and clustered is not None:
             items = clustered
         estimate = st.combine(difference, items, seeds, level=design.level)
     error = None if clustered is None else math.sqrt(clustered.value)
-    return measured(key, (one, two), estimate, spec=spec, n=len(change), clustered=error)
+    return measured(key, (means[0], means[1]), estimate, spec=spec, n=len(change), clustered=error)
 
 
-def _by_subject(values: Floats, subjects: NDArray[np.intp]) -> st.Variance | None:
+def _by_subject(
+    values: Floats, subjects: NDArray[np.intp], weights: Floats | None = None
+) -> st.Variance | None:
     """The variance of the mean, clustered by subject; None if there are too few subjects."""
     if subjects.max() < FEWEST_SUBJECTS - 1:
         return None
-    return st.over_items(values, clusters=subjects)[1]
+    return st.over_items(values, weights, clusters=subjects)[1]
 
 
 def _never_zero(items: st.Variance, n: int) -> st.Variance:
@@ -121,17 +158,25 @@ def _macro(one: Floats, two: Floats, design: Design, spec: Spec) -> Endpoint:
     return measured("macro", (values[0], values[1]), estimate, spec=spec, n=len(sizes))
 
 
-def unpaired_accuracy(arm: Arm, baseline: Arm, task: str, level: float, margin: float) -> Endpoint:
-    """Returns the difference of two accuracies without their answers."""
-    results = [[run.scored[task] for run in a.runs] for a in (arm, baseline)]
+def unpaired(
+    key: str,
+    arm: Sequence[Scored],
+    baseline: Sequence[Scored],
+    level: float,
+    margin: float,
+    name: str | None = None,
+) -> Endpoint:
+    """Returns the difference of two accuracies, or the like, without their answers."""
+    results = arm, baseline
     one, two = (np.array([result.value for result in part]) for part in results)
     errors = [[r.stderr for r in part if r.stderr is not None] for part in results]
     items = st.Variance(sum(max(part) ** 2 for part in errors), st.NORMAL) if all(errors) else None
     seeds = st.over_seeds(one, two, blocks=False)
     estimate = st.combine(float(one.mean() - two.mean()), items, seeds, level=level)
-    spec = _accuracy_spec(arm, task, margin, (one, two))
+    spec = _accuracy_spec(arm[0], margin, (one, two))
+    spec = spec if name is None else spec._replace(name=name)
     reason = "unpaired: no answers by question"
-    return measured("accuracy", (one, two), estimate, spec=spec, n=results[0][0].n, reason=reason)
+    return measured(key, (one, two), estimate, spec=spec, n=arm[0].n, reason=reason)
 
 
 def chance(name: str, runs: Runs) -> Chance | None:

@@ -54,12 +54,14 @@ def _runs(comparison: ComparisonRecord) -> Table:
             score = f"{100 * run.value:.2f}%{error}"
         time = NOTHING if run.train_seconds is None else duration(run.train_seconds)
         loss, perplexity = optional(run.eval_loss, "{:.4f}"), optional(run.perplexity, "{:.3f}")
+        others = [optional(run.benchmarks.get(task), "{:.4f}") for task in comparison.benchmarks]
         rows.append(
             (run.label, run.arm, optional(run.seed, "{}"), gib(run.peak_bytes), time, loss,
-             perplexity, score)
+             perplexity, score, *others)
         )  # fmt: skip
     metric = f"{comparison.metric or 'accuracy'}, as recorded"
-    heads = ("run", "arm", "seed", "peak GiB", "time", "eval loss", "perplexity", metric)
+    heads = ("run", "arm", "seed", "peak GiB", "time", "eval loss", "perplexity", metric,
+             *comparison.benchmarks)  # fmt: skip
     return _table("Runs", heads, rows)
 
 

@@ -56,17 +56,17 @@ def _seeds(primary: Sequence[Contrast]) -> str:
 
 
 def answer(comparison: ComparisonRecord) -> str:
-    """Returns the answer: at most 12 lines of 80 columns."""
+    """Returns the answer: at most 12 lines of 80 columns, and one for each other task."""
     lines = [_cut(title(comparison, COLUMNS))]
-    primary = comparison.primary
+    primary, most = comparison.primary, LINES + len(comparison.benchmarks)
     if len(primary) == 1:
-        lines += _one(primary[0])
+        lines += _one(primary[0], comparison.benchmarks)
     elif primary:
         lines += _many(comparison)
     # Whole sentences only, the most important first.
     for sentence in sentences(comparison):
         wrapped = textwrap.wrap(sentence, COLUMNS, break_long_words=True)
-        if len(lines) + len(wrapped) <= LINES:
+        if len(lines) + len(wrapped) <= most:
             lines += wrapped
     return "\n".join(lines)
 
@@ -102,7 +102,7 @@ def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
     return lines
 
 
-def _one(item: Contrast) -> list[str]:
+def _one(item: Contrast, benchmarks: Sequence[str]) -> list[str]:
     """The two arms side by side."""
     endpoints = [item.endpoints[key] for key in _HEADLINES if key in item.endpoints]
     lines = _side_by_side(item, endpoints, [word(one) for one in endpoints])
@@ -112,7 +112,12 @@ def _one(item: Contrast) -> list[str]:
         if one.word == "no measurement":
             start = lines[row][: lines[0].index("difference")]
             lines[row] = _cut(f"{start}no measurement: {one.reason}")
-    return lines
+    others = [one.model_copy(update={"name": one.key}) for one in _on(item, benchmarks)]
+    return lines + _side_by_side(item, others, [word(one) for one in others])[1:]
+
+
+def _on(item: Contrast, benchmarks: Sequence[str]) -> list[Endpoint]:
+    return [one for key in benchmarks if (one := item.measured(key))]
 
 
 def _side_by_side(item: Contrast, endpoints: Sequence[Endpoint], words: Sequence[str]) -> list[str]:
@@ -144,6 +149,9 @@ def _many(comparison: ComparisonRecord) -> list[str]:
     lines = _aligned([heads, *cells[legend], *last], (0,))
     if len(shown) < len(items):
         lines.insert(1 + len(shown), f"… and {len(items) - len(shown)} more arms (see --details)")
+    for task in comparison.benchmarks:
+        texts = [f"{i.arm} {_cell(one, difference)}" for i in shown for one in _on(i, [task])]
+        lines += [_cut(f"{task}: {', '.join(texts)}")] if texts else []
     return [*lines, legend + _LEGEND]
 
 

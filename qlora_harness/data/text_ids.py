@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
 from typing import Any, Protocol
 
 
@@ -41,7 +43,7 @@ class TextIds:
     """Encodes texts without special tokens of the tokenizer's own; changes nothing in it.
 
     In `plain` a "</s>" that a user typed stays text and doesn't end the turn; `control` recognises
-    it as the token.
+    it as the token. Several threads may use it.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -50,19 +52,32 @@ class TextIds:
         self._backend = (
             tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
         )
+        self._lock, self._inside, self._before = Lock(), 0, False
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text."""
         backend = self._backend
         if backend is None or backend.truncation is not None or backend.padding is not None:
             return [self._encode(text, split=True) for text in texts]
-        before = backend.encode_special_tokens
-        backend.encode_special_tokens = True
-        try:
+        with self._special_tokens_as_text(backend):
             encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
-        finally:
-            backend.encode_special_tokens = before
         return [encoding.ids for encoding in encoded]
+
+    @contextmanager
+    def _special_tokens_as_text(self, backend: Any) -> Iterator[None]:
+        """Sets the tokenizer so while any thread is inside."""
+        with self._lock:
+            if not self._inside:
+                self._before = backend.encode_special_tokens
+                backend.encode_special_tokens = True
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    backend.encode_special_tokens = self._before
 
     def control(self, text: str) -> list[int]:
         """Returns the ids of a text of the template, in which special tokens are recognised."""

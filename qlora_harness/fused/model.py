@@ -268,6 +268,9 @@ def _reason_against_adapter(model: Any, layers: Any) -> str | None:
 
 def _reason_against_layers(base: Any) -> str | None:
     dtype = base.model.embed_tokens.weight.dtype
+    if dtype == torch.float16:
+        # The cross-entropy computes gradients before it knows the scale that float16 needs.
+        return "its dtype is float16"
     for layer in base.model.layers:
         dropouts = set()
         for group in _groups(layer):

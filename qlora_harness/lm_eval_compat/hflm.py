@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 
 from qlora_harness.model.base import base_of
 from qlora_harness.score.encoding import Pair
@@ -20,6 +25,14 @@ if TYPE_CHECKING:
 
 Request: TypeAlias = Instance
 Encoded = tuple[Pair, list[int], list[int]]  # the ids of context and continuation
+
+
+class GenerationSettings(NamedTuple):
+    """How a `generate_until` request's text is made, with HFLM's defaults."""
+
+    stops: list[str]  # with the tokenizer's EOS
+    longest: int  # new tokens
+    others: dict[str, Any]
 
 
 class LoadedHFLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
@@ -84,6 +97,30 @@ class LoadedHFLM(HFLM):  # type: ignore[misc]  # HFLM has no type information
         scores: list[Score] = super()._loglikelihood_tokens(encoded, disable_tqdm=True)
         return scores
 
+    def generation_settings(self, given: dict[str, Any]) -> GenerationSettings:
+        """Completes the settings of a request."""
+        others = normalize_gen_kwargs(given, self.max_gen_toks)
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        stops = handle_stop_sequences(others.pop("until"), eos=eos)
+        return GenerationSettings(stops, others.pop("max_gen_toks"), others)
+
+    def encode_contexts(self, contexts: list[str], room: int) -> list[list[int]]:
+        """Encodes the contexts of a batch, cut on the left to `room` tokens."""
+        ids, mask = self.tok_batch_encode(
+            contexts, left_truncate_len=room, truncation=self.truncation
+        )
+        return [row[used].tolist() for row, used in zip(ids, mask.bool(), strict=True)]
+
+    def text_of(self, tokens: list[int], stops: list[str]) -> str:
+        """Decodes new tokens, up to the first stop string."""
+        text: str = postprocess_generated_text(self.tok_decode(tokens), stops, None)
+        return text
+
+    def generate_plainly(self, requests: list[Request], *, show_progress: bool) -> list[str]:
+        """Continues contexts with HFLM's batches."""
+        texts: list[str] = HFLM.generate_until(self, requests, disable_tqdm=not show_progress)
+        return texts
+
 
 class StockHFLM:
     """lm_eval's `hf` model with loaded weights, for timing each step."""
@@ -108,3 +145,8 @@ class StockHFLM:
         score = self._hflm._loglikelihood_tokens  # noqa: SLF001  # as above
         scores: list[Score] = score(encoded, disable_tqdm=True)
         return scores
+
+    def generate(self, requests: list[Request]) -> list[str]:
+        """Continues contexts."""
+        texts: list[str] = self._hflm.generate_until(requests, disable_tqdm=True)
+        return texts

@@ -68,16 +68,18 @@ def extend_task_index(index_module: ModuleType) -> None:
 
 
 def read_files_first(config_module: ModuleType) -> None:
-    """Reads the MMLU files before lm_eval loads the model, so that a wrong folder shows at once."""
+    """Reads files of questions before lm_eval loads the model: a wrong folder shows at once."""
     config_class = config_module.EvaluatorConfig
     process = config_class.process_tasks
 
     @wraps(process)
     def process_and_read(config: Any, *args: Any, **options: Any) -> Any:
-        from qlora_harness.lm_eval_compat.tasks import read_mmlu_files
+        from qlora_harness.lm_eval_compat.tasks import read_mmlu_files, use_local_data
 
         manager = process(config, *args, **options)
-        read_mmlu_files(config.tasks, config.metadata or {})
+        metadata = config.metadata or {}
+        use_local_data(manager.task_index, config.tasks, metadata)
+        read_mmlu_files(config.tasks, metadata)
         return manager
 
     config_class.process_tasks = process_and_read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 # ruff: noqa: E402  # the finder must come before lm_eval
+import random
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,15 @@ add_finder()  # also where no hook runs at the interpreter's start
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
 
 from qlora_harness.lm_eval_compat.hflm import Request
-from qlora_harness.lm_eval_compat.tasks import read_mmlu_files
+from qlora_harness.lm_eval_compat.tasks import (
+    check_sentence_splitter,
+    missing_package,
+    read_mmlu_files,
+    use_local_data,
+)
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.prefix_tree import Score
 
@@ -27,7 +34,7 @@ _DEVICE = "cuda:0"  # the command's default, which becomes the CPU if there is n
 
 
 class _Projection(QloraAdapterLM):
-    """Times a sample of the texts, and answers every request with the same number."""
+    """Times a sample of the texts, and gives every request the same answer."""
 
     spent: float = 0.0  # seconds for the sample
     projected: float = 0.0  # projected seconds for all texts
@@ -38,52 +45,72 @@ class _Projection(QloraAdapterLM):
         self.spent += time.perf_counter() - began
         return [(-1.0, False)] * len(requests)
 
+    def generate_until(self, requests: list[Request], disable_tqdm: bool = False) -> list[str]:
+        began = time.perf_counter()
+        batch = random.Random(0).sample(requests, min(self.batch_size, len(requests)))
+        super().generate_until(batch, disable_tqdm=True)
+        seconds = time.perf_counter() - began
+        self.spent += seconds
+        self.projected += seconds * len(requests) / len(batch)
+        return [""] * len(requests)
 
-def check_tasks(tasks: Sequence[str]) -> TaskManager:
+
+def check_tasks(
+    tasks: Sequence[str], data_dir: str | None = None, flag: str = "--tasks"
+) -> TaskManager:
     """Returns lm_eval's task manager; raises SettingsError for an unknown task.
 
     Reads the files of our MMLU tasks; a missing or damaged one raises DataError.
     """
-    manager = TaskManager()
+    metadata = {} if data_dir is None else {"data_dir": data_dir}
+    manager = TaskManager(metadata=metadata)
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         raise SettingsError(
-            f"--tasks: lm_eval has no task {', '.join(unknown)}",
+            f"{flag}: lm_eval has no task {', '.join(unknown)}",
             "`lm_eval ls tasks` lists every task",
         )
     for tag in manager.all_tags:
         if tag in tasks:  # results list only its tasks, not the tag
             members = ", ".join(sorted(manager.task_index[tag].tags or ()))
             raise SettingsError(
-                f"--tasks: {tag} is a tag of several tasks", f"Name the tasks themselves: {members}"
+                f"{flag}: {tag} is a tag of several tasks", f"Name the tasks themselves: {members}"
             )
-    read_mmlu_files(tasks, {})
+    use_local_data(manager.task_index, tasks, metadata)
+    read_mmlu_files(tasks, metadata)
     return manager
 
 
-def load_tasks(tasks: Sequence[str]) -> None:
+def load_tasks(tasks: Sequence[str], data_dir: str | None = None, flag: str = "--tasks") -> None:
     """Loads the questions of tasks; raises SettingsError for one that can't be loaded."""
-    manager = check_tasks(tasks)
+    manager = check_tasks(tasks, data_dir, flag)
     for task in tasks:
         try:
-            manager.load([task])
+            loaded = manager.load([task])["tasks"]
+            if task == "ifeval":
+                check_sentence_splitter(loaded[task])
         except HarnessError:
             raise
+        except ImportError as error:
+            raise missing_package(task, error) from None
         except Exception as error:  # noqa: BLE001  # any task's own code and data
             raise SettingsError(
-                f"--tasks: {task} can't be loaded ({first_line(error)})",
-                "Check the network, or leave the task out",
+                f"{flag}: {task} can't be loaded ({first_line(error)})",
+                "Check the network, give --data-dir, or leave the task out",
             ) from None
 
 
 class InProcessScorer:
     """Does what `lm_eval run --model qlora_adapter --log_samples` does, for several models.
 
-    The index of tasks is built once; the records are those of the command.
+    Each list of tasks is one such command: it has its own results file. The index of tasks is
+    built once, and each model is loaded once.
     """
 
-    def __init__(self, tasks: Sequence[str], batch_size: int) -> None:
-        self._tasks = list(tasks)
-        self._manager = check_tasks(tasks)
+    def __init__(
+        self, benchmarks: Sequence[Sequence[str]], batch_size: int, data_dir: str | None = None
+    ) -> None:
+        self._benchmarks = [list(tasks) for tasks in benchmarks]
+        self._manager = check_tasks([task for tasks in benchmarks for task in tasks], data_dir)
         # As the command passes them.
         self._options = {"batch_size": str(batch_size), "device": _DEVICE}
 
@@ -92,17 +119,20 @@ class InProcessScorer:
         began = time.perf_counter()
         lm = _Projection.create_from_arg_obj(dict(model_args), self._options)
         try:
-            self._evaluate(lm, model_args)
+            for tasks in self._benchmarks:
+                self._evaluate(lm, tasks, model_args)
         finally:
             lm.session.close()
         seconds: float = time.perf_counter() - began - lm.spent + lm.projected
         return seconds
 
-    def _evaluate(self, lm: QloraAdapterLM, model_args: Mapping[str, Any], **more: Any) -> Any:
+    def _evaluate(
+        self, lm: QloraAdapterLM, tasks: list[str], model_args: Mapping[str, Any], **more: Any
+    ) -> Any:
         return simple_evaluate(
             lm,
             model_args=dict(model_args),
-            tasks=self._tasks,
+            tasks=tasks,
             task_manager=self._manager,
             gen_kwargs={},
             **self._options,
@@ -110,17 +140,30 @@ class InProcessScorer:
         )
 
     def score(self, model_args: Mapping[str, Any], output_path: Path) -> None:
-        """Scores one model and saves lm_eval's results and samples below `output_path`.
+        """Scores one model, saves lm_eval's results and samples below `output_path`, prints both.
 
         A results file appears last and whole, after its samples, even if the process is killed.
         """
+        lm = QloraAdapterLM.create_from_arg_obj(dict(model_args), self._options)
+        try:
+            for tasks in self._benchmarks:
+                self._score(lm, tasks, model_args, output_path)
+        finally:
+            lm.session.close()
+
+    def _score(
+        self,
+        lm: QloraAdapterLM,
+        tasks: list[str],
+        model_args: Mapping[str, Any],
+        output_path: Path,
+    ) -> None:
         # Beside the run folder, in which every results file counts, and on its file system.
         work = output_path.parent.with_name(f".{output_path.parent.name}.lm_eval")
         shutil.rmtree(work, ignore_errors=True)  # of a killed process
-        lm = QloraAdapterLM.create_from_arg_obj(dict(model_args), self._options)
         try:
             tracker = EvaluationTracker(output_path=str(work))
-            results = self._evaluate(lm, model_args, evaluation_tracker=tracker)
+            results = self._evaluate(lm, tasks, model_args, evaluation_tracker=tracker)
             # lm_eval knows the model as an object only; its name is what the command would record.
             results["config"]["model"] = MODEL_NAME
             tracker.general_config_tracker.model_source = MODEL_NAME
@@ -129,9 +172,9 @@ class InProcessScorer:
             for task in results["configs"]:
                 tracker.save_results_samples(task_name=task, samples=samples[task])
             _move(work, output_path)
+            print(make_table(results), flush=True)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-            lm.session.close()
 
 
 def _move(source: Path, target: Path) -> None:

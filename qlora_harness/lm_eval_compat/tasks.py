@@ -7,14 +7,21 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_harness.errors import install_excepthook
+from qlora_harness.errors import SettingsError, first_line, install_excepthook
 from qlora_harness.lm_eval_compat.index_cache import cached_index
 from qlora_harness.locations import tasks_dir
 from qlora_harness.schema.mmlu import FOLDER, families
+from qlora_harness.score.mmlu import mmlu_dir
 from qlora_harness.score.mmlu_files import load_questions
+from qlora_harness.score.task_data import SOURCES, load_local
 
 if TYPE_CHECKING:
     from lm_eval.tasks._index import Entry
+
+_INSTRUCTIONS = "instruction_id_list"  # of a prompt of IFEval
+_SPLITTING = frozenset(
+    {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
+)
 
 
 def task_entries() -> dict[str, Entry]:
@@ -70,6 +77,54 @@ def extend_index(index: dict[str, Entry], paths: Iterable[Path]) -> dict[str, En
     return index
 
 
+def use_local_data(
+    index: dict[str, Entry], tasks: Iterable[object], metadata: Mapping[str, Any]
+) -> None:
+    """Lets named benchmarks read the files in the folder that the metadata call data_dir, if any.
+
+    The others stay as they are. A missing or damaged file raises DataError, and a package that a
+    benchmark needs SettingsError.
+    """
+    from lm_eval.tasks._index import Entry
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if "data_dir" not in metadata:
+        return
+    for name in [task for task in tasks if isinstance(task, str) and task in SOURCES]:
+        source = {"custom_dataset": load_local, "dataset_kwargs": {"local_task": name}}
+        load_local(local_task=name, data_dir=metadata["data_dir"])
+        try:
+            config = load_yaml(index[name].yaml_path) | source
+        except ImportError as error:
+            raise missing_package(name, error) from None
+        index[name] = Entry(name=name, kind=index[name].kind, yaml_path=None, cfg=config)
+
+
+def missing_package(task: str, error: ImportError) -> SettingsError:
+    """Returns the error for a task whose own code needs another package."""
+    return SettingsError(
+        f"task {task}: {first_line(error)}", f"Install it, or try pip install 'lm_eval[{task}]'"
+    )
+
+
+def check_sentence_splitter(task: Any) -> None:
+    """Raises SettingsError if prompts of IFEval need NLTK's data, and they are not there.
+
+    lm_eval would notice after it has generated all answers.
+    """
+    import nltk
+
+    if _SPLITTING.isdisjoint(name for doc in task.test_docs() for name in doc[_INSTRUCTIONS]):
+        return
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        raise SettingsError(
+            "task ifeval: NLTK's punkt_tab is missing",
+            "Run python -m nltk.downloader punkt_tab, or name the folder with it in NLTK_DATA",
+        ) from None
+
+
 def read_mmlu_files(tasks: Iterable[object], metadata: Mapping[str, Any]) -> None:
     """Loads the MMLU files of the named tasks; a missing or damaged file raises DataError."""
     names = {task for task in tasks if isinstance(task, str)}
@@ -78,7 +133,7 @@ def read_mmlu_files(tasks: Iterable[object], metadata: Mapping[str, Any]) -> Non
         parts = [*categories, *(s for subjects in categories.values() for s in subjects)]
         if not names.isdisjoint([family, *(f"{family}_{part}" for part in parts)]):
             install_excepthook()
-            load_questions(description["file"], metadata.get("mmlu_dir"))
+            load_questions(description["file"], mmlu_dir(**metadata))
 
 
 def _own_folder() -> Path:
@@ -90,4 +145,5 @@ def _own_folder() -> Path:
 def _is_no_hint_about_our_tasks(record: logging.LogRecord) -> bool:
     """Hides lm_eval's hint for tasks with a custom_dataset, which comes 57 times per group."""
     text = record.getMessage()
-    return not (text.startswith("mmlu_qlora") and "Custom kwargs can be passed" in text)
+    ours = text.startswith(("mmlu_qlora", *SOURCES))
+    return not (ours and "Custom kwargs can be passed" in text)

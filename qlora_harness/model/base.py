@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import ModelError, first_line
 from qlora_harness.locations import expanded
+from qlora_harness.model.compute_dtype import check_dtype
 from qlora_harness.model.fingerprint import checkpoint_fingerprint
 from qlora_harness.model.free_memory import available_memory
 from qlora_harness.model.gguf import expand_gguf
@@ -202,19 +203,16 @@ def load_base(
 ) -> PreTrainedModel:
     """Loads a base model onto one device, frozen and in evaluation mode.
 
-    Reads weights as bfloat16. `quant` then quantises all linear layers except the output head;
-    `double_quant` quantises the scales of nf4 and fp4 too. Compute dtype "float32" casts all other
-    weights to float32, so their values are still the bfloat16 ones. `sharded` spreads the layers of
-    a model of the types of `fused.model` over all processes, which must all call this. Raises
-    ModelError if weights are missing or unreadable, or if the device can't compute in that dtype.
+    Reads weights as bfloat16, or as float16 if that is the compute dtype. `quant` then quantises
+    all linear layers except the output head; `double_quant` quantises the scales of nf4 and fp4
+    too. Compute dtype "float32" casts all other weights to float32, so their values are still the
+    bfloat16 ones. `sharded` spreads the layers of a model of the types of `fused.model` over all
+    processes, which must all call this. Raises ModelError if weights are missing or unreadable, and
+    SettingsError if the device can't compute in that dtype.
     """
     import torch
 
-    if compute_dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ModelError(
-            f"{torch.cuda.get_device_name(device)} can't compute in bfloat16",
-            "Use a GPU of compute capability 8.0 or newer, or --compute-dtype float32",
-        )
+    check_dtype(compute_dtype, device)
     model = (
         _read_by_layer(source, quant, double_quant, compute_dtype, device, rope_scaling, sharded)
         if sharded or source.weights_seed is not None
@@ -273,7 +271,7 @@ def _read_weights(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path,
             revision=source.revision or "main",
-            dtype=torch.bfloat16,
+            dtype=torch.float16 if compute_dtype == "float16" else torch.bfloat16,
             output_loading_info=True,
             trust_remote_code=False,
             **options,

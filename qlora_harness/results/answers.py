@@ -2,8 +2,9 @@
 
 Columns: subject, item (its number there), index (the line in a data file of this project, else -1),
 the hashes document, prompt and target, answer (position of the right choice, -1 without choices),
-choice (position of the best), logprob_0, logprob_1, … (nats), score (the metric as recorded) and
-credit (the same, but 1/k if the right choice is one of k tied best).
+choice (position of the best), logprob_0, logprob_1, … (nats), score (the metric as recorded), its
+weight (1, or the number of values if a question has several) and credit (the score, but 1/k if the
+right choice is one of k tied best).
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def _read_progress(scored: Scored) -> pd.DataFrame | None:
         "target": [targets[position] for position in answer],
         "answer": answer,
         "score": right.astype(np.float64),
+        "weight": 1.0,
     }
     frame = _with_choices(pd.DataFrame(columns), logprobs)
     _check_totals(frame, scored, where)
@@ -152,7 +154,8 @@ def _read_leaf(path: Path, subject: str, scored: Scored) -> list[dict[str, Any]]
 
 def _row(where: str, sample: Mapping[str, Any], scored: Scored) -> dict[str, Any]:
     score = sample.get(scored.metric)
-    if not isinstance(score, int | float) or not abs(score) <= LARGEST:
+    values = score if isinstance(score, list) else [score]  # IFEval: one for each instruction
+    if not values or not all(_is_number(value) for value in values):
         raise ResultsError(
             f"{where}: {scored.metric} is {shown(score)}, not one number for each question",
             "Choose another metric with --metric, or score again",
@@ -172,9 +175,14 @@ def _row(where: str, sample: Mapping[str, Any], scored: Scored) -> dict[str, Any
         "prompt": known.prompt_hash[:PROMPT_DIGITS],
         "target": known.target_hash,
         "answer": position if position < len(logprobs) else -1,
-        "score": float(score),
+        "score": sum(map(float, values)) / len(values),
+        "weight": float(len(values)),
         "logprobs": logprobs,
     }
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) <= LARGEST
 
 
 def _logprobs(responses: object) -> list[float]:
@@ -234,15 +242,18 @@ def logprobs_of(frame: pd.DataFrame) -> NDArray[np.float64]:
 
 def _check_totals(frame: pd.DataFrame, scored: Scored, where: str) -> None:
     """Checks that the answers give the recorded result of each subject."""
-    groups = frame.groupby("subject", observed=True)["score"]
-    sums, sizes = groups.sum().to_dict(), groups.size().to_dict()
+    frame = frame.assign(total=frame["score"] * frame["weight"])
+    groups = frame.groupby("subject", observed=True)
+    sums, sizes = groups[["total", "weight"]].sum(), groups.size().to_dict()
     for subject in sizes.keys() | scored.subjects.keys():
-        part = scored.subjects.get(subject)
-        n, total = sizes.get(subject, 0), sums.get(subject, 0.0)
-        if part is None or part.n != n or abs(total - part.value * n) > 1e-6 * max(1.0, abs(total)):
+        part, n = scored.subjects.get(subject), sizes.get(subject, 0)
+        total, weight = sums.loc[subject] if n else (0.0, 0.0)
+        allowed = 1e-6 * max(1.0, abs(total))
+        if part is None or part.n != n or abs(total - part.value * weight) > allowed:
             recorded = "nothing" if part is None else f"{part.value:.6f} of {part.n}"
             raise ResultsError(
-                f"{where}: {subject}: {scored.metric} is {total / max(n, 1):.6f} over {n} answers, "
+                f"{where}: {subject}: {scored.metric} is {total / max(weight, 1):.6f} over {n} "
+                "answers, "
                 f"but {scored.path.name} says {recorded}",
                 _OTHER_RUN,
             )

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 from pydantic_core import from_json
 
 from qlora_harness.errors import ResultsError, shown
-from qlora_harness.record import nested, read_json
+from qlora_harness.record import EVALUATION_FILE, nested, read_json
 from qlora_harness.results.scored import FAMILIES, Scored, Subject, category_of
 from qlora_harness.schema.scoring_records import EvaluatedModel
 from qlora_harness.schema.section import LARGEST, Count, Number, first_problem, flatten
@@ -24,7 +24,7 @@ _TORCH_VERSION = re.compile(r"^PyTorch version: (.+)$", re.MULTILINE)
 _GPU_NAME = re.compile(r"^(?:GPU models and configuration: )?GPU 0: (.+)$", re.MULTILINE)
 _DAMAGED = "The file is damaged or comes from another program; score again or remove it"
 # Preferred metrics and filters of a task that has several.
-_METRICS = ("acc", "exact_match", "pass@1", "pass_at_1")
+_METRICS = ("acc", "exact_match", "pass@1", "pass_at_1", "prompt_level_strict_acc")
 _FILTERS = ("none", "strict-match")
 _CACHED = "scored with --use_cache, which isn't keyed by model: the answers may be another model's"
 
@@ -62,7 +62,7 @@ class _Config(_Part):
             return arguments.get("bnb_4bit_quant_type", "fp4")
         if arguments.get("load_in_8bit", "").lower() == "true":
             return "int8"
-        return "bf16" if _as_recorded(self.model_dtype) == "bfloat16" else None
+        return "bf16" if _as_recorded(self.model_dtype) in ("bfloat16", "float16") else None
 
 
 class _ResultsFile(_Part):
@@ -257,17 +257,45 @@ def _total(
     return value, stderr
 
 
-def _choose_metric(file: HarnessFile, leaf: str, name: str | None) -> tuple[str, str]:
-    """Metric and filter of a task: the given ones, or else the usual ones."""
+def other_metrics(scored: Scored) -> dict[str, Scored]:
+    """Returns the results with the other metrics of a task that lm_eval scored, by "name,filter".
+
+    Raises ResultsError as `read_scored` does.
+    """
+    if scored.path.name == EVALUATION_FILE:
+        return {}
+    file = read_file(scored.path)
+    first, *rest = (_metrics(file, leaf) for leaf in file.tasks[scored.task])
+    names = [
+        f"{metric},{filter_name}"
+        for metric, filter_name in first
+        if all((metric, filter_name) in other for other in rest)
+    ]
+    mine = f"{scored.metric},{scored.filter}"
+    return {name: read_scored(file, scored.task, name) for name in names if name != mine}
+
+
+def _metrics(file: HarnessFile, leaf: str) -> list[tuple[str, str]]:
+    """The metrics and filters of a task, the usual ones first."""
     results = file.record.results.get(leaf, {})
+    if any(leaf in leaves for family, leaves in file.tasks.items() if family in FAMILIES):
+        return [("acc", "none")] if "acc,none" in results else []
     known = [
         (metric, filter_name)
         for key, value in results.items()
         for metric, _, filter_name in [key.partition(",")]
         if filter_name and not metric.endswith("_stderr") and isinstance(value, int | float)
     ]
-    if any(leaf in leaves for family, leaves in file.tasks.items() if family in FAMILIES):
-        known = [("acc", "none")] if "acc,none" in results else []
+
+    def rank(name: str, usual: Sequence[str]) -> int:
+        return usual.index(name) if name in usual else len(usual)
+
+    return sorted(known, key=lambda pair: (rank(pair[0], _METRICS), rank(pair[1], _FILTERS)))
+
+
+def _choose_metric(file: HarnessFile, leaf: str, name: str | None) -> tuple[str, str]:
+    """Metric and filter of a task: the given ones, or else the usual ones."""
+    results, known = file.record.results.get(leaf, {}), _metrics(file, leaf)
     if name is not None:
         metric, _, filter_name = name.partition(",")
         known = [pair for pair in known if pair[0] == metric and filter_name in ("", pair[1])]
@@ -278,11 +306,7 @@ def _choose_metric(file: HarnessFile, leaf: str, name: str | None) -> tuple[str,
             f" ({recorded or 'no metric at all'})",
             "Choose a recorded metric with --metric" if recorded else _DAMAGED,
         )
-
-    def rank(name: str, usual: Sequence[str]) -> int:
-        return usual.index(name) if name in usual else len(usual)
-
-    return min(known, key=lambda pair: (rank(pair[0], _METRICS), rank(pair[1], _FILTERS)))
+    return known[0]
 
 
 def read_samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -330,8 +354,11 @@ def _conditions(record: _ResultsFile) -> dict[str, object]:
         "environment.versions.torch": torch[1].strip() if torch else None,
         "environment.device.name": gpu[1].strip() if gpu else None,
     }
-    for name in ("chat_template_sha", "system_instruction_sha", "fewshot_as_multiturn"):
+    for name in ("chat_template_sha", "system_instruction_sha"):
         conditions[name] = others.get(name)
+    # lm_eval's command and its Python entry have two defaults, which matter with a template only.
+    multiturn = others.get("fewshot_as_multiturn") if others.get("chat_template_sha") else None
+    conditions["fewshot_as_multiturn"] = multiturn
     arguments = config.arguments
     arguments.pop("pretrained", None)
     arguments.pop("peft", None)

@@ -39,10 +39,9 @@ class Run:
     tasks: tuple[str, ...]
     scored: Mapping[str, Scored]
 
-    def on(self, task: str | None) -> Run:
-        """Returns the run with its result on one task only."""
-        scored = {task: self.scored[task]} if task is not None and task in self.scored else {}
-        return replace(self, scored=scored)
+    def on(self, *tasks: str) -> Run:
+        """Returns the run with its results on some tasks only."""
+        return replace(self, scored={t: self.scored[t] for t in tasks if t in self.scored})
 
     def answers(self, task: str) -> pd.DataFrame | None:
         """Reads the answers to the questions of a task; None if they aren't recorded.
@@ -125,6 +124,9 @@ class _LazyResults(Mapping[str, Scored]):
         if task not in self._names:
             raise KeyError(task)
         return self._read(task)
+
+    def __contains__(self, task: object) -> bool:
+        return task in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -48,6 +48,11 @@ class Quantization(Section):
     parameter_dtypes: dict[str, Count] = {}
     unquantised_share: Share | None = None
 
+    @property
+    def is_float16(self) -> bool:
+        """Whether a base without quantisation is held in float16 instead of bfloat16."""
+        return self.quant == "bf16" and self.compute_dtype == "float16"
+
 
 class DataSplit(Section):
     """The training or the evaluation conversations."""

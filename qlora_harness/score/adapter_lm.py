@@ -24,6 +24,7 @@ from qlora_harness.lm_eval_compat.hflm import LoadedHFLM, Request
 from qlora_harness.lm_eval_compat.saving import verify_saved_results
 from qlora_harness.model.base import count_parameters, find_base, read_config
 from qlora_harness.model.rope import window
+from qlora_harness.score.generation import GenerationTask
 from qlora_harness.score.model_arguments import (
     ScoringOptions,
     check_arguments,
@@ -50,8 +51,9 @@ class QloraAdapterLM(LoadedHFLM):
         double_quant: Whether 4-bit scales are quantised too. Default: as trained.
         revision: Branch, tag or commit of the base.
         peft_revision: Branch, tag or commit of an adapter on the Hub.
-        dtype: Compute dtype, "bfloat16" or "float32". Default: as trained; for a base alone
-            bfloat16 on a GPU and float32 on a CPU.
+        dtype: Compute dtype, "bfloat16", "float16" or "float32". Default: as trained; for a base
+            alone bfloat16 on a GPU and float32 on a CPU. On a GPU without bfloat16 the default is
+            float16 instead.
         softmax_dtype: dtype of the log-softmax; bfloat16 makes ties.
         results_dir: Folder of the progress and evaluation records.
         scoring: "packed", or "hf" for HFLM's batches.
@@ -148,6 +150,11 @@ class QloraAdapterLM(LoadedHFLM):
             refused: list[Score] = super().loglikelihood(requests)
             return refused
         return self.session.answer(requests, show_progress=not disable_tqdm and self.rank == 0)
+
+    def generate_until(self, requests: list[Request], disable_tqdm: bool = False) -> list[str]:
+        """Continues contexts as HFLM does, greedy ones many at a time (see `generator`)."""
+        show_progress = not disable_tqdm and self.rank == 0
+        return GenerationTask(self, self.session, show_progress=show_progress).answer(requests)
 
     def get_model_info(self) -> dict[str, Any]:
         """Returns the model's entry in the results JSON, without a request to the Hub."""

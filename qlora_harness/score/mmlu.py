@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_harness.errors import DataError, install_excepthook
+from qlora_harness.locations import expanded
 from qlora_harness.schema.mmlu import LETTERS
 from qlora_harness.score.mmlu_files import load_questions
 
@@ -22,9 +23,7 @@ class Documents(list[dict[str, Any]]):
         return {name: type(value) for name, value in self[0].items()}
 
 
-def load_subject(
-    *, mmlu_file: str, mmlu_subject: str, mmlu_dir: str | None = None, **ignored: Any
-) -> dict[str, Documents]:
+def load_subject(*, mmlu_file: str, mmlu_subject: str, **metadata: Any) -> dict[str, Documents]:
     """Returns {"test": the questions of a subject}.
 
     lm_eval passes all of `--metadata` (such as mmlu_dir=…) and `--model_args`. Raises DataError if
@@ -33,12 +32,23 @@ def load_subject(
     install_excepthook()
     documents = Documents(
         {"index": q.index, "subject": q.subject, "input": q.prompt, "output": q.answer}
-        for q in load_questions(mmlu_file, mmlu_dir)
+        for q in load_questions(mmlu_file, mmlu_dir(**metadata))
         if q.subject == mmlu_subject
     )
     if not documents:
         raise DataError(f"{mmlu_file} has no subject {mmlu_subject!r}", "Fetch the file again")
     return {"test": documents}
+
+
+def mmlu_dir(
+    *, mmlu_dir: str | None = None, data_dir: str | None = None, **ignored: Any
+) -> str | None:
+    """Returns the folder with the MMLU files that lm_eval's `--metadata` names, if any.
+
+    It is mmlu_dir, or the folder `mmlu` in data_dir, which may lack one.
+    """
+    own = None if data_dir is None else expanded(str(data_dir)) / "mmlu"
+    return str(own) if mmlu_dir is None and own is not None and own.is_dir() else mmlu_dir
 
 
 def answer_index(doc: Mapping[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 
 from qlora_harness.errors import SettingsError
 from qlora_harness.fused import fp8
-from qlora_harness.settings import COMPUTE, Quant
+from qlora_harness.model.compute_dtype import check_dtype, own_dtype
+from qlora_harness.settings import COMPUTE, COMPUTE_DTYPES, Quant
+
+logger = logging.getLogger("qlora_harness")
 
 # Arguments that HFLM gets. Others would bypass our loading of the model.
 _PASSED_ON = {
@@ -37,7 +41,7 @@ _REMEDIES = {
     "token": "Log in with `hf auth login`; a token here would land in the results",
     "trust_remote_code": "Use a model that transformers supports without extra code",
     "tokenizer": "The tokenizer is the adapter's, or the base model's",
-    "mixed_precision_dtype": "Use dtype=bfloat16 or dtype=float32",
+    "mixed_precision_dtype": "Use dtype=bfloat16, float16 or float32",
 }
 _SOFTMAX_DTYPES = (None, "float32", "bfloat16", "float16", "float64")
 
@@ -83,11 +87,22 @@ def check_arguments(options: dict[str, Any], softmax_dtype: str | None) -> None:
 
 
 def resolve_dtype(requested: str, recorded: str | None) -> str:
-    """Returns the compute dtype; `recorded` is the one of training, None for a base alone."""
-    _check_choice("dtype", requested, ("auto", "bfloat16", "float32"))
+    """Returns the compute dtype; `recorded` is the one of training, None for a base alone.
+
+    Raises SettingsError if the GPU can't compute in the requested one.
+    """
+    _check_choice("dtype", requested, ("auto", *COMPUTE_DTYPES))
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    check_dtype(requested, device)
     if requested != "auto":
         return requested
-    return recorded or ("bfloat16" if torch.cuda.is_available() else "float32")
+    own, note = own_dtype(device)
+    dtype = recorded or (own if on_gpu else "float32")
+    if note is not None and dtype != "float32":
+        logger.warning(note)
+        return own
+    return dtype
 
 
 def check_fp8(quant: Quant, compute_dtype: str) -> None:

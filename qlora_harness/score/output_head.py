@@ -60,6 +60,16 @@ class OutputHead:
             out += self._bias.float()
         return out.view(*hidden.shape[:-1], -1)
 
+    @torch.no_grad()
+    def likeliest(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns the token with the largest logit, [R] int64, for each of [R, H]."""
+        weight = self._weight
+        plain = hidden.is_cuda and weight is not None and self._bias is None
+        if plain and hidden.dtype == weight.dtype == torch.bfloat16:
+            # As exact: products of bfloat16 numbers have no more digits than a float32.
+            return torch.mm(hidden, weight.t(), out_dtype=torch.float32).argmax(-1)
+        return self.logits(hidden).argmax(-1)
+
     def read(
         self,
         hidden: torch.Tensor,

@@ -17,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from qlora_harness.fused.host_memory import to_device
+from qlora_harness.fused.layer import Attend
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import base_of, head_size
+from qlora_harness.model.compute_dtype import has_bfloat16
 from qlora_harness.model.plain_lora import FastLora
 from qlora_harness.model.rope import why_by_length
 from qlora_harness.score.output_head import OutputHead
@@ -82,7 +84,7 @@ class PackedModel:
     Args:
         softmax_dtype: dtype of the log-softmax; None is float32.
         flex: Uses FlexAttention rather than scaled dot product attention by segment; by default
-            on CUDA.
+            on GPUs that Triton supports.
         fused: Uses fused layers rather than the model's modules; by default if they support it.
         compute: How fused layers multiply by the base; see `FusedDecoder`.
     """
@@ -102,22 +104,26 @@ class PackedModel:
         # Granite divides its logits after the head.
         self._logits_scaling = float(getattr(self._model.config, "logits_scaling", 1.0) or 1.0)
         self._softmax_dtype = softmax_dtype
-        self._device = next(model.parameters()).device
-        fits = self._device.type == "cuda" and head_size(model.config) >= _SMALLEST_HEAD
-        self._flex = fits if flex is None else flex
+        self.config = self._model.config
+        self.device = next(model.parameters()).device
+        self.dtype = self._model.get_input_embeddings().weight.dtype
+        has_triton = self.device.type == "cuda" and has_bfloat16(self.device)
+        fits = has_triton and head_size(model.config) >= _SMALLEST_HEAD
+        self.flex = fits if flex is None else flex
         if fused is None:
             fused = FusedDecoder.reason_against(model) is None
         self._fused = FusedDecoder(model, compute=compute) if fused else None
         # Fused layers and a base alone have no LoRA layers to replace.
         plain = fused or self._model is model
-        dtype = self._model.get_input_embeddings().weight.dtype
-        self._fast_lora = contextlib.nullcontext() if plain else FastLora(model, dtype)
+        self._fast_lora = contextlib.nullcontext() if plain else FastLora(model, self.dtype)
+        # Modules of transformers may wait for the device, which a graph can't.
+        self.has_graphs = self.overlaps and self.flex and fused and compute == "bf16"
         self._building: threading.Thread | None = None
 
     @property
     def overlaps(self) -> bool:
         """Whether the device computes one pack while the host prepares the next."""
-        return self._device.type == "cuda"
+        return self.device.type == "cuda"
 
     def build_ahead(self, size: int) -> None:
         """Builds the kernels for packs of `size` tokens in a thread, with a pack of one token.
@@ -125,7 +131,7 @@ class PackedModel:
         The first pack waits for the thread and raises its errors again. Until then nothing else may
         use the model.
         """
-        device = torch.cuda.current_device() if self._device.type == "cuda" else None
+        device = torch.cuda.current_device() if self.device.type == "cuda" else None
 
         def build() -> None:
             try:
@@ -159,24 +165,11 @@ class PackedModel:
 
     @torch.inference_mode()
     def _start(self, pack: Pack, pad_to: int | None) -> Running:
-        size = max(len(pack.tokens), pad_to or 0)
-        mask = None
-        if self._flex:
-            size = -(-size // BLOCK) * BLOCK
-            # A padding token has no descendants, so no other token attends to it.
-            alone = np.arange(len(pack.tokens) + 1, size + 1, dtype=np.int32)
-            mask = block_mask(np.concatenate([pack.end, alone]), self._device)
-        segments = pack.segments
-        if size > len(pack.tokens) and not self._flex:
-            segments = (*segments, Segment(len(pack.tokens), size, ()))
-        padding = (0, size - len(pack.tokens))
-        tokens, positions = (self._moved(np.pad(x, padding)) for x in (pack.tokens, pack.positions))
+        tokens, positions, tree = self.lay_out(pack, pad_to)
         # The head runs once for choices that follow the same token.
         distinct, which = map(self._moved, np.unique(pack.read_at, return_inverse=True))
-        tree = TreeAttention(segments, mask)
-        hidden = self._hidden(tokens[None], positions[None], tree, distinct)
         read = self._head.read(
-            hidden,
+            self._hidden(tokens, positions, tree, distinct),
             which,
             self._moved(pack.read_token),
             scaling=self._logits_scaling,
@@ -184,18 +177,42 @@ class PackedModel:
         )
         return Running(*read)
 
+    def lay_out(
+        self, pack: Pack, pad_to: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor, TreeAttention]:
+        """Returns a pack's ids and positions on the device, padded, and its attention."""
+        size = max(len(pack.tokens), pad_to or 0)
+        mask = None
+        if self.flex:
+            size = -(-size // BLOCK) * BLOCK
+            # A padding token has no descendants, so no other token attends to it.
+            alone = np.arange(len(pack.tokens) + 1, size + 1, dtype=np.int32)
+            mask = block_mask(np.concatenate([pack.end, alone]), self.device)
+        segments = pack.segments
+        if size > len(pack.tokens) and not self.flex:
+            segments = (*segments, Segment(len(pack.tokens), size, ()))
+        padding = (0, size - len(pack.tokens))
+        tokens, positions = (self._moved(np.pad(x, padding)) for x in (pack.tokens, pack.positions))
+        return tokens, positions, TreeAttention(segments, mask)
+
+    def next_tokens(
+        self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, at: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the likeliest tokens after those `at`, [R]; ids and positions are [T]."""
+        return self._head.likeliest(self._hidden(tokens, positions, attend, at))
+
     def _hidden(
-        self, tokens: torch.Tensor, positions: torch.Tensor, tree: TreeAttention, at: torch.Tensor
+        self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, at: torch.Tensor
     ) -> torch.Tensor:
         """The last hidden states at the tokens `at`, [R, H]."""
         if self._fused is not None:
-            return self._fused.infer(tokens, positions, tree, at)
-        with attending(self._model, tree), self._fast_lora:
+            return self._fused.infer(tokens[None], positions[None], attend, at)
+        with attending(self._model, attend), self._fast_lora:
             hidden: torch.Tensor = self._decoder(
-                input_ids=tokens, position_ids=positions, use_cache=False
+                input_ids=tokens[None], position_ids=positions[None], use_cache=False
             )[0]
         return hidden[0, at]
 
     def _moved(self, values: Any) -> torch.Tensor:
         """Copies integers to the device as int64, without waiting for it."""
-        return to_device(torch.from_numpy(values.astype(np.int64)), self._device)
+        return to_device(torch.from_numpy(values.astype(np.int64)), self.device)

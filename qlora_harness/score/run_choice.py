@@ -17,7 +17,7 @@ from qlora_harness.model.adapter_folder import (
 from qlora_harness.record import ADAPTER_DIR, nested
 from qlora_harness.schema.training_records import read_summary
 from qlora_harness.score.evaluation_record import model_slug
-from qlora_harness.settings import Quant, check_quant_package, checked_scaling
+from qlora_harness.settings import COMPUTE_DTYPES, Quant, check_quant_package, checked_scaling
 
 _QUANTS = [quant.value for quant in Quant]
 _RESULTS = Path("results")
@@ -148,7 +148,7 @@ def _checked_record(adapter: Path) -> dict[str, Any]:
     is_valid = {
         "quant": record.get("quant") in _QUANTS,
         "double_quant": isinstance(record.get("double_quant"), bool),
-        "compute_dtype": record.get("compute_dtype") in ("bfloat16", "float32"),
+        "compute_dtype": record.get("compute_dtype") in COMPUTE_DTYPES,
         "base": isinstance(nested(record, "base", "name"), str),
     }
     for name, valid in is_valid.items():

@@ -34,7 +34,7 @@ class ScoredModel:
     model: Any  # the base, or the base with an unmerged adapter
     choice: ScoringChoice
     source: BaseSource
-    compute_dtype: str  # "bfloat16" or "float32"
+    compute_dtype: str  # "bfloat16", "float16" or "float32"
     adapter_config: dict[str, Any] | None = None  # None for a base alone
     adapter_sha256: str | None = None  # of the adapter's content
 

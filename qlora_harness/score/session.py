@@ -31,7 +31,7 @@ logger = logging.getLogger("qlora_harness")
 _FEW_PACKS = 6  # enough to time
 _FEW_TOKENS = 16  # a low guess of the tokens that a text adds to a shared prefix
 # Largest mean difference, nats, between two ways of scoring that rounding can explain.
-_TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
+_TOLERANCES = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 _FP8_TOLERANCE = 1.0
 
 
@@ -215,7 +215,8 @@ class ScoringSession:
         """Encodes texts in batches."""
         return [(pair, *ids) for pair, ids in zip(pairs, encode_pairs(self.lm, pairs), strict=True)]
 
-    def _scorer(self) -> PackedScorer:
+    def packed_model(self) -> PackedModel:
+        """Returns the model that computes packs; only for a path that is packed."""
         if self._packed is None:  # made once, as it moves weights
             self.expand_base()
             self._packed = PackedModel(
@@ -223,10 +224,14 @@ class ScoringSession:
                 fused=self.path.fused,
                 compute=self.options.compute,
             )
+        return self._packed
+
+    def _scorer(self) -> PackedScorer:
+        packed = self.packed_model()
         tokens = self.options.pack_tokens or default_pack_tokens(self.lm.model, self.lm.device)
         # All processes must plan the same packs.
         return PackedScorer(
-            self._packed, window=self.lm.max_length, pack_tokens=min(self._gather(tokens))
+            packed, window=self.lm.max_length, pack_tokens=min(self._gather(tokens))
         )
 
     def _score_with(

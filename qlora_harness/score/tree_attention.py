@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from qlora_harness.fused.host_memory import to_device
+from qlora_harness.fused.layer import Attend
 from qlora_harness.fused.products import linear, uses_onednn
 from qlora_harness.score.prefix_tree import Segment
 
@@ -35,17 +36,16 @@ class TreeAttention:
     block_mask: BlockMask | None  # for FlexAttention; None attends segment by segment
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Returns the attention [T, H, D] of each token to its ancestors and itself.
 
         q is [T, H, D] with a dense last dimension; k and v are [T, K, D], and H is a multiple of K.
-        `scale` None is 1 / sqrt(D).
         """
         if self.block_mask is None and uses_onednn(q):
             out = torch.empty_like(q)
             for segment in self.segments:
-                _write_segment(q, k, v, segment, scale or q.shape[-1] ** -0.5, out)
+                _write_segment(q, k, v, segment, scale, out)
             return out
         query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
         if self.block_mask is None:
@@ -59,7 +59,7 @@ class TreeAttention:
         return out[0].transpose(0, 1)
 
     def _by_segment(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         _, heads, tokens, size = query.shape
         if key.shape[1] != heads:
@@ -73,17 +73,17 @@ class TreeAttention:
         return out
 
 
-_active: TreeAttention | None = None
+_active: Attend | None = None
 
 
 @contextmanager
-def attending(model: Any, tree: TreeAttention) -> Iterator[None]:
-    """Makes a transformers model's layers attend along a tree inside the `with` block."""
+def attending(model: Any, attend: Attend) -> Iterator[None]:
+    """Makes a transformers model's layers use an attention of ours inside the `with` block."""
     global _active
     _register()
     before = model.config._attn_implementation  # noqa: SLF001  # only the setter is public
     model.set_attn_implementation(_NAME)
-    _active = tree
+    _active = attend
     try:
         yield
     finally:
@@ -107,13 +107,13 @@ def _active_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Adapts the active pack's attention to transformers' interface.
+    """Adapts the active attention to transformers' interface.
 
     query is [1, H, T, D], key and value are [1, K, T, D]. Returns [1, T, H, D] and no weights.
     """
     assert _active is not None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _active(q, k, v, scaling)[None], None
+    return _active(q, k, v, scaling or q.shape[-1] ** -0.5)[None], None
 
 
 def _segment_attention(
@@ -121,7 +121,7 @@ def _segment_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     segment: Segment,
-    scaling: float | None,
+    scaling: float,
 ) -> torch.Tensor:
     """Attention of a segment to its ancestors, and causally to itself."""
     ranges = [*segment.ancestors, (segment.start, segment.stop)]

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import torch
+
 from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.errors import RunError, SettingsError
 from qlora_harness.model.base import find_base, load_tokenizer
-from qlora_harness.settings import DataSettings, Settings, check_can_run
+from qlora_harness.model.compute_dtype import check_training_dtype
+from qlora_harness.settings import DataSettings, Settings, check_can_run, with_dtype
 from qlora_harness.study.definition import Cell, Study
 from qlora_harness.study.devices import Device
 from qlora_harness.study.folder import StudyFolder
@@ -33,23 +36,23 @@ class ArmPlan:
 
 
 def with_one_dtype(study: Study, devices: Sequence[Device]) -> Study:
-    """Replaces the compute dtype "auto" on a CPU, once for all cells and all later commands.
+    """Replaces the compute dtype "auto", once for all cells and all later commands.
 
-    Each run would measure for itself, and noise could give two arms two dtypes.
+    Each run would choose for itself, and unlike GPUs, or noise on a CPU, could give two arms two
+    dtypes.
     """
-    if devices[0].gpu is not None:
+    if devices[0].gpu is not None and all(device.has_bfloat16 for device in devices):
         return study
     recorded = StudyFolder(study).read()
     before = {} if recorded is None else recorded.arms
-    measured = cache(lambda: faster_dtype()[0])
+    measured = cache(lambda: faster_dtype()[0] if devices[0].gpu is None else "float16")
 
     def resolved(cell: Cell) -> Cell:
-        model = cell.settings.model
-        if model.compute_dtype != "auto":
+        if cell.settings.model.compute_dtype != "auto":
             return cell
-        dtype = before.get(cell.arm, {}).get("compute_dtype") or measured()
-        model = dataclasses.replace(model, compute_dtype=dtype)
-        return dataclasses.replace(cell, settings=dataclasses.replace(cell.settings, model=model))
+        recorded = before.get(cell.arm, {}).get("compute_dtype")
+        dtype = measured() if recorded in (None, "auto") else recorded
+        return dataclasses.replace(cell, settings=with_dtype(cell.settings, dtype))
 
     return dataclasses.replace(study, cells=tuple(map(resolved, study.cells)))
 
@@ -63,10 +66,12 @@ def check_study_runs(study: Study, devices: Sequence[Device]) -> dict[str, ArmPl
         check_can_run(settings)
         if settings.model.compute == "fp8" and devices[0].gpu is None:
             raise SettingsError("--compute fp8: there is no CUDA device", "Use --compute bf16")
+        if devices[0].gpu is None:
+            check_training_dtype(settings.model.compute_dtype, torch.device("cpu"))
     if study.tasks:
         from qlora_harness.lm_eval_compat.in_process import load_tasks
 
-        load_tasks(study.tasks)
+        load_tasks(study.tasks, study.data_dir)
     data: dict[DataSettings, TrainingData] = {}
     plans = {}
     for arm, settings in study.arms().items():

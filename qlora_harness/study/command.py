@@ -62,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         ("--output-dir", "DIR", "its folder (default results/NAME)"),
         ("--arms", "A,B,…", "quantisations, or names of arms in the file"),
         ("--seeds", "N", "a number of seeds, or a list such as 0,1,5 (default 1)"),
-        ("--tasks", "A,B,…", "lm_eval tasks on which to score every cell"),
+        ("--tasks", "A,B,…", "benchmarks as in `score --suite`, on which to score every cell"),
+        ("--data-dir", "DIR", "folder with the benchmarks' files"),
         ("--score-batch-size", "N", "texts in one lm_eval batch; packs ignore it (default 16)"),
     ):
         group.add_argument(flag, metavar=metavar, help=text, **unset)
@@ -95,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _overridden(content: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     """The study with its own flags applied; the training settings stay in `flags`."""
-    own = ("name", "recipe", "seeds", "tasks", "score_batch_size", "score_bases")
+    own = ("name", "recipe", "seeds", "tasks", "data_dir", "score_batch_size", "score_bases")
     given = {name: flags.pop(name) for name in own if flags.get(name) is not None}
     flags.pop("recipe", None)
     names = flags.pop("arms", None)
@@ -128,6 +129,8 @@ class _Command:
 
         self._devices = visible_devices()
         self._study = with_one_dtype(study, self._devices)
+        if not all(device.has_bfloat16 for device in self._devices):
+            print("float16 where compute_dtype is auto: a GPU has no bfloat16")
         self._folder = StudyFolder(self._study)
         self._folder.check()
         self._chosen, self._began = chosen, began

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ from qlora_harness.errors import SettingsError, shown
 from qlora_harness.recipes import load_yaml, with_recipe
 from qlora_harness.record import ADAPTER_DIR
 from qlora_harness.schema.section import first_problem
+from qlora_harness.score.suite import benchmarks, lm_eval_command, lm_eval_words
 from qlora_harness.settings import (
     BOOKKEEPING,
     DataSettings,
@@ -109,6 +110,7 @@ class Study:
     cells: tuple[Cell, ...]
     tasks: tuple[str, ...]
     batch_size: int  # of lm_eval's own batches
+    data_dir: str | None = None  # of the tasks' files
 
     def arms(self) -> dict[str, Settings]:
         """Returns the settings of each arm, with its first seed."""
@@ -129,13 +131,14 @@ class Study:
         """Returns the commands that would write the records of a cell."""
         commands = []
         if cell.seed is not None:
-            commands.append(_command("accelerate launch launch/train.py", _flags(cell.settings)))
+            flags = shlex.join(_flags(cell.settings))
+            commands.append(f"accelerate launch launch/train.py {flags}")
         if self.tasks:
-            arguments = ",".join(f"{name}={value}" for name, value in cell.model_args().items())
-            words = ["--model_args", arguments, "--tasks", ",".join(self.tasks)]
-            words += ["--batch_size", str(self.batch_size)]
-            words += ["--output_path", str(cell.folder / "lm_eval"), "--log_samples"]
-            commands.append(_command("lm_eval run --model qlora_adapter", words))
+            output = cell.folder / "lm_eval"
+            words = lm_eval_words(
+                cell.model_args(), self.tasks, self.batch_size, output, self.data_dir
+            )
+            commands.append(lm_eval_command(words))
         return commands
 
 
@@ -144,10 +147,6 @@ def base_kind(settings: Settings) -> tuple[object, ...]:
     model = settings.model
     double_quant = settings.quant.is_4bit and model.double_quant
     return (model.quant, double_quant, model.compute_dtype, model.rope_scaling)
-
-
-def _command(program: str, words: Iterable[str]) -> str:
-    return f"{program} {shlex.join(words)}"
 
 
 def _flags(settings: Settings) -> list[str]:
@@ -177,6 +176,7 @@ class StudyFile(BaseModel):
     tasks: Names = []
     score_batch_size: Annotated[int, Field(ge=1, le=2**20)] = 16
     score_bases: bool = False
+    data_dir: str | None = None
 
 
 def check_study(content: Mapping[str, Any], where: str) -> StudyFile:
@@ -225,13 +225,13 @@ def build_study(
             own = {"seed": seed, "output_dir": str(folder / arm / f"seed_{seed}")}
             cells.append(Cell(arm, seed, build_settings({**shared, **values, **own}, sources_here)))
     _check_distinct(cells, where)
-    if twice := [task for task in file.tasks if file.tasks.count(task) > 1]:
-        raise SettingsError(f"{where}: task {shown(twice[0])} is given twice", "Remove one")
+    tasks = [task for part in benchmarks(file.tasks, where) for task in part]
     if file.score_bases and not file.tasks:
         raise SettingsError(f"{where}: score_bases needs tasks", "Give --tasks mmlu_qlora_5shot")
     if file.score_bases:
         cells = [*_bases(cells, folder), *cells]
-    return Study(folder.name, folder, tuple(cells), tuple(file.tasks), file.score_batch_size)
+    size = file.score_batch_size
+    return Study(folder.name, folder, tuple(cells), tuple(tasks), size, file.data_dir)
 
 
 def _shared_settings(

@@ -6,8 +6,14 @@ import os
 import subprocess
 from typing import NamedTuple
 
+from qlora_harness.model.compute_dtype import AMPERE
+
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-_QUERY = ("nvidia-smi", "--query-gpu=uuid,index,memory.free", "--format=csv,noheader,nounits")
+_QUERY = (
+    "nvidia-smi",
+    "--query-gpu=uuid,index,memory.free,compute_cap",
+    "--format=csv,noheader,nounits",
+)
 
 
 class Device(NamedTuple):
@@ -15,6 +21,7 @@ class Device(NamedTuple):
 
     gpu: str | None  # its value of CUDA_VISIBLE_DEVICES; None is the CPU
     free: int | None  # bytes, None if unknown
+    has_bfloat16: bool = True
 
     def environment(self, workers: int) -> dict[str, str]:
         """Returns the variables that a worker on this device needs, one of several on a host.
@@ -49,24 +56,26 @@ def visible_devices() -> list[Device]:
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     if on_cpu or not torch.cuda.is_available():
         return [Device(None, None)]
-    free = _free_bytes()
+    known = _by_nvidia_smi()
     named = os.environ.get(_VISIBLE)
     if named is not None:
         names = [name.strip() for name in named.split(",") if name.strip()]
     else:
         names = [str(number) for number in range(torch.cuda.device_count())]
-    return [Device(name, free.get(name)) for name in names]
+    return [known.get(name, Device(None, None))._replace(gpu=name) for name in names]
 
 
-def _free_bytes() -> dict[str, int]:
-    """The free bytes of each GPU by index and UUID; empty if nvidia-smi fails."""
+def _by_nvidia_smi() -> dict[str, Device]:
+    """The GPUs by index and UUID; empty if nvidia-smi fails."""
     try:
         done = subprocess.run(_QUERY, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return {}
-    free = {}
+    known = {}
     for line in done.stdout.splitlines():
-        uuid, index, mebibytes = (part.strip() for part in line.split(","))
-        if mebibytes.isdecimal():
-            free[uuid] = free[index] = int(mebibytes) * 2**20
-    return free
+        uuid, index, mebibytes, capability = (part.strip() for part in line.split(","))
+        free = int(mebibytes) * 2**20 if mebibytes.isdecimal() else None
+        major, _, _ = capability.partition(".")
+        has_bfloat16 = not major.isdecimal() or int(major) >= AMPERE
+        known[uuid] = known[index] = Device(index, free, has_bfloat16)
+    return known

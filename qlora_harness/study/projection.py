@@ -69,7 +69,9 @@ def measure(probe: Probe, study: Study) -> Measurement:
                 "peft": f"{folder}/adapter",
                 "results_dir": folder,
             }
-            score = InProcessScorer(study.tasks, study.batch_size).project(arguments)
+            score = InProcessScorer([study.tasks], study.batch_size, study.data_dir).project(
+                arguments
+            )
     return Measurement(start, plan.tokens / speed, evaluate * plan.evaluations, score)
 
 

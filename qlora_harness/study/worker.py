@@ -157,7 +157,9 @@ class CellRunner:
 
         self._tell(cell, "scoring")
         if tasks not in self._scorers:
-            self._scorers[tasks] = InProcessScorer(tasks, self._study.batch_size)
+            self._scorers[tasks] = InProcessScorer(
+                [tasks], self._study.batch_size, self._study.data_dir
+            )
         began = time.perf_counter()
         self._scorers[tasks].score(cell.model_args(), cell.folder / "lm_eval")
         self._folder.update(cell.name, score_seconds=time.perf_counter() - began)

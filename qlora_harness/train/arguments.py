@@ -70,7 +70,7 @@ def training_arguments(
         "weight_decay": optimization.weight_decay,
         "max_grad_norm": optimization.max_grad_norm,
         "bf16": compute_dtype == "bfloat16",
-        "fp16": False,
+        "fp16": compute_dtype == "float16",
         "seed": optimization.seed,
         "data_seed": optimization.seed,
         # StepLog logs every step; Trainer would wait for the device at each one.

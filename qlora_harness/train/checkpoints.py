@@ -73,6 +73,7 @@ def fault(checkpoint: Path) -> str | None:
     """Returns what is wrong with a checkpoint, or None if a run can resume from it."""
     random_states = sorted(path.name for path in checkpoint.glob("rng_state*.pth"))
     names = [WEIGHTS_FILE, CONFIG_FILE, "optimizer.pt", "scheduler.pt"]
+    names += [path.name for path in checkpoint.glob("scaler.pt")]  # with float16 only
     for name in (*names, *(random_states or ["rng_state.pth"]), TRAINER_STATE_FILE):
         path = checkpoint / name
         if not path.is_file():

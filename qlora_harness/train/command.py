@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -108,7 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch: it remembers the launcher, which may end during that import.
     import qlora_harness.train.process  # noqa: F401
 
-    return run_command(lambda: _train(argv))
+    status = run_command(lambda: _train(argv))
+    if status and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # In order, NCCL would wait for the other processes, which wait for this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _train(argv: Sequence[str] | None) -> int:
@@ -118,10 +126,12 @@ def _train(argv: Sequence[str] | None) -> int:
     from qlora_harness.train.run import run_training
 
     summary = run_training(settings, resume_given=resume_given)
-    if PartialState().is_main_process:
+    state = PartialState()
+    if state.is_main_process:
         print(f"{settings.quant.value}: " + "; ".join(_numbers(summary)))
         adapter = settings.run_dir / ADAPTER_DIR
         print(printable(f"adapter: {adapter}   record: {settings.run_dir}"))
+    state.destroy_process_group()
     return 0
 
 

@@ -6,10 +6,10 @@ The peak of a step on one GPU, without the CUDA context:
     + max(stored activations + work of one layer, gradients + work of one layer)
 
 The backward pass frees a layer's activations as it adds the layer's gradients, so only the larger
-of the two counts; CUDA graphs and the buckets of several processes hold the memory of both. Of a
-base that is spread over processes, each has embedding, head, its part of the layers, and two whole
-layers. Paged optimizer states are on the GPU while there is room, but torch's allocator does not
-count them. The bytes per layer are computed beside
+of the two counts; CUDA graphs hold the memory of both, and so do several processes, whose buckets
+of gradients are always there. Of a base that is spread over processes, each has embedding, head,
+its part of the layers, and two whole layers. Paged optimizer states are on the GPU while there is
+room, but torch's allocator does not count them. The bytes per layer are computed beside
 the layers: in `fused.layer`, `fused.bordered`, `fused.graphs` and `fused.model`, in `model.lora`
 for PEFT's own modules, and in `model.base`.
 """
@@ -67,14 +67,15 @@ class MemoryPlan:
     work: int  # of the current layer, the loss, and expanded weights
     host: int  # pinned host memory for activations, at most; not part of the peak
     graphs: bool  # whether passes run as CUDA graphs on one GPU
-    buckets: bool = False  # whether gradients have memory for good, to be reduced
+    processes: int = 1  # each with a GPU of its own; the plan is that of each
+    sharded: bool = False  # whether the base is spread over them
 
     @property
     def peak(self) -> int:
         """The predicted peak."""
         held = self.weights + self.adapter + self.states
         both = self.activations, self.gradients
-        return held + (sum(both) if self.graphs or self.buckets else max(both)) + self.work
+        return held + (sum(both) if self.graphs or self.processes > 1 else max(both)) + self.work
 
     def record(self) -> dict[str, Any]:
         """Returns the plan as training_summary.json holds it."""
@@ -155,8 +156,8 @@ def predict_memory(
     host, uses_graphs = 0, False
     if uses_fused(shape, settings):
         in_bf16 = settings.model.compute == "bf16"
-        uses_graphs = in_bf16 and ranks.count == 1
-        uses_graphs = uses_graphs and graphs.planned(shape, checkpointing, tokens, size)
+        planned = graphs.planned(shape, checkpointing, tokens, size)
+        uses_graphs = in_bf16 and planned and ranks.count == 1
         if uses_graphs:
             tokens = graphs.padded(tokens)
         activations, work = layer.fused_activation_bytes(
@@ -197,7 +198,8 @@ def predict_memory(
         work=work,
         host=host,
         graphs=uses_graphs,
-        buckets=ranks.count > 1,
+        processes=ranks.count,
+        sharded=ranks.sharded,
     )
 
 
@@ -277,7 +279,8 @@ def with_rung(settings: Settings, rung: Mapping[str, str]) -> Settings:
 
     A rung without an optimizer turns paged 32-bit AdamW into torch's: the update is the same, and
     what fits needs no paging, for which bitsandbytes waits at each parameter. (torch's states have
-    the adapter's dtype, so a bfloat16 adapter stays with the paged one.)
+    the adapter's dtype, so a bfloat16 adapter stays with the paged one.) With compute dtype
+    float16, the adapter keeps its dtype.
     """
     optimization, lora = settings.optimization, settings.lora
     optimizer = optimization.optimizer
@@ -288,7 +291,9 @@ def with_rung(settings: Settings, rung: Mapping[str, str]) -> Settings:
         checkpointing=rung["checkpointing"],
         optimizer=rung.get("optimizer", optimizer),
     )
-    lora = dataclasses.replace(lora, adapter_dtype=rung.get("adapter_dtype", lora.adapter_dtype))
+    if settings.model.compute_dtype != "float16":
+        dtype = rung.get("adapter_dtype", lora.adapter_dtype)
+        lora = dataclasses.replace(lora, adapter_dtype=dtype)
     return dataclasses.replace(settings, optimization=optimization, lora=lora)
 
 

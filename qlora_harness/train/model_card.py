@@ -132,7 +132,7 @@ def _data_names(summary: TrainingSummary) -> list[str]:
 
 def _about(summary: TrainingSummary) -> list[str]:
     quantization, model = summary.quantization, summary.model
-    held = f"in {summary.quant}"
+    held = f"in {'float16' if quantization.is_float16 else summary.quant}"
     if quantization.double_quant:
         held += " with double quantisation"
     lines = [
@@ -227,6 +227,7 @@ def _loading(summary: TrainingSummary) -> list[str]:
     note = "" if model.commit else "  # not from the Hub: the folder of its weights"
     kind = "fp4" if summary.quant == "fp4" else "nf4"
     double = summary.quantization.double_quant is not False
+    dtype = "float16" if summary.quantization.compute_dtype == "float16" else "bfloat16"
     scaled = _scaled_config(summary, pinned)
     return f"""## How to load it
 
@@ -240,7 +241,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 base = "{_base_name(summary)}"{note}
 adapter = "."
 tokenizer = AutoTokenizer.from_pretrained(adapter)
-options = {{"dtype": torch.bfloat16, "device_map": "auto"}}
+options = {{"dtype": torch.{dtype}, "device_map": "auto"}}
 {scaled}model = AutoModelForCausalLM.from_pretrained(base{pinned}, **options)
 model = PeftModel.from_pretrained(model, adapter)
 ```
@@ -252,7 +253,7 @@ options["quantization_config"] = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="{kind}",
     bnb_4bit_use_double_quant={double},
-    bnb_4bit_compute_dtype=torch.bfloat16,
+    bnb_4bit_compute_dtype=torch.{dtype},
 )
 model = AutoModelForCausalLM.from_pretrained(base{pinned}, **options)
 model = PeftModel.from_pretrained(model, adapter)

@@ -2,13 +2,12 @@
 
 The examples of a step depend on seed, epoch and the number of examples in a step alone, so any
 number of processes trains on the same. Within a step they are dealt so that all processes have
-nearly as many tokens: a step takes as long as its slowest process.
+nearly as many tokens, in each pass: a step takes as long as its slowest process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 
 import torch
 from torch.utils.data import Sampler
@@ -58,7 +57,7 @@ class StepBatches(Sampler[list[int]]):
             while len(examples) < passes * self._processes:
                 examples += order[: passes * self._processes - len(examples)]
             shares = deal(examples, self._lengths, self._processes)
-            by_process = [_parts(share, passes) for share in shares]
+            by_process = [deal(share, self._lengths, passes) for share in shares]
             for number in range(passes):
                 yield from (parts[number] for parts in by_process)
 
@@ -77,18 +76,17 @@ class StepBatches(Sampler[list[int]]):
         return grouped
 
 
-def deal(examples: Sequence[int], lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """Deals examples to processes, equally many to each and nearly as many tokens.
+def deal(examples: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Deals examples into shares of equally many, or one more, and nearly as many tokens.
 
-    Each takes its longest first: from the longest down, an example goes to the process with the
-    fewest tokens that has room.
+    From the longest down, an example goes to the share with the fewest tokens that has room.
     """
-    most, more = divmod(len(examples), processes)
-    room = [most + (number < more) for number in range(processes)]
-    shares: list[list[int]] = [[] for _ in range(processes)]
-    tokens = [0] * processes
+    least, more = divmod(len(examples), count)
+    room = [least + (number < more) for number in range(count)]
+    shares: list[list[int]] = [[] for _ in range(count)]
+    tokens = [0] * count
     for example in sorted(examples, key=lengths.__getitem__, reverse=True):
-        open_to = (number for number in range(processes) if len(shares[number]) < room[number])
+        open_to = (number for number in range(count) if len(shares[number]) < room[number])
         number = min(open_to, key=tokens.__getitem__)
         shares[number].append(example)
         tokens[number] += lengths[example]
@@ -97,9 +95,3 @@ def deal(examples: Sequence[int], lengths: Sequence[int], processes: int) -> lis
 
 def _split(examples: Sequence[int], size: int) -> Iterator[list[int]]:
     yield from (list(examples[start : start + size]) for start in range(0, len(examples), size))
-
-
-def _parts(examples: Sequence[int], count: int) -> list[list[int]]:
-    """Splits examples into parts of nearly the same number."""
-    borders = [number * len(examples) // count for number in range(count + 1)]
-    return [list(examples[a:b]) for a, b in pairwise(borders)]

@@ -40,9 +40,15 @@ def describe(plan: MemoryPlan, tokens: int) -> str:
     listed = ", ".join(f"{name} {value / GIB:.2f}" for name, value in _parts(plan).items())
     host = f", and {plan.host / GIB:.1f} GiB of the host's memory" if plan.host else ""
     return (
-        f"planned peak {plan.peak / GIB:.1f} GiB on a GPU{host}, at {tokens:,} tokens a pass, "
-        f"checkpointing {plan.checkpointing}{', CUDA graphs' if plan.graphs else ''} ({listed})"
+        f"planned peak {plan.peak / GIB:.1f} GiB on {_gpus(plan)}{host}, at {tokens:,} "
+        f"tokens a pass, checkpointing {plan.checkpointing}"
+        f"{', CUDA graphs' if plan.graphs else ''} ({listed})"
     )
+
+
+def _gpus(plan: MemoryPlan) -> str:
+    engine = "FSDP2" if plan.sharded else "DDP"
+    return "a GPU" if plan.processes == 1 else f"each of {plan.processes} GPUs ({engine})"
 
 
 def host_shortage(plan: MemoryPlan, free: int) -> str | None:
@@ -97,16 +103,14 @@ def table(
         plan = predict_memory(shape, with_rung(settings, rung), tokens, ranks)
         plans.setdefault((plan.checkpointing, plan.optimizer, plan.adapter_dtype), plan)
     kind = "fused layers" if fused else "PEFT's own modules: an estimate"
-    if ranks.count > 1:
-        engine = "FSDP, the layers spread over them" if ranks.sharded else "DDP"
-        kind += f"; each of {ranks.count} GPUs, {engine}"
     dtype = settings.model.compute_dtype.replace("auto", "bfloat16")
     rows = [_plan_row(plan, " *" if n == 0 else "") for n, plan in enumerate(plans.values())]
     heads = [*_parts(next(iter(plans.values()))), "peak", "host"]
     return "\n".join(
         [
             f"{settings.model.model}, {settings.quant.value}, {dtype}, "
-            f"rank {settings.lora.lora_r}, {tokens:,} tokens a pass; {kind}; GiB",
+            f"rank {settings.lora.lora_r}, {tokens:,} tokens a pass; {kind}; "
+            f"GiB on {_gpus(next(iter(plans.values())))}",
             f"{'checkpointing':<15}{'optimizer':<20}{'adapter':<10}"
             + "".join(f"{head:>12}" for head in heads)
             + "  fits GPUs of",

@@ -1,19 +1,30 @@
-"""The processes that train together: their devices, and work for the main process only."""
+"""The processes that train together: their devices, work for the main process only, their end."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
-from qlora_harness.errors import HarnessError, SettingsError, printable
+from qlora_harness.errors import (
+    HarnessError,
+    SettingsError,
+    TrainingError,
+    first_line,
+    printable,
+)
 
 _USE_FSDP = "ACCELERATE_USE_FSDP"
 _Result = TypeVar("_Result")
+# The others wait so long for a process, also while the first one encodes the data.
+_TIMEOUT = timedelta(minutes=30)
 
 
 def start_processes(*, fsdp: bool = False) -> PartialState:
@@ -22,11 +33,11 @@ def start_processes(*, fsdp: bool = False) -> PartialState:
     With `fsdp`, or a launcher that was told to use it, the base is spread over the processes, see
     `model.sharded`. Raises SettingsError if one process sees several GPUs: Trainer would use all.
     """
-    on_cpu = _is_set("ACCELERATE_USE_CPU")
     # accelerate's FSDP2 doesn't shard packed weights. It must not see that it was asked to.
     fsdp = _is_set(_USE_FSDP) or fsdp
     os.environ.pop(_USE_FSDP, None)
-    state = PartialState(cpu=on_cpu or not torch.cuda.is_available())
+    cpu = _is_set("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    state = PartialState(cpu=cpu, timeout=_TIMEOUT, **_own_store())
     if fsdp:
         state.shards_base = True  # type: ignore[attr-defined]  # shared by all instances
     if not state.is_main_process:
@@ -48,6 +59,19 @@ def shards_base(state: PartialState) -> bool:
     return state.num_processes > 1 and getattr(state, "shards_base", False)
 
 
+def _own_store() -> dict[str, Any]:
+    """Returns what processes restarted by torchrun need to join each other.
+
+    torch 2.13 leaves the addresses of those before in the launcher's store.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or torch.distributed.is_initialized():
+        return {}
+    store, rank, processes = next(rendezvous("env://", timeout=_TIMEOUT))
+    store = PrefixStore(f"attempt_{attempt}", store)
+    return {"store": store, "rank": rank, "world_size": processes}
+
+
 def device_of(state: PartialState) -> torch.device:
     """Returns the device of this process."""
     if state.device.type != "cuda":
@@ -57,7 +81,10 @@ def device_of(state: PartialState) -> torch.device:
 
 
 def on_main(state: PartialState, work: Callable[[], _Result]) -> _Result:
-    """Returns the main process's result, or raises its HarnessError, on every process."""
+    """Returns the main process's result on every process.
+
+    Its HarnessError ends all of them, and is printed once.
+    """
     outcome: list[Any] = [None]
     if state.is_main_process:
         try:
@@ -69,9 +96,25 @@ def on_main(state: PartialState, work: Callable[[], _Result]) -> _Result:
 
         broadcast_object_list(outcome)
     if isinstance(outcome[0], HarnessError):
-        raise outcome[0]
+        if state.is_main_process:
+            raise outcome[0]
+        raise SystemExit(outcome[0].exit_status)
     result: _Result = outcome[0]
     return result
+
+
+def lost_process(error: BaseException) -> TrainingError | None:
+    """Returns the error to raise if another process ended or hangs, else None."""
+    lost = isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
+    if not lost:
+        return None
+    cause = first_line(error).split(". ")[0]
+    return TrainingError(
+        f"another process of this run ended or doesn't answer ({cause})",
+        "See its own error; the same command resumes from the last checkpoint",
+    )
 
 
 def say(state: PartialState, text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -60,7 +59,7 @@ from qlora_harness.train.adapter import (
 from qlora_harness.train.arguments import planned_steps, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkpoint_step
-from qlora_harness.train.cpu import faster_dtype, use_all_cores
+from qlora_harness.train.compute_dtype import with_compute_dtype
 from qlora_harness.train.evaluation import evaluate_loss
 from qlora_harness.train.held_out import HeldOut, check_held_out
 from qlora_harness.train.memory_meter import MemoryMeter
@@ -72,7 +71,14 @@ from qlora_harness.train.memory_plan import (
 )
 from qlora_harness.train.model_card import refresh_card
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
-from qlora_harness.train.ranks import device_of, on_main, say, shards_base, start_processes
+from qlora_harness.train.ranks import (
+    device_of,
+    lost_process,
+    on_main,
+    say,
+    shards_base,
+    start_processes,
+)
 from qlora_harness.train.run_folder import (
     StartingPoint,
     clear_run_folder,
@@ -99,6 +105,15 @@ def run_training(
     Raises HarnessError for anything the user can fix; the folder then says "failed", or is
     untouched if training had not begun.
     """
+    try:
+        return _run_training(settings, resume_given, on_row)
+    except RuntimeError as error:
+        raise lost_process(error) or error from None
+
+
+def _run_training(
+    settings: Settings, resume_given: bool, on_row: Callable[[Mapping[str, Any]], None] | None
+) -> dict[str, Any]:
     with sigterm_as_ctrl_c():
         state = start_processes()
         check_can_run(settings)
@@ -117,27 +132,9 @@ def run_training(
             return start.previous
         if settings.model.compute == "fp8":
             _check_fp8(fp8.why_unavailable(device_of(state)))
-        settings = _with_compute_dtype(settings, state, start)
+        recorded = start.recorded("quantization", "compute_dtype")
+        settings = with_compute_dtype(settings, state, recorded)
         return _Run(settings, state, start, find, on_row).execute()
-
-
-def _with_compute_dtype(settings: Settings, state: PartialState, start: StartingPoint) -> Settings:
-    """Replaces the compute dtype "auto", and sets the threads of a CPU."""
-    on_cpu = state.device.type == "cpu"
-    if on_cpu and use_all_cores():
-        flag = "accelerate launch --num_cpu_threads_per_process N"
-        say(state, f"on the CPU: {torch.get_num_threads()} threads ({flag} sets another number)")
-    dtype = settings.model.compute_dtype
-    recorded = start.recorded("quantization", "compute_dtype")
-    if dtype == "auto" and recorded in ("bfloat16", "float32"):
-        dtype = recorded
-    elif dtype == "auto" and on_cpu:
-        dtype, slowdown = on_main(state, faster_dtype)
-        say(state, f"on the CPU: {dtype} (bfloat16 takes {slowdown:.1f} times as long as float32)")
-    elif dtype == "auto":
-        dtype = "bfloat16"
-    model = dataclasses.replace(settings.model, compute_dtype=dtype)
-    return dataclasses.replace(settings, model=model)
 
 
 def _check_fp8(reason: str | None) -> None:
@@ -221,7 +218,7 @@ class _Run:
                     self.log.write()
                 self.record.finish("completed", self.log.rows, self.earlier_rows)
             except BaseException as error:
-                self._fail(error)
+                self._fail(lost_process(error) or error)
                 if is_out_of_memory(error):
                     raise self._memory_advice() from error
                 raise
@@ -394,6 +391,7 @@ class _Run:
 
     def _hold_out(self, examples: Sequence[Example]) -> HeldOut:
         settings = self.settings
+        dtype = getattr(torch, settings.model.compute_dtype)
         evaluate = partial(
             evaluate_loss,
             cast(torch.nn.Module, self.trainer.model),
@@ -401,7 +399,7 @@ class _Run:
             batch_size=1 if self._mixes_texts() else settings.optimization.eval_batch_size,
             pad_id=self.pad_id,
             accelerator=self.trainer.accelerator,
-            autocast_dtype=torch.bfloat16 if self.trainer.args.bf16 else None,
+            autocast_dtype=None if dtype == torch.float32 else dtype,
             fused=self.is_fused,
         )
         every = self.settings.run.eval_steps

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -31,6 +31,9 @@ from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.order import StepBatches
 
 _WRITE_EVERY_SECONDS = 10.0
+# In float16 a step whose gradients overflow is skipped, and the scale of the loss halved. It begins
+# at 2^16, so gradients that overflow after this many are infinite without a scale, too.
+_MOST_SKIPPED = 17
 
 
 class CountingTrainer(Trainer):
@@ -54,9 +57,10 @@ class CountingTrainer(Trainer):
             # Without a copy of the gradients beside the buckets that are reduced.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         # Every process has loaded the same base. DDP would send it again, and buffers in each step.
-        frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
-        buffers = [name for name, _ in self.model.named_buffers()]
-        self.model._ddp_params_and_buffers_to_ignore = frozen + buffers  # noqa: SLF001  # DDP's name
+        model: Any = self.model
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        buffers = [name for name, _ in model.named_buffers()]
+        model._ddp_params_and_buffers_to_ignore = frozen + buffers  # noqa: SLF001  # DDP's name
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; a checkpoint that torch can't load raises RunError."""
@@ -111,8 +115,9 @@ class CountingTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Computes one micro-batch and adds up the loss of its optimizer step."""
         self._checkpoint = None  # it has been loaded by now
-        if self.model_wrapped is not self.model:
-            self.model_wrapped.parameters = self.model.parameters  # see `listed_modules`
+        wrapped: Any = self.model_wrapped
+        if wrapped is not self.model:
+            wrapped.parameters = cast(Any, self.model).parameters  # see `listed_modules`
         loss = super().training_step(*args, **kwargs)
         if self._loss is None:
             self._loss = torch.zeros((), device=self.args.device)
@@ -156,14 +161,15 @@ class CountingTrainer(Trainer):
         """Excludes the time until the next batch from the next step."""
         self._begun = None
 
-    def log_step(self, step: MeasuredStep, loss: float, grad_norm: float) -> None:
+    def log_step(self, step: MeasuredStep, loss: float, grad_norm: float | None) -> None:
         """Logs a step under its own number and epoch, even if a later one has been launched."""
         self._losses.append(loss)
         state = self.state
         now = state.global_step, state.epoch
         state.global_step, state.epoch = step.step, step.epoch or 0.0
         try:
-            self.log({"loss": loss, "learning_rate": step.learning_rate, "grad_norm": grad_norm})
+            norm = {} if grad_norm is None else {"grad_norm": grad_norm}
+            self.log({"loss": loss, "learning_rate": step.learning_rate} | norm)
         finally:
             state.global_step, state.epoch = now
 
@@ -289,12 +295,15 @@ class StepLog(TrainerCallback):
         """Waits for a step and logs it; raises TrainingError if its numbers are not finite."""
         step.ended.wait()
         loss, norm, tokens, supervised_tokens = step.numbers.tolist()
-        self.trainer.log_step(step, loss, norm)
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        skipped = self._is_skipped(loss, norm)
+        self.trainer.log_step(step, loss, None if skipped else norm)
+        if not skipped and not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"step {step.step}: loss {loss}, gradient norm {norm}; the run was stopped, and "
                 f"{self._path.name} has the earlier steps",
-                "Lower --learning-rate, or look at the data of this step",
+                "Lower --learning-rate, or look at the data of this step"
+                + ", or use --compute-dtype float32"
+                * (self.trainer.accelerator.scaler is not None),
             )
         seconds = step.ended.seconds_since(step.begun)
         self.rows.append(
@@ -303,7 +312,7 @@ class StepLog(TrainerCallback):
                 "epoch": step.epoch,
                 "loss": loss,
                 "learning_rate": step.learning_rate,
-                "grad_norm": norm,
+                "grad_norm": None if skipped else norm,
                 "tokens": int(tokens),
                 "supervised_tokens": int(supervised_tokens),
                 "seconds": seconds,
@@ -315,6 +324,13 @@ class StepLog(TrainerCallback):
             self._on_row(self.rows[-1])
         if time.monotonic() - self._written > _WRITE_EVERY_SECONDS:
             self.write()
+
+    def _is_skipped(self, loss: float, norm: float) -> bool:
+        """Whether the scaler of float16 skipped a step, and a smaller scale may help."""
+        if self.trainer.accelerator.scaler is None or math.isfinite(norm):
+            return False
+        before = [row["grad_norm"] for row in self.rows[-_MOST_SKIPPED:]]
+        return math.isfinite(loss) and before != [None] * _MOST_SKIPPED
 
     def write(self) -> None:
         """Writes training_logs.json (main process only)."""

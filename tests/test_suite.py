@@ -1,0 +1,251 @@
+"""`qlora-harness score`: benchmarks of lm_eval, on files and in packs, as its command scores."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from scoring_runs import PROBLEMS, PROMPTS, QUESTIONS, MakeLm, refused, write_task_data
+
+from qlora_harness import cli
+from qlora_harness.errors import DataError, HarnessError, SettingsError
+from qlora_harness.lm_eval_compat.in_process import InProcessScorer, check_tasks
+from qlora_harness.lm_eval_compat.tasks import check_sentence_splitter
+from qlora_harness.results.runs import load_run
+from qlora_harness.score.adapter_lm import QloraAdapterLM
+from qlora_harness.score.packed_forward import PackedModel
+from qlora_harness.score.suite import benchmarks
+from qlora_harness.score.task_data import load_local
+from qlora_harness.study.definition import build_study
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_task_data(tmp_path / "data")
+
+
+def samples(folder: Path, task: str) -> list[dict[str, Any]]:
+    (path,) = folder.rglob(f"samples_{task}_*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def requests_of(task: str, data: Path) -> list[Instance]:
+    manager = check_tasks([task], str(data))
+    loaded = manager.load([task])["tasks"][task]
+    loaded.build_all_requests()
+    return list(loaded.instances)
+
+
+def test_a_run_is_scored_as_by_the_printed_commands(
+    own_adapter: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    unchanged_tracker: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["score", "4bit", "--suite", "truthfulqa,gsm8k,mmlu_qlora_demo", "--data-dir", "data"]
+    load = Mock(wraps=QloraAdapterLM.create_from_arg_obj)
+    monkeypatch.setattr(QloraAdapterLM, "create_from_arg_obj", load)
+    assert cli.main(words) == 0
+    assert load.call_count == 1
+    run = load_run("4bit")
+    assert set(run.tasks) == {"mmlu_qlora_demo", "truthfulqa_mc1", "truthfulqa_mc2", "gsm8k"}
+    assert len(list((tmp_path / "4bit" / "lm_eval").rglob("results_*.json"))) == 3
+    lines = capsys.readouterr().out.splitlines()
+    commands = [shlex.split(line) for line in lines if line.startswith("lm_eval ")]
+    names = [command[command.index("--tasks") + 1] for command in commands]
+    assert names == ["truthfulqa_mc1,truthfulqa_mc2", "gsm8k", "mmlu_qlora_demo"]
+
+    shutil.move("4bit/lm_eval", "ours")
+    for command in commands[:2]:
+        monkeypatch.setattr("sys.argv", command)
+        cli_evaluate()
+    for task in ("truthfulqa_mc1", "truthfulqa_mc2", "gsm8k"):
+        assert samples(Path("4bit/lm_eval"), task) == samples(Path("ours"), task)
+        assert load_run("4bit").scored[task].value == run.scored[task].value
+    folders = {path.parent.relative_to("4bit/lm_eval") for path in Path("4bit").rglob("samples_*")}
+    assert folders == {path.parent.relative_to("ours") for path in Path("ours").rglob("results_*")}
+    prompt = samples(Path("ours"), "gsm8k")[0]["arguments"]["gen_args_0"]["arg_0"]
+    assert prompt.count("Question:") == 6
+    assert all(row["question"] in prompt for row in PROBLEMS[:6])
+
+
+def test_a_projection_generates_one_batch(
+    own_adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+
+    def answers(self: HFLM, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        counts.append(len(requests))
+        time.sleep(0.5)
+        return [""] * len(requests)
+
+    monkeypatch.setattr(QloraAdapterLM, "generate_until", answers, raising=False)
+    arguments = {"peft": str(own_adapter), "results_dir": str(tmp_path)}
+    scorer = InProcessScorer([("gsm8k",)], 1, str(data))
+    began = time.perf_counter()
+    projected = scorer.project(arguments)
+    assert counts == [1]  # of 2 problems
+    assert projected > time.perf_counter() - began + 0.4
+
+
+def test_truthfulqa_in_one_pack_equals_lm_eval_and_computes_each_prefix_once(
+    make_lm: MakeLm, tiny_llama: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [r for n in (1, 2) for r in requests_of(f"truthfulqa_mc{n}", data)]
+    assert len(requests) == 12  # of 8 texts
+    packs = []
+    start = PackedModel.start
+
+    def counted(self: PackedModel, pack: Any, *options: Any) -> Any:
+        packs.append(pack)
+        return start(self, pack, *options)
+
+    monkeypatch.setattr(PackedModel, "start", counted)
+    lm = make_lm(quant="bf16")
+    scores = lm.loglikelihood(requests, disable_tqdm=True)
+    hflm = HFLM(str(tiny_llama), dtype="float32", device="cpu", batch_size=1)
+    expected = hflm.loglikelihood(requests, disable_tqdm=True)
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
+    assert [x for x, _ in scores] == pytest.approx([x for x, _ in expected], abs=1e-4)
+    prefixes = {
+        prefix
+        for request in requests
+        for prefix in accumulate(
+            [(token,) for token in lm.tok_encode("".join(request.args))[:-1]], lambda a, b: a + b
+        )
+    }
+    assert [len(pack.tokens) for pack in packs] == [len(prefixes)]
+    lengths = [len(lm.tok_encode("".join(r.args), add_special_tokens=False)) for r in requests]
+    assert len(prefixes) < sum(lengths) / 6
+
+
+def test_the_metrics_of_truthfulqa_are_those_of_its_log_probabilities(
+    make_lm: MakeLm, data: Path
+) -> None:
+    lm = make_lm()
+    for number, name in ((1, "mc1_targets"), (2, "mc2_targets")):
+        task = f"truthfulqa_mc{number}"
+        loaded = check_tasks([task], str(data)).load([task])["tasks"][task]
+        for doc, question in zip(loaded.validation_docs(), QUESTIONS, strict=True):
+            labels: dict[str, int] = question[name]
+            assert doc[name] == {"choices": list(labels), "labels": list(labels.values())}
+            context = loaded.fewshot_context(doc, 0)
+            pairs = [(context, f" {choice}") for choice in labels]
+            asked = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
+            scores = lm.loglikelihood(asked, disable_tqdm=True)
+            shares = [math.exp(logprob) for logprob, _ in scores]
+            true = sum(p for p, label in zip(shares, labels.values(), strict=True) if label)
+            expected = true / sum(shares) if number == 2 else float(shares[0] == max(shares))
+            assert loaded.process_results(doc, scores)["acc"] == pytest.approx(expected)
+
+
+def test_data_have_the_form_of_the_hub(data: Path) -> None:
+    problems = load_local(local_task="gsm8k", data_dir=str(data))
+    assert list(problems["train"]) == PROBLEMS[:5]
+    assert list(problems["test"]) == PROBLEMS[5:]
+    prompts = list(load_local(local_task="ifeval", data_dir=str(data))["train"])
+    empty = {"relation": None, "num_words": None}
+    assert prompts[0] == {**PROMPTS[0], "kwargs": [empty]}
+    assert prompts[1] == {**PROMPTS[1], "kwargs": [empty, PROMPTS[1]["kwargs"][1]]}
+
+
+def test_ifeval_reads_files(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("langdetect", reason="lm_eval's ifeval needs it")
+    pytest.importorskip("immutabledict", reason="lm_eval's ifeval needs it")
+    monkeypatch.setattr("nltk.download", lambda name: False)
+    task = check_tasks(["ifeval"], str(data)).load(["ifeval"])["tasks"]["ifeval"]
+    docs = list(task.test_docs())
+    scores = [task.process_results(doc, ["No comma."]) for doc in docs]
+    assert [score["prompt_level_strict_acc"] for score in scores] == [True, False]
+    assert scores[1]["inst_level_strict_acc"] == [True, False]
+
+
+class _Prompts:
+    """A task with one instruction, whose check splits sentences."""
+
+    def test_docs(self) -> Iterator[dict[str, Any]]:
+        yield {"instruction_id_list": ["length_constraints:number_sentences"]}
+
+
+def test_missing_data_of_nltk_are_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    assert "NLTK_DATA" in refused(lambda: check_sentence_splitter(_Prompts()), SettingsError)
+    (tmp_path / "tokenizers" / "punkt_tab").mkdir(parents=True)
+    check_sentence_splitter(_Prompts())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "parts"),
+    [
+        ("gsm8k/test.jsonl", None, ["gsm8k/test.jsonl", "does not exist"]),
+        ("gsm8k/test.jsonl", "", ["gsm8k/test.jsonl", "no row"]),
+        ("gsm8k/test.jsonl", '{"question": "a"}', ["line 1", "answer"]),
+        ("gsm8k/train.jsonl", '{"question": "a"', ["line 1", "JSON"]),
+        ("truthfulqa/mc_task.json", '[{"question": "a", "mc1_targets": []}]', ["row 1", "mc1"]),
+        ("ifeval/input_data.jsonl", '{"key": "x"}', ["line 1", "key"]),
+    ],
+)
+def test_files_of_another_form_are_refused(
+    data: Path, name: str, text: str | None, parts: list[str]
+) -> None:
+    (data / name).unlink() if text is None else (data / name).write_text(text)
+    task = {"truthfulqa": "truthfulqa_mc1"}.get(name.split("/")[0], name.split("/")[0])
+    message = refused(lambda: load_local(local_task=task, data_dir=str(data)), DataError)
+    assert all(part in message for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--suite", "mmlu_qlora_demo,gsm9k"], ["--suite", "gsm9k"]),
+        (["--suite", "truthfulqa,truthfulqa_mc2"], ["--suite", "truthfulqa_mc2"]),
+        (["--suite", "gsm8k", "--data-dir", "nowhere"], ["nowhere/gsm8k/train.jsonl"]),
+        (["--suite", "gsm8k", "--batch-size", "0"], ["--batch-size", "0"]),
+        (["--suite", "hellaswag"], ["--suite", "hellaswag"]),  # no network
+    ],
+)
+def test_mistakes_are_noticed_before_the_model_is_loaded(
+    own_adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    parts: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(QloraAdapterLM, "__init__", None)
+    assert cli.main(["score", "4bit", *words]) == HarnessError.exit_status
+    (line,) = [s for s in capsys.readouterr().err.splitlines() if "error: " in s]
+    assert all(part in line for part in parts)
+
+
+def test_a_folder_without_an_adapter_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["score", str(tmp_path), "--suite", "gsm8k"]) == HarnessError.exit_status
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_a_study_takes_the_same_names() -> None:
+    names = ["mmlu", "truthfulqa", "arc_easy"]
+    tasks = ("mmlu_qlora_5shot", "truthfulqa_mc1", "truthfulqa_mc2", "arc_easy")
+    assert [task for part in benchmarks(names, "--suite") for task in part] == list(tasks)
+    content = {"arms": {"nf4": {"quant": "nf4"}}, "tasks": ",".join(names), "data_dir": "files"}
+    study = build_study(content, {})
+    assert study.tasks == tasks
+    assert study.commands(study.cells[0])[1].endswith("--metadata data_dir=files")
