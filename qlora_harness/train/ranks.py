@@ -33,9 +33,7 @@ def start_processes(*, fsdp: bool = False) -> PartialState:
     With `fsdp`, or a launcher that was told to use it, the base is spread over the processes, see
     `model.sharded`. Raises SettingsError if one process sees several GPUs: Trainer would use all.
     """
-    # accelerate's FSDP2 doesn't shard packed weights. It must not see that it was asked to.
-    fsdp = _is_set(_USE_FSDP) or fsdp
-    os.environ.pop(_USE_FSDP, None)
+    fsdp = takes_over_fsdp() or fsdp
     cpu = _is_set("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     state = PartialState(cpu=cpu, timeout=_TIMEOUT, **_own_store())
     if fsdp:
@@ -52,6 +50,16 @@ def start_processes(*, fsdp: bool = False) -> PartialState:
 
 def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
+def takes_over_fsdp() -> bool:
+    """Whether the launcher was told to use FSDP, which accelerate doesn't learn any more.
+
+    Its FSDP2 leaves packed weights whole.
+    """
+    asked = _is_set(_USE_FSDP)
+    os.environ.pop(_USE_FSDP, None)
+    return asked
 
 
 def shards_base(state: PartialState) -> bool:
