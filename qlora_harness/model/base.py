@@ -335,13 +335,14 @@ def _empty_4bit(layer: torch.nn.Linear, *, config: Any) -> torch.nn.Module:
     """Returns a 4-bit layer without weights, as transformers makes them from its configuration."""
     from bitsandbytes.nn import Linear4bit
 
-    return Linear4bit(
+    empty: torch.nn.Module = Linear4bit(
         *(layer.in_features, layer.out_features, layer.bias is not None),
         compute_dtype=config.bnb_4bit_compute_dtype,
         compress_statistics=config.bnb_4bit_use_double_quant,
         quant_type=config.bnb_4bit_quant_type,
         device="meta",
     )
+    return empty
 
 
 def _too_large(source: BaseSource, quant: Quant, device: torch.device) -> ModelError:

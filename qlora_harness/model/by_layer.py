@@ -91,11 +91,8 @@ def checkpoint_reader(name_or_path: str, revision: str | None, shown: str) -> Re
     from safetensors import safe_open
 
     folder = checkpoint_folder(name_or_path, revision, local_files_only=False)
-    files: dict[str, Any] = {
-        name: file
-        for file in (safe_open(str(p), framework="pt") for p in weight_files(folder))
-        for name in file.keys()  # noqa: SIM118  # not a dict
-    }
+    opened: list[Any] = [safe_open(str(path), framework="pt") for path in weight_files(folder)]
+    files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118  # not a dict
 
     def read(name: str, shape: torch.Size) -> Tensor:
         if name not in files or tuple(files[name].get_slice(name).get_shape()) != tuple(shape):

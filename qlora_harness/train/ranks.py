@@ -37,7 +37,7 @@ def start_processes(*, fsdp: bool = False) -> PartialState:
     cpu = _is_set("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     state = PartialState(cpu=cpu, timeout=_TIMEOUT, **_own_store())
     if fsdp:
-        state.shards_base = True  # type: ignore[attr-defined]  # shared by all instances
+        state.shards_base = True  # all instances share it
     if not state.is_main_process:
         logging.getLogger("qlora_harness").setLevel(logging.ERROR)  # so that warnings appear once
     if state.device.type == "cuda" and state.num_processes == 1 and torch.cuda.device_count() > 1:
