@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from training_runs import Train, losses, on_ranks, read, steps, summary
+from torch.nn.parallel import DistributedDataParallel
+from training_runs import Train, base, losses, on_ranks, read, steps, summary
 
+from qlora_harness.fused.layer import FusedLayer
+from qlora_harness.fused.model import FusedDecoder
+from qlora_harness.model.lora import attach_lora
+from qlora_harness.train.batches import pack_batch
 from qlora_harness.train.order import StepBatches, deal
 
 
@@ -99,6 +105,40 @@ def test_ranks_get_nearly_as_many_tokens() -> None:
     assert max(tokens) - min(tokens) <= 10
     # A rank without an example would not take part in the reduction.
     assert [len(share) for share in deal(range(3), lengths, 2)] == [2, 1]
+
+
+def test_gradients_of_a_layer_are_reduced_before_the_layer_below(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = attach_lora(base(tiny_llama), r=4, alpha=4, dropout=0.0, targets="all-linear")
+    decoder = FusedDecoder.attach(model, "selective")
+    events: list[str] = []
+    backward = FusedLayer.backward
+
+    def noted(self: FusedLayer, *args: Any, **options: Any) -> Any:
+        events.append("top" if self is decoder.layers[-1] else "below")
+        return backward(self, *args, **options)
+
+    def reduce(state, bucket):  # type: ignore[no-untyped-def]  # DDP refuses a string as type
+        events.append("reduced")
+        reduced = torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return reduced.then(lambda future: future.value()[0])
+
+    monkeypatch.setattr(FusedLayer, "backward", noted)
+    row = pack_batch([{"input_ids": [*range(20)], "labels": [*range(20)]}])
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model, bucket_cap_mb=0.005)
+        wrapped.register_comm_hook(None, reduce)
+        for _ in range(2):  # DDP learns the order in the first
+            events.clear()
+            wrapped(**row).loss.backward()
+            wrapped.zero_grad()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert events[:2] == ["top", "reduced"]
+    assert events.index("below") < len(events) - 1
 
 
 def test_faults_leave_a_run_that_resumes(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
