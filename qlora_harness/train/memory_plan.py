@@ -194,7 +194,9 @@ def predict_memory(
         adapter=parameters * width,
         states=int(parameters * _state_bytes(optimization.optimizer, width)),
         # DDP's buckets take those of the last pass; the sum of the passes before is beside them.
-        gradients=parameters * width * (2 if processes > 1 and optimization.grad_accum > 1 else 1),
+        gradients=parameters
+        * width
+        * (2 if ranks.count > 1 and optimization.grad_accum > 1 else 1),
         activations=activations,
         work=work,
         host=host,
