@@ -72,8 +72,9 @@ def _fill(
     module: torch.nn.Module, prefix: str, read: Read, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Replaces the empty parameters of a module, and quantises those of 4-bit layers."""
+    as_read = torch.float16 if dtype == torch.float16 else torch.bfloat16
     for name, empty in list(module.named_parameters()):
-        value = read(prefix + name, empty.shape).to(device=device, dtype=torch.bfloat16)
+        value = read(prefix + name, empty.shape).to(device=device, dtype=as_read)
         path, _, last = name.rpartition(".")
         owner: Any = module.get_submodule(path)
         if hasattr(empty, "quant_state"):
