@@ -488,6 +488,20 @@ def _check_fp8(settings: Settings) -> None:
         raise SettingsError(f"--compute fp8 with {reason[0]}", reason[1])
 
 
+def check_can_shard(settings: Settings) -> None:
+    """Raises SettingsError if a base that is spread over processes can't be trained so."""
+    reason = settings.without_fused
+    if settings.optimization.kernels == "none":
+        reason = "--kernels none"
+    if settings.lora.init_lora_weights in ("eva", "loftq", "pissa"):  # they read the whole base
+        reason = f"--init-lora-weights {settings.lora.init_lora_weights}"
+    if reason is not None:
+        raise SettingsError(
+            f"FSDP spreads the base over the processes, which is impossible with {reason}",
+            "Leave it out, or launch without FSDP",
+        )
+
+
 def checked_scaling(text: str, where: str) -> str:
     """Returns a RoPE scaling as records have it: yarn:4 for yarn:4.0. Raises SettingsError."""
     kind, _, factor = text.partition(":")

@@ -299,7 +299,7 @@ def test_plan_counts_e4m3_matrices_instead_of_those_in_bf16(
         for q in ("nf4", "bf16")
         for c in ("bf16", "fp8")
     ]
-    matrices = [matrix_bytes(shape, 64, 2, is_4bit=four) for four in (True, False)]
+    matrices = [matrix_bytes(shape, 64, 2, shared=four) for four in (True, False)]
     rounded = working_bytes(shape, 64, tokens)
     assert plans[1].work - plans[0].work == rounded - matrices[0]
     assert plans[3].work - plans[2].work == rounded - matrices[1]

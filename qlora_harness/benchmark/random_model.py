@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.errors import ModelError, first_line
-from qlora_harness.model.base import EMBEDDED, RANDOM_WEIGHTS_KEY, find_base
+from qlora_harness.model.base import (
+    EMBEDDED,
+    RANDOM_WEIGHTS_KEY,
+    WEIGHTS_SEED_KEY,
+    find_base,
+)
 from qlora_harness.record import new_folder
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -17,6 +22,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+    },
+    "llama-2-70b": {
+        "vocab_size": 32000,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
         "max_position_embeddings": 4096,
     },
     "qwen2.5-1.5b": {
@@ -50,13 +64,20 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_random_model(
-    folder: Path, *, shape: str, tokenizer: str, seed: int = 0, vocab_size: int | None = None
+    folder: Path,
+    *,
+    shape: str,
+    tokenizer: str,
+    seed: int = 0,
+    weights_on_load: bool = False,
+    vocab_size: int | None = None,
 ) -> None:
     """Writes a LLaMA folder with random bfloat16 weights; its config says that they are random.
 
+    With `weights_on_load` the folder has none: whoever loads it makes them, layer by layer.
     `tokenizer` is a folder, a Hub id or "smollm2", copied beside the weights. The vocabulary is
-    `vocab_size`, or that of the shape and at least as large as the tokenizer's. Raises
-    ModelError if the folder exists or the tokenizer can't be read.
+    `vocab_size`, or that of the shape and at least as large as the tokenizer's. Raises ModelError
+    if the folder exists or the tokenizer can't be read.
     """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -83,6 +104,12 @@ def write_random_model(
         pad_token_id=tok.pad_token_id,
     )
     setattr(config, RANDOM_WEIGHTS_KEY, True)
+    if weights_on_load:
+        setattr(config, WEIGHTS_SEED_KEY, seed)
+        with new_folder(folder) as work:
+            config.save_pretrained(work)
+            tok.save_pretrained(work)
+        return
     torch.manual_seed(seed)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

@@ -10,6 +10,7 @@ import logging
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ logger = logging.getLogger("qlora_harness")
 EMBEDDED = "smollm2"
 _HQQ_GROUP = 64  # weights that share a scale and a zero point
 RANDOM_WEIGHTS_KEY = "qlora_harness_random_weights"
+WEIGHTS_SEED_KEY = "qlora_harness_weights_seed"  # of weights that are made while they are loaded
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class BaseSource:
     random_weights: bool  # as its configuration declares
     argument: str = "--model"  # the flag or model argument that named it, for messages
     gguf: dict[str, Any] | None = None  # of `expand_gguf`: hash and tensor types of the file
+    weights_seed: int | None = None  # of a folder without weights, which are made when loaded
 
     @property
     def recorded_name(self) -> str:
@@ -55,7 +58,7 @@ class BaseSource:
     def record(self) -> dict[str, Any]:
         """Returns the fields to store: all but the path, which is local, and the argument."""
         record = asdict(self) | {"name": self.recorded_name}
-        local = ("path", "argument", *(["gguf"] if self.gguf is None else []))
+        local = ("path", "argument", "weights_seed", *(["gguf"] if self.gguf is None else []))
         return {name: value for name, value in record.items() if name not in local}
 
     @property
@@ -114,6 +117,7 @@ def find_base(name: str, revision: str | None = None, *, argument: str = "--mode
         getattr(config, "_commit_hash", None),
         bool(getattr(config, RANDOM_WEIGHTS_KEY, False)),
         argument,
+        weights_seed=getattr(config, WEIGHTS_SEED_KEY, None),
     )
 
 
@@ -195,19 +199,25 @@ def load_base(
     compute_dtype: str,
     device: torch.device,
     rope_scaling: str | None = None,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """Loads a base model onto one device, frozen and in evaluation mode.
 
     Reads weights as bfloat16, or as float16 if that is the compute dtype. `quant` then quantises
     all linear layers except the output head; `double_quant` quantises the scales of nf4 and fp4
     too. Compute dtype "float32" casts all other weights to float32, so their values are still the
-    bfloat16 ones. Raises ModelError if weights are missing or unreadable, and SettingsError if the
-    device can't compute in that dtype.
+    bfloat16 ones. `sharded` spreads the layers of a model of the types of `fused.model` over all
+    processes, which must all call this. Raises ModelError if weights are missing or unreadable, and
+    SettingsError if the device can't compute in that dtype.
     """
     import torch
 
     check_dtype(compute_dtype, device)
-    model = _read_weights(source, quant, double_quant, compute_dtype, device, rope_scaling)
+    model = (
+        _read_by_layer(source, quant, double_quant, compute_dtype, device, rope_scaling, sharded)
+        if sharded or source.weights_seed is not None
+        else _read_weights(source, quant, double_quant, compute_dtype, device, rope_scaling)
+    )
     finish_scaling(model, rope_scaling, source.shown)
     if compute_dtype == "float32":
         for parameter in model.parameters():
@@ -228,7 +238,11 @@ def load_base(
                 "not in linear layers",
                 *(source.name, quant.value, 100 * share),
             )
-    model.qlora_harness_fingerprint = checkpoint_fingerprint(source.path, source.revision)
+    model.qlora_harness_fingerprint = (
+        checkpoint_fingerprint(source.path, source.revision)
+        if source.weights_seed is None
+        else f"made on {device.type}, seed {source.weights_seed}"
+    )
     model.requires_grad_(False)
     model.config.use_cache = False
     model.eval()
@@ -263,10 +277,7 @@ def _read_weights(
             **options,
         )
     except torch.OutOfMemoryError:
-        raise ModelError(
-            f"{source.name!r} in {quant.value} does not fit into the memory of {device}",
-            "Free the device, or use --quant nf4",
-        ) from None
+        raise _too_large(source, quant, device) from None
     except Exception as error:  # noqa: BLE001  # as in `find_base`
         raise _unreadable(source.shown, error, _remedy(source.argument)) from None
     model: PreTrainedModel = loaded[0]
@@ -277,6 +288,68 @@ def _read_weights(
             "Download the model again",
         )
     return model
+
+
+def _read_by_layer(
+    source: BaseSource,
+    quant: Quant,
+    double_quant: bool,
+    compute_dtype: str,
+    device: torch.device,
+    rope_scaling: str | None,
+    sharded: bool,
+) -> Any:
+    import torch
+
+    from qlora_harness.model.by_layer import checkpoint_reader, load_by_layer, random_reader
+    from qlora_harness.model.sharded import ShardedLayers
+
+    if quant in (Quant.INT8, Quant.HQQ):
+        raise ModelError(
+            f"{source.shown} is loaded a layer at a time, which {quant.value} can't be",
+            "Use --quant nf4, fp4 or bf16",
+        )
+    config = read_config(source, rope_scaling)
+    if source.weights_seed is None:
+        read = checkpoint_reader(source.path, source.revision, source.shown)
+    else:
+        read = random_reader(source.weights_seed, config.initializer_range, device)
+    try:
+        return load_by_layer(
+            config,
+            read,
+            empty_4bit=partial(
+                _empty_4bit, config=_bitsandbytes_config(quant, double_quant, compute_dtype)
+            )
+            if quant.is_4bit
+            else None,
+            dtype=getattr(torch, compute_dtype),
+            device=device,
+            sharded=ShardedLayers() if sharded else None,
+        )
+    except torch.OutOfMemoryError:
+        raise _too_large(source, quant, device) from None
+
+
+def _empty_4bit(layer: torch.nn.Linear, *, config: Any) -> torch.nn.Module:
+    """Returns a 4-bit layer without weights, as transformers makes them from its configuration."""
+    from bitsandbytes.nn import Linear4bit
+
+    empty: torch.nn.Module = Linear4bit(
+        *(layer.in_features, layer.out_features, layer.bias is not None),
+        compute_dtype=config.bnb_4bit_compute_dtype,
+        compress_statistics=config.bnb_4bit_use_double_quant,
+        quant_type=config.bnb_4bit_quant_type,
+        device="meta",
+    )
+    return empty
+
+
+def _too_large(source: BaseSource, quant: Quant, device: torch.device) -> ModelError:
+    return ModelError(
+        f"{source.name!r} in {quant.value} does not fit into the memory of {device}",
+        "Free the device, or use --quant nf4",
+    )
 
 
 def _bitsandbytes_config(quant: Quant, double_quant: bool, compute_dtype: str) -> Any:

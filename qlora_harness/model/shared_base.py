@@ -52,6 +52,7 @@ def take_base(
     device: torch.device,
     rope_scaling: str | None = None,
     shared: bool = True,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """Returns what `load_base` returns; inside `sharing_base` its tensors may be shared.
 
@@ -73,6 +74,7 @@ def take_base(
         compute_dtype=compute_dtype,
         device=device,
         rope_scaling=rope_scaling,
+        sharded=sharded,
     )
     if held is None or not shared:
         return model

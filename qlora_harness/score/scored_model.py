@@ -67,13 +67,22 @@ def load_scored_tokenizer(choice: ScoringChoice, source: BaseSource) -> PreTrain
 
 
 def load_scored_model(
-    choice: ScoringChoice, source: BaseSource, tokens: int, compute_dtype: str, device: torch.device
+    choice: ScoringChoice,
+    source: BaseSource,
+    tokens: int,
+    compute_dtype: str,
+    device: torch.device,
+    *,
+    fsdp: bool = False,
 ) -> ScoredModel:
     """Loads base and adapter; `tokens` is the size of the tokenizer.
 
+    `fsdp` spreads the base over the processes, if there are several.
     Raises ModelError if the base is missing, unreadable or too small for its tokenizer, and
     AdapterError if the adapter is broken or was trained on another base or with added tokens.
     """
+    from accelerate import PartialState
+
     base = take_base(
         source,
         quant=choice.quant,
@@ -81,6 +90,7 @@ def load_scored_model(
         compute_dtype=compute_dtype,
         device=device,
         rope_scaling=choice.rope_scaling,
+        sharded=fsdp and PartialState().num_processes > 1,
     )
     embedding: Any = base.get_input_embeddings()
     _check_vocabulary(choice, tokens, embedding.weight.shape[0])

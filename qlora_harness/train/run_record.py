@@ -37,6 +37,7 @@ from qlora_harness.settings import Settings
 from qlora_harness.train.evaluation import ConversationLosses
 from qlora_harness.train.memory_meter import MemoryMeter, largest_peaks
 from qlora_harness.train.process import host_id, short_hash, this_process
+from qlora_harness.train.ranks import shards_base
 
 # Not counted in the throughput: these steps choose kernels and map memory.
 WARM_UP_STEPS = 3
@@ -114,6 +115,7 @@ class RunRecord:
             device=_device_record(self._device),
             cpu_threads=torch.get_num_threads(),
             world_size=self._state.num_processes,
+            sharded_base=shards_base(self._state),
         )
         self._summary.failure = None
         self.write()
