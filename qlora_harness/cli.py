@@ -145,8 +145,8 @@ def _print_schema(kind: str) -> None:
 
 def _plan(words: Sequence[str]) -> None:
     """Parses the flags of launch/train.py and prints the memory of every way to train."""
-    from qlora_harness.model.base import find_base
-    from qlora_harness.settings import check_can_shard
+    from qlora_harness.model.source import find_base
+    from qlora_harness.settings_checks import check_can_shard
     from qlora_harness.train.command import flag_parser, parse_settings
     from qlora_harness.train.compute_dtype import with_own_dtype
     from qlora_harness.train.memory_plan import Ranks, choose_memory_plan, measure_shape

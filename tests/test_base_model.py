@@ -19,17 +19,14 @@ from safetensors.torch import load_file, save_file
 from qlora_harness.benchmark.random_model import SHAPES, write_random_model
 from qlora_harness.errors import ModelError
 from qlora_harness.model.base import (
-    count_parameters,
     dequantise,
-    find_base,
-    is_out_of_memory,
     load_base,
-    load_tokenizer,
     mixes_tokens,
-    parameter_dtypes,
     unquantised_share,
     weights_fingerprint,
 )
+from qlora_harness.model.facts import count_parameters, is_out_of_memory, parameter_dtypes
+from qlora_harness.model.source import find_base, load_tokenizer
 from qlora_harness.settings import Quant
 
 WEIGHTS = "model.safetensors"

@@ -25,7 +25,8 @@ from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import expand_4bit
 from qlora_harness.score.packed_forward import PackedModel
 from qlora_harness.score.prefix_tree import Query, plan
-from qlora_harness.settings import CHECKPOINTING, build_settings
+from qlora_harness.settings import CHECKPOINTING
+from qlora_harness.settings_checks import build_settings
 from qlora_harness.train.memory_plan import measure_shape, predict_memory
 
 SCALE = 0.5

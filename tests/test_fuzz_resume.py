@@ -14,7 +14,7 @@ import torch
 from training_runs import change_summary, write_checkpoint, write_summary
 
 from qlora_harness.errors import HarnessError
-from qlora_harness.settings import build_settings
+from qlora_harness.settings_checks import build_settings
 from qlora_harness.train.checkpoints import checkpoint_step
 from qlora_harness.train.run_folder import earlier_steps, find_start
 

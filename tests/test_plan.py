@@ -15,10 +15,12 @@ import transformers
 from qlora_harness.benchmark.training import WAYS
 from qlora_harness.cli import main as cli
 from qlora_harness.errors import SettingsError
-from qlora_harness.model.base import find_base, load_base
+from qlora_harness.model.base import load_base
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.model.shape import Shape
-from qlora_harness.settings import CHECKPOINTING, Quant, build_settings
+from qlora_harness.model.source import find_base
+from qlora_harness.settings import CHECKPOINTING, Quant
+from qlora_harness.settings_checks import build_settings
 from qlora_harness.train.command import main, parse_settings
 from qlora_harness.train.memory_plan import (
     GIB,

@@ -14,8 +14,10 @@ from training_runs import Train, as_if_killed, losses, on_ranks, read, steps, su
 
 from qlora_harness.benchmark.random_model import write_random_model
 from qlora_harness.errors import SettingsError
-from qlora_harness.model.base import find_base, load_base
-from qlora_harness.settings import Quant, build_settings, check_can_shard
+from qlora_harness.model.base import load_base
+from qlora_harness.model.source import find_base
+from qlora_harness.settings import Quant
+from qlora_harness.settings_checks import build_settings, check_can_shard
 
 
 @pytest.fixture(scope="module")

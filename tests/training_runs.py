@@ -26,7 +26,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.data.examples import Example
-from qlora_harness.model.base import find_base, load_base, load_tokenizer
+from qlora_harness.model.base import load_base
+from qlora_harness.model.source import find_base, load_tokenizer
 from qlora_harness.settings import DataSettings, Quant
 from qlora_harness.train.evaluation import evaluate_loss
 

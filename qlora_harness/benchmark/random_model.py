@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.errors import ModelError, first_line
-from qlora_harness.model.base import (
+from qlora_harness.model.source import (
     EMBEDDED,
     RANDOM_WEIGHTS_KEY,
     WEIGHTS_SEED_KEY,

@@ -26,14 +26,11 @@ from qlora_harness.data.examples import Example, lengths_of
 from qlora_harness.errors import SettingsError, TrainingError
 from qlora_harness.fused import fp8
 from qlora_harness.fused.model import FusedDecoder
-from qlora_harness.model.base import (
-    BaseSource,
-    find_base,
-    is_out_of_memory,
-    load_base,
-    load_tokenizer,
-)
-from qlora_harness.settings import Settings, build_settings, check_can_run, check_can_shard
+from qlora_harness.model.base import load_base
+from qlora_harness.model.facts import is_out_of_memory
+from qlora_harness.model.source import BaseSource, find_base, load_tokenizer
+from qlora_harness.settings import Settings
+from qlora_harness.settings_checks import build_settings, check_can_run, check_can_shard
 from qlora_harness.train.adapter import attach_adapter
 from qlora_harness.train.arguments import training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id

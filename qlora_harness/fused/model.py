@@ -18,7 +18,8 @@ from qlora_harness.fused.host_memory import HostMemory, pinned_bytes, to_device
 from qlora_harness.fused.layer import Attend, FusedLayer
 from qlora_harness.fused.lora_group import LoraGroup
 from qlora_harness.fused.packed_row import PackedRow, Rotation
-from qlora_harness.model.base import base_of, is_plain_linear, why_not_plain
+from qlora_harness.model.base import is_plain_linear, why_not_plain
+from qlora_harness.model.facts import base_of
 from qlora_harness.model.plain_lora import is_plain
 from qlora_harness.model.rope import why_by_length
 from qlora_harness.model.shape import Shape

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from qlora_harness.model.base import BaseSource, load_base
+from qlora_harness.model.base import load_base
+from qlora_harness.model.source import BaseSource
 from qlora_harness.settings import Quant
 
 if TYPE_CHECKING:

@@ -22,8 +22,9 @@ from qlora_harness.errors import SettingsError, install_excepthook
 from qlora_harness.fused.launch import hash_triton_ahead
 from qlora_harness.lm_eval_compat.hflm import LoadedHFLM, Request
 from qlora_harness.lm_eval_compat.saving import verify_saved_results
-from qlora_harness.model.base import count_parameters, find_base, read_config
+from qlora_harness.model.facts import count_parameters
 from qlora_harness.model.rope import window
+from qlora_harness.model.source import find_base, read_config
 from qlora_harness.score.generation import GenerationTask
 from qlora_harness.score.model_arguments import (
     ScoringOptions,

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from qlora_harness.fused.host_memory import to_device
 from qlora_harness.fused.layer import Attend
 from qlora_harness.fused.model import FusedDecoder
-from qlora_harness.model.base import base_of, head_size
 from qlora_harness.model.compute_dtype import has_bfloat16
+from qlora_harness.model.facts import base_of, head_size
 from qlora_harness.model.plain_lora import FastLora
 from qlora_harness.model.rope import why_by_length
 from qlora_harness.model.sharded import sharded_layers

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from qlora_harness.model.base import is_out_of_memory
+from qlora_harness.model.facts import is_out_of_memory
 from qlora_harness.score.packed_forward import PackedModel, Reads, Running
 from qlora_harness.score.prefix_tree import Pack, Query, Score, plan
 

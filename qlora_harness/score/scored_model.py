@@ -8,16 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import AdapterError, ModelError
 from qlora_harness.model.adapter_folder import adapter_digest, read_adapter_config
-from qlora_harness.model.base import (
-    BaseSource,
-    attention_of,
-    base_of,
-    load_tokenizer,
-    unquantised_share,
-    weights_fingerprint,
-)
+from qlora_harness.model.base import unquantised_share, weights_fingerprint
+from qlora_harness.model.facts import attention_of, base_of
 from qlora_harness.model.lora import load_adapter
 from qlora_harness.model.shared_base import take_base
+from qlora_harness.model.source import BaseSource, load_tokenizer
 from qlora_harness.score.run_choice import ScoringChoice
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from qlora_harness.errors import SettingsError
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.adapter_folder import unknown_field
-from qlora_harness.model.base import base_of, fits_dequantised, is_4bit, mixes_tokens, why_not_plain
+from qlora_harness.model.base import fits_dequantised, is_4bit, mixes_tokens, why_not_plain
+from qlora_harness.model.facts import base_of
 from qlora_harness.model.plain_lora import is_plain
 from qlora_harness.model.sharded import sharded_layers
 from qlora_harness.score.model_arguments import ScoringOptions, refuse_fp8

@@ -12,14 +12,8 @@ from typing import Any, NoReturn
 from qlora_harness.errors import SettingsError, printable, run_command
 from qlora_harness.recipes import with_recipe
 from qlora_harness.record import ADAPTER_DIR, nested
-from qlora_harness.settings import (
-    GROUPS,
-    Settings,
-    build_settings,
-    field_kind,
-    flag_of,
-    unknown_name,
-)
+from qlora_harness.settings import GROUPS, Settings, field_kind, flag_of
+from qlora_harness.settings_checks import build_settings, unknown_name
 
 _DESCRIPTION = "Trains a LoRA adapter on a frozen base model in 4 bits (QLoRA), int8 or bf16."
 _EPILOG = """\

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from qlora_harness.data.examples import IGNORE, Example, lengths_of
-from qlora_harness.model.base import base_of
+from qlora_harness.model.facts import base_of
 from qlora_harness.model.sharded import sharded_layers
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch
 

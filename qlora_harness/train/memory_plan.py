@@ -92,7 +92,7 @@ def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from qlora_harness.fused.model import reason_against_config
-    from qlora_harness.model.base import head_size
+    from qlora_harness.model.facts import head_size
 
     config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     with torch.device("meta"):

@@ -22,18 +22,12 @@ from qlora_harness.fused import fp8
 from qlora_harness.fused.host_memory import memory_of_a_process
 from qlora_harness.fused.model import FusedDecoder, reason_against_config
 from qlora_harness.model.adapter_starts import START_FILE, save_pissa_start
-from qlora_harness.model.base import (
-    BaseSource,
-    base_of,
-    find_base,
-    is_out_of_memory,
-    load_tokenizer,
-    read_config,
-    weights_fingerprint,
-)
+from qlora_harness.model.base import weights_fingerprint
+from qlora_harness.model.facts import base_of, is_out_of_memory
 from qlora_harness.model.lora import public_name, save_adapter
 from qlora_harness.model.rope import why_by_length
 from qlora_harness.model.shared_base import take_base
+from qlora_harness.model.source import BaseSource, find_base, load_tokenizer, read_config
 from qlora_harness.record import (
     ADAPTER_DIR,
     CHECKPOINT_DIR,
@@ -42,13 +36,8 @@ from qlora_harness.record import (
     scrub_all,
 )
 from qlora_harness.schema.training_records import EvaluationLosses
-from qlora_harness.settings import (
-    Quant,
-    Settings,
-    check_can_run,
-    check_can_shard,
-    check_combination,
-)
+from qlora_harness.settings import Quant, Settings
+from qlora_harness.settings_checks import check_can_run, check_can_shard, check_combination
 from qlora_harness.train.adapter import (
     attach_adapter,
     eva_batches,

@@ -13,13 +13,9 @@ from accelerate import PartialState
 
 from qlora_harness.data.corpus import TrainingData
 from qlora_harness.errors import HarnessError
-from qlora_harness.model.base import (
-    BaseSource,
-    attention_of,
-    base_of,
-    parameter_dtypes,
-    unquantised_share,
-)
+from qlora_harness.model.base import unquantised_share
+from qlora_harness.model.facts import attention_of, base_of, parameter_dtypes
+from qlora_harness.model.source import BaseSource
 from qlora_harness.record import SUMMARY_FILE, environment, nested, now, scrub_all, write_json
 from qlora_harness.schema.section import Environment
 from qlora_harness.schema.training_records import (
