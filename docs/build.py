@@ -259,8 +259,8 @@ def generation_table() -> str:
 def generation_sentence() -> str:
     hf, first, again = generation()
     return (
-        f"GSM8K's {first.questions:,} questions after the same five examples, 128 new tokens each, take "
-        f"{first.seconds:.0f} s, and {again.seconds:.0f} s once kernels are built, against "
+        f"GSM8K's {first.questions:,} questions after the same five examples, 128 new tokens each, "
+        f"take {first.seconds:.0f} s, and {again.seconds:.0f} s once kernels are built, against "
         f"{first.ratio * first.seconds / 60:.0f} min with `hf` at batch size 16 (estimated from "
         f"{hf.questions} of them), in NF4."
     )
