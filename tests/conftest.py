@@ -23,6 +23,7 @@ Fixtures that other files use:
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -50,6 +51,13 @@ os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """Spares every later collection of garbage the million objects of the imported libraries."""
+    gc.collect()
+    gc.freeze()
+
 
 UNK, BOS, EOS, FIRST_BYTE, SPACE, FIRST_CHARACTER = 0, 1, 2, 3, 259, 260
 # The id of each printable character, in the order of ASCII; the space is LLaMA's "▁".
