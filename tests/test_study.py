@@ -20,7 +20,7 @@ import jsonschema
 import psutil
 import pytest
 import yaml
-from conftest import REPOSITORY
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.loggers import EvaluationTracker
 from rich.console import Console
 from training_runs import read
@@ -39,6 +39,7 @@ from qlora_harness.study.folder import StudyFolder, lock_cell
 from qlora_harness.study.progress import is_complete
 from qlora_harness.study.projection import Probe
 from qlora_harness.study.worker import CellRunner, Report
+from qlora_harness.train.command import main as train
 from qlora_harness.train.memory_plan import CONTEXT
 from qlora_harness.train.run import run_training
 
@@ -118,7 +119,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def test_cells_on_one_base_equal_separate_commands(file: Path, content: dict[str, Any]) -> None:
+def test_cells_on_one_base_equal_separate_commands(
+    file: Path,
+    content: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    unchanged_tracker: None,
+) -> None:
     content |= {"seeds": 2, "arms": {**content["arms"], "int8": {"quant": "int8"}}}
     study = build_study(content, {}, file)
     names = ["nf4/0", "nf4/1", "bf16/0", "bf16/1", "int8/1"]
@@ -129,16 +135,11 @@ def test_cells_on_one_base_equal_separate_commands(file: Path, content: dict[str
     for cell in (bf16, int8):
         run_training(cell.settings)
         InProcessScorer([[TASK]], 16).score(cell.model_args(), cell.folder / "lm_eval")
-    (file.parent / "launch").symlink_to(REPOSITORY / "launch")
-    for command in alone.commands(nf4):
-        line = shlex.split(command)
-        # The launcher itself only sets variables for several processes.
-        line = (
-            [sys.executable, *line[2:]]
-            if line[0] == "accelerate"
-            else [str(BIN / line[0]), *line[1:]]
-        )
-        subprocess.run(line, check=True, capture_output=True, env=environment())
+    training, scoring = map(shlex.split, alone.commands(nf4))
+    assert training[:3] == ["accelerate", "launch", "launch/train.py"]
+    assert train(training[3:]) == 0
+    monkeypatch.setattr("sys.argv", scoring)
+    cli_evaluate()
     for cell in (bf16, nf4, int8):
         together, expected = numbers_of(study.cell(cell.name).folder), numbers_of(cell.folder)
         for key, value in expected.items():
