@@ -318,20 +318,11 @@ def train(tiny_llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
     def run(**flags: Any) -> int:
         chosen = {
-            "model": tiny_llama,
-            "dataset": rows,
-            "compute_dtype": "float32",
-            "max_steps": 4,
-            "batch_size": 4,
-            "grad_accum": 1,
-            "optimizer": "adamw_torch",
-            "checkpointing": "none",
-            "max_length": 96,
-            "lora_dropout": 0,
-            "lora_r": 4,
-            "eval_fraction": 0.25,
+            "model": tiny_llama, "dataset": rows, "compute_dtype": "float32", "max_steps": 4,
+            "batch_size": 4, "grad_accum": 1, "optimizer": "adamw_torch", "checkpointing": "none",
+            "max_length": 96, "lora_dropout": 0, "lora_r": 4, "eval_fraction": 0.25,
             "learning_rate": 0.01,
-        } | flags
+        } | flags  # fmt: skip
         words = []
         for name, value in chosen.items():
             flag = name.replace("_", "-")

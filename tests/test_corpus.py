@@ -140,33 +140,19 @@ def test_report_counts_everything_by_hand(load: Loader, tmp_path: Path) -> None:
     assert [e.input_ids for e in data.train] == examples
     assert list(data.evaluation) == []
     split = {
-        "conversations": 2,
-        "turns": 4,
-        "tokens": (1 + 26 + 4 + 1) + 64,
-        "supervised_tokens": (4 + 1) + 37,
-        "truncated": 1,
-        "without_supervised_token": 1,
+        "conversations": 2, "turns": 4, "tokens": (1 + 26 + 4 + 1) + 64,
+        "supervised_tokens": (4 + 1) + 37, "truncated": 1, "without_supervised_token": 1,
         "fingerprint": hashed(data.train),
-    }
+    }  # fmt: skip
     assert data.report == {
-        "dataset": str(tmp_path / "rows.jsonl"),
-        "revision": None,
-        "source": str(tmp_path / "rows.jsonl"),
-        "languages": "en",
-        "conversations": "best-path",
-        "evaluation_source": "0 of the trees",
-        "template": "guanaco",
-        "mask": "prompt",
-        "leading_bos": [BOS],
-        "commit": None,
-        "form": "oasst",
-        "messages": 11,
-        "trees": 6,
+        "dataset": str(tmp_path / "rows.jsonl"), "revision": None,
+        "source": str(tmp_path / "rows.jsonl"), "languages": "en", "conversations": "best-path",
+        "evaluation_source": "0 of the trees", "template": "guanaco", "mask": "prompt",
+        "leading_bos": [BOS], "commit": None, "form": "oasst", "messages": 11, "trees": 6,
         "dropped": {"deleted": 2, "language": 2, "tree without assistant reply": 1},
-        "resolved": {},
-        "train": split,
+        "resolved": {}, "train": split,
         "eval": dict.fromkeys(split, 0) | {"fingerprint": hashed([])},
-    }
+    }  # fmt: skip
     assert json.loads(json.dumps(data.report)) == data.report
 
 

@@ -39,13 +39,9 @@ PROGRESS = "mmlu_progress_smollm2_4bit_qlora.json"
 
 def question(index: int, subject: str, *, says: str, answer: str) -> QuestionRow:
     return question_row(
-        index=index,
-        subject=subject,
-        prompt_sha256=prompt_hash(f"Question {index}\nAnswer:"),
-        answer=answer,
-        logprobs=SAYS[says],
-        truncated=index == 8,
-    )
+        index=index, subject=subject, prompt_sha256=prompt_hash(f"Question {index}\nAnswer:"),
+        answer=answer, logprobs=SAYS[says], truncated=index == 8,
+    )  # fmt: skip
 
 
 # anatomy 2 of 3 right, astronomy 1 of 4, philosophy 2 of 2; given out of order.

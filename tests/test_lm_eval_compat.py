@@ -118,12 +118,8 @@ def run(
     """
     process = subprocess.run(
         [sys.executable, *switches, "-c", f"{code}\nimport json; print(json.dumps(result))"],
-        cwd="/",
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+        cwd="/", env=os.environ | environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert process.stderr.count("\n") == errors, process.stderr
     return json.loads(process.stdout), process.stderr

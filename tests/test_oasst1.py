@@ -37,15 +37,10 @@ def message(
     identity: str, parent: str | None, role: str, rank: int | None = None, **more: Any
 ) -> Row:
     return {
-        "message_id": identity,
-        "parent_id": parent,
-        "role": {"P": "prompter", "A": "assistant"}[role],
-        "rank": rank,
-        "text": identity,
-        "lang": "en",
-        "deleted": False,
-        "review_result": True,
-    } | more
+        "message_id": identity, "parent_id": parent,
+        "role": {"P": "prompter", "A": "assistant"}[role], "rank": rank, "text": identity,
+        "lang": "en", "deleted": False, "review_result": True,
+    } | more  # fmt: skip
 
 
 def rows(*lines: str, **changes: Mapping[str, Any]) -> list[Row]:

@@ -37,13 +37,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration of LLaMA-2-7B, without weights."""
     folder = tmp_path_factory.mktemp("llama-2-7b")
     transformers.LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        vocab_size=32000,
-    ).save_pretrained(folder)
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, vocab_size=32000,
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 

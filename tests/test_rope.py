@@ -106,13 +106,9 @@ def test_configuration_keeps_what_the_base_has(short_llama: Path, kind: str) -> 
 
 
 LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 512,
-}
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 512,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -234,13 +230,9 @@ def test_shared_bases_differ_by_scaling(short_llama: Path) -> None:
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
 def test_loaded_frequencies_are_those_of_the_type(short_llama: Path, kind: str) -> None:
     model: Any = load_base(
-        find_base(str(short_llama)),
-        quant=Quant.NF4,
-        double_quant=True,
-        compute_dtype="bfloat16",
-        device=torch.device("cpu"),
-        rope_scaling=f"{kind}:4",
-    )
+        find_base(str(short_llama)), quant=Quant.NF4, double_quant=True, compute_dtype="bfloat16",
+        device=torch.device("cpu"), rope_scaling=f"{kind}:4",
+    )  # fmt: skip
     rotary = model.model.rotary_emb
     frequencies, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[kind](model.config)
     assert torch.equal(rotary.inv_freq, frequencies)

@@ -58,24 +58,14 @@ def content(tiny_llama: Path, rows: Path) -> dict[str, Any]:
     return {
         "name": "s",
         "settings": {
-            "model": str(tiny_llama),
-            "dataset": str(rows),
-            "compute_dtype": "float32",
-            "max_steps": 3,
-            "batch_size": 2,
-            "grad_accum": 2,
-            "optimizer": "adamw_torch",
-            "checkpointing": "none",
-            "max_length": 96,
-            "lora_r": 4,
-            "eval_fraction": 0.25,
-            "learning_rate": 0.01,
-            "save_steps": 1,
-            "eval_steps": 2,
+            "model": str(tiny_llama), "dataset": str(rows), "compute_dtype": "float32",
+            "max_steps": 3, "batch_size": 2, "grad_accum": 2, "optimizer": "adamw_torch",
+            "checkpointing": "none", "max_length": 96, "lora_r": 4, "eval_fraction": 0.25,
+            "learning_rate": 0.01, "save_steps": 1, "eval_steps": 2,
         },
         "arms": {"nf4": {"quant": "nf4"}, "bf16": {"quant": "bf16"}},
         "tasks": TASK,
-    }
+    }  # fmt: skip
 
 
 @pytest.fixture

@@ -74,14 +74,10 @@ def test_files_and_numbers_of_a_run(
     assert (record["arm"], record["quant"]) == (run_dir.name, quant)
     assert record["started"] <= record["finished"]
     assert record["model"] == {
-        "name": str(tiny_llama),
-        "revision": None,
-        "commit": None,
-        "random_weights": True,
+        "name": str(tiny_llama), "revision": None, "commit": None, "random_weights": True,
         "weights_fingerprint": checkpoint_fingerprint(str(tiny_llama), None),
-        "trainable_parameters": 8192,
-        "attention": "sdpa",
-    }
+        "trainable_parameters": 8192, "attention": "sdpa",
+    }  # fmt: skip
     linear, other, adapter = 73728, 46144, 8192
     assert record["quantization"] == {
         "quant": quant,

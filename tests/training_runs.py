@@ -83,13 +83,9 @@ def base(model: Path, quant: str = "bf16") -> Any:
 
 def loss_of(model: Any, examples: Sequence[Example]) -> float:
     return evaluate_loss(
-        model,
-        examples,
-        batch_size=3,
-        pad_id=0,
-        accelerator=Accelerator(cpu=True),
+        model, examples, batch_size=3, pad_id=0, accelerator=Accelerator(cpu=True),
         autocast_dtype=None,
-    ).loss
+    ).loss  # fmt: skip
 
 
 def as_if_killed(run_dir: str, *lost: int) -> None:
@@ -179,15 +175,10 @@ def on_ranks(
         else:
             words.append(f"--{flag}={value}")
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        max_restarts=restarts,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
+        min_nodes=1, max_nodes=1, nproc_per_node=ranks, max_restarts=restarts,
+        rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
         start_method="forkserver",
-    )
+    )  # fmt: skip
     elastic_launch(config, _rank)(words, folder, fault)
 
 

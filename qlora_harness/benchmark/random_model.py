@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from qlora_harness.errors import ModelError, first_line
 from qlora_harness.model.base import RANDOM_WEIGHTS_KEY
 from qlora_harness.record import new_folder
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-2-7b": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 4096,
-    },
-    "qwen2.5-1.5b": {
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-    },
-    "qwen2.5-0.5b": {
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-    },
-    "tiny": {
-        "vocab_size": 32000,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-    },
+_DIMENSIONS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings",
+)  # fmt: skip
+SHAPES = {
+    "llama-2-7b": (32000, 4096, 11008, 32, 32, 32, 4096),
+    "qwen2.5-1.5b": (151936, 1536, 8960, 28, 12, 2, 4096),
+    "qwen2.5-0.5b": (151936, 896, 4864, 24, 14, 2, 4096),
+    "tiny": (32000, 64, 128, 2, 4, 2, 2048),
 }
 
 
@@ -69,9 +40,11 @@ def write_random_model(
             f"--tokenizer: {tokenizer!r} can't be loaded ({first_line(error)})",
             "Name a tokenizer folder or a Hub id",
         ) from None
-    dims = SHAPES[shape] | ({} if vocab_size is None else {"vocab_size": vocab_size})
+    dimensions = dict(zip(_DIMENSIONS, SHAPES[shape], strict=True))
+    if vocab_size is not None:
+        dimensions["vocab_size"] = vocab_size
     config = LlamaConfig(
-        **dims,
+        **dimensions,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
         bos_token_id=tok.bos_token_id,
