@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from qlora_harness.errors import ModelError, first_line
 from qlora_harness.model.base import RANDOM_WEIGHTS_KEY
@@ -40,7 +41,7 @@ def write_random_model(
             f"--tokenizer: {tokenizer!r} can't be loaded ({first_line(error)})",
             "Name a tokenizer folder or a Hub id",
         ) from None
-    dimensions = dict(zip(_DIMENSIONS, SHAPES[shape], strict=True))
+    dimensions: dict[str, Any] = dict(zip(_DIMENSIONS, SHAPES[shape], strict=True))
     if vocab_size is not None:
         dimensions["vocab_size"] = vocab_size
     config = LlamaConfig(
