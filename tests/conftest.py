@@ -211,20 +211,14 @@ def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     source = find_base(str(tiny_llama))
     model = load_base(
-        source,
-        quant=Quant.NF4,
-        double_quant=True,
-        compute_dtype="float32",
+        source, quant=Quant.NF4, double_quant=True, compute_dtype="float32",
         device=torch.device("cpu"),
-    )
+    )  # fmt: skip
     record = {
-        "schema_version": 1,
-        "kind": "adapter",
+        "schema_version": 1, "kind": "adapter",
         "base": source.record() | {"weights_fingerprint": weights_fingerprint(model)},
-        "quant": "nf4",
-        "double_quant": True,
-        "compute_dtype": "float32",
-    }
+        "quant": "nf4", "double_quant": True, "compute_dtype": "float32",
+    }  # fmt: skip
     torch.manual_seed(1)
     adapted = attach_lora(model, r=RANK, alpha=ALPHA, dropout=0.0, targets="all-linear")
     with torch.no_grad():

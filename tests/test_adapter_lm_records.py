@@ -55,12 +55,9 @@ def test_progress_file_holds_every_question_in_file_order(
     created = progress.pop("created")
     assert len(created) == len("2026-11-24T10:00:00+00:00")
     assert progress == {
-        "schema_version": 1,
-        "kind": "mmlu_progress",
-        "arm": "4bit",
-        "model": model_record(tiny_llama, adapter),
-        "tasks": {"mmlu_qlora_demo": expected},
-    }
+        "schema_version": 1, "kind": "mmlu_progress", "arm": "4bit",
+        "model": model_record(tiny_llama, adapter), "tasks": {"mmlu_qlora_demo": expected},
+    }  # fmt: skip
 
 
 def test_evaluation_results_say_what_was_scored_and_how(

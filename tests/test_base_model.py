@@ -43,12 +43,9 @@ def load(
     folder: Path | str, quant: str, compute_dtype: str = "float32", double_quant: bool = True
 ) -> Any:
     return load_base(
-        find_base(str(folder)),
-        quant=Quant(quant),
-        double_quant=double_quant,
-        compute_dtype=compute_dtype,
-        device=torch.device("cpu"),
-    )
+        find_base(str(folder)), quant=Quant(quant), double_quant=double_quant,
+        compute_dtype=compute_dtype, device=torch.device("cpu"),
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -71,11 +68,8 @@ def refusal(action: Callable[[], object]) -> str:
 
 def test_record_of_a_folder(tiny_llama: Path) -> None:
     assert find_base(str(tiny_llama)).record() == {
-        "name": str(tiny_llama),
-        "revision": None,
-        "commit": None,
-        "random_weights": True,
-    }
+        "name": str(tiny_llama), "revision": None, "commit": None, "random_weights": True,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["folder", "smollm2"])

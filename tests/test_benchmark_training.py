@@ -78,13 +78,10 @@ def test_table() -> None:
     )  # fmt: skip
     peer = measured.model_copy(
         update={
-            "way": "trl-pad",
-            "peak_allocated_bytes": None,
-            "peak_reserved_bytes": None,
-            "ratio": None,
-            "versions": {"trl": "1.16.0", "torch": "2.11.0"},
+            "way": "trl-pad", "peak_allocated_bytes": None, "peak_reserved_bytes": None,
+            "ratio": None, "versions": {"trl": "1.16.0", "torch": "2.11.0"},
         }
-    )
+    )  # fmt: skip
     failed = TrainingMeasurement(way="peft-none", quant="bf16", changes={}, failure="out of memory")
     record = TrainingBenchmark(
         title="a model, CPU", measurements=[measured, peer, failed], environment={}

@@ -126,13 +126,10 @@ def example_ids(question: str, answer: str) -> list[int]:
 
 def test_report_counts_everything_by_hand(load: Loader, tmp_path: Path) -> None:
     rows = [
-        *pair("t1", "q", "yes"),
-        *pair("t2", "q", "x" * 100),
-        *pair("t3", "q" * 100, "no"),
-        *pair("t4", "Frage", "ja", lang="de"),
-        *pair("t5", "q", "gone", deleted=True),
+        *pair("t1", "q", "yes"), *pair("t2", "q", "x" * 100), *pair("t3", "q" * 100, "no"),
+        *pair("t4", "Frage", "ja", lang="de"), *pair("t5", "q", "gone", deleted=True),
         pair("t6", "q", "")[0],
-    ]
+    ]  # fmt: skip
     data = load(rows)
     # " ### Human: q### Assistant:" is 26 tokens, so a reply has room for 64 - 1 - 26 = 37.
     assert len(token_ids(" ### Human: q### Assistant:")) == 26
@@ -233,11 +230,8 @@ def test_validation_split_of_the_data_set_is_used_whole(load: Loader, tmp_path: 
     assert data.report["evaluation_source"] == "validation split"
     assert data.report["dropped"] == {}
     assert data.report["validation"] == {
-        "messages": 4,
-        "trees": 2,
-        "dropped": {"language": 2},
-        "resolved": {},
-    }
+        "messages": 4, "trees": 2, "dropped": {"language": 2}, "resolved": {},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

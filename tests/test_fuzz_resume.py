@@ -26,15 +26,12 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("fuzz") / "run"
     write_summary(folder, "interrupted", build_settings(VALUES).flat())
     change_summary(
-        folder,
-        started="2026-11-28T05:00:00+00:00",
+        folder, started="2026-11-28T05:00:00+00:00",
         process={"id": 2, "host": "0" * 16, "started": 1.0},
-        model={"weights_fingerprint": "sha256:0"},
-        quantization={"compute_dtype": "float32"},
-        computation={"padding": "none"},
-        data={"train": {"fingerprint": "x"}},
+        model={"weights_fingerprint": "sha256:0"}, quantization={"compute_dtype": "float32"},
+        computation={"padding": "none"}, data={"train": {"fingerprint": "x"}},
         runtime={"train_seconds": 1.5},
-    )
+    )  # fmt: skip
     step = {"step": 1, "loss": 1.0, "seconds": 0.5, "tokens": 5, "supervised_tokens": 2}
     log = {"schema_version": 1, "kind": "training_logs", "steps": [step, step | {"step": 2}]}
     (folder / "training_logs.json").write_text(json.dumps(log))

@@ -135,12 +135,9 @@ def test_weights_and_adapter_are_counted_to_the_byte(
     tiny_llama: Path, quant: str, double_quant: bool, use_dora: bool
 ) -> None:
     model = load_base(
-        find_base(str(tiny_llama)),
-        quant=Quant(quant),
-        double_quant=double_quant,
-        compute_dtype="bfloat16",
-        device=torch.device("cpu"),
-    )
+        find_base(str(tiny_llama)), quant=Quant(quant), double_quant=double_quant,
+        compute_dtype="bfloat16", device=torch.device("cpu"),
+    )  # fmt: skip
     held = 0
     for parameter in model.parameters():
         held += parameter.numel() * parameter.element_size()

@@ -12,15 +12,7 @@ import torch
 import transformers
 from compare_runs import FIRST, evaluation, summary, write_run
 from scoring_runs import MakeLm, demo_prompts, refused, score
-from tiny_models import (
-    adapted,
-    assert_alike,
-    fused_step,
-    logprobs,
-    plain_step,
-    texts,
-    tiny,
-)
+from tiny_models import adapted, assert_alike, fused_step, logprobs, plain_step, texts, tiny
 from training_runs import Train, as_if_killed, losses, read
 
 from qlora_harness.cli import main as cli
@@ -400,10 +392,7 @@ def test_results_of_another_scaling_are_those_of_another_model() -> None:
 
 
 def test_arms_of_a_study_may_differ_by_scaling() -> None:
-    arms = {
-        "short": {"quant": "nf4"},
-        "long": {"quant": "nf4", "rope_scaling": "yarn:4"},
-    }
+    arms = {"short": {"quant": "nf4"}, "long": {"quant": "nf4", "rope_scaling": "yarn:4"}}
     content = {"arms": arms, "tasks": ["mmlu_qlora_demo"], "score_bases": True}
     study = build_study(content, {"max_length": 2048}, None)
     assert [cell.name for cell in study.cells] == ["base_short", "base_long", "short/0", "long/0"]

@@ -25,12 +25,9 @@ BASE = {
     "weights_fingerprint": "sha256:0",
 }
 RECORD = {
-    "kind": "adapter",
-    "base": BASE,
-    "quant": "nf4",
-    "double_quant": False,
+    "kind": "adapter", "base": BASE, "quant": "nf4", "double_quant": False,
     "compute_dtype": "bfloat16",
-}
+}  # fmt: skip
 
 
 def write_adapter(folder: Path, record: dict[str, Any] | None = None, **config: Any) -> Path:

@@ -110,10 +110,7 @@ def environment() -> dict[str, str]:
 
 
 def test_cells_on_one_base_equal_separate_commands(
-    file: Path,
-    content: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    unchanged_tracker: None,
+    file: Path, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, unchanged_tracker: None
 ) -> None:
     content |= {"seeds": 2, "arms": {**content["arms"], "int8": {"quant": "int8"}}}
     study = build_study(content, {}, file)

@@ -245,12 +245,9 @@ def test_group_averages_by_question_and_by_subject(manager: TaskManager) -> None
     chosen = {f"mmlu_qlora_demo_{s}": [0] for c in DEMO_SUBJECTS.values() for s in c}
     chosen["mmlu_qlora_demo_nutrition"] = list(range(12))
     results = simple_evaluate(
-        model=Recorder(),
-        tasks=["mmlu_qlora_demo"],
-        samples=chosen,
-        task_manager=manager,
+        model=Recorder(), tasks=["mmlu_qlora_demo"], samples=chosen, task_manager=manager,
         bootstrap_iters=0,
-    )["results"]
+    )["results"]  # fmt: skip
     right: dict[str, list[bool]] = {}
     for q in load_questions(DEMO_FILE):
         right.setdefault(q.subject, []).append(q.answer == "B")

@@ -61,12 +61,9 @@ def quantise(model: Any) -> None:
             for name, linear in list(parent.named_children()):
                 if isinstance(linear, torch.nn.Linear):
                     packed = Linear4bit(
-                        linear.in_features,
-                        linear.out_features,
-                        bias=linear.bias is not None,
-                        compute_dtype=torch.float32,
-                        quant_type="nf4",
-                    )
+                        linear.in_features, linear.out_features, bias=linear.bias is not None,
+                        compute_dtype=torch.float32, quant_type="nf4",
+                    )  # fmt: skip
                     packed.weight = Params4bit(linear.weight.data, quant_type="nf4")
                     packed.bias = linear.bias
                     packed.support_avx512bf16_for_cpu = False
@@ -185,11 +182,8 @@ def continued(model: Any, ids: list[list[int]], longest: int, end: int) -> list[
         out = model.generate(
             input_ids=torch.tensor([prompt], device=model.device),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=model.device),
-            max_new_tokens=longest,
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=0,
-        )
+            max_new_tokens=longest, do_sample=False, eos_token_id=end, pad_token_id=0,
+        )  # fmt: skip
         texts.append(out[0, len(prompt) :].tolist())
     return texts
 

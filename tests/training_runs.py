@@ -73,12 +73,9 @@ def data_of(model: Path, rows: Path) -> TrainingData:
 def base(model: Path, quant: str = "bf16") -> Any:
     """A base in float32 arithmetic on the CPU."""
     return load_base(
-        find_base(str(model)),
-        quant=Quant(quant),
-        double_quant=True,
-        compute_dtype="float32",
+        find_base(str(model)), quant=Quant(quant), double_quant=True, compute_dtype="float32",
         device=torch.device("cpu"),
-    )
+    )  # fmt: skip
 
 
 def loss_of(model: Any, examples: Sequence[Example]) -> float:
@@ -140,11 +137,8 @@ def write_checkpoint(run_dir: Path, step: int, without: str = "") -> Path:
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"state": torch.arange(50)}, folder / name)
     state: dict[str, Any] = {
-        "epoch": 1.0,
-        "global_step": step,
-        "max_steps": 8,
-        "num_train_epochs": 1,
-    }
+        "epoch": 1.0, "global_step": step, "max_steps": 8, "num_train_epochs": 1,
+    }  # fmt: skip
     state |= {"total_flos": 0.0, "log_history": [{"loss": 1.0}], "stateful_callbacks": {}}
     (folder / "trainer_state.json").write_text(json.dumps(state))
     if without:
