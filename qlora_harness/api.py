@@ -13,7 +13,8 @@ from qlora_harness.recipes import with_recipe
 from qlora_harness.record import ADAPTER_DIR
 from qlora_harness.results.runs import Run, load_run
 from qlora_harness.score.suite import benchmarks, lm_eval_words
-from qlora_harness.settings import Settings, build_settings
+from qlora_harness.settings import Settings
+from qlora_harness.settings_checks import build_settings
 
 
 def train(settings: Settings | Mapping[str, Any], *, recipe: str | None = None) -> Run:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -144,20 +145,31 @@ def _print_schema(kind: str) -> None:
 
 def _plan(words: Sequence[str]) -> None:
     """Parses the flags of launch/train.py and prints the memory of every way to train."""
-    from qlora_harness.model.base import find_base
+    from qlora_harness.model.source import find_base
+    from qlora_harness.settings_checks import check_can_shard
     from qlora_harness.train.command import flag_parser, parse_settings
     from qlora_harness.train.compute_dtype import with_own_dtype
-    from qlora_harness.train.memory_plan import choose_memory_plan, measure_shape
+    from qlora_harness.train.memory_plan import Ranks, choose_memory_plan, measure_shape
     from qlora_harness.train.plan_text import table
     from qlora_harness.train.window import check_window
 
     own = _Parser(prog="qlora-harness plan", add_help=False, allow_abbrev=False)
-    own.add_argument("--gpus", type=int, default=1)
-    own.add_argument("--engine", choices=["ddp"], default="ddp")
-    devices, words = own.parse_known_args(words)
-    check_at_least({"--gpus": devices.gpus}, 1)
     parser = flag_parser("qlora-harness plan", _PLAN, epilog=None)
+    for each in (own, parser):  # the latter shows them
+        add = partial(each.add_argument, default=argparse.SUPPRESS)
+        add("--gpus", type=int, metavar="N", help="default 1")
+        add(
+            "--engine",
+            choices=["ddp", "fsdp2"],
+            help="of several GPUs: fsdp2 spreads the base over them (default ddp)",
+        )
+    own.set_defaults(gpus=1, engine="ddp")
+    args, words = own.parse_known_args(words)
+    check_at_least({"--gpus": args.gpus}, 1)
+    ranks = Ranks(args.gpus, args.engine == "fsdp2" and args.gpus > 1)
     settings, _ = parse_settings(words, parser)
+    if ranks.sharded:
+        check_can_shard(settings)
     source = find_base(settings.model.model, settings.model.revision)
     check_window(settings, source)
     settings = with_own_dtype(settings)
@@ -165,8 +177,8 @@ def _plan(words: Sequence[str]) -> None:
     # Without data, assumes that every example has the longest permitted length.
     examples = settings.optimization.batch_size * settings.optimization.grad_accum
     lengths = [settings.data.max_length] * examples
-    chosen, _, tokens = choose_memory_plan(shape, settings, lengths, devices.gpus)
-    print(table(shape, settings, chosen, tokens, devices.gpus))
+    chosen, _, tokens = choose_memory_plan(shape, settings, lengths, ranks)
+    print(table(shape, settings, chosen, tokens, ranks))
 
 
 def _read_runs(args: argparse.Namespace) -> None:

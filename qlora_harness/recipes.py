@@ -12,7 +12,8 @@ import yaml
 
 from qlora_harness.errors import SettingsError, shown
 from qlora_harness.locations import recipes_dir
-from qlora_harness.settings import setting_fields, unknown_name
+from qlora_harness.settings import setting_fields
+from qlora_harness.settings_checks import unknown_name
 
 _LARGEST_RECIPE = 100_000  # bytes
 

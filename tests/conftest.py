@@ -205,8 +205,9 @@ def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from scoring_runs import ALPHA, RANK
 
-    from qlora_harness.model.base import find_base, load_base, load_tokenizer, weights_fingerprint
+    from qlora_harness.model.base import load_base, weights_fingerprint
     from qlora_harness.model.lora import attach_lora, save_adapter
+    from qlora_harness.model.source import find_base, load_tokenizer
     from qlora_harness.settings import Quant
 
     source = find_base(str(tiny_llama))

@@ -29,7 +29,7 @@ from qlora_harness.errors import ResultsError
 from qlora_harness.fused import model as fused_model
 from qlora_harness.fused.bordered import Projection
 from qlora_harness.model import plain_lora
-from qlora_harness.model.base import find_base
+from qlora_harness.model.source import find_base
 
 # A hand-written reference: weights by hand, ids by hand, one plain forward pass in float32
 

@@ -32,7 +32,8 @@ from qlora_harness.model.adapter_starts import (
 )
 from qlora_harness.model.base import expand_4bit
 from qlora_harness.model.lora import attach_lora
-from qlora_harness.settings import CHECKPOINTING, build_settings, check_can_run
+from qlora_harness.settings import CHECKPOINTING
+from qlora_harness.settings_checks import build_settings, check_can_run
 from qlora_harness.train import run as train_run
 
 needs_hqq = pytest.mark.skipif(find_spec("hqq") is None, reason="the package hqq is not installed")
@@ -301,7 +302,7 @@ def test_dora_adapter_on_int8_is_refused(train: Train, make_lm: MakeLm) -> None:
 def test_hqq_without_its_package_is_refused_before_loading(
     make_lm: MakeLm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_harness.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("qlora_harness.settings_checks.find_spec", lambda name: None)
     with pytest.raises(SettingsError) as caught:
         check_can_run(build_settings({"quant": "hqq"}))
     assert str(caught.value) == "--quant hqq needs the package hqq. pip install hqq."

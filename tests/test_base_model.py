@@ -16,20 +16,17 @@ import torch
 from conftest import VOCABULARY_SIZE
 from safetensors.torch import load_file, save_file
 
-from qlora_harness.benchmark.random_model import write_random_model
+from qlora_harness.benchmark.random_model import SHAPES, write_random_model
 from qlora_harness.errors import ModelError
 from qlora_harness.model.base import (
-    count_parameters,
     dequantise,
-    find_base,
-    is_out_of_memory,
     load_base,
-    load_tokenizer,
     mixes_tokens,
-    parameter_dtypes,
     unquantised_share,
     weights_fingerprint,
 )
+from qlora_harness.model.facts import count_parameters, is_out_of_memory, parameter_dtypes
+from qlora_harness.model.source import find_base, load_tokenizer
 from qlora_harness.settings import Quant
 
 WEIGHTS = "model.safetensors"
@@ -353,6 +350,15 @@ def test_random_model_is_seeded_and_says_so(
     assert all(value.dtype == torch.bfloat16 for value in first.values())
     assert json.loads((again / "config.json").read_text())["qlora_harness_random_weights"] is True
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_random_model_has_room_for_every_token(
+    tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SHAPES, "tiny", (8, *SHAPES["tiny"][1:]))
+    write_random_model(tmp_path / "new", shape="tiny", tokenizer=str(tiny_tokenizer))
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["vocab_size"] == VOCABULARY_SIZE
 
 
 def test_random_model_never_replaces_a_folder(tiny_tokenizer: Path, tmp_path: Path) -> None:

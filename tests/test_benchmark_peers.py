@@ -18,8 +18,8 @@ from qlora_harness.benchmark.peers import PEER_WAYS, run_peer
 from qlora_harness.benchmark.training import WAYS
 from qlora_harness.cli import main
 from qlora_harness.data.examples import Example
-from qlora_harness.model.base import find_base
-from qlora_harness.settings import build_settings
+from qlora_harness.model.source import find_base
+from qlora_harness.settings_checks import build_settings
 
 STAND_IN = """
 from dataclasses import dataclass

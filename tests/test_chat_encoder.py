@@ -22,7 +22,7 @@ from qlora_harness.data.oasst1 import build_conversations, check_row
 from qlora_harness.data.templates import TEMPLATES, chat_template
 from qlora_harness.data.text_ids import leading_bos
 from qlora_harness.errors import SettingsError
-from qlora_harness.model.base import find_base, load_tokenizer
+from qlora_harness.model.source import find_base, load_tokenizer
 from qlora_harness.settings import setting_fields
 
 Ids = list[int]

@@ -16,12 +16,14 @@ from training_runs import Train, as_if_killed
 from qlora_harness.cli import main as cli
 from qlora_harness.errors import SettingsError, TrainingError
 from qlora_harness.fused.model import FusedDecoder
-from qlora_harness.model.base import dequantise, find_base, load_base
+from qlora_harness.model.base import dequantise, load_base
 from qlora_harness.model.compute_dtype import check_dtype, own_dtype
 from qlora_harness.model.lora import attach_lora
+from qlora_harness.model.source import find_base
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.model_arguments import resolve_dtype
-from qlora_harness.settings import Quant, build_settings, with_dtype
+from qlora_harness.settings import Quant
+from qlora_harness.settings_checks import build_settings, with_dtype
 from qlora_harness.study import devices
 from qlora_harness.study.checks import with_one_dtype
 from qlora_harness.study.definition import build_study

@@ -61,7 +61,8 @@ def named(block: Block) -> str:
     return f"{block.page}:{block.line}"
 
 
-RUN = [block for block in blocks() if block.needs is None]
+RUN = [block for block in blocks() if block.needs is None and block.page != "tutorial.md"]
+TUTORIAL = [block for block in blocks() if block.needs is None and block.page == "tutorial.md"]
 MARKED = [block for block in blocks() if block.needs is not None]
 
 
@@ -82,16 +83,28 @@ def copy_of_the_repository(tmp_path: Path) -> Path:
 def test_commands_run(block: Block, copy_of_the_repository: Path) -> None:
     if "results/" in block.text and not STUDY.is_dir():
         pytest.skip("results/ is not part of this copy")
-    shell = ["bash", "-euo", "pipefail", "-c", block.text]
+    run_block(block, copy_of_the_repository)
+
+
+def test_the_tutorial_runs(copy_of_the_repository: Path) -> None:
+    for block in TUTORIAL:  # each continues where the one before ended
+        run_block(block, copy_of_the_repository)
+    page = copy_of_the_repository / "results" / "library" / "comparison.html"
+    assert "NF4" in page.read_text(encoding="utf-8")
+
+
+def run_block(block: Block, folder: Path) -> None:
     process = subprocess.run(
-        shell if block.language == "bash" else [sys.executable, "-c", block.text],
-        cwd=copy_of_the_repository,
+        ["bash", "-euo", "pipefail", "-c", block.text]
+        if block.language == "bash"
+        else [sys.executable, "-c", block.text],
+        cwd=folder,
         env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == 0, f"{named(block)}: {process.stderr}"
 
 
 def without_launcher(words: list[str]) -> list[str]:

@@ -42,7 +42,7 @@ def plain(lm: Any, context: str, continuation: str) -> tuple[list[int], list[int
 def tokenizer(request: pytest.FixtureRequest) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    from qlora_harness.model.base import find_base, load_tokenizer
+    from qlora_harness.model.source import find_base, load_tokenizer
 
     if request.param == "tiny":
         return AutoTokenizer.from_pretrained(request.getfixturevalue("tiny_tokenizer"))

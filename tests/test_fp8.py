@@ -25,7 +25,8 @@ from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.base import expand_4bit
 from qlora_harness.score.packed_forward import PackedModel
 from qlora_harness.score.prefix_tree import Query, plan
-from qlora_harness.settings import CHECKPOINTING, build_settings
+from qlora_harness.settings import CHECKPOINTING
+from qlora_harness.settings_checks import build_settings
 from qlora_harness.train.memory_plan import measure_shape, predict_memory
 
 SCALE = 0.5
@@ -299,7 +300,7 @@ def test_plan_counts_e4m3_matrices_instead_of_those_in_bf16(
         for q in ("nf4", "bf16")
         for c in ("bf16", "fp8")
     ]
-    matrices = [matrix_bytes(shape, 64, 2, is_4bit=four) for four in (True, False)]
+    matrices = [matrix_bytes(shape, 64, 2, shared=four) for four in (True, False)]
     rounded = working_bytes(shape, 64, tokens)
     assert plans[1].work - plans[0].work == rounded - matrices[0]
     assert plans[3].work - plans[2].work == rounded - matrices[1]

@@ -12,7 +12,7 @@ from tiny_models import VOCABULARY, logprobs, model_of, one_pack, queries, tiny
 
 from qlora_harness.fused import layer, ops
 from qlora_harness.fused.model import FusedDecoder
-from qlora_harness.model.base import count_parameters
+from qlora_harness.model.facts import count_parameters
 from qlora_harness.score.packed_forward import PackedModel
 from qlora_harness.score.prefix_tree import Pack, Query
 

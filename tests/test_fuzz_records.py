@@ -19,7 +19,7 @@ from qlora_harness.recipes import read_recipe
 from qlora_harness.score import evaluation_record
 from qlora_harness.score.evaluation_record import Family, question_row, write_records
 from qlora_harness.score.journal import Journal
-from qlora_harness.settings import build_settings
+from qlora_harness.settings_checks import build_settings
 
 PROGRESS = "mmlu_progress_llama_4bit_qlora.json"
 HEADER = {

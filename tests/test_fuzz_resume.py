@@ -13,7 +13,7 @@ import torch
 from mutations import Reader, damaged_bytes, damaged_json
 from training_runs import change_summary, write_checkpoint, write_summary
 
-from qlora_harness.settings import build_settings
+from qlora_harness.settings_checks import build_settings
 from qlora_harness.train.checkpoints import checkpoint_step
 from qlora_harness.train.run_folder import earlier_steps, find_start
 

@@ -24,8 +24,8 @@ from training_runs import Train, base, summary
 from qlora_harness.compare.comparison import compare
 from qlora_harness.errors import AdapterError, ModelError
 from qlora_harness.model import gguf
-from qlora_harness.model.base import find_base, load_tokenizer
 from qlora_harness.model.fingerprint import checkpoint_fingerprint
+from qlora_harness.model.source import find_base, load_tokenizer
 
 PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "published" / "smollm2"
 Q = "blk.1.attn_q.weight"

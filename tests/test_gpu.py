@@ -40,13 +40,15 @@ from qlora_harness.fused.fp8_group import Fp8Group
 from qlora_harness.fused.host_memory import HostMemory
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.fused.packed_row import PackedRow
-from qlora_harness.model.base import find_base, load_base
+from qlora_harness.model.base import load_base
 from qlora_harness.model.lora import attach_lora
+from qlora_harness.model.source import find_base
 from qlora_harness.score import generator
 from qlora_harness.score.packed_forward import PackedModel
 from qlora_harness.score.prefix_tree import Query, plan
 from qlora_harness.score.tree_attention import TreeAttention, block_mask
-from qlora_harness.settings import CHECKPOINTING, COMPUTE, Quant, build_settings
+from qlora_harness.settings import CHECKPOINTING, COMPUTE, Quant
+from qlora_harness.settings_checks import build_settings
 from qlora_harness.train.batches import pack_batch, pad_batch
 from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.memory_plan import measure_shape, predict_memory

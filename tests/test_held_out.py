@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from training_runs import Train, evaluations, losses, read, summary
 
 from qlora_harness.schema.training_records import EvaluationLosses, EvaluationPoint, TrainingLog
-from qlora_harness.settings import build_settings
+from qlora_harness.settings_checks import build_settings
 from qlora_harness.train import run, run_record, trainer
 from qlora_harness.train.evaluation import evaluate_loss
 from qlora_harness.train.memory_meter import MemoryMeter

@@ -54,7 +54,15 @@ def reaching(folder: str, *forbidden: str) -> list[str]:
     [
         *(
             ([part], HEAVY)
-            for part in ("settings", "recipes", "errors", "record", "locations", "cli")
+            for part in (
+                "settings",
+                "settings_checks",
+                "recipes",
+                "errors",
+                "record",
+                "locations",
+                "cli",
+            )
         ),
         (["data"], HEAVY),
         (["train/command"], HEAVY),

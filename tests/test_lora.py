@@ -22,9 +22,9 @@ from qlora_harness.model.adapter_folder import (
     read_adapter_config,
     read_adapter_record,
 )
-from qlora_harness.model.base import find_base, load_tokenizer
 from qlora_harness.model.lora import attach_lora, load_adapter, save_adapter
 from qlora_harness.model.plain_lora import FastLora
+from qlora_harness.model.source import find_base, load_tokenizer
 
 RANK, ALPHA = 4, 8
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

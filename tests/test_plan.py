@@ -15,14 +15,17 @@ import transformers
 from qlora_harness.benchmark.training import WAYS
 from qlora_harness.cli import main as cli
 from qlora_harness.errors import SettingsError
-from qlora_harness.model.base import find_base, load_base
+from qlora_harness.model.base import load_base
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.model.shape import Shape
-from qlora_harness.settings import CHECKPOINTING, Quant, build_settings
+from qlora_harness.model.source import find_base
+from qlora_harness.settings import CHECKPOINTING, Quant
+from qlora_harness.settings_checks import build_settings
 from qlora_harness.train.command import main, parse_settings
 from qlora_harness.train.memory_plan import (
     GIB,
     LADDER,
+    Ranks,
     choose_memory_plan,
     largest_pass,
     measure_shape,
@@ -103,10 +106,26 @@ def test_graphs_hold_activations_gradients_and_the_work_of_two_layers(
 def test_ddp_holds_its_buckets_beside_the_activations(shape: Shape) -> None:
     for passes in (1, 2):
         settings = build_settings({"checkpointing": "selective", "grad_accum": passes})
-        one, each = (predict_memory(shape, settings, 4000, gpus) for gpus in (1, 2))
+        one, each = (predict_memory(shape, settings, 4000, Ranks(gpus)) for gpus in (1, 2))
         assert one.activations > one.gradients
         assert each.peak == one.peak + passes * one.gradients
-    assert not predict_memory(shape, settings, 500, 2).graphs
+    assert not predict_memory(shape, settings, 500, Ranks(2)).graphs
+
+
+@pytest.mark.parametrize("quant", ["nf4", "bf16"])
+def test_a_sharded_base_takes_its_part_and_two_layers(shape: Shape, quant: str) -> None:
+    settings = build_settings({"quant": quant, "checkpointing": "selective"})
+    whole, part = (
+        predict_memory(shape, settings, 4000, Ranks(4, sharded)) for sharded in (False, True)
+    )
+    layers = whole.weights - shape.others * 2
+    saved = layers - layers // 4 - 2 * layers // shape.layers
+    assert whole.weights - part.weights == saved
+    # The groups of a base in 16 bits lose their own matrices, and share one.
+    assert (whole.work == part.work) == (quant == "nf4")
+    assert (part.adapter, part.states, part.gradients) == (
+        whole.adapter, whole.states, whole.gradients,
+    )  # fmt: skip
 
 
 def test_long_rows_take_memory_by_the_token(shape: Shape) -> None:

@@ -21,15 +21,17 @@ from qlora_harness.errors import AdapterError, ModelError, SettingsError
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.inference.chat_model import ChatModel, Sampling
 from qlora_harness.inference.export import _merged
-from qlora_harness.model.base import find_base, load_base, read_config
+from qlora_harness.model.base import load_base
 from qlora_harness.model.rope import finish_scaling, scale, window
 from qlora_harness.model.shared_base import sharing_base, take_base
+from qlora_harness.model.source import find_base, read_config
 from qlora_harness.schema.scoring_records import Evaluation
 from qlora_harness.score.evaluation_record import _is_of_same_model
 from qlora_harness.score.packed_forward import why_unsupported
 from qlora_harness.score.prefix_tree import Query, plan
 from qlora_harness.score.run_choice import choose_scored_run
-from qlora_harness.settings import Quant, build_settings
+from qlora_harness.settings import Quant
+from qlora_harness.settings_checks import build_settings
 from qlora_harness.study.definition import build_study
 
 SHORT = 64  # the window of the models here

@@ -14,7 +14,7 @@ import torch
 from training_runs import CHECKPOINT_FILES, change_summary, write_checkpoint, write_summary
 
 from qlora_harness.errors import RunError
-from qlora_harness.settings import build_settings
+from qlora_harness.settings_checks import build_settings
 from qlora_harness.train.checkpoints import fault, newest_intact
 from qlora_harness.train.run_folder import (
     LOCK_FILE,

@@ -78,6 +78,10 @@ def commands(model: Path) -> dict[str, list[str]]:
     return {
         "single": [lm_eval, *DEMO, *nf4, "--limit", "3", *saved],
         "two processes": [sys.executable, *two_processes, *DEMO, *nf4, "--limit", "3", *saved],
+        "sharded": [
+            *("env", "ACCELERATE_USE_FSDP=true", sys.executable, *two_processes, *DEMO),
+            *(nf4[0], f"{nf4[1]},pack_tokens=1024", "--limit", "3"),
+        ],
         "accelerate, not saved": [accelerate, *one_process, *DEMO, *nf4, "--limit", "1", *blocked],
         "wrong folder": [
             *(lm_eval, "--tasks", "mmlu_qlora_5shot", "--model", "qlora_adapter"),
@@ -164,6 +168,19 @@ def test_two_processes_leave_the_same_record(single: Run, runs: dict[str, Future
     assert rows == others  # to the last bit: both compute the same packs
     theirs = both.harness_json()["results"]["mmlu_qlora_demo"]
     assert theirs["acc,none"] == pytest.approx(stored["acc"], abs=1e-12)
+
+
+def test_a_base_spread_over_two_processes_scores_alike(
+    single: Run, runs: dict[str, Future[Run]]
+) -> None:
+    """Though the processes compute different numbers of packs, which each gathers for the other."""
+    sharded = runs["sharded"].result()
+    assert sharded.status == 0, sharded.errors
+    assert not sharded.record()["tasks"]["mmlu_qlora_demo"]["settings"]["expanded_once"]
+    name = "mmlu_progress_tiny_llama_4bit_base.json"
+    rows, others = (run.record(name)["tasks"]["mmlu_qlora_demo"] for run in (single, sharded))
+    for row, other in zip(rows, others, strict=True):
+        assert other["logprobs"] == pytest.approx(row["logprobs"], abs=1e-5)
 
 
 def test_accelerate_launch_scores_and_says_that_the_results_cannot_be_saved(

@@ -21,10 +21,10 @@ from qlora_harness.settings import (
     BOOKKEEPING,
     Quant,
     Settings,
-    build_settings,
     field_kind,
     setting_fields,
 )
+from qlora_harness.settings_checks import build_settings
 from qlora_harness.train.command import parse_settings
 
 # The published recipe (artidoro/qlora, scripts/finetune_llama2_guanaco_7b.sh), by our names.

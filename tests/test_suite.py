@@ -23,6 +23,7 @@ from qlora_harness import cli
 from qlora_harness.errors import DataError, HarnessError, SettingsError
 from qlora_harness.lm_eval_compat.in_process import InProcessScorer, check_tasks
 from qlora_harness.lm_eval_compat.tasks import check_sentence_splitter
+from qlora_harness.results.lm_eval_files import read_file
 from qlora_harness.results.runs import load_run
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.packed_forward import PackedModel
@@ -63,6 +64,9 @@ def test_a_run_is_scored_as_by_the_printed_commands(
     assert cli.main(words) == 0
     assert load.call_count == 1
     run = load_run("4bit")
+    recorded = {read_file(path).record.model.base for path in Path("4bit").rglob("results_*.json")}
+    assert len(recorded) == 1
+    assert recorded.isdisjoint({"4bit/adapter", None})  # the base, not the adapter
     assert set(run.tasks) == {"mmlu_qlora_demo", "truthfulqa_mc1", "truthfulqa_mc2", "gsm8k"}
     assert len(list((tmp_path / "4bit" / "lm_eval").rglob("results_*.json"))) == 3
     lines = capsys.readouterr().out.splitlines()
@@ -212,7 +216,7 @@ def test_files_of_another_form_are_refused(
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["--suite", "mmlu_qlora_demo,gsm9k"], ["--suite", "gsm9k"]),
+        (["--suite", "mmlu_qlora_demo,gsm9k"], ["--suite", "'gsm9k'", "'gsm8k'"]),
         (["--suite", "truthfulqa,truthfulqa_mc2"], ["--suite", "truthfulqa_mc2"]),
         (["--suite", "gsm8k", "--data-dir", "nowhere"], ["nowhere/gsm8k/train.jsonl"]),
         (["--suite", "gsm8k", "--batch-size", "0"], ["--batch-size", "0"]),

@@ -94,7 +94,7 @@ def test_examples_are_the_first_three_with_what_is_learned(rows: Path) -> None:
 def test_tokens_and_truncation_are_those_of_the_model(rows: Path, smollm2: str) -> None:
     from qlora_harness.data.chat_encoder import ChatEncoder
     from qlora_harness.data.corpus import load_training_data
-    from qlora_harness.model.base import find_base, load_tokenizer
+    from qlora_harness.model.source import find_base, load_tokenizer
 
     tokenizer: Any = load_tokenizer(find_base(smollm2))
     survey = take(rows, tokenizer=tokenizer, max_length=16)
@@ -110,7 +110,7 @@ def test_tokens_and_truncation_are_those_of_the_model(rows: Path, smollm2: str) 
 
 
 def test_replies_that_a_template_does_not_show_are_left_out(rows: Path, smollm2: str) -> None:
-    from qlora_harness.model.base import find_base, load_tokenizer
+    from qlora_harness.model.source import find_base, load_tokenizer
 
     tokenizer: Any = load_tokenizer(find_base(smollm2))
     tokenizer.chat_template = "nothing"
@@ -240,3 +240,10 @@ def test_characters_know_the_tokens_of_the_templates() -> None:
     ids = tokenizer.encode(text)
     assert (len(ids), tokenizer.decode(ids)) == (4, text)
     assert tokenizer.encode(text, split_special_tokens=True) == list(map(ord, text))
+
+
+def test_a_missing_file_name_points_to_this_commands_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["data"]) == 2
+    assert "`qlora-harness data --help`" in capsys.readouterr().err

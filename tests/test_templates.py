@@ -14,7 +14,7 @@ from qlora_harness.data.conversation import Conversation, Turn
 from qlora_harness.data.examples import IGNORE, Example
 from qlora_harness.data.templates import TEMPLATES, chat_template
 from qlora_harness.errors import DataError, SettingsError
-from qlora_harness.model.base import find_base, load_tokenizer
+from qlora_harness.model.source import find_base, load_tokenizer
 
 Ids = list[int]
 

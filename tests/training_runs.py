@@ -26,7 +26,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.data.examples import Example
-from qlora_harness.model.base import find_base, load_base, load_tokenizer
+from qlora_harness.model.base import load_base
+from qlora_harness.model.source import find_base, load_tokenizer
 from qlora_harness.settings import DataSettings, Quant
 from qlora_harness.train.evaluation import evaluate_loss
 
@@ -150,7 +151,13 @@ def write_checkpoint(run_dir: Path, step: int, without: str = "") -> Path:
 
 
 def on_ranks(
-    ranks: int, flags: Mapping[str, Any], folder: Path, *, fault: str = "", restarts: int = 0
+    ranks: int,
+    flags: Mapping[str, Any],
+    folder: Path,
+    *,
+    fault: str = "",
+    restarts: int = 0,
+    fsdp: bool = False,
 ) -> None:
     """Runs the training command in processes joined by gloo, as torchrun does.
 
@@ -173,15 +180,15 @@ def on_ranks(
         rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
         start_method="forkserver",
     )  # fmt: skip
-    elastic_launch(config, _rank)(words, folder, fault)
+    elastic_launch(config, _rank)(words, folder, fault, fsdp)
 
 
-def _rank(words: list[str], folder: Path, fault: str) -> None:
+def _rank(words: list[str], folder: Path, fault: str, fsdp: bool) -> None:
     from qlora_harness.train.command import main
     from qlora_harness.train.trainer import CountingTrainer
 
     rank, ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": str(fsdp).lower()}
     os.chdir(folder)
     step = CountingTrainer.training_step
 

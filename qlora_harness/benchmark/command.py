@@ -10,6 +10,8 @@ from typing import Any
 from qlora_harness.flag_checks import check_above_zero, check_at_least, check_output_file
 from qlora_harness.settings import COMPUTE_DTYPES
 
+_SHAPES = ["llama-2-7b", "llama-2-70b", "qwen2.5-1.5b", "qwen2.5-0.5b", "tiny"]
+
 
 def add_commands(commands: Any) -> None:
     """Adds the three to the subcommands of `qlora-harness`; imports nothing heavy."""
@@ -31,7 +33,8 @@ def run_benchmark(args: argparse.Namespace) -> None:
         from qlora_harness.benchmark.random_model import write_random_model
 
         write_random_model(**values)
-        print(f"wrote {args.folder}: {args.shape}, random weights, seed {args.seed}")
+        when = " on load" if args.weights_on_load else ""
+        print(f"wrote {args.folder}: {args.shape}, random weights{when}, seed {args.seed}")
 
 
 def _comma_separated(text: str) -> list[str]:
@@ -90,6 +93,12 @@ def _add_training(commands: Any) -> None:
     add("--compute-dtype", default="bfloat16", choices=COMPUTE_DTYPES)
     add("--steps", type=int, default=5, metavar="N", help="timed steps (default 5)")
     add("--warm-up", type=int, default=3, metavar="N", help="steps before those (default 3)")
+    add(
+        "--engine",
+        choices=["ddp", "fsdp2"],
+        default="ddp",
+        help="of several processes: fsdp2 spreads the base over them (default ddp)",
+    )
     add("--batch-size", type=int, metavar="N", help="for every way")
     add("--lora-r", type=int, metavar="N", help="for every way")
     _add_output(parser)
@@ -186,6 +195,11 @@ def _add_random_model(commands: Any) -> None:
     )
     add = parser.add_argument
     add("folder", type=Path, help="folder to write; must not exist")
-    add("--shape", required=True, choices=["llama-2-7b", "qwen2.5-1.5b", "qwen2.5-0.5b", "tiny"])
-    add("--tokenizer", required=True, metavar="PATH", help="tokenizer folder or Hub id")
+    add("--shape", required=True, choices=_SHAPES)
+    add("--tokenizer", required=True, metavar="PATH", help="folder, Hub id or smollm2")
     add("--seed", type=int, default=0, metavar="N", help="default 0")
+    add(
+        "--weights-on-load",
+        action="store_true",
+        help="write no weights: they are made from the seed, layer by layer, by whoever loads it",
+    )

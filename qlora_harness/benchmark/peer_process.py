@@ -16,7 +16,8 @@ from typing import Any
 
 from qlora_harness.errors import HarnessError, print_error
 from qlora_harness.record import installed_versions, read_json, write_json
-from qlora_harness.settings import Settings, build_settings
+from qlora_harness.settings import Settings
+from qlora_harness.settings_checks import build_settings
 
 _SHOWN_PACKAGES = ("trl", "transformers", "peft", "torch", "datasets", "bitsandbytes")
 _LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -33,7 +34,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     importlib.import_module(peer)
     import torch
 
-    from qlora_harness.model.base import is_out_of_memory
+    from qlora_harness.model.facts import is_out_of_memory
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     build = _unsloth_trainer if peer == "unsloth" else _trl_trainer
@@ -56,8 +57,9 @@ def _trl_trainer(request: dict[str, Any], settings: Settings, folder: Path, devi
     """Returns TRL's trainer on the common base, with Liger's kernels if they are installed."""
     from trl import SFTTrainer
 
-    from qlora_harness.model.base import BaseSource, load_base, load_tokenizer
+    from qlora_harness.model.base import load_base
     from qlora_harness.model.lora import lora_config
+    from qlora_harness.model.source import BaseSource, load_tokenizer
 
     source = BaseSource(**request["source"])
     lora = settings.lora

@@ -20,7 +20,7 @@ from typing import Any
 from qlora_harness.data.examples import Example
 from qlora_harness.errors import ResultsError, SettingsError, printable
 from qlora_harness.locations import expanded
-from qlora_harness.model.base import BaseSource
+from qlora_harness.model.source import BaseSource
 from qlora_harness.record import read_json, write_json
 from qlora_harness.settings import Settings
 

@@ -27,6 +27,9 @@ class TrainingMeasurement(BaseModel):
     median_tokens_per_second: float = 0.0
     peak_allocated_bytes: int | None = None  # None on a CPU, as is the next
     peak_reserved_bytes: int | None = None
+    # The same of each process; what `plan` predicts, with fused layers.
+    peaks_allocated_bytes: list[int] = []
+    planned_peak_bytes: int | None = None
     losses: list[float] = []  # nats, of every step with the warm-up
     ratio: float | None = None  # of tokens_per_second to the first way's on the same base
     failure: str | None = None  # why there are no numbers
@@ -99,6 +102,7 @@ class TrainingBenchmark(_Benchmark):
     schema_version: Literal[1] = 1
     kind: Literal["training_benchmark"] = "training_benchmark"
     measurements: list[TrainingMeasurement]
+    engine: Literal["ddp", "fsdp2"] | None = None  # None for one process
 
     def table(self) -> str:
         """Returns a Markdown table with a row per way, and below it each peer's packages."""

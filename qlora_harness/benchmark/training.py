@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -26,20 +26,22 @@ from qlora_harness.data.examples import Example, lengths_of
 from qlora_harness.errors import SettingsError, TrainingError
 from qlora_harness.fused import fp8
 from qlora_harness.fused.model import FusedDecoder
-from qlora_harness.model.base import (
-    BaseSource,
-    find_base,
-    is_out_of_memory,
-    load_base,
-    load_tokenizer,
-)
-from qlora_harness.settings import Settings, build_settings, check_can_run
+from qlora_harness.model.base import load_base
+from qlora_harness.model.facts import is_out_of_memory
+from qlora_harness.model.source import BaseSource, find_base, load_tokenizer
+from qlora_harness.settings import Settings
+from qlora_harness.settings_checks import build_settings, check_can_run, check_can_shard
 from qlora_harness.train.adapter import attach_adapter
 from qlora_harness.train.arguments import training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.memory_meter import MemoryMeter
-from qlora_harness.train.memory_plan import largest_pass
-from qlora_harness.train.ranks import device_of, say, start_processes
+from qlora_harness.train.memory_plan import (
+    Ranks,
+    largest_pass,
+    measure_shape,
+    predict_memory,
+)
+from qlora_harness.train.ranks import device_of, say, shards_base, start_processes
 from qlora_harness.train.trainer import CountingTrainer, StepLog
 
 _SHARED: dict[str, Any] = {
@@ -85,6 +87,7 @@ class TrainingPlan:
     compute_dtype: str
     steps: int
     warm_up: int
+    engine: Literal["ddp", "fsdp2"]
     changes: Mapping[str, Any]  # --batch-size and --lora-r
     peer_paths: Mapping[str, Path]
     peer_timeout: float
@@ -112,12 +115,14 @@ def measure_training(plan: TrainingPlan) -> str:
         for quant in plan.quants
         for way in plan.ways
     }
-    state = start_processes()
+    state = start_processes(fsdp=plan.engine == "fsdp2")
     device = device_of(state)
     if state.num_processes > 1 and any(way.partition("@")[0] in PEER_WAYS for way in plan.ways):
         raise SettingsError("--ways: peers train in one process", "Leave trl and unsloth out")
     for each in settings.values():
         check_can_run(each)
+        if shards_base(state):
+            check_can_shard(each)
         reason = fp8.why_unavailable(device) if each.model.compute == "fp8" else None
         if reason is not None:
             raise SettingsError(f"--ways: -fp8 is impossible: {reason}", "Leave these ways out")
@@ -175,6 +180,8 @@ class _TrainingBench:
         )
         record = TrainingBenchmark.of(title, self.measurements, self.device_name)
         record.processes = count
+        if count > 1:
+            record.engine = "fsdp2" if shards_base(self.state) else "ddp"
         return record
 
     def measure(self, measured: TrainingMeasurement, settings: Settings) -> None:
@@ -219,6 +226,7 @@ class _TrainingBench:
                 double_quant=settings.model.double_quant,
                 compute_dtype=settings.model.compute_dtype,
                 device=self.device,
+                sharded=shards_base(self.state),
             )
         try:
             result = self._train(settings, steps)
@@ -272,12 +280,15 @@ class _TrainingBench:
                 with meter.phase("train"):
                     trainer.train()
             phases = gather_object([meter.phases[-1]])
-            peaks = ("peak_allocated_bytes", "peak_reserved_bytes")
-            on_gpu = self.device.type == "cuda"
-            return {"steps": log.rows} | {
-                name: max(getattr(phase, name) for phase in phases) if on_gpu else None
-                for name in peaks
-            }
+            result: dict[str, Any] = {"steps": log.rows}
+            for name in ("allocated", "reserved"):
+                values = [getattr(phase, f"peak_{name}_bytes") for phase in phases]
+                on_gpu = self.device.type == "cuda"
+                result[f"peak_{name}_bytes"] = max(values) if on_gpu else None
+                result[f"peaks_{name}_bytes"] = values if on_gpu else []
+            if fused:
+                result["planned_peak_bytes"] = self._planned_peak(settings)
+            return result
         finally:
             if decoder is not None:
                 decoder.detach()
@@ -291,6 +302,12 @@ class _TrainingBench:
             del model
             self._collect()
 
+    def _planned_peak(self, settings: Settings) -> int:
+        shape = measure_shape(self.source.path, None, settings.lora.lora_targets)
+        tokens = largest_pass(lengths_of(self.examples), settings, fused=True)
+        ranks = Ranks(self.state.num_processes, shards_base(self.state))
+        return predict_memory(shape, settings, tokens, ranks).peak
+
     def _collect(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
@@ -301,6 +318,8 @@ def _fill(measured: TrainingMeasurement, result: Mapping[str, Any], warm_up: int
     measured.losses = [step["loss"] for step in result["steps"]]
     measured.peak_allocated_bytes = result["peak_allocated_bytes"]
     measured.peak_reserved_bytes = result["peak_reserved_bytes"]
+    measured.peaks_allocated_bytes = result.get("peaks_allocated_bytes", [])
+    measured.planned_peak_bytes = result.get("planned_peak_bytes")
     measured.versions = result.get("versions", {})
     timed = result["steps"][warm_up:]
     measured.steps = len(timed)

@@ -142,7 +142,7 @@ def _intervals(rows: Sequence[_Row], what: str) -> Figure | None:
         tickvals=list(range(len(rows))),
         ticktext=[row.label for row in rows],
     )
-    figure.update_xaxes(title=f"difference of {first.name}{unit}")
+    figure.update_xaxes(title=f"difference{unit}")
     notes = ["margin shaded"] if first.margin is not None else []
     notes += (
         ["◇ before training"] if any(r.before and r.before.low is not None for r in rows) else []

@@ -105,6 +105,7 @@ def _aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
 def _one(item: Contrast, benchmarks: Sequence[str]) -> list[str]:
     """The two arms side by side."""
     endpoints = [item.endpoints[key] for key in _HEADLINES if key in item.endpoints]
+    endpoints += [one.model_copy(update={"name": one.key}) for one in _on(item, benchmarks)]
     lines = _side_by_side(item, endpoints, [word(one) for one in endpoints])
     if max(map(len, lines)) == COLUMNS:  # probably cut: leave the margins out
         lines = _side_by_side(item, endpoints, [one.word for one in endpoints])
@@ -112,8 +113,7 @@ def _one(item: Contrast, benchmarks: Sequence[str]) -> list[str]:
         if one.word == "no measurement":
             start = lines[row][: lines[0].index("difference")]
             lines[row] = _cut(f"{start}no measurement: {one.reason}")
-    others = [one.model_copy(update={"name": one.key}) for one in _on(item, benchmarks)]
-    return lines + _side_by_side(item, others, [word(one) for one in others])[1:]
+    return lines
 
 
 def _on(item: Contrast, benchmarks: Sequence[str]) -> list[Endpoint]:

@@ -8,7 +8,8 @@ One product then computes layers and adapters with one rounding: [x, h] [W, B]^T
 and dy [W, B] is the gradient of both x and h.
 
 Every pass expands a 4-bit W into memory that all groups share. A full-precision W moves into its M
-once, and the layer's own weight becomes a view of it.
+once, and the layer's own weight becomes a view of it; one that is spread over processes is copied
+in every pass, as a 4-bit one is expanded.
 """
 
 from __future__ import annotations
@@ -64,9 +65,13 @@ class Sizes:
 
 
 class Scratch:
-    """Memory that all groups share, since they run one after the other."""
+    """Memory that all groups share, since they run one after the other.
 
-    def __init__(self) -> None:
+    `sharded` says that weights are valid only while their layer computes.
+    """
+
+    def __init__(self, *, sharded: bool = False) -> None:
+        self.sharded = sharded
         self._flat: Tensor | None = None
         self._count = 0
 
@@ -105,7 +110,7 @@ class Bordered(Sizes):
         self._loader: Any = None
         self._memory: Tensor | None = None
         self._views: Views | None = None
-        self._owns = all(state is None for state in self._states)
+        self._owns = not scratch.sharded and all(state is None for state in self._states)
         if self._owns:
             self._move_in()
         else:
@@ -171,6 +176,10 @@ class Bordered(Sizes):
 
             self._loader = Loader(self, self._states)
         if self._loader.fits:
+            if not self._owns and self._states[0] is None:
+                parts = torch.split(matrix[: self.height, : self.width], self.heights)
+                for projection, part in zip(self.projections, parts, strict=True):
+                    part.copy_(projection.layer.weight.data)
             self._loader(matrix)
         return bool(self._loader.fits)
 
@@ -216,12 +225,13 @@ def group_sizes(shape: Shape) -> list[tuple[int, int, int]]:
     ]
 
 
-def matrix_bytes(shape: Shape, rank: int, size: int, *, is_4bit: bool) -> int:
+def matrix_bytes(shape: Shape, rank: int, size: int, *, shared: bool) -> int:
     """Returns the bytes that the matrices take in addition to the base; an element takes `size`.
 
-    That is the largest matrix for a 4-bit base, and the added borders for full-precision weights.
+    That is the largest matrix for a 4-bit or a sharded base, whose groups have `shared` memory, and
+    the added borders for full-precision weights.
     """
     matrices = matrix_sizes(shape, rank)
-    if is_4bit:
+    if shared:
         return max(matrices) * size
     return (sum(matrices) - shape.linear // shape.layers) * size * shape.layers

@@ -30,6 +30,7 @@ from qlora_harness.fused.group import Gradients, Group, Inner
 from qlora_harness.fused.host_memory import HostMemory, Stored
 from qlora_harness.fused.packed_row import PackedRow, Rotation
 from qlora_harness.model.shape import Shape
+from qlora_harness.model.sharded import ShardedLayers
 
 # At once in an MLP without gradients on a CPU; for larger results the system clears fresh memory.
 _CPU_ROWS = 1024
@@ -93,6 +94,8 @@ class FusedLayer:
     head_norms: tuple[Tensor, Tensor] | None = None  # [D] each, of queries and keys
     host: HostMemory | None = None  # shared by all layers
     gates_on_host: bool = False  # with selective: whether gate and up go to the host, given room
+    number: int = 0  # in the model
+    sharded: ShardedLayers | None = None  # if the weights are spread over processes
 
     def groups(self) -> tuple[Group, ...]:
         """Returns the groups in the order of their parameters."""
@@ -138,6 +141,7 @@ class FusedLayer:
         saved: list[Any] | None,
     ) -> tuple[Tensor, Tensor]:
         """Runs the layer outside autograd; appends what `backward` needs to `saved`, if given."""
+        self._fetch(then=self.number + 1)
         with torch.autocast(x.device.type, enabled=False):
             drops = self.draw(row, read_at, seed, x)
             x, added, first = self.first_half(x, added, row, read_at, drops)
@@ -161,6 +165,7 @@ class FusedLayer:
         dy is the gradient of either output. Takes the last item of `saved`, to free each part of it
         when it is done with it.
         """
+        self._fetch(then=self.number - 1)
         with torch.autocast(dy.device.type, enabled=False), torch.no_grad():
             drops = self.draw(row, read_at, seed, dy)
             x, h, first, mlp = self.restore(saved.pop(), row, read_at, drops)
@@ -180,6 +185,7 @@ class FusedLayer:
         read_at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Runs the layer without dropout and gradients, with a given attention."""
+        self._fetch(then=self.number + 1)
         x, projected, _, _ = self._project(x, added, rotation, _Drops())
         q, k, v = attention.split_heads(projected, self.heads, self.key_heads)
         attended = attend(q, k, v, self.scale)
@@ -187,6 +193,10 @@ class FusedLayer:
         y, _ = self._leave(attended, read_at, _Drops())
         del attended
         return self._infer_mlp(_at(x, read_at), y)
+
+    def _fetch(self, *, then: int) -> None:
+        if self.sharded is not None:
+            self.sharded.fetch(self.number, then)
 
     def _infer_mlp(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
         """Runs `second_half` without dropout, on a CPU a few rows at a time."""

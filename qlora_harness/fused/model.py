@@ -18,10 +18,12 @@ from qlora_harness.fused.host_memory import HostMemory, pinned_bytes, to_device
 from qlora_harness.fused.layer import Attend, FusedLayer
 from qlora_harness.fused.lora_group import LoraGroup
 from qlora_harness.fused.packed_row import PackedRow, Rotation
-from qlora_harness.model.base import base_of, is_plain_linear, why_not_plain
+from qlora_harness.model.base import is_plain_linear, why_not_plain
+from qlora_harness.model.facts import base_of
 from qlora_harness.model.plain_lora import is_plain
 from qlora_harness.model.rope import why_by_length
 from qlora_harness.model.shape import Shape
+from qlora_harness.model.sharded import sharded_layers
 from qlora_harness.settings import CHECKPOINTING, COMPUTE
 
 MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -70,13 +72,16 @@ class FusedDecoder:
         self._base = base_of(model)
         self._decoder = self._base.model
         self._own_forward: Callable[..., Any] = self._base.forward
-        scratch, self._host = Scratch(), HostMemory()
-        self.layers = [
-            _fused_layer(layer, checkpointing, compute, scratch, self._host)
-            for layer in self._decoder.layers
-        ]
-        for number, layer in enumerate(self.layers):
-            layer.gates_on_host = number % _THIRD != 0
+        self._sharded = sharded_layers(self._base)
+        scratch, self._host = Scratch(sharded=self._sharded is not None), HostMemory()
+        self.layers: list[FusedLayer] = []
+        for number, layer in enumerate(self._decoder.layers):
+            if self._sharded is not None:  # biases, and the largest weight for FP8, are read
+                self._sharded.fetch(number)
+            fused = _fused_layer(layer, checkpointing, compute, scratch, self._host)
+            fused.gates_on_host = number % _THIRD != 0
+            fused.number, fused.sharded = number, self._sharded
+            self.layers.append(fused)
         self._has_dropout = any(layer.dropout for layer in self.layers)
         # FP8 pays in long rows, whose kernels take longer than their launches.
         self.graphs = LayerGraphs(self.layers[:-1] if compute == "bf16" else [], longest)
@@ -132,6 +137,9 @@ class FusedDecoder:
             )
             decoder._host.reserve(tensors, elements * longest * weight.element_size())
         decoder._base.forward = decoder
+        if decoder._sharded is not None:
+            # Trainer's would copy the layers out of their buffers, from "cpu" to "cpu:0".
+            model.to = lambda *_, **__: model
         return decoder
 
     def detach(self) -> None:
@@ -219,6 +227,8 @@ class FusedDecoder:
 
     def _embed(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Rotation]:
         """Returns the embeddings, [T, H], and the tokens' rotation."""
+        if self._sharded is not None and not torch.is_grad_enabled():
+            self._sharded.begin_pass()
         hidden = self._decoder.embed_tokens(input_ids)
         cos, sin = self._decoder.rotary_emb(hidden, position_ids)
         hidden = hidden[0]

@@ -20,9 +20,10 @@ from qlora_harness.model.adapter_folder import (
     adapter_digest,
     read_adapter_record,
 )
-from qlora_harness.model.base import base_of, find_base, is_out_of_memory, read_config
+from qlora_harness.model.facts import base_of, is_out_of_memory
 from qlora_harness.model.lora import public_name
 from qlora_harness.model.rope import window
+from qlora_harness.model.source import find_base, read_config
 from qlora_harness.record import ADAPTER_DIR, SUMMARY_FILE
 from qlora_harness.score.model_arguments import resolve_dtype
 from qlora_harness.score.run_choice import ScoringChoice, choose_scored_run

@@ -16,15 +16,10 @@ from transformers import AutoModelForCausalLM
 from qlora_harness.errors import ModelError, RunError, SettingsError
 from qlora_harness.inference.chat_model import choose_adapter, compute_device, run_name
 from qlora_harness.locations import expanded
-from qlora_harness.model.base import (
-    BaseSource,
-    find_base,
-    load_base,
-    load_tokenizer,
-    read_config,
-)
+from qlora_harness.model.base import load_base
 from qlora_harness.model.lora import load_adapter
 from qlora_harness.model.rope import finish_scaling
+from qlora_harness.model.source import BaseSource, find_base, load_tokenizer, read_config
 from qlora_harness.record import environment, new_folder, now, scrub_all, write_json
 from qlora_harness.schema.merge_record import MergeRecord
 from qlora_harness.schema.mmlu import LETTERS

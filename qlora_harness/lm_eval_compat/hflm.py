@@ -15,7 +15,7 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 
-from qlora_harness.model.base import base_of
+from qlora_harness.model.facts import base_of
 from qlora_harness.score.encoding import Pair
 from qlora_harness.score.output_head import float32_logits
 from qlora_harness.score.prefix_tree import Score

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 # ruff: noqa: E402  # the finder must come before lm_eval
+import difflib
 import random
 import shutil
 import time
@@ -30,6 +31,7 @@ from qlora_harness.lm_eval_compat.tasks import (
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.generator import MOST_ROWS
 from qlora_harness.score.prefix_tree import Score
+from qlora_harness.score.suite import SUITE
 
 _DEVICE = "cuda:0"  # the command's default, which becomes the CPU if there is no GPU
 
@@ -67,9 +69,11 @@ def check_tasks(
     metadata = {} if data_dir is None else {"data_dir": data_dir}
     manager = TaskManager(metadata=metadata)
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
+        close = difflib.get_close_matches(unknown[0], [*SUITE, *manager.all_tasks], n=1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
         raise SettingsError(
-            f"{flag}: lm_eval has no task {', '.join(unknown)}",
-            "`lm_eval ls tasks` lists every task",
+            f"{flag}: lm_eval has no task {', '.join(map(repr, unknown))}",
+            f"{hint}`lm_eval ls tasks` lists every task",
         )
     for tag in manager.all_tags:
         if tag in tasks:  # results list only its tasks, not the tag

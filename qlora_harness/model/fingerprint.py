@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Returns the safetensors files that transformers reads, which need not be all."""
     single = folder / "model.safetensors"
     if single.is_file():  # transformers then ignores the index
@@ -19,6 +19,23 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(names))]
 
 
+def checkpoint_folder(name_or_path: str, revision: str | None, *, local_files_only: bool) -> Path:
+    """Returns the folder of a checkpoint's safetensors files; a Hub id's comes from the cache."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            name_or_path,
+            revision=revision,
+            local_files_only=local_files_only,
+            allow_patterns=["*.safetensors", "*.index.json"],
+        )
+    )
+
+
 def checkpoint_fingerprint(name_or_path: str, revision: str | None) -> str | None:
     """Hashes the first row of every tensor, as bfloat16, in the order of names.
 
@@ -28,23 +45,12 @@ def checkpoint_fingerprint(name_or_path: str, revision: str | None) -> str | Non
     import torch
     from safetensors import safe_open
 
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(
-                snapshot_download(
-                    name_or_path,
-                    revision=revision,
-                    local_files_only=True,
-                    allow_patterns=["*.safetensors", "*.index.json"],
-                )
-            )
-        except Exception:  # noqa: BLE001  # no cached snapshot
-            return None
+    try:
+        folder = checkpoint_folder(name_or_path, revision, local_files_only=True)
+    except Exception:  # noqa: BLE001  # no cached snapshot
+        return None
     rows: dict[str, bytes] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         with safe_open(str(path), framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # not a dict
                 tensor = file.get_slice(name)

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from qlora_harness.model.base import BaseSource, load_base
+from qlora_harness.model.base import load_base
+from qlora_harness.model.source import BaseSource
 from qlora_harness.settings import Quant
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def take_base(
     device: torch.device,
     rope_scaling: str | None = None,
     shared: bool = True,
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """Returns what `load_base` returns; inside `sharing_base` its tensors may be shared.
 
@@ -73,6 +75,7 @@ def take_base(
         compute_dtype=compute_dtype,
         device=device,
         rope_scaling=rope_scaling,
+        sharded=sharded,
     )
     if held is None or not shared:
         return model

@@ -42,6 +42,7 @@ class _Config(_Part):
     model: str | None = None
     model_args: dict[str, Any] | str | None = None
     model_dtype: Any = None
+    base: Any = None  # what an adapter was scored on, as qlora_adapter records it
     batch_size: Any = None
     use_cache: Any = None
 
@@ -82,7 +83,8 @@ class _ResultsFile(_Part):
     @property
     def model(self) -> EvaluatedModel:
         arguments = self.config.arguments
-        base = arguments.get("pretrained") or self.model_name or self.config.model
+        base = arguments.get("pretrained") or self.config.base
+        base = base or self.model_name or self.config.model
         peft = arguments.get("peft")
         return EvaluatedModel(
             base=None if base is None else str(base),

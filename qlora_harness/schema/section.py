@@ -79,6 +79,8 @@ class Environment(Section):
     """The command line, without tokens and the home folder."""
     device: dict[str, Any] | None = None
     """Name, type, hashed id and memory of the device."""
+    sharded_base: bool = False
+    """Whether the base was spread over the processes (FSDP2)."""
     world_size: Count | None = None
 
 

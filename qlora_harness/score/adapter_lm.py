@@ -22,8 +22,9 @@ from qlora_harness.errors import SettingsError, install_excepthook
 from qlora_harness.fused.launch import hash_triton_ahead
 from qlora_harness.lm_eval_compat.hflm import LoadedHFLM, Request
 from qlora_harness.lm_eval_compat.saving import verify_saved_results
-from qlora_harness.model.base import count_parameters, find_base, read_config
+from qlora_harness.model.facts import count_parameters
 from qlora_harness.model.rope import window
+from qlora_harness.model.source import find_base, read_config
 from qlora_harness.score.generation import GenerationTask
 from qlora_harness.score.model_arguments import (
     ScoringOptions,
@@ -35,6 +36,7 @@ from qlora_harness.score.prefix_tree import Score
 from qlora_harness.score.run_choice import choose_scored_run
 from qlora_harness.score.scored_model import load_scored_model, load_scored_tokenizer
 from qlora_harness.score.session import ScoringSession
+from qlora_harness.train.ranks import takes_over_fsdp
 
 logger = logging.getLogger("qlora_harness")
 
@@ -114,7 +116,11 @@ class QloraAdapterLM(LoadedHFLM):
             options["max_length"] = window(read_config(source, choice.rope_scaling))
         tokenizer = load_scored_tokenizer(choice, source)
         super().__init__(
-            partial(load_scored_model, choice, source, len(tokenizer), compute_dtype),
+            partial(
+                load_scored_model,
+                *(choice, source, len(tokenizer), compute_dtype),
+                fsdp=takes_over_fsdp(),
+            ),
             exact_logits=scoring_options.exact_logits,
             pretrained=source.path,
             revision=choice.revision or "main",

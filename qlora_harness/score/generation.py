@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from qlora_harness.errors import SettingsError
 from qlora_harness.lm_eval_compat.hflm import LoadedHFLM, Request
-from qlora_harness.model.base import base_of
+from qlora_harness.model.facts import base_of
 from qlora_harness.score.generator import generate
 from qlora_harness.score.session import ScoringSession
 

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from qlora_harness.fused.host_memory import to_device
 from qlora_harness.fused.layer import Attend
 from qlora_harness.fused.model import FusedDecoder
-from qlora_harness.model.base import base_of, head_size
 from qlora_harness.model.compute_dtype import has_bfloat16
+from qlora_harness.model.facts import base_of, head_size
 from qlora_harness.model.plain_lora import FastLora
 from qlora_harness.model.rope import why_by_length
+from qlora_harness.model.sharded import sharded_layers
 from qlora_harness.score.output_head import OutputHead
 from qlora_harness.score.prefix_tree import Pack, Query, Segment, plan
 from qlora_harness.score.tree_attention import BLOCK, TreeAttention, attending, block_mask
@@ -124,6 +125,16 @@ class PackedModel:
     def overlaps(self) -> bool:
         """Whether the device computes one pack while the host prepares the next."""
         return self.device.type == "cuda"
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the base is spread over processes, which must all compute or join each pack."""
+        return sharded_layers(self._model) is not None
+
+    def join(self) -> None:
+        """Takes part in the packs that other processes still compute."""
+        if (sharded := sharded_layers(self._model)) is not None:
+            sharded.join_passes()
 
     def build_ahead(self, size: int) -> None:
         """Builds the kernels for packs of `size` tokens in a thread, with a pack of one token.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from qlora_harness.model.base import is_out_of_memory
+from qlora_harness.model.facts import is_out_of_memory
 from qlora_harness.score.packed_forward import PackedModel, Reads, Running
 from qlora_harness.score.prefix_tree import Pack, Query, Score, plan
 
@@ -91,6 +91,7 @@ class PackedScorer:
                     logger.warning(
                         "out of memory: continuing with packs of %d tokens", self.pack_tokens
                     )
+        self._model.join()
         return PackedScores(scores, computed_tokens)
 
     def _computed(self, packs: Sequence[Pack]) -> Iterator[tuple[Pack, Reads]]:
@@ -100,7 +101,8 @@ class PackedScorer:
             try:
                 started = self._model.start(pack, self._padding(pack, len(packs) == 1))
             except Exception as error:
-                if not is_out_of_memory(error) or self.pack_tokens <= _SMALLEST_PACK:
+                smallest = self.pack_tokens <= _SMALLEST_PACK
+                if not is_out_of_memory(error) or smallest or self._model.is_sharded:
                     raise
                 break
             # A GPU computes this pack while the host handles the results of the last one.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from qlora_harness.fused.layer import Attend
-from qlora_harness.model.base import head_size
+from qlora_harness.model.facts import head_size
 from qlora_harness.score.tree_attention import keep_compiling
 
 PAGE = 64  # tokens

@@ -17,7 +17,8 @@ from qlora_harness.model.adapter_folder import (
 from qlora_harness.record import ADAPTER_DIR, nested
 from qlora_harness.schema.training_records import read_summary
 from qlora_harness.score.evaluation_record import model_slug
-from qlora_harness.settings import COMPUTE_DTYPES, Quant, check_quant_package, checked_scaling
+from qlora_harness.settings import COMPUTE_DTYPES, Quant
+from qlora_harness.settings_checks import check_quant_package, checked_scaling
 
 _QUANTS = [quant.value for quant in Quant]
 _RESULTS = Path("results")

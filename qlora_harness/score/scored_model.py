@@ -8,16 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_harness.errors import AdapterError, ModelError
 from qlora_harness.model.adapter_folder import adapter_digest, read_adapter_config
-from qlora_harness.model.base import (
-    BaseSource,
-    attention_of,
-    base_of,
-    load_tokenizer,
-    unquantised_share,
-    weights_fingerprint,
-)
+from qlora_harness.model.base import unquantised_share, weights_fingerprint
+from qlora_harness.model.facts import attention_of, base_of
 from qlora_harness.model.lora import load_adapter
 from qlora_harness.model.shared_base import take_base
+from qlora_harness.model.source import BaseSource, load_tokenizer
 from qlora_harness.score.run_choice import ScoringChoice
 
 if TYPE_CHECKING:
@@ -67,13 +62,22 @@ def load_scored_tokenizer(choice: ScoringChoice, source: BaseSource) -> PreTrain
 
 
 def load_scored_model(
-    choice: ScoringChoice, source: BaseSource, tokens: int, compute_dtype: str, device: torch.device
+    choice: ScoringChoice,
+    source: BaseSource,
+    tokens: int,
+    compute_dtype: str,
+    device: torch.device,
+    *,
+    fsdp: bool = False,
 ) -> ScoredModel:
     """Loads base and adapter; `tokens` is the size of the tokenizer.
 
+    `fsdp` spreads the base over the processes, if there are several.
     Raises ModelError if the base is missing, unreadable or too small for its tokenizer, and
     AdapterError if the adapter is broken or was trained on another base or with added tokens.
     """
+    from accelerate import PartialState
+
     base = take_base(
         source,
         quant=choice.quant,
@@ -81,6 +85,7 @@ def load_scored_model(
         compute_dtype=compute_dtype,
         device=device,
         rope_scaling=choice.rope_scaling,
+        sharded=fsdp and PartialState().num_processes > 1,
     )
     embedding: Any = base.get_input_embeddings()
     _check_vocabulary(choice, tokens, embedding.weight.shape[0])

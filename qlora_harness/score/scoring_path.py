@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from qlora_harness.errors import SettingsError
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.adapter_folder import unknown_field
-from qlora_harness.model.base import base_of, fits_dequantised, is_4bit, mixes_tokens, why_not_plain
+from qlora_harness.model.base import fits_dequantised, is_4bit, mixes_tokens, why_not_plain
+from qlora_harness.model.facts import base_of
 from qlora_harness.model.plain_lora import is_plain
+from qlora_harness.model.sharded import sharded_layers
 from qlora_harness.score.model_arguments import ScoringOptions, refuse_fp8
 from qlora_harness.score.packed_forward import why_unsupported
 from qlora_harness.score.scored_model import ScoredModel
@@ -25,8 +28,22 @@ class ScoringPath(NamedTuple):
 def choose_path(scored: ScoredModel, options: ScoringOptions) -> ScoringPath:
     """Chooses the fastest path that the model and the options allow.
 
-    Raises SettingsError if the options ask for FP8 products and the model can't have them.
+    Raises SettingsError if the options ask for FP8 products and the model can't have them, or if
+    the base is spread over processes and it can't have fused layers.
     """
+    path = _choose(scored, options)
+    if sharded_layers(base_of(scored.model)) is None:
+        return path
+    if not path.fused or options.verify:
+        raise SettingsError(
+            "FSDP spreads the base over the processes, for fused layers only: "
+            f"{path.reason or 'scoring=hf, kernels=none and verify= need whole modules'}",
+            "Launch without FSDP",
+        )
+    return path._replace(expanded=False)
+
+
+def _choose(scored: ScoredModel, options: ScoringOptions) -> ScoringPath:
     if options.scoring == "hf":
         return ScoringPath(packed=False)
     model = scored.model

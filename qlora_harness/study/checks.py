@@ -11,9 +11,10 @@ import torch
 
 from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.errors import RunError, SettingsError
-from qlora_harness.model.base import find_base, load_tokenizer
 from qlora_harness.model.compute_dtype import check_training_dtype
-from qlora_harness.settings import DataSettings, Settings, check_can_run, with_dtype
+from qlora_harness.model.source import find_base, load_tokenizer
+from qlora_harness.settings import DataSettings, Settings
+from qlora_harness.settings_checks import check_can_run, with_dtype
 from qlora_harness.study.definition import Cell, Study
 from qlora_harness.study.devices import Device
 from qlora_harness.study.folder import StudyFolder

@@ -21,11 +21,10 @@ from qlora_harness.settings import (
     DataSettings,
     Quant,
     Settings,
-    build_settings,
     flag_of,
     setting_fields,
-    unknown_name,
 )
+from qlora_harness.settings_checks import build_settings, unknown_name
 
 # Settings that the study chooses for each cell.
 OWN = ("seed", "resume", "overwrite")

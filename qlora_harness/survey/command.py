@@ -13,7 +13,8 @@ from qlora_harness.data.mixture import parse_parts
 from qlora_harness.data.templates import TOKENIZERS_OWN
 from qlora_harness.errors import ResultsError, SettingsError
 from qlora_harness.flag_checks import check_output_file
-from qlora_harness.settings import Settings, build_settings, flag_of, setting_fields
+from qlora_harness.settings import Settings, flag_of, setting_fields
+from qlora_harness.settings_checks import build_settings
 from qlora_harness.train.command import add_settings, flag_parser
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _tokenizer(settings: Settings, *, is_named: bool) -> PreTrainedTokenizerBase
                 "Give --model, or --dataset-revision for the data",
             )
         return None
-    from qlora_harness.model.base import find_base, load_tokenizer
+    from qlora_harness.model.source import find_base, load_tokenizer
 
     return load_tokenizer(find_base(model.model, model.revision))
 

@@ -18,8 +18,9 @@ from qlora_harness.model.adapter_starts import (
     start_eva,
     start_loftq,
 )
-from qlora_harness.model.base import BaseSource, load_base
+from qlora_harness.model.base import load_base
 from qlora_harness.model.lora import attach_lora
+from qlora_harness.model.source import BaseSource
 from qlora_harness.settings import Quant, Settings
 from qlora_harness.train.batches import ExampleSet, pad_batch
 

@@ -12,14 +12,8 @@ from typing import Any, NoReturn
 from qlora_harness.errors import SettingsError, printable, run_command
 from qlora_harness.recipes import with_recipe
 from qlora_harness.record import ADAPTER_DIR, nested
-from qlora_harness.settings import (
-    GROUPS,
-    Settings,
-    build_settings,
-    field_kind,
-    flag_of,
-    unknown_name,
-)
+from qlora_harness.settings import GROUPS, Settings, field_kind, flag_of
+from qlora_harness.settings_checks import build_settings, unknown_name
 
 _DESCRIPTION = "Trains a LoRA adapter on a frozen base model in 4 bits (QLoRA), int8 or bf16."
 _EPILOG = """\
@@ -43,7 +37,7 @@ class _FlagParser(argparse.ArgumentParser):
             name = flag.split("=")[0].lstrip("-").replace("-", "_")
             known = [option[2:].replace("-", "_") for option in self._option_string_actions]
             raise unknown_name(name, f"flag {flag}", known)
-        raise SettingsError(message, "`launch/train.py --help` lists every flag")
+        raise SettingsError(message, f"`{self.prog} --help` lists every flag")
 
 
 def flag_parser(

@@ -6,7 +6,8 @@ import torch
 from accelerate import PartialState
 
 from qlora_harness.model.compute_dtype import check_training_dtype, own_dtype
-from qlora_harness.settings import COMPUTE_DTYPES, Settings, with_dtype
+from qlora_harness.settings import COMPUTE_DTYPES, Settings
+from qlora_harness.settings_checks import with_dtype
 from qlora_harness.train.cpu import faster_dtype, use_all_cores
 from qlora_harness.train.ranks import device_of, on_main, say
 

@@ -6,9 +6,10 @@ The peak of a step on one GPU, without the CUDA context:
     + max(stored activations + work of one layer, gradients + work of one layer)
 
 The backward pass frees a layer's activations as it adds the layer's gradients, so only the larger
-of the two counts; CUDA graphs hold the memory of both, and so does DDP, whose buckets of gradients
-are always there. Paged optimizer states are on the GPU while
-there is room, but torch's allocator does not count them. The bytes per layer are computed beside
+of the two counts; CUDA graphs hold the memory of both, and so do several processes, whose buckets
+of gradients are always there. Of a base that is spread over processes, each has embedding, head,
+its part of the layers, and two whole layers. Paged optimizer states are on the GPU while there is
+room, but torch's allocator does not count them. The bytes per layer are computed beside
 the layers: in `fused.layer`, `fused.bordered`, `fused.graphs` and `fused.model`, in `model.lora`
 for PEFT's own modules, and in `model.base`.
 """
@@ -41,6 +42,17 @@ _PRESETS = {"fast": 0, "balanced": 1, "lean": -1}
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """How many processes train, each on a GPU, and whether the base is spread over them."""
+
+    count: int = 1
+    sharded: bool = False
+
+
+ONE_GPU = Ranks()
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """A predicted peak in bytes, and the settings that it belongs to."""
 
@@ -55,7 +67,8 @@ class MemoryPlan:
     work: int  # of the current layer, the loss, and expanded weights
     host: int  # pinned host memory for activations, at most; not part of the peak
     graphs: bool  # whether passes run as CUDA graphs on one GPU
-    processes: int = 1  # each with a GPU of its own, by DDP; the plan is that of each
+    processes: int = 1  # each with a GPU of its own; the plan is that of each
+    sharded: bool = False  # whether the base is spread over them
 
     @property
     def peak(self) -> int:
@@ -79,7 +92,7 @@ def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from qlora_harness.fused.model import reason_against_config
-    from qlora_harness.model.base import head_size
+    from qlora_harness.model.facts import head_size
 
     config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     with torch.device("meta"):
@@ -127,8 +140,10 @@ def uses_fused(shape: Shape, settings: Settings) -> bool:
     return shape.fused and settings.allows_fused and settings.optimization.kernels == "auto"
 
 
-def predict_memory(shape: Shape, settings: Settings, tokens: int, processes: int = 1) -> MemoryPlan:
-    """Predicts the peak of a step whose largest forward pass has `tokens`, padding included."""
+def predict_memory(
+    shape: Shape, settings: Settings, tokens: int, ranks: Ranks = ONE_GPU
+) -> MemoryPlan:
+    """Predicts each process's peak in a step whose largest pass has `tokens`, with padding."""
     from qlora_harness.fused import bordered, fp8_weights, graphs, layer, model
     from qlora_harness.model.base import expansion_bytes, weight_bytes
     from qlora_harness.model.lora import dora_activation_bytes, peft_activation_bytes
@@ -142,7 +157,7 @@ def predict_memory(shape: Shape, settings: Settings, tokens: int, processes: int
     if uses_fused(shape, settings):
         in_bf16 = settings.model.compute == "bf16"
         planned = graphs.planned(shape, checkpointing, tokens, size)
-        uses_graphs = in_bf16 and planned and processes == 1
+        uses_graphs = in_bf16 and planned and ranks.count == 1
         if uses_graphs:
             tokens = graphs.padded(tokens)
         activations, work = layer.fused_activation_bytes(
@@ -155,7 +170,8 @@ def predict_memory(shape: Shape, settings: Settings, tokens: int, processes: int
         if uses_graphs:  # the last layer works in memory of its own
             work += work + graphs.buffer_bytes(shape, tokens, size)
         if in_bf16:
-            work += bordered.matrix_bytes(shape, rank, size, is_4bit=quant.is_4bit)
+            shared = quant.is_4bit or ranks.sharded
+            work += bordered.matrix_bytes(shape, rank, size, shared=shared)
         else:
             work += fp8_weights.working_bytes(shape, rank, tokens)
         host = model.host_bytes(shape, checkpointing, tokens, size)
@@ -166,20 +182,27 @@ def predict_memory(shape: Shape, settings: Settings, tokens: int, processes: int
         expanded = quant.is_quantised and lora.lora_dropout > 0
         more = dora_activation_bytes(shape, checkpointing, tokens, size, expanded=expanded)
         activations, work = activations + more[0], work + more[1]
+    weights = weight_bytes(shape, quant, double_quant=settings.model.double_quant, size=size)
+    if ranks.sharded:
+        layers = weights - shape.others * size
+        weights += layers // ranks.count + 2 * layers // shape.layers - layers
     return MemoryPlan(
         checkpointing=checkpointing,
         optimizer=optimization.optimizer,
         adapter_dtype=lora.adapter_dtype,
-        weights=weight_bytes(shape, quant, double_quant=settings.model.double_quant, size=size),
+        weights=weights,
         adapter=parameters * width,
         states=int(parameters * _state_bytes(optimization.optimizer, width)),
         # DDP's buckets take those of the last pass; the sum of the passes before is beside them.
-        gradients=parameters * width * (2 if processes > 1 and optimization.grad_accum > 1 else 1),
+        gradients=parameters
+        * width
+        * (2 if ranks.count > 1 and optimization.grad_accum > 1 else 1),
         activations=activations,
         work=work,
         host=host,
         graphs=uses_graphs,
-        processes=processes,
+        processes=ranks.count,
+        sharded=ranks.sharded,
     )
 
 
@@ -207,7 +230,7 @@ def largest_pass(lengths: Sequence[int], settings: Settings, *, fused: bool) -> 
 
 
 def choose_memory_plan(
-    shape: Shape, settings: Settings, lengths: Sequence[int], processes: int = 1
+    shape: Shape, settings: Settings, lengths: Sequence[int], ranks: Ranks = ONE_GPU
 ) -> tuple[Settings, MemoryPlan, int]:
     """Applies `--memory`: returns the settings to run with, their plan and the tokens per pass.
 
@@ -220,7 +243,7 @@ def choose_memory_plan(
 
     def planned(changed: Settings) -> tuple[Settings, MemoryPlan, int]:
         tokens = largest_pass(lengths, changed, fused=fused)
-        return changed, predict_memory(shape, changed, tokens, processes), tokens
+        return changed, predict_memory(shape, changed, tokens, ranks), tokens
 
     memory = settings.optimization.memory
     if memory is None:

@@ -10,7 +10,9 @@ from qlora_harness.settings import Settings
 from qlora_harness.train.memory_plan import (
     CONTEXT,
     GIB,
+    ONE_GPU,
     MemoryPlan,
+    Ranks,
     choose_memory_plan,
     predict_memory,
     rungs_of,
@@ -38,14 +40,15 @@ def describe(plan: MemoryPlan, tokens: int) -> str:
     listed = ", ".join(f"{name} {value / GIB:.2f}" for name, value in _parts(plan).items())
     host = f", and {plan.host / GIB:.1f} GiB of the host's memory" if plan.host else ""
     return (
-        f"planned peak {plan.peak / GIB:.1f} GiB on {_gpus(plan.processes)}{host}, at {tokens:,} "
+        f"planned peak {plan.peak / GIB:.1f} GiB on {_gpus(plan)}{host}, at {tokens:,} "
         f"tokens a pass, checkpointing {plan.checkpointing}"
         f"{', CUDA graphs' if plan.graphs else ''} ({listed})"
     )
 
 
-def _gpus(processes: int) -> str:
-    return "a GPU" if processes == 1 else f"each of {processes} GPUs (DDP)"
+def _gpus(plan: MemoryPlan) -> str:
+    engine = "FSDP2" if plan.sharded else "DDP"
+    return "a GPU" if plan.processes == 1 else f"each of {plan.processes} GPUs ({engine})"
 
 
 def host_shortage(plan: MemoryPlan, free: int) -> str | None:
@@ -59,7 +62,7 @@ def host_shortage(plan: MemoryPlan, free: int) -> str | None:
 
 
 def one_pass(
-    shape: Shape, settings: Settings, lengths: Sequence[int], free: int, processes: int = 1
+    shape: Shape, settings: Settings, lengths: Sequence[int], free: int, ranks: Ranks = ONE_GPU
 ) -> str | None:
     """Returns a hint at the `--memory` that computes a step of several passes in one, or None.
 
@@ -72,7 +75,7 @@ def one_pass(
         preset = dataclasses.replace(
             settings, optimization=dataclasses.replace(optimization, memory=word)
         )
-        _, plan, _ = choose_memory_plan(shape, preset, lengths, processes)
+        _, plan, _ = choose_memory_plan(shape, preset, lengths, ranks)
         if plan.peak * _MARGIN <= free:
             return (
                 f"{optimization.grad_accum} passes a step; --memory {word} computes the same "
@@ -83,7 +86,7 @@ def one_pass(
 
 
 def table(
-    shape: Shape, settings: Settings, chosen: Settings, tokens: int, processes: int = 1
+    shape: Shape, settings: Settings, chosen: Settings, tokens: int, ranks: Ranks = ONE_GPU
 ) -> str:
     """Returns the plan of every rung, and the GPUs it fits, for passes of `tokens`.
 
@@ -97,7 +100,7 @@ def table(
     }
     plans: dict[tuple[str, str, str], MemoryPlan] = {}
     for rung in (first, *rungs_of(fused)):
-        plan = predict_memory(shape, with_rung(settings, rung), tokens, processes)
+        plan = predict_memory(shape, with_rung(settings, rung), tokens, ranks)
         plans.setdefault((plan.checkpointing, plan.optimizer, plan.adapter_dtype), plan)
     kind = "fused layers" if fused else "PEFT's own modules: an estimate"
     dtype = settings.model.compute_dtype.replace("auto", "bfloat16")
@@ -107,7 +110,7 @@ def table(
         [
             f"{settings.model.model}, {settings.quant.value}, {dtype}, "
             f"rank {settings.lora.lora_r}, {tokens:,} tokens a pass; {kind}; "
-            f"GiB on {_gpus(processes)}",
+            f"GiB on {_gpus(next(iter(plans.values())))}",
             f"{'checkpointing':<15}{'optimizer':<20}{'adapter':<10}"
             + "".join(f"{head:>12}" for head in heads)
             + "  fits GPUs of",

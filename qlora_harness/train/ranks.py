@@ -21,19 +21,23 @@ from qlora_harness.errors import (
     printable,
 )
 
+_USE_FSDP = "ACCELERATE_USE_FSDP"
 _Result = TypeVar("_Result")
 # The others wait so long for a process, also while the first one encodes the data.
 _TIMEOUT = timedelta(minutes=30)
 
 
-def start_processes() -> PartialState:
+def start_processes(*, fsdp: bool = False) -> PartialState:
     """Joins the other processes, on the CPU with `accelerate launch --cpu` or without a GPU.
 
-    Raises SettingsError if one process sees several GPUs: Trainer would use all of them.
+    With `fsdp`, or a launcher that was told to use it, the base is spread over the processes, see
+    `model.sharded`. Raises SettingsError if one process sees several GPUs: Trainer would use all.
     """
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    cpu = on_cpu or not torch.cuda.is_available()
+    fsdp = takes_over_fsdp() or fsdp
+    cpu = _is_set("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     state = PartialState(cpu=cpu, timeout=_TIMEOUT, **_own_store())
+    if fsdp:
+        state.shards_base = True  # all instances share it
     if not state.is_main_process:
         logging.getLogger("qlora_harness").setLevel(logging.ERROR)  # so that warnings appear once
     if state.device.type == "cuda" and state.num_processes == 1 and torch.cuda.device_count() > 1:
@@ -42,6 +46,25 @@ def start_processes() -> PartialState:
             "Use `accelerate launch --multi_gpu launch/train.py …`, or set CUDA_VISIBLE_DEVICES=0",
         )
     return state
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
+def takes_over_fsdp() -> bool:
+    """Whether the launcher was told to use FSDP, which accelerate doesn't learn any more.
+
+    Its FSDP2 leaves packed weights whole.
+    """
+    asked = _is_set(_USE_FSDP)
+    os.environ.pop(_USE_FSDP, None)
+    return asked
+
+
+def shards_base(state: PartialState) -> bool:
+    """Whether the base is spread over processes: several were launched, with FSDP."""
+    return state.num_processes > 1 and getattr(state, "shards_base", False)
 
 
 def _own_store() -> dict[str, Any]:

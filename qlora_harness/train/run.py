@@ -20,19 +20,14 @@ from qlora_harness.data.templates import chat_template
 from qlora_harness.errors import AdapterError, RunError, SettingsError, TrainingError
 from qlora_harness.fused import fp8
 from qlora_harness.fused.host_memory import memory_of_a_process
-from qlora_harness.fused.model import FusedDecoder
+from qlora_harness.fused.model import FusedDecoder, reason_against_config
 from qlora_harness.model.adapter_starts import START_FILE, save_pissa_start
-from qlora_harness.model.base import (
-    BaseSource,
-    base_of,
-    find_base,
-    is_out_of_memory,
-    load_tokenizer,
-    weights_fingerprint,
-)
+from qlora_harness.model.base import weights_fingerprint
+from qlora_harness.model.facts import base_of, is_out_of_memory
 from qlora_harness.model.lora import public_name, save_adapter
 from qlora_harness.model.rope import why_by_length
 from qlora_harness.model.shared_base import take_base
+from qlora_harness.model.source import BaseSource, find_base, load_tokenizer, read_config
 from qlora_harness.record import (
     ADAPTER_DIR,
     CHECKPOINT_DIR,
@@ -41,7 +36,8 @@ from qlora_harness.record import (
     scrub_all,
 )
 from qlora_harness.schema.training_records import EvaluationLosses
-from qlora_harness.settings import Quant, Settings, check_can_run, check_combination
+from qlora_harness.settings import Quant, Settings
+from qlora_harness.settings_checks import check_can_run, check_can_shard, check_combination
 from qlora_harness.train.adapter import (
     attach_adapter,
     eva_batches,
@@ -56,10 +52,22 @@ from qlora_harness.train.compute_dtype import with_compute_dtype
 from qlora_harness.train.evaluation import evaluate_loss
 from qlora_harness.train.held_out import HeldOut, check_held_out
 from qlora_harness.train.memory_meter import MemoryMeter
-from qlora_harness.train.memory_plan import choose_memory_plan, largest_pass, measure_shape
+from qlora_harness.train.memory_plan import (
+    Ranks,
+    choose_memory_plan,
+    largest_pass,
+    measure_shape,
+)
 from qlora_harness.train.model_card import refresh_card
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
-from qlora_harness.train.ranks import device_of, lost_process, on_main, say, start_processes
+from qlora_harness.train.ranks import (
+    device_of,
+    lost_process,
+    on_main,
+    say,
+    shards_base,
+    start_processes,
+)
 from qlora_harness.train.run_folder import (
     StartingPoint,
     clear_run_folder,
@@ -98,7 +106,13 @@ def _run_training(
     with sigterm_as_ctrl_c():
         state = start_processes()
         check_can_run(settings)
-        find = partial(find_start, settings.run_dir, settings, resume_given=resume_given)
+        if shards_base(state):
+            check_can_shard(settings)
+        find = partial(
+            find_start,
+            *(settings.run_dir, settings, state.num_processes),
+            resume_given=resume_given,
+        )
         start = on_main(state, find)
         for note in start.notes:
             say(state, f"{settings.run_dir}: skipped {note}")
@@ -115,6 +129,15 @@ def _run_training(
 def _check_fp8(reason: str | None) -> None:
     if reason is not None:
         raise SettingsError(f"--compute fp8: {reason}", "Use --compute bf16")
+
+
+def _check_sharded(source: BaseSource, reason: str | None) -> None:
+    if reason is not None:
+        raise SettingsError(
+            f"FSDP spreads the base over the processes, for fused layers, and {source.name} has "
+            f"none: {reason}",
+            "Launch without FSDP",
+        )
 
 
 class _Run:
@@ -199,20 +222,22 @@ class _Run:
 
     def _plan_memory(self, source: BaseSource, lengths: Sequence[int]) -> None:
         """Applies --memory and prints the planned peak."""
+        if shards_base(self.state):
+            config = read_config(source, self.settings.model.rope_scaling)
+            _check_sharded(source, reason_against_config(config))
         if self.device.type != "cuda" and self.settings.optimization.memory is None:
             return
         shape = measure_shape(source.path, source.revision, self.settings.lora.lora_targets)
         if self.settings.model.compute == "fp8" and not shape.fused:
             _check_fp8(f"{source.name} has no fused layers")
-        self.chosen, plan, tokens = choose_memory_plan(
-            shape, self.settings, lengths, self.state.num_processes
-        )
+        ranks = Ranks(self.state.num_processes, shards_base(self.state))
+        self.chosen, plan, tokens = choose_memory_plan(shape, self.settings, lengths, ranks)
         check_combination(self.chosen)
         self.plan = plan.record() | {"tokens_per_pass": tokens}
         lines = [describe(plan, tokens), host_shortage(plan, memory_of_a_process())]
         if self.device.type == "cuda" and self.start.checkpoint is None:
             free, _ = torch.cuda.mem_get_info(self.device)
-            lines.append(one_pass(shape, self.settings, lengths, free, plan.processes))
+            lines.append(one_pass(shape, self.settings, lengths, free, ranks))
         say(self.state, "\n".join(line for line in lines if line is not None))
 
     def _load_model(self, source: BaseSource, data: TrainingData) -> Any:
@@ -226,6 +251,7 @@ class _Run:
             device=self.device,
             rope_scaling=settings.model.rope_scaling,
             shared=not self.trains_residual,
+            sharded=shards_base(self.state),
         )
         self.base_fingerprint = weights_fingerprint(model)
         model = attach_adapter(model, settings, resumed=checkpoint is not None)
@@ -240,10 +266,10 @@ class _Run:
         model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
         # Otherwise PEFT replaces bfloat16 parameters, and fused layers hold on to the old ones.
         model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)
-        self.fused = self._fuse(model, data.train.lengths)
+        self.fused = self._fuse(source, model, data.train.lengths)
         return model
 
-    def _fuse(self, model: Any, lengths: Sequence[int]) -> FusedDecoder | None:
+    def _fuse(self, source: BaseSource, model: Any, lengths: Sequence[int]) -> FusedDecoder | None:
         """Attaches fused layers if the settings and the model allow."""
         optimization = self.chosen.optimization
         auto = optimization.kernels == "auto"
@@ -260,6 +286,8 @@ class _Run:
                 f"{self.settings.model.model} has none: {reason}",
                 "Use --checkpointing full or none",
             )
+        if shards_base(self.state):
+            _check_sharded(source, reason)
         if auto:
             say(self.state, f"PEFT's own modules and padded batches: {reason}")
         return None
@@ -285,7 +313,11 @@ class _Run:
 
     def _check_same_computation(self, model: Any) -> None:
         """Refuses to resume on other weights or with another computation."""
-        for name, value in self.computation.items():
+        computation = self.computation
+        if self.start.recorded("environment", "world_size") not in (None, self.state.num_processes):
+            # Other processes share the examples of a step differently; `find_start` has checked it.
+            del computation["batch_size"], computation["grad_accum"]
+        for name, value in computation.items():
             self.start.check_same(self.run_dir, value, "computation", name)
         self.start.check_same(self.run_dir, self.base_fingerprint, "model", "weights_fingerprint")
         if self.start.checkpoint is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import glob
 import json
 import reprlib
@@ -72,9 +73,14 @@ class StartingPoint:
 
 
 def find_start(
-    run_dir: Path, settings: Settings, *, resume_given: bool, has_lock: bool = False
+    run_dir: Path,
+    settings: Settings,
+    processes: int = 1,
+    *,
+    resume_given: bool,
+    has_lock: bool = False,
 ) -> StartingPoint:
-    """Decides how a run starts, without touching anything.
+    """Decides how a run starts in a number of processes, without touching anything.
 
     A completed run is refused unless --resume was given; then there is nothing to do. Raises
     RunError if the folder is locked by another process, or holds a run that would be lost or can't
@@ -93,18 +99,20 @@ def find_start(
     previous = _read_summary(run_dir)
     _refuse_unrecorded_files(run_dir, previous)
     if named is not None:
-        return _from_checkpoint(run_dir, named, previous, settings)
+        return _from_checkpoint(run_dir, named, previous, settings, processes)
     if previous is None or overwrite:
         return StartingPoint(replace=previous is not None)
     if previous["status"] != "completed":
-        return _from_newest(run_dir, previous, settings)
+        return _from_newest(run_dir, previous, settings, processes)
     if not (resume_given and resume == "auto"):
         raise _completed(run_dir)
-    _check_same_experiment(run_dir, previous, settings)
+    _check_same_experiment(run_dir, previous, settings, processes)
     return StartingPoint(previous=previous, nothing_to_do=True)
 
 
-def _from_newest(run_dir: Path, previous: dict[str, Any], settings: Settings) -> StartingPoint:
+def _from_newest(
+    run_dir: Path, previous: dict[str, Any], settings: Settings, processes: int
+) -> StartingPoint:
     """Resumes an unfinished run, or starts it again if it has no checkpoint."""
     newest, faults = newest_intact(run_dir / CHECKPOINT_DIR)
     if newest is None:
@@ -114,12 +122,16 @@ def _from_newest(run_dir: Path, previous: dict[str, Any], settings: Settings) ->
             f"{run_dir} holds a run with status {previous['status']!r} and {newest.name}",
             "Use --resume auto to resume it, --overwrite to replace it, or another --output-dir",
         )
-    _check_same_experiment(run_dir, previous, settings)
+    _check_same_experiment(run_dir, previous, settings, processes)
     return StartingPoint(newest, previous, notes=tuple(faults))
 
 
 def _from_checkpoint(
-    run_dir: Path, checkpoint: Path, previous: Mapping[str, Any] | None, settings: Settings
+    run_dir: Path,
+    checkpoint: Path,
+    previous: Mapping[str, Any] | None,
+    settings: Settings,
+    processes: int,
 ) -> StartingPoint:
     """Resumes from the checkpoint that --resume names, which may belong to another run."""
     if not is_checkpoint_name(checkpoint.name):
@@ -138,7 +150,7 @@ def _from_checkpoint(
             f"--resume: {owner} holds no {SUMMARY_FILE}, which says how {checkpoint.name} was made",
             "Name a checkpoint in its own run folder",
         )
-    _check_same_experiment(owner, summary, settings)
+    _check_same_experiment(owner, summary, settings, processes)
     replace = previous is not None and owner.resolve() != run_dir.resolve()
     if replace and not settings.run.overwrite:
         raise RunError(
@@ -208,13 +220,38 @@ def earlier_steps(checkpoint: Path) -> tuple[list[dict[str, Any]], EvaluationLos
     return rows, losses
 
 
-def _check_same_experiment(run_dir: Path, previous: Mapping[str, Any], settings: Settings) -> None:
+def _check_same_experiment(
+    run_dir: Path, previous: Mapping[str, Any], settings: Settings, processes: int
+) -> None:
+    before = nested(previous, "environment", "world_size") or processes
+    if before != processes:
+        # The examples of a step stay the same if as many are computed at a time in all processes.
+        accumulated = nested(previous, "settings", "grad_accum") * before
+        settings = _same_step(run_dir, settings, before, processes, accumulated)
     for name, old, value in changed_settings(previous, settings):
         short = reprlib.repr(old).strip("'")
         raise RunError(
             f"{run_dir} holds a run with {flag_of(name)} {short}, not {value}",
             "Give the same value to resume it, or use another --output-dir",
         )
+
+
+def _same_step(
+    run_dir: Path, settings: Settings, before: int, processes: int, accumulated: int
+) -> Settings:
+    """Returns settings with the passes of a step as they were, or raises RunError."""
+    optimization = settings.optimization
+    if optimization.grad_accum * processes != accumulated:
+        count = accumulated / processes
+        raise RunError(
+            f"{run_dir} holds a run of {before} processes, and this one has {processes} with "
+            f"--grad-accum {optimization.grad_accum}: a step would have other examples",
+            f"Use --grad-accum {count:g}, or {before} processes"
+            if count.is_integer()
+            else f"Use {before} processes",
+        )
+    optimization = dataclasses.replace(optimization, grad_accum=accumulated // before)
+    return dataclasses.replace(settings, optimization=optimization)
 
 
 def changed_settings(

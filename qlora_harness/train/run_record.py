@@ -13,13 +13,9 @@ from accelerate import PartialState
 
 from qlora_harness.data.corpus import TrainingData
 from qlora_harness.errors import HarnessError
-from qlora_harness.model.base import (
-    BaseSource,
-    attention_of,
-    base_of,
-    parameter_dtypes,
-    unquantised_share,
-)
+from qlora_harness.model.base import unquantised_share
+from qlora_harness.model.facts import attention_of, base_of, parameter_dtypes
+from qlora_harness.model.source import BaseSource
 from qlora_harness.record import SUMMARY_FILE, environment, nested, now, scrub_all, write_json
 from qlora_harness.schema.section import Environment
 from qlora_harness.schema.training_records import (
@@ -37,6 +33,7 @@ from qlora_harness.settings import Settings
 from qlora_harness.train.evaluation import ConversationLosses
 from qlora_harness.train.memory_meter import MemoryMeter, largest_peaks
 from qlora_harness.train.process import host_id, short_hash, this_process
+from qlora_harness.train.ranks import shards_base
 
 # Not counted in the throughput: these steps choose kernels and map memory.
 WARM_UP_STEPS = 3
@@ -114,6 +111,7 @@ class RunRecord:
             device=_device_record(self._device),
             cpu_threads=torch.get_num_threads(),
             world_size=self._state.num_processes,
+            sharded_base=shards_base(self._state),
         )
         self._summary.failure = None
         self.write()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from qlora_harness.errors import SettingsError
-from qlora_harness.model.base import BaseSource, read_config
 from qlora_harness.model.rope import rope_type, window
+from qlora_harness.model.source import BaseSource, read_config
 from qlora_harness.settings import Settings
 
 
