@@ -66,14 +66,6 @@ def test_sizes(trees: int, fraction: float, held_out: int) -> None:
     assert (len(train), len(evaluation)) == (trees - held_out, held_out)
 
 
-def test_split_is_seeded() -> None:
-    def chosen(seed: int) -> list[int]:
-        return list(split_by_tree(forest(100), 0.05, seed)[1])
-
-    assert chosen(0) == chosen(0)
-    assert chosen(0) != chosen(1)
-
-
 @pytest.mark.parametrize(
     ("text", "codes"),
     [("en", ("en",)), ("en,de", ("en", "de")), (" en , pt-BR,", ("en", "pt-BR")), ("all", None)],

@@ -215,12 +215,6 @@ def test_every_validation_subject_loads_by_name_and_asks_verbatim(
     assert (len(tasks), len(questions)) == (57, 1531)
 
 
-def test_test_subject_is_read_from_xz_by_metadata(quick_index: None, shared_data: Path) -> None:
-    manager = TaskManager(metadata={"mmlu_dir": str(shared_data / "mmlu"), "pretrained": "x"})
-    task = manager.load("mmlu_qlora_5shot_anatomy")["tasks"]["mmlu_qlora_5shot_anatomy"]
-    assert len(task.test_docs()) == 135
-
-
 @pytest.mark.parametrize("num_fewshot", [None, 5])
 def test_requests_are_the_prompts_of_the_file_and_nothing_else(
     manager: TaskManager, num_fewshot: int | None
