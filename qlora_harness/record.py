@@ -48,6 +48,7 @@ _PACKAGES = (  # that can change the numbers
 )
 _LONGEST_UNPACKED = 500_000_000  # characters; a small .xz can hold far more
 _DEEPEST = 100  # nested brackets; readers recurse into them
+_NESTED = (dict, list)
 _LONGEST_NUMBER = 308  # digits; a float holds no more
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -183,20 +184,23 @@ def _parse(text: str) -> Any:
 
 def _check_values(value: Any, finite: bool) -> None:
     """Raises ValueError for values that would end in a traceback later."""
-    pending = [(value, "", 0)]
-    while pending:
-        item, place, depth = pending.pop()
-        if depth > _DEEPEST:
-            raise ValueError("brackets too deep")
-        if isinstance(item, dict | list):
-            parts = item.items() if isinstance(item, dict) else enumerate(item)
-            pending += [
-                (part, f"{place}.{key}" if place else str(key), depth + 1)
-                for key, part in parts
-                if isinstance(part, dict | list | float)
-            ]
-        elif finite and isinstance(item, float) and not math.isfinite(item):
-            raise ValueError(f"{place} is {item}, not a finite number")
+    level: list[Any] = [[value]]
+    for _ in range(_DEEPEST + 1):
+        parts = [p for item in level for p in (item.values() if isinstance(item, dict) else item)]
+        if finite and not all(math.isfinite(part) for part in parts if isinstance(part, float)):
+            _refuse_infinite(value, "")
+        level = [part for part in parts if isinstance(part, _NESTED)]
+        if not level:
+            return
+    raise ValueError("brackets too deep")
+
+
+def _refuse_infinite(value: Any, place: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{place} is {value}, not a finite number")
+    if isinstance(value, _NESTED):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_infinite(part, f"{place}.{key}" if place else str(key))
 
 
 def _whole_number(digits: str) -> int:

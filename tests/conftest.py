@@ -23,6 +23,7 @@ Fixtures that other files use:
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -50,6 +51,13 @@ os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """Spares every later collection of garbage the million objects of the imported libraries."""
+    gc.collect()
+    gc.freeze()
+
 
 UNK, BOS, EOS, FIRST_BYTE, SPACE, FIRST_CHARACTER = 0, 1, 2, 3, 259, 260
 # The id of each printable character, in the order of ASCII; the space is LLaMA's "▁".
@@ -204,20 +212,14 @@ def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     source = find_base(str(tiny_llama))
     model = load_base(
-        source,
-        quant=Quant.NF4,
-        double_quant=True,
-        compute_dtype="float32",
+        source, quant=Quant.NF4, double_quant=True, compute_dtype="float32",
         device=torch.device("cpu"),
-    )
+    )  # fmt: skip
     record = {
-        "schema_version": 1,
-        "kind": "adapter",
+        "schema_version": 1, "kind": "adapter",
         "base": source.record() | {"weights_fingerprint": weights_fingerprint(model)},
-        "quant": "nf4",
-        "double_quant": True,
-        "compute_dtype": "float32",
-    }
+        "quant": "nf4", "double_quant": True, "compute_dtype": "float32",
+    }  # fmt: skip
     torch.manual_seed(1)
     adapted = attach_lora(model, r=RANK, alpha=ALPHA, dropout=0.0, targets="all-linear")
     with torch.no_grad():
@@ -311,20 +313,11 @@ def train(tiny_llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
     def run(**flags: Any) -> int:
         chosen = {
-            "model": tiny_llama,
-            "dataset": rows,
-            "compute_dtype": "float32",
-            "max_steps": 4,
-            "batch_size": 4,
-            "grad_accum": 1,
-            "optimizer": "adamw_torch",
-            "checkpointing": "none",
-            "max_length": 96,
-            "lora_dropout": 0,
-            "lora_r": 4,
-            "eval_fraction": 0.25,
+            "model": tiny_llama, "dataset": rows, "compute_dtype": "float32", "max_steps": 4,
+            "batch_size": 4, "grad_accum": 1, "optimizer": "adamw_torch", "checkpointing": "none",
+            "max_length": 96, "lora_dropout": 0, "lora_r": 4, "eval_fraction": 0.25,
             "learning_rate": 0.01,
-        } | flags
+        } | flags  # fmt: skip
         words = []
         for name, value in chosen.items():
             flag = name.replace("_", "-")

@@ -80,15 +80,10 @@ def another_base(tiny_llama: Path, folder: Path, change: Callable[[LlamaForCausa
 def write_summary(run: Path, *, finished: str | None, status: str) -> None:
     """Writes the least that a training summary must hold."""
     summary = {
-        "kind": "training_summary",
-        "status": status,
-        "finished": finished,
-        "settings": {},
-        "data": {"train": {"fingerprint": "0"}},
-        "results": {"final_train_loss": 1.0},
-        "runtime": {"train_seconds": 1.0},
-        "throughput": {"tokens_per_second": 1.0},
-    }
+        "kind": "training_summary", "status": status, "finished": finished, "settings": {},
+        "data": {"train": {"fingerprint": "0"}}, "results": {"final_train_loss": 1.0},
+        "runtime": {"train_seconds": 1.0}, "throughput": {"tokens_per_second": 1.0},
+    }  # fmt: skip
     (run / "training_summary.json").write_text(json.dumps(summary))
 
 

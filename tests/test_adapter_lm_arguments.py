@@ -119,8 +119,7 @@ def test_chat_template_is_refused_for_our_tasks(
         lm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}!{% endfor %}"
     options: Any = {"evaluation_tracker": EvaluationTracker() if tracked else None}
     text = refused(
-        lambda: evaluate(lm, manager, limit=1, apply_chat_template=True, **options),
-        SettingsError,
+        lambda: evaluate(lm, manager, limit=1, apply_chat_template=True, **options), SettingsError
     )
     assert text.startswith("--apply_chat_template")
     assert ("an mmlu_qlora task" if has_template else "no chat template") in text

@@ -135,13 +135,9 @@ def hf_lm(tiny_llama: Path, quant: str, adapter: Path | None) -> HFLM:
     if quant == "bf16":
         peft = str(adapter) if adapter else None
         return HFLM(
-            str(tiny_llama),
-            peft=peft,
-            dtype="float32",
-            softmax_dtype="float32",
-            device="cpu",
+            str(tiny_llama), peft=peft, dtype="float32", softmax_dtype="float32", device="cpu",
             batch_size=4,
-        )
+        )  # fmt: skip
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant,

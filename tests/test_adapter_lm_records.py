@@ -19,18 +19,11 @@ from qlora_harness.score.mmlu_files import DEMO_FILE, load_questions
 def model_record(base: Path, adapter: Path, **changes: Any) -> dict[str, Any]:
     recorded = json.loads((adapter / "qlora_harness.json").read_text())["base"]
     return {
-        "base": str(base),
-        "revision": None,
-        "commit": None,
-        "random_weights": True,
-        "quant": "nf4",
-        "double_quant": True,
-        "peft": "adapter",
-        "adapter_sha256": adapter_digest(adapter),
-        "unquantised_share": 0.0,
-        "attention": "sdpa",
+        "base": str(base), "revision": None, "commit": None, "random_weights": True,
+        "quant": "nf4", "double_quant": True, "peft": "adapter",
+        "adapter_sha256": adapter_digest(adapter), "unquantised_share": 0.0, "attention": "sdpa",
         "weights_fingerprint": recorded["weights_fingerprint"],
-    } | changes
+    } | changes  # fmt: skip
 
 
 def test_progress_file_holds_every_question_in_file_order(
@@ -62,12 +55,9 @@ def test_progress_file_holds_every_question_in_file_order(
     created = progress.pop("created")
     assert len(created) == len("2026-11-24T10:00:00+00:00")
     assert progress == {
-        "schema_version": 1,
-        "kind": "mmlu_progress",
-        "arm": "4bit",
-        "model": model_record(tiny_llama, adapter),
-        "tasks": {"mmlu_qlora_demo": expected},
-    }
+        "schema_version": 1, "kind": "mmlu_progress", "arm": "4bit",
+        "model": model_record(tiny_llama, adapter), "tasks": {"mmlu_qlora_demo": expected},
+    }  # fmt: skip
 
 
 def test_evaluation_results_say_what_was_scored_and_how(
@@ -90,18 +80,10 @@ def test_evaluation_results_say_what_was_scored_and_how(
     )
     task = record.pop("tasks")["mmlu_qlora_demo"]
     settings = {
-        "batch_size": 4,
-        "dtype": "float32",
-        "compute": "bf16",
-        "softmax_dtype": "float32",
-        "max_length": 1900,
-        "leading_bos": [BOS],
-        "scoring": "packed",
-        "logits": "float32",
-        "expanded_once": False,
-        "fused_kernels": True,
-        "processes": 1,
-    }
+        "batch_size": 4, "dtype": "float32", "compute": "bf16", "softmax_dtype": "float32",
+        "max_length": 1900, "leading_bos": [BOS], "scoring": "packed", "logits": "float32",
+        "expanded_once": False, "fused_kernels": True, "processes": 1,
+    }  # fmt: skip
     record.pop("created")
     of_4bit = ("double_quant", "peft", "adapter_sha256", "unquantised_share")
     assert record == {

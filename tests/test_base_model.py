@@ -40,12 +40,9 @@ def load(
     folder: Path | str, quant: str, compute_dtype: str = "float32", double_quant: bool = True
 ) -> Any:
     return load_base(
-        find_base(str(folder)),
-        quant=Quant(quant),
-        double_quant=double_quant,
-        compute_dtype=compute_dtype,
-        device=torch.device("cpu"),
-    )
+        find_base(str(folder)), quant=Quant(quant), double_quant=double_quant,
+        compute_dtype=compute_dtype, device=torch.device("cpu"),
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -68,11 +65,8 @@ def refusal(action: Callable[[], object]) -> str:
 
 def test_record_of_a_folder(tiny_llama: Path) -> None:
     assert find_base(str(tiny_llama)).record() == {
-        "name": str(tiny_llama),
-        "revision": None,
-        "commit": None,
-        "random_weights": True,
-    }
+        "name": str(tiny_llama), "revision": None, "commit": None, "random_weights": True,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["folder", "smollm2"])
@@ -361,7 +355,7 @@ def test_random_model_is_seeded_and_says_so(
 def test_a_random_model_has_room_for_every_token(
     tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(SHAPES, "tiny", SHAPES["tiny"] | {"vocab_size": 8})
+    monkeypatch.setitem(SHAPES, "tiny", (8, *SHAPES["tiny"][1:]))
     write_random_model(tmp_path / "new", shape="tiny", tokenizer=str(tiny_tokenizer))
     config = json.loads((tmp_path / "new" / "config.json").read_text())
     assert config["vocab_size"] == VOCABULARY_SIZE

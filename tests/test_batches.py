@@ -12,10 +12,7 @@ from qlora_harness.train.batches import ExampleSet, pad_batch, padding_id
 
 
 def test_rows_are_padded_on_the_right() -> None:
-    rows = [
-        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
-        {"input_ids": [8], "labels": [-100]},
-    ]
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [-100]}]
     batch = pad_batch(rows, pad_id=9)
     assert {name: value.tolist() for name, value in batch.items()} == {
         "input_ids": [[5, 6, 7], [8, 9, 9]],

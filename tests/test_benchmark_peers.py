@@ -100,14 +100,9 @@ def test_a_peer_trains_on_the_same_batches_in_its_own_process(
 def test_a_peer_that_takes_too_long_is_stopped(tiny_llama: Path, tmp_path: Path) -> None:
     folder = stand_in(tmp_path, "trl", "import time; print('waiting', flush=True); time.sleep(60)")
     failed = run_peer(
-        PEER_WAYS["trl-pad"],
-        build_settings(WAYS["trl-pad"]),
-        find_base(str(tiny_llama)),
-        [Example([1, 5, 6], [-100, 5, 6])],
-        steps=1,
-        path=folder,
-        timeout=4,
-    )
+        PEER_WAYS["trl-pad"], build_settings(WAYS["trl-pad"]), find_base(str(tiny_llama)),
+        [Example([1, 5, 6], [-100, 5, 6])], steps=1, path=folder, timeout=4,
+    )  # fmt: skip
     assert failed == {"failure": "timed out after 4 s"}
 
 

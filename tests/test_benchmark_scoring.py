@@ -140,33 +140,16 @@ def test_errors_come_before_the_model_is_looked_for(
 
 def test_table() -> None:
     baseline = ScoringMeasurement(
-        name="hf",
-        questions=400,
-        encoding_seconds=6.24,
-        scoring_seconds=11.5,
-        prompt_tokens=312_627,
-        computed_tokens=312_627,
-        peak_allocated_bytes=2**30,
-        ties=3,
-    )
+        name="hf", questions=400, encoding_seconds=6.24, scoring_seconds=11.5,
+        prompt_tokens=312_627, computed_tokens=312_627, peak_allocated_bytes=2**30, ties=3,
+    )  # fmt: skip
     packed = ScoringMeasurement(
-        name="packed",
-        questions=14_042,
-        encoding_seconds=3.6,
-        scoring_seconds=43.9,
-        prompt_tokens=10_882_111,
-        computed_tokens=1_603_466,
-        peak_allocated_bytes=None,
-        ties=1789,
-        ratio=13.04,
-        scoring_ratio=9.1,
-        largest_difference=0.287,
-        same_predictions=0.96,
-        untied_predictions=0.9982,
-        accuracy_difference=-0.0004,
-        float32_difference=0.0312,
+        name="packed", questions=14_042, encoding_seconds=3.6, scoring_seconds=43.9,
+        prompt_tokens=10_882_111, computed_tokens=1_603_466, peak_allocated_bytes=None, ties=1789,
+        ratio=13.04, scoring_ratio=9.1, largest_difference=0.287, same_predictions=0.96,
+        untied_predictions=0.9982, accuracy_difference=-0.0004, float32_difference=0.0312,
         float32_predictions=0.923,
-    )
+    )  # fmt: skip
     record = ScoringBenchmark(title="a model", measurements=[baseline, packed], environment={})
     lines = record.table().split("\n")
     assert lines[4:] == [

@@ -71,28 +71,17 @@ def test_batch_size_of_a_way_wins() -> None:
 
 def test_table() -> None:
     measured = TrainingMeasurement(
-        way="fused-none",
-        quant="nf4",
-        changes={},
-        steps=4,
-        tokens=20_080,
-        seconds=2.0,
-        tokens_per_second=10_040.0,
-        median_tokens_per_second=10_100.4,
-        peak_allocated_bytes=3 * 2**29,
-        peak_reserved_bytes=2**31,
-        losses=[9.5, 9.43219],
+        way="fused-none", quant="nf4", changes={}, steps=4, tokens=20_080, seconds=2.0,
+        tokens_per_second=10_040.0, median_tokens_per_second=10_100.4,
+        peak_allocated_bytes=3 * 2**29, peak_reserved_bytes=2**31, losses=[9.5, 9.43219],
         ratio=1.0,
-    )
+    )  # fmt: skip
     peer = measured.model_copy(
         update={
-            "way": "trl-pad",
-            "peak_allocated_bytes": None,
-            "peak_reserved_bytes": None,
-            "ratio": None,
-            "versions": {"trl": "1.16.0", "torch": "2.11.0"},
+            "way": "trl-pad", "peak_allocated_bytes": None, "peak_reserved_bytes": None,
+            "ratio": None, "versions": {"trl": "1.16.0", "torch": "2.11.0"},
         }
-    )
+    )  # fmt: skip
     failed = TrainingMeasurement(way="peft-none", quant="bf16", changes={}, failure="out of memory")
     record = TrainingBenchmark(
         title="a model, CPU", measurements=[measured, peer, failed], environment={}

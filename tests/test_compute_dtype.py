@@ -183,13 +183,9 @@ def test_scoring_in_float16_is_near_float32(tiny_llama: Path, quant: str) -> Non
     logprobs = {}
     for dtype in ("float16", "float32"):
         lm = QloraAdapterLM(
-            pretrained=str(tiny_llama),
-            quant=quant,
-            dtype=dtype,
-            device="cpu",
-            batch_size=2,
+            pretrained=str(tiny_llama), quant=quant, dtype=dtype, device="cpu", batch_size=2,
             verify=3,
-        )
+        )  # fmt: skip
         assert lm.session.settings_record()["dtype"] == dtype
         assert lm.session.path.packed
         assert lm.session.path.fused is (dtype == "float32")

@@ -66,14 +66,6 @@ def test_sizes(trees: int, fraction: float, held_out: int) -> None:
     assert (len(train), len(evaluation)) == (trees - held_out, held_out)
 
 
-def test_split_is_seeded() -> None:
-    def chosen(seed: int) -> list[int]:
-        return list(split_by_tree(forest(100), 0.05, seed)[1])
-
-    assert chosen(0) == chosen(0)
-    assert chosen(0) != chosen(1)
-
-
 @pytest.mark.parametrize(
     ("text", "codes"),
     [("en", ("en",)), ("en,de", ("en", "de")), (" en , pt-BR,", ("en", "pt-BR")), ("all", None)],
@@ -126,13 +118,10 @@ def example_ids(question: str, answer: str) -> list[int]:
 
 def test_report_counts_everything_by_hand(load: Loader, tmp_path: Path) -> None:
     rows = [
-        *pair("t1", "q", "yes"),
-        *pair("t2", "q", "x" * 100),
-        *pair("t3", "q" * 100, "no"),
-        *pair("t4", "Frage", "ja", lang="de"),
-        *pair("t5", "q", "gone", deleted=True),
+        *pair("t1", "q", "yes"), *pair("t2", "q", "x" * 100), *pair("t3", "q" * 100, "no"),
+        *pair("t4", "Frage", "ja", lang="de"), *pair("t5", "q", "gone", deleted=True),
         pair("t6", "q", "")[0],
-    ]
+    ]  # fmt: skip
     data = load(rows)
     # " ### Human: q### Assistant:" is 26 tokens, so a reply has room for 64 - 1 - 26 = 37.
     assert len(token_ids(" ### Human: q### Assistant:")) == 26
@@ -140,33 +129,19 @@ def test_report_counts_everything_by_hand(load: Loader, tmp_path: Path) -> None:
     assert [e.input_ids for e in data.train] == examples
     assert list(data.evaluation) == []
     split = {
-        "conversations": 2,
-        "turns": 4,
-        "tokens": (1 + 26 + 4 + 1) + 64,
-        "supervised_tokens": (4 + 1) + 37,
-        "truncated": 1,
-        "without_supervised_token": 1,
+        "conversations": 2, "turns": 4, "tokens": (1 + 26 + 4 + 1) + 64,
+        "supervised_tokens": (4 + 1) + 37, "truncated": 1, "without_supervised_token": 1,
         "fingerprint": hashed(data.train),
-    }
+    }  # fmt: skip
     assert data.report == {
-        "dataset": str(tmp_path / "rows.jsonl"),
-        "revision": None,
-        "source": str(tmp_path / "rows.jsonl"),
-        "languages": "en",
-        "conversations": "best-path",
-        "evaluation_source": "0 of the trees",
-        "template": "guanaco",
-        "mask": "prompt",
-        "leading_bos": [BOS],
-        "commit": None,
-        "form": "oasst",
-        "messages": 11,
-        "trees": 6,
+        "dataset": str(tmp_path / "rows.jsonl"), "revision": None,
+        "source": str(tmp_path / "rows.jsonl"), "languages": "en", "conversations": "best-path",
+        "evaluation_source": "0 of the trees", "template": "guanaco", "mask": "prompt",
+        "leading_bos": [BOS], "commit": None, "form": "oasst", "messages": 11, "trees": 6,
         "dropped": {"deleted": 2, "language": 2, "tree without assistant reply": 1},
-        "resolved": {},
-        "train": split,
+        "resolved": {}, "train": split,
         "eval": dict.fromkeys(split, 0) | {"fingerprint": hashed([])},
-    }
+    }  # fmt: skip
     assert json.loads(json.dumps(data.report)) == data.report
 
 
@@ -247,11 +222,8 @@ def test_validation_split_of_the_data_set_is_used_whole(load: Loader, tmp_path: 
     assert data.report["evaluation_source"] == "validation split"
     assert data.report["dropped"] == {}
     assert data.report["validation"] == {
-        "messages": 4,
-        "trees": 2,
-        "dropped": {"language": 2},
-        "resolved": {},
-    }
+        "messages": 4, "trees": 2, "dropped": {"language": 2}, "resolved": {},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

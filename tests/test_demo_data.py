@@ -59,12 +59,8 @@ def test_conversations_and_a_drop_for_every_reason_a_newcomer_should_see(rows: l
     assert len(corpus.conversations) >= 60
     assert max(len(c.turns) for c in corpus.conversations) >= 4
     assert set(corpus.dropped) == {
-        "deleted",
-        "review_result false",
-        "language",
-        "orphan",
-        "tree without assistant reply",
-    }
+        "deleted", "review_result false", "language", "orphan", "tree without assistant reply",
+    }  # fmt: skip
 
 
 def test_siblings_have_the_ranks_0_to_n_and_lone_replies_none(rows: list[Row]) -> None:

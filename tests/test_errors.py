@@ -58,15 +58,9 @@ def test_every_kind_is_a_harness_error_with_status_2_but_a_failed_training_has_3
         if isinstance(kind, type) and issubclass(kind, HarnessError) and kind is not HarnessError
     ]
     assert {kind.__name__: kind.exit_status for kind in kinds} == {
-        "SettingsError": 2,
-        "DataError": 2,
-        "ModelError": 2,
-        "AdapterError": 2,
-        "RunError": 2,
-        "ResultsError": 2,
-        "ComparisonError": 2,
-        "TrainingError": 3,
-    }
+        "SettingsError": 2, "DataError": 2, "ModelError": 2, "AdapterError": 2, "RunError": 2,
+        "ResultsError": 2, "ComparisonError": 2, "TrainingError": 3,
+    }  # fmt: skip
 
 
 def raised(statement: str) -> tuple[int, str]:

@@ -39,13 +39,9 @@ PROGRESS = "mmlu_progress_smollm2_4bit_qlora.json"
 
 def question(index: int, subject: str, *, says: str, answer: str) -> QuestionRow:
     return question_row(
-        index=index,
-        subject=subject,
-        prompt_sha256=prompt_hash(f"Question {index}\nAnswer:"),
-        answer=answer,
-        logprobs=SAYS[says],
-        truncated=index == 8,
-    )
+        index=index, subject=subject, prompt_sha256=prompt_hash(f"Question {index}\nAnswer:"),
+        answer=answer, logprobs=SAYS[says], truncated=index == 8,
+    )  # fmt: skip
 
 
 # anatomy 2 of 3 right, astronomy 1 of 4, philosophy 2 of 2; given out of order.
@@ -161,17 +157,14 @@ def test_progress_has_one_row_a_question_in_file_order() -> None:
     ):
         expected.append(
             {
-                "index": index,
-                "subject": subject,
+                "index": index, "subject": subject,
                 "logprobs": dict(zip("ABCD", SAYS[prediction], strict=True)),
-                "prediction": prediction,
-                "answer": answer,
-                "correct": prediction == answer,
+                "prediction": prediction, "answer": answer, "correct": prediction == answer,
                 "running_accuracy": running,
                 "prompt_sha256": hashlib.sha256(b"Question %d\nAnswer:" % index).hexdigest()[:16],
                 "truncated": index == 8,
             }
-        )
+        )  # fmt: skip
     assert rows == expected
     assert [list(row) for row in rows] == [list(row) for row in expected]
 

@@ -58,10 +58,8 @@ MESSAGES = {"messages": [message("user", "q"), message("assistant", "r")]}
         ("alpaca", ALPACA | {"input": None}, (user("Add"), reply("3")), ""),
         ("alpaca", {"instruction": " Hi\n", "output": "a "}, (user(" Hi\n"), reply("a ")), ""),
         (
-            "dolly",
-            {"instruction": "q", "context": "c", "response": "r", "category": "x"},
-            (user("q", "c"), reply("r")),
-            "",
+            "dolly", {"instruction": "q", "context": "c", "response": "r", "category": "x"},
+            (user("q", "c"), reply("r")), "",
         ),
         ("prompt-completion", {"prompt": "q", "completion": "r"}, (user("q"), reply("r")), ""),
         ("longform", {"input": "q", "output": "r"}, (user("q"), reply("r")), ""),
@@ -78,22 +76,16 @@ MESSAGES = {"messages": [message("user", "q"), message("assistant", "r")]}
         ),
         ("sharegpt", SHAREGPT | {"system": "s"}, (user("q"), reply("r")), "s"),
         (
-            "sharegpt",
-            {"conversations": [message("user", "q"), message("assistant", "r")]},
-            (user("q"), reply("r")),
-            "",
+            "sharegpt", {"conversations": [message("user", "q"), message("assistant", "r")]},
+            (user("q"), reply("r")), "",
         ),
         (
-            "messages",
-            {"messages": [message("system", "s"), *MESSAGES["messages"]]},
-            (user("q"), reply("r")),
-            "s",
+            "messages", {"messages": [message("system", "s"), *MESSAGES["messages"]]},
+            (user("q"), reply("r")), "s",
         ),
         (
-            "messages",
-            {"messages": [message("developer", "s"), *MESSAGES["messages"] * 2]},
-            (user("q"), reply("r")) * 2,
-            "s",
+            "messages", {"messages": [message("developer", "s"), *MESSAGES["messages"] * 2]},
+            (user("q"), reply("r")) * 2, "s",
         ),
         (
             "guanaco",
@@ -103,7 +95,7 @@ MESSAGES = {"messages": [message("user", "q"), message("assistant", "r")]}
         ),
         ("text", {"text": "Once "}, (Turn("text", "Once ", supervised=True),), ""),
     ],
-)
+)  # fmt: skip
 def test_rows_become_conversations(
     form: str, values: Values, turns: tuple[Turn, ...], system: str
 ) -> None:
@@ -150,11 +142,7 @@ def test_rows_that_are_left_out(form: str, values: Values, reason: str) -> None:
         ("text", {"text": "\ud800"}, "field 'text' has half of a surrogate pair as character 1"),
         ("sharegpt", {"conversations": "q"}, "field 'conversations' is 'q'"),
         ("sharegpt", {"conversations": ["q"]}, "conversations[0] is 'q'"),
-        (
-            "sharegpt",
-            {"conversations": [said("alien", "q")]},
-            "conversations[0].from is 'alien'",
-        ),
+        ("sharegpt", {"conversations": [said("alien", "q")]}, "conversations[0].from is 'alien'"),
         (
             "sharegpt",
             {"conversations": [said("human", "q"), said("observation", "r")]},

@@ -279,18 +279,13 @@ def test_row_without_a_learned_token_gives_no_gradient(checkpointing: str) -> No
         ),
         (
             transformers.MistralConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=32,
-                intermediate_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                sliding_window=16,
+                vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                num_attention_heads=2, num_key_value_heads=2, sliding_window=16,
             ),
             "sliding-window",
         ),
     ],
-)
+)  # fmt: skip
 def test_models_without_fused_layers_say_why(config: Any, reason: str) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config)
     model = attach_lora(model, r=2, alpha=2, dropout=0.0, targets="all-linear")

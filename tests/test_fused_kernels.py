@@ -358,9 +358,6 @@ for capability, room, rank, dtype, numbers in (
 
 def test_kernels_fit_the_shared_memory_of_each_device() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SHARED_MEMORY],
-        capture_output=True,
-        text=True,
-        timeout=280,
+        [sys.executable, "-c", SHARED_MEMORY], capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout + done.stderr

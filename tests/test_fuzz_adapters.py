@@ -31,14 +31,8 @@ PATTERNS = ("(a+)+$", "(.*)*(.*)*(.*)*!", {"(.*)*x": 2}, {"q_proj": 10**9}, [[0,
 EXTRA = [*sorted(adapter_folder._KNOWN_FIELDS), "alora_invocation_tokens"]
 WEIGHTS = "adapter_model.safetensors"
 ARGUMENTS = (
-    "pretrained",
-    "peft",
-    "quant",
-    "double_quant",
-    "revision",
-    "peft_revision",
-    "results_dir",
-)
+    "pretrained", "peft", "quant", "double_quant", "revision", "peft_revision", "results_dir",
+)  # fmt: skip
 
 
 def fuzz(folder: Path, tiny_llama: Path, adapter: Path, seed: int, count: int) -> dict[str, int]:

@@ -49,16 +49,10 @@ def test_training_is_the_same_with_and_without_evaluations(
     train: Train, quant: str, kernels: str, checkpointing: str, group_by_length: bool
 ) -> None:
     options: dict[str, Any] = {
-        "quant": quant,
-        "kernels": kernels,
-        "checkpointing": checkpointing,
-        "group_by_length": group_by_length,
-        "batch_size": 2,
-        "grad_accum": 2,
-        "max_steps": 5,
-        "save_steps": 3,
-        "lora_dropout": 0.3,
-    }
+        "quant": quant, "kernels": kernels, "checkpointing": checkpointing,
+        "group_by_length": group_by_length, "batch_size": 2, "grad_accum": 2, "max_steps": 5,
+        "save_steps": 3, "lora_dropout": 0.3,
+    }  # fmt: skip
     assert train(output_dir="without", **options) == 0
     assert train(output_dir="with", eval_steps=1, **options) == 0
     assert losses("with") == losses("without")

@@ -15,12 +15,9 @@ from torch.distributed import DistError
 from qlora_harness.train.command import parse_settings
 
 FILES = {
-    "one_gpu": "NO",
-    "ddp": "MULTI_GPU",
-    "fsdp2_qlora": "FSDP",
-    "deepspeed_zero2": "DEEPSPEED",
+    "one_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2_qlora": "FSDP", "deepspeed_zero2": "DEEPSPEED",
     "multi_node": "MULTI_GPU",
-}
+}  # fmt: skip
 
 
 def test_every_file_is_known() -> None:

@@ -150,12 +150,8 @@ def test_folder_holds_the_adapter_the_tokenizer_and_the_record_but_no_base(
 ) -> None:
     assert [path.name for path in saved.parent.iterdir()] == ["adapter"]  # nothing half written
     assert {path.name for path in saved.iterdir()} == {
-        WEIGHTS_FILE,
-        CONFIG_FILE,
-        RECORD_FILE,
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+        WEIGHTS_FILE, CONFIG_FILE, RECORD_FILE, "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
     weights = load_file(saved / WEIGHTS_FILE)
     assert len(weights) == 28
     assert all(".lora_A." in name or ".lora_B." in name for name in weights)

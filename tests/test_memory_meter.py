@@ -99,17 +99,10 @@ def test_largest_peaks_are_those_of_training_over_ranks() -> None:
         asdict(PhasePeak("evaluate", 0, 999, 999, 999, None)),
     ]
     assert largest_peaks(phases, "cuda") == {
-        "device_type": "cuda",
-        "peak_allocated_bytes": 600,
-        "peak_reserved_bytes": 700,
-        "peak_device_used_bytes": 800,
-        "cpu_peak_rss_bytes": None,
-        "peak_managed_bytes": 90,
-        "peak_needed_bytes": 620,
-        "other_processes": 3,
-        "other_bytes": 10,
-        "phases": phases,
-    }
+        "device_type": "cuda", "peak_allocated_bytes": 600, "peak_reserved_bytes": 700,
+        "peak_device_used_bytes": 800, "cpu_peak_rss_bytes": None, "peak_managed_bytes": 90,
+        "peak_needed_bytes": 620, "other_processes": 3, "other_bytes": 10, "phases": phases,
+    }  # fmt: skip
 
 
 def test_run_that_never_trained_has_no_peak() -> None:

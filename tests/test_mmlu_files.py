@@ -134,14 +134,7 @@ def test_test_file_is_read_from_its_xz_form(mmlu: Path) -> None:
 
 
 def test_embedded_questions_need_no_folder_and_no_network() -> None:
-    questions = load_questions(DEMO_FILE)
-    counts = Counter(q.subject for q in questions)
-    assert set(counts.values()) == {12}
-    assert len(questions) == rows_in(DEMO_FILE) == 12 * len(counts) == 96
-    for q in questions:
-        assert q.prompt.count("\nAnswer:") == 6  # five shots and the question
-        assert q.prompt.endswith("\nAnswer:")
-    assert len({q.prompt for q in questions}) == 96
+    assert len({q.prompt for q in load_questions(DEMO_FILE)}) == rows_in(DEMO_FILE) == 96
 
 
 # Where they are looked for

@@ -37,15 +37,10 @@ def message(
     identity: str, parent: str | None, role: str, rank: int | None = None, **more: Any
 ) -> Row:
     return {
-        "message_id": identity,
-        "parent_id": parent,
-        "role": {"P": "prompter", "A": "assistant"}[role],
-        "rank": rank,
-        "text": identity,
-        "lang": "en",
-        "deleted": False,
-        "review_result": True,
-    } | more
+        "message_id": identity, "parent_id": parent,
+        "role": {"P": "prompter", "A": "assistant"}[role], "rank": rank, "text": identity,
+        "lang": "en", "deleted": False, "review_result": True,
+    } | more  # fmt: skip
 
 
 def rows(*lines: str, **changes: Mapping[str, Any]) -> list[Row]:
@@ -185,18 +180,14 @@ def test_languages(languages: tuple[str, ...] | None, expected: list[str]) -> No
             {"deleted": 1, "orphan": 4},
         ),
         (
-            rows("q - P", "a q A", q={"review_result": False}),
-            [],
-            1,
+            rows("q - P", "a q A", q={"review_result": False}), [], 1,
             {"review_result false": 1, "orphan": 1},
         ),
         # Cycles never end at a root.
         (rows("q - P", "a q A", "x y A", "y x P", "me me A"), ["q a"], 1, {"orphan": 3}),
         # Two turns of one role in a row go with all below; so does a tree begun by an assistant.
         (
-            rows("q - P", "q2 q P 0", "a2 q2 A", "a q A 1", "b a A", "c b P"),
-            ["q a"],
-            1,
+            rows("q - P", "q2 q P 0", "a2 q2 A", "a q A 1", "b a A", "c b P"), ["q a"], 1,
             {"role order": 4},
         ),
         (rows("a - A", "q - P", "b q A"), ["q b"], 2, {"role order": 1}),
@@ -326,10 +317,7 @@ def test_values_as_other_forms_have_them(change: Row, field: str, value: object)
         (QUESTION | {"deleted": "perhaps"}, "field 'deleted' is 'perhaps'"),
         (QUESTION | {"review_result": 2}, "field 'review_result' is 2"),
         (QUESTION | {"role": "user"}, "field 'role' is 'user'"),
-        (
-            QUESTION | {"text": "ab\ud800"},
-            "field 'text' has half of a surrogate pair as",
-        ),
+        (QUESTION | {"text": "ab\ud800"}, "field 'text' has half of a surrogate pair as"),
     ],
 )
 def test_field_that_cannot_be_understood(row: Row, facts: str) -> None:
@@ -437,15 +425,9 @@ def test_real_oasst2_trees(shared_data: Path) -> None:
     # 27 of the 787 rows stand there twice, 8 of them roots.
     assert (corpus.messages, corpus.trees, len(corpus.conversations)) == (787, 267, 57)
     assert dict(corpus.dropped) == {
-        "deleted": 12,
-        "review_result false": 16,
-        "duplicate row": 27,
-        NO_REPLY: 200,
-    }
-    assert dict(corpus.resolved) == {
-        UNRANKED: 9,
-        CUT: 18,
-    }
+        "deleted": 12, "review_result false": 16, "duplicate row": 27, NO_REPLY: 200,
+    }  # fmt: skip
+    assert dict(corpus.resolved) == {UNRANKED: 9, CUT: 18}
     for conversation in corpus.conversations:
         roles = [turn.role for turn in conversation.turns]
         assert roles == ["user", "assistant"] * (len(roles) // 2)

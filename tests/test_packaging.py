@@ -25,11 +25,8 @@ INFO = f"qlora_harness-{__version__}.dist-info"
 def build(kind: str, folder: Path) -> Path:
     subprocess.run(
         [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(folder)],
-        cwd=REPOSITORY,
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+        cwd=REPOSITORY, check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
     (made,) = folder.iterdir()
     return made
 
@@ -54,13 +51,10 @@ def run_installed(installed: Path, tmp_path: Path) -> Callable[..., str]:
 
     def run(*words: str, silent: bool = False) -> str:
         process = subprocess.run(
-            [sys.executable, *words],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(installed)},
-            capture_output=True,
-            text=True,
+            [sys.executable, *words], cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(installed)}, capture_output=True, text=True,
             timeout=60,
-        )
+        )  # fmt: skip
         assert process.returncode == 0, process.stderr
         assert not (silent and process.stderr)
         return process.stdout
@@ -88,17 +82,14 @@ def test_wheel_holds_package_tasks_recipes_and_hook(wheel: Path) -> None:
         {HOOK, *info, f"{INFO}/licenses/LICENSE"} | tracked_files("qlora_harness") | inside
     )
     assert {
-        "qlora_harness/py.typed",
-        "qlora_harness/tasks/mmlu_qlora/families.yaml",
+        "qlora_harness/py.typed", "qlora_harness/tasks/mmlu_qlora/families.yaml",
         "qlora_harness/tasks/mmlu_qlora/_subject_yaml",
-        "qlora_harness/tasks/mmlu_qlora/_group_yaml",
-        "qlora_harness/launch/train.py",
+        "qlora_harness/tasks/mmlu_qlora/_group_yaml", "qlora_harness/launch/train.py",
         "qlora_harness/launch/recipes/qlora-llama2-7b.yaml",
         "qlora_harness/launch/recipes/lora-llama2-7b.yaml",
-        "qlora_harness/launch/recipes/demo.yaml",
-        "qlora_harness/data/demo/oasst_demo.jsonl",
+        "qlora_harness/launch/recipes/demo.yaml", "qlora_harness/data/demo/oasst_demo.jsonl",
         "qlora_harness/data/demo/five_shot_mmlu_demo.json",
-    } <= set(names)
+    } <= set(names)  # fmt: skip
     assert archive.read(HOOK) == (REPOSITORY / HOOK).read_bytes()
     assert max(item.file_size for item in archive.infolist()) < 1_000_000
 
@@ -163,16 +154,13 @@ print(json.dumps(result, default=str))
         "tasks": str(package / "tasks"),
         "recipes": str(package / "launch" / "recipes"),
         "families": [
-            "mmlu_qlora_5shot",
-            "mmlu_qlora_5shot_val",
-            "mmlu_qlora_0shot",
-            "mmlu_qlora_0shot_val",
-            "mmlu_qlora_demo",
+            "mmlu_qlora_5shot", "mmlu_qlora_5shot_val", "mmlu_qlora_0shot",
+            "mmlu_qlora_0shot_val", "mmlu_qlora_demo",
         ],
         "learning_rate": 2e-4,
         "questions": 96,
         "conversations": True,
-    }
+    }  # fmt: skip
 
 
 def test_installed_wheel_extends_lm_eval_by_its_own_hook(

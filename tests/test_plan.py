@@ -40,13 +40,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration of LLaMA-2-7B, without weights."""
     folder = tmp_path_factory.mktemp("llama-2-7b")
     transformers.LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        vocab_size=32000,
-    ).save_pretrained(folder)
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, vocab_size=32000,
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
@@ -158,12 +154,9 @@ def test_weights_and_adapter_are_counted_to_the_byte(
     tiny_llama: Path, quant: str, double_quant: bool, use_dora: bool
 ) -> None:
     model = load_base(
-        find_base(str(tiny_llama)),
-        quant=Quant(quant),
-        double_quant=double_quant,
-        compute_dtype="bfloat16",
-        device=torch.device("cpu"),
-    )
+        find_base(str(tiny_llama)), quant=Quant(quant), double_quant=double_quant,
+        compute_dtype="bfloat16", device=torch.device("cpu"),
+    )  # fmt: skip
     held = 0
     for parameter in model.parameters():
         held += parameter.numel() * parameter.element_size()

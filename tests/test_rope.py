@@ -12,15 +12,7 @@ import torch
 import transformers
 from compare_runs import FIRST, evaluation, summary, write_run
 from scoring_runs import MakeLm, demo_prompts, refused, score
-from tiny_models import (
-    adapted,
-    assert_alike,
-    fused_step,
-    logprobs,
-    plain_step,
-    texts,
-    tiny,
-)
+from tiny_models import adapted, assert_alike, fused_step, logprobs, plain_step, texts, tiny
 from training_runs import Train, as_if_killed, losses, read
 
 from qlora_harness.cli import main as cli
@@ -108,13 +100,9 @@ def test_configuration_keeps_what_the_base_has(short_llama: Path, kind: str) -> 
 
 
 LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 512,
-}
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 512,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -236,13 +224,9 @@ def test_shared_bases_differ_by_scaling(short_llama: Path) -> None:
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
 def test_loaded_frequencies_are_those_of_the_type(short_llama: Path, kind: str) -> None:
     model: Any = load_base(
-        find_base(str(short_llama)),
-        quant=Quant.NF4,
-        double_quant=True,
-        compute_dtype="bfloat16",
-        device=torch.device("cpu"),
-        rope_scaling=f"{kind}:4",
-    )
+        find_base(str(short_llama)), quant=Quant.NF4, double_quant=True, compute_dtype="bfloat16",
+        device=torch.device("cpu"), rope_scaling=f"{kind}:4",
+    )  # fmt: skip
     rotary = model.model.rotary_emb
     frequencies, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[kind](model.config)
     assert torch.equal(rotary.inv_freq, frequencies)
@@ -410,10 +394,7 @@ def test_results_of_another_scaling_are_those_of_another_model() -> None:
 
 
 def test_arms_of_a_study_may_differ_by_scaling() -> None:
-    arms = {
-        "short": {"quant": "nf4"},
-        "long": {"quant": "nf4", "rope_scaling": "yarn:4"},
-    }
+    arms = {"short": {"quant": "nf4"}, "long": {"quant": "nf4", "rope_scaling": "yarn:4"}}
     content = {"arms": arms, "tasks": ["mmlu_qlora_demo"], "score_bases": True}
     study = build_study(content, {"max_length": 2048}, None)
     assert [cell.name for cell in study.cells] == ["base_short", "base_long", "short/0", "long/0"]

@@ -25,12 +25,9 @@ BASE = {
     "weights_fingerprint": "sha256:0",
 }
 RECORD = {
-    "kind": "adapter",
-    "base": BASE,
-    "quant": "nf4",
-    "double_quant": False,
+    "kind": "adapter", "base": BASE, "quant": "nf4", "double_quant": False,
     "compute_dtype": "bfloat16",
-}
+}  # fmt: skip
 
 
 def write_adapter(folder: Path, record: dict[str, Any] | None = None, **config: Any) -> Path:
@@ -61,15 +58,9 @@ def empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_base_alone_is_scored_in_bf16() -> None:
     choice = pick(pretrained="smollm2")
     assert choice == ScoringChoice(
-        base="smollm2",
-        revision=None,
-        quant=Quant.BF16,
-        double_quant=True,
-        compute_dtype=None,
-        adapter=None,
-        recorded=None,
-        results_dir=Path("results/smollm2_base_16bit"),
-    )
+        base="smollm2", revision=None, quant=Quant.BF16, double_quant=True, compute_dtype=None,
+        adapter=None, recorded=None, results_dir=Path("results/smollm2_base_16bit"),
+    )  # fmt: skip
     assert choice.progress_name == "mmlu_progress_smollm2_16bit_base.json"
 
 

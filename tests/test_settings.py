@@ -139,9 +139,7 @@ def test_epochs_negated_flags_and_resume() -> None:
     assert parse_settings(["--resume", "auto"])[1] is True
 
 
-def test_flags_override_the_recipe_and_the_recipe_the_defaults(
-    recipe: Callable[..., Path],
-) -> None:
+def test_flags_override_the_recipe_and_the_recipe_the_defaults(recipe: Callable[..., Path]) -> None:
     path = recipe("lora_r: 8\nseed: 3\nlearning_rate: 5e-4\n")
     flat = parse("--recipe", str(path), "--seed", "4").flat()
     assert (flat["lora_r"], flat["seed"], flat["learning_rate"]) == (8, 4, 5e-4)
@@ -189,9 +187,7 @@ def test_recipe_that_extends_itself(
         read_recipe(path)
 
 
-def test_error_names_the_source_of_the_value(
-    recipe: Callable[..., Path],
-) -> None:
+def test_error_names_the_source_of_the_value(recipe: Callable[..., Path]) -> None:
     base = recipe("lora_r: 0\n", "base.yaml")
     top = recipe("extends: base\nseed: 1\n", "top.yaml")
     assert mistake("--recipe", str(top)).startswith(f"recipe {base}, key 'lora_r': 0 is out of ")

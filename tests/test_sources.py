@@ -32,24 +32,14 @@ from qlora_harness.errors import DataError
 Row = dict[str, Any]
 
 QUESTION: Row = {
-    "message_id": "q",
-    "parent_id": None,
-    "created_date": "2023-02-05T14:23:50.983374+00:00",
-    "text": "How are you? é\u2028",
-    "role": "prompter",
-    "lang": "en",
-    "review_result": True,
-    "deleted": False,
-    "rank": None,
-}
+    "message_id": "q", "parent_id": None, "created_date": "2023-02-05T14:23:50.983374+00:00",
+    "text": "How are you? é\u2028", "role": "prompter", "lang": "en", "review_result": True,
+    "deleted": False, "rank": None,
+}  # fmt: skip
 ANSWER = QUESTION | {
-    "message_id": "a",
-    "parent_id": "q",
-    "created_date": "2023-02-05T14:24:50.983374+00:00",
-    "text": "Fine.",
-    "role": "assistant",
-    "rank": 0,
-}
+    "message_id": "a", "parent_id": "q", "created_date": "2023-02-05T14:24:50.983374+00:00",
+    "text": "Fine.", "role": "assistant", "rank": 0,
+}  # fmt: skip
 ROWS = [QUESTION, ANSWER]
 BAD_ROLE = ANSWER | {"message_id": "b", "role": "user"}
 
@@ -212,16 +202,12 @@ def test_nulls_as_csv_has_them(tmp_path: Path) -> None:
 
 def test_types_and_columns_of_parquet_that_python_does_not_know(tmp_path: Path) -> None:
     columns = {
-        "message_id": ["q", "a"],
-        "parent_id": [None, "q"],
-        "text": ["Q", "A"],
-        "role": ["prompter", "assistant"],
-        "lang": ["en", "en"],
-        "rank": [None, Decimal("0.0")],
+        "message_id": ["q", "a"], "parent_id": [None, "q"], "text": ["Q", "A"],
+        "role": ["prompter", "assistant"], "lang": ["en", "en"], "rank": [None, Decimal("0.0")],
         "created_date": pyarrow.array([2**62, 5], pyarrow.timestamp("us")),
         "seen": pyarrow.array([1, 2], pyarrow.timestamp("s", tz="Nowhere/None")),
         "raw": pyarrow.array([b"\xff", b"\xfe"]).cast(pyarrow.binary()),
-    }
+    }  # fmt: skip
     path = tmp_path / "rows.data"  # known by its content
     parquet.write_table(pyarrow.table(columns), path)
     first, second = check(read_rows(path))

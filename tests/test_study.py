@@ -20,7 +20,7 @@ import jsonschema
 import psutil
 import pytest
 import yaml
-from conftest import REPOSITORY
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.loggers import EvaluationTracker
 from rich.console import Console
 from training_runs import read
@@ -39,6 +39,7 @@ from qlora_harness.study.folder import StudyFolder, lock_cell
 from qlora_harness.study.progress import is_complete
 from qlora_harness.study.projection import Probe
 from qlora_harness.study.worker import CellRunner, Report
+from qlora_harness.train.command import main as train
 from qlora_harness.train.memory_plan import CONTEXT
 from qlora_harness.train.run import run_training
 
@@ -57,24 +58,14 @@ def content(tiny_llama: Path, rows: Path) -> dict[str, Any]:
     return {
         "name": "s",
         "settings": {
-            "model": str(tiny_llama),
-            "dataset": str(rows),
-            "compute_dtype": "float32",
-            "max_steps": 3,
-            "batch_size": 2,
-            "grad_accum": 2,
-            "optimizer": "adamw_torch",
-            "checkpointing": "none",
-            "max_length": 96,
-            "lora_r": 4,
-            "eval_fraction": 0.25,
-            "learning_rate": 0.01,
-            "save_steps": 1,
-            "eval_steps": 2,
+            "model": str(tiny_llama), "dataset": str(rows), "compute_dtype": "float32",
+            "max_steps": 3, "batch_size": 2, "grad_accum": 2, "optimizer": "adamw_torch",
+            "checkpointing": "none", "max_length": 96, "lora_r": 4, "eval_fraction": 0.25,
+            "learning_rate": 0.01, "save_steps": 1, "eval_steps": 2,
         },
         "arms": {"nf4": {"quant": "nf4"}, "bf16": {"quant": "bf16"}},
         "tasks": TASK,
-    }
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -118,7 +109,9 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def test_cells_on_one_base_equal_separate_commands(file: Path, content: dict[str, Any]) -> None:
+def test_cells_on_one_base_equal_separate_commands(
+    file: Path, content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, unchanged_tracker: None
+) -> None:
     content |= {"seeds": 2, "arms": {**content["arms"], "int8": {"quant": "int8"}}}
     study = build_study(content, {}, file)
     names = ["nf4/0", "nf4/1", "bf16/0", "bf16/1", "int8/1"]
@@ -129,16 +122,11 @@ def test_cells_on_one_base_equal_separate_commands(file: Path, content: dict[str
     for cell in (bf16, int8):
         run_training(cell.settings)
         InProcessScorer([[TASK]], 16).score(cell.model_args(), cell.folder / "lm_eval")
-    (file.parent / "launch").symlink_to(REPOSITORY / "launch")
-    for command in alone.commands(nf4):
-        line = shlex.split(command)
-        # The launcher itself only sets variables for several processes.
-        line = (
-            [sys.executable, *line[2:]]
-            if line[0] == "accelerate"
-            else [str(BIN / line[0]), *line[1:]]
-        )
-        subprocess.run(line, check=True, capture_output=True, env=environment())
+    training, scoring = map(shlex.split, alone.commands(nf4))
+    assert training[:3] == ["accelerate", "launch", "launch/train.py"]
+    assert train(training[3:]) == 0
+    monkeypatch.setattr("sys.argv", scoring)
+    cli_evaluate()
     for cell in (bf16, nf4, int8):
         together, expected = numbers_of(study.cell(cell.name).folder), numbers_of(cell.folder)
         for key, value in expected.items():
@@ -162,7 +150,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_killed_in_training_it_goes_on_and_answers(
-    file: Path, uninterrupted: Callable[[], None], capfd: pytest.CaptureFixture[str]
+    file: Path,
+    content: dict[str, Any],
+    uninterrupted: Callable[[], None],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     process = subprocess.Popen(words(file), env=environment())
     record = Path("results/s/study.json")
@@ -173,7 +164,7 @@ def test_killed_in_training_it_goes_on_and_answers(
     assert states() == {"nf4/0": "training", "bf16/0": "planned"}
     assert run([str(file), "--cell", "nf4/0", "--cell", "nf4/0"]) == 0
     assert states() == {"nf4/0": "completed", "bf16/0": "planned"}
-    assert run([str(file)]) == 0
+    run_cells(build_study(content, {}, file), ["bf16/0"])
     assert states() == {"nf4/0": "completed", "bf16/0": "completed"}
     jsonschema.validate(read(record), StudyRecord.model_json_schema())
     for cell in read(record)["cells"]:
@@ -181,14 +172,14 @@ def test_killed_in_training_it_goes_on_and_answers(
         progress = [name for name in files if name.startswith("mmlu_progress_")]
         assert len(progress) == 1
         assert [name for name in files if name not in progress] == FIVE_FILES
-    assert "NF4 vs bf16" in capfd.readouterr().out
-    comparison = read("results/s/comparison.json")
-    assert [contrast["seeds"] for contrast in comparison["contrasts"]][:1] == [[1, 1]]
-    # Nothing is left to do: it answers again, and computes nothing.
+    # Nothing is left to do: it answers, and computes nothing.
     before = {path: path.stat().st_mtime_ns for path in Path("results/s").rglob("seed_*/*.json")}
+    assert "NF4 vs bf16" not in capfd.readouterr().out
     assert run([str(file)]) == 0
     assert "NF4 vs bf16" in capfd.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
+    comparison = read("results/s/comparison.json")
+    assert [contrast["seeds"] for contrast in comparison["contrasts"]][:1] == [[1, 1]]
     uninterrupted()
 
 

@@ -215,12 +215,6 @@ def test_every_validation_subject_loads_by_name_and_asks_verbatim(
     assert (len(tasks), len(questions)) == (57, 1531)
 
 
-def test_test_subject_is_read_from_xz_by_metadata(quick_index: None, shared_data: Path) -> None:
-    manager = TaskManager(metadata={"mmlu_dir": str(shared_data / "mmlu"), "pretrained": "x"})
-    task = manager.load("mmlu_qlora_5shot_anatomy")["tasks"]["mmlu_qlora_5shot_anatomy"]
-    assert len(task.test_docs()) == 135
-
-
 @pytest.mark.parametrize("num_fewshot", [None, 5])
 def test_requests_are_the_prompts_of_the_file_and_nothing_else(
     manager: TaskManager, num_fewshot: int | None
@@ -245,12 +239,9 @@ def test_group_averages_by_question_and_by_subject(manager: TaskManager) -> None
     chosen = {f"mmlu_qlora_demo_{s}": [0] for c in DEMO_SUBJECTS.values() for s in c}
     chosen["mmlu_qlora_demo_nutrition"] = list(range(12))
     results = simple_evaluate(
-        model=Recorder(),
-        tasks=["mmlu_qlora_demo"],
-        samples=chosen,
-        task_manager=manager,
+        model=Recorder(), tasks=["mmlu_qlora_demo"], samples=chosen, task_manager=manager,
         bootstrap_iters=0,
-    )["results"]
+    )["results"]  # fmt: skip
     right: dict[str, list[bool]] = {}
     for q in load_questions(DEMO_FILE):
         right.setdefault(q.subject, []).append(q.answer == "B")

@@ -93,12 +93,9 @@ def test_alpaca_with_preamble(tokenizer: Any) -> None:
     check(tokenizer, talk("q", "r"), "alpaca-preamble", f"^ {ALPACA_START}{ask}", "r")
     with_input = "### Instruction:\nq\n\n### Input:\nc\n\n### Response:\n"
     check(
-        tokenizer,
-        talk("q", "r", context="c"),
-        "alpaca-preamble",
-        f"^ {ALPACA_WITH_INPUT}{with_input}",
-        "r",
-    )
+        tokenizer, talk("q", "r", context="c"), "alpaca-preamble",
+        f"^ {ALPACA_WITH_INPUT}{with_input}", "r",
+    )  # fmt: skip
     # Only the first exchange has the preamble, and a system prompt replaces it.
     check(
         *(tokenizer, talk("q", "r", "q", "s", system="S"), "alpaca-preamble"),

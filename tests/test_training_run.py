@@ -74,14 +74,10 @@ def test_files_and_numbers_of_a_run(
     assert (record["arm"], record["quant"]) == (run_dir.name, quant)
     assert record["started"] <= record["finished"]
     assert record["model"] == {
-        "name": str(tiny_llama),
-        "revision": None,
-        "commit": None,
-        "random_weights": True,
+        "name": str(tiny_llama), "revision": None, "commit": None, "random_weights": True,
         "weights_fingerprint": checkpoint_fingerprint(str(tiny_llama), None),
-        "trainable_parameters": 8192,
-        "attention": "sdpa",
-    }
+        "trainable_parameters": 8192, "attention": "sdpa",
+    }  # fmt: skip
     linear, other, adapter = 73728, 46144, 8192
     assert record["quantization"] == {
         "quant": quant,
@@ -244,22 +240,12 @@ def test_adapter_of_a_run_is_trained_and_scores_as_the_record_says(
     fingerprint = record["base"].pop("weights_fingerprint")
     assert fingerprint.startswith("sha256:")
     assert record == {
-        "schema_version": 1,
-        "kind": "adapter",
-        "base": {
-            "name": str(tiny_llama),
-            "revision": None,
-            "commit": None,
-            "random_weights": True,
-        },
-        "quant": quant,
-        "double_quant": True,
-        "init_lora_weights": "default",
-        "compute_dtype": "float32",
-        "data_fingerprint": data.report["train"]["fingerprint"],
-        "template": "guanaco",
-        "run": "run",
-    }
+        "schema_version": 1, "kind": "adapter",
+        "base": {"name": str(tiny_llama), "revision": None, "commit": None, "random_weights": True},
+        "quant": quant, "double_quant": True, "init_lora_weights": "default",
+        "compute_dtype": "float32", "data_fingerprint": data.report["train"]["fingerprint"],
+        "template": "guanaco", "run": "run",
+    }  # fmt: skip
 
 
 def test_both_arms_learn_the_same_tokens_in_the_same_order(train: Train) -> None:
@@ -301,11 +287,8 @@ def test_epochs_without_evaluation(train: Train) -> None:
 
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 358,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "pad_token_id": 0,
-}
+    "vocab_size": 358, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0,
+}  # fmt: skip
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
 
 

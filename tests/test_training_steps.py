@@ -189,32 +189,15 @@ def test_planned_steps(
 
 def test_arguments_of_the_published_recipe(tmp_path: Path) -> None:
     arguments = training_arguments(
-        OptimizationSettings(max_steps=1875),
-        checkpoint_dir=tmp_path,
-        steps=1875,
-        save_steps=250,
-        report_to="none",
-        compute_dtype="bfloat16",
-        use_cpu=True,
-        fused=False,
-    )
+        OptimizationSettings(max_steps=1875), checkpoint_dir=tmp_path, steps=1875, save_steps=250,
+        report_to="none", compute_dtype="bfloat16", use_cpu=True, fused=False,
+    )  # fmt: skip
     stated = {
-        "max_steps": 1875,
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 16,
-        "learning_rate": 2e-4,
-        "lr_scheduler_type": "constant",
-        "optim": "paged_adamw_32bit",
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.999,
-        "weight_decay": 0.0,
-        "max_grad_norm": 0.3,
-        "bf16": True,
-        "fp16": False,
-        "seed": 0,
-        "logging_nan_inf_filter": False,
-        "report_to": [],
-    }
+        "max_steps": 1875, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16,
+        "learning_rate": 2e-4, "lr_scheduler_type": "constant", "optim": "paged_adamw_32bit",
+        "adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": 0.0, "max_grad_norm": 0.3,
+        "bf16": True, "fp16": False, "seed": 0, "logging_nan_inf_filter": False, "report_to": [],
+    }  # fmt: skip
     values = {name: getattr(arguments, name) for name in stated}
     assert {n: getattr(v, "value", v) for n, v in values.items()} == stated
 

@@ -32,15 +32,11 @@ def tiny(
     num_attention_heads: int = 4,
 ) -> Any:
     shape = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": layers,
-        "num_attention_heads": num_attention_heads,
-        "num_key_value_heads": num_key_value_heads,
-        "max_position_embeddings": 64,
+        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": layers, "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads, "max_position_embeddings": 64,
         "attn_implementation": "sdpa",
-    }
+    }  # fmt: skip
     kinds = {
         "llama": transformers.LlamaConfig,
         "qwen2": transformers.Qwen2Config,
@@ -65,12 +61,9 @@ def quantise(model: Any) -> None:
             for name, linear in list(parent.named_children()):
                 if isinstance(linear, torch.nn.Linear):
                     packed = Linear4bit(
-                        linear.in_features,
-                        linear.out_features,
-                        bias=linear.bias is not None,
-                        compute_dtype=torch.float32,
-                        quant_type="nf4",
-                    )
+                        linear.in_features, linear.out_features, bias=linear.bias is not None,
+                        compute_dtype=torch.float32, quant_type="nf4",
+                    )  # fmt: skip
                     packed.weight = Params4bit(linear.weight.data, quant_type="nf4")
                     packed.bias = linear.bias
                     packed.support_avx512bf16_for_cpu = False
@@ -189,11 +182,8 @@ def continued(model: Any, ids: list[list[int]], longest: int, end: int) -> list[
         out = model.generate(
             input_ids=torch.tensor([prompt], device=model.device),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device=model.device),
-            max_new_tokens=longest,
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=0,
-        )
+            max_new_tokens=longest, do_sample=False, eos_token_id=end, pad_token_id=0,
+        )  # fmt: skip
         texts.append(out[0, len(prompt) :].tolist())
     return texts
 
@@ -236,23 +226,18 @@ def write_gguf(
     tokens = ["<|endoftext|>", "</s>", *bytes_to_unicode().values(), "he", "Ġa"]
     assert len(tokens) == len(embedding)
     metadata = {
-        f"{architecture}.block_count": 2,
-        f"{architecture}.context_length": 256,
+        f"{architecture}.block_count": 2, f"{architecture}.context_length": 256,
         f"{architecture}.embedding_length": embedding.shape[1],
         f"{architecture}.feed_forward_length": len(weights["blk.0.ffn_up.weight"]),
-        f"{architecture}.attention.head_count": 2,
-        f"{architecture}.attention.head_count_kv": 1,
+        f"{architecture}.attention.head_count": 2, f"{architecture}.attention.head_count_kv": 1,
         f"{architecture}.attention.layer_norm_rms_epsilon": 1e-5,
-        f"{architecture}.rope.freq_base": 10000.0,
-        f"{architecture}.rope.dimension_count": 128,
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "default",
+        f"{architecture}.rope.freq_base": 10000.0, f"{architecture}.rope.dimension_count": 128,
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
-        "tokenizer.ggml.merges": ["h e", "Ġ a"],
-        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.merges": ["h e", "Ġ a"], "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
-    } | {name.replace("__", "."): value for name, value in fields.items()}
+    } | {name.replace("__", "."): value for name, value in fields.items()}  # fmt: skip
     for name, value in metadata.items():
         if name not in drop:
             add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
@@ -286,16 +271,10 @@ def gguf_weights(architecture: str = "llama", *, tied: bool = False) -> dict[str
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (260, 256)}
     for layer in range(2):
         part = {
-            "attn_norm": (256,),
-            "attn_q": (256, 256),
-            "attn_k": (128, 256),
-            "attn_v": (128, 256),
-            "attn_output": (256, 256),
-            "ffn_norm": (256,),
-            "ffn_gate": (512, 256),
-            "ffn_up": (512, 256),
-            "ffn_down": (256, 512),
-        }
+            "attn_norm": (256,), "attn_q": (256, 256), "attn_k": (128, 256), "attn_v": (128, 256),
+            "attn_output": (256, 256), "ffn_norm": (256,), "ffn_gate": (512, 256),
+            "ffn_up": (512, 256), "ffn_down": (256, 512),
+        }  # fmt: skip
         if architecture == "qwen3":
             part |= {"attn_q_norm": (128,), "attn_k_norm": (128,)}
         shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in part.items()}
@@ -314,27 +293,19 @@ def tiny_of_any_kind(kind: str) -> Any:
 
     shared: dict[str, Any] = {"vocab_size": 40, "attn_implementation": "sdpa"}
     llama_like: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 48,
-    }
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 48,
+    }  # fmt: skip
     configs = {
         "llama": lambda: tf.LlamaConfig(**shared, **llama_like),
         "qwen2": lambda: tf.Qwen2Config(**shared, **llama_like),
         "qwen3": lambda: tf.Qwen3Config(**shared, **llama_like, head_dim=8),
         "gpt2": lambda: tf.GPT2Config(**shared, n_embd=32, n_layer=2, n_head=4, n_positions=48),
         "gpt_neox": lambda: tf.GPTNeoXConfig(
-            **shared,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=48,
+            **shared, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=48,
         ),
-    }
+    }  # fmt: skip
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(configs[kind]())
     for parameter in model.parameters():

@@ -74,23 +74,16 @@ def data_of(model: Path, rows: Path) -> TrainingData:
 def base(model: Path, quant: str = "bf16") -> Any:
     """A base in float32 arithmetic on the CPU."""
     return load_base(
-        find_base(str(model)),
-        quant=Quant(quant),
-        double_quant=True,
-        compute_dtype="float32",
+        find_base(str(model)), quant=Quant(quant), double_quant=True, compute_dtype="float32",
         device=torch.device("cpu"),
-    )
+    )  # fmt: skip
 
 
 def loss_of(model: Any, examples: Sequence[Example]) -> float:
     return evaluate_loss(
-        model,
-        examples,
-        batch_size=3,
-        pad_id=0,
-        accelerator=Accelerator(cpu=True),
+        model, examples, batch_size=3, pad_id=0, accelerator=Accelerator(cpu=True),
         autocast_dtype=None,
-    ).loss
+    ).loss  # fmt: skip
 
 
 def as_if_killed(run_dir: str, *lost: int) -> None:
@@ -145,11 +138,8 @@ def write_checkpoint(run_dir: Path, step: int, without: str = "") -> Path:
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"state": torch.arange(50)}, folder / name)
     state: dict[str, Any] = {
-        "epoch": 1.0,
-        "global_step": step,
-        "max_steps": 8,
-        "num_train_epochs": 1,
-    }
+        "epoch": 1.0, "global_step": step, "max_steps": 8, "num_train_epochs": 1,
+    }  # fmt: skip
     state |= {"total_flos": 0.0, "log_history": [{"loss": 1.0}], "stateful_callbacks": {}}
     (folder / "trainer_state.json").write_text(json.dumps(state))
     if without:
@@ -186,15 +176,10 @@ def on_ranks(
         else:
             words.append(f"--{flag}={value}")
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        max_restarts=restarts,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
+        min_nodes=1, max_nodes=1, nproc_per_node=ranks, max_restarts=restarts,
+        rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
         start_method="forkserver",
-    )
+    )  # fmt: skip
     elastic_launch(config, _rank)(words, folder, fault, fsdp)
 
 

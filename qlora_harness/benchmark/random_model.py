@@ -14,52 +14,16 @@ from qlora_harness.model.source import (
 )
 from qlora_harness.record import new_folder
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-2-7b": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 4096,
-    },
-    "llama-2-70b": {
-        "vocab_size": 32000,
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 4096,
-    },
-    "qwen2.5-1.5b": {
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-    },
-    "qwen2.5-0.5b": {
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-    },
-    "tiny": {
-        "vocab_size": 32000,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-    },
+_DIMENSIONS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings",
+)  # fmt: skip
+SHAPES = {
+    "llama-2-7b": (32000, 4096, 11008, 32, 32, 32, 4096),
+    "llama-2-70b": (32000, 8192, 28672, 80, 64, 8, 4096),
+    "qwen2.5-1.5b": (151936, 1536, 8960, 28, 12, 2, 4096),
+    "qwen2.5-0.5b": (151936, 896, 4864, 24, 14, 2, 4096),
+    "tiny": (32000, 64, 128, 2, 4, 2, 2048),
 }
 
 
@@ -93,10 +57,10 @@ def write_random_model(
             f"--tokenizer: {tokenizer!r} can't be loaded ({first_line(error)})",
             "Name a tokenizer folder or a Hub id",
         ) from None
-    dims = dict(SHAPES[shape])
-    dims["vocab_size"] = vocab_size or max(dims["vocab_size"], len(tok))
+    dimensions: dict[str, Any] = dict(zip(_DIMENSIONS, SHAPES[shape], strict=True))
+    dimensions["vocab_size"] = vocab_size or max(dimensions["vocab_size"], len(tok))
     config = LlamaConfig(
-        **dims,
+        **dimensions,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
         bos_token_id=tok.bos_token_id,

@@ -259,11 +259,7 @@ def _hf_way(lm: QloraAdapterLM, batch_size: int) -> _Way:
 
 
 def _packed_way(lm: QloraAdapterLM, name: str) -> _Way:
-    return _Way(
-        name,
-        lm.session.encode,
-        lm.session.score_tokens,
-    )
+    return _Way(name, lm.session.encode, lm.session.score_tokens)
 
 
 def with_random_adapter(model: Any, rank: int) -> Any:
