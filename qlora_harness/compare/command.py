@@ -33,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="two or more runs: a folder such as results/4bit, a results_*.json of lm_eval, or a "
         "folder that holds one; runs that differ only in their seed are one arm",
     )
-    switch("--details", help="also print all tables, 120 columns wide")
     task = (
         f"the task to compare first, any of lm_eval (default: {DEFAULT_TASK} if all runs have it, "
         "else another that they have in common)"
@@ -108,8 +107,6 @@ def run(args: argparse.Namespace) -> int:
             ) from None
     print(printable(text.answer(comparison), keep="\n"))
     print(printable(text.differences_line(comparison, text.COLUMNS)))
-    if args.details:
-        print(printable(text.details(comparison), keep="\n"))
     print(printable(f"Details: {', '.join(str(path) for path in outputs.values())}"))
     return 0
 

@@ -46,13 +46,9 @@ def figures(comparison: ComparisonRecord) -> list[Figure]:
     colours = {arm: _COLOURS[number % len(_COLOURS)] for number, arm in enumerate(others)}
     if baseline is not None:
         colours[baseline] = _BASELINE
-    keys = ("accuracy", "nll", *comparison.benchmarks)
-    differences = [_forest(comparison, key) for key in keys]
-    if len(comparison.primary) > 1:
-        keys = ("eval_loss", "nll", "accuracy", *comparison.benchmarks)
-        differences = [_dose(comparison, key) for key in keys]
+    keys = ("eval_loss", "nll", "accuracy", *comparison.benchmarks)
     made = [
-        *differences,
+        *(_differences(comparison, key) for key in keys),
         _memory_and_loss(comparison, colours),
         _curves(comparison, colours),
         _held_out(comparison, colours),
@@ -91,14 +87,7 @@ def _error_bars(
     }
 
 
-def _forest(comparison: ComparisonRecord, key: str) -> Figure | None:
-    """Every contrast on one endpoint, with its interval and word."""
-    items = [*comparison.contrasts, *comparison.effects]
-    rows = [_Row(f"{item.arm}<br>vs {item.baseline}", item.endpoints.get(key)) for item in items]
-    return _intervals(rows, "in every contrast")
-
-
-def _dose(comparison: ComparisonRecord, key: str) -> Figure | None:
+def _differences(comparison: ComparisonRecord, key: str) -> Figure | None:
     """Every arm on one endpoint, by dose, with what it was before training."""
     baselines = {item.baseline for item in comparison.primary}
     rows = []

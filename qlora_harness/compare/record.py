@@ -246,8 +246,6 @@ class ComparisonRecord(BaseModel):
     steps: list[Contrast] = []
     """Arms that differ only in quantisation, each against the one that keeps the next more bits;
     empty for fewer than three."""
-    effects: list[Contrast] = []
-    """Base and adapter in 4 and 16 bits: what training gains, and the interaction."""
     chance: list[Chance]
     """One for each arm."""
     curves: list[LossCurve] = []
