@@ -84,13 +84,6 @@ def build_parser() -> argparse.ArgumentParser:
     runs.add_argument(
         "folder", nargs="?", type=Path, default=Path("results"), help="default results"
     )
-    show = commands.add_parser(
-        "show",
-        help="print the record of one run",
-        description="Prints the results, computation and settings of a run.",
-        allow_abbrev=False,
-    )
-    show.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as results/4bit")
     schema = commands.add_parser(
         "schema", help="print the JSON schema of a record", allow_abbrev=False
     )
@@ -183,13 +176,9 @@ def _read_runs(args: argparse.Namespace) -> None:
 
             print(report(args.runs, args.margin, args.discordance, args.seed_sd))
         else:
-            from qlora_harness.results.listing import print_run, print_runs
+            from qlora_harness.results.listing import print_runs
 
-            console = PipedConsole(highlight=False)
-            if args.command == "runs":
-                print_runs(args.folder, console)
-            else:
-                print_run(args.run, console)
+            print_runs(args.folder, PipedConsole(highlight=False))
         sys.stdout.flush()
     except BrokenPipeError:
         close_quietly()
@@ -217,7 +206,7 @@ def _run(words: Sequence[str]) -> int:
 
         return run_survey(words[1:])
     args = build_parser().parse_args(words)
-    if args.command in ("compare", "plan-study", "runs", "show"):
+    if args.command in ("compare", "plan-study", "runs"):
         _read_runs(args)
     elif args.command == "schema":
         _print_schema(args.kind)

@@ -18,7 +18,6 @@ import pytest
 from compare_runs import (
     FAMILY,
     FIRST,
-    GIB,
     changed,
     edit,
     evaluation,
@@ -152,9 +151,9 @@ def test_command_writes_where_it_is_told_and_over_nothing_foreign(
         main(*pair, "--markdown", mine / "a.md")
 
 
-@pytest.mark.parametrize("words", [["compare"], ["runs"], ["show"]])
+@pytest.mark.parametrize("words", [["compare"], ["runs"]])
 def test_a_reader_may_close_the_pipe(pair: tuple[Path, Path], words: list[str]) -> None:
-    paths = {"compare": list(pair), "runs": [pair[0].parent], "show": [pair[0]]}[words[0]]
+    paths = {"compare": list(pair), "runs": [pair[0].parent]}[words[0]]
     code = "import sys; from qlora_harness.cli import main; sys.exit(main())"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words, *map(str, paths)],
@@ -270,17 +269,6 @@ def test_each_run_is_a_line(results: Path, capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     assert "4bit" in out
     assert "Not listed: " in out
-
-
-def test_show_prints_what_is_recorded(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changed(results / "4bit" / "training_summary.json", edit("model/random_weights", True))
-    assert cli.main(["show", "results/4bit"]) == 0
-    lines = printed(capsys)
-    assert ["peak", "memory,", "GiB", f"{6.5 * GIB / GIB:.2f}"] in lines
-    assert ["random", "weights", "True"] in lines
-    assert ["learning_rate", "0.0002"] in lines
-    assert ["questions", "20", "of", "20"] in lines
-    assert cli.main(["show", "results/nothing"]) == 2
 
 
 def test_plan_study(capsys: pytest.CaptureFixture[str]) -> None:

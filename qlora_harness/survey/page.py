@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_harness.survey.survey import Bar, Survey, length_bars, turn_bars
+from qlora_harness.survey.survey import Survey, length_bars, turn_bars
 from qlora_harness.survey.text import rows
 
 
@@ -38,11 +38,11 @@ def to_html(surveys: Sequence[Survey]) -> str:
     return str(page.render(parts=parts, plotly=plotly.offline.get_plotlyjs()))
 
 
-def _plot(bars: Sequence[Bar]) -> str:
+def _plot(bars: Mapping[str, int]) -> str:
     import plotly.graph_objects as go
     import plotly.io
 
-    trace = go.Bar(x=[bar.label for bar in bars], y=[bar.count for bar in bars])
+    trace = go.Bar(x=list(bars), y=list(bars.values()))
     figure = go.Figure(trace.update(marker_color="#0072B2"))
     figure.update_layout(
         height=280,
