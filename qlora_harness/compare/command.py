@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(flag, type=Path, metavar="FILE", help=text)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Compares the runs, writes the comparison, prints the answer, and returns exit status 0.
+def run(args: argparse.Namespace) -> None:
+    """Compares the runs, writes the comparison, and prints the answer.
 
     Raises SettingsError for an unusable flag, ResultsError if a file can't be read or written, and
     ComparisonError if the runs can't be compared; nothing is written then.
@@ -108,7 +108,6 @@ def run(args: argparse.Namespace) -> int:
     print(printable(text.answer(comparison), keep="\n"))
     print(printable(text.differences_line(comparison, text.COLUMNS)))
     print(printable(f"Details: {', '.join(str(path) for path in outputs.values())}"))
-    return 0
 
 
 def _common_folder(paths: Sequence[Path]) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
     return add_settings(built, leave_out=leave_out)
 
 
-def run(words: Sequence[str]) -> int:
-    """Prints the survey of each data set and split; returns the exit status 0.
+def run(words: Sequence[str]) -> None:
+    """Prints the survey of each data set and split.
 
     Raises SettingsError for an unusable flag and DataError for data of no use.
     """
@@ -66,7 +65,7 @@ def run(words: Sequence[str]) -> int:
     parts = parse_parts(settings.data.dataset)
     tokenizer = _tokenizer(settings, is_named="model" in flags)
     from qlora_harness.data.reading import check_tree_settings
-    from qlora_harness.results.terminal import PipedConsole, close_quietly
+    from qlora_harness.results.terminal import PipedConsole
     from qlora_harness.survey.overlap import local_questions
     from qlora_harness.survey.survey import take_surveys
     from qlora_harness.survey.text import print_survey
@@ -84,14 +83,9 @@ def run(words: Sequence[str]) -> int:
     if html is not None:
         _write(html, surveys)
     console = PipedConsole(highlight=False)
-    try:
-        for survey in surveys:
-            print_survey(survey, console)
-            console.print()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        close_quietly()
-    return 0
+    for survey in surveys:
+        print_survey(survey, console)
+        console.print()
 
 
 def _tokenizer(settings: Settings, *, is_named: bool) -> PreTrainedTokenizerBase | None:

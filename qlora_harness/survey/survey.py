@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-import numpy as np
-
 from qlora_harness.data.chat_encoder import ChatEncoder
 from qlora_harness.data.conversation import Conversation, Corpus
 from qlora_harness.data.examples import SpannedIds
@@ -174,6 +172,6 @@ def turn_bars(turns: Counter[int]) -> dict[str, int]:
 
 def quantiles(lengths: Sequence[int]) -> dict[str, int]:
     """Returns the median, the 90th and 99th percentile and the longest, by nearest rank."""
-    names = {"median": 50, "90%": 90, "99%": 99, "longest": 100}
-    values = np.percentile(lengths, list(names.values()), method="inverted_cdf")
-    return dict(zip(names, map(int, values), strict=True))
+    ordered, names = sorted(lengths), {"median": 50, "90%": 90, "99%": 99, "longest": 100}
+    # The rank is rounded up.
+    return {name: ordered[-(-percent * len(ordered) // 100) - 1] for name, percent in names.items()}
