@@ -31,7 +31,7 @@ import qlora_harness as qh
 from qlora_harness import cli
 from qlora_harness.compare import page, text
 from qlora_harness.compare.checks import differing
-from qlora_harness.errors import ResultsError, SettingsError
+from qlora_harness.errors import SettingsError
 from qlora_harness.results.runs import default_labels
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,15 +139,16 @@ def test_command_writes_where_it_is_told_and_over_nothing_foreign(
         ("--json", pair[0] / "training_summary.json"),
         ("--markdown", mine),
         ("--html", mine),
-        ("--markdown", tmp_path),
     ):
         with pytest.raises(SettingsError, match="was not written by qlora-harness compare"):
             main(*pair, flag, path)
     assert mine.read_text() == "# Mine\n"
     with pytest.raises(SettingsError, match="--markdown and --json are both"):
         main(*pair, "--markdown", tmp_path / "a", "--json", tmp_path / "a")
-    with pytest.raises(ResultsError, match=r"README\.md/a\.md can't be written: "):
+    with pytest.raises(SettingsError, match=r"README\.md is a file"):
         main(*pair, "--markdown", mine / "a.md")
+    with pytest.raises(SettingsError, match="is a folder"):
+        main(*pair, "--markdown", tmp_path)
 
 
 @pytest.mark.parametrize("words", [["compare"], ["runs"]])

@@ -53,7 +53,7 @@ def methods(runs: Sequence[Run]) -> str:
         ("The base model is {}.", _trained(_model)),
         ("The training data are {}.", _trained(_data)),
         ("Conversations are encoded with {}.", _trained(_encoding)),
-        ("The adapters are LoRA with {}.", _trained(_lora)),
+        ("The adapters are LoRA with {}.", _trained(lambda t: _phrased(t.settings, _LORA))),
         ("Training takes {}.", _trained(_optimisation)),
         ("The seeds are {}.", lambda run: None if run.seed is None else str(run.seed)),
         ("Scoring uses {}.", _scoring),
@@ -158,10 +158,6 @@ def _split(split: DataSplit) -> str:
 def _encoding(training: TrainingSummary) -> str:
     learned = _MASKS.get(str(training.settings.get("mask")))
     return _phrased(training.settings | {"mask": learned}, _ENCODING)
-
-
-def _lora(training: TrainingSummary) -> str:
-    return _phrased(training.settings, _LORA)
 
 
 def _optimisation(training: TrainingSummary) -> str:
