@@ -212,7 +212,7 @@ def _versions(run: Run) -> str | None:
 
 
 def _statistics(arms: Sequence[Arm]) -> list[str]:
-    """How statistics.py and costs.py compute the intervals."""
+    """Says how statistics.py and costs.py compute the intervals."""
     pairs = pair(arms)[0] if len(arms) > 1 else []
     runs = [run for both in pairs for arm in both for run in arm.runs]
     scored = [item for run in runs for item in run.scored.values()]

@@ -139,7 +139,7 @@ class Contrast(Part):
     groups: list[GroupDifference] = []
 
     def brief(self) -> Contrast:
-        """Returns the contrast without what it says of single answers and groups."""
+        """Returns the contrast without the details of answers, subjects and categories."""
         return self.model_copy(update={"detail": None, "groups": []})
 
     def __getitem__(self, key: str) -> Endpoint:

@@ -1,4 +1,4 @@
-"""Length, repetition and script of answers: what can be counted without a judge of quality."""
+"""Length, repetition and script of answers: what can be counted without judging quality."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def take_surveys(
 ) -> Iterator[Survey]:
     """Yields the survey of each split that training would use.
 
-    Without a `tokenizer`, lengths are in characters. Raises DataError for a row of no use, and
+    Without a `tokenizer`, lengths are in characters. Raises DataError for an unusable row, and
     SettingsError for a template that the tokenizer can't write.
     """
     splits = load_splits(name, settings.dataset_revision)
