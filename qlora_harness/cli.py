@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from qlora_harness import __version__
 from qlora_harness.benchmark.command import add_commands, run_benchmark
-from qlora_harness.compare.command import add_arguments
+from qlora_harness.compare import command as compare_command
 from qlora_harness.errors import SettingsError, run_command
 from qlora_harness.flag_checks import check_at_least
 from qlora_harness.inference.command import COMMANDS, run_inference
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "with --limit, or on different data are refused.",
         allow_abbrev=False,
     )
-    add_arguments(compare)
+    compare_command.add_arguments(compare)
     _add_study_plan(commands)
     commands.add_parser(
         "study",
@@ -85,13 +85,6 @@ def build_parser() -> argparse.ArgumentParser:
     runs.add_argument(
         "folder", nargs="?", type=Path, default=Path("results"), help="default results"
     )
-    show = commands.add_parser(
-        "show",
-        help="print the record of one run",
-        description="Prints the results, computation and settings of a run.",
-        allow_abbrev=False,
-    )
-    show.add_argument("run", type=Path, metavar="RUN", help="a run folder, such as results/4bit")
     schema = commands.add_parser(
         "schema", help="print the JSON schema of a record", allow_abbrev=False
     )
@@ -181,30 +174,30 @@ def _plan(words: Sequence[str]) -> None:
     print(table(shape, settings, chosen, tokens, ranks))
 
 
-def _read_runs(args: argparse.Namespace) -> None:
+def _read(command: Callable[[], None]) -> int:
     """Runs a command that only reads; `head` or a pager may close its output early."""
-    from qlora_harness.results.terminal import PipedConsole, close_quietly
-
     try:
-        if args.command == "compare":
-            from qlora_harness.compare.command import run
-
-            run(args)
-        elif args.command == "plan-study":
-            from qlora_harness.compare.sample_size import report
-
-            print(report(args.runs, args.margin, args.discordance, args.seed_sd))
-        else:
-            from qlora_harness.results.listing import print_run, print_runs
-
-            console = PipedConsole(highlight=False)
-            if args.command == "runs":
-                print_runs(args.folder, console)
-            else:
-                print_run(args.run, console)
+        command()
         sys.stdout.flush()
     except BrokenPipeError:
+        from qlora_harness.results.terminal import close_quietly
+
         close_quietly()
+    return 0
+
+
+def _read_runs(args: argparse.Namespace) -> None:
+    if args.command == "compare":
+        compare_command.run(args)
+    elif args.command == "plan-study":
+        from qlora_harness.compare.sample_size import report
+
+        print(report(args.runs, args.margin, args.discordance, args.seed_sd))
+    else:
+        from qlora_harness.results.listing import print_runs
+        from qlora_harness.results.terminal import PipedConsole
+
+        print_runs(args.folder, PipedConsole(highlight=False))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -227,11 +220,11 @@ def _run(words: Sequence[str]) -> int:
     if words[:1] == ["data"]:
         from qlora_harness.survey.command import run as run_survey
 
-        return run_survey(words[1:])
+        return _read(lambda: run_survey(words[1:]))
     args = build_parser().parse_args(words)
-    if args.command in ("compare", "plan-study", "runs", "show"):
-        _read_runs(args)
-    elif args.command == "schema":
+    if args.command in ("compare", "plan-study", "runs"):
+        return _read(lambda: _read_runs(args))
+    if args.command == "schema":
         _print_schema(args.kind)
     elif args.command == "score":
         score_command.run(args)

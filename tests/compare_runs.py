@@ -278,10 +278,10 @@ def changed(path: Path, change: Edit) -> None:
     path.write_text(json.dumps(record))
 
 
-def main(*words: object) -> int:
+def main(*words: object) -> None:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return command.run(parser.parse_args([str(word) for word in words]))
+    command.run(parser.parse_args([str(word) for word in words]))
 
 
 def in_summary(dotted: str, new: object) -> Callable[[Path], object]:

@@ -18,7 +18,6 @@ import pytest
 from compare_runs import (
     FAMILY,
     FIRST,
-    GIB,
     changed,
     edit,
     evaluation,
@@ -32,7 +31,7 @@ import qlora_harness as qh
 from qlora_harness import cli
 from qlora_harness.compare import page, text
 from qlora_harness.compare.checks import differing
-from qlora_harness.errors import ResultsError, SettingsError
+from qlora_harness.errors import SettingsError
 from qlora_harness.results.runs import default_labels
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,13 +69,13 @@ def test_of_ten_arms_five_have_a_row(tmp_path: Path, capsys: pytest.CaptureFixtu
             folder, summary("nf4" if rank else "bf16", settings__lora_r=rank), evaluation(FIRST)
         )
         runs.append(folder)
-    assert main(*runs) == 0
+    main(*runs)
     lines = capsys.readouterr().out.splitlines()
     end = next(i for i, line in enumerate(lines) if line.startswith("Besides quantisation"))
     assert end <= 12
     assert max(map(len, lines[:end])) <= 80
     assert sum(line.startswith("NF4 r ") for line in lines) == 5
-    assert "… and 4 more arms (see --details)" in lines
+    assert "… and 4 more arms" in lines
 
 
 def test_numbers_of_the_published_runs(published: qh.Comparison) -> None:
@@ -95,15 +94,10 @@ def test_numbers_of_the_published_runs(published: qh.Comparison) -> None:
     centred = {one.arm: 100 * one.centred for one in published.chance}
     assert centred["bf16 base"] == pytest.approx(1.55, abs=0.005)
     assert centred["NF4 base"] == pytest.approx(0.18, abs=0.005)
-    assert 100 * seeds["first_step_loss"].difference == pytest.approx(34.7, abs=0.05)
 
 
-def test_files_hold_everything(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(*pair) == 0
-    short = capsys.readouterr().out
-    assert main(*pair, "--details") == 0
-    long = capsys.readouterr().out
-    assert long.startswith(short.rpartition("Details:")[0].rstrip("\n"))
+def test_files_hold_everything(pair: tuple[Path, Path]) -> None:
+    main(*pair)
     folder = pair[0].parent
     record = json.loads((folder / "comparison.json").read_text())
     assert (record["kind"], record["task"]) == ("comparison", FAMILY)
@@ -116,7 +110,6 @@ def test_files_hold_everything(pair: tuple[Path, Path], capsys: pytest.CaptureFi
     assert markdown.startswith(text.MARKDOWN_TITLE)
     for name in ("Runs", "NF4 against bf16", "Settings that differ", "Settings that agree"):
         assert f"\n## {name}\n" in markdown
-        assert name in long
     schema = qh.Comparison.model_json_schema()
     jsonschema.validate(record, schema)
 
@@ -139,27 +132,28 @@ def test_command_writes_where_it_is_told_and_over_nothing_foreign(
     new = tmp_path / "new"
     words = ["--markdown", new / "a.md", "--json", new / "a.json", "--html", new / "a.html"]
     for _ in range(2):  # a second time it replaces its own
-        assert main(*pair, *words) == 0
+        main(*pair, *words)
     assert sorted(path.name for path in new.iterdir()) == ["a.html", "a.json", "a.md"]
     mine = write(tmp_path / "README.md", "# Mine\n")
     for flag, path in (
         ("--json", pair[0] / "training_summary.json"),
         ("--markdown", mine),
         ("--html", mine),
-        ("--markdown", tmp_path),
     ):
         with pytest.raises(SettingsError, match="was not written by qlora-harness compare"):
             main(*pair, flag, path)
     assert mine.read_text() == "# Mine\n"
     with pytest.raises(SettingsError, match="--markdown and --json are both"):
         main(*pair, "--markdown", tmp_path / "a", "--json", tmp_path / "a")
-    with pytest.raises(ResultsError, match=r"README\.md/a\.md can't be written: "):
+    with pytest.raises(SettingsError, match=r"README\.md is a file"):
         main(*pair, "--markdown", mine / "a.md")
+    with pytest.raises(SettingsError, match="is a folder"):
+        main(*pair, "--markdown", tmp_path)
 
 
-@pytest.mark.parametrize("words", [["compare"], ["runs"], ["show"]])
+@pytest.mark.parametrize("words", [["compare"], ["runs"]])
 def test_a_reader_may_close_the_pipe(pair: tuple[Path, Path], words: list[str]) -> None:
-    paths = {"compare": list(pair), "runs": [pair[0].parent], "show": [pair[0]]}[words[0]]
+    paths = {"compare": list(pair), "runs": [pair[0].parent]}[words[0]]
     code = "import sys; from qlora_harness.cli import main; sys.exit(main())"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words, *map(str, paths)],
@@ -176,7 +170,7 @@ def test_names_and_texts_of_records_are_only_texts(pair: tuple[Path, Path]) -> N
     pair = (pair[0].rename(pair[0].with_name(evil)), pair[1])
     changed(pair[0] / "training_summary.json", edit("model/name", evil))
     html = pair[0].parent / "page.html"
-    assert main(*pair, "--html", html) == 0
+    main(*pair, "--html", html)
     markdown = (pair[0].parent / "comparison.md").read_text()
     outside = markdown.split("```")[2]
     assert "\x1b" not in markdown
@@ -194,7 +188,7 @@ def test_page_shows_headlines_then_figures_and_folds_tables(published: qh.Compar
     ]  # fmt: skip
     assert published.verdict.split(".")[0] in body
     assert body.index('class="tiles"') < body.index("plotly-graph-div") < body.index("<table")
-    assert body.count('role="img" aria-label="') == body.count('class="plotly-graph-div"') == 7
+    assert body.count('role="img" aria-label="') == body.count('class="plotly-graph-div"') == 8
     assert 'src="http' not in html
     assert '<link rel="stylesheet' not in html
     notebook = published._repr_html_()
@@ -275,17 +269,6 @@ def test_each_run_is_a_line(results: Path, capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     assert "4bit" in out
     assert "Not listed: " in out
-
-
-def test_show_prints_what_is_recorded(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    changed(results / "4bit" / "training_summary.json", edit("model/random_weights", True))
-    assert cli.main(["show", "results/4bit"]) == 0
-    lines = printed(capsys)
-    assert ["peak", "memory,", "GiB", f"{6.5 * GIB / GIB:.2f}"] in lines
-    assert ["random", "weights", "True"] in lines
-    assert ["learning_rate", "0.0002"] in lines
-    assert ["questions", "20", "of", "20"] in lines
-    assert cli.main(["show", "results/nothing"]) == 2
 
 
 def test_plan_study(capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,7 @@ def test_curve_of_an_arm_is_that_of_its_seeds(tmp_path: Path) -> None:
 
     (table,) = [table for table in tables(result) if table.columns[0] == "step"]
     assert table.columns == ("step", "NF4")
-    assert table.rows == (("0", "3.0000"), ("5", "1.4000"), ("10", "1.2000"), ("20", "1.1250"))
+    assert table.rows == [("0", "3.0000"), ("5", "1.4000"), ("10", "1.2000"), ("20", "1.1250")]
     (figure,) = [one for one in figures(result) if one.heading.startswith("Held-out loss")]
     band, line = figure.plot.data
     assert list(band.x) == [5, 10, 20, 20, 10, 5]

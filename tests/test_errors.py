@@ -100,11 +100,8 @@ def test_errors_of_the_system_that_a_user_can_mend(error: OSError, facts: str | 
     assert told is None if facts is None else str(told).startswith(facts)
 
 
-@pytest.mark.parametrize("words", [["plan", "--model"], ["show"]])
-def test_names_that_are_too_long_are_told(
-    words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli([*words, "a" * 300]) == 2
+def test_names_that_are_too_long_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli(["plan", "--model", "a" * 300]) == 2
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
     assert "a…a" in said.err

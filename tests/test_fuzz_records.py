@@ -83,7 +83,6 @@ def comparison(folder: Path) -> tuple[dict[Path, bytes], Callable[[], object]]:
     def read() -> None:
         made = compare(runs)
         printable(text.markdown(made), keep="\n").encode()
-        printable(text.details(made), keep="\n").encode()
         made.model_dump_json().encode()
         answer = text.answer(made).splitlines()
         assert len(answer) <= 12

@@ -284,7 +284,7 @@ def read_list(path: Path) -> Any:
         ),
         ("a.txt", "One\n[2]\n\n", ["One", "[2]"]),
         ("a.txt", "\n", None),
-        ("a.csv", "instruction,input\nOne,\n", None),
+        ("a.csv", "instruction,input\nOne,\n", ["One"]),
         ("a.jsonl", '"One"\n', None),
         ("a.jsonl", '{"instruction": "\\ud83d"}\n', None),
         ("a.json", '[{"instruction": ""}]', None),

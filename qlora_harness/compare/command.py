@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from qlora_harness.errors import ResultsError, SettingsError, printable
+from qlora_harness.errors import SettingsError, printable
+from qlora_harness.flag_checks import check_output_file
 from qlora_harness.record import write_text
 from qlora_harness.results.scored import DEFAULT_TASK
 
@@ -33,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="two or more runs: a folder such as results/4bit, a results_*.json of lm_eval, or a "
         "folder that holds one; runs that differ only in their seed are one arm",
     )
-    switch("--details", help="also print all tables, 120 columns wide")
     task = (
         f"the task to compare first, any of lm_eval (default: {DEFAULT_TASK} if all runs have it, "
         "else another that they have in common)"
@@ -59,11 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(flag, type=Path, metavar="FILE", help=text)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Compares the runs, writes the comparison, prints the answer, and returns exit status 0.
+def run(args: argparse.Namespace) -> None:
+    """Compares the runs, writes the comparison, and prints the answer.
 
-    Raises SettingsError for an unusable flag, ResultsError if a file can't be read or written, and
-    ComparisonError if the runs can't be compared; nothing is written then.
+    Raises SettingsError for an unusable flag, ResultsError for a broken file, and ComparisonError
+    if the runs can't be compared; nothing is written then.
     """
     if not 0 < args.margin < 100:
         raise SettingsError(
@@ -100,18 +100,10 @@ def run(args: argparse.Namespace) -> int:
         texts["--html"] = page.to_html(comparison)
     # Written before printing: whoever closes the pipe early loses no file.
     for flag, path in outputs.items():
-        try:
-            write_text(path, texts[flag])
-        except OSError as error:
-            raise ResultsError(
-                f"{flag} {path} can't be written: {error.strerror}", "Name another file"
-            ) from None
+        write_text(path, texts[flag])
     print(printable(text.answer(comparison), keep="\n"))
     print(printable(text.differences_line(comparison, text.COLUMNS)))
-    if args.details:
-        print(printable(text.details(comparison), keep="\n"))
     print(printable(f"Details: {', '.join(str(path) for path in outputs.values())}"))
-    return 0
 
 
 def _common_folder(paths: Sequence[Path]) -> Path:
@@ -128,12 +120,13 @@ def _common_folder(paths: Sequence[Path]) -> Path:
 
 
 def _check_outputs(outputs: dict[str, Path]) -> None:
-    """Refuses one file for two outputs, and overwriting anything but an earlier comparison."""
+    """Refuses files that can't be written, that are given twice, or that others wrote."""
     taken: dict[Path, str] = {}
     for flag, path in outputs.items():
         other = taken.setdefault(path.resolve(), flag)
         if other != flag:
             raise SettingsError(f"{other} and {flag} are both {path}", "Name two files")
+        check_output_file(flag, path)
         if path.exists() and not _is_ours(path, _MARKS[flag]):
             raise SettingsError(
                 f"{flag} {path} exists and was not written by qlora-harness compare",

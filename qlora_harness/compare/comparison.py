@@ -13,7 +13,7 @@ import pandas as pd
 from qlora_harness.compare import checks, page, text
 from qlora_harness.compare.arms import by_dose, double_quant, group, neighbours, pair
 from qlora_harness.compare.choices import RunAnswers
-from qlora_harness.compare.contrast import answers_of, contrast, effects
+from qlora_harness.compare.contrast import answers_of, contrast
 from qlora_harness.compare.loss_curve import loss_curves, notes_on_curves
 from qlora_harness.compare.measures import (
     Permissions,
@@ -45,7 +45,7 @@ class Comparison(ComparisonRecord):
         return pd.DataFrame(
             [
                 {"contrast": f"{item.arm} vs {item.baseline}", **endpoint.model_dump()}
-                for item in (*self.contrasts, *self.effects)
+                for item in self.contrasts
                 for endpoint in item.endpoints.values()
             ]
         )
@@ -155,7 +155,6 @@ def compare(
         arms=[arm.name for arm in arms],
         contrasts=contrasts,
         steps=between,
-        effects=effects(arms, answers, task, margin),
         chance=[result for result in chances if result is not None],
         curves=curves,
         besides=checks.besides_quantisation(leading, task),

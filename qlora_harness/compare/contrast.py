@@ -1,4 +1,4 @@
-"""One arm against its baseline on every endpoint, and what training gains in 4 and 16 bits."""
+"""One arm against its baseline on every endpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from qlora_harness.compare import scores as sc
 from qlora_harness.compare import statistics as st
 from qlora_harness.compare.arms import Arm
-from qlora_harness.compare.choices import RunAnswers, stacked
+from qlora_harness.compare.choices import RunAnswers
 from qlora_harness.compare.costs import costs
 from qlora_harness.compare.measures import Measure
 from qlora_harness.compare.record import Contrast
@@ -68,48 +68,4 @@ def contrast(
         endpoints={endpoint.key: endpoint for endpoint in endpoints},
         detail=detail,
         groups=groups,
-    )
-
-
-def effects(
-    arms: Sequence[Arm], answers: Answers, task: str | None, margin: float
-) -> list[Contrast]:
-    """Returns what training gains in 16 and in 4 bits, and the interaction.
-
-    Empty unless there is exactly one base and one adapter of each, all with recorded answers.
-    """
-    by_kind: dict[tuple[bool, bool], list[Arm]] = {}
-    for arm in arms:
-        if arm.quant is not None:
-            by_kind.setdefault((arm.quant != "bf16", arm.tuned), []).append(arm)
-    if task is None or sorted(map(len, by_kind.values())) != [1, 1, 1, 1]:
-        return []
-    four = [by_kind[key][0] for key in ((False, False), (True, False), (False, True), (True, True))]
-    runs = [run for arm in four for run in arm.runs]
-    if any(run.label not in answers for run in runs) or len({run.model for run in runs}) > 1:
-        return []
-    base, base4, tuned, tuned4 = four
-    gains = [
-        contrast(a, b, answers, task, margin=margin) for a, b in ((tuned, base), (tuned4, base4))
-    ]
-    return [*gains, _interaction(tuned4, base4, tuned, base, answers)]
-
-
-def _interaction(tuned4: Arm, base4: Arm, tuned: Arm, base: Arm, answers: Answers) -> Contrast:
-    """How much more training gains in 4 bits: (tuned4 - base4) - (tuned - base)."""
-    runs = [answers_of(arm, answers) for arm in (tuned4, base4, tuned, base)]
-    design = sc.Design(runs[0][0].subjects, st.LEVEL, (False, False))
-    endpoints = {}
-    for key, name in (("accuracy", "credit"), ("nll", "nll")):
-        if key == "accuracy" or runs[0][0].has_choices:
-            high4, low4, high, low = (stacked(part, name) for part in runs)
-            gains = (high4 - low4.mean(axis=0), high - low.mean(axis=0))
-            endpoints[key] = sc.paired(key, *gains, design)
-    return Contrast(
-        arm=f"gain in {tuned4.name}",
-        baseline=f"gain in {tuned.name}",
-        primary=False,
-        seeds=(len(tuned4.runs), len(tuned.runs)),
-        paired=True,
-        endpoints=endpoints,
     )

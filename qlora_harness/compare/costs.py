@@ -172,7 +172,7 @@ def _step_ratios(one: TrainingLog | None, two: TrainingLog | None) -> Floats:
 
 
 def _losses(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
-    """Losses before, during and after training."""
+    """Held-out losses before and after training, and the change."""
     reason = _no_loss(arm, baseline)
     if reason is not None:
         return [absent("eval_loss", reason)]
@@ -184,7 +184,7 @@ def _losses(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
         after = measured("eval_loss", (one, two), estimate, reason="no losses by conversation")
     # The difference of the changes is the interaction of quantisation and training on loss.
     others = [_conversations(arm, baseline, key, level) for key in ("loss_before", "loss_change")]
-    return [after, *(other for other in others if other), *_steps(arm, baseline, level)]
+    return [after, *(other for other in others if other)]
 
 
 def _no_loss(arm: Arm, baseline: Arm) -> str | None:
@@ -225,29 +225,3 @@ def _conversations(arm: Arm, baseline: Arm, key: str, level: float) -> Endpoint 
         return measured(key, means, few, n=n, reason="too few conversations")
     seeds = st.over_seeds(*means, blocks=_same_seeds(arm, baseline))
     return measured(key, means, st.combine(difference, items, seeds, level=level), n=n)
-
-
-def _steps(arm: Arm, baseline: Arm, level: float) -> list[Endpoint]:
-    """Training losses on the same batches: at the first step, before any update, and at the end."""
-    logs = _logs(arm, baseline)
-    if logs is None or not _same_seeds(arm, baseline):
-        return []
-    for one, two in zip(*logs, strict=True):
-        tokens = [row.supervised_tokens for row in one.steps]
-        if not any(tokens) or tokens != [row.supervised_tokens for row in two.steps]:
-            return []
-    if any(log.steps[0].step != 1 for part in logs for log in part):
-        return []
-    steps = min(len(log.steps) for log in logs[0])
-    last = slice(steps - max(1, steps // 10), steps)
-    reason = "one seed each" if len(logs[0]) == 1 else "over seeds only"
-    endpoints = []
-    for key, part in (("first_step_loss", slice(0, 1)), ("last_steps_loss", last)):
-        first, second = (
-            np.array([np.mean([row.loss for row in log.steps[part]]) for log in arm_logs])
-            for arm_logs in logs
-        )
-        seeds = st.over_seeds(first, second, blocks=True)
-        estimate = st.combine(float((first - second).mean()), None, seeds, level=level)
-        endpoints.append(measured(key, (first, second), estimate, reason=reason))
-    return endpoints

@@ -29,8 +29,6 @@ SPECS = {
     "eval_loss": Spec("eval loss", "nats", 0.01),
     "loss_before": Spec("eval loss before training", "nats", 0.01),
     "loss_change": Spec("eval loss, change by training", "nats", 0.01),
-    "first_step_loss": Spec("training loss, first step", "nats", 0.01),
-    "last_steps_loss": Spec("training loss, last tenth of the steps", "nats", 0.01),
     "accuracy": Spec("accuracy", "share", lower_is_better=False),
     "macro": Spec("macro accuracy", "share", lower_is_better=False),
     "nll": Spec("NLL", "nats", 0.01),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from qlora_harness.compare.endpoint import heading
@@ -25,7 +26,7 @@ _BASELINE = "#7a828a"
 _COLOURS = ("#009E73", "#D55E00", "#0072B2", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#6A51A3",
             "#B15928", "#3B7C8C")  # fmt: skip
 _WORDS = {"better": "#009E73", "worse": "#D55E00", "same": "#0072B2"}
-_SMOOTHING = 0.9
+_SMOOTHING = 0.1  # weight of a step in the moving average
 
 
 class Figure(NamedTuple):
@@ -46,13 +47,9 @@ def figures(comparison: ComparisonRecord) -> list[Figure]:
     colours = {arm: _COLOURS[number % len(_COLOURS)] for number, arm in enumerate(others)}
     if baseline is not None:
         colours[baseline] = _BASELINE
-    keys = ("accuracy", "nll", *comparison.benchmarks)
-    differences = [_forest(comparison, key) for key in keys]
-    if len(comparison.primary) > 1:
-        keys = ("eval_loss", "nll", "accuracy", *comparison.benchmarks)
-        differences = [_dose(comparison, key) for key in keys]
+    keys = ("eval_loss", "nll", "accuracy", *comparison.benchmarks)
     made = [
-        *differences,
+        *(_differences(comparison, key) for key in keys),
         _memory_and_loss(comparison, colours),
         _curves(comparison, colours),
         _held_out(comparison, colours),
@@ -91,14 +88,7 @@ def _error_bars(
     }
 
 
-def _forest(comparison: ComparisonRecord, key: str) -> Figure | None:
-    """Every contrast on one endpoint, with its interval and word."""
-    items = [*comparison.contrasts, *comparison.effects]
-    rows = [_Row(f"{item.arm}<br>vs {item.baseline}", item.endpoints.get(key)) for item in items]
-    return _intervals(rows, "in every contrast")
-
-
-def _dose(comparison: ComparisonRecord, key: str) -> Figure | None:
+def _differences(comparison: ComparisonRecord, key: str) -> Figure | None:
     """Every arm on one endpoint, by dose, with what it was before training."""
     baselines = {item.baseline for item in comparison.primary}
     rows = []
@@ -229,7 +219,7 @@ def _add_curves(figure: Any, arm: str, logs: Sequence[TrainingLog], colour: str)
             x=numbers, y=row, mode="lines", line={"color": colour, "width": 1}, opacity=0.3,
             showlegend=False, hoverinfo="skip",
         )  # fmt: skip
-    smooth = _smoothed(losses.mean(axis=0))
+    smooth = pd.Series(losses.mean(axis=0)).ewm(alpha=_SMOOTHING).mean().tolist()
     figure.add_scatter(
         x=numbers, y=smooth, mode="lines", name=arm, line={"color": colour, "width": 2.5},
         hovertemplate=f"{arm}, smoothed, step %{{x}}: %{{y:.4f}}<extra></extra>",
@@ -243,16 +233,6 @@ def _add_curves(figure: Any, arm: str, logs: Sequence[TrainingLog], colour: str)
         hovertemplate=f"{arm}, {what}: %{{y:.4f}}<extra></extra>",
     )  # fmt: skip
     return f"{arm} {start:.3f} at the start, {smooth[-1]:.3f} at the end"
-
-
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """An exponential moving average with Adam's bias correction."""
-    mean, weight, means = 0.0, 0.0, []
-    for value in values:
-        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * float(value)
-        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
-        means.append(mean / weight)
-    return means
 
 
 def _held_out(comparison: ComparisonRecord, colours: dict[str, str]) -> Figure | None:

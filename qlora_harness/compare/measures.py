@@ -1,4 +1,4 @@
-"""What is compared beside the first metric of the first task: other metrics, other tasks."""
+"""What is compared besides the first metric of the first task: other metrics, other tasks."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def methods(runs: Sequence[Run]) -> str:
         ("The base model is {}.", _trained(_model)),
         ("The training data are {}.", _trained(_data)),
         ("Conversations are encoded with {}.", _trained(_encoding)),
-        ("The adapters are LoRA with {}.", _trained(_lora)),
+        ("The adapters are LoRA with {}.", _trained(lambda t: _phrased(t.settings, _LORA))),
         ("Training takes {}.", _trained(_optimisation)),
         ("The seeds are {}.", lambda run: None if run.seed is None else str(run.seed)),
         ("Scoring uses {}.", _scoring),
@@ -160,10 +160,6 @@ def _encoding(training: TrainingSummary) -> str:
     return _phrased(training.settings | {"mask": learned}, _ENCODING)
 
 
-def _lora(training: TrainingSummary) -> str:
-    return _phrased(training.settings, _LORA)
-
-
 def _optimisation(training: TrainingSummary) -> str:
     settings = training.settings
     processes = training.environment.world_size or 1
@@ -216,7 +212,7 @@ def _versions(run: Run) -> str | None:
 
 
 def _statistics(arms: Sequence[Arm]) -> list[str]:
-    """How statistics.py and costs.py compute the intervals."""
+    """Says how statistics.py and costs.py compute the intervals."""
     pairs = pair(arms)[0] if len(arms) > 1 else []
     runs = [run for both in pairs for arm in both for run in arm.runs]
     scored = [item for run in runs for item in run.scored.values()]

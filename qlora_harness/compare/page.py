@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_harness.compare.endpoint import heading
@@ -65,24 +64,18 @@ def tiles(comparison: ComparisonRecord) -> list[Tile]:
 
 def to_html(comparison: ComparisonRecord) -> str:
     """Returns the page."""
-    import plotly.io
     import plotly.offline
 
     from qlora_harness.compare.figures import figures
 
-    def html(plot: Any) -> str:
-        return str(
-            plotly.io.to_html(plot, full_html=False, include_plotlyjs=False, config=_BUTTONS)
-        )
-
     return str(
-        _template().render(
+        template("compare/page.html").render(
             comparison=comparison,
             verdict=verdict(comparison),
             title=title(comparison),
             tiles=tiles(comparison),
             difference=differences_line(comparison),
-            plots=[(figure, html(figure.plot)) for figure in figures(comparison)],
+            plots=[(figure, plot_html(figure.plot)) for figure in figures(comparison)],
             tables=tables(comparison),
             methods=methods(comparison.source.runs),
             plotly=plotly.offline.get_plotlyjs(),
@@ -92,17 +85,25 @@ def to_html(comparison: ComparisonRecord) -> str:
 
 def head(comparison: ComparisonRecord) -> str:
     """Returns the headlines and the verdict, for a notebook."""
-    macros = _template().module
+    macros = template("compare/page.html").module
     return str(macros.head(title(comparison), tiles(comparison), verdict(comparison)))
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """Returns a Jinja template by its path in the package."""
     import jinja2
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("qlora_harness", ""),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    return environment.get_template("page.html")
+    ).get_template(name)
+
+
+def plot_html(plot: Any, **config: Any) -> str:
+    """Returns a plot as HTML for a page that includes Plotly."""
+    import plotly.io
+
+    config = {**_BUTTONS, **config}
+    return str(plotly.io.to_html(plot, full_html=False, include_plotlyjs=False, config=config))

@@ -139,7 +139,7 @@ class Contrast(Part):
     groups: list[GroupDifference] = []
 
     def brief(self) -> Contrast:
-        """Returns the contrast without what it says of single answers and groups."""
+        """Returns the contrast without the details of answers, subjects and categories."""
         return self.model_copy(update={"detail": None, "groups": []})
 
     def __getitem__(self, key: str) -> Endpoint:
@@ -246,8 +246,6 @@ class ComparisonRecord(BaseModel):
     steps: list[Contrast] = []
     """Arms that differ only in quantisation, each against the one that keeps the next more bits;
     empty for fewer than three."""
-    effects: list[Contrast] = []
-    """Base and adapter in 4 and 16 bits: what training gains, and the interaction."""
     chance: list[Chance]
     """One for each arm."""
     curves: list[LossCurve] = []

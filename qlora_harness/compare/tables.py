@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from qlora_harness.compare.numbers import difference, interval, p_text, points, value, word
@@ -18,7 +18,7 @@ class Table(NamedTuple):
 
     title: str
     columns: Row
-    rows: tuple[Row, ...]
+    rows: Sequence[Row]
     numeric: bool = True
 
 
@@ -29,20 +29,14 @@ def tables(comparison: ComparisonRecord) -> list[Table]:
         made.append(_endpoints(item))
         if item.detail is not None:
             made.append(_detail(item, item.detail))
-    gains = "What training gains, and in which arm it gains more"
     made += [
-        _differences("Neighbouring arms", comparison.steps, ("eval_loss", "nll", "accuracy")),
-        _differences(gains, comparison.effects, ("accuracy", "nll")),
+        _steps(comparison),
         _chance(comparison),
         _curves(comparison),
     ]
     made += [_groups(item, kind) for item in comparison.primary for kind in ("category", "subject")]
     made += _settings(comparison)
     return [table for table in made if table.rows]
-
-
-def _table(title: str, heads: Iterable[str], rows: Iterable[Row], *, numeric: bool = True) -> Table:
-    return Table(title, tuple(heads), tuple(rows), numeric)
 
 
 def _runs(comparison: ComparisonRecord) -> Table:
@@ -62,7 +56,7 @@ def _runs(comparison: ComparisonRecord) -> Table:
     metric = f"{comparison.metric or 'accuracy'}, as recorded"
     heads = ("run", "arm", "seed", "peak GiB", "time", "eval loss", "perplexity", metric,
              *comparison.benchmarks)  # fmt: skip
-    return _table("Runs", heads, rows)
+    return Table("Runs", heads, rows)
 
 
 def _endpoints(item: Contrast) -> Table:
@@ -84,7 +78,7 @@ def _endpoints(item: Contrast) -> Table:
         )  # fmt: skip
     heads = ("", item.arm, item.baseline, "difference", "95% interval", "SE by subject", "p", "n",
              "shown")  # fmt: skip
-    return _table(f"{item.arm} against {item.baseline}", heads, rows)
+    return Table(f"{item.arm} against {item.baseline}", heads, rows)
 
 
 def _detail(item: Contrast, detail: Detail) -> Table:
@@ -110,17 +104,17 @@ def _detail(item: Contrast, detail: Detail) -> Table:
             f"{detail.won}, {detail.lost}",
         )
     )
-    return _table(f"Answers of {item.arm} and {item.baseline}", ("", ""), rows)
+    return Table(f"Answers of {item.arm} and {item.baseline}", ("", ""), rows)
 
 
-def _differences(title: str, items: Sequence[Contrast], keys: Sequence[str]) -> Table:
+def _steps(comparison: ComparisonRecord) -> Table:
     rows = [
         (f"{item.arm} minus {item.baseline}, {one.name}", difference(one), interval(one), word(one))
-        for item in items
-        for one in map(item.measured, keys)
+        for item in comparison.steps
+        for one in map(item.measured, ("eval_loss", "nll", "accuracy"))
         if one is not None
     ]
-    return _table(title, ("", "difference", "95% interval", "shown"), rows)
+    return Table("Neighbouring arms", ("", "difference", "95% interval", "shown"), rows)
 
 
 def _chance(comparison: ComparisonRecord) -> Table:
@@ -130,7 +124,7 @@ def _chance(comparison: ComparisonRecord) -> Table:
         for one in comparison.chance
     ]  # fmt: skip
     title = "Accuracy above chance, without letter preference"
-    return _table(title, ("arm", "± standard error", "shown"), rows)
+    return Table(title, ("arm", "± standard error", "shown"), rows)
 
 
 def _curves(comparison: ComparisonRecord) -> Table:
@@ -142,7 +136,7 @@ def _curves(comparison: ComparisonRecord) -> Table:
         for step in steps
     ]
     title = "Held-out loss by step, nats per token, mean over seeds"
-    return _table(title, ("step", *by_arm), rows)
+    return Table(title, ("step", *by_arm), rows)
 
 
 def _groups(item: Contrast, kind: str) -> Table:
@@ -155,7 +149,7 @@ def _groups(item: Contrast, kind: str) -> Table:
     ]  # fmt: skip
     heads = ("", "n", f"{item.arm} %", f"{item.baseline} %", "difference", "95% interval",
              "p (Holm)")  # fmt: skip
-    return _table(f"{item.arm} against {item.baseline} by {kind}", heads, rows)
+    return Table(f"{item.arm} against {item.baseline} by {kind}", heads, rows)
 
 
 def _settings(comparison: ComparisonRecord) -> list[Table]:
@@ -163,8 +157,8 @@ def _settings(comparison: ComparisonRecord) -> list[Table]:
     different = [(one.name, *map(_json, one.values)) for one in comparison.different]
     same = [(one.name, _json(one.values[0])) for one in comparison.same]
     return [
-        _table("Settings that differ", ("", *labels), different, numeric=False),
-        _table("Settings that agree", ("", "value"), same, numeric=False),
+        Table("Settings that differ", ("", *labels), different, numeric=False),
+        Table("Settings that agree", ("", "value"), same, numeric=False),
     ]
 
 

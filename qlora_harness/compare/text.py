@@ -1,4 +1,4 @@
-"""The answer and its details for a terminal, and both as Markdown."""
+"""The answer for a terminal, and everything as Markdown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from qlora_harness.results.scored import DEFAULT_TASK
 from qlora_harness.results.terminal import NOTHING
 
 LINES, COLUMNS = 12, 80
-_DETAILS = 120  # columns
 MARKDOWN_TITLE = "# What do the 4 bits cost?"
 _ROWS = 6  # of arms
 _COLUMNS = ("memory", "eval_loss", "accuracy", "nll")
@@ -148,7 +147,7 @@ def _many(comparison: ComparisonRecord) -> list[str]:
     legend = next((name for name in forms if _width([heads, *cells[name], *last]) <= COLUMNS), "")
     lines = _aligned([heads, *cells[legend], *last], (0,))
     if len(shown) < len(items):
-        lines.insert(1 + len(shown), f"… and {len(items) - len(shown)} more arms (see --details)")
+        lines.insert(1 + len(shown), f"… and {len(items) - len(shown)} more arms")
     for task in comparison.benchmarks:
         texts = [f"{i.arm} {_cell(one, difference)}" for i in shown for one in _on(i, [task])]
         lines += [_cut(f"{task}: {', '.join(texts)}")] if texts else []
@@ -182,30 +181,6 @@ def markdown(comparison: ComparisonRecord) -> str:
         parts += ["## Methods", _escaped(paragraph)]
     parts += [runs, f"Made by `qlora-harness compare`, {comparison.created}."]
     return "\n\n".join(parts) + "\n"
-
-
-def details(comparison: ComparisonRecord) -> str:
-    """Returns notes and all tables for a terminal."""
-    from io import StringIO
-
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    stream = StringIO()
-    console = Console(file=stream, width=max(_DETAILS, Console().width), highlight=False)
-    for note in comparison.notes:
-        console.print(Text(f"Note: {note}"))
-    for table in tables(comparison):
-        console.print(Text(f"\n{table.title}"))
-        shown = RichTable(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-        for number, column in enumerate(table.columns):
-            right = table.numeric and number > 0
-            shown.add_column(Text(column), justify="right" if right else "left", overflow="fold")
-        for row in table.rows:
-            shown.add_row(*map(Text, row))
-        console.print(shown)
-    return stream.getvalue().rstrip("\n")
 
 
 def _markdown_table(table: Table) -> str:

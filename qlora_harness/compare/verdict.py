@@ -193,18 +193,15 @@ def _letters(item: Contrast) -> str:
 
 
 def _won_back(item: Contrast) -> str:
-    """How much of a gap in loss training closes, by held-out data or else by training steps."""
-    before, after, what = item.measured("loss_before"), item.measured("eval_loss"), ""
-    if "loss_before" not in item.endpoints:
-        before, after = item.measured("first_step_loss"), item.measured("last_steps_loss")
-        what = "training "
+    """How much of a gap in held-out loss training closes."""
+    before, after = item.measured("loss_before"), item.measured("eval_loss")
     if before is None or after is None or not before.difference or after.difference is None:
         return ""
     if not 0 <= after.difference < before.difference or "better" in (before.word, after.word):
         return ""
     return (
         f"Training closes {100 * (1 - after.difference / before.difference):.0f}% of the gap in "
-        f"{what}loss ({difference(before)} before it, {difference(after)} after)."
+        f"loss ({difference(before)} before it, {difference(after)} after)."
     )
 
 

@@ -18,7 +18,7 @@ _HELP = "/reset begins a new conversation, /exit ends."
 
 
 class _ReplyStreamer(TextStreamer):
-    """Prints a reply as it grows, without space before it, up to the marker of the next turn."""
+    """Prints a reply as it grows, without leading space, up to the marker of the next turn."""
 
     def __init__(self, tokenizer: Any, marker: str) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -52,7 +52,7 @@ def _add_generate(commands: Any) -> None:
         "Answers each prompt with the unmerged adapter, in the template of the training. Repeat "
         "the command to continue after an interruption.",
     )
-    prompts = "JSON or JSON Lines with 'instruction', or a .txt with a prompt a line"
+    prompts = "rows with 'instruction', such as JSON Lines, or a .txt with a prompt a line"
     compare = "only print length, repetition and script of the answers in these files"
     add("run", nargs="?", type=Path, metavar="RUN", help=_RUN)
     add("--prompts", type=Path, metavar="FILE", help=prompts)

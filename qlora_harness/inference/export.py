@@ -53,7 +53,7 @@ def export(run: Path, output: Path, *, original_dtype: bool, gguf: bool) -> Merg
         peft=str(choice.adapter),
         device=str(compute_device()),
         dequantize="never",
-        kernels="none",  # as for the merged model: only the merge shall differ
+        kernels="none",  # as for the merged model, so that only the merge differs
         batch_size=8,
     )
     before = _letter_logprobs(lm, questions)
@@ -101,7 +101,7 @@ def _shift(before: list[list[float]], after: list[list[float]]) -> dict[str, Any
 
 
 def _merged(choice: ScoringChoice, source: BaseSource, *, original_dtype: bool) -> Any:
-    """Merges on the CPU, whose memory holds the whole base and which has the adapter in float32."""
+    """Merges on the CPU: its memory holds the whole base, and the adapter stays in float32."""
     assert choice.adapter is not None  # of `choose_adapter`
     if original_dtype:
         base: Any = AutoModelForCausalLM.from_pretrained(

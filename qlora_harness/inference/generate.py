@@ -10,19 +10,19 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from qlora_harness.data.files import parse_line
-from qlora_harness.data.rows import check_text
+from qlora_harness.data.files import read_rows
+from qlora_harness.data.rows import Row
 from qlora_harness.errors import DataError, RunError, shown
 from qlora_harness.inference.chat_model import ChatModel, Sampling, choose_adapter
 from qlora_harness.record import write_json
 
-_REMEDY = 'Give JSON or JSON Lines of objects with "instruction", or a .txt with a prompt a line'
+_REMEDY = 'Give rows with "instruction", such as JSON Lines, or a .txt with a prompt a line'
 
 
 @dataclass(frozen=True)
@@ -34,44 +34,39 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Reads a JSON list or JSON Lines in AlpacaEval's form, or plain lines.
+    """Reads rows in AlpacaEval's form, or a .txt with a prompt a line.
 
     Raises DataError with the place of the first prompt that can't be used.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--prompts {path} can't be read ({error})", "Name a text file") from None
-    rows = list(_rows(text, path))
-    if not rows:
+    if not path.is_file():
+        raise DataError(f"--prompts {path} is not a file", _REMEDY)
+    rows = _lines(path) if path.suffix == ".txt" else read_rows(path)
+    prompts = [_prompt(row) for row in rows]
+    if not prompts:
         raise DataError(f"--prompts {path} holds no prompt", _REMEDY)
-    return [_prompt(row, place) for place, row in rows]
+    return prompts
 
 
-def _rows(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    is_plain = path.suffix == ".txt"
-    start = "" if is_plain else text.lstrip()[:1]
-    if start == "[":
-        rows = cast(list[Any], parse_line(text, str(path), _REMEDY))
-        yield from ((f"{path}, item {number}", row) for number, row in enumerate(rows, start=1))
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        place = f"{path}, line {number}"
+def _lines(path: Path) -> Iterator[Row]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompts {path} can't be read ({error})", "Give UTF-8 text") from None
+    for number, line in enumerate(lines, start=1):
         if line.strip():
-            plain = {"instruction": line.strip()}
-            yield place, plain if is_plain else parse_line(line, place, _REMEDY)
+            yield Row(f"{path}, line {number}", {"instruction": line.strip()})
 
 
-def _prompt(row: Any, place: str) -> Prompt:
-    instruction = row.get("instruction") if isinstance(row, Mapping) else None
-    if not isinstance(instruction, str) or not instruction.strip():
-        raise DataError(f"{place}: 'instruction' is {shown(instruction)}", _REMEDY)
-    if row.get("input"):
+def _prompt(row: Row) -> Prompt:
+    instruction = row.text("instruction")
+    if not instruction.strip():
+        raise DataError(f"{row.place}: 'instruction' is missing or empty", _REMEDY)
+    if row.values.get("input"):
         raise DataError(
-            f"{place}: 'input' is {shown(row['input'])}", "Put its text into 'instruction'"
+            f"{row.place}: 'input' is {shown(row.values['input'])}",
+            "Put its text into 'instruction'",
         )
-    check_text(instruction, f"{place}: 'instruction'")
-    dataset = row.get("dataset")
+    dataset = row.values.get("dataset")
     return Prompt(instruction, dataset if isinstance(dataset, str) else None)
 
 

@@ -1,4 +1,4 @@
-"""Length, repetition and script of answers: what can be counted without a judge of quality."""
+"""Length, repetition and script of answers: what can be counted without judging quality."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from statistics import mean, median
 from rich.markup import escape
 from rich.table import Table
 
-from qlora_harness.data.files import parse_line
+from qlora_harness.data.files import read_rows
 from qlora_harness.errors import DataError
 
 _LONG = 12  # characters; shows repetition in languages without spaces, too
@@ -20,16 +20,13 @@ _REMEDY = "Name a file that `qlora-harness generate` wrote"
 
 def read_outputs(path: Path) -> list[str]:
     """Returns the outputs in a file of answers; raises DataError if it is not one."""
-    try:
-        rows = parse_line(path.read_text(encoding="utf-8"), str(path), _REMEDY)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} can't be read ({error})", _REMEDY) from None
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path} is not a list of answers", _REMEDY)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not isinstance(row.get("output"), str):
-            raise DataError(f"{path}, item {number}: it has no text 'output'", _REMEDY)
-    return [row["output"] for row in rows]
+    rows = list(read_rows(path)) if path.is_file() else []
+    if not rows:
+        raise DataError(f"{path} holds no answers", _REMEDY)
+    for row in rows:
+        if not isinstance(row.values.get("output"), str):
+            raise DataError(f"{row.place} has no text 'output'", _REMEDY)
+    return [row.values["output"] for row in rows]
 
 
 def distinct_share(units: Sequence[str], n: int) -> float | None:

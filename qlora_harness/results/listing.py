@@ -1,19 +1,18 @@
-"""`qlora-harness runs` and `qlora-harness show RUN`: the runs in a results folder, and one run."""
+"""`qlora-harness runs`: the runs in a results folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from qlora_harness.errors import ResultsError
-from qlora_harness.record import EVALUATION_FILE, SUMMARY_FILE
-from qlora_harness.results.terminal import NOTHING, PrintableText, duration, gib
+from qlora_harness.record import EVALUATION_FILE
+from qlora_harness.results.terminal import NOTHING, PrintableText, gib
 from qlora_harness.results.runs import find_runs
 from qlora_harness.results.scored import DEFAULT_TASK
-from qlora_harness.schema.scoring_records import EvaluatedModel, Evaluation, TaskScores
+from qlora_harness.schema.scoring_records import EvaluatedModel, Evaluation
 from qlora_harness.schema.section import read_record
 from qlora_harness.schema.training_records import TrainingSummary, read_summary
 
@@ -39,20 +38,16 @@ def print_runs(folder: Path, console: Console) -> None:
         console.print(PrintableText(f"Not listed: {problem}"))
 
 
-def _read(path: Path) -> tuple[TrainingSummary | None, Evaluation | None]:
-    evaluation = path / EVALUATION_FILE
-    known = read_record(evaluation, Evaluation) if evaluation.is_file() else None
-    return read_summary(path), known
-
-
 def _line(path: Path, folder: Path) -> list[str]:
-    summary, evaluation = _read(path)
+    summary, file = read_summary(path), path / EVALUATION_FILE
+    evaluation = read_record(file, Evaluation) if file.is_file() else None
     scored = EvaluatedModel() if evaluation is None else evaluation.model
     model, quant, random = scored.base, scored.quant, scored.random_weights
     data = loss = None
     status = "scored"
     if summary is not None:
-        model, quant = summary.model.name or model, _base(summary) or quant
+        model, quant = summary.model.name or model, summary.quant or quant
+        quant = f"{quant} in FP8" if summary.in_fp8 else quant
         random = random or summary.model.random_weights
         data, loss = summary.data.dataset, summary.results.eval_loss
         status = summary.status
@@ -66,10 +61,6 @@ def _line(path: Path, folder: Path) -> list[str]:
         NOTHING if loss is None else f"{loss:.3f}",
         _accuracy(evaluation),
     ]
-
-
-def _base(summary: TrainingSummary) -> str | None:
-    return f"{summary.quant} in FP8" if summary.in_fp8 else summary.quant
 
 
 def _peak(summary: TrainingSummary | None) -> str:
@@ -90,65 +81,3 @@ def _accuracy(evaluation: Evaluation | None) -> str:
     if task == DEFAULT_TASK and not part:
         return text
     return f"{text} ({task.removeprefix('mmlu_qlora_')}{part})"
-
-
-def print_run(path: Path, console: Console) -> None:
-    """Prints the records of one run; raises ResultsError if there is none, or one is broken."""
-    summary, evaluation = _read(path)
-    if summary is None and evaluation is None:
-        raise ResultsError(
-            f"{path} holds no {SUMMARY_FILE} or {EVALUATION_FILE}",
-            "Name a run folder; `qlora-harness runs` lists them",
-        )
-    sections = {} if summary is None else _training(summary)
-    for task, scores in ({} if evaluation is None else evaluation.tasks).items():
-        sections[task] = dict(_scores(scores))
-    for heading, rows in sections.items():
-        known = {name: value for name, value in rows.items() if value not in (None, NOTHING, "")}
-        if not known:
-            continue
-        width = max(map(len, known))
-        console.print()
-        console.print(PrintableText(heading, style="bold"))
-        for name, value in known.items():
-            console.print(PrintableText(f"{name:<{width}}  {value}"), soft_wrap=True)
-
-
-def _training(summary: TrainingSummary) -> dict[str, dict[str, object]]:
-    seconds, speed = summary.runtime.train_seconds, summary.throughput.tokens_per_second
-    results = {
-        name.replace("_", " "): f"{value:.4f}" if isinstance(value, float) else value
-        for name, value in summary.results.model_dump(exclude_none=True).items()
-    }
-    rows: dict[str, object] = {
-        "status": summary.status,
-        "base": _base(summary),
-        "model": summary.model.name,
-        "random weights": summary.model.random_weights or None,
-        "device": (summary.environment.device or {}).get("name"),
-        "peak memory, GiB": _peak(summary),
-        "time": None if seconds is None else duration(seconds),
-        "tokens/s": None if speed is None else f"{speed:,.0f}",
-        **results,
-        "failure": (summary.failure or {}).get("problem"),
-    }
-    return {
-        "Training": rows,
-        "How it was computed": summary.computation,
-        "Settings": summary.settings,
-    }
-
-
-def _scores(scores: TaskScores) -> Iterator[tuple[str, object]]:
-    yield "questions", f"{scores.n:,} of {scores.n_total:,}"
-    yield "accuracy, micro", _share(scores.acc, scores.acc_stderr)
-    yield "accuracy, macro", _share(scores.acc_macro, scores.acc_macro_stderr)
-    yield "products with the base", "in FP8" if scores.in_fp8 else None
-    yield "ties", scores.ties
-    yield "truncated prompts", scores.truncated
-    for name, score in scores.categories.items():
-        yield name.replace("_", " "), _share(score.acc, score.acc_stderr)
-
-
-def _share(value: float, error: float | None) -> str:
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"

@@ -106,18 +106,18 @@ class Pool:
         """Forwards a worker's reports; returns a new worker if this one has died."""
         try:
             while worker.connection.poll():
-                self._hear(worker, worker.connection.recv())
+                self._take(worker, worker.connection.recv())
         except (EOFError, OSError):
             worker.process.join(_STOP_SECONDS)
         if worker.process.is_alive():
             return worker
         if worker.job is not None:
-            self._bury(worker, worker.job)
+            self._record_death(worker, worker.job)
         if self._stopping or not self._pending:
             return worker
         return self._start(worker.device)
 
-    def _bury(self, worker: _Worker, job: Job) -> None:
+    def _record_death(self, worker: _Worker, job: Job) -> None:
         """Reports and records the job of a worker that died."""
         status = worker.process.exitcode or 0
         reason = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
@@ -130,7 +130,7 @@ class Pool:
         self._report(Report(job.name, state, {"failure": failure}))
         worker.job = None
 
-    def _hear(self, worker: _Worker, report: Report) -> None:
+    def _take(self, worker: _Worker, report: Report) -> None:
         self._report(report)
         if report.state in ("training", "scoring") or worker.job is None:
             return

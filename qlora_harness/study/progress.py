@@ -44,7 +44,7 @@ def is_complete(cell: Cell, tasks: tuple[str, ...]) -> bool:
 def changes(cell: Cell, record: StudyRecord | None) -> Iterator[str]:
     """Yields each setting in which a cell's records differ from the study, with both values.
 
-    The record of a training has its settings. Those of a base are in study.json.
+    A training record holds its settings; those of a base are in study.json.
     """
     summary = summary_of(cell)
     if summary is not None:

@@ -34,12 +34,12 @@ class Probe:
 
     @property
     def name(self) -> str:
-        """That of the cell."""
+        """Name of the cell."""
         return self.cell.name
 
     @property
     def base(self) -> tuple[object, ...]:
-        """That of the cell."""
+        """Identifies the loaded base of the cell."""
         return self.cell.base
 
 

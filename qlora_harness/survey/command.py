@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qlora_harness.data.mixture import parse_parts
 from qlora_harness.data.templates import TOKENIZERS_OWN
-from qlora_harness.errors import ResultsError, SettingsError
+from qlora_harness.errors import SettingsError
 from qlora_harness.flag_checks import check_output_file
 from qlora_harness.settings import Settings, flag_of, setting_fields
 from qlora_harness.settings_checks import build_settings
@@ -19,8 +18,6 @@ from qlora_harness.train.command import add_settings, flag_parser
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from qlora_harness.survey.survey import Survey
 
 _DESCRIPTION = (
     "Reads a data set as training would, and prints its form, what is left out and why, lengths, "
@@ -49,10 +46,10 @@ def parser() -> argparse.ArgumentParser:
     return add_settings(built, leave_out=leave_out)
 
 
-def run(words: Sequence[str]) -> int:
-    """Prints the survey of each data set and split; returns the exit status 0.
+def run(words: Sequence[str]) -> None:
+    """Prints the survey of each data set and split.
 
-    Raises SettingsError for an unusable flag and DataError for data of no use.
+    Raises SettingsError for an unusable flag and DataError for unusable data.
     """
     flags = vars(parser().parse_args(words))
     html, recipe = flags.pop("html"), flags.pop("recipe")
@@ -67,8 +64,10 @@ def run(words: Sequence[str]) -> int:
     parts = parse_parts(settings.data.dataset)
     tokenizer = _tokenizer(settings, is_named="model" in flags)
     from qlora_harness.data.reading import check_tree_settings
-    from qlora_harness.results.terminal import PipedConsole, close_quietly
+    from qlora_harness.record import write_text
+    from qlora_harness.results.terminal import PipedConsole
     from qlora_harness.survey.overlap import local_questions
+    from qlora_harness.survey.page import to_html
     from qlora_harness.survey.survey import take_surveys
     from qlora_harness.survey.text import print_survey
 
@@ -83,16 +82,11 @@ def run(words: Sequence[str]) -> int:
     check_tree_settings({survey.form for survey in surveys}, settings.data)
     # Written before printing: whoever closes the pipe early loses no file.
     if html is not None:
-        _write(html, surveys)
+        write_text(html, to_html(surveys))
     console = PipedConsole(highlight=False)
-    try:
-        for survey in surveys:
-            print_survey(survey, console)
-            console.print()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        close_quietly()
-    return 0
+    for survey in surveys:
+        print_survey(survey, console)
+        console.print()
 
 
 def _tokenizer(settings: Settings, *, is_named: bool) -> PreTrainedTokenizerBase | None:
@@ -113,15 +107,3 @@ def _tokenizer(settings: Settings, *, is_named: bool) -> PreTrainedTokenizerBase
     from qlora_harness.model.source import find_base, load_tokenizer
 
     return load_tokenizer(find_base(model.model, model.revision))
-
-
-def _write(path: Path, surveys: Sequence[Survey]) -> None:
-    from qlora_harness.record import write_text
-    from qlora_harness.survey.page import to_html
-
-    try:
-        write_text(path, to_html(surveys))
-    except OSError as error:
-        raise ResultsError(
-            f"--html {path} can't be written: {error.strerror}", "Name another file"
-        ) from None

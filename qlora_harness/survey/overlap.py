@@ -1,6 +1,6 @@
-"""Questions of MMLU that stand in the data.
+"""MMLU questions that occur in the data.
 
-By n-grams of words, as in GPT-3's study of contamination: a question is in a conversation that
+Matched by n-grams of words, as in GPT-3's study of contamination: a question is in a conversation that
 has 13 consecutive words of it, or all its words if it has fewer. Case, punctuation and answers
 don't count. Questions of fewer than 8 words are left out: they occur by chance.
 """

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from qlora_harness.survey.survey import Bar, Survey, length_bars, turn_bars
+from qlora_harness.survey.survey import Survey, length_bars, turn_bars
 from qlora_harness.survey.text import rows
 
 
 def to_html(surveys: Sequence[Survey]) -> str:
     """Returns the page."""
-    import jinja2
     import plotly.offline
 
-    package = Path(__file__).parent
-    environment = jinja2.Environment(
-        # The styles are those of the comparison's page.
-        loader=jinja2.FileSystemLoader([package, package.parent / "compare"]),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    from qlora_harness.compare.page import template
+
     parts = [
         {
             "survey": survey,
@@ -34,15 +25,16 @@ def to_html(surveys: Sequence[Survey]) -> str:
         }
         for survey in surveys
     ]
-    page = environment.get_template("survey.html")
+    page = template("survey/survey.html")
     return str(page.render(parts=parts, plotly=plotly.offline.get_plotlyjs()))
 
 
-def _plot(bars: Sequence[Bar]) -> str:
+def _plot(bars: Mapping[str, int]) -> str:
     import plotly.graph_objects as go
-    import plotly.io
 
-    trace = go.Bar(x=[bar.label for bar in bars], y=[bar.count for bar in bars])
+    from qlora_harness.compare.page import plot_html
+
+    trace = go.Bar(x=list(bars), y=list(bars.values()))
     figure = go.Figure(trace.update(marker_color="#0072B2"))
     figure.update_layout(
         height=280,
@@ -53,5 +45,4 @@ def _plot(bars: Sequence[Bar]) -> str:
         xaxis={"type": "category", "automargin": True},
         yaxis={"automargin": True, "gridcolor": "rgba(128,128,128,0.25)"},
     )
-    options: dict[str, Any] = {"displaylogo": False, "responsive": True, "displayModeBar": False}
-    return str(plotly.io.to_html(figure, full_html=False, include_plotlyjs=False, config=options))
+    return plot_html(figure, displayModeBar=False)

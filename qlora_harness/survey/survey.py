@@ -70,7 +70,7 @@ def take_surveys(
 ) -> Iterator[Survey]:
     """Yields the survey of each split that training would use.
 
-    Without a `tokenizer`, lengths are in characters. Raises DataError for a row of no use, and
+    Without a `tokenizer`, lengths are in characters. Raises DataError for an unusable row, and
     SettingsError for a template that the tokenizer can't write.
     """
     splits = load_splits(name, settings.dataset_revision)
@@ -156,38 +156,22 @@ def _shown(conversation: Conversation, encoded: SpannedIds, tokenizer: Tokenizer
     return ShownExample(conversation.place, pieces)
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A bar of a histogram: what it counts, as text, and how many there are."""
-
-    label: str
-    count: int
-
-
-def length_bars(lengths: Sequence[int]) -> list[Bar]:
+def length_bars(lengths: Sequence[int]) -> dict[str, int]:
     """Returns a histogram with a bar for each doubling of the length."""
     counts = Counter(max(4, (length - 1).bit_length()) for length in lengths)  # from 16 on
-    if not counts:
-        return []
-    return [
-        Bar(f"{2 ** (power - 1) + 1 if power > 4 else 1}–{2**power}", counts[power])
-        for power in range(min(counts), max(counts) + 1)
-    ]
+    powers = range(min(counts), max(counts) + 1) if counts else ()
+    return {f"{2 ** (n - 1) + 1 if n > 4 else 1}–{2**n}": counts[n] for n in powers}
 
 
-def turn_bars(turns: Counter[int]) -> list[Bar]:
+def turn_bars(turns: Counter[int]) -> dict[str, int]:
     """Returns a histogram of the numbers of turns; from 20 on they share a bar."""
-    bars = [Bar(str(number), turns[number]) for number in sorted(turns) if number < 20]
+    bars = {str(number): turns[number] for number in sorted(turns) if number < 20}
     more = sum(count for number, count in turns.items() if number >= 20)
-    return [*bars, Bar("20 or more", more)] if more else bars
+    return {**bars, "20 or more": more} if more else bars
 
 
 def quantiles(lengths: Sequence[int]) -> dict[str, int]:
     """Returns the median, the 90th and 99th percentile and the longest, by nearest rank."""
-    ordered = sorted(lengths)
-    names = {"median": 50, "90%": 90, "99%": 99, "longest": 100}
-    return {
-        name: ordered[-(-percent * len(ordered) // 100) - 1]  # rounded up
-        for name, percent in names.items()
-        if ordered
-    }
+    ordered, names = sorted(lengths), {"median": 50, "90%": 90, "99%": 99, "longest": 100}
+    # The rank is rounded up.
+    return {name: ordered[-(-percent * len(ordered) // 100) - 1] for name, percent in names.items()}

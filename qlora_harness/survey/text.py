@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 from rich.style import Style
@@ -12,7 +12,7 @@ from rich.text import Text
 from qlora_harness.errors import printable
 from qlora_harness.results.terminal import PrintableText
 from qlora_harness.survey.overlap import LONGEST
-from qlora_harness.survey.survey import Bar, Survey, length_bars, quantiles, turn_bars
+from qlora_harness.survey.survey import Survey, length_bars, quantiles, turn_bars
 
 _WIDEST_BAR = 40
 _SHOWN_CHARACTERS = 600  # of a piece of an example
@@ -51,19 +51,13 @@ def rows(survey: Survey) -> Iterator[tuple[str, str]]:
     yield "data", f"{survey.source}, {survey.split}"
     yield "form", survey.form
     yield "rows", f"{corpus.messages:,}"
-    yield (
-        "conversations",
-        f"{count:,}"
-        + (f", {survey.with_system:,} with a system prompt" if survey.with_system else ""),
-    )
+    system = f", {survey.with_system:,} with a system prompt" if survey.with_system else ""
+    yield "conversations", f"{count:,}{system}"
     yield "left out", _counts(survey) or "nothing"
     if corpus.resolved:
         yield "decided", ", ".join(f"{n:,} {kind}" for kind, n in corpus.resolved.items())
-    yield (
-        "duplicates",
-        f"{survey.duplicates:,}"
-        + (f", the first is {survey.first_duplicate}" if survey.duplicates else ""),
-    )
+    first = f", the first is {survey.first_duplicate}" if survey.duplicates else ""
+    yield "duplicates", f"{survey.duplicates:,}{first}"
     if count:
         yield from _length_rows(survey, count)
     yield "MMLU", _overlap(survey)
@@ -79,9 +73,8 @@ def _length_rows(survey: Survey, count: int) -> Iterator[tuple[str, str]]:
     ends = ", ".join(f"{name} {length:,}" for name, length in quantiles(survey.lengths).items())
     yield "length", ends
     if survey.unit == "tokens":
-        cut = survey.truncated
-        share = f"{cut / count:.1%}"
-        yield "truncated", f"{cut:,} ({share}) are longer than --max-length {survey.max_length}"
+        cut = f"{survey.truncated:,} ({survey.truncated / count:.1%})"
+        yield "truncated", f"{cut} are longer than --max-length {survey.max_length}"
     else:
         yield "truncated", "unknown in characters: --model NAME counts tokens"
 
@@ -109,13 +102,13 @@ def shortened(text: str) -> str:
     return f"{text[:half]} … {text[-half:]}"
 
 
-def _print_bars(console: Console, title: str, bars: Sequence[Bar]) -> None:
+def _print_bars(console: Console, title: str, bars: Mapping[str, int]) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(justify="right")
     table.add_column(justify="right")
     table.add_column()
-    most = max(bar.count for bar in bars)
-    for bar in bars:
-        table.add_row(bar.label, f"{bar.count:,}", "█" * round(_WIDEST_BAR * bar.count / most))
+    most = max(bars.values())
+    for label, count in bars.items():
+        table.add_row(label, f"{count:,}", "█" * round(_WIDEST_BAR * count / most))
     console.print(Text(f"\n{title}", style="bold"))
     console.print(table)
