@@ -121,7 +121,8 @@ def check_shots(task: Any) -> None:
 def check_ifeval(task: Any) -> None:
     """Raises DataError for an instruction that lm_eval can't check.
 
-    Raises SettingsError if NLTK's data are missing. lm_eval would notice both after it has generated all answers.
+    Raises SettingsError if NLTK's data are missing. lm_eval would notice both after it has
+    generated all answers.
     """
     import nltk
 
