@@ -478,3 +478,32 @@ def test_another_task_that_cannot_be_compared_is_a_note(tmp_path: Path) -> None:
     assert sum(line.startswith("ifeval: b ") for line in str(comparison).splitlines()) == 1
     with pytest.raises(ComparisonError, match="different questions"):
         compare(folders, task="gsm8k")
+
+
+def test_what_differs_in_the_scoring_of_another_task_is_named(tmp_path: Path) -> None:
+    folders = [suite_run(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    (path,) = folders[1].rglob("results_*.json")
+    tuned = {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 32}}
+    own = path.with_name("results_2026-11-25T08-14-04.277787.json")  # GSM8K's, scored later
+    own.write_text(path.read_text())
+    for samples in path.parent.glob(f"samples_gsm8k_{DATE}*"):
+        samples.rename(samples.with_name(samples.name.replace("11-24", "11-25")))
+    changed(own, edit("n-samples", {"gsm8k": {"original": 30, "effective": 30}}))
+    changed(own, edit("config/model_args/max_gen_toks", 32))
+    changed(own, edit("config/use_cache", "cache.db"))
+    comparison = compare(folders, task="truthfulqa_mc2")
+    assert "gsm8k" in comparison.benchmarks
+    names = {setting.name: setting.values for setting in comparison.different}
+    assert names["gsm8k.model_args.max_gen_toks"] == [None, 32]
+    assert "max_gen_toks" in comparison.besides
+    assert sum(note.startswith("b: gsm8k: ") and "use_cache" in note for note in comparison.notes)
+    assert not any(setting.name.startswith("gsm8k.") for setting in comparison.same)
+    changed(own, edit("configs", {"gsm8k": tuned}))
+    changed(
+        folders[0] / "model" / f"results_{DATE}.json", edit("configs", {"gsm8k": {**tuned, "a": 1}})
+    )
+    assert "gsm8k" in compare(folders, task="truthfulqa_mc2").benchmarks
+    changed(own, edit("configs/gsm8k/generation_kwargs", {"until": ["\n"]}))
+    comparison = compare(folders, task="truthfulqa_mc2")
+    assert "gsm8k" not in comparison.benchmarks
+    assert sum("generation_kwargs of gsm8k" in note for note in comparison.notes) == 1

@@ -120,6 +120,8 @@ def test_long_contexts_are_cut_as_hflm_does(
     assert lm.generate_until(long, disable_tqdm=True) == theirs.generate_until(
         long, disable_tqdm=True
     )
+    text = refused(lambda: lm.generate_until(requests(["a"], max_gen_toks=0)), SettingsError)
+    assert "max_gen_toks 0" in text
     text = refused(lambda: lm.generate_until(requests(["a"], max_gen_toks=64)), SettingsError)
     assert "max_gen_toks 64" in text
     assert "max_length=64" in text

@@ -22,7 +22,7 @@ from scoring_runs import PROBLEMS, PROMPTS, QUESTIONS, MakeLm, refused, write_ta
 from qlora_harness import cli
 from qlora_harness.errors import DataError, HarnessError, SettingsError
 from qlora_harness.lm_eval_compat.in_process import InProcessScorer, check_tasks
-from qlora_harness.lm_eval_compat.tasks import check_sentence_splitter
+from qlora_harness.lm_eval_compat.tasks import check_ifeval
 from qlora_harness.results.lm_eval_files import read_file
 from qlora_harness.results.runs import load_run
 from qlora_harness.score.adapter_lm import QloraAdapterLM
@@ -30,6 +30,8 @@ from qlora_harness.score.packed_forward import PackedModel
 from qlora_harness.score.suite import benchmarks
 from qlora_harness.score.task_data import load_local
 from qlora_harness.study.definition import build_study
+
+PROMPT = '{{"key": 1, "prompt": "a", "instruction_id_list": ["b"], "kwargs": [{{"n": {}}}]}}\n'
 
 
 @pytest.fixture
@@ -183,14 +185,37 @@ class _Prompts:
     """A task with one instruction, whose check splits sentences."""
 
     def test_docs(self) -> Iterator[dict[str, Any]]:
-        yield {"instruction_id_list": ["length_constraints:number_sentences"]}
+        yield {"key": 7, "instruction_id_list": ["length_constraints:number_sentences"]}
+
+    def process_results(self, doc: dict[str, Any], texts: list[str]) -> None:
+        pass
+
+
+def test_an_instruction_without_a_check_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(self: _Prompts, doc: dict[str, Any], texts: list[str]) -> None:
+        raise KeyError("length:lines")
+
+    monkeypatch.setattr(_Prompts, "process_results", unknown)
+    message = refused(lambda: check_ifeval(_Prompts()), DataError)
+    assert "prompt 7" in message
+    assert "length:lines" in message
+
+
+def test_true_choices_come_first(data: Path) -> None:
+    # lm_eval takes the first choice of mc1 for the true one.
+    choices = {"Yes.": 0, "No.": 1, "At night.": 0}
+    rows = [{"question": "Do cats fly?", "mc1_targets": choices, "mc2_targets": choices}]
+    (data / "truthfulqa" / "mc_task.json").write_text(json.dumps(rows))
+    (row,) = load_local(local_task="truthfulqa_mc1", data_dir=str(data))["validation"]
+    expected = {"choices": ["No.", "Yes.", "At night."], "labels": [1, 0, 0]}
+    assert row["mc1_targets"] == row["mc2_targets"] == expected
 
 
 def test_missing_data_of_nltk_are_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
-    assert "NLTK_DATA" in refused(lambda: check_sentence_splitter(_Prompts()), SettingsError)
+    assert "NLTK_DATA" in refused(lambda: check_ifeval(_Prompts()), SettingsError)
     (tmp_path / "tokenizers" / "punkt_tab").mkdir(parents=True)
-    check_sentence_splitter(_Prompts())
+    check_ifeval(_Prompts())
 
 
 @pytest.mark.parametrize(
@@ -201,7 +226,18 @@ def test_missing_data_of_nltk_are_noticed(monkeypatch: pytest.MonkeyPatch, tmp_p
         ("gsm8k/test.jsonl", '{"question": "a"}', ["line 1", "answer"]),
         ("gsm8k/train.jsonl", '{"question": "a"', ["line 1", "JSON"]),
         ("truthfulqa/mc_task.json", '[{"question": "a", "mc1_targets": []}]', ["row 1", "mc1"]),
+        (
+            "truthfulqa/mc_task.json",
+            '[{"question": "a", "mc1_targets": {"b": 1, "c": 1}, "mc2_targets": {"b": 1}}]',
+            ["row 1", "mc1_targets"],
+        ),
+        (
+            "truthfulqa/mc_task.json",
+            '[{"question": "a", "mc1_targets": {"b": 1}, "mc2_targets": {"b": 0}}]',
+            ["row 1", "mc2_targets"],
+        ),
         ("ifeval/input_data.jsonl", '{"key": "x"}', ["line 1", "key"]),
+        ("ifeval/input_data.jsonl", "".join(map(PROMPT.format, ("1", '"x"'))), ["'x'"]),
     ],
 )
 def test_files_of_another_form_are_refused(
@@ -219,6 +255,8 @@ def test_files_of_another_form_are_refused(
         (["--suite", "mmlu_qlora_demo,gsm9k"], ["--suite", "'gsm9k'", "'gsm8k'"]),
         (["--suite", "truthfulqa,truthfulqa_mc2"], ["--suite", "truthfulqa_mc2"]),
         (["--suite", "gsm8k", "--data-dir", "nowhere"], ["nowhere/gsm8k/train.jsonl"]),
+        (["--suite", "gsm8k,"], ["--suite", "empty"]),
+        (["--suite", "gsm8k", "--data-dir", "few"], ["gsm8k", "5", "3"]),
         (["--suite", "gsm8k", "--batch-size", "0"], ["--batch-size", "0"]),
         (["--suite", "hellaswag"], ["--suite", "hellaswag"]),  # no network
     ],
@@ -232,6 +270,8 @@ def test_mistakes_are_noticed_before_the_model_is_loaded(
     parts: list[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    few = write_task_data(tmp_path / "few") / "gsm8k" / "train.jsonl"
+    few.write_text("".join(f"{json.dumps(row)}\n" for row in PROBLEMS[:3]))
     monkeypatch.setattr(QloraAdapterLM, "__init__", None)
     assert cli.main(["score", "4bit", *words]) == HarnessError.exit_status
     (line,) = [s for s in capsys.readouterr().err.splitlines() if "error: " in s]
@@ -243,6 +283,16 @@ def test_a_folder_without_an_adapter_is_refused(
 ) -> None:
     assert cli.main(["score", str(tmp_path), "--suite", "gsm8k"]) == HarnessError.exit_status
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_the_run_may_be_the_working_folder(
+    own_adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path / "4bit")
+    monkeypatch.setattr(QloraAdapterLM, "create_from_arg_obj", Mock())
+    monkeypatch.setattr(InProcessScorer, "_evaluate", Mock(side_effect=SettingsError("a", "b")))
+    words = ["score", ".", "--suite", "gsm8k", "--data-dir", "../data"]
+    assert cli.main(words) == HarnessError.exit_status
 
 
 def test_a_study_takes_the_same_names() -> None:

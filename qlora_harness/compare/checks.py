@@ -183,7 +183,8 @@ def differing(runs: Sequence[Run], task: str | None) -> tuple[list[Setting], lis
             if name.partition(".")[0] in known
         ]
         if all(value == recorded[0] for value in recorded):
-            if recorded[0] is not None and len(recorded) > 1:
+            repeated = not name.startswith(("training.", "evaluation."))
+            if recorded[0] is not None and len(recorded) > 1 and not repeated:
                 same.append(Setting(name=name, values=recorded[:1]))
             continue
         values = [one.get(name) for one in conditions]
@@ -225,8 +226,10 @@ def notes_on(
         if run.unquantised_share > NOTABLE_SHARE:
             percent = f"{100 * run.unquantised_share:.0f}%"
             remarks.append(f"{percent} of the weights of its layers stay in 16 bits")
-        if task in run.scored:
-            remarks += _notes_on_scores(run.scored[str(task)], answers.get(run.label))
+        for name, scored in run.scored.items():
+            first = name == task
+            about = _notes_on_scores(scored, answers.get(run.label) if first else None)
+            remarks += [note if first else f"{name}: {note}" for note in about]
         notes += [f"{run.label}: {remark}." for remark in remarks]
     if types := dict.fromkeys(name for run in runs for name in run.gguf_types):
         notes.append(

@@ -1,4 +1,4 @@
-"""The tables behind the answer, for --details, comparison.md and the page."""
+"""The tables behind the answer, for comparison.md and the page."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ from lm_eval.utils import make_table
 
 from qlora_harness.lm_eval_compat.hflm import Request
 from qlora_harness.lm_eval_compat.tasks import (
-    check_sentence_splitter,
+    check_ifeval,
+    check_shots,
     missing_package,
     read_mmlu_files,
     use_local_data,
@@ -92,8 +93,10 @@ def load_tasks(tasks: Sequence[str], data_dir: str | None = None, flag: str = "-
     for task in tasks:
         try:
             loaded = manager.load([task])["tasks"]
+            for leaf in loaded.values():
+                check_shots(leaf)
             if task == "ifeval":
-                check_sentence_splitter(loaded[task])
+                check_ifeval(loaded[task])
         except HarnessError:
             raise
         except ImportError as error:
@@ -165,7 +168,8 @@ class InProcessScorer:
         output_path: Path,
     ) -> None:
         # Beside the run folder, in which every results file counts, and on its file system.
-        work = output_path.parent.with_name(f".{output_path.parent.name}.lm_eval")
+        run = output_path.absolute().parent
+        work = run.with_name(f".{run.name}.lm_eval")
         shutil.rmtree(work, ignore_errors=True)  # of a killed process
         try:
             tracker = EvaluationTracker(output_path=str(work))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_harness.errors import SettingsError, first_line, install_excepthook
+from qlora_harness.errors import DataError, SettingsError, first_line, install_excepthook
 from qlora_harness.lm_eval_compat.index_cache import cached_index
 from qlora_harness.locations import tasks_dir
 from qlora_harness.schema.mmlu import FOLDER, families
@@ -107,13 +107,33 @@ def missing_package(task: str, error: ImportError) -> SettingsError:
     )
 
 
-def check_sentence_splitter(task: Any) -> None:
-    """Raises SettingsError if prompts of IFEval need NLTK's data, and they are not there.
+def check_shots(task: Any) -> None:
+    """Raises SettingsError if a task has fewer examples than it shows before each question."""
+    shots = task.config.num_fewshot or 0
+    if shots and (count := len(list(task.fewshot_docs()))) < shots:
+        raise SettingsError(
+            f"task {task.config.task}: {shots} examples come before each question, but its data "
+            f"hold {count}",
+            "Add some to the file of its training split",
+        )
 
-    lm_eval would notice after it has generated all answers.
+
+def check_ifeval(task: Any) -> None:
+    """Raises DataError for an instruction that lm_eval can't check.
+
+    Raises SettingsError if NLTK's data are missing. lm_eval would notice both after it has
+    generated all answers.
     """
     import nltk
 
+    for doc in task.test_docs():
+        try:
+            task.process_results(doc, [""])
+        except Exception as error:  # noqa: BLE001  # each instruction's own code
+            raise DataError(
+                f"task ifeval: prompt {doc['key']}: {first_line(error)}",
+                "Correct its instruction_id_list and kwargs",
+            ) from None
     if _SPLITTING.isdisjoint(name for doc in task.test_docs() for name in doc[_INSTRUCTIONS]):
         return
     try:

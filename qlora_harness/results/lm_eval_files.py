@@ -73,6 +73,7 @@ class _ResultsFile(_Part):
     group_subtasks: dict[str, list[str]] = {}
     versions: dict[str, Any] = {}
     shots: dict[str, Any] = Field({}, alias="n-shot")
+    configs: dict[str, Any] = {}
     higher_is_better: dict[str, dict[str, Any] | None] = {}
     model_name: str | None = None
     date: Number | None = None
@@ -222,6 +223,11 @@ def read_scored(file: HarnessFile, task: str, metric: str | None = None) -> Scor
             for what, part in (("version", record.versions), ("shots", record.shots))
             for leaf in (*leaves, task)
             if part.get(leaf) is not None
+        }
+        | {
+            f"generation_kwargs of {leaf}": settings
+            for leaf in leaves
+            if (settings := nested(record.configs, leaf, "generation_kwargs"))
         },
         notes=(_CACHED,) if record.config.use_cache else (),
         samples={

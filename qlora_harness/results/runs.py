@@ -99,7 +99,7 @@ class Run:
         return [scored.model for scored in self.scored.values()]
 
     def conditions(self, task: str | None) -> dict[str, object]:
-        """Returns every recorded setting by dotted name."""
+        """Returns every recorded setting by dotted name; other tasks' begin with their names."""
         conditions: dict[str, object] = {}
         if self.training is not None:
             record = self.training.model_dump(
@@ -109,8 +109,10 @@ class Run:
             # The command line names the output folder and differs between any two runs.
             record["environment"].pop("command", None)
             conditions |= flatten(record, "training")
-        if task in self.scored:
-            conditions |= self.scored[str(task)].conditions
+        for name, scored in self.scored.items():
+            for condition, value in scored.conditions.items():
+                own = name if name != task else "evaluation"
+                conditions[condition.replace("evaluation", own, 1)] = value
         return conditions
 
 

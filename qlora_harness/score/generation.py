@@ -83,6 +83,11 @@ class GenerationTask:
         lm, path = self._lm, self._session.path
         settings = lm.generation_settings(requests[0].args[1])
         room = lm.max_length - settings.longest
+        if settings.longest < 1:
+            raise SettingsError(
+                f"generation_kwargs: max_gen_toks {settings.longest} is out of range",
+                "It must be at least 1",
+            )
         if room < 1:
             raise SettingsError(
                 f"generation_kwargs: max_gen_toks {settings.longest} leaves no room for a prompt "

@@ -19,8 +19,12 @@ SUITE = {
 def benchmarks(names: Sequence[str], flag: str) -> list[tuple[str, ...]]:
     """Returns the lm_eval tasks of each benchmark; a name that isn't in `SUITE` is a task itself.
 
-    Raises SettingsError, which names the flag, if a task is named twice.
+    Raises SettingsError, which names the flag, if a name is empty or a task is named twice.
     """
+    if not all(names):
+        raise SettingsError(
+            f"{flag}: the name of a task is empty", f"Choose from {', '.join(SUITE)}"
+        )
     chosen = [SUITE.get(name, (name,)) for name in names]
     tasks = [task for part in chosen for task in part]
     if twice := [task for task in tasks if tasks.count(task) > 1]:

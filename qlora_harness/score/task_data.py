@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from qlora_harness.data.files import read_rows
-from qlora_harness.errors import DataError, install_excepthook
+from qlora_harness.errors import DataError, first_line, install_excepthook
 from qlora_harness.locations import expanded
 from qlora_harness.schema.section import first_problem
 
@@ -28,12 +28,28 @@ class _Problem(_Row):
     answer: str
 
 
+def _true_first(choices: dict[str, int]) -> dict[str, int]:
+    """As on the Hub: lm_eval takes the first choice of mc1 for the true one."""
+    if 1 not in choices.values():
+        raise ValueError("no choice is true")
+    return dict(sorted(choices.items(), key=lambda choice: -choice[1]))
+
+
+def _one_true(choices: dict[str, int]) -> dict[str, int]:
+    if sum(choices.values()) != 1:
+        raise ValueError("not exactly one choice is true")
+    return choices
+
+
+_Choices = Annotated[dict[str, Literal[0, 1]], AfterValidator(_true_first)]
+
+
 class _Question(_Row):
     """A question of TruthfulQA's mc_task.json: each choice, and 1 if it is true."""
 
     question: str
-    mc1_targets: dict[str, int]
-    mc2_targets: dict[str, int]
+    mc1_targets: Annotated[_Choices, AfterValidator(_one_true)]
+    mc2_targets: _Choices
 
 
 class _Prompt(_Row):
@@ -41,7 +57,7 @@ class _Prompt(_Row):
 
     key: int
     prompt: str
-    instruction_id_list: list[str]
+    instruction_id_list: list[str] = Field(min_length=1)
     kwargs: list[dict[str, Any]]
 
 
@@ -74,14 +90,24 @@ def load_local(*, local_task: str, data_dir: str, **ignored: Any) -> dict[str, A
     lm_eval passes all of `--metadata` and `--model_args`. Raises DataError for a missing file or a
     row of another form.
     """
-    from datasets import Dataset
-
     install_excepthook()
     source = SOURCES[local_task]
     return {
-        split: Dataset.from_list(_rows(expanded(str(data_dir)) / name, source))
+        split: _data_set(expanded(str(data_dir)) / name, source)
         for split, name in source.files.items()
     }
+
+
+def _data_set(path: Path, source: _Source) -> Any:
+    from datasets import Dataset
+    from pyarrow import ArrowException
+
+    try:
+        return Dataset.from_list(_rows(path, source))
+    except ArrowException as error:  # only IFEval's arguments have free types
+        raise DataError(
+            f"data_dir: {path}: {first_line(error)}", "Give an argument one type in all rows"
+        ) from None
 
 
 def _rows(path: Path, source: _Source) -> list[dict[str, Any]]:
