@@ -1,7 +1,7 @@
 """MMLU questions that occur in the data.
 
-Matched by n-grams of words, as in GPT-3's study of contamination: a question is in a conversation that
-has 13 consecutive words of it, or all its words if it has fewer. Case, punctuation and answers
+Matched by n-grams of words, as in GPT-3's study of contamination: a question is in a conversation
+that has 13 consecutive words of it, or all its words if it has fewer. Case, punctuation and answers
 don't count. Questions of fewer than 8 words are left out: they occur by chance.
 """
 
