@@ -809,13 +809,9 @@ def test_attention_of_fused_packs_copies_nothing() -> None:
     ],
 )
 def test_generated_tokens_in_float32_are_those_of_transformers(
-    kind: str,
-    quantised: bool,
-    keys: int,
-    targets: str | None,
-    shared: int,
+    kind: str, quantised: bool, keys: int, targets: str | None, shared: int,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.setattr(generator, "MOST_ROWS", 4)
     model = model_of(kind, quantised, keys, targets).cuda()
     ids = prompts(9, shared=shared)
@@ -880,14 +876,9 @@ def graph_bytes() -> int:
     ],
 )
 def test_peak_is_near_the_prediction(
-    eight_layers: Path,
-    quant: str,
-    checkpointing: str,
-    compute: str,
-    bound: int,
-    tolerance: float,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    eight_layers: Path, quant: str, checkpointing: str, compute: str, bound: int,
+    tolerance: float, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """In the second AdamW step, without cuBLAS's workspace."""
     if compute == "fp8":
         skip_without_fp8()
