@@ -18,12 +18,9 @@ from qlora_harness.model.adapter_folder import adapter_digest
 
 
 def test_newest_completed_run_is_scored_and_named(
-    make_lm: MakeLm,
-    own_adapter: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    make_lm: MakeLm, own_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:
+) -> None:  # fmt: skip
     run = Path(shutil.copytree(own_adapter.parent, tmp_path / "work" / "results" / "4bit"))
     write_summary(run, finished="2026-11-24T10:00:00+00:00", status="completed")
     monkeypatch.chdir(tmp_path / "work")

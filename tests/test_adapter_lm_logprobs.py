@@ -202,13 +202,9 @@ def test_sample_is_verified_through_the_plain_path(
 
 @pytest.mark.parametrize("kernels", ["auto", "none"])
 def test_broken_path_is_not_verified_and_leaves_nothing_behind(
-    make_lm: MakeLm,
-    manager: TaskManager,
-    adapter: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    kernels: str,
-) -> None:
+    make_lm: MakeLm, manager: TaskManager, adapter: Path, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, kernels: str,
+) -> None:  # fmt: skip
     # Both paths lose the adapter, as one that replaces too much would.
     def without_adapter(module: Any) -> Projection:
         return Projection(getattr(module, "base_layer", module), None, None, 0.0, 0.0)

@@ -134,13 +134,9 @@ def score_pairs(lm: Any, count: int = 64) -> list[Any]:
     ],
 )
 def test_kernels_are_built_ahead_for_many_texts_on_a_gpu(
-    make_lm: MakeLm,
-    monkeypatch: pytest.MonkeyPatch,
-    overlaps: bool,
-    count: int,
-    processes: int,
+    make_lm: MakeLm, monkeypatch: pytest.MonkeyPatch, overlaps: bool, count: int, processes: int,
     expected: list[int],
-) -> None:
+) -> None:  # fmt: skip
     class Begun(Exception):
         """Raised where texts are encoded, by when kernels are being built."""
 

@@ -27,13 +27,9 @@ def model_record(base: Path, adapter: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_progress_file_holds_every_question_in_file_order(
-    make_lm: MakeLm,
-    manager: TaskManager,
-    tiny_llama: Path,
-    adapter: Path,
-    tmp_path: Path,
+    make_lm: MakeLm, manager: TaskManager, tiny_llama: Path, adapter: Path, tmp_path: Path,
     known_answers: list[str],
-) -> None:
+) -> None:  # fmt: skip
     evaluate(make_lm(peft=str(adapter)), manager)
     expected, right = [], 0
     for count, q in enumerate(load_questions(DEMO_FILE), start=1):
@@ -61,13 +57,9 @@ def test_progress_file_holds_every_question_in_file_order(
 
 
 def test_evaluation_results_say_what_was_scored_and_how(
-    make_lm: MakeLm,
-    manager: TaskManager,
-    tiny_llama: Path,
-    adapter: Path,
-    tmp_path: Path,
+    make_lm: MakeLm, manager: TaskManager, tiny_llama: Path, adapter: Path, tmp_path: Path,
     known_answers: list[str],
-) -> None:
+) -> None:  # fmt: skip
     evaluate(make_lm(quant="bf16", max_length=1900), manager)
     record = read(tmp_path / "records")
     answers: dict[str, list[bool]] = {}

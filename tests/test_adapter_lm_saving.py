@@ -20,12 +20,9 @@ from qlora_harness.score.packed_scorer import PackedScorer, PackedScores
 
 
 def test_interrupted_run_scores_only_what_is_missing(
-    make_lm: MakeLm,
-    manager: TaskManager,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    make_lm: MakeLm, manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:
+) -> None:  # fmt: skip
     start_pack = PackedModel.start
     packs: list[int] = []
     stop_after = -1
@@ -78,12 +75,9 @@ def test_answers_that_come_from_a_cache_do_not_break_the_rest(
 
 @pytest.mark.parametrize("scoring", ["packed", "hf"])
 def test_logprobs_that_are_no_numbers_are_refused_and_not_journaled(
-    make_lm: MakeLm,
-    manager: TaskManager,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    make_lm: MakeLm, manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     scoring: str,
-) -> None:
+) -> None:  # fmt: skip
     def broken(self: PackedScorer, queries: Any, *, on_scored: Any, **options: Any) -> PackedScores:
         scores = dict.fromkeys(range(len(queries)), (math.nan, False))
         on_scored(list(scores.items()))
@@ -115,13 +109,9 @@ def test_questions_of_a_base_that_was_replaced_in_place_are_not_mixed_in(
     [("records", "records can't be written ("), ("records/evaluation_results.json", "line 1")],
 )
 def test_unusable_records_are_reported_before_anything_is_scored(
-    make_lm: MakeLm,
-    manager: TaskManager,
-    tmp_path: Path,
-    known_answers: list[str],
-    blocked: str,
+    make_lm: MakeLm, manager: TaskManager, tmp_path: Path, known_answers: list[str], blocked: str,
     named: str,
-) -> None:
+) -> None:  # fmt: skip
     (tmp_path / blocked).parent.mkdir(exist_ok=True)
     (tmp_path / blocked).write_text("{")
     text = refused(lambda: evaluate(make_lm(), manager, limit=1), ResultsError)

@@ -89,13 +89,9 @@ def in_memory(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.mark.parametrize(("flags", "fused", "packed"), ARMS)
 def test_arm_is_scored_as_it_was_in_memory_and_resumes_exactly(
-    train: Train,
-    make_lm: MakeLm,
-    in_memory: list[float],
-    flags: dict[str, Any],
-    fused: bool,
+    train: Train, make_lm: MakeLm, in_memory: list[float], flags: dict[str, Any], fused: bool,
     packed: bool,
-) -> None:
+) -> None:  # fmt: skip
     assert train(output_dir="run", save_steps=2, **flags) == 0
     whole = summary("run")
     assert losses("run")[-1] < losses("run")[0]

@@ -103,16 +103,12 @@ def variants(folder: Path, *changes: dict[str, Any]) -> Comparison:
 
 def test_names_say_what_tells_arms_apart(tmp_path: Path) -> None:
     comparison = variants(
-        tmp_path,
-        {"quant": "bf16"},
-        {"quant": "bf16", "use_dora": True},
+        tmp_path, {"quant": "bf16"}, {"quant": "bf16", "use_dora": True},
         {"quant": "bf16", "use_rslora": True, "lora_r": 64},
         {"double_quant": True, "use_dora": True},
-        {"double_quant": True, "init_lora_weights": "loftq"},
-        {"double_quant": False},
-        {"double_quant": True},
-        {"quant": "hqq"},
-    )
+        {"double_quant": True, "init_lora_weights": "loftq"}, {"double_quant": False},
+        {"double_quant": True}, {"quant": "hqq"},
+    )  # fmt: skip
     names = ["bf16", "bf16 DoRA", "bf16 rsLoRA", "NF4 DoRA", "NF4 LoftQ", "NF4 no DQ", "NF4", "HQQ"]
     assert comparison.arms == names
     pairs = [(item.arm, item.baseline) for item in comparison.primary]

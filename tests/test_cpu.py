@@ -27,13 +27,9 @@ LAUNCH = ["python", "accelerate", "launch"]
 )
 @pytest.mark.parametrize("processes", [1, 4])
 def test_all_cores_are_used_unless_the_user_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch,
-    own: str | None,
-    words: list[str],
-    environment: dict[str, str],
-    given: bool,
-    processes: int,
-) -> None:
+    monkeypatch: pytest.MonkeyPatch, own: str | None, words: list[str],
+    environment: dict[str, str], given: bool, processes: int,
+) -> None:  # fmt: skip
     launcher = SimpleNamespace(cmdline=lambda: words, environ=lambda: environment)
     monkeypatch.setattr(cpu, "LAUNCHER", launcher)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: 8)

@@ -76,12 +76,9 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
     ],
 )
 def test_weights_are_those_of_transformers(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    architecture: str,
-    tied: bool,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, tied: bool,
     types: tuple[str, ...],
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.setattr(gguf, "_CHUNK", 4096)  # many to a tensor, and a shorter last one
     weights = gguf_weights(architecture, tied=tied)
     file = write_gguf(tmp_path / "tiny.gguf", weights, architecture=architecture, types=types)

@@ -67,17 +67,10 @@ def train(model: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     from qlora_harness.train.run import run_training
 
     values: dict[str, Any] = {
-        "model": str(model),
-        "dataset": "demo",
-        "output_dir": str(folder),
-        "max_length": 128,
-        "max_steps": 4,
-        "batch_size": 2,
-        "grad_accum": 2,
-        "lora_r": 8,
-        "save_steps": 2,
+        "model": str(model), "dataset": "demo", "output_dir": str(folder), "max_length": 128,
+        "max_steps": 4, "batch_size": 2, "grad_accum": 2, "lora_r": 8, "save_steps": 2,
         "learning_rate": 1e-3,
-    }
+    }  # fmt: skip
     return run_training(build_settings(values | changes))
 
 
@@ -96,12 +89,9 @@ def test_nf4_weights_are_those_of_the_cpu(tiny_llama: Path) -> None:
     weights = {}
     for device in ("cpu", "cuda"):
         model = load_base(
-            find_base(str(tiny_llama)),
-            quant=Quant.NF4,
-            double_quant=True,
-            compute_dtype="float32",
-            device=torch.device(device),
-        )
+            find_base(str(tiny_llama)), quant=Quant.NF4, double_quant=True,
+            compute_dtype="float32", device=torch.device(device),
+        )  # fmt: skip
         weight = model.model.layers[0].mlp.gate_proj.weight
         weights[device] = dequantize_4bit(weight.data, weight.quant_state).float().cpu()
     assert torch.equal(weights["cpu"], weights["cuda"])
@@ -819,13 +809,9 @@ def test_attention_of_fused_packs_copies_nothing() -> None:
     ],
 )
 def test_generated_tokens_in_float32_are_those_of_transformers(
-    kind: str,
-    quantised: bool,
-    keys: int,
-    targets: str | None,
-    shared: int,
+    kind: str, quantised: bool, keys: int, targets: str | None, shared: int,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.setattr(generator, "MOST_ROWS", 4)
     model = model_of(kind, quantised, keys, targets).cuda()
     ids = prompts(9, shared=shared)
@@ -864,13 +850,9 @@ def gpu_step(model: Any, rows: Any, *, packed: bool) -> Any:
 def eight_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaMA whose activations for 8,192 tokens dwarf everything the formulas ignore."""
     config = transformers.LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=8000,
-    )
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=8, vocab_size=8000,
+    )  # fmt: skip
     folder = tmp_path_factory.mktemp("eight") / "model"
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -894,14 +876,9 @@ def graph_bytes() -> int:
     ],
 )
 def test_peak_is_near_the_prediction(
-    eight_layers: Path,
-    quant: str,
-    checkpointing: str,
-    compute: str,
-    bound: int,
-    tolerance: float,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    eight_layers: Path, quant: str, checkpointing: str, compute: str, bound: int,
+    tolerance: float, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """In the second AdamW step, without cuBLAS's workspace."""
     if compute == "fp8":
         skip_without_fp8()
@@ -916,12 +893,9 @@ def test_peak_is_near_the_prediction(
     before = torch.cuda.memory_allocated()
     batch = send_to_device(pack_batch(rows), "cuda")
     model: Any = load_base(
-        find_base(str(eight_layers)),
-        quant=Quant(quant),
-        double_quant=True,
-        compute_dtype="bfloat16",
-        device=torch.device("cuda"),
-    )
+        find_base(str(eight_layers)), quant=Quant(quant), double_quant=True,
+        compute_dtype="bfloat16", device=torch.device("cuda"),
+    )  # fmt: skip
     model = attach_lora(model, r=16, alpha=16, dropout=0.0, targets="all-linear").train()
     decoder = FusedDecoder.attach(model, checkpointing, compute=compute)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)

@@ -154,12 +154,9 @@ def test_folder_in_metadata_wins_over_the_environment(
 
 @pytest.mark.parametrize("variable", [None, ""])
 def test_fetched_once_into_the_cache(
-    mmlu: Path,
-    served: tuple[Path, list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    mmlu: Path, served: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     variable: str | None,
-) -> None:
+) -> None:  # fmt: skip
     folder, paths = served
     if variable is not None:
         monkeypatch.setenv("QLORA_MMLU_DIR", variable)  # empty counts as unset

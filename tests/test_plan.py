@@ -319,13 +319,9 @@ def test_plan_is_printed_without_a_gpu(llama: Path, capsys: pytest.CaptureFixtur
     ],
 )
 def test_plan_marks_what_memory_chooses(
-    llama: Path,
-    capsys: pytest.CaptureFixture[str],
-    memory: str,
-    marked: list[str],
-    tokens: str,
+    llama: Path, capsys: pytest.CaptureFixture[str], memory: str, marked: list[str], tokens: str,
     passes: str,
-) -> None:
+) -> None:  # fmt: skip
     assert cli(["plan", "--model", str(llama), "--memory", memory]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"rank 64, {tokens} tokens a pass;" in lines[0]

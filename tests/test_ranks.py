@@ -35,14 +35,9 @@ def flags_for(model: Path, rows: Path) -> dict[str, Any]:
     ("ranks", "kernels", "group_by_length"), [(4, "auto", False), (2, "none", True)]
 )
 def test_ranks_give_the_numbers_of_one(
-    tiny_llama: Path,
-    rows: Path,
-    tmp_path: Path,
-    train: Train,
-    ranks: int,
-    kernels: str,
+    tiny_llama: Path, rows: Path, tmp_path: Path, train: Train, ranks: int, kernels: str,
     group_by_length: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Each step of an epoch, also its last and shorter one, learns from the same examples."""
     common = flags_for(tiny_llama, rows) | {
         "eval_steps": 2, "max_steps": 5, "kernels": kernels, "group_by_length": group_by_length,

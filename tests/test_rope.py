@@ -244,12 +244,9 @@ def test_loaded_frequencies_are_those_of_the_type(short_llama: Path, kind: str) 
     ],
 )
 def test_longer_examples_than_the_window_are_refused_with_the_factor_that_suffices(
-    train: Train,
-    short_llama: Path,
-    capsys: pytest.CaptureFixture[str],
-    flags: dict[str, Any],
+    train: Train, short_llama: Path, capsys: pytest.CaptureFixture[str], flags: dict[str, Any],
     parts: list[str],
-) -> None:
+) -> None:  # fmt: skip
     assert train(model=short_llama, dataset="absent", output_dir="run", **flags) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert all(part in line for part in parts)
@@ -276,13 +273,9 @@ def replayed(folder: Path, base: Path, kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["yarn", "dynamic"])
 def test_a_run_is_recorded_resumed_and_replayed(
-    train: Train,
-    make_lm: MakeLm,
-    short_llama: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    kind: str,
-) -> None:
+    train: Train, make_lm: MakeLm, short_llama: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], kind: str,
+) -> None:  # fmt: skip
     options: dict[str, Any] = {"model": short_llama, "quant": "bf16", "learning_rate": 0.05}
     options |= {"max_length": 1280, "rope_scaling": f"{kind}:20.0", "output_dir": "run"}
     assert train(**options, save_steps=2) == 0

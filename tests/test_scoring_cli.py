@@ -202,13 +202,9 @@ def test_a_wrong_folder_is_noticed_before_the_model_is_looked_for(
 
 
 def test_after_kill_9_the_same_command_scores_only_what_is_missing(
-    single: Run,
-    runs: dict[str, Future[Run]],
-    tiny_llama: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    unchanged_tracker: None,
-) -> None:
+    single: Run, runs: dict[str, Future[Run]], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture, unchanged_tracker: None,
+) -> None:  # fmt: skip
     first = runs["killed"].result()
     assert first.status == -9
     (journal,) = (first.folder / "results" / "tiny_llama_base_4bit").iterdir()

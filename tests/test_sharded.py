@@ -42,15 +42,9 @@ def five_layers(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) 
     [("nf4", "selective", 2, 4), ("bf16", "full", 4, 1)],
 )
 def test_sharded_layers_train_as_one_process_does(
-    five_layers: Path,
-    rows: Path,
-    tmp_path: Path,
-    train: Train,
-    quant: str,
-    checkpointing: str,
-    ranks: int,
-    then: int,
-) -> None:
+    five_layers: Path, rows: Path, tmp_path: Path, train: Train, quant: str, checkpointing: str,
+    ranks: int, then: int,
+) -> None:  # fmt: skip
     flags: dict[str, Any] = {
         "model": five_layers, "quant": quant, "dataset": rows, "compute_dtype": "float32",
         "optimizer": "adamw_torch", "max_length": 96, "lora_r": 4, "lora_dropout": 0,

@@ -139,13 +139,9 @@ BAD_INPUT: dict[str, tuple[dict[str, str], str]] = {
 
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_line_and_touches_nothing(
-    train: Train,
-    tiny_llama: Path,
-    rows: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    train: Train, tiny_llama: Path, rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str],
     case: str,
-) -> None:
+) -> None:  # fmt: skip
     shutil.copytree(tiny_llama, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     for name, line in (("half", '{"text": '), ("text", '{"text": "a"}')):

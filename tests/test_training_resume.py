@@ -50,12 +50,9 @@ def signal_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, signal.Signa
 
 @pytest.mark.parametrize(("quant", "number"), [("nf4", signal.SIGTERM), ("bf16", signal.SIGINT)])
 def test_signal_ends_the_run_with_a_checkpoint_and_the_same_command_resumes(
-    train: Train,
-    signal_after: Callable[[int, signal.Signals], None],
-    capsys: pytest.CaptureFixture[str],
-    quant: str,
-    number: signal.Signals,
-) -> None:
+    train: Train, signal_after: Callable[[int, signal.Signals], None],
+    capsys: pytest.CaptureFixture[str], quant: str, number: signal.Signals,
+) -> None:  # fmt: skip
     assert train(quant=quant, output_dir="whole", lora_dropout=0.1) == 0
     handlers = [signal.getsignal(item) for item in (signal.SIGTERM, signal.SIGINT)]
 

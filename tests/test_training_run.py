@@ -50,13 +50,9 @@ PEAK_KEYS = {
 
 @pytest.mark.parametrize(("quant", "folder"), [("nf4", "results/4bit"), ("bf16", "results/16bit")])
 def test_files_and_numbers_of_a_run(
-    train: Train,
-    tiny_llama: Path,
-    rows: Path,
-    capsys: pytest.CaptureFixture[str],
-    quant: str,
+    train: Train, tiny_llama: Path, rows: Path, capsys: pytest.CaptureFixture[str], quant: str,
     folder: str,
-) -> None:
+) -> None:  # fmt: skip
     assert train(quant=quant) == 0
     out = capsys.readouterr().out
     run_dir = Path(folder)
@@ -195,12 +191,9 @@ def test_no_file_of_a_run_names_the_machine_or_the_home_folder(
 
 @pytest.mark.parametrize(("slowdown", "dtype"), [(0.5, "bfloat16"), (1.5, "float32")])
 def test_compute_dtype_is_measured_and_a_resumed_run_keeps_it(
-    train: Train,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    slowdown: float,
-    dtype: str,
-) -> None:
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    slowdown: float, dtype: str,
+) -> None:  # fmt: skip
     options = {"quant": "bf16", "output_dir": "run", "compute_dtype": "auto", "max_steps": 2}
     monkeypatch.setattr("qlora_harness.train.cpu.bfloat16_slowdown", lambda: slowdown)
     assert train(save_steps=1, **options) == 0
@@ -300,12 +293,9 @@ def save_random(folder: Path, make: type, config: PreTrainedConfig, tokenizer: P
 
 
 def test_mixture_of_experts_trains_and_is_scored(
-    train: Train,
-    tiny_tokenizer: Path,
-    tmp_path: Path,
-    make_lm: Callable[..., QloraAdapterLM],
+    train: Train, tiny_tokenizer: Path, tmp_path: Path, make_lm: Callable[..., QloraAdapterLM],
     capsys: pytest.CaptureFixture[str],
-) -> None:
+) -> None:  # fmt: skip
     config = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
     model = save_random(tmp_path / "mixtral", MixtralForCausalLM, config, tiny_tokenizer)
     assert train(model=model, output_dir="run", lora_dropout=0.1) == 2

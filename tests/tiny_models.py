@@ -24,13 +24,9 @@ Step = tuple[float, dict[str, torch.Tensor]]  # loss, gradients by name
 
 
 def tiny(
-    kind: str,
-    *,
-    quantised: bool = False,
-    num_key_value_heads: int = 2,
-    layers: int = 2,
+    kind: str, *, quantised: bool = False, num_key_value_heads: int = 2, layers: int = 2,
     num_attention_heads: int = 4,
-) -> Any:
+) -> Any:  # fmt: skip
     shape = {
         "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128,
         "num_hidden_layers": layers, "num_attention_heads": num_attention_heads,
@@ -199,14 +195,9 @@ def generated(model: PackedModel, ids: list[list[int]], longest: int, end: int) 
 
 
 def write_gguf(
-    path: Path,
-    weights: dict[str, np.ndarray],
-    *,
-    architecture: str = "llama",
-    types: tuple[str, ...] = ("F32",),
-    drop: tuple[str, ...] = (),
-    **fields: Any,
-) -> Path:
+    path: Path, weights: dict[str, np.ndarray], *, architecture: str = "llama",
+    types: tuple[str, ...] = ("F32",), drop: tuple[str, ...] = (), **fields: Any,
+) -> Path:  # fmt: skip
     """Writes a GGUF file with a byte-level tokenizer of 260 tokens.
 
     Args:

@@ -151,14 +151,9 @@ def write_checkpoint(run_dir: Path, step: int, without: str = "") -> Path:
 
 
 def on_ranks(
-    ranks: int,
-    flags: Mapping[str, Any],
-    folder: Path,
-    *,
-    fault: str = "",
-    restarts: int = 0,
+    ranks: int, flags: Mapping[str, Any], folder: Path, *, fault: str = "", restarts: int = 0,
     fsdp: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Runs the training command in processes joined by gloo, as torchrun does.
 
     What each prints goes to `folder`/rank0.txt and so on, errors to errors0.txt. A `fault`, "kill"
