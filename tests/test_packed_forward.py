@@ -125,6 +125,8 @@ def test_shares_of_all_processes_make_the_whole(model: Any) -> None:
 class RunsOut:
     """A model that has memory for so many tokens only."""
 
+    is_sharded = False
+
     def __init__(self, inner: PackedModel, limit: int) -> None:
         self.inner, self.limit, self.failed = inner, limit, 0
 
