@@ -125,10 +125,11 @@ def test_shares_of_all_processes_make_the_whole(model: Any) -> None:
 class RunsOut:
     """A model that has memory for so many tokens only."""
 
+    overlaps, is_sharded = True, False
+
     def __init__(self, inner: PackedModel, limit: int) -> None:
         self.inner, self.limit, self.failed = inner, limit, 0
-
-    overlaps = True
+        self.join = inner.join
 
     def start(self, pack: Any, pad_to: int | None = None) -> Any:
         if len(pack.tokens) > self.limit:
