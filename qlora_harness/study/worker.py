@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -46,11 +48,24 @@ def work(connection: Connection, study: Study) -> None:
         with contextlib.suppress(OSError):  # the command has ended; SIGTERM will follow
             connection.send(what)
 
+    _freeze_libraries(study)
     with sharing_base():
         runner = CellRunner(study, report)
         while (job := _next(connection)) is not None:
             if not (runner.measure(job) if isinstance(job, Probe) else runner.run(job)):
                 return
+
+
+def _freeze_libraries(study: Study) -> None:
+    """Imports what cells use, and leaves it out of the collections of garbage between cells."""
+    names = ["qlora_harness.train.run"]
+    names += ["qlora_harness.lm_eval_compat.in_process"] * bool(study.tasks)
+    # A cell tells what fails, and has the log for what is printed.
+    with printing_to(Path(os.devnull)), contextlib.suppress(Exception):
+        for name in names:
+            import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 def _next(connection: Connection) -> Cell | Probe | None:
