@@ -13,6 +13,8 @@ from tiny_models import continued, generated, model_of, prompts, tiny_of_any_kin
 
 from qlora_harness.errors import SettingsError
 from qlora_harness.lm_eval_compat.hflm import LoadedHFLM
+from qlora_harness.model.facts import base_of
+from qlora_harness.model.sharded import ShardedLayers
 from qlora_harness.score import generator, paged_attention
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.generation import Stops
@@ -125,6 +127,14 @@ def test_long_contexts_are_cut_as_hflm_does(
     text = refused(lambda: lm.generate_until(requests(["a"], max_gen_toks=64)), SettingsError)
     assert "max_gen_toks 64" in text
     assert "max_length=64" in text
+
+
+def test_a_base_spread_over_processes_does_not_generate(make_lm: MakeLm) -> None:
+    """The processes would wait for each other: their texts take different numbers of steps."""
+    lm = make_lm(dtype="float32")
+    base_of(lm.model).qlora_harness_sharded = ShardedLayers()
+    text = refused(lambda: lm.generate_until(requests(["a"])), SettingsError)
+    assert "FSDP" in text
 
 
 def test_smollm2_continues_as_with_hflm(smollm2: str, monkeypatch: pytest.MonkeyPatch) -> None:

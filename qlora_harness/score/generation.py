@@ -14,6 +14,7 @@ from tqdm import tqdm
 from qlora_harness.errors import SettingsError
 from qlora_harness.lm_eval_compat.hflm import LoadedHFLM, Request
 from qlora_harness.model.facts import base_of
+from qlora_harness.model.sharded import sharded_layers
 from qlora_harness.score.generator import generate
 from qlora_harness.score.session import ScoringSession
 
@@ -68,7 +69,16 @@ class GenerationTask:
         self._config = base_of(lm.model).generation_config
 
     def answer(self, requests: Sequence[Request]) -> list[str]:
-        """Returns the texts; raises SettingsError if the window has no room for new tokens."""
+        """Returns the texts.
+
+        Raises SettingsError if the window has no room for new tokens, or if the base is spread over
+        processes, whose texts take different numbers of steps.
+        """
+        if sharded_layers(base_of(self._lm.model)) is not None:
+            raise SettingsError(
+                "FSDP spreads the base over the processes, which can't generate text together",
+                "Launch without FSDP, or leave tasks out that generate, such as gsm8k",
+            )
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(number)
