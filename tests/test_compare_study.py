@@ -146,6 +146,11 @@ def test_fp8_products_are_named_wherever_their_numbers_are(
     assert noted == ["1", "3", "4"]
     assert "in FP8" in text.title(result) + str(result)
     assert "NF4 in FP8 vs bf16 in FP8" in page.head(compare([paths[1], paths[3]]))
+    few = compare([paths[3], paths[1], paths[2]])
+    pairs = {(item.arm, item.baseline) for item in few.primary}
+    assert pairs == {("NF4 in FP8", "bf16 in FP8"), ("bf16 in FP8", "bf16")}
+    (alone,) = compare([paths[3], paths[2]]).primary
+    assert (alone.arm, alone.baseline) == ("bf16 in FP8", "bf16")
     assert methods([load_run(path) for path in paths]).count("FP8 (e4m3)") == 3
     assert main(["runs", str(tmp_path)]) == 0
     listed = capsys.readouterr().out.splitlines()[1:]

@@ -220,7 +220,8 @@ def _against_bf16(arms: list[Arm]) -> Pairs:
     # Those are compared with the baseline that most arms have.
     names = [baseline.name for baseline in met]
     usual = max(met, key=lambda arm: names.count(arm.name), default=None)
-    return pairs + [(arm, usual) for arm in references if usual and arm not in met]
+    rest = [(arm, usual) for arm in references if usual and arm not in met]
+    return pairs + [(a, b) if in_fp8(a.runs[0]) >= in_fp8(b.runs[0]) else (b, a) for a, b in rest]
 
 
 def _distance(arm: Arm, reference: Arm) -> int:
