@@ -111,10 +111,11 @@ def check_model(name: str, title: str, model: str) -> None:
         sys.exit(f"{RECORDS / name} is not a record of {model}: {title}")
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table whose first column is text and whose others are numbers."""
+def table(head: Iterable[str], rows: Iterable[Iterable[str]], texts: int = 1) -> str:
+    """A Markdown table whose first columns are texts and whose others are numbers."""
     columns = list(head)
-    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *map(list, rows)]
+    rules = ["---"] * texts + ["---:"] * (len(columns) - texts)
+    lines = [columns, rules, *map(list, rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -466,8 +467,10 @@ def by_machine(kind: str, read: Callable[[Path], Any]) -> Iterator[tuple[Any, An
         yield from ((records[0], record) for record in records)
 
 
-def scaled(record: Any) -> str:
-    return f"{record.processes} × {record.environment['device']} | {record.created[:10]}"
+def scaled(record: Any, name: str) -> list[str]:
+    """The first cells of a row: model and name, devices, and day."""
+    devices = f"{record.processes} × {record.environment['device']}"
+    return [f"{record.title.partition(',')[0]}, {name}", devices, record.created[:10]]
 
 
 def scale_table() -> str:
@@ -477,13 +480,11 @@ def scale_table() -> str:
         base = {(m.way, m.quant): m.median_tokens_per_second for m in one.measurements}
         for m in record.measurements:
             share = m.median_tokens_per_second / record.processes / base[m.way, m.quant]
-            rows.append(
-                f"| {record.title.partition(',')[0]}, {m.quant}, {m.way} | {scaled(record)} | "
-                f"{m.tokens / m.steps:,.0f} | {m.median_tokens_per_second:,.0f} | {share:.1%} | "
-                f"{gib(m.peak_allocated_bytes)} |"
-            )
-    head = "| | GPUs | | tokens/step | tokens/s | of linear | peak of a GPU, GiB |"
-    return "\n".join([head, "|---|---|---|" + "---:|" * 4, *rows]) if rows else NOT_MEASURED
+            speeds = f"{m.tokens / m.steps:,.0f}", f"{m.median_tokens_per_second:,.0f}"
+            last = f"{share:.1%}", gib(m.peak_allocated_bytes)
+            rows.append([*scaled(record, f"{m.quant}, {m.way}"), *speeds, *last])
+    head = ["", "GPUs", "", "tokens/step", "tokens/s", "of linear", "peak of a GPU, GiB"]
+    return table(head, rows, texts=3) if rows else NOT_MEASURED
 
 
 def scale_scoring_table() -> str:
@@ -493,13 +494,11 @@ def scale_scoring_table() -> str:
         base = {m.name: m.scoring_seconds for m in one.measurements}
         for m in record.measurements:
             if m.name.startswith("packed"):
-                rows.append(
-                    f"| {record.title.partition(',')[0]}, {m.name} | {scaled(record)} | "
-                    f"{m.questions:,} | {m.scoring_seconds:.1f} | "
-                    f"{m.scoring_seconds / base[m.name]:.2f} |"
-                )
-    head = "| | GPUs | | prompts | scoring, s | of one GPU's time |"
-    return "\n".join([head, "|---|---|---|" + "---:|" * 3, *rows]) if rows else NOT_MEASURED
+                share = m.scoring_seconds / base[m.name]
+                numbers = f"{m.questions:,}", f"{m.scoring_seconds:.1f}", f"{share:.2f}"
+                rows.append([*scaled(record, m.name), *numbers])
+    head = ["", "GPUs", "", "prompts", "scoring, s", "of one GPU's time"]
+    return table(head, rows, texts=3) if rows else NOT_MEASURED
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

@@ -7,10 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from qlora_harness.benchmark.random_model import SHAPES
 from qlora_harness.flag_checks import check_above_zero, check_at_least, check_output_file
 from qlora_harness.settings import COMPUTE_DTYPES
-
-_SHAPES = ["llama-2-7b", "llama-2-70b", "qwen2.5-1.5b", "qwen2.5-0.5b", "tiny"]
 
 
 def add_commands(commands: Any) -> None:
@@ -195,7 +194,7 @@ def _add_random_model(commands: Any) -> None:
     )
     add = parser.add_argument
     add("folder", type=Path, help="folder to write; must not exist")
-    add("--shape", required=True, choices=_SHAPES)
+    add("--shape", required=True, choices=list(SHAPES))
     add("--tokenizer", required=True, metavar="PATH", help="folder, Hub id or smollm2")
     add("--seed", type=int, default=0, metavar="N", help="default 0")
     add(

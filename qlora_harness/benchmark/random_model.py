@@ -6,12 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.errors import ModelError, first_line
-from qlora_harness.model.source import (
-    EMBEDDED,
-    RANDOM_WEIGHTS_KEY,
-    WEIGHTS_SEED_KEY,
-    find_base,
-)
 from qlora_harness.record import new_folder
 
 _DIMENSIONS = (
@@ -43,8 +37,14 @@ def write_random_model(
     `vocab_size`, or that of the shape and at least as large as the tokenizer's. Raises ModelError
     if the folder exists or the tokenizer can't be read.
     """
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig
+
+    from qlora_harness.model.source import (
+        EMBEDDED,
+        RANDOM_WEIGHTS_KEY,
+        WEIGHTS_SEED_KEY,
+        find_base,
+    )
 
     if folder.exists():
         raise ModelError(f"{folder} exists", "Name a new folder")
@@ -70,18 +70,22 @@ def write_random_model(
     setattr(config, RANDOM_WEIGHTS_KEY, True)
     if weights_on_load:
         setattr(config, WEIGHTS_SEED_KEY, seed)
-        with new_folder(folder) as work:
-            config.save_pretrained(work)
-            tok.save_pretrained(work)
-        return
+    model = config if weights_on_load else _made(config, seed)
+    with new_folder(folder) as work:
+        model.save_pretrained(work)
+        tok.save_pretrained(work)
+
+
+def _made(config: Any, seed: int) -> Any:
+    """Returns the model, on a GPU if there is one, which makes its weights faster."""
+    import torch
+    from transformers import LlamaForCausalLM
+
     torch.manual_seed(seed)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = LlamaForCausalLM(config)
+            return LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(default)
-    with new_folder(folder) as work:
-        model.save_pretrained(work)
-        tok.save_pretrained(work)

@@ -87,8 +87,13 @@ def check_tasks(
     return manager
 
 
-def load_tasks(tasks: Sequence[str], data_dir: str | None = None, flag: str = "--tasks") -> None:
-    """Loads the questions of tasks; raises SettingsError for one that can't be loaded."""
+def load_tasks(
+    tasks: Sequence[str], data_dir: str | None = None, flag: str = "--tasks"
+) -> TaskManager:
+    """Does what `check_tasks` does, and loads the questions.
+
+    Raises SettingsError for a task that can't be loaded.
+    """
     manager = check_tasks(tasks, data_dir, flag)
     for task in tasks:
         try:
@@ -106,6 +111,7 @@ def load_tasks(tasks: Sequence[str], data_dir: str | None = None, flag: str = "-
                 f"{flag}: {task} can't be loaded ({first_line(error)})",
                 "Check the network, give --data-dir, or leave the task out",
             ) from None
+    return manager
 
 
 class InProcessScorer:
@@ -116,10 +122,16 @@ class InProcessScorer:
     """
 
     def __init__(
-        self, benchmarks: Sequence[Sequence[str]], batch_size: int, data_dir: str | None = None
+        self,
+        benchmarks: Sequence[Sequence[str]],
+        batch_size: int,
+        data_dir: str | None = None,
+        manager: TaskManager | None = None,
     ) -> None:
+        """`manager` is that of `check_tasks` for the same tasks, if there is one already."""
         self._benchmarks = [list(tasks) for tasks in benchmarks]
-        self._manager = check_tasks([task for tasks in benchmarks for task in tasks], data_dir)
+        tasks = [task for part in self._benchmarks for task in part]
+        self._manager = manager or check_tasks(tasks, data_dir)
         # As the command passes them.
         self._options = {"batch_size": str(batch_size), "device": _DEVICE}
 

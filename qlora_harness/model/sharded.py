@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from qlora_harness.model.facts import base_of
+
 # Newer releases of torch rename it.
 _gather_single: Any = getattr(distributed, "all_gather_single", None)
 _all_gather = _gather_single or distributed.all_gather_into_tensor
@@ -91,8 +93,8 @@ class ShardedLayers:
 
 
 def sharded_layers(model: torch.nn.Module) -> ShardedLayers | None:
-    """Returns the sharded layers of a base that `load_base` spread over processes."""
-    layers: ShardedLayers | None = getattr(model, "qlora_harness_sharded", None)
+    """Returns the layers that `load_base` spread over processes, if the model's base has such."""
+    layers: ShardedLayers | None = getattr(base_of(model), "qlora_harness_sharded", None)
     return layers
 
 

@@ -42,8 +42,9 @@ def run(args: argparse.Namespace) -> None:
         raise SettingsError(f"{output}: {reason}", "Check the permissions")
     from qlora_harness.lm_eval_compat.in_process import InProcessScorer, load_tasks
 
-    load_tasks([task for tasks in chosen for task in tasks], args.data_dir, flag="--suite")
+    every = [task for tasks in chosen for task in tasks]
+    manager = load_tasks(every, args.data_dir, flag="--suite")
     for tasks in chosen:
         words = lm_eval_words(model_args, tasks, args.batch_size, output, args.data_dir)
         print(lm_eval_command(words), flush=True)
-    InProcessScorer(chosen, args.batch_size, args.data_dir).score(model_args, output)
+    InProcessScorer(chosen, args.batch_size, manager=manager).score(model_args, output)

@@ -74,7 +74,7 @@ class GenerationTask:
         Raises SettingsError if the window has no room for new tokens, or if the base is spread over
         processes, whose texts take different numbers of steps.
         """
-        if sharded_layers(base_of(self._lm.model)) is not None:
+        if sharded_layers(self._lm.model) is not None:
             raise SettingsError(
                 "FSDP spreads the base over the processes, which can't generate text together",
                 "Launch without FSDP, or leave tasks out that generate, such as gsm8k",

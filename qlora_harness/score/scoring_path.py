@@ -32,7 +32,7 @@ def choose_path(scored: ScoredModel, options: ScoringOptions) -> ScoringPath:
     the base is spread over processes and it can't have fused layers.
     """
     path = _choose(scored, options)
-    if sharded_layers(base_of(scored.model)) is None:
+    if sharded_layers(scored.model) is None:
         return path
     if not path.fused or options.verify:
         raise SettingsError(

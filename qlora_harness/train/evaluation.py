@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import send_to_device
 
 from qlora_harness.data.examples import IGNORE, Example, lengths_of
-from qlora_harness.model.facts import base_of
 from qlora_harness.model.sharded import sharded_layers
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch
 
@@ -78,7 +77,7 @@ def evaluate_loss(
                 nll, tokens = _padded_losses(model, batch, pad_id, device)
             values = zip(nll.double().tolist(), tokens.tolist(), strict=True)
             losses.update(zip(chosen, values, strict=True))
-        if (sharded := sharded_layers(base_of(model))) is not None:
+        if (sharded := sharded_layers(model)) is not None:
             sharded.join_passes()
     model.train(was_training)
     if world > 1:
