@@ -33,6 +33,7 @@ from qlora_harness.results.terminal import gib, optional
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "results" / "benchmarks"
 STUDY = ROOT / "results" / "qwen2.5-coder-1.5b"
+ON_ALPACA = STUDY.with_name(f"{STUDY.name}-alpaca")
 IN_FP8 = ROOT / "results" / "qwen2.5-coder-1.5b-fp8"
 AT_CHANCE = ROOT / "results" / "published" / "smollm2"
 HF = "lm-eval hf, batch size 16"
@@ -462,7 +463,7 @@ def _panels(comparison: qh.Comparison) -> tuple[str, int]:
 def by_machine(kind: str, read: Callable[[Path], Any]) -> Iterator[tuple[Any, Any]]:
     """The records scale_KIND…_N.json of N processes, each after that of one on its machine."""
     for path in sorted(RECORDS.glob(f"scale_{kind}*_1.json")):
-        paths = RECORDS.glob(f"{path.stem.removesuffix('1')}*.json")
+        paths = RECORDS.glob(f"{path.stem.removesuffix('1')}?.json")
         records = sorted(map(read, paths), key=lambda record: int(record.processes))
         yield from ((records[0], record) for record in records)
 
@@ -504,6 +505,7 @@ def scale_scoring_table() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "answer": answer,
     "answer: at chance": partial(answer, AT_CHANCE),
+    "answer: on Alpaca": partial(answer, ON_ALPACA),
     "table: headline": headline_table,
     "table: training": partial(training_table, "training", TRAINING_ROWS),
     "table: fp8": partial(training_table, "training_fp8", FP8_ROWS),

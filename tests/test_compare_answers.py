@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import random
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from lm_eval.tasks._index import TaskIndex
 
 from qlora_harness.compare.comparison import Comparison, compare
 from qlora_harness.compare.figures import figures
+from qlora_harness.compare.numbers import points
 from qlora_harness.compare.page import tiles
+from qlora_harness.compare.verdict import verdict
 from qlora_harness.errors import ComparisonError, ResultsError
 from qlora_harness.results.runs import load_run
 
@@ -444,6 +447,21 @@ def test_every_task_is_compared_with_all_its_metrics(tmp_path: Path) -> None:
     ]
     headings = [figure.heading for figure in figures(comparison)]
     assert sum(name in heading for heading in headings for name in comparison.benchmarks) == 3
+
+
+def test_compressed_samples_without_texts_give_the_same_comparison(tmp_path: Path) -> None:
+    folders = [suite_run(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    before = compare(folders).primary[0].endpoints
+    assert before["gsm8k"].word == "better"
+    for path in tmp_path.rglob("samples_*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.dumps({k: v for k, v in row.items() if k != "doc"}) for row in rows]
+        path.with_name(f"{path.name}.xz").write_bytes(lzma.compress("\n".join(lines).encode()))
+        path.unlink()
+    comparison = compare(folders)
+    assert comparison.primary[0].endpoints == before
+    size = points(before["gsm8k"].difference or 0).lstrip("+")
+    assert f"gains {size} points of gsm8k" in verdict(comparison)
 
 
 def test_instructions_of_one_prompt_are_weighted_together(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ OVERLAPPING = {"started": "2026-11-24T08:00:00+00:00", "finished": "2026-11-24T0
     ("first", "both", "reason"),
     [
         ({}, OVERLAPPING, "nf4_0, bf16_0 overlapped"),
-        ({"memory__other_processes": 2}, {}, "2 other processes used the GPU of nf4_0"),
+        ({"memory__other_processes": 2}, {}, "the GPU of nf4_0 was shared"),
         ({"runtime__resumed": True}, {}, "nf4_0 was resumed from a checkpoint"),
         ({"environment__cpu_threads": 3}, {}, None),
     ],

@@ -121,7 +121,7 @@ def _of_one(label: str, run: TrainingSummary) -> str | None:
     if run.runtime.resumed:
         return f"{label} was resumed from a checkpoint"
     if run.memory.other_processes:
-        return f"{run.memory.other_processes} other processes used the GPU of {label}"
+        return f"the GPU of {label} was shared"
     others = run.memory.other_bytes or 0
     if others > _NEGLIGIBLE:
         return f"others held {others / 2**30:.1f} GiB of the GPU of {label}"

@@ -28,7 +28,7 @@ def sentences(comparison: ComparisonRecord) -> list[str]:
     if not comparison.primary:
         return ["There is nothing to compare."]
     item = comparison.headline
-    parts = [_validity(comparison), _costs(item)]
+    parts = [_validity(comparison), _costs(item, comparison.benchmarks)]
     if len(comparison.primary) > 1:
         parts += [*_doses(comparison.steps), _before(comparison, item)]
     parts += [_accuracy(item, comparison), _won_back(item)]
@@ -56,9 +56,9 @@ def _validity(comparison: ComparisonRecord) -> str:
     return f"{shown}: accuracy may come from letter preference alone."
 
 
-def _costs(item: Contrast) -> str:
-    """The shown differences in memory, time, loss and NLL."""
-    changes = _savings_and_costs(item)
+def _costs(item: Contrast, benchmarks: Sequence[str]) -> str:
+    """The shown differences in memory, time, loss and NLL, and on tasks beside the first."""
+    changes = _savings_and_costs(item, benchmarks)
     trained = "memory" in item.endpoints
     if not changes and not trained:
         return ""
@@ -74,8 +74,9 @@ def _costs(item: Contrast) -> str:
     return f"{text}."
 
 
-def _savings_and_costs(item: Contrast) -> str:
+def _savings_and_costs(item: Contrast, benchmarks: Sequence[str]) -> str:
     saves, costs, same = [], [], []
+    gains: list[str] = []
     for key, (less, more, name) in _COSTS.items():
         endpoint = item.measured(key)
         if endpoint is None:
@@ -87,8 +88,14 @@ def _savings_and_costs(item: Contrast) -> str:
             saves.append(less.format(size))
         elif endpoint.word == "worse":
             costs.append(more.format(size))
-    changes = [f"{verb} {listed(p)}" for verb, p in (("saves", saves), ("costs", costs)) if p]
-    parts = [" but ".join(changes)] if changes else []
+    for key in benchmarks:
+        endpoint = item.measured(key)
+        if endpoint is not None and endpoint.word in ("better", "worse"):
+            size = difference(endpoint).lstrip("+−").replace("pts", "points")
+            (gains if endpoint.word == "better" else costs).append(f"{size} of {key}")
+    good = [f"{verb} {listed(p)}" for verb, p in (("saves", saves), ("gains", gains)) if p]
+    changes = [" and ".join(good), f"costs {listed(costs)}" if costs else ""]
+    parts = [" but ".join(filter(None, changes))] if any(changes) else []
     parts += [f"has the same {listed(same)} within the margin"] if same else []
     return ", and ".join(parts)
 

@@ -3,6 +3,7 @@
 # pydantic copies mutable defaults
 from __future__ import annotations
 
+import lzma
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -231,7 +232,7 @@ def read_scored(file: HarnessFile, task: str, metric: str | None = None) -> Scor
         },
         notes=(_CACHED,) if record.config.use_cache else (),
         samples={
-            subject: file.path.with_name(f"samples_{leaf}_{file.date}.jsonl")
+            subject: _packed_if_only(file.path.with_name(f"samples_{leaf}_{file.date}.jsonl"))
             for leaf, subject in names.items()
             if file.date
         },
@@ -317,13 +318,19 @@ def _choose_metric(file: HarnessFile, leaf: str, name: str | None) -> tuple[str,
     return known[0]
 
 
+def _packed_if_only(path: Path) -> Path:
+    """The path with .xz added if only that exists: a user may compress samples."""
+    packed = path.with_name(f"{path.name}.xz")
+    return packed if packed.is_file() and not path.exists() else path
+
+
 def read_samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the file and line of each logged sample, and the sample.
 
-    Raises ResultsError if the file is unreadable or a line is not a JSON object.
+    The file may be an .xz. Raises ResultsError if it is unreadable or a line is not a JSON object.
     """
     try:
-        with path.open("rb") as file:
+        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
             for line_number, line in enumerate(file, start=1):
                 where = f"{path}, line {line_number}"
                 try:
@@ -333,8 +340,8 @@ def read_samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if not isinstance(sample, dict):
                     raise ResultsError(f"{where}: not a JSON object", _DAMAGED)
                 yield where, sample
-    except OSError as error:
-        raise ResultsError(f"{path} can't be read: {error.strerror}", "Check the file") from None
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise ResultsError(f"{path} can't be read: {error}", "Check the file") from None
 
 
 def _number(file: HarnessFile, task: str, key: str) -> float:
