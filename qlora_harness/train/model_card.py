@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_harness.errors import HarnessError, RunError
+from qlora_harness.errors import HarnessError
 from qlora_harness.model.adapter_folder import RECORD_FILE, adapter_digest
 from qlora_harness.model.lora import public_name
-from qlora_harness.record import ADAPTER_DIR, EVALUATION_FILE, SUMMARY_FILE, nested, write_text
+from qlora_harness.record import ADAPTER_DIR, EVALUATION_FILE, nested, write_text
 from qlora_harness.schema.scoring_records import Evaluation
 from qlora_harness.schema.section import read_record
 from qlora_harness.schema.training_records import TrainingSummary, read_summary
@@ -36,39 +36,28 @@ _LEFT_OUT = {
 }
 
 
-def write_card(run_dir: Path) -> Path:
-    """Writes the model card of a completed run, with its scores if they are of this adapter.
-
-    Raises RunError if the run isn't complete or someone has edited its card, and ResultsError if a
-    record is damaged.
-    """
-    summary, adapter = read_summary(run_dir), run_dir / ADAPTER_DIR
-    if summary is None or summary.status != "completed" or not (adapter / RECORD_FILE).is_file():
-        status = "no run" if summary is None else f"a run with status {summary.status!r}"
-        raise RunError(
-            f"{run_dir} holds {status}",
-            f"Name the folder of a completed run, with {SUMMARY_FILE} and {ADAPTER_DIR}/",
-        )
-    path = adapter / CARD_FILE
-    if path.is_file() and _is_edited(path.read_text(encoding="utf-8", errors="replace")):
-        raise RunError(f"{path} was edited", "Move it away, then repeat the command")
-    text = _card(summary, _evaluation_of(run_dir, adapter))
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    write_text(path, f"{text}\n<!-- written by qlora-harness, sha256 {digest} -->\n")
-    return path
-
-
 def refresh_card(run_dir: Path) -> None:
-    """Writes the card if `run_dir` holds a completed run; a failure is only a warning."""
-    if (
-        not (run_dir / SUMMARY_FILE).is_file()
-        or not (run_dir / ADAPTER_DIR / RECORD_FILE).is_file()
-    ):
+    """Writes the card of a completed run, with its scores if they are of its adapter.
+
+    A card that someone has edited stays. A damaged record is only a warning.
+    """
+    adapter = run_dir / ADAPTER_DIR
+    if not (adapter / RECORD_FILE).is_file():
         return
     try:
-        write_card(run_dir)
+        summary = read_summary(run_dir)
+        if summary is not None and summary.status == "completed":
+            _write_card(adapter / CARD_FILE, _card(summary, _evaluation_of(run_dir, adapter)))
     except (HarnessError, OSError) as error:
         logger.warning("no model card: %s", error)
+
+
+def _write_card(path: Path, text: str) -> None:
+    if path.is_file() and _is_edited(path.read_text(encoding="utf-8", errors="replace")):
+        logger.warning("%s was edited, and stays as it is", path)
+        return
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_text(path, f"{text}\n<!-- written by qlora-harness, sha256 {digest} -->\n")
 
 
 def _is_edited(text: str) -> bool:
