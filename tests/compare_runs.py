@@ -52,6 +52,7 @@ def summary(quant: str = "nf4", **changes: Any) -> dict[str, Any]:
         "quantization": {"quant": quant, "double_quant": four},
         "settings": {"dataset": "oasst1", "learning_rate": 2e-4, "max_steps": 20, "seed": 0},
         "data": {
+            "dataset": "oasst1",
             "train": {"conversations": 90, "tokens": 9000, "fingerprint": "sha256:" + "1" * 64},
             "eval": {"conversations": 10, "tokens": 1000, "fingerprint": "sha256:" + "2" * 64},
         },

@@ -32,7 +32,7 @@ from qlora_harness.train.memory_plan import (
     predict_memory,
     with_rung,
 )
-from qlora_harness.train.plan_text import describe, host_shortage, one_pass
+from qlora_harness.train.plan_text import describe, host_shortage
 
 
 @pytest.fixture(scope="module")
@@ -274,21 +274,6 @@ def test_rung_replaces_the_paged_optimizer(changes: dict[str, str], optimizer: s
     settings = with_rung(build_settings(changes), {"checkpointing": "none"})
     assert settings.optimization.optimizer == optimizer
     assert settings.lora.adapter_dtype == changes.get("adapter_dtype", "float32")
-
-
-def test_one_pass_is_suggested_if_it_fits(shape: Shape) -> None:
-    def offered(gib: float, **changes: Any) -> str | None:
-        return one_pass(shape, build_settings(changes), [400] * 100, int(gib * GIB))
-
-    line = offered(80) or ""
-    assert line.startswith("16 passes a step; --memory fast")
-    assert "23.9 GiB" in line
-    assert "--memory fast" in (offered(25.1) or "")
-    assert "--memory balanced" in (offered(24.9) or "")
-    assert offered(12) is None
-    assert offered(80, memory="lean") is None
-    assert offered(80, grad_accum=1) is None
-    assert offered(80, kernels="none") is None
 
 
 @pytest.mark.parametrize("word", ["fast", "balanced"])

@@ -254,10 +254,9 @@ def _notes_on_training(run: Run) -> list[str]:
     if training.status == "interrupted":
         notes.append("training was interrupted: its numbers are those up to that step")
     paged = str(training.settings.get("optimizer")).startswith("paged")
-    unmeasured = paged and training.memory.peak_managed_bytes is None
     if training.memory.device_type == "cpu":
         notes.append("trained on the CPU: not a GPU measurement")
-    elif training.memory.peak_needed_bytes is None or unmeasured:
+    elif paged and training.memory.peak_managed_bytes is None:
         notes.append("its peak memory leaves out the managed memory of its paged optimizer")
     return notes
 

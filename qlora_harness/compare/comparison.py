@@ -14,7 +14,7 @@ from qlora_harness.compare import checks, page, text
 from qlora_harness.compare.arms import by_dose, double_quant, group, neighbours, pair
 from qlora_harness.compare.choices import RunAnswers
 from qlora_harness.compare.contrast import answers_of, contrast
-from qlora_harness.compare.loss_curve import loss_curves, notes_on_curves
+from qlora_harness.compare.loss_curve import loss_curves
 from qlora_harness.compare.measures import (
     Permissions,
     aligned_answers,
@@ -139,8 +139,7 @@ def compare(
     first = next(iter(scored.values()), None)
     sizes = [len(frame) for frame in frames.values()] or [s.n for s in scored.values()]
     chances = [chance(arm.name, answers_of(arm, answers)) for arm in arms]
-    curves = loss_curves(arms)
-    notes += [*checks.notes_on(loaded, task, frames), *notes_on_curves(curves)]
+    notes += checks.notes_on(loaded, task, frames)
     comparison = Comparison(
         created=now(),
         task=task,
@@ -156,7 +155,7 @@ def compare(
         contrasts=contrasts,
         steps=between,
         chance=[result for result in chances if result is not None],
-        curves=curves,
+        curves=loss_curves(arms),
         besides=checks.besides_quantisation(leading, task),
         different=[Setting(**scrub_all(item.model_dump())) for item in different],
         same=[Setting(**scrub_all(item.model_dump())) for item in same],

@@ -89,56 +89,43 @@ def _error_bars(
 
 
 def _differences(comparison: ComparisonRecord, key: str) -> Figure | None:
-    """Every arm on one endpoint, by dose, with what it was before training."""
+    """Every arm on one endpoint, by dose, with its interval and word; hollow before training."""
     baselines = {item.baseline for item in comparison.primary}
-    rows = []
+    rows: list[tuple[str, list[Endpoint]]] = []  # after training, and before it if known
     for item in comparison.primary:
         label = item.arm if len(baselines) == 1 else f"{item.arm}<br>vs {item.baseline}"
         base = item if key == "eval_loss" else comparison.before(item)
-        before = "loss_before" if key == "eval_loss" else key
-        rows.append(
-            _Row(label, item.endpoints.get(key), base.endpoints.get(before) if base else None)
-        )
-    less = f"minus {baselines.pop()}'s" if len(baselines) == 1 else "in every arm"
-    return _intervals(rows, less)
-
-
-class _Row(NamedTuple):
-    label: str
-    after: Endpoint | None
-    before: Endpoint | None = None
-
-
-def _intervals(rows: Sequence[_Row], what: str) -> Figure | None:
-    """An endpoint of each row with its interval and word; hollow before training."""
-    rows = [row for row in rows if row.after is not None and row.after.low is not None]
+        before = base.endpoints.get("loss_before" if base is item else key) if base else None
+        known = [one for one in (item.endpoints.get(key), before) if one and one.low is not None]
+        if known and known[0] is not before:
+            rows.append((label, known))
     if not rows:
         return None
-    first = next(row.after for row in rows if row.after)
+    first = rows[0][1][0]
     scale = 100 if first.unit == "share" else 1
-    unit = {"share": ", points", "nats": ", nats"}.get(first.unit, "")
-    figure = go.Figure()
+    figure, notes = go.Figure(), []
     if first.margin is not None:
         ends = {"x0": -scale * first.margin, "x1": scale * first.margin}
         figure.add_vrect(**ends, fillcolor="rgba(128,128,128,0.18)", line_width=0)
+        notes.append("margin shaded")
+    if any(len(known) > 1 for _, known in rows):
+        notes.append("◇ before training")
     figure.add_vline(x=0, line={"color": "rgba(128,128,128,0.8)", "width": 1})
-    alt = []
-    for place, row in enumerate(rows):
-        alt += [_add_interval(figure, row.label, one, scale, place + 0.3 * hollow, hollow)
-                for hollow, one in enumerate((row.after, row.before)) if one and one.low is not None
-        ]  # fmt: skip
+    alt = [
+        _add_interval(figure, label, one, scale, place + 0.3 * hollow, hollow)
+        for place, (label, known) in enumerate(rows)
+        for hollow, one in enumerate(known)
+    ]
     figure.update_yaxes(
         range=[len(rows) - 0.5, -0.5],
         tickvals=list(range(len(rows))),
-        ticktext=[row.label for row in rows],
+        ticktext=[label for label, _ in rows],
     )
+    unit = {"share": ", points", "nats": ", nats"}.get(first.unit, "")
     figure.update_xaxes(title=f"difference{unit}")
-    notes = ["margin shaded"] if first.margin is not None else []
-    notes += (
-        ["◇ before training"] if any(r.before and r.before.low is not None for r in rows) else []
-    )
-    title = f"{heading(first)} {what}"
-    title += f" ({', '.join(notes)})" if notes else ""
+    less = f"minus {baselines.pop()}'s" if len(baselines) == 1 else "in every arm"
+    remarks = f" ({', '.join(notes)})" if notes else ""
+    title = f"{heading(first)} {less}{remarks}"
     return Figure(title, "; ".join(alt), _layout(figure, 110 + 46 * len(rows)))
 
 

@@ -164,10 +164,6 @@ class LossCurve(Part):
     low: list[float]
     """Of the seed with the lowest loss."""
     high: list[float]
-    trend: Literal["falling", "flat", "rising"] | None = None
-    """At the end, by conversations paired with those at step `since`; null if unknown."""
-    since: int | None = None
-    """The step with the lowest loss if it rises, else one about two thirds of the way."""
 
 
 class RunInfo(Part):

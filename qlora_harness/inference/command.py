@@ -1,4 +1,4 @@
-"""The flags of `card`, `generate`, `chat` and `export`."""
+"""The flags of `generate`, `chat` and `export`."""
 
 from __future__ import annotations
 
@@ -12,20 +12,13 @@ from qlora_harness.flag_checks import check_at_least, check_output_file, why_not
 if TYPE_CHECKING:
     from qlora_harness.inference.chat_model import Sampling
 
-COMMANDS = ("card", "generate", "chat", "export")
+COMMANDS = ("generate", "chat", "export")
 _RUN = "a run folder, such as results/4bit, or its adapter folder"
 _TOP_P = 0.9
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the four to the subcommands of `qlora-harness`; imports nothing heavy."""
-    add = _command(
-        commands,
-        "card",
-        "write the model card of a run's adapter",
-        "Writes adapter/README.md from a run's records, as training and scoring do.",
-    )
-    add("run", type=Path, metavar="RUN", help="a run folder, such as results/4bit")
+    """Adds the three to the subcommands of `qlora-harness`; imports nothing heavy."""
     add = _command(
         commands,
         "chat",
@@ -89,12 +82,8 @@ def _add_export(commands: Any) -> None:
 
 
 def run_inference(args: argparse.Namespace) -> None:
-    """Runs one of the four and prints its result."""
-    if args.command == "card":
-        from qlora_harness.train.model_card import write_card
-
-        print(f"wrote {write_card(args.run)}")
-    elif args.command == "generate":
+    """Runs one of the three and prints its result."""
+    if args.command == "generate":
         _generate(args)
     elif args.command == "chat":
         from qlora_harness.inference.chat import chat

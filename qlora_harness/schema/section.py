@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qlora_harness.errors import ResultsError, shown
 from qlora_harness.record import SCHEMA_VERSION, read_json
@@ -17,14 +17,6 @@ Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
-
-# Settings that are newer than some records, with the value that those runs had.
-_LATER_SETTINGS = {
-    "eval_seed": 0,
-    "use_rslora": False,
-    "use_dora": False,
-    "init_lora_weights": "default",
-}
 
 _Record = TypeVar("_Record", bound="Header")
 
@@ -83,6 +75,12 @@ class Environment(Section):
     """Whether the base was spread over the processes (FSDP2)."""
     world_size: Count | None = None
 
+    @field_validator("device", mode="before")
+    @classmethod
+    def _named(cls, device: object) -> object:
+        """Evaluations of November 2026 have only the name."""
+        return {"name": device} if isinstance(device, str) else device
+
 
 def read_record(path: Path, model: type[_Record]) -> _Record:
     """Reads and checks one of this project's own records.
@@ -104,7 +102,7 @@ def read_record(path: Path, model: type[_Record]) -> _Record:
             "Update qlora-harness",
         )
     try:
-        return model.model_validate(_upgraded(record))
+        return model.model_validate(record)
     except ValidationError as error:
         raise ResultsError(
             f"{path}: {first_problem(error)}",
@@ -118,26 +116,6 @@ def first_problem(error: ValidationError) -> str:
     field = ".".join(map(str, first["loc"]))
     seen = "" if isinstance(first["input"], Mapping) else f"is {shown(first['input'])}"
     return " ".join(part for part in (field, seen, f"({first['msg']:.200})") if part)
-
-
-def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of an earlier version in the form of this one."""
-    environment = record.get("environment")
-    if isinstance(environment, dict) and isinstance(environment.get("device"), str):
-        # Evaluations named the device only.
-        environment = environment | {"device": {"name": environment["device"]}}
-        record = record | {"environment": environment}
-    data, settings = record.get("data"), record.get("settings")
-    if isinstance(data, dict) and isinstance(settings, dict) and "dataset" not in data:
-        record = record | {"data": data | {"dataset": settings.get("dataset")}}
-    if record.get("kind") == "training_summary" and isinstance(settings, dict):
-        record = record | {"settings": _LATER_SETTINGS | settings}
-    memory = record.get("memory")
-    if isinstance(memory, dict) and memory.get("peak_needed_bytes") is None:
-        allocated = memory.get("peak_allocated_bytes")
-        if allocated is not None and memory.get("peak_managed_bytes") in (None, 0):
-            record = record | {"memory": memory | {"peak_needed_bytes": allocated}}
-    return record
 
 
 def flatten(value: object, prefix: str) -> Iterator[tuple[str, object]]:

@@ -151,7 +151,15 @@ class Results(Section):
 
 
 # Settings that older records lack, with what they were then.
-_LATER_SETTINGS = {"compute": "bf16", "format": "auto", "rope_scaling": None}
+_LATER_SETTINGS = {
+    "compute": "bf16",
+    "eval_seed": 0,
+    "format": "auto",
+    "init_lora_weights": "default",
+    "rope_scaling": None,
+    "use_dora": False,
+    "use_rslora": False,
+}
 
 
 class TrainingSummary(Header):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_harness.errors import HarnessError, RunError
+from qlora_harness.errors import HarnessError
 from qlora_harness.model.adapter_folder import RECORD_FILE, adapter_digest
 from qlora_harness.model.lora import public_name
-from qlora_harness.record import ADAPTER_DIR, EVALUATION_FILE, SUMMARY_FILE, nested, write_text
+from qlora_harness.record import ADAPTER_DIR, EVALUATION_FILE, write_text
 from qlora_harness.schema.scoring_records import Evaluation
 from qlora_harness.schema.section import read_record
 from qlora_harness.schema.training_records import TrainingSummary, read_summary
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qlora_harness")
 
 CARD_FILE = "README.md"
-
+_TEMPLATE = Path(__file__).with_name("model_card.md")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Its hash tells whether someone has edited the text before it.
 _LAST_LINE = re.compile(r"\n<!-- written by qlora-harness, sha256 ([0-9a-f]{64}) -->\n\Z")
@@ -36,39 +36,28 @@ _LEFT_OUT = {
 }
 
 
-def write_card(run_dir: Path) -> Path:
-    """Writes the model card of a completed run, with its scores if they are of this adapter.
-
-    Raises RunError if the run isn't complete or someone has edited its card, and ResultsError if a
-    record is damaged.
-    """
-    summary, adapter = read_summary(run_dir), run_dir / ADAPTER_DIR
-    if summary is None or summary.status != "completed" or not (adapter / RECORD_FILE).is_file():
-        status = "no run" if summary is None else f"a run with status {summary.status!r}"
-        raise RunError(
-            f"{run_dir} holds {status}",
-            f"Name the folder of a completed run, with {SUMMARY_FILE} and {ADAPTER_DIR}/",
-        )
-    path = adapter / CARD_FILE
-    if path.is_file() and _is_edited(path.read_text(encoding="utf-8", errors="replace")):
-        raise RunError(f"{path} was edited", "Move it away, then repeat the command")
-    text = _card(summary, _evaluation_of(run_dir, adapter))
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    write_text(path, f"{text}\n<!-- written by qlora-harness, sha256 {digest} -->\n")
-    return path
-
-
 def refresh_card(run_dir: Path) -> None:
-    """Writes the card if `run_dir` holds a completed run; a failure is only a warning."""
-    if (
-        not (run_dir / SUMMARY_FILE).is_file()
-        or not (run_dir / ADAPTER_DIR / RECORD_FILE).is_file()
-    ):
+    """Writes the card of a completed run, with its scores if they are of its adapter.
+
+    A card that someone has edited stays. A damaged record is only a warning.
+    """
+    adapter = run_dir / ADAPTER_DIR
+    if not (adapter / RECORD_FILE).is_file():
         return
     try:
-        write_card(run_dir)
+        summary = read_summary(run_dir)
+        if summary is not None and summary.status == "completed":
+            _write_card(adapter / CARD_FILE, _card(summary, _evaluation_of(run_dir, adapter)))
     except (HarnessError, OSError) as error:
         logger.warning("no model card: %s", error)
+
+
+def _write_card(path: Path, text: str) -> None:
+    if path.is_file() and _is_edited(path.read_text(encoding="utf-8", errors="replace")):
+        logger.warning("%s was edited, and stays as it is", path)
+        return
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_text(path, f"{text}\n<!-- written by qlora-harness, sha256 {digest} -->\n")
 
 
 def _is_edited(text: str) -> bool:
@@ -85,17 +74,37 @@ def _evaluation_of(run_dir: Path, adapter: Path) -> Evaluation | None:
 
 
 def _card(summary: TrainingSummary, evaluation: Evaluation | None) -> str:
-    base, arm = _base_name(summary), summary.quant or "unknown"
-    lines = [
-        f"# LoRA adapter of {base}, trained on {', '.join(_data_names(summary))} ({arm})",
-        "",
-        *_about(summary),
-        "",
-        *_tables(summary, evaluation),
-        *_loading(summary),
-        *_settings(summary),
-    ]
-    return f"---\n{_front_matter(summary).to_yaml()}\n---\n\n" + "\n".join(lines)
+    import jinja2
+
+    model, quantization = summary.model, summary.quantization
+    held = "float16" if quantization.is_float16 else str(summary.quant)
+    held += " with double quantisation" * bool(quantization.double_quant)
+    revision = model.commit or model.revision
+    kind, _, factor = str(summary.settings["rope_scaling"] or "").partition(":")
+    template = jinja2.Template(
+        _TEMPLATE.read_text(encoding="utf-8"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return template.render(
+        summary=summary,
+        model=model,
+        quantization=quantization,
+        front_matter=_front_matter(summary).to_yaml(),
+        base=_base_name(summary),
+        data_names=_data_names(summary),
+        held=held,
+        dtype="float16" if quantization.compute_dtype == "float16" else "bfloat16",
+        pinned=f', revision="{revision}"' if revision else "",
+        # An adapter's own files can't give the base its RoPE scaling.
+        scaling={"kind": kind, "factor": float(factor)} if kind else None,
+        tables={
+            "Results": _results(summary, evaluation),
+            "Origin": _origin(summary),
+            "Settings": _settings(summary),
+        },
+    )
 
 
 def _front_matter(summary: TrainingSummary) -> ModelCardData:
@@ -130,49 +139,33 @@ def _data_names(summary: TrainingSummary) -> list[str]:
     return [name for name, _ in _data_parts(summary)]
 
 
-def _about(summary: TrainingSummary) -> list[str]:
-    quantization, model = summary.quantization, summary.model
-    held = f"in {'float16' if quantization.is_float16 else summary.quant}"
-    if quantization.double_quant:
-        held += " with double quantisation"
-    lines = [
-        f"Trained with qlora-harness on a frozen base {held}, computing in "
-        f"{quantization.compute_dtype}. The adapter is plain PEFT, not merged.",
-    ]
-    if model.random_weights:
-        lines.append("The base has random weights: this adapter is a test.")
-    if model.gguf is not None:
-        types = ", ".join(model.gguf.tensor_types)
-        lines.append(f"The base came as a GGUF file ({types}), expanded to bf16.")
-    return lines
-
-
-def _tables(summary: TrainingSummary, evaluation: Evaluation | None) -> Iterator[str]:
-    model, data, results = summary.model, summary.data, summary.results
-    device = summary.environment.device or {}
+def _results(summary: TrainingSummary, evaluation: Evaluation | None) -> dict[str, str | None]:
+    results = summary.results
     losses = {
         "held-out loss before training": _nats(results.eval_loss_before),
         "held-out loss after training": _nats(results.eval_loss),
         "training loss of the last step": _nats(results.final_train_loss),
     }
-    yield from _table("Results", losses | dict(_scores(evaluation)))
-    yield from _table(
-        "Origin",
-        {
-            "base": _base_name(summary),
-            "base revision": model.commit or model.revision,
-            "base weights": model.weights_fingerprint,
-            "data": ", ".join(_data_names(summary)),
-            "data revision": nested(data.model_dump(), "commit"),
-            "training conversations": data.train.conversations,
-            "training tokens": data.train.tokens,
-            "training tokens that are learned": data.train.supervised_tokens,
-            "fingerprint of the training data": data.train.fingerprint,
-            "steps": results.steps,
-            "device": f"{summary.environment.world_size or 1} × {device.get('name') or 'unknown'}",
-            "versions": ", ".join(f"{k} {v}" for k, v in summary.environment.versions.items()),
-        },
-    )
+    return losses | dict(_scores(evaluation))
+
+
+def _origin(summary: TrainingSummary) -> dict[str, Any]:
+    model, data, environment = summary.model, summary.data, summary.environment
+    device = environment.device or {}
+    return {
+        "base": _base_name(summary),
+        "base revision": model.commit or model.revision,
+        "base weights": model.weights_fingerprint,
+        "data": ", ".join(_data_names(summary)),
+        "data revision": data.commit,
+        "training conversations": data.train.conversations,
+        "training tokens": data.train.tokens,
+        "training tokens that are learned": data.train.supervised_tokens,
+        "fingerprint of the training data": data.train.fingerprint,
+        "steps": summary.results.steps,
+        "device": f"{environment.world_size or 1} × {device.get('name') or 'unknown'}",
+        "versions": ", ".join(f"{name} {text}" for name, text in environment.versions.items()),
+    }
 
 
 def _nats(loss: float | None) -> str | None:
@@ -190,73 +183,9 @@ def _scores(evaluation: Evaluation | None) -> Iterator[tuple[str, str]]:
         yield f"accuracy on `{task}`", f"{text} ({score.n:,}{part} questions)"
 
 
-def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
-    body = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
-    return [f"## {title}", "", "| | |", "| --- | --- |", *body, ""] if body else []
-
-
-def _settings(summary: TrainingSummary) -> list[str]:
-    rows = {
+def _settings(summary: TrainingSummary) -> dict[str, Any]:
+    return {
         f"`{name}`": Path(value).name if isinstance(value, str) else value  # no local folder
         for name, value in summary.settings.items()
         if name not in _LEFT_OUT
     }
-    return _table("Settings", rows)
-
-
-def _scaled_config(summary: TrainingSummary, pinned: str) -> str:
-    """The lines that give the base its RoPE scaling, which an adapter's own files can't."""
-    scaling = summary.settings["rope_scaling"]
-    if scaling is None:
-        return ""
-    kind, _, factor = str(scaling).partition(":")
-    window = ', "original_max_position_embeddings": config.max_position_embeddings'
-    return f"""from transformers import AutoConfig
-
-config = AutoConfig.from_pretrained(base{pinned})
-scaling = {{"rope_type": "{kind}", "factor": {float(factor)}{window * (kind == "yarn")}}}
-config.rope_parameters = {{**config.rope_parameters, **scaling}}
-options["config"] = config
-"""
-
-
-def _loading(summary: TrainingSummary) -> list[str]:
-    model = summary.model
-    revision = model.commit or model.revision
-    pinned = f', revision="{revision}"' if revision else ""
-    note = "" if model.commit else "  # not from the Hub: the folder of its weights"
-    kind = "fp4" if summary.quant == "fp4" else "nf4"
-    double = summary.quantization.double_quant is not False
-    dtype = "float16" if summary.quantization.compute_dtype == "float16" else "bfloat16"
-    scaled = _scaled_config(summary, pinned)
-    return f"""## How to load it
-
-`adapter` is this folder, or its name on the Hub. The tokenizer's chat template is that of training.
-
-```python
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-base = "{_base_name(summary)}"{note}
-adapter = "."
-tokenizer = AutoTokenizer.from_pretrained(adapter)
-options = {{"dtype": torch.{dtype}, "device_map": "auto"}}
-{scaled}model = AutoModelForCausalLM.from_pretrained(base{pinned}, **options)
-model = PeftModel.from_pretrained(model, adapter)
-```
-
-On a base in 4 bits:
-
-```python
-options["quantization_config"] = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="{kind}",
-    bnb_4bit_use_double_quant={double},
-    bnb_4bit_compute_dtype=torch.{dtype},
-)
-model = AutoModelForCausalLM.from_pretrained(base{pinned}, **options)
-model = PeftModel.from_pretrained(model, adapter)
-```
-
-""".split("\n")[:-1]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-
 from qlora_harness.model.shape import Shape
 from qlora_harness.settings import Settings
 from qlora_harness.train.memory_plan import (
@@ -13,14 +10,12 @@ from qlora_harness.train.memory_plan import (
     ONE_GPU,
     MemoryPlan,
     Ranks,
-    choose_memory_plan,
     predict_memory,
     rungs_of,
     uses_fused,
     with_rung,
 )
 
-_MARGIN = 1.05  # the plan is a prediction, and the allocator needs room
 _DEVICES_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 141)
 
 
@@ -58,30 +53,6 @@ def host_shortage(plan: MemoryPlan, free: int) -> str | None:
         return f"{has}; a quarter of that is used, and the rest is recomputed"
     if plan.checkpointing == "offload" and plan.host > free:
         return f"{has}, which is not enough: use --checkpointing full, or a smaller --batch-size"
-    return None
-
-
-def one_pass(
-    shape: Shape, settings: Settings, lengths: Sequence[int], free: int, ranks: Ranks = ONE_GPU
-) -> str | None:
-    """Returns a hint at the `--memory` that computes a step of several passes in one, or None.
-
-    `lengths` are the tokens of each training example, `free` the free bytes of the GPU.
-    """
-    optimization = settings.optimization
-    if optimization.memory or optimization.grad_accum == 1 or not uses_fused(shape, settings):
-        return None
-    for word in ("fast", "balanced"):
-        preset = dataclasses.replace(
-            settings, optimization=dataclasses.replace(optimization, memory=word)
-        )
-        _, plan, _ = choose_memory_plan(shape, preset, lengths, ranks)
-        if plan.peak * _MARGIN <= free:
-            return (
-                f"{optimization.grad_accum} passes a step; --memory {word} computes the same "
-                f"steps in one, which is faster, at a planned peak of {plan.peak / GIB:.1f} GiB "
-                "(for a comparison give it to both arms)"
-            )
     return None
 
 

@@ -59,7 +59,7 @@ from qlora_harness.train.memory_plan import (
     measure_shape,
 )
 from qlora_harness.train.model_card import refresh_card
-from qlora_harness.train.plan_text import describe, host_shortage, one_pass
+from qlora_harness.train.plan_text import describe, host_shortage
 from qlora_harness.train.ranks import (
     device_of,
     lost_process,
@@ -235,9 +235,6 @@ class _Run:
         check_combination(self.chosen)
         self.plan = plan.record() | {"tokens_per_pass": tokens}
         lines = [describe(plan, tokens), host_shortage(plan, memory_of_a_process())]
-        if self.device.type == "cuda" and self.start.checkpoint is None:
-            free, _ = torch.cuda.mem_get_info(self.device)
-            lines.append(one_pass(shape, self.settings, lengths, free, ranks))
         say(self.state, "\n".join(line for line in lines if line is not None))
 
     def _load_model(self, source: BaseSource, data: TrainingData) -> Any:
