@@ -5,23 +5,24 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import accumulate, chain, groupby
 from typing import Any, TypeVar, cast
 
 from qlora_harness.data.conversation import Conversation
 from qlora_harness.data.spelling import Exchange, Spelling
 from qlora_harness.data.templates import Template
-from qlora_harness.data.text_ids import Tokenizer
+from qlora_harness.data.text_ids import TextIds, Tokenizer
 from qlora_harness.errors import DataError, SettingsError, first_line
 
 _REMEDY = "Use another --template, such as chatml"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")  # as spaced as Jinja permits
 _JOIN = Template("", "", "")  # how a text and its context become one message
-
+_HIDDEN = "\ue000"  # of Unicode's private use: stands for a character of a typed special token
 
 Spans = list[tuple[int, int]]
 Offsets = Sequence[tuple[int, int]]
-Rendered = TypeVar("Rendered", str, list[int])
+Rendered = TypeVar("Rendered", str, tuple[list[int], Offsets])
+Messages = list[dict[str, str]]
 
 
 class OwnTemplate:
@@ -29,8 +30,8 @@ class OwnTemplate:
 
     A reply is what the template's {% generation %} encloses. Without that, it is what the template
     adds to the rendering of the messages before it with `add_generation_prompt`, up to its last
-    special token. What follows belongs to the next prompt. Raises SettingsError if the tokenizer
-    has no template.
+    special token. What follows belongs to the next prompt. A special token that is typed in a
+    message stays text. Raises SettingsError if the tokenizer has no template.
     """
 
     def __init__(self, tokenizer: Tokenizer, leading_bos: list[int]) -> None:
@@ -41,13 +42,20 @@ class OwnTemplate:
         self._tokenizer = cast(Any, tokenizer)
         self._bos = leading_bos
         self._special = frozenset(self._tokenizer.all_special_ids)
+        added = self._tokenizer.added_tokens_decoder
+        self._typed = {number: str(token) for number, token in added.items() if token.special}
+        self._any_typed = re.compile("|".join(map(re.escape, self._typed.values())) or r"(?!)")
+        self._texts = TextIds(tokenizer)
         self._marks_replies = _GENERATION.search(str(tokenizer.chat_template)) is not None
 
     def spell(self, conversations: Sequence[Conversation]) -> list[Spelling]:
         """Spells conversations; raises DataError for one that the template refuses or rewrites."""
         if self._marks_replies:
             marked = [self._checked(c, self._marked) for c in conversations]
-            return [self._spelling(c, *pair) for c, pair in zip(conversations, marked, strict=True)]
+            return [
+                self._spelling(conversation, ids, offsets, spans)
+                for conversation, ((ids, offsets), spans) in zip(conversations, marked, strict=True)
+            ]
         rendered = [self._checked(c, self._measured) for c in conversations]
         encoded = self._tokenizer(
             [text for text, _ in rendered],
@@ -57,13 +65,17 @@ class OwnTemplate:
         )
         tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [
-            self._spelling(conversation, ids, self._token_spans(ids, offsets, spans))
+            self._spelling(conversation, ids, offsets, self._token_spans(ids, offsets, spans))
             for conversation, (_, spans), (ids, offsets) in zip(
                 conversations, rendered, tokens, strict=True
             )
         ]
 
-    def _spelling(self, conversation: Conversation, ids: list[int], spans: Spans) -> Spelling:
+    def _spelling(
+        self, conversation: Conversation, ids: list[int], offsets: Offsets, spans: Spans
+    ) -> Spelling:
+        if any(map(self._any_typed.search, _contents(conversation))):
+            ids, spans = self._typed_as_text(conversation, ids, offsets, spans)
         lead = self._bos if ids[: len(self._bos)] == self._bos else []
         exchanges, done = [], len(lead)
         for turn, (begin, end) in zip(conversation.turns[1::2], spans, strict=True):
@@ -71,17 +83,41 @@ class OwnTemplate:
             done = end
         return Spelling(list(lead), exchanges)
 
+    def _typed_as_text(
+        self, conversation: Conversation, ids: list[int], offsets: Offsets, spans: Spans
+    ) -> tuple[list[int], Spans]:
+        """Spells out the special tokens that are typed in a message."""
+        messages = _messages(conversation)
+        hidden = self._render(
+            [
+                m | {"content": self._any_typed.sub(lambda t: _HIDDEN * len(t[0]), m["content"])}
+                for m in messages
+            ]
+        )
+        if len(hidden) != len(self._render(messages)):
+            raise self._refusal(conversation, "it changes a special token in a message")
+        pieces = [
+            self._as_text(number)
+            if number in self._typed and _HIDDEN in hidden[begin:end]
+            else [number]
+            for number, (begin, end) in zip(ids, offsets, strict=True)
+        ]
+        starts = [0, *accumulate(map(len, pieces))]
+        return list(chain.from_iterable(pieces)), [(starts[a], starts[b]) for a, b in spans]
+
+    def _as_text(self, number: int) -> list[int]:
+        """Returns the ids of a special token's characters, after others."""
+        before, whole = self._texts.plain(["a", "a" + self._typed[number]])
+        return whole[len(before) :]
+
     def _checked(
         self,
         conversation: Conversation,
-        render: Callable[[list[dict[str, str]], range], tuple[Rendered, Spans]],
+        render: Callable[[Messages, range], tuple[Rendered, Spans]],
     ) -> tuple[Rendered, Spans]:
         """Renders a conversation; raises DataError, with its place, if the template can't."""
-        messages = [{"role": "system", "content": conversation.system}]
-        messages = messages if conversation.system else []
-        start = len(messages)
-        messages += [{"role": t.role, "content": _JOIN.user_text(t)} for t in conversation.turns]
-        replies = range(start + 1, len(messages), 2)
+        messages = _messages(conversation)
+        replies = range(len(messages) - len(conversation.turns) + 1, len(messages), 2)
         try:
             rendered, spans = render(messages, replies)
         except DataError as error:
@@ -100,10 +136,13 @@ class OwnTemplate:
             _REMEDY,
         )
 
-    def _marked(self, messages: list[dict[str, str]], _: range) -> tuple[list[int], Spans]:
-        """Returns the ids, and the borders of the replies as the template marks them."""
+    def _marked(self, messages: Messages, _: range) -> tuple[tuple[list[int], Offsets], Spans]:
+        """Returns ids and offsets, and the borders of the replies as the template marks them."""
         applied = self._tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True
+            messages,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
         )
         spans, at = [], 0
         for learned, run in groupby(applied["assistant_masks"]):
@@ -111,9 +150,9 @@ class OwnTemplate:
             if learned:
                 spans.append((at, at + length))
             at += length
-        return list(applied["input_ids"]), spans
+        return (list(applied["input_ids"]), applied["offset_mapping"]), spans
 
-    def _measured(self, messages: list[dict[str, str]], replies: range) -> tuple[str, Spans]:
+    def _measured(self, messages: Messages, replies: range) -> tuple[str, Spans]:
         """Returns the text, and the borders of the replies from renderings of fewer messages."""
         whole = self._render(messages)
         spans = []
@@ -142,5 +181,16 @@ class OwnTemplate:
             return end
         return last + 1
 
-    def _render(self, messages: list[dict[str, str]], **options: bool) -> str:
+    def _render(self, messages: Messages, **options: bool) -> str:
         return cast(str, self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+
+def _contents(conversation: Conversation) -> list[str]:
+    return [conversation.system, *map(_JOIN.user_text, conversation.turns)]
+
+
+def _messages(conversation: Conversation) -> Messages:
+    roles = ["system", *(turn.role for turn in conversation.turns)]
+    pairs = list(zip(roles, _contents(conversation), strict=True))
+    chosen = pairs if conversation.system else pairs[1:]
+    return [{"role": role, "content": content} for role, content in chosen]
