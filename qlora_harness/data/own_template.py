@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from itertools import accumulate, chain, groupby
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, cast
 
 from qlora_harness.data.conversation import Conversation
 from qlora_harness.data.spelling import Exchange, Spelling
@@ -21,7 +21,6 @@ _HIDDEN = "\ue000"  # of Unicode's private use: stands for a character of a type
 
 Spans = list[tuple[int, int]]
 Offsets = Sequence[tuple[int, int]]
-Rendered = TypeVar("Rendered", str, tuple[list[int], Offsets])
 Messages = list[dict[str, str]]
 
 
@@ -50,13 +49,7 @@ class OwnTemplate:
 
     def spell(self, conversations: Sequence[Conversation]) -> list[Spelling]:
         """Spells conversations; raises DataError for one that the template refuses or rewrites."""
-        if self._marks_replies:
-            marked = [self._checked(c, self._marked) for c in conversations]
-            return [
-                self._spelling(conversation, ids, offsets, spans)
-                for conversation, ((ids, offsets), spans) in zip(conversations, marked, strict=True)
-            ]
-        rendered = [self._checked(c, self._measured) for c in conversations]
+        rendered = list(map(self._rendered, conversations))
         encoded = self._tokenizer(
             [text for text, _ in rendered],
             add_special_tokens=False,
@@ -65,27 +58,28 @@ class OwnTemplate:
         )
         tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [
-            self._spelling(conversation, ids, offsets, self._token_spans(ids, offsets, spans))
+            self._spelling(conversation, spans, ids, offsets)
             for conversation, (_, spans), (ids, offsets) in zip(
                 conversations, rendered, tokens, strict=True
             )
         ]
 
     def _spelling(
-        self, conversation: Conversation, ids: list[int], offsets: Offsets, spans: Spans
+        self, conversation: Conversation, spans: Spans, ids: list[int], offsets: Offsets
     ) -> Spelling:
         if any(map(self._any_typed.search, _contents(conversation))):
-            ids, spans = self._typed_as_text(conversation, ids, offsets, spans)
+            ids, offsets = self._typed_as_text(conversation, ids, offsets)
         lead = self._bos if ids[: len(self._bos)] == self._bos else []
         exchanges, done = [], len(lead)
-        for turn, (begin, end) in zip(conversation.turns[1::2], spans, strict=True):
+        borders = self._token_spans(ids, offsets, spans)
+        for turn, (begin, end) in zip(conversation.turns[1::2], borders, strict=True):
             exchanges.append(Exchange(ids[done:begin], ids[begin:end], turn.supervised))
             done = end
         return Spelling(list(lead), exchanges)
 
     def _typed_as_text(
-        self, conversation: Conversation, ids: list[int], offsets: Offsets, spans: Spans
-    ) -> tuple[list[int], Spans]:
+        self, conversation: Conversation, ids: list[int], offsets: Offsets
+    ) -> tuple[list[int], Offsets]:
         """Spells out the special tokens that are typed in a message."""
         messages = _messages(conversation)
         hidden = self._render(
@@ -96,30 +90,32 @@ class OwnTemplate:
         )
         if len(hidden) != len(self._render(messages)):
             raise self._refusal(conversation, "it changes a special token in a message")
-        pieces = [
-            self._as_text(number)
-            if number in self._typed and _HIDDEN in hidden[begin:end]
-            else [number]
-            for number, (begin, end) in zip(ids, offsets, strict=True)
-        ]
-        starts = [0, *accumulate(map(len, pieces))]
-        return list(chain.from_iterable(pieces)), [(starts[a], starts[b]) for a, b in spans]
+        spelled: list[tuple[int, tuple[int, int]]] = []
+        for number, (begin, end) in zip(ids, offsets, strict=True):
+            is_typed = number in self._typed and _HIDDEN in hidden[begin:end]
+            pieces = self._as_text(number) if is_typed else [number]
+            spelled += [(piece, (begin, end)) for piece in pieces]
+        return [number for number, _ in spelled], [offset for _, offset in spelled]
 
     def _as_text(self, number: int) -> list[int]:
         """Returns the ids of a special token's characters, after others."""
         before, whole = self._texts.plain(["a", "a" + self._typed[number]])
         return whole[len(before) :]
 
-    def _checked(
-        self,
-        conversation: Conversation,
-        render: Callable[[Messages, range], tuple[Rendered, Spans]],
-    ) -> tuple[Rendered, Spans]:
-        """Renders a conversation; raises DataError, with its place, if the template can't."""
+    def _rendered(self, conversation: Conversation) -> tuple[str, Spans]:
+        """Returns the text and the borders of the replies in it.
+
+        Raises DataError, with the place of the conversation, if the template can't hold it.
+        """
         messages = _messages(conversation)
         replies = range(len(messages) - len(conversation.turns) + 1, len(messages), 2)
         try:
-            rendered, spans = render(messages, replies)
+            whole = self._render(messages)
+            spans = (
+                self._marked(messages)
+                if self._marks_replies
+                else self._measured(whole, messages, replies)
+            )
         except DataError as error:
             raise self._refusal(conversation, error.problem) from None
         except Exception as error:  # noqa: BLE001
@@ -128,7 +124,7 @@ class OwnTemplate:
         if len(spans) != len(replies):
             reason = f"it marks {len(spans)} replies of {len(replies)}"
             raise self._refusal(conversation, reason)
-        return rendered, spans
+        return whole, spans
 
     def _refusal(self, conversation: Conversation, reason: str) -> DataError:
         return DataError(
@@ -136,25 +132,20 @@ class OwnTemplate:
             _REMEDY,
         )
 
-    def _marked(self, messages: Messages, _: range) -> tuple[tuple[list[int], Offsets], Spans]:
-        """Returns ids and offsets, and the borders of the replies as the template marks them."""
+    def _marked(self, messages: Messages) -> Spans:
+        """Returns the borders of the replies as the template marks them."""
         applied = self._tokenizer.apply_chat_template(
             messages,
             return_dict=True,
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True},
         )
-        spans, at = [], 0
-        for learned, run in groupby(applied["assistant_masks"]):
-            length = len(list(run))
-            if learned:
-                spans.append((at, at + length))
-            at += length
-        return (list(applied["input_ids"]), applied["offset_mapping"]), spans
+        tokens = zip(applied["assistant_masks"], applied["offset_mapping"], strict=True)
+        runs = [(learned, list(run)) for learned, run in groupby(tokens, lambda token: token[0])]
+        return [(run[0][1][0], run[-1][1][1]) for learned, run in runs if learned]
 
-    def _measured(self, messages: Messages, replies: range) -> tuple[str, Spans]:
-        """Returns the text, and the borders of the replies from renderings of fewer messages."""
-        whole = self._render(messages)
+    def _measured(self, whole: str, messages: Messages, replies: range) -> Spans:
+        """Returns the borders of the replies from renderings of fewer messages."""
         spans = []
         for index in replies:
             prompt = self._render(messages[:index], add_generation_prompt=True)
@@ -163,7 +154,7 @@ class OwnTemplate:
             if not whole.startswith(prompt) or not whole.startswith(through):
                 raise DataError("earlier messages look different when later ones follow", _REMEDY)
             spans.append((len(prompt), len(through)))
-        return whole, spans
+        return spans
 
     def _token_spans(self, ids: list[int], offsets: Offsets, spans: Spans) -> Spans:
         """Returns the borders of replies in tokens; a token belongs to where it begins."""
@@ -176,6 +167,8 @@ class OwnTemplate:
 
     def _end_of_turn(self, ids: list[int], begin: int, end: int) -> int:
         """Leaves out white space after a last special token, such as ChatML's line break."""
+        if self._marks_replies:
+            return end
         last = max((i for i in range(begin, end) if ids[i] in self._special), default=None)
         if last is None or self._tokenizer.decode(ids[last + 1 : end]).strip():
             return end
