@@ -132,8 +132,9 @@ class DataSettings:
         "form of the rows; auto: the one that their columns fit",
         choices=[
             "auto",
-            *("oasst", "alpaca", "dolly", "sharegpt", "messages"),
-            *("prompt-completion", "longform", "guanaco", "text"),
+            *("oasst", "oasst-trees", "alpaca", "dolly", "sharegpt", "messages", "conversation"),
+            *("prompt-completion", "prompt-response", "question-answer", "question-response"),
+            *("query-response", "inputs-targets", "longform", "guanaco", "text"),
         ],
     )
     dataset_revision: str | None = _setting(

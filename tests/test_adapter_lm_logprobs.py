@@ -21,11 +21,12 @@ from scoring_runs import (
     demo_prompts,
     evaluate,
     loglikelihood_requests,
+    refused,
     score,
 )
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaForCausalLM
 
-from qlora_harness.errors import ResultsError
+from qlora_harness.errors import DataError, ResultsError
 from qlora_harness.fused import model as fused_model
 from qlora_harness.fused.bordered import Projection
 from qlora_harness.model import plain_lora
@@ -108,6 +109,18 @@ def test_packs_equal_batches_of_any_size(make_lm: MakeLm, adapter: Path, batch_s
     packed = score(make_lm(peft=str(adapter)), prompts)
     batches = score(make_lm(peft=str(adapter), batch_size=batch_size, scoring="hf"), prompts)
     assert batches == pytest.approx(packed, abs=1e-5)
+
+
+@pytest.mark.parametrize("scoring", ["packed", "hf"])
+@pytest.mark.parametrize(("continuation", "count"), [("", 0), ("x" * 17, 17)])
+def test_continuations_must_have_tokens_and_fit_the_window(
+    make_lm: MakeLm, scoring: str, continuation: str, count: int
+) -> None:
+    lm = make_lm(max_length=16, scoring=scoring)
+    request = Instance("loglikelihood", {}, ("Q:", continuation), 0)
+    message = refused(lambda: lm.loglikelihood([request]), DataError)
+    assert f"{count} tokens" in message
+    assert "1 to 16" in message
 
 
 def test_logprobs_of_a_real_model_are_those_worked_out_by_hand(

@@ -29,6 +29,10 @@ def reply(text: str) -> Turn:
     return Turn("assistant", text, supervised=True)
 
 
+def unlearned(text: str) -> Turn:
+    return Turn("assistant", text)
+
+
 def read(form: str, values: Values) -> Conversation:
     function = FORMS[form].read
     assert function is not None
@@ -64,6 +68,26 @@ MESSAGES = {"messages": [message("user", "q"), message("assistant", "r")]}
         ("prompt-completion", {"prompt": "q", "completion": "r"}, (user("q"), reply("r")), ""),
         ("longform", {"input": "q", "output": "r"}, (user("q"), reply("r")), ""),
         (
+            "alpaca", ALPACA | {"system": "s", "history": [["q", "r"]]},
+            (user("q"), reply("r"), user("Add", "1, 2"), reply("3")), "s",
+        ),
+        (
+            "question-answer", {"question": "q", "answer": "r", "context": "c"},
+            (user("q", "c"), reply("r")), "",
+        ),
+        (
+            "question-response", {"system_prompt": "s", "question": "q", "response": "r"},
+            (user("q"), reply("r")), "s",
+        ),
+        (
+            "prompt-completion",
+            {
+                "prompt": [message("user", "q"), message("assistant", "r"), message("user", "t")],
+                "completion": [message("assistant", "u")],
+            },
+            (user("q"), unlearned("r"), user("t"), reply("u")), "",
+        ),
+        (
             "sharegpt",
             {
                 "conversations": [
@@ -87,6 +111,34 @@ MESSAGES = {"messages": [message("user", "q"), message("assistant", "r")]}
             "messages", {"messages": [message("developer", "s"), *MESSAGES["messages"] * 2]},
             (user("q"), reply("r")) * 2, "s",
         ),
+        (
+            "messages", {"messages": [message("assistant", "hello"), *MESSAGES["messages"]]},
+            (user("q"), reply("r")), "",
+        ),
+        (
+            "messages",
+            {
+                "messages": [
+                    message("user", [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}]),
+                    message("assistant", "r", weight=0),
+                    message("user", "t", weight=1), message("assistant", "u", weight=1),
+                    message("user", "v"), message("model", "w", train=False),
+                ]
+            },
+            (user("q!"), unlearned("r"), user("t"), reply("u"), user("v"), unlearned("w")), "",
+        ),
+        (  # Arrow gives every message the keys of all
+            "conversation",
+            {
+                "conversation": [
+                    {"from": "human", "value": "q", "role": None, "content": None},
+                    {"from": None, "value": None, "role": "assistant", "content": "r"},
+                ]
+            },
+            (user("q"), reply("r")), "",
+        ),
+        ("sharegpt", {"conversations": ["q", "r", "open"]}, (user("q"), reply("r")), ""),  # LIMA
+        ("guanaco", {"text": "\n### Human: q\n### Assistant: r"}, (user("q"), reply("r")), ""),
         (
             "guanaco",
             {"text": "### Human: q?### Assistant: r\n### Human: t ### Assistant: u### Human: open"},
@@ -120,7 +172,9 @@ def test_rows_with_the_same_beginning_are_one_tree() -> None:
         ("alpaca", {"instruction": "", "output": "r"}, "empty prompt"),
         ("sharegpt", {"conversations": []}, "no reply"),
         ("sharegpt", {"conversations": [said("human", "q")]}, "no reply"),
-        ("sharegpt", {"conversations": [said("gpt", "r")]}, "role order"),
+        ("sharegpt", {"conversations": [said("gpt", "r")]}, "no reply"),
+        ("sharegpt", {"conversations": [said("human", "q"), said("gpt", None)]}, "no reply"),
+        ("prompt-completion", {"prompt": "q", "completion": "r", "label": False}, "label false"),
         ("sharegpt", {"conversations": [said("human", "q"), said("user", "q")]}, "role order"),
         ("messages", {"messages": [*MESSAGES["messages"], message("system", "s")]}, "role order"),
         ("messages", {"messages": [message("user", "q"), message("assistant", "")]}, "no reply"),
@@ -141,7 +195,9 @@ def test_rows_that_are_left_out(form: str, values: Values, reason: str) -> None:
         ("alpaca", ALPACA | {"input": ["1"]}, "field 'input' is ['1']"),
         ("text", {"text": "\ud800"}, "field 'text' has half of a surrogate pair as character 1"),
         ("sharegpt", {"conversations": "q"}, "field 'conversations' is 'q'"),
-        ("sharegpt", {"conversations": ["q"]}, "conversations[0] is 'q'"),
+        ("sharegpt", {"conversations": [3]}, "conversations[0] is 3"),
+        ("messages", {"messages": [{"user": "q"}]}, "messages[0] has the keys ['user']"),
+        ("alpaca", ALPACA | {"history": ["q"]}, "field 'history' has 'q'"),
         ("sharegpt", {"conversations": [said("alien", "q")]}, "conversations[0].from is 'alien'"),
         (
             "sharegpt",
@@ -150,8 +206,8 @@ def test_rows_that_are_left_out(form: str, values: Values, reason: str) -> None:
         ),
         (
             "messages",
-            {"messages": [message("user", [{"text": "q"}])]},
-            "messages[0].content is [{'text': 'q'}]",
+            {"messages": [message("user", [{"type": "image_url"}])]},
+            "messages[0].content[0] is {'type': 'image_url'}",
         ),
         (
             "messages",
@@ -165,8 +221,8 @@ def test_rows_that_are_left_out(form: str, values: Values, reason: str) -> None:
         ),
         (
             "messages",
-            {"messages": [message("user", "q"), message("assistant", "r", weight=0)]},
-            "messages[1].weight is 0: every reply is learned",
+            {"messages": [message("user", "q"), message("assistant", "r", weight=0.5)]},
+            "messages[1].weight is 0.5",
         ),
         (
             "sharegpt",
@@ -196,6 +252,13 @@ def test_rows_that_are_refused_with_place_and_key(form: str, values: Values, pro
         (MESSAGES | {"prompt": "q", "prompt_id": 1}, "messages"),
         ({"prompt": "", "completion": ""}, "prompt-completion"),
         ({"input": "", "output": "", "source": "", "subset": ""}, "longform"),
+        ({"prompt": "", "response": "", "": 0}, "prompt-response"),
+        ({"question": "", "answer": "", "id": 1}, "question-answer"),
+        ({"query": "", "response": "", "type": ""}, "query-response"),
+        ({"inputs": "", "targets": ""}, "inputs-targets"),
+        ({"conversation": [], "model": ""}, "conversation"),
+        ({"message_tree_id": "1", "prompt": {}}, "oasst-trees"),
+        (MESSAGES | {"chosen": [], "rejected": []}, "messages"),
         ({"text": "### Human: q### Assistant: r"}, "guanaco"),
         ({"text": "Once upon a time"}, "text"),
     ],
@@ -208,8 +271,10 @@ def test_forms_are_recognised_by_their_columns(values: Values, form: str) -> Non
 @pytest.mark.parametrize(
     ("values", "name", "facts"),
     [
-        ({"chosen": "", "rejected": ""}, "auto", ["chosen, rejected", "alpaca (", "sharegpt ("]),
+        ({"prompt": "", "chosen": "", "rejected": ""}, "auto", ["'chosen'", "'rejected'"]),
+        ({"foo": "", "bar": ""}, "auto", ["foo, bar"]),
         ({}, "auto", ["none"]),
+        (MESSAGES | {"tools": "[{}]"}, "messages", ["field 'tools'"]),
         (MESSAGES | SHAREGPT, "auto", ["sharegpt and messages", "--format"]),
         (MESSAGES | {"text": "q"}, "auto", ["messages and text"]),
         (ALPACA, "messages", ["field 'messages'", "--format messages", "instruction, input"]),
@@ -238,11 +303,30 @@ def test_what_is_left_out_is_counted_with_its_first_place() -> None:
     assert reading.first == {"no reply": "row 1"}
 
 
-def test_open_turns_are_counted() -> None:
-    rows = [Row("row", {"conversations": [*SHAREGPT["conversations"], said("human", "t")]})]
+def test_turns_cut_from_both_ends_are_counted() -> None:
+    turns = [said("gpt", "hello"), *SHAREGPT["conversations"], said("human", "t")]
+    rows = [Row("row", {"conversations": turns})]
     reading = read_conversations(Split(rows), DataSettings(), "rows")
     assert [len(c.turns) for c in reading.conversations] == [2]
-    assert dict(reading.corpus.resolved) == {"user turn cut from the end": 1}
+    assert dict(reading.corpus.resolved) == {
+        "reply cut from the start and user turn cut from the end": 1
+    }
+
+
+def test_nested_trees_are_read_as_their_messages() -> None:
+    def node(name: str, role: str, *replies: Values, rank: int | None = None) -> Values:
+        return {"message_id": name, "role": role, "text": name, "rank": rank, "replies": replies}
+
+    tree = node(
+        "q", "prompter", node("worse", "assistant", rank=1),
+        node("r", "assistant", node("t", "prompter", node("u", "assistant")), rank=0),
+    )  # fmt: skip
+    rows = [Row("row", {"message_tree_id": "q", "prompt": tree})]
+    reading = read_conversations(Split(rows), DataSettings(languages="all"), "rows")
+    assert [c.turns for c in reading.conversations] == [
+        (user("q"), reply("r"), user("t"), reply("u"))
+    ]
+    assert (reading.corpus.messages, reading.corpus.trees) == (5, 1)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])

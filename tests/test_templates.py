@@ -229,6 +229,18 @@ def test_own_template_gives_the_ids_and_labels_of_ours(
     assert (cut.turns, pieces_of(cut)) == (2, pieces_of(expected))
 
 
+@pytest.mark.parametrize("own", [CHATML, MARKED])
+def test_special_tokens_typed_in_a_message_stay_text(
+    smollm2_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, own: str
+) -> None:
+    tokenizer = smollm2_tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", own)
+    item = talk("Hi<|im_end|>", "No<|im_start|>", "2+2?", "4.", system="<|endoftext|>")
+    ours = encode(tokenizer, item, "chatml")
+    assert pieces_of(encode(tokenizer, item, "tokenizer")) == pieces_of(ours)
+    assert ours.input_ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 5
+
+
 def test_own_template_without_special_tokens_is_learned_to_its_end(tokenizer: Any) -> None:
     tokenizer.chat_template = SPEAKERS
     example = encode(tokenizer, talk("q", "r", "s", "t"), "tokenizer")

@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 
 import jsonlines
 
-from qlora_harness.data.forms import FORMS, TURN_COLUMNS
+from qlora_harness.data.forms import FORMS, PREFERENCE, TURN_COLUMNS
 from qlora_harness.data.rows import Row
 from qlora_harness.errors import DataError, first_line
 from qlora_harness.record import without_duplicates
@@ -26,12 +26,13 @@ COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 FORMATS = (".jsonl", ".json", ".ndjson", ".parquet", *_DELIMITERS)
 _LONGEST_CELL = 1 << 24  # characters, in csv
 REMEDY = "Name a file (.jsonl, .json, .csv or .parquet), a folder or a Hub id"
+_JSON_REMEDY = "Rows are JSON, one a line or in a list, or .csv, .tsv or .parquet files"
 _JSON = json.JSONDecoder(object_pairs_hook=without_duplicates)
 
 
 def known_columns() -> frozenset[str]:
     """Returns the columns that are read or refused; others are not read where that saves work."""
-    return TURN_COLUMNS.union(*(form.all_columns for form in FORMS.values()))
+    return TURN_COLUMNS.union(PREFERENCE, *(form.all_columns for form in FORMS.values()))
 
 
 def parse_line(line: str, place: str, remedy: str) -> object:
@@ -120,9 +121,13 @@ def _json_rows(path: Path, text: IO[str]) -> Iterator[tuple[str, object]]:
             if first and line.lstrip().startswith("["):
                 yield from _array_rows(path, line + text.read())
                 return
-            first = False
+            if first and line.strip() == "{":
+                raise DataError(f"{path}: one JSON object over several lines", _JSON_REMEDY)
             place = f"{path}, line {number}"
-            yield place, parse_line(line, place, "Correct or remove the line")
+            is_object = line.lstrip().startswith("{")
+            remedy = "Correct or remove the line" if is_object else _JSON_REMEDY
+            yield place, parse_line(line, place, remedy)
+            first = False
 
 
 def _array_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_harness.data import oasst1
 from qlora_harness.data.conversation import Conversation, Turn
@@ -20,42 +20,46 @@ from qlora_harness.errors import DataError, shown
 
 
 def exchange(row: Row, prompt: str, reply: str, context: str = "") -> Conversation:
-    """Returns a conversation of one prompt and its reply."""
-    turns = (Turn("user", prompt, context=context), Turn("assistant", reply, supervised=True))
-    return _checked(turns, "", row)
+    """Returns a conversation of one prompt and its reply, after what its row has before them."""
+    earlier = [turn for pair in _history(row) for turn in _turns(*pair)]
+    return _checked((*earlier, *_turns(prompt, reply, context)), _system(row), row)
 
 
-def alpaca(row: Row) -> Conversation:
-    """An instruction, the input that it comes with or "", and the output."""
-    return exchange(row, row.text("instruction"), row.text("output"), row.text("input"))
+def _turns(prompt: str, reply: str, context: str = "") -> tuple[Turn, Turn]:
+    return Turn("user", prompt, context=context), Turn("assistant", reply, supervised=True)
 
 
-def dolly(row: Row) -> Conversation:
-    """Alpaca with other names: instruction, context, response."""
-    return exchange(row, row.text("instruction"), row.text("response"), row.text("context"))
+def pair(prompt: str, reply: str, context: str = "") -> Callable[[Row], Conversation]:
+    """Returns a reader of rows with a prompt, its reply and perhaps what the prompt comes with."""
+
+    def read(row: Row) -> Conversation:
+        return exchange(
+            row, row.text(prompt), row.text(reply), row.text(context) if context else ""
+        )
+
+    return read
 
 
 def prompt_completion(row: Row) -> Conversation:
-    """A prompt and its completion."""
-    return exchange(row, row.text("prompt"), row.text("completion"))
+    """A prompt and its completion, as texts or, as in TRL, as messages.
+
+    A completion that people rejected, of KTO's data, is left out.
+    """
+    if str(row.values.get("label")).lower() == "false":
+        raise DroppedRow("label false")
+    if not isinstance(row.values.get("prompt"), list):
+        return exchange(row, row.text("prompt"), row.text("completion"))
+    prompt = [said._replace(learned=False) for said in _messages(row, "prompt")]
+    return _conversation(row, prompt + _messages(row, "completion"))
 
 
-def longform(row: Row) -> Conversation:
-    """An input, which is the whole prompt, and its output."""
-    return exchange(row, row.text("input"), row.text("output"))
+def chat(column: str) -> Callable[[Row], Conversation]:
+    """Returns a reader of rows with a list of messages: ShareGPT's, OpenAI's, or texts in turn."""
 
+    def read(row: Row) -> Conversation:
+        return _conversation(row, _messages(row, column))
 
-def sharegpt(row: Row) -> Conversation:
-    """A list `conversations` of messages with `from` and `value`; `system` may be a column."""
-    messages = row.objects("conversations")
-    turns = [_message(where, item, *_names(item)) for where, item in messages]
-    return _conversation(row, turns, row.text("system"))
-
-
-def messages(row: Row) -> Conversation:
-    """OpenAI's list `messages` of messages with `role` and `content`."""
-    turns = [_message(where, item, "role", "content") for where, item in row.objects("messages")]
-    return _conversation(row, turns)
+    return read
 
 
 def guanaco(row: Row) -> Conversation:
@@ -64,7 +68,7 @@ def guanaco(row: Row) -> Conversation:
     if parts[0].strip():
         raise DroppedRow("text before the first turn")
     pairs = zip(parts[1::2], parts[2::2], strict=True)
-    return _conversation(row, [(_ROLES[who.lower()], text.strip()) for who, text in pairs])
+    return _conversation(row, [_Said(_ROLES[who.lower()], text.strip()) for who, text in pairs])
 
 
 def plain_text(row: Row) -> Conversation:
@@ -77,8 +81,8 @@ def plain_text(row: Row) -> Conversation:
 class Form:
     """A form: its rows have `columns` and may have `optional` ones, and `read` reads one of them.
 
-    `read` is None for trees, which take many rows. `begins` is how the text of the first row
-    begins, where columns alone don't tell.
+    `read` is None for OASST's trees. `begins` is how the text of the first row begins, where
+    columns alone don't tell.
     """
 
     name: str
@@ -94,7 +98,7 @@ class Form:
 
     def matches(self, row: Mapping[str, Any]) -> bool:
         """Returns whether a row has this form."""
-        return self.columns <= row.keys() and str(row.get("text")).startswith(self.begins or "")
+        return self.columns <= row.keys() and str(row.get("text")).lstrip().startswith(self.begins)
 
     def is_narrower(self, other: Form) -> bool:
         """Returns whether this form, where both match, is the one meant."""
@@ -105,29 +109,49 @@ class Form:
 
 _MARKER = re.compile(r"### (Human|Assistant):")
 _ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "developer": "system",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
 }
 # Columns that belong to a conversation wherever they are; others, such as an id, don't.
-TURN_COLUMNS = frozenset({"system", "system_prompt", "history"})
+_SYSTEM = ("system", "system_prompt")
+_BEFORE = frozenset({*_SYSTEM, "history"})
+TURN_COLUMNS = _BEFORE | {"tools"}
+PREFERENCE = frozenset({"chosen", "rejected"})
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
+_PAIRS = {
+    "alpaca": ("instruction", "output", "input"),
+    "dolly": ("instruction", "response", "context"),
+    "longform": ("input", "output"),
+    "prompt-response": ("prompt", "response"),
+    "question-answer": ("question", "answer", "context"),
+    "question-response": ("question", "response"),
+    "query-response": ("query", "response"),
+    "inputs-targets": ("inputs", "targets"),
+}
+
+
+def _pair_form(name: str, columns: tuple[str, ...]) -> Form:
+    # tatsu-lab/alpaca also has its columns in one, as `text`.
+    optional = {*columns, *_BEFORE, *(("text",) if name == "alpaca" else ())}
+    return Form(name, frozenset(columns[:2]), pair(*columns), frozenset(optional))
+
 
 FORMS: dict[str, Form] = {
     form.name: form
     for form in (
         Form("oasst", oasst1.REQUIRED, None, oasst1.FIELDS),
-        # tatsu-lab/alpaca also has the three columns in one, as `text`.
-        Form("alpaca", frozenset({"instruction", "output"}), alpaca, frozenset({"input", "text"})),
-        Form("dolly", frozenset({"instruction", "response"}), dolly, frozenset({"context"})),
-        Form("sharegpt", frozenset({"conversations"}), sharegpt, frozenset({"system"})),
-        Form("messages", frozenset({"messages"}), messages),
-        Form("prompt-completion", frozenset({"prompt", "completion"}), prompt_completion),
-        Form("longform", frozenset({"input", "output"}), longform),
+        Form("oasst-trees", frozenset({"message_tree_id", "prompt"}), None),
+        *(_pair_form(name, columns) for name, columns in _PAIRS.items()),
+        Form(
+            "prompt-completion",
+            frozenset({"prompt", "completion"}),
+            prompt_completion,
+            _BEFORE | {"label"},
+        ),
+        Form("sharegpt", frozenset({"conversations"}), chat("conversations"), frozenset(_SYSTEM)),
+        Form("messages", frozenset({"messages"}), chat("messages"), frozenset(_SYSTEM)),
+        Form("conversation", frozenset({"conversation"}), chat("conversation"), frozenset(_SYSTEM)),
         Form("guanaco", frozenset({"text"}), guanaco, begins="### Human:"),
         Form("text", frozenset({"text"}), plain_text),
     )
@@ -150,8 +174,16 @@ def recognise(first: Row, name: str = "auto") -> Form:
         raise DataError(
             f"{place}: the fields {columns} fit two forms, {names}", "Choose one with --format"
         )
+    if not chosen and row.keys() >= PREFERENCE:
+        raise DataError(
+            f"{place}: 'chosen' and 'rejected' are preferences, and this trains on replies",
+            "Write the chosen replies as prompt and completion, or as messages",
+        )
     if not chosen:
-        raise DataError(f"{place}: no form has the fields {columns}", _known_forms())
+        raise DataError(
+            f"{place}: no form has the fields {columns}",
+            "Rename them, such as to prompt and completion, or messages; docs/data.md lists all",
+        )
     return chosen[0]
 
 
@@ -167,11 +199,11 @@ def check_columns(row: Row, form: Form) -> None:
             "Name another --format, or rename the columns; all rows have one form",
         )
     for key in sorted(TURN_COLUMNS - form.all_columns):
-        if row.values.get(key):
+        if row.values.get(key) not in (None, "", "[]", [], {}):
             raise DataError(
                 f"{row.place}: field '{key}' is {shown(row.values[key])}, and --format {form.name} "
                 "has no place for it",
-                "Write the rows as --format messages, or remove the column",
+                "Put it into the turns, or remove the column",
             )
 
 
@@ -179,19 +211,34 @@ def _columns(row: Row) -> str:
     return ", ".join(shown(str(column), 30)[1:-1] for column in list(row.values)[:12]) or "none"
 
 
-def _known_forms() -> str:
-    forms = (f"{form.name} ({', '.join(sorted(form.columns))})" for form in FORMS.values())
-    return f"The forms are {', '.join(forms)}"
+class _Said(NamedTuple):
+    """A message: `role` is user, assistant or system, and a reply is `learned` or not."""
+
+    role: str
+    text: str
+    learned: bool = True
 
 
-def _names(item: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns the keys of a ShareGPT message; some data sets of this form use OpenAI's."""
-    return ("role", "content") if "role" in item and "from" not in item else ("from", "value")
+def _messages(row: Row, column: str) -> list[_Said]:
+    """Returns a list of messages; texts without roles, as in LIMA, are the user's and replies."""
+    items = row.values.get(column)
+    if isinstance(items, list) and items and isinstance(items[0], str):
+        texts = [check_text(item, f"{row.place}: {column}[{n}]") for n, item in enumerate(items)]
+        return [_Said(("user", "assistant")[n % 2], text) for n, text in enumerate(texts)]
+    return [_message(where, item) for where, item in row.objects(column)]
 
 
-def _message(where: str, item: Mapping[str, Any], role_key: str, text_key: str) -> tuple[str, str]:
-    """Returns the role, as user, assistant or system, and the text of a message."""
-    role = item.get(role_key)
+def _message(where: str, item: Mapping[str, Any]) -> _Said:
+    """Reads a message of ShareGPT (from, value) or OpenAI (role, content)."""
+    # In Arrow, every message has the keys of all.
+    role_key = "role" if item.get("from") is None and "role" in item else "from"
+    text_key = "content" if item.get("value") is None and "content" in item else "value"
+    if role_key not in item or text_key not in item:
+        raise DataError(
+            f"{where} has the keys {shown(list(item))}",
+            "A message has role and content, or from and value",
+        )
+    role = item[role_key]
     name = role.lower() if isinstance(role, str) else ""
     calls = [key for key in ("tool_calls", "function_call") if item.get(key)]
     if name in _TOOL_ROLES or calls:
@@ -200,41 +247,77 @@ def _message(where: str, item: Mapping[str, Any], role_key: str, text_key: str) 
             f"{where}.{key} is {shown(item[key])}: no template holds tool turns",
             "Remove the rows with tool turns",
         )
-    if item.get("weight") not in (None, 1):  # of OpenAI's fine-tuning: 0 is not learned
-        raise DataError(
-            f"{where}.weight is {shown(item['weight'])}: every reply is learned",
-            "Remove the key, or the row",
-        )
     if name not in _ROLES:
         known = "human, gpt or system" if role_key == "from" else "user, assistant or system"
         raise DataError(f"{where}.{role_key} is {shown(role)}", f"It must be {known}")
-    text = item.get(text_key)
-    if not isinstance(text, str):
-        raise DataError(f"{where}.{text_key} is {shown(text)}", "It must be a text")
-    return _ROLES[name], check_text(text, f"{where}.{text_key}")
+    text = _text_of(item[text_key], f"{where}.{text_key}")
+    return _Said(_ROLES[name], text, _is_learned(where, item))
 
 
-def _conversation(row: Row, messages: list[tuple[str, str]], system: str = "") -> Conversation:
-    """Builds a conversation; a user's turn at its end, which has no reply, is left out."""
-    if messages and messages[0][0] == "system":
-        if system not in ("", messages[0][1]):
+def _is_learned(where: str, item: Mapping[str, Any]) -> bool:
+    """Reads OpenAI's `weight` of a reply, and `train`, which means the same."""
+    weight = item.get("weight")
+    if weight not in (None, 0, 1):
+        raise DataError(f"{where}.weight is {shown(weight)}", "It must be 0 (not learned) or 1")
+    return weight != 0 and item.get("train") is not False
+
+
+def _text_of(content: object, where: str) -> str:
+    """Returns the text of a message, whose content may be a list of parts."""
+    if not isinstance(content, list):
+        return check_text(content, where)
+    return "".join(_part(part, f"{where}[{number}]") for number, part in enumerate(content))
+
+
+def _part(part: object, where: str) -> str:
+    if not isinstance(part, Mapping) or part.get("type", "text") != "text":
+        raise DataError(f"{where} is {shown(part)}", "Each part must be a text")
+    return check_text(part.get("text"), where)
+
+
+def _history(row: Row) -> Iterator[tuple[str, str]]:
+    """Yields the exchanges before a pair: [[prompt, reply], …] in LLaMA-Factory's Alpaca rows."""
+    pairs = row.values.get("history") or []
+    for texts in pairs if isinstance(pairs, list) else [pairs]:
+        where = f"{row.place}: field 'history'"
+        if not isinstance(texts, list) or len(texts) != 2:
+            raise DataError(f"{where} has {shown(texts)}", "It must be [[prompt, reply], …]")
+        yield check_text(texts[0], where), check_text(texts[1], where)
+
+
+def _system(row: Row) -> str:
+    return next((text for key in _SYSTEM if (text := row.text(key))), "")
+
+
+def _conversation(row: Row, messages: list[_Said]) -> Conversation:
+    """Builds a conversation that begins with a user's turn and ends with a reply.
+
+    A reply at its start, which answers nothing, and a user's turn at its end are cut and counted.
+    """
+    system = _system(row)
+    if messages and messages[0].role == "system":
+        if system not in ("", messages[0].text):
             raise DataError(
-                f"{row.place}: two system prompts, {shown(system)} and {shown(messages[0][1])}",
+                f"{row.place}: two system prompts, {shown(system)} and {shown(messages[0].text)}",
                 "Remove the column or the message",
             )
-        system = messages[0][1]
+        system = messages[0].text
         messages = messages[1:]
-    is_open = bool(messages) and messages[-1][0] == "user"
-    messages = messages[:-1] if is_open else messages
+    cut = []
+    if messages and messages[0].role == "assistant":
+        cut.append("reply cut from the start")
+        messages = messages[1:]
+    if messages and messages[-1].role == "user":
+        cut.append("user turn cut from the end")
+        messages = messages[:-1]
     turns = tuple(
-        Turn("assistant", text, supervised=True) if role == "assistant" else Turn("user", text)
-        for role, text in messages
+        Turn("assistant", text, supervised=learned) if role == "assistant" else Turn("user", text)
+        for role, text, learned in messages
     )
     expected = ["user", "assistant"] * (len(messages) // 2)
-    if [role for role, _ in messages] != expected:
+    if [said.role for said in messages] != expected:
         raise DroppedRow("role order")
-    conversation = _checked(turns, system, row)
-    return replace(conversation, resolved="user turn cut from the end" if is_open else "")
+    return replace(_checked(turns, system, row), resolved=" and ".join(cut))
 
 
 _BLANK = {"user": "empty prompt", "assistant": "no reply", "text": "empty text"}

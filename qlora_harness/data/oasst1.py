@@ -19,7 +19,7 @@ from typing import Any
 from dateutil import parser
 
 from qlora_harness.data.conversation import Conversation, Corpus, Turn
-from qlora_harness.data.rows import check_text
+from qlora_harness.data.rows import Row, check_text
 from qlora_harness.errors import DataError, shown
 
 REQUIRED = frozenset({"message_id", "text", "role"})
@@ -76,6 +76,18 @@ def check_row(row: _Row, place: str) -> _Row:
     if not readable:
         checked["unreadable"] = "rank"
     return checked
+
+
+def messages_of(row: Row) -> Iterator[Row]:
+    """Yields the messages of a row that is a tree, nested in `prompt`, each before its replies."""
+    stack: list[tuple[Any, Any]] = [(row.values["prompt"], None)]
+    while stack:
+        message, parent = stack.pop()
+        if not isinstance(message, Mapping):
+            raise DataError(f"{row.place}: a message is {shown(message)}", _SCHEMA_REMEDY)
+        yield Row(row.place, {**message, "parent_id": parent})
+        replies = message.get("replies") or ()
+        stack += [(reply, message.get("message_id")) for reply in reversed(replies)]
 
 
 def _is_null(value: object) -> bool:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from qlora_harness.data.conversation import Conversation
 from qlora_harness.data.spelling import Exchange, Spelling
 from qlora_harness.data.templates import Template
-from qlora_harness.data.text_ids import Tokenizer
+from qlora_harness.data.text_ids import TextIds, Tokenizer
 from qlora_harness.errors import DataError, SettingsError, first_line
 
 _REMEDY = "Use another --template, such as chatml"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")  # as spaced as Jinja permits
 _JOIN = Template("", "", "")  # how a text and its context become one message
-
+_HIDDEN = "\ue000"  # of Unicode's private use: stands for a character of a typed special token
 
 Spans = list[tuple[int, int]]
 Offsets = Sequence[tuple[int, int]]
-Rendered = TypeVar("Rendered", str, list[int])
+Messages = list[dict[str, str]]
 
 
 class OwnTemplate:
@@ -29,8 +29,8 @@ class OwnTemplate:
 
     A reply is what the template's {% generation %} encloses. Without that, it is what the template
     adds to the rendering of the messages before it with `add_generation_prompt`, up to its last
-    special token. What follows belongs to the next prompt. Raises SettingsError if the tokenizer
-    has no template.
+    special token. What follows belongs to the next prompt. A special token that is typed in a
+    message stays text. Raises SettingsError if the tokenizer has no template.
     """
 
     def __init__(self, tokenizer: Tokenizer, leading_bos: list[int]) -> None:
@@ -41,14 +41,15 @@ class OwnTemplate:
         self._tokenizer = cast(Any, tokenizer)
         self._bos = leading_bos
         self._special = frozenset(self._tokenizer.all_special_ids)
+        added = self._tokenizer.added_tokens_decoder
+        self._typed = {number: str(token) for number, token in added.items() if token.special}
+        self._any_typed = re.compile("|".join(map(re.escape, self._typed.values())) or r"(?!)")
+        self._texts = TextIds(tokenizer)
         self._marks_replies = _GENERATION.search(str(tokenizer.chat_template)) is not None
 
     def spell(self, conversations: Sequence[Conversation]) -> list[Spelling]:
         """Spells conversations; raises DataError for one that the template refuses or rewrites."""
-        if self._marks_replies:
-            marked = [self._checked(c, self._marked) for c in conversations]
-            return [self._spelling(c, *pair) for c, pair in zip(conversations, marked, strict=True)]
-        rendered = [self._checked(c, self._measured) for c in conversations]
+        rendered = list(map(self._rendered, conversations))
         encoded = self._tokenizer(
             [text for text, _ in rendered],
             add_special_tokens=False,
@@ -57,33 +58,64 @@ class OwnTemplate:
         )
         tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [
-            self._spelling(conversation, ids, self._token_spans(ids, offsets, spans))
+            self._spelling(conversation, spans, ids, offsets)
             for conversation, (_, spans), (ids, offsets) in zip(
                 conversations, rendered, tokens, strict=True
             )
         ]
 
-    def _spelling(self, conversation: Conversation, ids: list[int], spans: Spans) -> Spelling:
+    def _spelling(
+        self, conversation: Conversation, spans: Spans, ids: list[int], offsets: Offsets
+    ) -> Spelling:
+        if any(map(self._any_typed.search, _contents(conversation))):
+            ids, offsets = self._typed_as_text(conversation, ids, offsets)
         lead = self._bos if ids[: len(self._bos)] == self._bos else []
         exchanges, done = [], len(lead)
-        for turn, (begin, end) in zip(conversation.turns[1::2], spans, strict=True):
+        borders = self._token_spans(ids, offsets, spans)
+        for turn, (begin, end) in zip(conversation.turns[1::2], borders, strict=True):
             exchanges.append(Exchange(ids[done:begin], ids[begin:end], turn.supervised))
             done = end
         return Spelling(list(lead), exchanges)
 
-    def _checked(
-        self,
-        conversation: Conversation,
-        render: Callable[[list[dict[str, str]], range], tuple[Rendered, Spans]],
-    ) -> tuple[Rendered, Spans]:
-        """Renders a conversation; raises DataError, with its place, if the template can't."""
-        messages = [{"role": "system", "content": conversation.system}]
-        messages = messages if conversation.system else []
-        start = len(messages)
-        messages += [{"role": t.role, "content": _JOIN.user_text(t)} for t in conversation.turns]
-        replies = range(start + 1, len(messages), 2)
+    def _typed_as_text(
+        self, conversation: Conversation, ids: list[int], offsets: Offsets
+    ) -> tuple[list[int], Offsets]:
+        """Spells out the special tokens that are typed in a message."""
+        messages = _messages(conversation)
+        hidden = self._render(
+            [
+                m | {"content": self._any_typed.sub(lambda t: _HIDDEN * len(t[0]), m["content"])}
+                for m in messages
+            ]
+        )
+        if len(hidden) != len(self._render(messages)):
+            raise self._refusal(conversation, "it changes a special token in a message")
+        spelled: list[tuple[int, tuple[int, int]]] = []
+        for number, (begin, end) in zip(ids, offsets, strict=True):
+            is_typed = number in self._typed and _HIDDEN in hidden[begin:end]
+            pieces = self._as_text(number) if is_typed else [number]
+            spelled += [(piece, (begin, end)) for piece in pieces]
+        return [number for number, _ in spelled], [offset for _, offset in spelled]
+
+    def _as_text(self, number: int) -> list[int]:
+        """Returns the ids of a special token's characters, after others."""
+        before, whole = self._texts.plain(["a", "a" + self._typed[number]])
+        return whole[len(before) :]
+
+    def _rendered(self, conversation: Conversation) -> tuple[str, Spans]:
+        """Returns the text and the borders of the replies in it.
+
+        Raises DataError, with the place of the conversation, if the template can't hold it.
+        """
+        messages = _messages(conversation)
+        replies = range(len(messages) - len(conversation.turns) + 1, len(messages), 2)
         try:
-            rendered, spans = render(messages, replies)
+            whole = self._render(messages)
+            spans = (
+                self._marked(messages)
+                if self._marks_replies
+                else self._measured(whole, messages, replies)
+            )
         except DataError as error:
             raise self._refusal(conversation, error.problem) from None
         except Exception as error:  # noqa: BLE001
@@ -92,7 +124,7 @@ class OwnTemplate:
         if len(spans) != len(replies):
             reason = f"it marks {len(spans)} replies of {len(replies)}"
             raise self._refusal(conversation, reason)
-        return rendered, spans
+        return whole, spans
 
     def _refusal(self, conversation: Conversation, reason: str) -> DataError:
         return DataError(
@@ -100,22 +132,20 @@ class OwnTemplate:
             _REMEDY,
         )
 
-    def _marked(self, messages: list[dict[str, str]], _: range) -> tuple[list[int], Spans]:
-        """Returns the ids, and the borders of the replies as the template marks them."""
+    def _marked(self, messages: Messages) -> Spans:
+        """Returns the borders of the replies as the template marks them."""
         applied = self._tokenizer.apply_chat_template(
-            messages, return_dict=True, return_assistant_tokens_mask=True
+            messages,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
         )
-        spans, at = [], 0
-        for learned, run in groupby(applied["assistant_masks"]):
-            length = len(list(run))
-            if learned:
-                spans.append((at, at + length))
-            at += length
-        return list(applied["input_ids"]), spans
+        tokens = zip(applied["assistant_masks"], applied["offset_mapping"], strict=True)
+        runs = [(learned, list(run)) for learned, run in groupby(tokens, lambda token: token[0])]
+        return [(run[0][1][0], run[-1][1][1]) for learned, run in runs if learned]
 
-    def _measured(self, messages: list[dict[str, str]], replies: range) -> tuple[str, Spans]:
-        """Returns the text, and the borders of the replies from renderings of fewer messages."""
-        whole = self._render(messages)
+    def _measured(self, whole: str, messages: Messages, replies: range) -> Spans:
+        """Returns the borders of the replies from renderings of fewer messages."""
         spans = []
         for index in replies:
             prompt = self._render(messages[:index], add_generation_prompt=True)
@@ -124,7 +154,7 @@ class OwnTemplate:
             if not whole.startswith(prompt) or not whole.startswith(through):
                 raise DataError("earlier messages look different when later ones follow", _REMEDY)
             spans.append((len(prompt), len(through)))
-        return whole, spans
+        return spans
 
     def _token_spans(self, ids: list[int], offsets: Offsets, spans: Spans) -> Spans:
         """Returns the borders of replies in tokens; a token belongs to where it begins."""
@@ -137,10 +167,23 @@ class OwnTemplate:
 
     def _end_of_turn(self, ids: list[int], begin: int, end: int) -> int:
         """Leaves out white space after a last special token, such as ChatML's line break."""
+        if self._marks_replies:
+            return end
         last = max((i for i in range(begin, end) if ids[i] in self._special), default=None)
         if last is None or self._tokenizer.decode(ids[last + 1 : end]).strip():
             return end
         return last + 1
 
-    def _render(self, messages: list[dict[str, str]], **options: bool) -> str:
+    def _render(self, messages: Messages, **options: bool) -> str:
         return cast(str, self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+
+def _contents(conversation: Conversation) -> list[str]:
+    return [conversation.system, *map(_JOIN.user_text, conversation.turns)]
+
+
+def _messages(conversation: Conversation) -> Messages:
+    roles = ["system", *(turn.role for turn in conversation.turns)]
+    pairs = list(zip(roles, _contents(conversation), strict=True))
+    chosen = pairs if conversation.system else pairs[1:]
+    return [{"role": role, "content": content} for role, content in chosen]

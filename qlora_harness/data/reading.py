@@ -8,7 +8,7 @@ from itertools import chain
 
 from qlora_harness.data.conversation import Conversation, Corpus
 from qlora_harness.data.forms import FORMS, Form, check_columns, recognise
-from qlora_harness.data.oasst1 import check_row, read_trees
+from qlora_harness.data.oasst1 import check_row, messages_of, read_trees
 from qlora_harness.data.rows import DroppedRow, Row
 from qlora_harness.data.sources import Split
 from qlora_harness.errors import DataError
@@ -42,6 +42,8 @@ def read_conversations(split: Split, settings: DataSettings, source: str) -> Rea
     rows = chain([first], rows)
     reading = Reading(form, iter(()), Corpus([]))
     if form.read is None:
+        if form.name != "oasst":
+            rows = chain.from_iterable(map(messages_of, rows))
         reading.conversations = _trees(rows, settings, source, reading.corpus)
     else:
         reading.conversations = _each(rows, form, reading)

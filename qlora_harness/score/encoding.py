@@ -201,4 +201,4 @@ def _without_context(lm: Any, continuation: str) -> TokenIds:
     """Encodes a pair without context: the prefix token is its context."""
     ids = lm.tok_encode(continuation, add_special_tokens=False)
     prefix = lm.prefix_token_id
-    return ([prefix], ids) if prefix != ids[0] else (ids[:1], ids[1:])
+    return ([prefix], ids) if ids[:1] != [prefix] else (ids[:1], ids[1:])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qlora_harness.errors import ResultsError, SettingsError
+from qlora_harness.errors import DataError, ResultsError, SettingsError, shown
 from qlora_harness.lm_eval_compat.environment import describe_environment_ahead
 from qlora_harness.lm_eval_compat.hflm import Encoded, LoadedHFLM, Request
 from qlora_harness.model.base import dequantise
@@ -212,8 +212,19 @@ class ScoringSession:
         return known | dict(zip(pairs_scored, scores, strict=True)), truncated
 
     def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
-        """Encodes texts in batches."""
-        return [(pair, *ids) for pair, ids in zip(pairs, encode_pairs(self.lm, pairs), strict=True)]
+        """Encodes texts in batches.
+
+        Raises DataError for a continuation that has no token of its own or exceeds the window.
+        """
+        encoded = encode_pairs(self.lm, pairs)
+        for pair, (_, more) in zip(pairs, encoded, strict=True):
+            if not 0 < len(more) <= self.lm.max_length:
+                raise DataError(
+                    f"{shown(pair[1])} after {shown(pair[0][-40:])} adds {len(more)} tokens, but "
+                    f"must add 1 to {self.lm.max_length} (max_length)",
+                    "Correct the task's doc_to_choice, doc_to_target or target_delimiter",
+                )
+        return [(pair, *ids) for pair, ids in zip(pairs, encoded, strict=True)]
 
     def packed_model(self) -> PackedModel:
         """Returns the model that computes packs; only for a path that is packed."""
