@@ -279,6 +279,22 @@ def scoring_sentence() -> str:
     )
 
 
+def vllm_sentence() -> str:
+    """What packed scoring is worth against the best that others have, instead of `hf`."""
+    record = scoring("scoring_7b_bf16.json", "llama7b")
+    peer = next((m for m in record.values() if m.loading_seconds is not None), None)
+    if peer is None:
+        return NOT_MEASURED
+    packed = record["packed"]
+    return (
+        f"Against {peer.name} on the same card and prompts, packed scoring takes "
+        f"{packed.scoring_seconds / peer.scoring_seconds:.2f} times as long; vLLM computes "
+        f"{peer.computed_tokens:,} tokens. Their log-probabilities differ by "
+        f"{peer.packed_difference:.2g} nats in the mean, and the likeliest letter is the same for "
+        f"{peer.packed_predictions:.1%} of the questions."
+    )
+
+
 def agreement_table() -> str:
     auto, plain = scoring("scoring_smollm2.json"), scoring("scoring_smollm2_kernels_none.json")
     ways = [auto[HF], auto["packed"], plain["packed"]]
@@ -523,6 +539,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "sentence: peers": peers_sentence,
     "table: scoring": scoring_table,
     "sentence: scoring": scoring_sentence,
+    "sentence: vllm": vllm_sentence,
     "table: generation": generation_table,
     "sentence: generation": generation_sentence,
     "table: agreement": agreement_table,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_harness.benchmark.random_model import SHAPES
+from qlora_harness.errors import SettingsError
 from qlora_harness.flag_checks import check_above_zero, check_at_least, check_output_file
 from qlora_harness.settings import COMPUTE_DTYPES
 
@@ -155,6 +156,12 @@ def _add_scoring(commands: Any) -> None:
     )
     add("--kernels", default="auto", choices=["auto", "none"])
     add("--fp8", action="store_true", help="also time packed scoring with compute=fp8")
+    add(
+        "--peer-path",
+        metavar="DIR",
+        help="also time vLLM, imported from this folder (`pip install --target DIR vllm`), in a "
+        "process of its own",
+    )
     add("--generate", type=int, metavar="N", help="instead continue N prompts of GSM8K's form")
     add("--gsm8k", type=Path, metavar="FILE", help="its JSON Lines (default: synthetic questions)")
     examples = "other examples before each question, as in lm_eval's gsm8k"
@@ -168,8 +175,13 @@ def _benchmark_scoring(values: dict[str, Any]) -> str:
     for name in (*counts, "adapter_rank", "generate", "max_new_tokens"):
         check_at_least({f"--{name.replace('_', '-')}": values[name]}, 1)
     check_output_file("--json", values["output"])
+    from qlora_harness.benchmark.peers import peer_folder
     from qlora_harness.benchmark.scoring import ScoringPlan, measure_scoring
 
+    if values["peer_path"] is not None:
+        if values["generate"] is not None:
+            raise SettingsError("--peer-path with --generate: vLLM only scores", "Leave one out")
+        values["peer_path"] = peer_folder(values["peer_path"], "vllm")
     plan = ScoringPlan(**values)
     if plan.generate is None:
         return measure_scoring(plan)

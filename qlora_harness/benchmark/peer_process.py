@@ -1,4 +1,4 @@
-"""Trains with a peer: `python -m qlora_harness.benchmark.peer_process REQUEST RESULT`.
+"""Runs a peer: `python -m qlora_harness.benchmark.peer_process REQUEST RESULT`.
 
 Unsloth must be imported before torch and transformers, so this module imports neither at the top.
 """
@@ -24,10 +24,14 @@ _LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Trains as `peers.run_peer` requests, and returns its result."""
+    """Does what `peers.run_peer` or `vllm_peer.run_vllm` requests, and returns its result."""
     peer: str = request["peer"]
     if find_spec(peer) is None:
         return {"failure": f"{peer} is not installed: pip install {peer}"}
+    if peer == "vllm":
+        from qlora_harness.benchmark.vllm_peer import score_prompts
+
+        return score_prompts(request)
     settings = build_settings(request["settings"])
     if peer == "unsloth" and settings.model.quant not in ("nf4", "bf16"):
         return {"failure": f"unsloth has no {settings.model.quant} here"}

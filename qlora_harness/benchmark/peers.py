@@ -1,4 +1,4 @@
-"""Runs TRL's and Unsloth's trainers, each in its own process.
+"""Runs TRL's and Unsloth's trainers, and vLLM, each in its own process.
 
 Unsloth patches transformers and TRL when it is imported, and a peer may need other versions than
 this package, so no peer shares a process with another measurement.
@@ -58,14 +58,19 @@ def parse_paths(words: Sequence[str]) -> dict[str, Path]:
             raise SettingsError(
                 f"--peer-path: {word!r} is not PEER=FOLDER", f"Peers are {', '.join(PEERS)}"
             )
-        path = expanded(folder)
-        if not path.is_dir():
-            raise SettingsError(
-                f"--peer-path: folder {folder} does not exist",
-                f"`pip install --target {folder or 'FOLDER'} {peer}` makes one",
-            )
-        paths[peer] = path.resolve()
+        paths[peer] = peer_folder(folder, peer)
     return paths
+
+
+def peer_folder(folder: str, peer: str) -> Path:
+    """Returns the folder that a peer is imported from, or raises SettingsError."""
+    path = expanded(folder)
+    if not path.is_dir():
+        raise SettingsError(
+            f"--peer-path: folder {folder} does not exist",
+            f"`pip install --target {folder or 'FOLDER'} {peer}` makes one",
+        )
+    return path.resolve()
 
 
 def run_peer(
@@ -80,22 +85,34 @@ def run_peer(
 ) -> dict[str, Any]:
     """Trains `steps` steps with a peer's trainer in its own process, which loads the base again.
 
-    `path` comes first on the import path of that process; `timeout` is in seconds. Returns `steps`
-    (tokens, seconds and loss of each), `peak_allocated_bytes`, `peak_reserved_bytes` and the
-    `versions` of packages; or `failure`, a line that says why there are none.
+    Returns `steps` (tokens, seconds and loss of each), `peak_allocated_bytes`,
+    `peak_reserved_bytes` and the `versions` of packages; or `failure` (see `in_own_process`).
+    """
+    request = {
+        **asdict(way),
+        "settings": settings.flat(),
+        "source": asdict(source) | {"path": absolute(source.path)},
+        "steps": steps,
+        "input_ids": [example.input_ids for example in examples],
+        "labels": [example.labels for example in examples],
+    }
+    return in_own_process(request, path, timeout)
+
+
+def absolute(path: str) -> str:
+    """Returns the path of a model's folder for a process in another folder; a Hub id stays."""
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else path
+
+
+def in_own_process(request: dict[str, Any], path: Path | None, timeout: float) -> dict[str, Any]:
+    """Runs `peer_process` with a request, and returns its result or a line of `failure`.
+
+    `path` comes first on the import path of that process; `timeout` is in seconds.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        base = Path(source.path).expanduser()
-        request = {
-            **asdict(way),
-            "settings": settings.flat(),
-            "source": asdict(source) | ({"path": str(base.resolve())} if base.is_dir() else {}),
-            "steps": steps,
-            "input_ids": [example.input_ids for example in examples],
-            "labels": [example.labels for example in examples],
-        }
-        write_json(folder / "request.json", request)
+        write_json(folder / "request.json", request, rows_at=2)
         status = _run_process(folder, path, timeout)
         output = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
         if status == 0:
@@ -124,7 +141,8 @@ def _run_process(folder: Path, first_path: Path | None, timeout: float) -> int |
             [sys.executable, "-m", module, "request.json", "result.json"],
             cwd=folder,
             env=os.environ
-            | {"PYTHONPATH": os.pathsep.join(paths), "UNSLOTH_DISABLE_STATISTICS": "1"},
+            | {"PYTHONPATH": os.pathsep.join(paths)}
+            | {"UNSLOTH_DISABLE_STATISTICS": "1", "VLLM_NO_USAGE_STATS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

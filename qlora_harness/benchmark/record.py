@@ -58,6 +58,10 @@ class ScoringMeasurement(BaseModel):
     # Against the same weights in float32; None without --float32-reference.
     float32_difference: float | None = None  # mean over log-probabilities, nats
     float32_predictions: float | None = None  # share of the questions with the same letter
+    # Only of a peer, which loads the model itself; against packed scoring, over all questions.
+    loading_seconds: float | None = None
+    packed_difference: float | None = None  # mean over log-probabilities, nats
+    packed_predictions: float | None = None  # share of the questions with the same letter
 
 
 class GenerationMeasurement(BaseModel):
@@ -126,7 +130,7 @@ class ScoringBenchmark(_Benchmark):
     measurements: list[ScoringMeasurement]
 
     def table(self) -> str:
-        """Returns a Markdown table with a row per way."""
+        """Returns a Markdown table with a row per way, and below it what only a peer has."""
         head = (
             "| | questions | encoding, s | scoring, s | prompt tokens | computed tokens | ratio | "
             "ratio of scoring | peak GiB | largest difference, nats | same prediction | without "
@@ -154,6 +158,12 @@ class ScoringBenchmark(_Benchmark):
                 optional(m.float32_predictions, "{:.2%}"),
             ]
             lines.append(f"| {m.name} | {' | '.join(cells)} |")
+        lines += [
+            f"\n{m.name}: loaded in {m.loading_seconds:.1f} s; {m.packed_difference:.2g} nats from "
+            f"packed in the mean, {m.packed_predictions:.2%} same prediction"
+            for m in self.measurements
+            if m.loading_seconds is not None
+        ]
         return "\n".join(lines)
 
 

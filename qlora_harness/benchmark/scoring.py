@@ -1,9 +1,13 @@
-"""Times packed scoring against lm-eval's `hf` model: one process, one base, the same prompts."""
+"""Times packed scoring against lm-eval's `hf` model: one process, one base, the same prompts.
+
+vLLM scores them in a process of its own.
+"""
 
 from __future__ import annotations
 
 import copy
 import difflib
+import os
 import random
 import time
 from collections import Counter
@@ -15,6 +19,7 @@ from typing import Any
 import torch
 
 from qlora_harness.benchmark.record import ScoringBenchmark, ScoringMeasurement
+from qlora_harness.benchmark.vllm_peer import run_vllm
 from qlora_harness.errors import SettingsError
 from qlora_harness.lm_eval_compat.hflm import Encoded, StockHFLM
 from qlora_harness.model.lora import attach_lora
@@ -54,19 +59,23 @@ class ScoringPlan:
     gsm8k: Path | None = None
     max_new_tokens: int = 128
     own_examples: bool = False
+    peer_path: Path | None = None
 
 
 def measure_scoring(plan: ScoringPlan) -> str:
     """Loads the base, measures, and returns the table.
 
-    Raises HarnessError if the model or the file can't be read, if `float32_reference` is set for
-    4-bit weights, or `fp8` where FP8 products are impossible.
+    Raises HarnessError if the model or the file can't be read, if `float32_reference` or
+    `peer_path` is set for 4-bit weights, `fp8` where FP8 products are impossible, or if vLLM fails.
     """
-    if plan.float32_reference and plan.quant != "bf16":
-        raise SettingsError(
-            f"--float32-reference with --quant {plan.quant}: 4-bit weights have no float32 form",
-            "Use --quant bf16",
-        )
+    for flag, is_set, reason in (
+        ("--float32-reference", plan.float32_reference, "4-bit weights have no float32 form"),
+        ("--peer-path", plan.peer_path is not None, "vLLM would quantise in another way"),
+    ):
+        if is_set and plan.quant != "bf16":
+            raise SettingsError(f"{flag} with --quant {plan.quant}: {reason}", "Use --quant bf16")
+    if plan.peer_path is not None and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise SettingsError("--peer-path: vLLM runs beside one process", "Start only one")
     if plan.fp8:
         ScoringOptions(kernels=plan.kernels, compute="fp8")
         check_fp8(Quant(plan.quant), resolve_dtype(plan.dtype, None))
@@ -145,51 +154,80 @@ class _Way:
 
 
 class _ScoringBench:
-    """Measures lm-eval's `hf`, packed scoring, and packed scoring with an unmerged adapter."""
+    """Measures lm-eval's `hf`, vLLM, packed scoring, and the same with an unmerged adapter."""
 
     def __init__(
         self, lm: QloraAdapterLM, questions: Sequence[Question], plan: ScoringPlan
     ) -> None:
-        self._lm = lm
+        self._lm, self._questions = lm, questions
         self._sample = list(questions)
         if plan.baseline_questions is not None and plan.baseline_questions < len(questions):
             self._sample = random.Random(0).sample(self._sample, plan.baseline_questions)
-        warm = questions[:64]
+        # First, because nothing is lost if it fails.
+        vllm = None if plan.peer_path is None else self._measure_vllm(plan.peer_path)
         lm.session.expand_base()
         hf = _hf_way(lm, plan.batch_size)
-        self._measure(hf, warm[: 2 * plan.batch_size])
+        self._measure(hf, questions[: min(64, 2 * plan.batch_size)])
         self._baseline, self._expected = self._measure(hf, self._sample)
         self.measurements = [self._baseline]
-        by_way = [(self._baseline, self._expected)]
+        self._compared = [(self._baseline, self._expected)]
         if plan.margin_batch_size is not None:
-            measured, logprobs = self._measure(_hf_way(lm, plan.margin_batch_size), self._sample)
-            by_way.append((self._add(measured, logprobs), logprobs))
+            self._add(*self._measure(_hf_way(lm, plan.margin_batch_size), self._sample))
+        if vllm is not None:
+            self._add(*vllm)
         exact: Logprobs | None = None
         base = lm.model
         if plan.float32_reference:
             lm.take(copy.deepcopy(base).float(), plan.kernels)
-            way = _packed_way(lm, "packed, weights in float32")
-            self._measure(way, warm)
-            measured, exact = self._measure(way, self._sample)
-            by_way.append((self._add(measured, exact), exact))
-        for compute in ("bf16", "fp8")[: 1 + plan.fp8]:
-            lm.take(base, plan.kernels, compute)
-            way = _packed_way(lm, "packed" if compute == "bf16" else f"packed, compute={compute}")
-            self._measure(way, warm)
-            measured, logprobs = self._measure(way, questions)
-            by_prompt = {q.prompt: row for q, row in zip(questions, logprobs, strict=True)}
-            logprobs = [by_prompt[q.prompt] for q in self._sample]
-            by_way.append((self._add(measured, logprobs), logprobs))
+            exact = self._measure_packed("packed, weights in float32", self._sample)
+        lm.take(base, plan.kernels)
+        packed = self._measure_packed("packed", questions)
+        if vllm is not None:
+            measured, logprobs = vllm
+            measured.packed_difference = _mean_difference(logprobs, packed)
+            measured.packed_predictions = _agreement(logprobs, packed)
+        if plan.fp8:
+            lm.take(base, plan.kernels, "fp8")
+            self._measure_packed("packed, compute=fp8", questions)
         if plan.adapter_rank is not None:
             lm.take(with_random_adapter(lm.model, plan.adapter_rank), plan.kernels)
-            way = _packed_way(lm, f"packed, unmerged adapter of rank {plan.adapter_rank}")
-            self._measure(way, warm)
-            self._add(self._measure(way, questions)[0], None)
+            name = f"packed, unmerged adapter of rank {plan.adapter_rank}"
+            self._measure_packed(name, questions, compare=False)
         if exact is not None:
-            for measured, logprobs in by_way:
-                differences = list(_differences(logprobs, exact))
-                measured.float32_difference = sum(differences) / len(differences)
+            for measured, logprobs in self._compared:
+                measured.float32_difference = _mean_difference(logprobs, exact)
                 measured.float32_predictions = _agreement(logprobs, exact)
+
+    def _measure_packed(
+        self, name: str, questions: Sequence[Question], *, compare: bool = True
+    ) -> Logprobs:
+        """Measures packed scoring, after a warm-up, with what the model holds now."""
+        way = _Way(name, self._lm.session.encode, self._lm.session.score_tokens)
+        self._measure(way, self._questions[:64])
+        measured, logprobs = self._measure(way, questions)
+        self._add(measured, logprobs if compare else None)
+        return logprobs
+
+    def _measure_vllm(self, folder: Path) -> tuple[ScoringMeasurement, Logprobs]:
+        """Measures vLLM, which is imported from `folder`; raises SettingsError if it fails."""
+        result: dict[str, Any] = {}
+
+        def score(encoded: list[Encoded]) -> TokenScores:
+            result.update(run_vllm(self._lm, encoded, folder))
+            scores = [
+                (logprob, answer == likeliest)
+                for row, likeliest in zip(result["logprobs"], result["likeliest"], strict=True)
+                for logprob, answer in zip(row, result["answers"], strict=True)
+            ]
+            return TokenScores(scores, result["computed_tokens"])
+
+        way = _Way("vLLM", self._lm.session.encode, score)
+        measured, logprobs = self._measure(way, self._questions)
+        measured.name += f" {result['version']}"
+        measured.scoring_seconds = result["scoring_seconds"]
+        measured.loading_seconds = result["loading_seconds"]
+        measured.peak_allocated_bytes = None  # it takes all that it may
+        return measured, logprobs
 
     def _measure(
         self, way: _Way, questions: Sequence[Question]
@@ -222,30 +260,34 @@ class _ScoringBench:
         )
         return measured, logprobs
 
-    def _add(self, measured: ScoringMeasurement, logprobs: Logprobs | None) -> ScoringMeasurement:
-        """Adds a measurement and compares it with the baseline on the sample's `logprobs`."""
+    def _add(self, measured: ScoringMeasurement, logprobs: Logprobs | None) -> None:
+        """Adds a measurement and compares its `logprobs` with the baseline's on the sample."""
         baseline, expected = self._baseline, self._expected
         scale = measured.prompt_tokens / baseline.prompt_tokens
         seconds = measured.encoding_seconds + measured.scoring_seconds
         baseline_seconds = baseline.encoding_seconds + baseline.scoring_seconds
         measured.ratio = scale * baseline_seconds / seconds
         measured.scoring_ratio = scale * baseline.scoring_seconds / measured.scoring_seconds
-        if logprobs is not None:
-            measured.largest_difference = max(_differences(logprobs, expected))
-            measured.same_predictions = _agreement(logprobs, expected)
-            untied = [
-                (a, b)
-                for a, b in zip(logprobs, expected, strict=True)
-                if not is_tie(a) and not is_tie(b)
-            ]
-            measured.untied_predictions = _agreement(*zip(*untied, strict=True)) if untied else None
-            own, theirs = (
-                sum(predict(row) == q.answer for row, q in zip(rows, self._sample, strict=True))
-                for rows in (logprobs, expected)
-            )
-            measured.accuracy_difference = (own - theirs) / len(self._sample)
         self.measurements.append(measured)
-        return measured
+        if logprobs is None:
+            return
+        if len(logprobs) > len(self._sample):
+            by_prompt = {q.prompt: row for q, row in zip(self._questions, logprobs, strict=True)}
+            logprobs = [by_prompt[q.prompt] for q in self._sample]
+        measured.largest_difference = max(_differences(logprobs, expected))
+        measured.same_predictions = _agreement(logprobs, expected)
+        untied = [
+            (a, b)
+            for a, b in zip(logprobs, expected, strict=True)
+            if not is_tie(a) and not is_tie(b)
+        ]
+        measured.untied_predictions = _agreement(*zip(*untied, strict=True)) if untied else None
+        own, theirs = (
+            sum(predict(row) == q.answer for row, q in zip(rows, self._sample, strict=True))
+            for rows in (logprobs, expected)
+        )
+        measured.accuracy_difference = (own - theirs) / len(self._sample)
+        self._compared.append((measured, logprobs))
 
 
 def _hf_way(lm: QloraAdapterLM, batch_size: int) -> _Way:
@@ -256,10 +298,6 @@ def _hf_way(lm: QloraAdapterLM, batch_size: int) -> _Way:
         hf.encode,
         lambda encoded: TokenScores(hf.score(encoded), None),
     )
-
-
-def _packed_way(lm: QloraAdapterLM, name: str) -> _Way:
-    return _Way(name, lm.session.encode, lm.session.score_tokens)
 
 
 def with_random_adapter(model: Any, rank: int) -> Any:
@@ -275,6 +313,11 @@ def with_random_adapter(model: Any, rank: int) -> Any:
 def _differences(first: Logprobs, second: Logprobs) -> Iterator[float]:
     for rows in zip(first, second, strict=True):
         yield from (abs(a - b) for a, b in zip(*rows, strict=True))
+
+
+def _mean_difference(first: Logprobs, second: Logprobs) -> float:
+    differences = list(_differences(first, second))
+    return sum(differences) / len(differences)
 
 
 def _agreement(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
