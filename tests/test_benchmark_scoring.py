@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from training_runs import launch
 
 from qlora_harness.benchmark.record import ScoringBenchmark, ScoringMeasurement
 from qlora_harness.cli import main
@@ -69,6 +71,27 @@ def test_generation_has_the_texts_of_hf(tiny_llama: Path, tmp_path: Path, from_f
     assert first["ratio"] == pytest.approx(baseline["seconds"] / 4 * 6 / first["seconds"])
 
 
+def _of_two_processes(model: Path, folder: Path) -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    record_of(model, folder, "--engine", "fsdp2", "--quant", "nf4", "--adapter-rank", "4")
+
+
+def test_a_base_spread_over_two_processes_is_timed_without_hf(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    launch(2, _of_two_processes, tiny_llama, tmp_path)
+    record = json.loads((tmp_path / "benchmark.json").read_text())
+    assert (record["processes"], record["engine"]) == (2, "fsdp2")
+    assert "2 × CPU" in record["title"]
+    packed, adapted = record["measurements"]
+    assert [packed["name"], adapted["name"]] == ["packed", "packed, unmerged adapter of rank 4"]
+    _, one = record_of(tiny_llama, tmp_path, "--quant", "nf4")["measurements"]
+    for name in ("questions", "prompt_tokens", "computed_tokens", "ties"):
+        assert packed[name] == one[name]
+    assert (packed["ratio"], packed["largest_difference"]) == (1.0, None)
+    assert adapted["ratio"] > 0
+
+
 def test_baseline_on_a_sample_is_scaled(tiny_llama: Path, tmp_path: Path) -> None:
     words = ["--dtype", "float32", "--baseline-questions", "3"]
     baseline, packed = record_of(tiny_llama, tmp_path, *words)["measurements"]
@@ -118,6 +141,11 @@ def test_fp8_is_measured_beside_bf16(
         (["--adapter-rank", "0"], ["--adapter-rank: 0", "at least 1"]),
         (["--json", "/"], ["--json / is a folder"]),
         (["--quant", "nf4", "--float32-reference"], ["--float32-reference with --quant nf4"]),
+        (
+            ["--engine", "fsdp2", "--margin-batch-size", "1"],
+            ["--engine fsdp2", "--margin-batch-size"],
+        ),
+        (["--engine", "fsdp2", "--generate", "1"], ["--engine fsdp2", "--generate"]),
         (["--fp8", "--dtype", "bfloat16"], ["compute=fp8", "no CUDA device"]),
         (["--fp8", "--kernels", "none"], ["compute=fp8 with kernels=none"]),
         (["--file", "nosuch"], ["--file: 'nosuch'", *known_files()]),

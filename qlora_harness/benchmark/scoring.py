@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,6 +26,7 @@ from qlora_harness.score.mmlu_files import Question, known_files, load_questions
 from qlora_harness.score.model_arguments import ScoringOptions, check_fp8, resolve_dtype
 from qlora_harness.score.session import TokenScores
 from qlora_harness.settings import Quant
+from qlora_harness.train.ranks import USE_FSDP
 
 Logprobs = list[list[float]]  # four of each question, nats
 
@@ -54,6 +55,7 @@ class ScoringPlan:
     gsm8k: Path | None = None
     max_new_tokens: int = 128
     own_examples: bool = False
+    engine: Literal["ddp", "fsdp2"] = "ddp"
 
 
 def measure_scoring(plan: ScoringPlan) -> str:
@@ -77,6 +79,7 @@ def measure_scoring(plan: ScoringPlan) -> str:
         benchmark_title(lm, plan, plan.file), measurements, device_name(lm)
     )
     record.processes = lm.world_size
+    record.engine = plan.engine if lm.world_size > 1 else None
     if plan.output is not None and lm.rank == 0:
         record.write(plan.output)
     return record.table()
@@ -84,6 +87,15 @@ def measure_scoring(plan: ScoringPlan) -> str:
 
 def load_for_benchmark(plan: ScoringPlan) -> QloraAdapterLM:
     """Loads the base, without fused layers yet."""
+    if plan.engine == "fsdp2":
+        whole = plan.margin_batch_size or plan.baseline_questions or plan.float32_reference
+        if whole or plan.generate or plan.kernels == "none":
+            raise SettingsError(
+                "--engine fsdp2 spreads the base, which must be whole for --margin-batch-size, "
+                "--baseline-questions, --float32-reference, --generate and --kernels none",
+                "Leave them out",
+            )
+        os.environ[USE_FSDP] = "true"  # as accelerate's launcher says it
     return QloraAdapterLM(
         pretrained=plan.model,
         quant=plan.quant,
@@ -91,7 +103,7 @@ def load_for_benchmark(plan: ScoringPlan) -> QloraAdapterLM:
         batch_size=plan.batch_size,
         device="cuda" if torch.cuda.is_available() else "cpu",
         pack_tokens=plan.pack_tokens,
-        kernels="none",
+        kernels=plan.kernels,
     )
 
 
@@ -126,13 +138,8 @@ def choose_questions(
                 f"--subjects: {file} has no subject {subject!r}",
                 f"The nearest is {near[0]!r}" if near else f"It has {', '.join(known)}",
             )
-    counts: Counter[str] = Counter()
-    chosen = []
-    for question in questions:
-        counts[question.subject] += 1
-        if question.subject in (subjects or known) and counts[question.subject] <= (rows or 10**9):
-            chosen.append(question)
-    return chosen
+    by_subject = {name: [q for q in questions if q.subject == name] for name in subjects or known}
+    return [question for some in by_subject.values() for question in some[:rows]]
 
 
 @dataclass
@@ -147,6 +154,8 @@ class _Way:
 class _ScoringBench:
     """Measures lm-eval's `hf`, packed scoring, and packed scoring with an unmerged adapter."""
 
+    _expected: Logprobs | None = None  # of the first way
+
     def __init__(
         self, lm: QloraAdapterLM, questions: Sequence[Question], plan: ScoringPlan
     ) -> None:
@@ -156,13 +165,14 @@ class _ScoringBench:
             self._sample = random.Random(0).sample(self._sample, plan.baseline_questions)
         warm = questions[:64]
         lm.session.expand_base()
-        hf = _hf_way(lm, plan.batch_size)
-        self._measure(hf, warm[: 2 * plan.batch_size])
-        self._baseline, self._expected = self._measure(hf, self._sample)
-        self.measurements = [self._baseline]
-        by_way = [(self._baseline, self._expected)]
-        if plan.margin_batch_size is not None:
-            measured, logprobs = self._measure(_hf_way(lm, plan.margin_batch_size), self._sample)
+        self.measurements: list[ScoringMeasurement] = []
+        by_way: list[tuple[ScoringMeasurement, Logprobs]] = []
+        sizes = [plan.batch_size, *filter(None, [plan.margin_batch_size])]
+        for size in [] if plan.engine == "fsdp2" else sizes:
+            hf = _hf_way(lm, size)
+            if not by_way:
+                self._measure(hf, warm[: 2 * size])
+            measured, logprobs = self._measure(hf, self._sample)
             by_way.append((self._add(measured, logprobs), logprobs))
         exact: Logprobs | None = None
         base = lm.model
@@ -223,14 +233,18 @@ class _ScoringBench:
         return measured, logprobs
 
     def _add(self, measured: ScoringMeasurement, logprobs: Logprobs | None) -> ScoringMeasurement:
-        """Adds a measurement and compares it with the baseline on the sample's `logprobs`."""
-        baseline, expected = self._baseline, self._expected
+        """Adds a measurement and compares it with the first on the sample's `logprobs`."""
+        self.measurements.append(measured)
+        baseline, expected = self.measurements[0], self._expected
+        if measured is baseline:
+            self._expected = logprobs
+            return measured
         scale = measured.prompt_tokens / baseline.prompt_tokens
         seconds = measured.encoding_seconds + measured.scoring_seconds
         baseline_seconds = baseline.encoding_seconds + baseline.scoring_seconds
         measured.ratio = scale * baseline_seconds / seconds
         measured.scoring_ratio = scale * baseline.scoring_seconds / measured.scoring_seconds
-        if logprobs is not None:
+        if logprobs is not None and expected is not None:
             measured.largest_difference = max(_differences(logprobs, expected))
             measured.same_predictions = _agreement(logprobs, expected)
             untied = [
@@ -244,7 +258,6 @@ class _ScoringBench:
                 for rows in (logprobs, expected)
             )
             measured.accuracy_difference = (own - theirs) / len(self._sample)
-        self.measurements.append(measured)
         return measured
 
 
