@@ -16,12 +16,16 @@ from qlora_harness.fused import fp8
 from qlora_harness.score.mmlu_files import DEMO_FILE, known_files
 
 
-def record_of(model: Path, folder: Path, *words: str) -> dict[str, Any]:
-    """The record of a benchmark of two demo questions per subject."""
-    output = folder / "benchmark.json"
+def run(model: Path, folder: Path, *words: str) -> None:
+    """Runs a benchmark of two demo questions per subject."""
     command = ["benchmark-scoring", "--model", str(model), "--file", DEMO_FILE, "--rows", "2"]
-    assert main([*command, "--batch-size", "4", "--json", str(output), *words]) == 0
-    record: dict[str, Any] = json.loads(output.read_text())
+    output = ["--json", str(folder / "benchmark.json")]
+    assert main([*command, "--batch-size", "4", *output, *words]) == 0
+
+
+def record_of(model: Path, folder: Path, *words: str) -> dict[str, Any]:
+    run(model, folder, *words)
+    record: dict[str, Any] = json.loads((folder / "benchmark.json").read_text())
     return record
 
 
@@ -73,7 +77,7 @@ def test_generation_has_the_texts_of_hf(tiny_llama: Path, tmp_path: Path, from_f
 
 def _of_two_processes(model: Path, folder: Path) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
-    record_of(model, folder, "--engine", "fsdp2", "--quant", "nf4", "--adapter-rank", "4")
+    run(model, folder, "--engine", "fsdp2", "--quant", "nf4", "--adapter-rank", "4")
 
 
 def test_a_base_spread_over_two_processes_is_timed_without_hf(
