@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,6 @@ def test_generation_has_the_texts_of_hf(tiny_llama: Path, tmp_path: Path, from_f
 
 
 def _of_two_processes(model: Path, folder: Path) -> None:
-    os.environ["ACCELERATE_USE_CPU"] = "true"
     run(model, folder, "--engine", "fsdp2", "--quant", "nf4", "--adapter-rank", "4")
 
 

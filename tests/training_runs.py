@@ -192,7 +192,7 @@ def _rank(words: list[str], folder: Path, fault: str, fsdp: bool) -> None:
     if fault == "stop":
         heartbeat._EVERY = 0.2  # seconds
     rank, ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": str(fsdp).lower()}
+    os.environ["ACCELERATE_USE_FSDP"] = str(fsdp).lower()
     os.chdir(folder)
     step = CountingTrainer.training_step
 

@@ -37,7 +37,7 @@ def start_processes(*, fsdp: bool = False) -> PartialState:
     With `fsdp`, or a launcher that was told to use it, the base is spread over the processes, see
     `model.sharded`. Raises SettingsError if one process sees several GPUs: Trainer would use all.
     """
-    fsdp = takes_over_fsdp() or fsdp
+    fsdp = prepare_accelerate() or fsdp
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in _YES or not torch.cuda.is_available()
     state = PartialState(cpu=cpu, timeout=_TIMEOUT, **_own_store())
     if fsdp:
@@ -57,11 +57,13 @@ def watched(state: PartialState) -> contextlib.AbstractContextManager[Heartbeat 
     return Heartbeat(*_meet("heartbeat")) if state.num_processes > 1 else contextlib.nullcontext()
 
 
-def takes_over_fsdp() -> bool:
-    """Whether the launcher was told to use FSDP, which accelerate doesn't learn any more.
+def prepare_accelerate() -> bool:
+    """Returns whether the launcher was told to use FSDP, which accelerate doesn't learn any more.
 
-    Its FSDP2 leaves packed weights whole.
+    Its FSDP2 leaves packed weights whole. Without a GPU it joins processes only if told so.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     return os.environ.pop(USE_FSDP, "").lower() in _YES
 
 
