@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training_runs import launch
 
 from qlora_harness.benchmark.record import ScoringBenchmark, ScoringMeasurement
 from qlora_harness.cli import main
@@ -14,12 +15,16 @@ from qlora_harness.fused import fp8
 from qlora_harness.score.mmlu_files import DEMO_FILE, known_files
 
 
-def record_of(model: Path, folder: Path, *words: str) -> dict[str, Any]:
-    """The record of a benchmark of two demo questions per subject."""
-    output = folder / "benchmark.json"
+def run(model: Path, folder: Path, *words: str) -> None:
+    """Runs a benchmark of two demo questions per subject."""
     command = ["benchmark-scoring", "--model", str(model), "--file", DEMO_FILE, "--rows", "2"]
-    assert main([*command, "--batch-size", "4", "--json", str(output), *words]) == 0
-    record: dict[str, Any] = json.loads(output.read_text())
+    output = ["--json", str(folder / "benchmark.json")]
+    assert main([*command, "--batch-size", "4", *output, *words]) == 0
+
+
+def record_of(model: Path, folder: Path, *words: str) -> dict[str, Any]:
+    run(model, folder, *words)
+    record: dict[str, Any] = json.loads((folder / "benchmark.json").read_text())
     return record
 
 
@@ -67,6 +72,26 @@ def test_generation_has_the_texts_of_hf(tiny_llama: Path, tmp_path: Path, from_f
     assert [m["same_texts"] for m in record["measurements"]] == [None, 1.0, 1.0]
     baseline, first, _ = record["measurements"]
     assert first["ratio"] == pytest.approx(baseline["seconds"] / 4 * 6 / first["seconds"])
+
+
+def _of_two_processes(model: Path, folder: Path) -> None:
+    run(model, folder, "--engine", "fsdp2", "--quant", "nf4", "--adapter-rank", "4")
+
+
+def test_a_base_spread_over_two_processes_is_timed_without_hf(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    launch(2, _of_two_processes, tiny_llama, tmp_path)
+    record = json.loads((tmp_path / "benchmark.json").read_text())
+    assert (record["processes"], record["engine"]) == (2, "fsdp2")
+    assert "2 × CPU" in record["title"]
+    packed, adapted = record["measurements"]
+    assert [packed["name"], adapted["name"]] == ["packed", "packed, unmerged adapter of rank 4"]
+    _, one = record_of(tiny_llama, tmp_path, "--quant", "nf4")["measurements"]
+    for name in ("questions", "prompt_tokens", "computed_tokens", "ties"):
+        assert packed[name] == one[name]
+    assert (packed["ratio"], packed["largest_difference"]) == (1.0, None)
+    assert adapted["ratio"] > 0
 
 
 def test_baseline_on_a_sample_is_scaled(tiny_llama: Path, tmp_path: Path) -> None:
@@ -118,6 +143,11 @@ def test_fp8_is_measured_beside_bf16(
         (["--adapter-rank", "0"], ["--adapter-rank: 0", "at least 1"]),
         (["--json", "/"], ["--json / is a folder"]),
         (["--quant", "nf4", "--float32-reference"], ["--float32-reference with --quant nf4"]),
+        (
+            ["--engine", "fsdp2", "--margin-batch-size", "1"],
+            ["--engine fsdp2", "--margin-batch-size"],
+        ),
+        (["--engine", "fsdp2", "--generate", "1"], ["--engine fsdp2", "--generate"]),
         (["--fp8", "--dtype", "bfloat16"], ["compute=fp8", "no CUDA device"]),
         (["--fp8", "--kernels", "none"], ["compute=fp8 with kernels=none"]),
         (["--file", "nosuch"], ["--file: 'nosuch'", *known_files()]),

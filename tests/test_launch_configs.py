@@ -40,20 +40,27 @@ def test_accelerate_reads_it(name: str) -> None:
         assert key in flags
 
 
-def command_of(name: str) -> str:
+def commands_of(name: str) -> list[str]:
     lines = (folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    commands = [line[2:].strip() for line in lines if line.startswith("#   accelerate launch ")]
-    assert len(commands) == 1
-    return commands[0].removeprefix("accelerate launch ")
+    start = "#   accelerate launch "
+    return [line.removeprefix(start) for line in lines if line.startswith(start)]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_its_command_is_well_formed(name: str) -> None:
-    args = launch_command_parser().parse_args(shlex.split(command_of(name)))
-    assert args.config_file == f"launch/accelerate/{name}.yaml"
-    assert args.training_script == "launch/train.py"
-    settings, _ = parse_settings(args.training_script_args)
-    assert settings.quant.value == "nf4"
+def test_its_commands_train_by_the_published_recipe(name: str) -> None:
+    """One for each machine; a step has 16 conversations."""
+    all_args = [launch_command_parser().parse_args(shlex.split(line)) for line in commands_of(name)]
+    config = load_config_from_file(str(folder() / f"{name}.yaml"))
+    assert len(all_args) == config.num_machines
+    for machine, args in enumerate(all_args):
+        assert args.config_file == f"launch/accelerate/{name}.yaml"
+        assert args.training_script == "launch/train.py"
+        assert (args.machine_rank or 0) == machine
+        settings, _ = parse_settings(args.training_script_args)
+        assert settings.quant.value == "nf4"
+        optimization = settings.optimization
+        processes = args.num_processes or config.num_processes
+        assert optimization.batch_size * optimization.grad_accum * processes == 16
 
 
 @pytest.mark.parametrize("machine", [0, 1])
@@ -64,8 +71,7 @@ def test_a_machine_that_does_not_come_ends_the_run(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = command_of("multi_node").replace("node0", f"127.0.0.1 --main_process_port {port}")
-    command = command.replace("timeout=300", "timeout=1")
-    command = command.replace("machine_rank 0", f"machine_rank {machine}")
+    command = commands_of("multi_node")[machine].replace("timeout=300", "timeout=1")
+    command = command.replace("node0", f"127.0.0.1 --main_process_port {port}")
     with pytest.raises(DistError):
         launch_command(launch_command_parser().parse_args(shlex.split(command)))

@@ -5,6 +5,7 @@ The processes are forked from one that has imported everything, so a run takes a
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -136,9 +137,13 @@ def test_gradients_of_a_layer_are_reduced_before_the_layer_below(
     assert events.index("below") < len(events) - 1
 
 
-def test_faults_leave_a_run_that_resumes(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
-    common = flags_for(tiny_llama, rows) | {"max_steps": 8, "save_steps": 3, "grad_accum": 1}
-    flags = common | {"output_dir": tmp_path / "faulty"}
+def test_faults_leave_a_run_that_resumes(
+    tiny_llama: Path, rows: Path, tmp_path: Path, train: Train
+) -> None:
+    """In the middle of its second epoch, in one, two or four processes."""
+    common = flags_for(tiny_llama, rows) | {"max_steps": 8, "save_steps": 2, "batch_size": 1}
+    two = common | {"grad_accum": 2}
+    flags = two | {"output_dir": tmp_path / "faulty"}
     began = time.monotonic()
     with pytest.raises(ChildFailedError):
         on_ranks(2, flags, tmp_path, fault="out of memory")
@@ -151,9 +156,28 @@ def test_faults_leave_a_run_that_resumes(tiny_llama: Path, rows: Path, tmp_path:
     assert "Traceback" not in "".join(texts)
     record = summary(tmp_path / "faulty")
     assert record["status"] in ("failed", "interrupted")
+    # Stopped, while the other one waits for it in a collective.
+    (tmp_path / "errors0.txt").unlink()
+    with pytest.raises(ChildFailedError) as ended:
+        on_ranks(2, flags, tmp_path, fault="stop")
+    assert ended.value.get_first_failure()[1].exitcode == 3
+    lines = (tmp_path / "errors0.txt").read_text().splitlines()
+    assert ["rank 1 of the 2 " in line for line in lines if "error:" in line] == [True]
+    record = summary(tmp_path / "faulty")
+    assert (record["status"], record["failure"]["problem"][:6]) == ("failed", "rank 1")
+    for name in ("one", "four"):
+        shutil.copytree(tmp_path / "faulty", tmp_path / name)
     # Killed without a word; torchrun --max-restarts 1 resumes from the checkpoint.
     on_ranks(2, flags, tmp_path, fault="kill", restarts=1)
     record = summary(tmp_path / "faulty")
     assert (record["status"], record["runtime"]["resumed"]) == ("completed", True)
-    on_ranks(2, common | {"output_dir": tmp_path / "whole"}, tmp_path)
+    assert train(**common, grad_accum=4, output_dir=tmp_path / "one") == 0
+    on_ranks(4, common | {"grad_accum": 1, "output_dir": tmp_path / "four"}, tmp_path)
+    on_ranks(2, two | {"output_dir": tmp_path / "whole"}, tmp_path)
     assert losses(tmp_path / "faulty") == losses(tmp_path / "whole")
+    assert 1 < steps(tmp_path / "whole")[3]["epoch"] < 2  # of the checkpoint
+    for name in ("one", "four"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+        for key in ("tokens", "supervised_tokens"):
+            own, expected = (steps(tmp_path / run) for run in (name, "whole"))
+            assert [row[key] for row in own] == [row[key] for row in expected]

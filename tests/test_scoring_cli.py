@@ -97,7 +97,7 @@ def runs(
 ) -> Iterator[dict[str, Future[Run]]]:
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     for name in ("QLORA_HARNESS_NO_HOOK", "QLORA_MMLU_DIR", "LMEVAL_LOG_LEVEL"):
         environment.pop(name, None)

@@ -11,10 +11,12 @@ import torch
 from conftest import VOCABULARY_SIZE
 from safetensors.torch import load_file
 from training_runs import Train, as_if_killed, losses, on_ranks, read, steps, summary
+from transformers import GPT2Config
 
 from qlora_harness.benchmark.random_model import write_random_model
-from qlora_harness.errors import SettingsError
+from qlora_harness.errors import ModelError, SettingsError
 from qlora_harness.model.base import load_base
+from qlora_harness.model.by_layer import load_by_layer, random_reader
 from qlora_harness.model.source import find_base
 from qlora_harness.settings import Quant
 from qlora_harness.settings_checks import build_settings, check_can_shard
@@ -111,3 +113,11 @@ def test_weights_read_by_layer_are_those_of_transformers(
 def test_what_needs_the_whole_base_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(SettingsError):
         check_can_shard(build_settings(changes))
+
+
+def test_a_base_without_layers_of_known_names_is_refused() -> None:
+    with pytest.raises(ModelError, match="'gpt2'"):
+        load_by_layer(
+            GPT2Config(), random_reader(0, 1.0, torch.device("cpu")), empty_4bit=None,
+            dtype=torch.float32, device=torch.device("cpu"), sharded=None,
+        )  # fmt: skip

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -156,9 +157,9 @@ def on_ranks(
 ) -> None:  # fmt: skip
     """Runs the training command in processes joined by gloo, as torchrun does.
 
-    What each prints goes to `folder`/rank0.txt and so on, errors to errors0.txt. A `fault`, "kill"
-    or "out of memory", ends the last one in its fifth step. The server from which they are forked
-    imports everything once.
+    What each prints goes to `folder`/rank0.txt and so on, errors to errors0.txt. A `fault`, "kill",
+    "stop" or "out of memory", befalls the last one in its fifth step. The server from which they
+    are forked imports everything once.
     """
     multiprocessing.set_forkserver_preload(
         ["qlora_harness.train.run", "qlora_harness.train.command"]
@@ -170,20 +171,28 @@ def on_ranks(
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words.append(f"--{flag}={value}")
+    launch(ranks, _rank, words, folder, fault, fsdp, restarts=restarts)
+
+
+def launch(ranks: int, function: Callable[..., None], *args: Any, restarts: int = 0) -> None:
+    """Calls a function in processes joined by gloo."""
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, max_restarts=restarts,
         rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",
         start_method="forkserver",
     )  # fmt: skip
-    elastic_launch(config, _rank)(words, folder, fault, fsdp)
+    elastic_launch(config, function)(*args)
 
 
 def _rank(words: list[str], folder: Path, fault: str, fsdp: bool) -> None:
+    from qlora_harness.train import heartbeat
     from qlora_harness.train.command import main
     from qlora_harness.train.trainer import CountingTrainer
 
+    if fault == "stop":
+        heartbeat._EVERY = 0.2  # seconds
     rank, ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": str(fsdp).lower()}
+    os.environ["ACCELERATE_USE_FSDP"] = str(fsdp).lower()
     os.chdir(folder)
     step = CountingTrainer.training_step
 
@@ -191,6 +200,10 @@ def _rank(words: list[str], folder: Path, fault: str, fsdp: bool) -> None:
         if self.state.global_step == 4:
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "stop":  # until later, as the launcher waits 30 s before it kills
+                subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"])
+                os.kill(os.getpid(), signal.SIGSTOP)
+                return step(self, *args, **options)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return step(self, *args, **options)
 

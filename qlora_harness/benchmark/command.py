@@ -93,12 +93,6 @@ def _add_training(commands: Any) -> None:
     add("--compute-dtype", default="bfloat16", choices=COMPUTE_DTYPES)
     add("--steps", type=int, default=5, metavar="N", help="timed steps (default 5)")
     add("--warm-up", type=int, default=3, metavar="N", help="steps before those (default 3)")
-    add(
-        "--engine",
-        choices=["ddp", "fsdp2"],
-        default="ddp",
-        help="of several processes: fsdp2 spreads the base over them (default ddp)",
-    )
     add("--batch-size", type=int, metavar="N", help="for every way")
     add("--lora-r", type=int, metavar="N", help="for every way")
     _add_output(parser)
@@ -123,7 +117,8 @@ def _add_scoring(commands: Any) -> None:
         "benchmark-scoring",
         help="time the packed scoring of MMLU prompts against lm-eval's hf model",
         description="Scores the same prompts with lm-eval's hf model and packed, in one process, "
-        "and prints times, ratios, memory and the largest difference.",
+        "and prints times, ratios, memory and the largest difference. With --engine fsdp2 only "
+        "packed: hf needs the whole base.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -191,6 +186,12 @@ def _benchmark_scoring(values: dict[str, Any]) -> str:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine",
+        choices=["ddp", "fsdp2"],
+        default="ddp",
+        help="of several processes: fsdp2 spreads the base over them (default ddp)",
+    )
     parser.add_argument(
         "--json", dest="output", type=Path, metavar="FILE", help="write the numbers here"
     )

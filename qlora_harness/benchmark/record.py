@@ -47,7 +47,7 @@ class ScoringMeasurement(BaseModel):
     computed_tokens: int  # went through the model, without padding
     peak_allocated_bytes: int | None
     ties: int  # questions for which several letters share the best log-probability
-    # Seconds of the baseline, scaled by prompt tokens if it ran on a sample, over these.
+    # Seconds of the first way, the baseline, scaled by prompt tokens if on a sample, over these.
     ratio: float = 1.0
     scoring_ratio: float = 1.0  # without encoding
     # The rest is over the baseline's questions; None for the baseline itself.
@@ -87,6 +87,7 @@ class _Benchmark(BaseModel):
     # Each with its own device. Tokens are those of all; peaks are the largest in training, and
     # those of the first process in scoring.
     processes: int = 1
+    engine: Literal["ddp", "fsdp2"] | None = None  # None for one process
 
     @classmethod
     def of(cls, title: str, measurements: Any, device: str) -> Self:
@@ -106,7 +107,6 @@ class TrainingBenchmark(_Benchmark):
     schema_version: Literal[1] = 1
     kind: Literal["training_benchmark"] = "training_benchmark"
     measurements: list[TrainingMeasurement]
-    engine: Literal["ddp", "fsdp2"] | None = None  # None for one process
 
     def table(self) -> str:
         """Returns a Markdown table with a row per way, and below it each peer's packages."""

@@ -10,11 +10,10 @@ import difflib
 import os
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,6 +30,7 @@ from qlora_harness.score.mmlu_files import Question, known_files, load_questions
 from qlora_harness.score.model_arguments import ScoringOptions, check_fp8, resolve_dtype
 from qlora_harness.score.session import TokenScores
 from qlora_harness.settings import Quant
+from qlora_harness.train.ranks import USE_FSDP
 
 Logprobs = list[list[float]]  # four of each question, nats
 
@@ -60,6 +60,7 @@ class ScoringPlan:
     max_new_tokens: int = 128
     own_examples: bool = False
     peer_path: Path | None = None
+    engine: Literal["ddp", "fsdp2"] = "ddp"
 
 
 def measure_scoring(plan: ScoringPlan) -> str:
@@ -86,6 +87,7 @@ def measure_scoring(plan: ScoringPlan) -> str:
         benchmark_title(lm, plan, plan.file), measurements, device_name(lm)
     )
     record.processes = lm.world_size
+    record.engine = plan.engine if lm.world_size > 1 else None
     if plan.output is not None and lm.rank == 0:
         record.write(plan.output)
     return record.table()
@@ -93,6 +95,13 @@ def measure_scoring(plan: ScoringPlan) -> str:
 
 def load_for_benchmark(plan: ScoringPlan) -> QloraAdapterLM:
     """Loads the base, without fused layers yet."""
+    if plan.engine == "fsdp2":
+        names = ("margin_batch_size", "baseline_questions", "float32_reference", "peer_path")
+        whole = [name for name in (*names, "generate") if getattr(plan, name)]
+        if whole or plan.kernels == "none":
+            flag = f"--{whole[0].replace('_', '-')}" if whole else "--kernels none"
+            raise SettingsError(f"{flag} needs a whole base; fsdp2 spreads it", "Leave it out")
+        os.environ[USE_FSDP] = "true"  # as accelerate's launcher says it
     return QloraAdapterLM(
         pretrained=plan.model,
         quant=plan.quant,
@@ -100,7 +109,7 @@ def load_for_benchmark(plan: ScoringPlan) -> QloraAdapterLM:
         batch_size=plan.batch_size,
         device="cuda" if torch.cuda.is_available() else "cpu",
         pack_tokens=plan.pack_tokens,
-        kernels="none",
+        kernels=plan.kernels,
     )
 
 
@@ -135,13 +144,8 @@ def choose_questions(
                 f"--subjects: {file} has no subject {subject!r}",
                 f"The nearest is {near[0]!r}" if near else f"It has {', '.join(known)}",
             )
-    counts: Counter[str] = Counter()
-    chosen = []
-    for question in questions:
-        counts[question.subject] += 1
-        if question.subject in (subjects or known) and counts[question.subject] <= (rows or 10**9):
-            chosen.append(question)
-    return chosen
+    by_subject = {name: [q for q in questions if q.subject == name] for name in subjects or known}
+    return [question for some in by_subject.values() for question in some[:rows]]
 
 
 @dataclass
@@ -156,6 +160,8 @@ class _Way:
 class _ScoringBench:
     """Measures lm-eval's `hf`, vLLM, packed scoring, and the same with an unmerged adapter."""
 
+    _expected: Logprobs | None = None  # of the first way
+
     def __init__(
         self, lm: QloraAdapterLM, questions: Sequence[Question], plan: ScoringPlan
     ) -> None:
@@ -166,13 +172,10 @@ class _ScoringBench:
         # First, because nothing is lost if it fails.
         vllm = None if plan.peer_path is None else self._measure_vllm(plan.peer_path)
         lm.session.expand_base()
-        hf = _hf_way(lm, plan.batch_size)
-        self._measure(hf, questions[: min(64, 2 * plan.batch_size)])
-        self._baseline, self._expected = self._measure(hf, self._sample)
-        self.measurements = [self._baseline]
-        self._compared = [(self._baseline, self._expected)]
-        if plan.margin_batch_size is not None:
-            self._add(*self._measure(_hf_way(lm, plan.margin_batch_size), self._sample))
+        self.measurements: list[ScoringMeasurement] = []
+        self._compared: list[tuple[ScoringMeasurement, Logprobs]] = []
+        if plan.engine != "fsdp2":
+            self._measure_hf(plan.batch_size, *filter(None, [plan.margin_batch_size]))
         if vllm is not None:
             self._add(*vllm)
         exact: Logprobs | None = None
@@ -197,6 +200,12 @@ class _ScoringBench:
             for measured, logprobs in self._compared:
                 measured.float32_difference = _mean_difference(logprobs, exact)
                 measured.float32_predictions = _agreement(logprobs, exact)
+
+    def _measure_hf(self, *batch_sizes: int) -> None:
+        """Measures lm-eval's `hf` on the sample, after a warm-up."""
+        self._measure(_hf_way(self._lm, batch_sizes[0]), self._questions[: 2 * batch_sizes[0]])
+        for size in batch_sizes:
+            self._add(*self._measure(_hf_way(self._lm, size), self._sample))
 
     def _measure_packed(
         self, name: str, questions: Sequence[Question], *, compare: bool = True
@@ -261,19 +270,25 @@ class _ScoringBench:
         return measured, logprobs
 
     def _add(self, measured: ScoringMeasurement, logprobs: Logprobs | None) -> None:
-        """Adds a measurement and compares its `logprobs` with the baseline's on the sample."""
-        baseline, expected = self._baseline, self._expected
+        """Adds a measurement and compares it with the first on the sample's `logprobs`."""
+        self.measurements.append(measured)
+        if logprobs is not None:
+            if len(logprobs) > len(self._sample):
+                rows = zip(self._questions, logprobs, strict=True)
+                by_prompt = {q.prompt: row for q, row in rows}
+                logprobs = [by_prompt[q.prompt] for q in self._sample]
+            self._compared.append((measured, logprobs))
+        baseline, expected = self.measurements[0], self._expected
+        if measured is baseline:
+            self._expected = logprobs
+            return
         scale = measured.prompt_tokens / baseline.prompt_tokens
         seconds = measured.encoding_seconds + measured.scoring_seconds
         baseline_seconds = baseline.encoding_seconds + baseline.scoring_seconds
         measured.ratio = scale * baseline_seconds / seconds
         measured.scoring_ratio = scale * baseline.scoring_seconds / measured.scoring_seconds
-        self.measurements.append(measured)
-        if logprobs is None:
+        if logprobs is None or expected is None:
             return
-        if len(logprobs) > len(self._sample):
-            by_prompt = {q.prompt: row for q, row in zip(self._questions, logprobs, strict=True)}
-            logprobs = [by_prompt[q.prompt] for q in self._sample]
         measured.largest_difference = max(_differences(logprobs, expected))
         measured.same_predictions = _agreement(logprobs, expected)
         untied = [
@@ -287,7 +302,6 @@ class _ScoringBench:
             for rows in (logprobs, expected)
         )
         measured.accuracy_difference = (own - theirs) / len(self._sample)
-        self._compared.append((measured, logprobs))
 
 
 def _hf_way(lm: QloraAdapterLM, batch_size: int) -> _Way:

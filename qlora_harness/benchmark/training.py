@@ -41,7 +41,13 @@ from qlora_harness.train.memory_plan import (
     measure_shape,
     predict_memory,
 )
-from qlora_harness.train.ranks import device_of, say, shards_base, start_processes
+from qlora_harness.train.ranks import (
+    device_of,
+    say,
+    shards_base,
+    start_processes,
+    watched,
+)
 from qlora_harness.train.trainer import CountingTrainer, StepLog
 
 _SHARED: dict[str, Any] = {
@@ -127,11 +133,12 @@ def measure_training(plan: TrainingPlan) -> str:
         if reason is not None:
             raise SettingsError(f"--ways: -fp8 is impossible: {reason}", "Leave these ways out")
     bench = _TrainingBench(plan, build_settings(shared | dict(plan.changes)), state)
-    for quant in plan.quants:
-        for way in plan.ways:
-            measured = TrainingMeasurement(way=way, quant=quant, changes=changes[way])
-            bench.measure(measured, settings[quant, way])
-        bench.release_base()
+    with watched(state):
+        for quant in plan.quants:
+            for way in plan.ways:
+                measured = TrainingMeasurement(way=way, quant=quant, changes=changes[way])
+                bench.measure(measured, settings[quant, way])
+            bench.release_base()
     return bench.record().table()
 
 

@@ -19,6 +19,7 @@ from qlora_harness.fused.layer import Attend, FusedLayer
 from qlora_harness.fused.lora_group import LoraGroup
 from qlora_harness.fused.packed_row import PackedRow, Rotation
 from qlora_harness.model.base import is_plain_linear, why_not_plain
+from qlora_harness.model.by_layer import MODEL_TYPES
 from qlora_harness.model.facts import base_of
 from qlora_harness.model.plain_lora import is_plain
 from qlora_harness.model.rope import why_by_length
@@ -26,7 +27,6 @@ from qlora_harness.model.shape import Shape
 from qlora_harness.model.sharded import sharded_layers
 from qlora_harness.settings import CHECKPOINTING, COMPUTE
 
-MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 # With selective checkpointing, every third layer recomputes its gates; the others copy them to the
 # host: as many as fit into the time of a forward pass on an H100.
 _THIRD = 3

@@ -17,6 +17,7 @@ from qlora_harness.errors import ModelError
 from qlora_harness.model.fingerprint import checkpoint_folder, weight_files
 from qlora_harness.model.sharded import ShardedLayers
 
+MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})  # those of fused layers, too
 Read = Callable[[str, torch.Size], Tensor]
 
 
@@ -29,7 +30,7 @@ def load_by_layer(
     device: torch.device,
     sharded: ShardedLayers | None,
 ) -> Any:
-    """Builds the model of a configuration of `fused.model`'s types, with weights from `read`.
+    """Builds the model of a configuration of one of MODEL_TYPES, with weights from `read`.
 
     `empty_4bit` makes a 4-bit layer in place of a linear one; None means a base in 16 bits. What
     isn't quantised gets `dtype`.
@@ -37,6 +38,11 @@ def load_by_layer(
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    if config.model_type not in MODEL_TYPES:
+        raise ModelError(
+            f"a base of type {config.model_type!r} can't be loaded a layer at a time",
+            "Launch without FSDP",
+        )
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, trust_remote_code=False

@@ -36,7 +36,7 @@ from qlora_harness.score.prefix_tree import Score
 from qlora_harness.score.run_choice import choose_scored_run
 from qlora_harness.score.scored_model import load_scored_model, load_scored_tokenizer
 from qlora_harness.score.session import ScoringSession
-from qlora_harness.train.ranks import takes_over_fsdp
+from qlora_harness.train.ranks import prepare_accelerate
 
 logger = logging.getLogger("qlora_harness")
 
@@ -119,7 +119,7 @@ class QloraAdapterLM(LoadedHFLM):
             partial(
                 load_scored_model,
                 *(choice, source, len(tokenizer), compute_dtype),
-                fsdp=takes_over_fsdp(),
+                fsdp=prepare_accelerate(),
             ),
             exact_logits=scoring_options.exact_logits,
             pretrained=source.path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -20,8 +21,11 @@ from qlora_harness.errors import (
     first_line,
     printable,
 )
+from qlora_harness.train.heartbeat import Heartbeat
 
-_USE_FSDP = "ACCELERATE_USE_FSDP"
+_ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
+_YES = ("1", "true", "yes")
+USE_FSDP = "ACCELERATEUSE_FSDP"
 _Result = TypeVar("_Result")
 # The others wait so long for a process, also while the first one encodes the data.
 _TIMEOUT = timedelta(minutes=30)
@@ -33,8 +37,8 @@ def start_processes(*, fsdp: bool = False) -> PartialState:
     With `fsdp`, or a launcher that was told to use it, the base is spread over the processes, see
     `model.sharded`. Raises SettingsError if one process sees several GPUs: Trainer would use all.
     """
-    fsdp = takes_over_fsdp() or fsdp
-    cpu = _is_set("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    fsdp = prepare_accelerate() or fsdp
+    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in _YES or not torch.cuda.is_available()
     state = PartialState(cpu=cpu, timeout=_TIMEOUT, **_own_store())
     if fsdp:
         state.shards_base = True  # all instances share it
@@ -48,18 +52,19 @@ def start_processes(*, fsdp: bool = False) -> PartialState:
     return state
 
 
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+def watched(state: PartialState) -> contextlib.AbstractContextManager[Heartbeat | None]:
+    """Inside the `with` block this process ends if another one is stopped or vanishes."""
+    return Heartbeat(*_meet("heartbeat")) if state.num_processes > 1 else contextlib.nullcontext()
 
 
-def takes_over_fsdp() -> bool:
-    """Whether the launcher was told to use FSDP, which accelerate doesn't learn any more.
+def prepare_accelerate() -> bool:
+    """Returns whether the launcher was told to use FSDP, which accelerate doesn't learn any more.
 
-    Its FSDP2 leaves packed weights whole.
+    Its FSDP2 leaves packed weights whole. Without a GPU it joins processes only if told so.
     """
-    asked = _is_set(_USE_FSDP)
-    os.environ.pop(_USE_FSDP, None)
-    return asked
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    return os.environ.pop(USE_FSDP, "").lower() in _YES
 
 
 def shards_base(state: PartialState) -> bool:
@@ -72,12 +77,15 @@ def _own_store() -> dict[str, Any]:
 
     torch 2.13 leaves the addresses of those before in the launcher's store.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or torch.distributed.is_initialized():
+    if os.environ.get(_ATTEMPT, "0") == "0" or torch.distributed.is_initialized():
         return {}
+    return dict(zip(("store", "rank", "world_size"), _meet("attempt"), strict=True))
+
+
+def _meet(name: str) -> tuple[PrefixStore, int, int]:
+    """Returns the store of the processes of this attempt, the rank, and their number."""
     store, rank, processes = next(rendezvous("env://", timeout=_TIMEOUT))
-    store = PrefixStore(f"attempt_{attempt}", store)
-    return {"store": store, "rank": rank, "world_size": processes}
+    return PrefixStore(f"{name}_{os.environ.get(_ATTEMPT, '0')}", store), rank, processes
 
 
 def device_of(state: PartialState) -> torch.device:

@@ -50,6 +50,7 @@ from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, paddi
 from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkpoint_step
 from qlora_harness.train.compute_dtype import with_compute_dtype
 from qlora_harness.train.evaluation import evaluate_loss
+from qlora_harness.train.heartbeat import Heartbeat
 from qlora_harness.train.held_out import HeldOut, check_held_out
 from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.memory_plan import (
@@ -67,6 +68,7 @@ from qlora_harness.train.ranks import (
     say,
     shards_base,
     start_processes,
+    watched,
 )
 from qlora_harness.train.run_folder import (
     StartingPoint,
@@ -123,7 +125,8 @@ def _run_training(
             _check_fp8(fp8.why_unavailable(device_of(state)))
         recorded = start.recorded("quantization", "compute_dtype")
         settings = with_compute_dtype(settings, state, recorded)
-        return _Run(settings, state, start, find, on_row).execute()
+        with watched(state) as heartbeat:
+            return _Run(settings, state, start, find, on_row, heartbeat).execute()
 
 
 def _check_fp8(reason: str | None) -> None:
@@ -157,6 +160,7 @@ class _Run:
         start: StartingPoint,
         find: Callable[..., StartingPoint],
         on_row: Callable[[Mapping[str, Any]], None] | None,
+        heartbeat: Heartbeat | None,
     ) -> None:
         self.settings = settings
         self.chosen = settings  # with the choices of --memory applied
@@ -164,6 +168,7 @@ class _Run:
         self.start = start
         self.find_start = find
         self.on_row = on_row
+        self.heartbeat = heartbeat
         self.run_dir = settings.run_dir
         self.trains_residual = settings.lora.init_lora_weights == "pissa"
         self.pissa_start = self.run_dir / CHECKPOINT_DIR / START_FILE
@@ -333,6 +338,8 @@ class _Run:
             computation=self.computation,
             plan=self.plan,
         )
+        if self.heartbeat is not None:
+            self.heartbeat.on_loss = self.record.fail
 
     def _take_folder(self) -> None:
         self.lock = lock_run_folder(self.run_dir)
