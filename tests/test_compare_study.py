@@ -116,6 +116,7 @@ def test_names_say_what_tells_arms_apart(tmp_path: Path) -> None:
         ("NF4 DoRA", "bf16 DoRA"), ("NF4 LoftQ", "bf16"), ("NF4", "bf16"), ("NF4 no DQ", "bf16"),
         ("HQQ", "bf16"), ("bf16 rsLoRA", "bf16"),
     ]  # fmt: skip
+    assert "6 arms vs their bf16 arms" in text.title(comparison)
     chain = [comparison.steps[0].arm, *(step.baseline for step in comparison.steps)]
     assert chain == ["NF4", "NF4 no DQ", "HQQ", "bf16"]
     assert comparison.headline.arm == "NF4"
