@@ -138,10 +138,6 @@ class Contrast(Part):
     detail: Detail | None = None
     groups: list[GroupDifference] = []
 
-    def brief(self) -> Contrast:
-        """Returns the contrast without the details of answers, subjects and categories."""
-        return self.model_copy(update={"detail": None, "groups": []})
-
     def __getitem__(self, key: str) -> Endpoint:
         """Returns an endpoint by its key."""
         return self.endpoints[key]
@@ -239,9 +235,6 @@ class ComparisonRecord(BaseModel):
     """Names of the arms."""
     contrasts: list[Contrast]
     """Primary ones first."""
-    steps: list[Contrast] = []
-    """Arms that differ only in quantisation, each against the one that keeps the next more bits;
-    empty for fewer than three."""
     chance: list[Chance]
     """One for each arm."""
     curves: list[LossCurve] = []
