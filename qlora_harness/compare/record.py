@@ -23,19 +23,6 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
 
-class Quantity(Part):
-    """One quantity of both arms; each value is the mean over seeds."""
-
-    key: str
-    name: str
-    unit: Unit
-    """Of the values, and of the difference unless it is relative."""
-    arm: float | None = None
-    baseline: float | None = None
-    relative: bool = False
-    """Whether the difference is arm / baseline - 1."""
-
-
 class Estimate(Part):
     """A difference, arm less baseline, and its error; null if unknown."""
 
@@ -60,9 +47,17 @@ class Estimate(Part):
         return -margin < self.inner_low and self.inner_high < margin
 
 
-class Endpoint(Estimate, Quantity):
-    """One quantity of both arms, and the word for what their difference shows."""
+class Endpoint(Estimate):
+    """One quantity of both arms, means over seeds, and the word for what they show."""
 
+    key: str
+    name: str
+    unit: Unit
+    """Of the values, and of the difference unless it is relative."""
+    arm: float | None = None
+    baseline: float | None = None
+    relative: bool = False
+    """Whether the difference is arm / baseline - 1."""
     margin: float | None = None
     lower_is_better: bool = True
     word: Word = "no measurement"
