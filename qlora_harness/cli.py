@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -140,27 +139,25 @@ def _plan(words: Sequence[str]) -> None:
     """Parses the flags of launch/train.py and prints the memory of every way to train."""
     from qlora_harness.model.source import find_base
     from qlora_harness.settings_checks import check_can_shard
-    from qlora_harness.train.command import flag_parser, parse_settings
+    from qlora_harness.train.command import add_settings, flag_parser, settings_of
     from qlora_harness.train.compute_dtype import with_own_dtype
     from qlora_harness.train.memory_plan import Ranks, choose_memory_plan, measure_shape
     from qlora_harness.train.plan_text import table
     from qlora_harness.train.window import check_window
 
-    own = _Parser(prog="qlora-harness plan", add_help=False, allow_abbrev=False)
     parser = flag_parser("qlora-harness plan", _PLAN, epilog=None)
-    for each in (own, parser):  # the latter shows them
-        add = partial(each.add_argument, default=argparse.SUPPRESS)
-        add("--gpus", type=int, metavar="N", help="default 1")
-        add(
-            "--engine",
-            choices=["ddp", "fsdp2"],
-            help="of several GPUs: fsdp2 spreads the base over them (default ddp)",
-        )
-    own.set_defaults(gpus=1, engine="ddp")
-    args, words = own.parse_known_args(words)
-    check_at_least({"--gpus": args.gpus}, 1)
-    ranks = Ranks(args.gpus, args.engine == "fsdp2" and args.gpus > 1)
-    settings, _ = parse_settings(words, parser)
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="default 1")
+    parser.add_argument(
+        "--engine",
+        choices=["ddp", "fsdp2"],
+        default="ddp",
+        help="of several GPUs: fsdp2 spreads the base over them (default ddp)",
+    )
+    flags = vars(add_settings(parser).parse_args(words))
+    gpus, engine = flags.pop("gpus"), flags.pop("engine")
+    check_at_least({"--gpus": gpus}, 1)
+    ranks = Ranks(gpus, engine == "fsdp2" and gpus > 1)
+    settings = settings_of(flags)
     if ranks.sharded:
         check_can_shard(settings)
     source = find_base(settings.model.model, settings.model.revision)

@@ -34,6 +34,7 @@ from qlora_harness.model.base import expand_4bit
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.settings import CHECKPOINTING
 from qlora_harness.settings_checks import build_settings, check_can_run
+from qlora_harness.train import loading
 from qlora_harness.train import run as train_run
 
 needs_hqq = pytest.mark.skipif(find_spec("hqq") is None, reason="the package hqq is not installed")
@@ -145,7 +146,7 @@ def test_pissa_run_without_its_start_is_refused_before_loading(
     assert train(output_dir="run", **flags) == 0
     as_if_killed("run", 4)
     Path("run/checkpoints", START_FILE).unlink()
-    monkeypatch.setattr(train_run, "take_base", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(loading, "take_base", lambda *_, **__: pytest.fail("loaded"))
     capsys.readouterr()
     assert train(output_dir="run", **flags) != 0
     assert f"{START_FILE} is missing. " in capsys.readouterr().err
@@ -274,10 +275,6 @@ def test_fused_rslora_equals_peft(checkpointing: str, quantised: bool) -> None:
     expected = plain_step(model, rows)
     FusedDecoder.attach(model, checkpointing)
     assert_alike(fused_step(model, rows), expected)
-
-
-def test_dora_has_no_fused_layers() -> None:
-    assert FusedDecoder.reason_against(adapted(tiny("llama"), use_dora=True)) is not None
 
 
 def test_int8_is_scored_in_batches(make_lm: MakeLm) -> None:

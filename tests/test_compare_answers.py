@@ -118,22 +118,6 @@ def test_multiple_choice_of_any_number_of_choices(arcs: list[Path]) -> None:
     assert "nll" not in item.endpoints  # the log-probabilities don't make this metric
 
 
-def test_generated_answers_with_two_filters(tmp_path: Path) -> None:
-    folders, filters = [], ("strict-match", "flexible-extract")
-    for seed in (0, 1):
-        rng = np.random.default_rng(seed)
-        samples = [
-            sample(i, {"exact_match": float(rng.random() < share)}, filter=name)
-            for name, share in zip(filters, (0.3, 0.6), strict=True)
-            for i in range(50)
-        ]
-        folders.append(write_task(tmp_path / str(seed), {"gsm": samples}, filters=filters))
-    for metric, used in ((None, filters[0]), (f"exact_match,{filters[1]}", filters[1])):
-        endpoint = accuracy(compare(folders, metric=metric))
-        assert endpoint.difference == pytest.approx(change(folders, "exact_match", "gsm", used))
-        assert (endpoint.n, endpoint.name) == (50, "exact_match")
-
-
 def test_continuous_metrics_and_those_of_which_less_is_better(tmp_path: Path) -> None:
     table = np.random.default_rng(0).normal(20, 3, (2, 60))
     folders = [

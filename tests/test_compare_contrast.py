@@ -4,14 +4,13 @@
 # mypy: disable-error-code="operator,union-attr"
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from compare_runs import FAMILY, GIB, changed, edit, step_log, summary, write, write_scored
+from compare_runs import GIB, changed, edit, step_log, summary, write, write_scored
 from scipy import stats
 
 from qlora_harness.compare.comparison import Comparison, compare
@@ -132,29 +131,6 @@ def test_intervals_of_answers_are_welchs(pair_of_arms: Comparison) -> None:
     assert accuracy.word == "worse"
 
 
-def test_nll_has_errors_by_subject(tmp_path: Path) -> None:
-    runs = [
-        write_scored(tmp_path / q, questions(k, subjects=20), training(q), q)
-        for k, q in enumerate(("nf4", "bf16"))
-    ]
-    item = leading(compare(runs))
-    frames = [json.loads((r / "mmlu_progress_llama_arm.json").read_text()) for r in runs]
-    nll = []
-    for frame in frames:
-        rows = frame["tasks"][FAMILY]
-        table = np.array([list(row["logprobs"].values()) for row in rows])
-        right = np.array(["ABCD".index(row["answer"]) for row in rows])
-        normal = table - np.log(np.exp(table).sum(axis=1, keepdims=True))
-        nll.append(-normal[np.arange(len(rows)), right])
-    change = nll[0] - nll[1]
-    groups = np.repeat(np.arange(20), 20)
-    sums = np.array([(change[groups == g] - change.mean()).sum() for g in range(20)])
-    error = math.sqrt(20 / 19 * (sums**2).sum()) / 400
-    endpoint = item["nll"]
-    assert endpoint.stderr == endpoint.clustered_stderr == pytest.approx(error)
-    assert endpoint.high - endpoint.difference == pytest.approx(stats.t.ppf(0.975, 19) * error)
-
-
 def test_one_seed_each_is_about_two_runs(tmp_path: Path) -> None:
     comparison = compare([run(tmp_path, "nf4"), run(tmp_path, "bf16")])
     assert comparison.verdict.startswith("In these two runs, ")
@@ -199,18 +175,6 @@ def test_time_needs_the_device_alone(
     time = leading(compare(runs))["time"]
     assert time.reason == reason
     assert (time.word == "no measurement") == (reason is not None)
-
-
-def test_bases_are_compared_with_each_other(tmp_path: Path) -> None:
-    runs = [run(tmp_path, "nf4", skill=0.9), run(tmp_path, "bf16", skill=1.3)]
-    for quant, skill in (("nf4", 0.2), ("bf16", 0.5)):
-        path = tmp_path / f"base_{quant}"
-        runs.append(write_scored(path, questions(9, skill=skill), None, quant))
-    comparison = compare(runs)
-    assert [(c.arm, c.baseline, c.primary) for c in comparison.contrasts] == [
-        ("NF4", "bf16", True),
-        ("NF4 base", "bf16 base", False),
-    ]
 
 
 def test_intervals_of_many_arms_hold_together(tmp_path: Path) -> None:
@@ -272,18 +236,3 @@ def test_pilot_runs_plan_a_study(tmp_path: Path) -> None:
     item = leading(compare(runs))
     share = (item.detail.won + item.detail.lost) / 400
     assert f"{100 * share:.1f}% of answers differ" in text
-
-
-def test_each_arm_meets_the_bf16_arm_most_like_it(tmp_path: Path) -> None:
-    runs = []
-    for r in (8, 16):
-        for quant in ("bf16", "nf4"):
-            path = run(tmp_path / str(r), quant)
-            changed(path / "training_summary.json", edit("settings/lora_r", r))
-            runs.append(path)
-    comparison = compare(runs)
-    assert [(c.arm, c.baseline) for c in comparison.primary] == [
-        ("NF4 r 8", "bf16 r 8"),
-        ("NF4 r 16", "bf16 r 16"),
-    ]
-    assert "2 arms vs their bf16 arms" in str(comparison)

@@ -86,18 +86,3 @@ def test_interrupted_run_has_a_curve(tmp_path: Path) -> None:
     write(path / "training_logs.json", step_log([2.0] * LAST, evaluation=log))
     (curve,) = compared(tmp_path, path).curves
     assert (curve.steps, curve.mean) == ([0, 5], [3.0, 2.0])
-
-
-@pytest.mark.parametrize(("eval_seed", "arms"), [(0, 2), (1, 3)])
-def test_run_of_an_earlier_version_has_eval_seed_0(
-    tmp_path: Path, eval_seed: int, arms: int
-) -> None:
-    """So that a later seed of its arm joins it, and one with other held-out trees does not."""
-    runs = [
-        run(tmp_path, "nf4", SHAPE),
-        run(tmp_path, "nf4", SHAPE, seed=1, settings__eval_seed=eval_seed, settings__eval_steps=5),
-    ]
-    result = compared(tmp_path, *runs)
-    assert len(result.arms) == arms
-    differs = "training.settings.eval_seed" in [setting.name for setting in result.different]
-    assert differs is (eval_seed != 0)

@@ -9,11 +9,8 @@ import sys
 
 import pytest
 
-from qlora_harness import errors
-from qlora_harness.cli import main as cli
 from qlora_harness.errors import (
     DataError,
-    HarnessError,
     of_system,
     print_error,
     shown,
@@ -51,18 +48,6 @@ def test_print_error_writes_one_line_to_stderr_only(capsys: pytest.CaptureFixtur
     assert capsys.readouterr() == ("", "qlora-harness: error: broken file. Mend it.\n")
 
 
-def test_every_kind_is_a_harness_error_with_status_2_but_a_failed_training_has_3() -> None:
-    kinds = [
-        kind
-        for kind in vars(errors).values()
-        if isinstance(kind, type) and issubclass(kind, HarnessError) and kind is not HarnessError
-    ]
-    assert {kind.__name__: kind.exit_status for kind in kinds} == {
-        "SettingsError": 2, "DataError": 2, "ModelError": 2, "AdapterError": 2, "RunError": 2,
-        "ResultsError": 2, "ComparisonError": 2, "TrainingError": 3,
-    }  # fmt: skip
-
-
 def raised(statement: str) -> tuple[int, str]:
     """Returns status and stderr of a program that installs our hook, twice, and raises this."""
     hook = "install_excepthook(); install_excepthook()"
@@ -98,11 +83,3 @@ def test_excepthook_prints_what_a_user_can_mend_as_one_line() -> None:
 def test_errors_of_the_system_that_a_user_can_mend(error: OSError, facts: str | None) -> None:
     told = of_system(error)
     assert told is None if facts is None else str(told).startswith(facts)
-
-
-def test_names_that_are_too_long_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli(["plan", "--model", "a" * 300]) == 2
-    said = capsys.readouterr()
-    assert (said.out, said.err.count("\n")) == ("", 1)
-    assert "a…a" in said.err
-    assert "File name too long" in said.err

@@ -112,36 +112,6 @@ def test_evaluation_restores_the_mode_of_the_model(
         assert model.training is training
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_each_process_takes_its_share(
-    tiny_llama: Path, rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Simulates each of two processes; their conversations make the whole."""
-
-    class Played:
-        process_index = rank
-        num_processes = 2
-        device = torch.device("cpu")
-
-    by_length = sorted(range(len(EXAMPLES)), key=lambda i: len(EXAMPLES[i].input_ids))
-    mine, others = by_length[rank::2], by_length[1 - rank :: 2]
-
-    def exchange(parts: list[Any], own: dict[int, tuple[float, int]]) -> None:
-        assert sorted(own) == sorted(mine)
-        parts[:] = [own, {i: (float(i), 5) for i in others}]
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", exchange)
-    model = base(tiny_llama, "bf16")
-    evaluation = evaluate(model, Played(), batch_size=2)
-    losses = {i: by_hand(model, EXAMPLES[i]) for i in mine}
-    total = sum(map(sum, losses.values())) + sum(map(float, others))
-    tokens = sum(map(len, losses.values())) + 5 * len(others)
-    assert sum(evaluation.tokens) == tokens
-    assert evaluation.loss == pytest.approx(total / tokens, abs=1e-5)
-    for i in others:
-        assert (evaluation.nll[i], evaluation.tokens[i]) == (float(i), 5)
-
-
 def test_perplexity_is_exp_of_the_loss() -> None:
     assert ConversationLosses([0.0], [1]).perplexity == 1.0
     assert ConversationLosses([2 * math.log(7.5)], [2]).perplexity == pytest.approx(7.5, rel=1e-12)

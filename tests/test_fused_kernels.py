@@ -1,4 +1,4 @@
-"""The Triton kernels of fused layers, in Triton's interpreter, against plain torch."""
+"""Triton kernels in Triton's interpreter, against plain torch; test_gpu.py has the others."""
 
 from __future__ import annotations
 
@@ -14,55 +14,6 @@ triton = pytest.importorskip("triton", reason="Triton comes with CUDA builds of 
 
 # Triton's loops then convert one-element arrays to numbers, which NumPy no longer allows.
 BROKEN = Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4")
-
-LOAD = """
-from types import SimpleNamespace
-import torch
-from bitsandbytes.functional import quantize_4bit
-from qlora_harness.fused.bordered import Bordered, Projection, Scratch
-from qlora_harness.fused.triton_weights import Loader
-
-def layer(height, width, kind, nested):
-    weight = torch.nn.Parameter(torch.randn(height, width) * torch.rand(height, 1), False)
-    if kind is not None:
-        packed, state = quantize_4bit(weight.data, quant_type=kind, compress_statistics=nested)
-        weight = torch.nn.Parameter(packed, requires_grad=False)
-        weight.quant_state = state
-    return SimpleNamespace(weight=weight, in_features=width, out_features=height)
-
-def projection(height, width, rank, kind, nested, adapted):
-    down, up = (torch.nn.Parameter(torch.randn(s)) for s in ((rank, width), (height, rank)))
-    base = layer(height, width, kind, nested)
-    return Projection(base, down if adapted else None, up if adapted else None, 0.3, 0.0)
-
-torch.manual_seed(0)
-for kind, nested in (("nf4", True), ("nf4", False), ("fp4", True), (None, False)):
-    for width in (64, 2304):
-        for adapted in ((True,), (True, True), (True, False, True), (False, False)):
-            heights = (48, 16, 32)[: len(adapted)]
-            group = Bordered(
-                [
-                    projection(h, width, 3, kind, nested, a)
-                    for h, a in zip(heights, adapted, strict=True)
-                ],
-                Scratch(),
-            )
-            states = [getattr(p.layer.weight, "quant_state", None) for p in group.projections]
-            expected = group.load(torch.empty(0)).whole.clone()
-            matrix = group.loaded(torch.empty(0)).whole
-            matrix[: group.height, width:] = float("nan")
-            matrix[group.height :] = float("nan")
-            if kind is not None:
-                matrix[: group.height, :width] = float("nan")
-            loader = Loader(group, states)
-            assert loader.fits
-            loader(matrix)
-            rows, columns = group.height, width + group.border
-            a, b = matrix[:rows, :columns], expected[:rows, :columns]
-            assert torch.equal(a, b), (kind, nested, width, adapted)
-            assert torch.allclose(matrix[rows:, :width], expected[rows:, :width], rtol=1e-6)
-print("equal")
-"""
 
 ELEMENTWISE = """
 import torch
@@ -117,44 +68,6 @@ for heads, keys, size in ((4, 4, 8), (6, 2, 12), (3, 1, 2)):
     triton_ops.rotate(first, heads + keys, row.cos, row.sin)
     ops.rotate(second, heads + keys, row)
     near(first, second)
-print("equal")
-"""
-
-ATTENTION = """
-from itertools import accumulate
-import torch
-from qlora_harness.fused import attention, ops, triton_attention
-from qlora_harness.fused.packed_row import PackedRow
-from qlora_harness.fused.triton_attention import AttentionTiling
-
-torch.manual_seed(0)
-for lengths, heads, keys, size, tiling in (
-    ((1, 5, 64, 65, 130), 2, 1, 16, None),
-    ((130, 3), 1, 1, 64, None),
-    ((70, 1), 3, 1, 16, AttentionTiling(64, 32, 4, 1)),
-    ((33, 70), 2, 2, 16, AttentionTiling(32, 64, 4, 1)),
-):
-    if tiling is not None:
-        triton_attention.FORWARD = tiling
-        triton_attention.QUERY_GRADIENT = tiling
-        triton_attention.KEY_GRADIENT = tiling
-    starts = tuple(accumulate(lengths, initial=0))
-    tokens = starts[-1]
-    angles = torch.randn(tokens, size // 2).repeat(1, 2)
-    row = PackedRow(angles.cos(), angles.sin(), torch.tensor(starts), starts, max(lengths))
-    plain = torch.randn(tokens, (heads + 2 * keys) * size, requires_grad=True)
-    turned = plain.clone()
-    ops.rotate(turned, heads + keys, row)
-    expected, _ = attention.forward(turned, heads, keys, row, 0.3)
-    gradient = torch.randn(tokens, heads * size + 3)[:, :-3].unflatten(1, (heads, size))
-    (expected_back,) = torch.autograd.grad(expected, plain, gradient)
-    out, lse = triton_attention.forward(turned.detach(), heads, keys, row, 0.3)
-    assert torch.allclose(out, expected, atol=1e-4), lengths
-    for back in (
-        triton_attention.backward(gradient, turned.detach(), out, lse, row, 0.3),
-        attention.backward(gradient, turned.detach(), expected.detach(), None, row, 0.3),
-    ):
-        assert torch.allclose(back, expected_back, atol=1e-4), lengths
 print("equal")
 """
 
@@ -284,8 +197,8 @@ print("equal")
 
 @pytest.mark.parametrize(
     "script",
-    [LOAD, ELEMENTWISE, ATTENTION, CROSS_ENTROPY, DROPOUT],
-    ids=["load", "elementwise", "attention", "cross_entropy", "dropout"],
+    [ELEMENTWISE, CROSS_ENTROPY, DROPOUT],
+    ids=["elementwise", "cross_entropy", "dropout"],
 )
 @pytest.mark.skipif(BROKEN, reason="the interpreter of Triton 3.6 fails with NumPy 2.4 and later")
 def test_kernels_agree_with_plain_torch(script: str) -> None:

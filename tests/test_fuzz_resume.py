@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -82,10 +81,3 @@ def test_damaged_run_folder_is_resumed_or_refused_in_one_line(run_dir: Path, inp
             path.write_bytes(content)
     assert outcomes["not loaded"] < inputs / 100  # then training refuses it in one line
     assert min(outcomes["resumed"], outcomes["stepped back"], reader.outcomes["refused"]) > 0
-
-
-def test_undamaged_folder_is_resumed(run_dir: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(run_dir, tmp_path / "run"))
-    start = find_start(copy, build_settings(VALUES), resume_given=False)
-    assert start.checkpoint == copy / "checkpoints" / "checkpoint-4"
-    assert [row["step"] for row in earlier_steps(start.checkpoint)[0]] == [1, 2]

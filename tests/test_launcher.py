@@ -98,38 +98,6 @@ def test_launcher_runs_without_accelerate_too(
     assert (err.count("\n"), bool(out)) == ((0, True) if status == 0 else (1, False))
 
 
-def test_kill_leaves_valid_files_and_the_same_command_resumes(
-    checkout: Path, flags: list[str]
-) -> None:
-    words = [
-        sys.executable, "launch/train.py", "--quant", "nf4", *flags, "--max-steps", "60",
-        "--batch-size", "2", "--grad-accum", "1", "--save-steps", "10",
-    ]  # fmt: skip
-    run_dir = checkout / "results" / "4bit"
-    process = start(checkout, *words)
-    deadline = time.monotonic() + 120
-    while not (run_dir / "checkpoints" / "checkpoint-20").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
-
-    record = summary(run_dir)
-    assert (record["status"], record["finished"]) == ("running", None)
-    before = losses(run_dir)
-    assert 10 <= len(before) < 60
-    assert not (run_dir / "adapter").exists()
-    assert list(run_dir.glob(".*.tmp")) == []
-
-    status, _, err = run(checkout, *words)
-    assert status == 0, err
-    record = summary(run_dir)
-    assert (record["status"], record["runtime"]["resumed"]) == ("completed", True)
-    assert len(losses(run_dir)) == 60
-    assert losses(run_dir)[:10] == before[:10]
-
-
 def test_sigterm_to_accelerate_launch_ends_the_run_with_a_checkpoint(
     checkout: Path, flags: list[str]
 ) -> None:

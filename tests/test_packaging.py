@@ -10,7 +10,6 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
-from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
@@ -94,7 +93,7 @@ def test_wheel_holds_package_tasks_recipes_and_hook(wheel: Path) -> None:
     assert max(item.file_size for item in archive.infolist()) < 1_000_000
 
 
-def test_metadata(wheel: Path) -> None:
+def test_entry_points(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     entries = configparser.ConfigParser()
     entries.read_string(archive.read(f"{INFO}/entry_points.txt").decode())
@@ -102,16 +101,6 @@ def test_metadata(wheel: Path) -> None:
         "console_scripts": {"qlora-harness": "qlora_harness.cli:main"},
         "lm_eval.models": {"qlora_adapter": "qlora_harness.score.adapter_lm:QloraAdapterLM"},
     }
-    metadata = HeaderParser().parsestr(archive.read(f"{INFO}/METADATA").decode())
-    assert metadata["Name"] == "qlora-harness"
-    assert metadata["Requires-Python"] == ">=3.10"
-    assert metadata["License-Expression"] == "MIT"
-    needed = [text.split(";")[0].strip() for text in metadata.get_all("Requires-Dist", [])]
-    assert "torch<2.16,>=2.11" in needed
-    assert any(text.startswith("transformers") and ">=5.17" in text for text in needed)
-    assert any(text.startswith("lm-eval[hf]") and ">=0.4.13" in text for text in needed)
-    extras = set(metadata.get_all("Provides-Extra", []))
-    assert extras == {"reports", "nvml", "tensorboard", "wandb", "dev"}
 
 
 def test_source_distribution_can_build_the_wheel(

@@ -10,13 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from compare_runs import FIRST, evaluation, summary, write_run
 from scoring_runs import MakeLm, demo_prompts, refused, score
 from tiny_models import adapted, assert_alike, fused_step, logprobs, plain_step, texts, tiny
 from training_runs import Train, as_if_killed, losses, read
 
 from qlora_harness.cli import main as cli
-from qlora_harness.compare.comparison import compare
 from qlora_harness.errors import AdapterError, ModelError, SettingsError
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.inference.chat_model import ChatModel, Sampling
@@ -394,20 +392,3 @@ def test_arms_of_a_study_may_differ_by_scaling() -> None:
     scalings = [cell.model_args().get("rope_scaling") for cell in study.cells]
     assert scalings == [None, "yarn:4", None, None]  # an adapter brings its own
     assert "--rope-scaling yarn:4" in study.commands(study.cell("long/0"))[0]
-
-
-def test_compare_lists_it(tmp_path: Path) -> None:
-    record = summary("nf4")
-    record["settings"]["rope_scaling"] = "yarn:4"
-    paths = [
-        write_run(tmp_path / "long", record, evaluation(FIRST)),
-        write_run(tmp_path / "short", summary("nf4"), evaluation(FIRST)),
-        write_run(tmp_path / "full", summary("bf16"), evaluation(FIRST)),
-    ]
-    result = compare(paths)
-    different = {setting.name: setting.values for setting in result.different}
-    assert different["training.settings.rope_scaling"] == ["yarn:4", None, None]
-    assert len(result.arms) == 3
-    assert {"training.settings.rope_scaling"}.isdisjoint(
-        s.name for s in compare(paths[1:]).different
-    )

@@ -18,7 +18,6 @@ from qlora_harness.errors import SettingsError
 from qlora_harness.locations import recipes_dir
 from qlora_harness.recipes import read_recipe
 from qlora_harness.settings import (
-    BOOKKEEPING,
     Quant,
     Settings,
     field_kind,
@@ -105,14 +104,6 @@ def test_arms(quant: str, is_quantised: bool, is_4bit: bool, folder: str, file_a
     assert parse("--quant", quant, "--output-dir", "runs/a").run_dir == Path("runs/a")
     assert (Quant(quant).is_quantised, Quant(quant).is_4bit) == (is_quantised, is_4bit)
     assert Quant(quant).file_arm == file_arm
-
-
-def test_experiment_leaves_out_bookkeeping() -> None:
-    names = {"output_dir", "resume", "overwrite", "report_to", "save_steps", "eval_steps"}
-    names |= {"eval_batch_size"}
-    settings = build_settings({})
-    assert names == BOOKKEEPING
-    assert settings.experiment().keys() == settings.flat().keys() - BOOKKEEPING
 
 
 def test_flags_set_their_settings() -> None:

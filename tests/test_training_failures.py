@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from training_runs import Train, everything_in, steps, summary
 
 from qlora_harness.train import trainer
@@ -32,17 +31,6 @@ def test_non_finite_loss_stops_the_run(train: Train, capsys: pytest.CaptureFixtu
     assert not Path("run/adapter").exists()
     assert train(quant="bf16", output_dir="run") == 0  # the same folder is started again
     assert summary("run")["status"] == "completed"
-
-
-def test_poisoned_base_weight_stops_the_run_at_once(
-    train: Train, tiny_llama: Path, tmp_path: Path
-) -> None:
-    poisoned = Path(shutil.copytree(tiny_llama, tmp_path / "poisoned"))
-    weights = load_file(poisoned / "model.safetensors")
-    weights["lm_head.weight"][5, 5] = float("nan")
-    save_file(weights, poisoned / "model.safetensors", {"format": "pt"})
-    assert train(quant="nf4", output_dir="run", model=poisoned) == 3
-    assert summary("run")["failure"]["problem"].startswith("step 1: loss nan")
 
 
 @pytest.mark.parametrize("learning_rate", [1e30, 1e39])
@@ -115,25 +103,15 @@ def test_out_of_memory_gives_advice(
 # Flags, and how the message begins.
 BAD_INPUT: dict[str, tuple[dict[str, str], str]] = {
     "missing model": ({"model": "{folder}/nope"}, "--model: {folder}/nope does not exist"),
-    "model on an unreachable hub": ({"model": "me/my-model"}, "--model: 'me/my-model' "),
     "model without weights": ({"model": "{folder}/model"}, "--model: '{folder}/model' can't be "),
-    "missing data": ({"dataset": "{folder}/x.jsonl"}, "--dataset: {folder}/x.jsonl does not exist"),
     "broken JSON": ({"dataset": "{folder}/half.jsonl"}, "{folder}/half.jsonl, line 33: not valid "),
-    "missing fields": (
-        {"dataset": "{folder}/text.jsonl"},
-        "{folder}/text.jsonl, line 33: field 'message_id' is missing",
-    ),
     "nothing left": (
         {"languages": "de"},
         "--dataset {rows}: no conversation is left to train on (of 32 rows; dropped: 32 langu",
     ),
-    "too short": ({"max_length": "8"}, "--dataset {rows}: no conversation is left to train on "),
-    "template": ({"template": "chatml"}, "--template chatml needs the token '<|im_start|>'"),
     "layers": ({"lora_targets": "typo"}, "--lora-targets: the model has no layers named typo"),
-    "seed": ({"seed": "8589934592"}, "--seed: 8589934592 "),
     "checkpoint": ({"resume": "{folder}/nope"}, "--resume: {folder}/nope has no step in its name"),
     "output folder is a file": ({"output_dir": "{rows}"}, "--output-dir {rows}: "),
-    "output folder below a file": ({"output_dir": "{rows}/run"}, "--output-dir {rows}/run: "),
 }
 
 
@@ -144,8 +122,7 @@ def test_bad_input_is_one_line_and_touches_nothing(
 ) -> None:  # fmt: skip
     shutil.copytree(tiny_llama, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
-    for name, line in (("half", '{"text": '), ("text", '{"text": "a"}')):
-        (tmp_path / f"{name}.jsonl").write_text(f"{rows.read_text()}{line}\n")
+    (tmp_path / "half.jsonl").write_text(rows.read_text() + '{"text": ')
     before = everything_in(tmp_path)
     flags, expected = BAD_INPUT[case]
     capfd.readouterr()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import (
     Train,
     as_if_killed,
+    change_summary,
     evaluations,
     everything_in,
     losses,
@@ -27,6 +28,8 @@ from training_runs import (
 
 from qlora_harness.schema.training_records import read_summary
 from qlora_harness.train import run_folder, trainer
+
+PT = {"format": "pt"}
 
 
 @pytest.fixture
@@ -195,28 +198,34 @@ def refused(
     return err[-1]
 
 
-def test_resume_on_other_weights_of_the_base_is_refused(
+def test_resume_of_what_has_changed_is_refused(
     train: Train, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Flags, and what agrees by its flags: rank, computation, weights and data."""
     model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-    assert train(quant="bf16", output_dir="run", model=model, save_steps=2) == 0
-    as_if_killed("run")
-    weights = load_file(model / "model.safetensors")
-    weights["model.norm.weight"] += 1
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
-    assert "weights_fingerprint" in refused(train, capsys, model=model)
+    rows = tiny_rows(tmp_path / "mine.jsonl")
+    flags: dict[str, Any] = {"model": model, "dataset": rows, "save_steps": 2, "memory": "fast"}
+    flags |= {"optimizer": None, "checkpointing": None}  # chosen by --memory
+    assert train(quant="bf16", output_dir="run", **flags) == 0
+    as_if_killed("run", 4)
+    assert "--lora-r 4, not 2" in refused(train, capsys, **flags, lora_r=2)
 
-
-def test_checkpoint_of_another_rank_is_refused_whatever_the_record_says(
-    train: Train, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert train(quant="bf16", output_dir="run", save_steps=2) == 0
-    as_if_killed("run")
-    assert "--lora-r 4, not 2" in refused(train, capsys, lora_r=2)
     record = summary("run")
-    record["settings"]["lora_r"] = 2
-    Path("run/training_summary.json").write_text(json.dumps(record))
-    assert "does not fit this model" in refused(train, capsys, lora_r=2)
+    settings, computation = record["settings"], record["computation"]
+    change_summary(Path("run"), settings=settings | {"lora_r": 2})
+    assert "does not fit this model" in refused(train, capsys, **flags, lora_r=2)
+    other = computation | {"optimizer": "paged_adamw_32bit"}  # as another version may choose
+    change_summary(Path("run"), settings=settings, computation=other)
+    line = refused(train, capsys, **flags)
+    assert "computation.optimizer was paged_adamw_32bit and is now adamw_torch" in line
+    change_summary(Path("run"), computation=computation)
+
+    weights = load_file(model / "model.safetensors")
+    changed = weights["model.norm.weight"] + 1
+    save_file(weights | {"model.norm.weight": changed}, model / "model.safetensors", PT)
+    assert "weights_fingerprint" in refused(train, capsys, **flags)
+    rows.write_text(rows.read_text().replace("It is", "That is"))
+    assert "data.train.fingerprint" in refused(train, capsys, **flags)
 
 
 def test_folder_taken_by_another_process_during_loading_is_refused(
@@ -261,32 +270,6 @@ def test_resuming_in_a_later_epoch_continues_with_the_same_examples(train: Train
     for one, other in zip(rows, steps("run"), strict=True):
         assert one["tokens"] == other["tokens"]
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
-
-
-def test_resume_of_changed_data_is_refused(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The settings agree, but the file has changed."""
-    rows = tiny_rows(tmp_path / "mine.jsonl")
-    assert train(quant="bf16", output_dir="run", save_steps=2, dataset=rows) == 0
-    as_if_killed("run", 4)
-    rows.write_text(rows.read_text().replace("It is", "That is"))
-    assert "data.train.fingerprint" in refused(train, capsys, save_steps=2, dataset=rows)
-
-
-def test_resume_with_another_computation_is_refused(
-    train: Train, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The flags agree, but another version chose another computation for them."""
-    chosen = {"optimizer": None, "checkpointing": None}  # by --memory
-    assert train(quant="bf16", output_dir="run", save_steps=2, memory="fast", **chosen) == 0
-    as_if_killed("run", 4)
-    record = summary("run")
-    assert record["computation"]["optimizer"] == "adamw_torch"
-    record["computation"]["optimizer"] = "paged_adamw_32bit"
-    Path("run/training_summary.json").write_text(json.dumps(record))
-    line = refused(train, capsys, save_steps=2, memory="fast", **chosen)  # type: ignore[arg-type]
-    assert "computation.optimizer was paged_adamw_32bit and is now adamw_torch" in line
 
 
 def test_completed_run_is_never_replaced_without_overwrite(

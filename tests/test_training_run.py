@@ -111,8 +111,6 @@ def test_files_and_numbers_of_a_run(
     assert results == {
         "steps": 4,
         "final_train_loss": rows_logged[-1]["loss"],
-        "last_10_steps_train_loss": pytest.approx(sum(losses(run_dir)) / 4),
-        "mean_train_loss": pytest.approx(sum(losses(run_dir)) / 4),
         "eval_loss": results["eval_loss"],
         "perplexity": pytest.approx(math.exp(results["eval_loss"])),
         "eval_tokens": data.report["eval"]["supervised_tokens"],
@@ -148,11 +146,6 @@ def test_files_and_numbers_of_a_run(
     seconds = sum(row["seconds"] for row in rows_logged)
     assert record["throughput"] == {
         "tokens_per_second": pytest.approx(sum(r["tokens"] for r in rows_logged) / seconds),
-        "supervised_tokens_per_second": pytest.approx(
-            sum(r["supervised_tokens"] for r in rows_logged) / seconds
-        ),
-        "steps_per_second": pytest.approx(4 / seconds),
-        "steps_measured": 4,
     }
 
     state = read(run_dir / "trainer_state.json")

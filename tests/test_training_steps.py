@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 import transformers
@@ -80,24 +79,6 @@ def test_steps_read_one_step_later_leave_the_same_records(
             del history[-1][name]
     assert states[0]["log_history"] == states[1]["log_history"]
     assert states[0]["total_flos"] == states[1]["total_flos"] > 0
-
-
-# The public methods that `train.trainer` overrides.
-HOOKS = {
-    transformers.Trainer: [
-        "train", "get_train_dataloader", "get_batch_samples", "training_step",
-        "floating_point_ops", "log",
-    ],
-    transformers.TrainerCallback: [
-        "on_train_begin", "on_optimizer_step", "on_step_end", "on_save",
-    ],
-    accelerate.Accelerator: ["clip_grad_norm_"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("owner", HOOKS)
-def test_installed_release_has_the_overridden_methods(owner: type) -> None:
-    assert [name for name in HOOKS[owner] if not hasattr(owner, name)] == []
 
 
 @pytest.mark.parametrize(

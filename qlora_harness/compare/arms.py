@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 
 from qlora_harness.errors import SettingsError
 from qlora_harness.results.runs import Run
@@ -183,23 +182,6 @@ def by_dose(pairs: Pairs) -> Pairs:
 
 def _dose(arm: Arm) -> tuple[int, bool]:
     return _DOSES.index(str(arm.quant)), double_quant(arm.runs[0]) is False
-
-
-def neighbours(arms: Sequence[Arm]) -> Pairs:
-    """Returns each arm with the one that keeps the next more bits.
-
-    They are the fine-tuned arms, else the bases, that differ only in quantisation; empty if those
-    are fewer than three.
-    """
-    arms = [arm for arm in arms if arm.tuned] or list(arms)
-    known = [arm for arm in arms if arm.quant in _DOSES]
-    alike = [
-        [arm for arm in known if _distance(arm, other) == 0 and arm.model == other.model]
-        for other in known
-    ]
-    chain = max(alike, key=len, default=[])
-    chain = sorted({_dose(arm): arm for arm in chain}.values(), key=_dose)
-    return list(pairwise(chain)) if len(chain) > 2 else []
 
 
 def matched(arm: Arm, baseline: Arm) -> tuple[Arm, Arm]:

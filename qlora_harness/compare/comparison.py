@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from qlora_harness.compare import checks, page, text
-from qlora_harness.compare.arms import by_dose, double_quant, group, neighbours, pair
+from qlora_harness.compare.arms import by_dose, double_quant, group, pair
 from qlora_harness.compare.choices import RunAnswers
 from qlora_harness.compare.contrast import answers_of, contrast
 from qlora_harness.compare.loss_curve import loss_curves
@@ -117,7 +117,6 @@ def compare(
     loaded = [_on(run, scored.get(run.label), benchmarks) for run in loaded]
     arms = group(loaded)
     primary, secondary = map(by_dose, pair(arms, baseline))
-    steps = neighbours(arms)
     answers = {label: RunAnswers(frame) for label, frame in frames.items()}
     contrasts = [
         contrast(
@@ -129,9 +128,6 @@ def compare(
         )
         for pairs, tests in ((primary, len(primary)), (secondary, 1))
         for a, b in pairs
-    ]
-    between = [
-        contrast(a, b, answers, task, margin=margin, tests=len(steps)).brief() for a, b in steps
     ]
     arm_of = {run.label: arm.name for arm in arms for run in arm.runs}
     different, same = checks.differing(loaded, task)
@@ -153,7 +149,6 @@ def compare(
         runs=[_info(run, arm_of[run.label], task, run.label in frames) for run in loaded],
         arms=[arm.name for arm in arms],
         contrasts=contrasts,
-        steps=between,
         chance=[result for result in chances if result is not None],
         curves=loss_curves(arms),
         besides=checks.besides_quantisation(leading, task),

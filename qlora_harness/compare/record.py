@@ -23,19 +23,6 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
 
-class Quantity(Part):
-    """One quantity of both arms; each value is the mean over seeds."""
-
-    key: str
-    name: str
-    unit: Unit
-    """Of the values, and of the difference unless it is relative."""
-    arm: float | None = None
-    baseline: float | None = None
-    relative: bool = False
-    """Whether the difference is arm / baseline - 1."""
-
-
 class Estimate(Part):
     """A difference, arm less baseline, and its error; null if unknown."""
 
@@ -60,9 +47,17 @@ class Estimate(Part):
         return -margin < self.inner_low and self.inner_high < margin
 
 
-class Endpoint(Estimate, Quantity):
-    """One quantity of both arms, and the word for what their difference shows."""
+class Endpoint(Estimate):
+    """One quantity of both arms, means over seeds, and the word for what they show."""
 
+    key: str
+    name: str
+    unit: Unit
+    """Of the values, and of the difference unless it is relative."""
+    arm: float | None = None
+    baseline: float | None = None
+    relative: bool = False
+    """Whether the difference is arm / baseline - 1."""
     margin: float | None = None
     lower_is_better: bool = True
     word: Word = "no measurement"
@@ -137,10 +132,6 @@ class Contrast(Part):
     endpoints: dict[str, Endpoint]
     detail: Detail | None = None
     groups: list[GroupDifference] = []
-
-    def brief(self) -> Contrast:
-        """Returns the contrast without the details of answers, subjects and categories."""
-        return self.model_copy(update={"detail": None, "groups": []})
 
     def __getitem__(self, key: str) -> Endpoint:
         """Returns an endpoint by its key."""
@@ -239,9 +230,6 @@ class ComparisonRecord(BaseModel):
     """Names of the arms."""
     contrasts: list[Contrast]
     """Primary ones first."""
-    steps: list[Contrast] = []
-    """Arms that differ only in quantisation, each against the one that keeps the next more bits;
-    empty for fewer than three."""
     chance: list[Chance]
     """One for each arm."""
     curves: list[LossCurve] = []

@@ -29,11 +29,7 @@ def tables(comparison: ComparisonRecord) -> list[Table]:
         made.append(_endpoints(item))
         if item.detail is not None:
             made.append(_detail(item, item.detail))
-    made += [
-        _steps(comparison),
-        _chance(comparison),
-        _curves(comparison),
-    ]
+    made += [_chance(comparison), _curves(comparison)]
     made += [_groups(item, kind) for item in comparison.primary for kind in ("category", "subject")]
     made += _settings(comparison)
     return [table for table in made if table.rows]
@@ -105,16 +101,6 @@ def _detail(item: Contrast, detail: Detail) -> Table:
         )
     )
     return Table(f"Answers of {item.arm} and {item.baseline}", ("", ""), rows)
-
-
-def _steps(comparison: ComparisonRecord) -> Table:
-    rows = [
-        (f"{item.arm} minus {item.baseline}, {one.name}", difference(one), interval(one), word(one))
-        for item in comparison.steps
-        for one in map(item.measured, ("eval_loss", "nll", "accuracy"))
-        if one is not None
-    ]
-    return Table("Neighbouring arms", ("", "difference", "95% interval", "shown"), rows)
 
 
 def _chance(comparison: ComparisonRecord) -> Table:

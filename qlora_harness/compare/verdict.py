@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from qlora_harness.compare.numbers import difference, interval, listed, points, word
 from qlora_harness.compare.power import discordance, questions_needed, seed_deviation
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint
@@ -30,7 +28,7 @@ def sentences(comparison: ComparisonRecord) -> list[str]:
     item = comparison.headline
     parts = [_validity(comparison), _costs(item, comparison.benchmarks)]
     if len(comparison.primary) > 1:
-        parts += [*_doses(comparison.steps), _before(comparison, item)]
+        parts.append(_before(comparison, item))
     parts += [_accuracy(item, comparison), _won_back(item)]
     if len(comparison.primary) == 1:
         parts += [_secondary(item) for item in comparison.contrasts if not item.primary]
@@ -98,35 +96,6 @@ def _savings_and_costs(item: Contrast, benchmarks: Sequence[str]) -> str:
     parts = [" but ".join(filter(None, changes))] if any(changes) else []
     parts += [f"has the same {listed(same)} within the margin"] if same else []
     return ", and ".join(parts)
-
-
-def _doses(steps: Sequence[Contrast]) -> list[str]:
-    """Whether loss and NLL fall as fewer bits are removed, and which steps are shown."""
-    sentences: dict[str, list[str]] = {}
-    for key in ("eval_loss", "nll"):
-        endpoints = [one for step in steps if (one := step.measured(key))]
-        if steps and len(endpoints) == len(steps):
-            sentences.setdefault(_falls(steps, endpoints), []).append(endpoints[0].name)
-    chain = " → ".join([step.arm for step in steps] + [step.baseline for step in steps[-1:]])
-    return [
-        f"{chain}: {listed(names)} {'falls' if len(names) == 1 else 'fall'} {where}."
-        for where, names in sentences.items()
-    ]
-
-
-def _falls(steps: Sequence[Contrast], endpoints: Sequence[Endpoint]) -> str:
-    """At how many steps an endpoint falls, by its estimates, and which steps are not shown."""
-    results: dict[str, list[str]] = {}
-    for step, one in zip(steps, endpoints, strict=True):
-        result = "" if one.word in ("better", "worse") else "not shown"
-        result = f"the same within ±{one.margin:g}" if one.within else result
-        if (one.difference or 0) < 0:
-            result = f"rising, {result}".removesuffix(", ")
-        results.setdefault(result, []).append(f"from {step.arm} to {step.baseline}")
-    falling = sum((one.difference or 0) > 0 for one in endpoints)
-    count = "each step" if falling == len(steps) else f"{falling} of {len(steps)} steps"
-    parts = [f"{result} {listed(names)}" for result, names in results.items() if result]
-    return f"at {count}" + (f" ({'; '.join(parts)})" if parts else "")
 
 
 def _before(comparison: ComparisonRecord, item: Contrast) -> str:

@@ -130,9 +130,6 @@ class Throughput(Section):
     """Speed without the first steps, in which kernels are chosen."""
 
     tokens_per_second: Amount | None = None
-    supervised_tokens_per_second: Amount | None = None
-    steps_per_second: Amount | None = None
-    steps_measured: Count | None = None
 
 
 class Results(Section):
@@ -140,8 +137,6 @@ class Results(Section):
 
     steps: Count | None = None
     final_train_loss: Number | None = None
-    last_10_steps_train_loss: Number | None = None
-    mean_train_loss: Number | None = None
     eval_loss: Number | None = None
     """On the held-out conversations, weighted by token."""
     perplexity: Amount | None = None

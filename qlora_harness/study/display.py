@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from qlora_harness.results.terminal import NOTHING, PrintableText, duration, gib, optional
+from qlora_harness.schema.study_record import State
 from qlora_harness.study.definition import Cell
 from qlora_harness.study.worker import Report
 
@@ -22,33 +24,24 @@ _COLUMNS = ("cell", "", "step", "loss", "tokens/s", "memory GiB", "time")
 
 @dataclass(eq=False)
 class _Row:
-    """The progress of a cell."""
+    """The progress of a cell; `values` are the newest of each kind that its reports had."""
 
     cell: Cell
     steps: int | None
-    state: str = "planned"
-    step: int | None = None
-    loss: float | None = None
-    speed: float | None = None  # tokens per second
-    memory: float | None = None  # peak so far, bytes
+    state: State = "planned"
+    values: dict[str, Any] = field(default_factory=dict)
     began: float | None = None
     seconds: float | None = None
-    failure: str | None = None
     said: float = 0.0  # when a line about it was last printed
 
     def take(self, report: Report) -> None:
         """Updates the row from a report."""
-        values = report.values
         if report.state in ("training", "scoring") and self.began is None:
             self.began = time.monotonic()
         if report.state in ("completed", "failed", "interrupted") and self.began is not None:
             self.seconds = time.monotonic() - self.began
-        self.state, self.failure = report.state, values.get("failure")
-        self.step = values.get("step", self.step)
-        self.loss = values.get("loss", self.loss)
-        self.speed = values.get("tokens_per_second", self.speed)
-        peak = values.get("peak_allocated_bytes") or values.get("cpu_peak_rss_bytes")
-        self.memory = peak or self.memory
+        self.state = report.state
+        self.values |= report.values
 
     def elapsed(self) -> float | None:
         """Seconds since its start, up to its end."""
@@ -58,15 +51,15 @@ class _Row:
 
     def cells(self) -> list[str]:
         """Returns the texts of its columns."""
-        progress = NOTHING if self.step is None else f"{self.step}/{self.steps}"
-        elapsed = self.elapsed()
+        step, elapsed = self.values.get("step"), self.elapsed()
+        peaks = map(self.values.get, ("peak_allocated_bytes", "cpu_peak_rss_bytes"))
         return [
             self.cell.name,
             self.state,
-            progress,
-            optional(self.loss, "{:.3f}"),
-            optional(self.speed, "{:,.0f}"),
-            gib(self.memory),
+            NOTHING if step is None else f"{step}/{self.steps}",
+            optional(self.values.get("loss"), "{:.3f}"),
+            optional(self.values.get("tokens_per_second"), "{:,.0f}"),
+            gib(next(filter(None, peaks), None)),
             NOTHING if elapsed is None or elapsed < 1 else duration(elapsed),
         ]
 
@@ -110,21 +103,21 @@ class Display:
     def failures(self) -> list[str]:
         """Returns a line for each incomplete cell."""
         return [
-            f"{row.cell.name} {row.state}: {row.failure or 'not started'}"
+            f"{row.cell.name} {row.state}: {row.values.get('failure') or 'not started'}"
             for row in self.rows.values()
             if row.state != "completed"
         ]
 
     def _is_due(self, row: _Row) -> bool:
-        last = row.step is not None and row.step == row.steps
+        last = "step" in row.values and row.values["step"] == row.steps
         return last or time.monotonic() - row.said > _LINE_SECONDS
 
     def _say(self, row: _Row) -> None:
         row.said = time.monotonic()
         pairs = zip(_COLUMNS[2:], row.cells()[2:], strict=True)
         known = [f"{name} {text}" for name, text in pairs if text != NOTHING]
-        if row.failure is not None:
-            known.append(row.failure)
+        if row.values.get("failure"):
+            known.append(row.values["failure"])
         line = f"{row.cell.name}: {row.state}" + (f" ({', '.join(known)})" if known else "")
         self._console.print(PrintableText(line), soft_wrap=True)
 

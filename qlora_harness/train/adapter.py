@@ -1,14 +1,15 @@
-"""Attaches the adapter of a run and initialises it as its settings say."""
+"""Attaches the adapter of a run, initialises it as its settings say, and describes it."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_harness.data.corpus import TrainingData
 from qlora_harness.data.examples import IGNORE, Example
 from qlora_harness.errors import RunError, SettingsError
 from qlora_harness.model.adapter_starts import (
@@ -21,6 +22,7 @@ from qlora_harness.model.adapter_starts import (
 from qlora_harness.model.base import load_base
 from qlora_harness.model.lora import attach_lora
 from qlora_harness.model.source import BaseSource
+from qlora_harness.record import SCHEMA_VERSION, scrub_all
 from qlora_harness.settings import Quant, Settings
 from qlora_harness.train.batches import ExampleSet, pad_batch
 
@@ -123,3 +125,26 @@ def eva_batches(examples: Sequence[Example], settings: Settings) -> list[dict[st
             "Lower --lora-r, or use another initialisation",
         )
     return batches
+
+
+def adapter_record(
+    source: BaseSource, fingerprint: str | None, settings: Settings, data: TrainingData
+) -> dict[str, Any]:
+    """Returns what scoring must know of an adapter; `fingerprint` is that of the base's weights."""
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "adapter",
+        # Scoring finds the base by this name.
+        "base": source.record() | {"name": source.name, "weights_fingerprint": fingerprint},
+        "quant": settings.quant.value,
+        "double_quant": settings.model.double_quant,
+        "init_lora_weights": settings.lora.init_lora_weights,
+        "compute_dtype": settings.model.compute_dtype,
+        "data_fingerprint": data.report["train"]["fingerprint"],
+        "template": settings.data.template,
+        "run": settings.run_dir.name,
+    }
+    if settings.model.rope_scaling is not None:
+        record["rope_scaling"] = settings.model.rope_scaling
+    scrubbed: dict[str, Any] = scrub_all(record)
+    return scrubbed

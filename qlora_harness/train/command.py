@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from qlora_harness.errors import SettingsError, printable, run_command
@@ -85,18 +85,20 @@ def _add_flag(section: Any, f: dataclasses.Field[Any]) -> None:
     section.add_argument(flag_of(f.name), **options)
 
 
-def parse_settings(
-    argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None
-) -> tuple[Settings, bool]:
+def parse_settings(argv: Sequence[str] | None = None) -> tuple[Settings, bool]:
     """Returns the settings of a command line, and whether --resume was given.
 
-    `parser` is a `flag_parser`, by default the launcher's. Raises SettingsError for a wrong flag,
-    recipe key or value.
+    Raises SettingsError for a wrong flag, recipe key or value.
     """
-    flags = vars(add_settings(parser or flag_parser()).parse_args(argv))
-    values, sources = with_recipe(flags.pop("recipe"), flags)
-    sources |= {name: flag_of(name) for name in flags}
-    return build_settings(values, sources), "resume" in flags
+    flags = vars(add_settings(flag_parser()).parse_args(argv))
+    return settings_of(flags), "resume" in flags
+
+
+def settings_of(flags: Mapping[str, Any]) -> Settings:
+    """Returns the settings of parsed flags, --recipe among them; raises SettingsError."""
+    given = {name: value for name, value in flags.items() if name != "recipe"}
+    values, sources = with_recipe(flags["recipe"], given)
+    return build_settings(values, sources | {name: flag_of(name) for name in given})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -87,7 +87,7 @@ def _card(summary: TrainingSummary, evaluation: Evaluation | None) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return template.render(
+    text: str = template.render(
         summary=summary,
         model=model,
         quantization=quantization,
@@ -105,6 +105,7 @@ def _card(summary: TrainingSummary, evaluation: Evaluation | None) -> str:
             "Settings": _settings(summary),
         },
     )
+    return text
 
 
 def _front_matter(summary: TrainingSummary) -> ModelCardData:

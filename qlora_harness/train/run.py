@@ -17,34 +17,18 @@ from transformers.utils import logging as transformers_logging
 from qlora_harness.data.corpus import TrainingData, load_training_data
 from qlora_harness.data.examples import Example, show
 from qlora_harness.data.templates import chat_template
-from qlora_harness.errors import AdapterError, RunError, SettingsError, TrainingError
+from qlora_harness.errors import AdapterError, RunError, TrainingError
 from qlora_harness.fused import fp8
-from qlora_harness.fused.host_memory import memory_of_a_process
-from qlora_harness.fused.model import FusedDecoder, reason_against_config
 from qlora_harness.model.adapter_starts import START_FILE, save_pissa_start
-from qlora_harness.model.base import weights_fingerprint
 from qlora_harness.model.facts import base_of, is_out_of_memory
-from qlora_harness.model.lora import public_name, save_adapter
+from qlora_harness.model.lora import save_adapter
 from qlora_harness.model.rope import why_by_length
-from qlora_harness.model.shared_base import take_base
-from qlora_harness.model.source import BaseSource, find_base, load_tokenizer, read_config
-from qlora_harness.record import (
-    ADAPTER_DIR,
-    CHECKPOINT_DIR,
-    SCHEMA_VERSION,
-    TRAINER_STATE_FILE,
-    scrub_all,
-)
+from qlora_harness.model.source import BaseSource, find_base, load_tokenizer
+from qlora_harness.record import ADAPTER_DIR, CHECKPOINT_DIR, TRAINER_STATE_FILE
 from qlora_harness.schema.training_records import EvaluationLosses
 from qlora_harness.settings import Quant, Settings
-from qlora_harness.settings_checks import check_can_run, check_can_shard, check_combination
-from qlora_harness.train.adapter import (
-    attach_adapter,
-    eva_batches,
-    pissa_start,
-    restart_adapter,
-    start_adapter,
-)
+from qlora_harness.settings_checks import check_can_run, check_can_shard
+from qlora_harness.train.adapter import adapter_record, pissa_start
 from qlora_harness.train.arguments import planned_steps, training_arguments
 from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, padding_id
 from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkpoint_step
@@ -52,15 +36,9 @@ from qlora_harness.train.compute_dtype import with_compute_dtype
 from qlora_harness.train.evaluation import evaluate_loss
 from qlora_harness.train.heartbeat import Heartbeat
 from qlora_harness.train.held_out import HeldOut, check_held_out
+from qlora_harness.train.loading import RunModel, check_fp8, load_model, plan_memory
 from qlora_harness.train.memory_meter import MemoryMeter
-from qlora_harness.train.memory_plan import (
-    Ranks,
-    choose_memory_plan,
-    largest_pass,
-    measure_shape,
-)
 from qlora_harness.train.model_card import refresh_card
-from qlora_harness.train.plan_text import describe, host_shortage
 from qlora_harness.train.ranks import (
     device_of,
     lost_process,
@@ -122,36 +100,21 @@ def _run_training(
             say(state, f"{settings.run_dir} holds this run, completed; nothing is left to do")
             return start.previous
         if settings.model.compute == "fp8":
-            _check_fp8(fp8.why_unavailable(device_of(state)))
+            check_fp8(fp8.why_unavailable(device_of(state)))
         recorded = start.recorded("quantization", "compute_dtype")
         settings = with_compute_dtype(settings, state, recorded)
         with watched(state) as heartbeat:
             return _Run(settings, state, start, find, on_row, heartbeat).execute()
 
 
-def _check_fp8(reason: str | None) -> None:
-    if reason is not None:
-        raise SettingsError(f"--compute fp8: {reason}", "Use --compute bf16")
-
-
-def _check_sharded(source: BaseSource, reason: str | None) -> None:
-    if reason is not None:
-        raise SettingsError(
-            f"FSDP spreads the base over the processes, for fused layers, and {source.name} has "
-            f"none: {reason}",
-            "Launch without FSDP",
-        )
-
-
 class _Run:
     """The state of one run; `execute` is its only entry."""
 
+    loaded: RunModel
     trainer: CountingTrainer
     log: StepLog
-    fused: FusedDecoder | None = None
     held_out: HeldOut | None = None  # None if no conversation is held out
     lock: FileLock | None = None
-    plan: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -195,14 +158,14 @@ class _Run:
         self.start.check_same(self.run_dir, fingerprint, "data", "train", "fingerprint")
         check_held_out(self.settings, data)
         say(self.state, _description(self.settings, source, data, self.device))
-        self._plan_memory(source, data.train.lengths)
+        self.chosen, plan = plan_memory(self.settings, self.state, source, data.train.lengths)
         with self.record.timed("load"), self.memory.phase("load"):
-            model = self._load_model(source, data)
-        self._check_same_computation(model)
+            self.loaded = load_model(self.chosen, self.state, source, data, self.start.checkpoint)
+        self._check_same_computation()
         try:
-            self._begin(source, data, model)
+            self._begin(source, data, plan)
             try:
-                self._prepare_trainer(model, tokenizer, data)
+                self._prepare_trainer(tokenizer, data)
                 if self.held_out is not None and self.start.checkpoint is None:
                     self.held_out.before()
                 self._train()
@@ -219,124 +182,37 @@ class _Run:
         finally:
             if self.lock is not None:
                 self.lock.release()
-            if self.fused is not None:
-                self.fused.detach()  # the weights may be those of later runs, too
+            if self.loaded.fused is not None:
+                self.loaded.fused.detach()  # the weights may be those of later runs, too
         if self.state.is_main_process:
             refresh_card(self.run_dir)
         return self.record.content
 
-    def _plan_memory(self, source: BaseSource, lengths: Sequence[int]) -> None:
-        """Applies --memory and prints the planned peak."""
-        if shards_base(self.state):
-            config = read_config(source, self.settings.model.rope_scaling)
-            _check_sharded(source, reason_against_config(config))
-        if self.device.type != "cuda" and self.settings.optimization.memory is None:
-            return
-        shape = measure_shape(source.path, source.revision, self.settings.lora.lora_targets)
-        if self.settings.model.compute == "fp8" and not shape.fused:
-            _check_fp8(f"{source.name} has no fused layers")
-        ranks = Ranks(self.state.num_processes, shards_base(self.state))
-        self.chosen, plan, tokens = choose_memory_plan(shape, self.settings, lengths, ranks)
-        check_combination(self.chosen)
-        self.plan = plan.record() | {"tokens_per_pass": tokens}
-        lines = [describe(plan, tokens), host_shortage(plan, memory_of_a_process())]
-        say(self.state, "\n".join(line for line in lines if line is not None))
-
-    def _load_model(self, source: BaseSource, data: TrainingData) -> Any:
-        settings, checkpoint = self.chosen, self.start.checkpoint
-        batches = eva_batches(data.train, settings) if checkpoint is None else []
-        model: Any = take_base(
-            source,
-            quant=settings.quant,
-            double_quant=settings.model.double_quant,
-            compute_dtype=settings.model.compute_dtype,
-            device=self.device,
-            rope_scaling=settings.model.rope_scaling,
-            shared=not self.trains_residual,
-            sharded=shards_base(self.state),
-        )
-        self.base_fingerprint = weights_fingerprint(model)
-        model = attach_adapter(model, settings, resumed=checkpoint is not None)
-        if checkpoint is None:
-            start_adapter(model, settings, source, batches)
-        else:
-            restart_adapter(model, settings, checkpoint)
-        # PEFT writes this name into every adapter folder. Users upload those: no local path.
-        model.peft_config["default"].base_model_name_or_path = public_name(source.name)
-        model.config.name_or_path = public_name(source.name)
-        # The vocabulary never grows, and "auto" would ask the Hub at every checkpoint.
-        model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
-        # Otherwise PEFT replaces bfloat16 parameters, and fused layers hold on to the old ones.
-        model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)
-        self.fused = self._fuse(source, model, data.train.lengths)
-        return model
-
-    def _fuse(self, source: BaseSource, model: Any, lengths: Sequence[int]) -> FusedDecoder | None:
-        """Attaches fused layers if the settings and the model allow."""
-        optimization = self.chosen.optimization
-        auto = optimization.kernels == "auto"
-        reason = FusedDecoder.reason_against(model) if auto else "--kernels none"
-        compute = self.chosen.model.compute
-        if compute == "fp8":
-            _check_fp8(FusedDecoder.reason_against_fp8(model))
-        if reason is None:
-            longest = largest_pass(lengths, self.chosen, fused=True)
-            return FusedDecoder.attach(model, optimization.checkpointing, longest, compute=compute)
-        if optimization.checkpointing in ("selective", "offload"):
-            raise SettingsError(
-                f"--checkpointing {optimization.checkpointing} needs fused layers, and "
-                f"{self.settings.model.model} has none: {reason}",
-                "Use --checkpointing full or none",
-            )
-        if shards_base(self.state):
-            _check_sharded(source, reason)
-        if auto:
-            say(self.state, f"PEFT's own modules and padded batches: {reason}")
-        return None
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether batches run through fused layers."""
-        return self.fused is not None
-
-    @property
-    def computation(self) -> dict[str, Any]:
-        """How a step is computed, as --memory and the model type decide."""
-        optimization = self.chosen.optimization
-        return {
-            "fused_layers": self.is_fused,
-            "padding": "none" if self.is_fused else "right",
-            "checkpointing": optimization.checkpointing,
-            "optimizer": optimization.optimizer,
-            "adapter_dtype": self.chosen.lora.adapter_dtype,
-            "batch_size": optimization.batch_size,
-            "grad_accum": optimization.grad_accum,
-        }
-
-    def _check_same_computation(self, model: Any) -> None:
+    def _check_same_computation(self) -> None:
         """Refuses to resume on other weights or with another computation."""
-        computation = self.computation
+        computation = self.loaded.computation(self.chosen)
         if self.start.recorded("environment", "world_size") not in (None, self.state.num_processes):
             # Other processes share the examples of a step differently; `find_start` has checked it.
             del computation["batch_size"], computation["grad_accum"]
         for name, value in computation.items():
             self.start.check_same(self.run_dir, value, "computation", name)
-        self.start.check_same(self.run_dir, self.base_fingerprint, "model", "weights_fingerprint")
+        fingerprint = self.loaded.base_fingerprint
+        self.start.check_same(self.run_dir, fingerprint, "model", "weights_fingerprint")
         if self.start.checkpoint is not None:
-            check_fits(self.start.checkpoint, model)
+            check_fits(self.start.checkpoint, self.loaded.model)
 
-    def _begin(self, source: BaseSource, data: TrainingData, model: Any) -> None:
+    def _begin(self, source: BaseSource, data: TrainingData, plan: dict[str, Any] | None) -> None:
         """Takes the run folder and writes the first record."""
         if self.start.checkpoint is not None:
             self.earlier_rows, self.losses = earlier_steps(self.start.checkpoint)
         on_main(self.state, self._take_folder)
         if self.trains_residual and self.state.is_main_process:
-            save_pissa_start(model, self.pissa_start)
+            save_pissa_start(self.loaded.model, self.pissa_start)
         self.record.begin(
-            *(source, model, data),
-            fingerprint=self.base_fingerprint,
-            computation=self.computation,
-            plan=self.plan,
+            *(source, self.loaded.model, data),
+            fingerprint=self.loaded.base_fingerprint,
+            computation=self.loaded.computation(self.chosen),
+            plan=plan,
         )
         if self.heartbeat is not None:
             self.heartbeat.on_loss = self.record.fail
@@ -352,8 +228,8 @@ class _Run:
         if self.start.replace:
             clear_run_folder(self.run_dir)
 
-    def _prepare_trainer(self, model: Any, tokenizer: Any, data: TrainingData) -> None:
-        settings = self.settings
+    def _prepare_trainer(self, tokenizer: Any, data: TrainingData) -> None:
+        settings, fused = self.settings, self.loaded.fused is not None
         self.pad_id = padding_id(tokenizer)
         self.steps = planned_steps(settings.optimization, len(data.train), self.state.num_processes)
         arguments = training_arguments(
@@ -364,17 +240,17 @@ class _Run:
             report_to=settings.run.report_to,
             compute_dtype=settings.model.compute_dtype,
             use_cpu=self.device.type == "cpu",
-            fused=self.is_fused,
+            fused=fused,
         )
         example = show(data.train[0], tokenizer)
         say(self.state, f"first example, learned parts in ⟦ ⟧:\n{example}\n")
         transformers_logging.set_verbosity_error()  # else Trainer prints every row
         log = StepLog(self.run_dir, self.memory, list(self.earlier_rows), self.on_row)
         self.trainer = log.trainer = CountingTrainer(
-            model=model,
+            model=self.loaded.model,
             args=arguments,
             train_dataset=ExampleSet(data.train),
-            data_collator=pack_batch if self.is_fused else partial(pad_batch, pad_id=self.pad_id),
+            data_collator=pack_batch if fused else partial(pad_batch, pad_id=self.pad_id),
             callbacks=[self.stop, log],
         )
         self.log = log
@@ -393,7 +269,7 @@ class _Run:
             pad_id=self.pad_id,
             accelerator=self.trainer.accelerator,
             autocast_dtype=None if dtype == torch.float32 else dtype,
-            fused=self.is_fused,
+            fused=self.loaded.fused is not None,
         )
         every = self.settings.run.eval_steps
         return HeldOut(evaluate, every, self.losses, self.record, self.memory)
@@ -418,8 +294,8 @@ class _Run:
             resume_from = None if checkpoint is None else str(checkpoint)
             with self.record.timed("train"), self.memory.phase("train"), self.stop.installed():
                 trainer.train(resume_from_checkpoint=resume_from)
-        if self.fused is not None:
-            self.record.graph_passes = self.fused.graphs.passes
+        if self.loaded.fused is not None:
+            self.record.graph_passes = self.loaded.fused.graphs.passes
         last = trainer.state.global_step
         log.check_complete(done + 1, last)
         log.write()
@@ -441,33 +317,17 @@ class _Run:
     def _save_adapter(self, source: BaseSource, tokenizer: Any, data: TrainingData) -> None:
         if not self.state.is_main_process:
             return
-        settings = self.settings
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": "adapter",
-            # Scoring finds the base by this name.
-            "base": source.record()
-            | {"name": source.name, "weights_fingerprint": self.base_fingerprint},
-            "quant": settings.quant.value,
-            "double_quant": settings.model.double_quant,
-            "init_lora_weights": settings.lora.init_lora_weights,
-            "compute_dtype": settings.model.compute_dtype,
-            "data_fingerprint": data.report["train"]["fingerprint"],
-            "template": settings.data.template,
-            "run": self.run_dir.name,
-        }
-        if settings.model.rope_scaling is not None:
-            record["rope_scaling"] = settings.model.rope_scaling
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         # The adapter has learned this template, not the base's own.
         tokenizer.chat_template = chat_template(
-            settings.data.template,
+            self.settings.data.template,
             leading_bos=bool(data.report["leading_bos"]),
             own=tokenizer.chat_template,
         )
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        record = adapter_record(source, self.loaded.base_fingerprint, self.settings, data)
         try:
             save_adapter(
-                *(model, tokenizer, self.run_dir / ADAPTER_DIR, scrub_all(record)),
+                *(model, tokenizer, self.run_dir / ADAPTER_DIR, record),
                 pissa_start=self.pissa_start if self.trains_residual else None,
             )
         except AdapterError as error:

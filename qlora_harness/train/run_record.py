@@ -36,7 +36,7 @@ from qlora_harness.train.process import host_id, short_hash, this_process
 from qlora_harness.train.ranks import shards_base
 
 # Not counted in the throughput: these steps choose kernels and map memory.
-WARM_UP_STEPS = 3
+_WARM_UP_STEPS = 3
 
 
 class RunRecord:
@@ -119,17 +119,13 @@ class RunRecord:
     def trained(
         self, rows: Sequence[Mapping[str, Any]], steps: int, loss_before: float | None
     ) -> None:
-        """Records the losses of all steps, those before a resume included.
+        """Records the loss of the last step; `rows` are those of all steps.
 
         `loss_before` is the evaluation loss before training, in nats per token.
         """
-        losses = [row["loss"] for row in rows]
-        last = losses[-10:]
         self._summary.results = Results(
             steps=steps,
-            final_train_loss=losses[-1] if losses else None,
-            last_10_steps_train_loss=sum(last) / len(last) if last else None,
-            mean_train_loss=sum(losses) / len(losses) if losses else None,
+            final_train_loss=rows[-1]["loss"] if rows else None,
             eval_loss=None,
             perplexity=None,
             eval_tokens=None,
@@ -172,7 +168,7 @@ class RunRecord:
             resumed=self._previous is not None,
             graph_passes=self.graph_passes,
         )
-        self._summary.throughput = _throughput(rows)
+        self._summary.throughput = Throughput(tokens_per_second=_tokens_per_second(rows))
         self.write()
 
     def fail(self, error: BaseException) -> None:
@@ -228,15 +224,8 @@ def _device_record(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _throughput(rows: Sequence[Mapping[str, Any]]) -> Throughput:
-    """Speed without the first steps, if there are enough others."""
-    steady = rows[WARM_UP_STEPS:] if len(rows) > 2 * WARM_UP_STEPS else rows
+def _tokens_per_second(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Speed without the first steps, if there are enough others; None without any step."""
+    steady = rows[_WARM_UP_STEPS:] if len(rows) > 2 * _WARM_UP_STEPS else rows
     seconds = sum(row["seconds"] for row in steady)
-    if not seconds:
-        return Throughput(tokens_per_second=None, supervised_tokens_per_second=None)
-    return Throughput(
-        tokens_per_second=sum(row["tokens"] for row in steady) / seconds,
-        supervised_tokens_per_second=sum(row["supervised_tokens"] for row in steady) / seconds,
-        steps_per_second=len(steady) / seconds,
-        steps_measured=len(steady),
-    )
+    return sum(row["tokens"] for row in steady) / seconds if seconds else None
