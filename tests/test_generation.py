@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from scoring_runs import MakeLm, refused
 from tiny_models import continued, generated, model_of, prompts, tiny_of_any_kind
 
-from qlora_harness.errors import SettingsError
+from qlora_harness.errors import DataError, SettingsError
 from qlora_harness.lm_eval_compat.hflm import LoadedHFLM
 from qlora_harness.model.facts import base_of
 from qlora_harness.model.sharded import ShardedLayers
@@ -150,6 +150,7 @@ def test_smollm2_continues_as_with_hflm(smollm2: str, monkeypatch: pytest.Monkey
     texts = lm.generate_until(asked, disable_tqdm=True)
     assert texts == theirs.generate_until(asked, disable_tqdm=True)
     assert any("\n\n" in text for text in texts)
+    assert "BOS" in refused(lambda: lm.generate_until(requests([""])), DataError)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,23 @@ from qlora_harness.study.definition import build_study
 PROMPT = '{{"key": 1, "prompt": "a", "instruction_id_list": ["b"], "kwargs": [{{"n": {}}}]}}\n'
 
 
+OWN_TASK = """
+task: own
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}, {metric: acc_norm}, {metric: acc_mutual_info}]
+"""
+OWN_ROWS = [
+    {"question": "Which is red?", "choices": ["a rose", "the sea"], "answer": 0},
+    {"question": "Which flies?", "choices": ["a fish", "an old stone", "a bird"], "answer": 2},
+]
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return write_task_data(tmp_path / "data")
@@ -60,7 +77,11 @@ def test_a_run_is_scored_as_by_the_printed_commands(
     unchanged_tracker: None,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["score", "4bit", "--suite", "truthfulqa,gsm8k,mmlu_qlora_demo", "--data-dir", "data"]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "own.yaml").write_text(OWN_TASK)
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in OWN_ROWS))
+    words = ["score", "4bit", "--suite", "truthfulqa,gsm8k,own,mmlu_qlora_demo"]
+    words += ["--data-dir", "data", "--include-path", "own"]
     load = Mock(wraps=QloraAdapterLM.create_from_arg_obj)
     monkeypatch.setattr(QloraAdapterLM, "create_from_arg_obj", load)
     assert cli.main(words) == 0
@@ -69,18 +90,19 @@ def test_a_run_is_scored_as_by_the_printed_commands(
     recorded = {read_file(path).record.model.base for path in Path("4bit").rglob("results_*.json")}
     assert len(recorded) == 1
     assert recorded.isdisjoint({"4bit/adapter", None})  # the base, not the adapter
-    assert set(run.tasks) == {"mmlu_qlora_demo", "truthfulqa_mc1", "truthfulqa_mc2", "gsm8k"}
-    assert len(list((tmp_path / "4bit" / "lm_eval").rglob("results_*.json"))) == 3
+    compared = ("truthfulqa_mc1", "truthfulqa_mc2", "gsm8k", "own")
+    assert set(run.tasks) == {"mmlu_qlora_demo", *compared}
+    assert len(list((tmp_path / "4bit" / "lm_eval").rglob("results_*.json"))) == 4
     lines = capsys.readouterr().out.splitlines()
     commands = [shlex.split(line) for line in lines if line.startswith("lm_eval ")]
     names = [command[command.index("--tasks") + 1] for command in commands]
-    assert names == ["truthfulqa_mc1,truthfulqa_mc2", "gsm8k", "mmlu_qlora_demo"]
+    assert names == ["truthfulqa_mc1,truthfulqa_mc2", "gsm8k", "own", "mmlu_qlora_demo"]
 
     shutil.move("4bit/lm_eval", "ours")
-    for command in commands[:2]:
+    for command in commands[:3]:
         monkeypatch.setattr("sys.argv", command)
         cli_evaluate()
-    for task in ("truthfulqa_mc1", "truthfulqa_mc2", "gsm8k"):
+    for task in compared:
         assert samples(Path("4bit/lm_eval"), task) == samples(Path("ours"), task)
         assert load_run("4bit").scored[task].value == run.scored[task].value
     folders = {path.parent.relative_to("4bit/lm_eval") for path in Path("4bit").rglob("samples_*")}
@@ -259,6 +281,7 @@ def test_files_of_another_form_are_refused(
         (["--suite", "gsm8k", "--data-dir", "few"], ["gsm8k", "5", "3"]),
         (["--suite", "gsm8k", "--batch-size", "0"], ["--batch-size", "0"]),
         (["--suite", "hellaswag"], ["--suite", "hellaswag"]),  # no network
+        (["--suite", "gsm8k", "--include-path", "nowhere"], ["--include-path", "nowhere"]),
     ],
 )
 def test_mistakes_are_noticed_before_the_model_is_loaded(

@@ -61,14 +61,20 @@ class _Projection(QloraAdapterLM):
 
 
 def check_tasks(
-    tasks: Sequence[str], data_dir: str | None = None, flag: str = "--tasks"
+    tasks: Sequence[str],
+    data_dir: str | None = None,
+    include_path: str | None = None,
+    flag: str = "--tasks",
 ) -> TaskManager:
     """Returns lm_eval's task manager; raises SettingsError for an unknown task.
 
-    Reads the files of our MMLU tasks; a missing or damaged one raises DataError.
+    Reads the files of our MMLU tasks; a missing or damaged one raises DataError. `include_path` is
+    a folder of a user's own tasks.
     """
     metadata = {} if data_dir is None else {"data_dir": data_dir}
-    manager = TaskManager(metadata=metadata)
+    if include_path is not None and not Path(include_path).is_dir():
+        raise SettingsError(f"--include-path: {include_path} is no folder", "Name one with YAML")
+    manager = TaskManager(include_path=include_path, metadata=metadata)
     if unknown := [name for name in tasks if name not in manager.all_tasks]:
         close = difflib.get_close_matches(unknown[0], [*SUITE, *manager.all_tasks], n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
@@ -88,13 +94,16 @@ def check_tasks(
 
 
 def load_tasks(
-    tasks: Sequence[str], data_dir: str | None = None, flag: str = "--tasks"
+    tasks: Sequence[str],
+    data_dir: str | None = None,
+    include_path: str | None = None,
+    flag: str = "--tasks",
 ) -> TaskManager:
     """Does what `check_tasks` does, and loads the questions.
 
     Raises SettingsError for a task that can't be loaded.
     """
-    manager = check_tasks(tasks, data_dir, flag)
+    manager = check_tasks(tasks, data_dir, include_path, flag)
     for task in tasks:
         try:
             loaded = manager.load([task])["tasks"]

@@ -27,6 +27,7 @@ def add_command(commands: Any) -> None:
     add("run", type=Path, metavar="RUN", help="a run folder, such as results/4bit")
     add("--suite", required=True, metavar="A,B,…", help=suite)
     add("--data-dir", metavar="DIR", help=data)
+    add("--include-path", metavar="DIR", help="folder with the YAML of your own tasks")
     add("--batch-size", type=int, default=16, metavar="N", help="texts at a time (default 16)")
 
 
@@ -43,8 +44,9 @@ def run(args: argparse.Namespace) -> None:
     from qlora_harness.lm_eval_compat.in_process import InProcessScorer, load_tasks
 
     every = [task for tasks in chosen for task in tasks]
-    manager = load_tasks(every, args.data_dir, flag="--suite")
+    sources = args.data_dir, args.include_path
+    manager = load_tasks(every, *sources, flag="--suite")
     for tasks in chosen:
-        words = lm_eval_words(model_args, tasks, args.batch_size, output, args.data_dir)
+        words = lm_eval_words(model_args, tasks, args.batch_size, output, *sources)
         print(lm_eval_command(words), flush=True)
     InProcessScorer(chosen, args.batch_size, manager=manager).score(model_args, output)

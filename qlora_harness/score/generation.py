@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from qlora_harness.errors import SettingsError
+from qlora_harness.errors import DataError, SettingsError
 from qlora_harness.lm_eval_compat.hflm import LoadedHFLM, Request
 from qlora_harness.model.facts import base_of
 from qlora_harness.model.sharded import sharded_layers
@@ -104,6 +104,12 @@ class GenerationTask:
                 f"in max_length={lm.max_length}",
                 "Give a lower max_gen_toks",
             )
+        prompts = lm.encode_contexts([request.args[0] for request in requests], room)
+        if not all(prompts):
+            raise DataError(
+                "generate_until: a prompt is empty, and the tokenizer puts no BOS before it",
+                "Correct the task's doc_to_text",
+            )
         reason = path.reason or self._why_not_greedy(settings.others)
         if reason is not None:
             logger.warning("generating with HFLM's batches: %s", reason)
@@ -113,7 +119,6 @@ class GenerationTask:
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         # A model's own limit has precedence in transformers.
         longest = self._config.max_new_tokens or settings.longest
-        prompts = lm.encode_contexts([request.args[0] for request in requests], room)
         stops = Stops(lm.tokenizer, settings.stops, ends)
         texts = [""] * len(requests)
         for text in tqdm(

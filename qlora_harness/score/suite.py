@@ -38,12 +38,14 @@ def lm_eval_words(
     batch_size: int | str,
     output_path: Path,
     data_dir: str | None = None,
+    include_path: str | None = None,
 ) -> list[str]:
     """Returns the words after `lm_eval` of the command that scores a model on tasks."""
     arguments = ",".join(f"{name}={value}" for name, value in model_args.items())
     words = ["run", "--model", "qlora_adapter", "--model_args", arguments]
     words += ["--tasks", ",".join(tasks), "--batch_size", str(batch_size)]
     words += ["--output_path", str(output_path), "--log_samples"]
+    words += [] if include_path is None else ["--include_path", include_path]
     return words if data_dir is None else [*words, "--metadata", f"data_dir={data_dir}"]
 
 
