@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qlora_harness.compare.numbers import difference, interval, listed, points, word
 from qlora_harness.compare.power import discordance, questions_needed, seed_deviation
 from qlora_harness.compare.record import ComparisonRecord, Contrast, Endpoint
