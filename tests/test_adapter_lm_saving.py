@@ -27,11 +27,11 @@ def test_interrupted_run_scores_only_what_is_missing(
     packs: list[int] = []
     stop_after = -1
 
-    def counted(self: PackedModel, pack: Any, pad_to: int | None = None) -> Any:
+    def counted(self: PackedModel, pack: Any) -> Any:
         if len(packs) == stop_after:
             raise KeyboardInterrupt
         packs.append(len(pack.read_query))
-        return start_pack(self, pack, pad_to)
+        return start_pack(self, pack)
 
     def scored(stop: int = -1, **options: Any) -> int:
         nonlocal stop_after

@@ -1,4 +1,4 @@
-"""The Triton kernels of fused layers, in Triton's interpreter, against plain torch."""
+"""The Triton kernels of fused layers and packs, in Triton's interpreter, against plain torch."""
 
 from __future__ import annotations
 
@@ -281,11 +281,45 @@ for rows, columns, adapters, rank, tiling in (
 print("equal")
 """
 
+TREE = """
+import numpy as np
+import torch
+from qlora_harness.fused.triton_attention import AttentionTiling
+from qlora_harness.score import triton_tree
+from qlora_harness.score.prefix_tree import Query, plan
+from qlora_harness.score.tree_attention import TreeAttention, tree_blocks
+
+torch.manual_seed(0)
+tilings = [triton_tree.tiling(torch.float32, 16, False)]
+tilings += [AttentionTiling(128, 64, 4, 1), AttentionTiling(64, 128, 4, 1)]
+triton_tree.tiling = lambda *which: tilings[-1]
+prefix = list(range(150))
+texts = [[*prefix, 1, n, *range(90)] for n in range(2)] + [[*prefix[:140], 2], [3] * 20]
+(pack,) = plan([Query(text, [0]) for text in texts], pack_tokens=10**6, window=10**6)
+size = len(pack.end)
+padded = -(-size // 128) * 128
+end = np.concatenate([pack.end, np.arange(size + 1, padded + 1, dtype=np.int32)])
+blocks = tree_blocks(end, torch.device("cpu"))
+assert blocks.seen.tolist() == [[0, 1, 0, 1, 2], [1, 2, 0, 1, 2], [0, 3, 0, 1, 2]]
+while tilings:
+    for heads, keys, width in ((2, 1, 16), (2, 2, 24)):
+        row = torch.randn(padded, (heads + 2 * keys) * width).unflatten(1, (-1, width))
+        q, k, v = row.split([heads, keys, keys], dim=1)
+        out = TreeAttention((), blocks)(q, k, v, 0.3)
+        expected = TreeAttention(pack.segments, None)(*(x[:size] for x in (q, k, v)), 0.3)
+        assert torch.allclose(out[:size], expected, atol=1e-5), (heads, keys, width)
+        assert torch.allclose(out[size:], v[size:].repeat_interleave(heads // keys, dim=1))
+        apart = k.contiguous(), v.transpose(0, 1).contiguous().transpose(0, 1)
+        assert torch.equal(TreeAttention((), blocks)(q, *apart, 0.3), out)
+    tilings.pop()
+print("equal")
+"""
+
 
 @pytest.mark.parametrize(
     "script",
-    [LOAD, ELEMENTWISE, ATTENTION, CROSS_ENTROPY, DROPOUT],
-    ids=["load", "elementwise", "attention", "cross_entropy", "dropout"],
+    [LOAD, ELEMENTWISE, ATTENTION, CROSS_ENTROPY, DROPOUT, TREE],
+    ids=["load", "elementwise", "attention", "cross_entropy", "dropout", "tree"],
 )
 @pytest.mark.skipif(BROKEN, reason="the interpreter of Triton 3.6 fails with NumPy 2.4 and later")
 def test_kernels_agree_with_plain_torch(script: str) -> None:

@@ -16,7 +16,7 @@ from tiny_models import tiny_of_any_kind
 from qlora_harness.score.packed_forward import PackedModel, why_unsupported
 from qlora_harness.score.packed_scorer import PackedScorer
 from qlora_harness.score.prefix_tree import Query, plan
-from qlora_harness.score.tree_attention import keep_compiling
+from qlora_harness.score.tree_attention import BLOCK, tree_blocks
 
 WINDOW = 48
 
@@ -49,16 +49,12 @@ QUERIES = st.lists(
 )
 
 
-@pytest.mark.parametrize("flex", [False, True])
 @settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(queries=QUERIES, pack_tokens=st.integers(1, 160))
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_packed_equals_plain(
-    model: Any, flex: bool, queries: list[Query], pack_tokens: int
-) -> None:
-    packed = PackedModel(model, torch.float32, flex=flex)
+def test_packed_equals_plain(model: Any, queries: list[Query], pack_tokens: int) -> None:
+    packed = PackedModel(model, torch.float32)
     scorer = PackedScorer(packed, window=WINDOW, pack_tokens=pack_tokens)
     scores = scorer.score(queries, show_progress=False).scores
     assert sorted(scores) == list(range(len(queries)))
@@ -70,29 +66,22 @@ def test_packed_equals_plain(
 
 @settings(max_examples=30, deadline=None)
 @given(queries=QUERIES, filling=st.integers(0, 300))
-def test_blocks_of_the_mask_are_those_that_torch_finds(queries: list[Query], filling: int) -> None:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    from qlora_harness.score.tree_attention import BLOCK, block_mask
-
+def test_blocks_that_queries_see_whole_or_in_part(queries: list[Query], filling: int) -> None:
     # Long tails, so that whole blocks are seen, skipped, and seen in part.
     longer = [
         Query([*q.context, *range(i, i + filling)], q.continuation) for i, q in enumerate(queries)
     ]
     (pack,) = plan(longer, pack_tokens=10**6, window=10**6)
-    ends = torch.from_numpy(pack.end)
-
-    def sees(batch: Any, head: Any, q: Any, k: Any) -> Any:
-        return (k <= q) & (q < ends[k])
-
     size = len(pack.end) // BLOCK * BLOCK
     if not size:
         return
-    mask = block_mask(np.minimum(pack.end[:size], size), torch.device("cpu"))
-    expected = create_block_mask(sees, None, None, size, size, device="cpu", BLOCK_SIZE=BLOCK)
-    assert torch.equal(mask.to_dense(), expected.to_dense())
-    for name in ("kv_num_blocks", "full_kv_num_blocks"):
-        assert torch.equal(getattr(mask, name), getattr(expected, name))
+    end, seen = tree_blocks(np.minimum(pack.end[:size], size), torch.device("cpu"))
+    number = torch.arange(size)
+    sees = (number <= number[:, None]) & (number[:, None] < end)
+    tiles = sees.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(1, 2).flatten(2)
+    for (whole, some, *blocks), tile in zip(seen.tolist(), tiles, strict=True):
+        assert blocks[:whole] == tile.all(1).nonzero()[:, 0].tolist()
+        assert sorted(blocks[:some]) == tile.any(1).nonzero()[:, 0].tolist()
 
 
 def test_the_model_is_left_as_it_was(model: Any) -> None:
@@ -131,11 +120,11 @@ class RunsOut:
         self.inner, self.limit, self.failed = inner, limit, 0
         self.join = inner.join
 
-    def start(self, pack: Any, pad_to: int | None = None) -> Any:
+    def start(self, pack: Any) -> Any:
         if len(pack.tokens) > self.limit:
             self.failed += 1
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return self.inner.start(pack, pad_to)
+        return self.inner.start(pack)
 
 
 def test_out_of_memory_halves_the_packs_and_goes_on(model: Any) -> None:
@@ -153,29 +142,6 @@ def test_out_of_memory_halves_the_packs_and_goes_on(model: Any) -> None:
     )
 
 
-def test_what_was_built_ahead_serves_the_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted with a compiler that builds nothing; what is reused is decided before it runs."""
-    from torch._dynamo.testing import CompileCounter
-    from torch.nn.attention.flex_attention import flex_attention
-
-    torch.compiler.reset()
-    counter = CompileCounter()
-    compiled = torch.compile(flex_attention, backend=counter, dynamic=False)
-    monkeypatch.setattr("qlora_harness.score.tree_attention._flex", lambda on_gpu: compiled)
-    model = tiny_of_any_kind("llama")
-    query = Query([1, 2, 3], [4])
-    (pack,) = plan([query], pack_tokens=256, window=WINDOW)
-    packed = PackedModel(model, torch.float32, flex=True)
-    packed.build_ahead(256)
-    packed.wait()
-    assert counter.frame_count == 1
-    reads = packed.start(pack, 256).reads()
-    assert counter.frame_count == 1
-    assert reads.logprobs[0] == pytest.approx(plain(model, query)[0], abs=1e-4)
-    packed.start(pack, 128).reads()
-    assert counter.frame_count == 2  # another length is another kernel: the counter does count
-
-
 def test_first_pack_waits_for_what_is_built_ahead() -> None:
     model = tiny_of_any_kind("llama")
     packed = PackedModel(model, torch.float32)
@@ -190,11 +156,11 @@ def test_first_pack_waits_for_what_is_built_ahead() -> None:
         seen.append((thread, args[0].shape[1]))
 
     hook = model.model.embed_tokens.register_forward_pre_hook(forward)
-    packed.build_ahead(256)
+    packed.build_ahead()
     threading.Timer(0.2, goes_on.set).start()
     packed.start(pack).reads()
     hook.remove()
-    assert seen == [("qlora_harness kernels", 256), ("MainThread", len(pack.tokens))]
+    assert seen == [("qlora_harness kernels", 1), ("MainThread", len(pack.tokens))]
 
 
 def test_what_can_not_be_built_ahead_is_left_to_the_first_pack(
@@ -213,7 +179,7 @@ def test_what_can_not_be_built_ahead_is_left_to_the_first_pack(
     hook = model.model.embed_tokens.register_forward_pre_hook(forward)
     before = model.config._attn_implementation
     with caplog.at_level("INFO", logger="qlora_harness"):
-        packed.build_ahead(256)
+        packed.build_ahead()
         packed.wait()
     assert caplog.messages == ["kernels could not be built ahead (OutOfMemoryError)"]
     assert model.config._attn_implementation == before
@@ -242,20 +208,3 @@ def test_what_can_not_be_built_ahead_is_left_to_the_first_pack(
 )
 def test_models_it_cannot_take_are_refused(values: dict[str, Any], reason: str) -> None:
     assert reason in str(why_unsupported(SimpleNamespace(**values)))
-
-
-def test_packs_of_any_number_of_lengths_stay_compiled() -> None:
-    """In each thread: torch's limits may belong to a thread, and kernels are built in one ahead."""
-    seen = []
-
-    def look() -> None:
-        keep_compiling()
-        limits = torch._dynamo.config
-        seen.append((limits.recompile_limit, limits.accumulated_recompile_limit))
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
-    look()
-    assert len(seen) == 2
-    assert min(map(min, seen)) >= 1000

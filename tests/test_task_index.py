@@ -24,7 +24,7 @@ from lm_eval.tasks._index import Entry, Kind, TaskIndex
 
 from qlora_harness.errors import DataError
 from qlora_harness.lm_eval_compat import tasks as compat_tasks
-from qlora_harness.lm_eval_compat.index_cache import cached_index
+from qlora_harness.lm_eval_compat.index_cache import cached_index, cached_structure
 from qlora_harness.lm_eval_compat.tasks import extend_index, task_entries
 from qlora_harness.locations import demo_dir
 from qlora_harness.schema.mmlu import families
@@ -409,3 +409,17 @@ def test_index_that_lacks_most_files_is_not_cached(folder: Path) -> None:
     assert builds(folder, small_index(), 2) == 2  # three entries for six files
     assert builds(folder, {}) == 1
     assert cached_files(folder) == []
+
+
+def test_import_structure_of_transformers_is_scanned_once(folder: Path) -> None:
+    from transformers.utils import import_utils
+
+    scan = import_utils.create_import_structure_from_path
+    models = Path(import_utils.__file__).parents[1] / "models" / "auto"
+    scanned = cached_structure(models, lambda: scan(str(models)))
+    assert scanned == scan(str(models)) != {}
+    (path,) = cached_files(folder)
+    assert cached_structure(models, dict) == scanned
+    small: dict[Any, Any] = {frozenset(): {"a": {"b"}}, frozenset({"torch"}): {}}
+    path.write_text("{")
+    assert cached_structure(models, lambda: small) == small

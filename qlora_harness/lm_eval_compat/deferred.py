@@ -25,7 +25,10 @@ class _Later:
         self._library, self._name = library, name
 
     def _itself(self) -> Any:
-        return getattr(import_module(self._library), self._name)
+        library = import_module(self._library)
+        if isinstance(library, _StandIn):
+            raise ImportError(f"{self._library} is needed at once")
+        return getattr(library, self._name)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self._itself()(*args, **options)

@@ -159,7 +159,7 @@ class _Loader:
                 with self._deferring():
                     self._loader.exec_module(module)
                 return
-            except Exception:  # noqa: BLE001, S110  # a release that needs the library at once
+            except Exception:  # noqa: BLE001  # a release that needs the library at once
                 pass
         self._loader.exec_module(module)
 

@@ -1,7 +1,7 @@
 """Caches two indices between commands: lm_eval's of its tasks and transformers' of its models.
 
-lm_eval reads 14,000 YAML files for its own, and transformers 2,500 source files, twice. A key covers
-the name, size and modification time of every file in the folder.
+lm_eval reads 14,000 YAML files for its own, and transformers 2,500 source files, twice. A key
+covers the name, size and modification time of every file in the folder.
 """
 
 from __future__ import annotations

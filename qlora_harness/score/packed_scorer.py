@@ -39,9 +39,9 @@ class PackedScorer:
         self.pack_tokens = pack_tokens
 
     def build_ahead(self) -> None:
-        """Starts to build a GPU's kernels for whole packs; call `wait` before any other use."""
+        """Starts to build a GPU's kernels; call `wait` before any other use."""
         if self._model.overlaps:
-            self._model.build_ahead(self.pack_tokens)
+            self._model.build_ahead()
 
     def plan(self, queries: Sequence[Query]) -> list[Pack]:
         """Returns the packs that `score` computes on one process."""
@@ -99,7 +99,7 @@ class PackedScorer:
         running: tuple[Pack, Running] | None = None
         for pack in packs:
             try:
-                started = self._model.start(pack, self._padding(pack, len(packs) == 1))
+                started = self._model.start(pack)
             except Exception as error:
                 smallest = self.pack_tokens <= _SMALLEST_PACK
                 if not is_out_of_memory(error) or smallest or self._model.is_sharded:
@@ -114,16 +114,6 @@ class PackedScorer:
                 running = None
         if running is not None:
             yield running[0], running[1].reads()
-
-    def _padding(self, pack: Pack, alone: bool) -> int:
-        """Pads packs to one length on a GPU, which builds kernels for every other length."""
-        size = len(pack.tokens)
-        if not self._model.overlaps:
-            return size
-        padded = self.pack_tokens
-        while alone and padded >= 2 * max(size, _ROUND):
-            padded //= 2
-        return padded if size <= padded else -(-size // _ROUND) * _ROUND
 
 
 def _share(packs: Sequence[Pack], rank: int, world: int) -> list[Pack]:

@@ -29,7 +29,6 @@ from qlora_harness.score.scoring_path import choose_path
 logger = logging.getLogger("qlora_harness")
 
 _FEW_PACKS = 6  # enough to time
-_FEW_TOKENS = 16  # a low guess of the tokens that a text adds to a shared prefix
 # Largest mean difference, nats, between two ways of scoring that rounding can explain.
 _TOLERANCES = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 _FP8_TOLERANCE = 1.0
@@ -194,11 +193,8 @@ class ScoringSession:
         if not any(self._gather(len(own))):
             return known, set()
         scorer = self._scorer() if self.path.packed else None
-        if scorer is not None:
-            # Fewer texts may fit into one short pack, which needs other kernels.
-            texts = len({context for context, _ in own})
-            if self.lm.world_size == 1 and texts * _FEW_TOKENS >= scorer.pack_tokens:
-                scorer.build_ahead()
+        if scorer is not None and self.lm.world_size == 1:
+            scorer.build_ahead()
         try:
             encoded = self._of_all(self.encode(own))
             describe_environment_ahead()
