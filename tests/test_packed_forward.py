@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_of_any_kind
 
 from qlora_harness.score.packed_forward import PackedModel, why_unsupported
-from qlora_harness.score.packed_scorer import PackedScorer
+from qlora_harness.score.packed_scorer import PackedScorer, default_pack_tokens
 from qlora_harness.score.prefix_tree import Query, plan
 from qlora_harness.score.tree_attention import BLOCK, tree_blocks
 
@@ -82,6 +82,22 @@ def test_blocks_that_queries_see_whole_or_in_part(queries: list[Query], filling:
     for (whole, some, *blocks), tile in zip(seen.tolist(), tiles, strict=True):
         assert blocks[:whole] == tile.all(1).nonzero()[:, 0].tolist()
         assert sorted(blocks[:some]) == tile.any(1).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [(60e9, 65536), (11e9, 51712), (1e6, 1024)],  # 169,984 bytes a token, in 80% of the memory
+)
+def test_packs_are_as_large_as_memory_allows(
+    monkeypatch: pytest.MonkeyPatch, free: float, expected: int
+) -> None:
+    model: Any = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
+    model.config = SimpleNamespace(hidden_size=4096, intermediate_size=11008)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3)
+    assert default_pack_tokens(model, torch.device("cuda")) == expected
+    assert default_pack_tokens(model, torch.device("cpu")) == 8192
 
 
 def test_the_model_is_left_as_it_was(model: Any) -> None:

@@ -18,7 +18,10 @@ from qlora_harness.score.prefix_tree import Pack, Query, Score, plan
 logger = logging.getLogger("qlora_harness")
 
 _CPU_PACK = 8192
-_GPU_PACK = 24576
+# Each pack computes the prefixes that it needs. For the five-shot prompts of MMLU and LLaMA's
+# tokens that is 4.0% more than the distinct tokens in packs of 24,576, 1.4% in packs of this size,
+# and 0.7% in packs twice as large, whose results a killed run would lose for twice as long.
+_GPU_PACK = 65536
 _SMALLEST_PACK = 256
 _ROUND = 128
 
