@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from qlora_harness.model.facts import is_out_of_memory
 from qlora_harness.score.packed_forward import PackedModel, Reads, Running
-from qlora_harness.score.prefix_tree import Pack, Query, Score, plan
+from qlora_harness.score.prefix_tree import Pack, PlannedPack, Query, Score, lay_out, plan_packs
 
 logger = logging.getLogger("qlora_harness")
 
@@ -46,9 +46,9 @@ class PackedScorer:
         if self._model.overlaps:
             self._model.build_ahead()
 
-    def plan(self, queries: Sequence[Query]) -> list[Pack]:
+    def plan(self, queries: Sequence[Query]) -> list[PlannedPack]:
         """Returns the packs that `score` computes on one process."""
-        return plan(queries, pack_tokens=self.pack_tokens, window=self._window)
+        return plan_packs(queries, pack_tokens=self.pack_tokens, window=self._window)
 
     def wait(self) -> None:
         """Waits for `build_ahead`."""
@@ -72,12 +72,13 @@ class PackedScorer:
         computed_tokens, started, own_tokens = 0, time.perf_counter(), 0
         with tqdm(desc="Scoring", unit=" texts", disable=not show_progress) as bar:
             while pending:
-                planned = self.plan([queries[n] for n in pending])
-                computed_tokens = computed_tokens or sum(len(pack.tokens) for pack in planned)
+                open_queries = [queries[n] for n in pending]
+                planned = self.plan(open_queries)
+                computed_tokens = computed_tokens or sum(pack.tokens for pack in planned)
                 packs = _share(planned, *share)
                 mine = [pending[n] for pack in packs for n in pack.queries()]
                 bar.total = len(scores) + len(mine)
-                for pack, reads in self._computed(packs):
+                for pack, reads in self._computed(lay_out(pack, open_queries) for pack in packs):
                     fresh = [(pending[n], score) for n, score in _sums(pack, reads)]
                     scores.update(fresh)
                     on_scored(fresh)
@@ -97,7 +98,7 @@ class PackedScorer:
         self._model.join()
         return PackedScores(scores, computed_tokens)
 
-    def _computed(self, packs: Sequence[Pack]) -> Iterator[tuple[Pack, Reads]]:
+    def _computed(self, packs: Iterable[Pack]) -> Iterator[tuple[Pack, Reads]]:
         """Yields packs with their results; stops early if memory runs out."""
         running: tuple[Pack, Running] | None = None
         for pack in packs:
@@ -119,9 +120,9 @@ class PackedScorer:
             yield running[0], running[1].reads()
 
 
-def _share(packs: Sequence[Pack], rank: int, world: int) -> list[Pack]:
+def _share(packs: Sequence[PlannedPack], rank: int, world: int) -> list[PlannedPack]:
     """A run of packs with about 1 / world of the tokens."""
-    sizes = np.array([len(pack.tokens) for pack in packs], dtype=np.int64)
+    sizes = np.array([pack.tokens for pack in packs], dtype=np.int64)
     middles = np.cumsum(sizes) - sizes / 2
     owner = np.minimum((middles * world / max(1, sizes.sum())).astype(int), world - 1)
     return [pack for pack, mine in zip(packs, owner == rank, strict=True) if mine]

@@ -103,7 +103,7 @@ class ScoringSession:
             packs = scorer.plan([Query(context, more) for _, context, more in encoded])
             middle = len(packs) // 2
             part = [n for pack in packs[middle : middle + _FEW_PACKS] for n in pack.queries()]
-            whole = sum(len(pack.tokens) for pack in packs)
+            whole = sum(pack.tokens for pack in packs)
         else:
             part = sorted(random.Random(0).sample(range(len(encoded)), min(256, len(encoded))))
             whole = len(encoded)
