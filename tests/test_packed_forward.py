@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,7 +57,7 @@ QUERIES = st.lists(
 def test_packed_equals_plain(model: Any, queries: list[Query], pack_tokens: int) -> None:
     packed = PackedModel(model, torch.float32)
     scorer = PackedScorer(packed, window=WINDOW, pack_tokens=pack_tokens)
-    scores = scorer.score(queries, show_progress=False).scores
+    scores = scorer.score([queries], show_progress=False).scores
     assert sorted(scores) == list(range(len(queries)))
     for number, query in enumerate(queries):
         logprob, greedy = plain(model, query)
@@ -106,7 +107,7 @@ def test_the_model_is_left_as_it_was(model: Any) -> None:
     query = Query([1, 2, 3], [4])
     expected = plain(model, query)
     PackedScorer(PackedModel(model, torch.float32), window=WINDOW, pack_tokens=64).score(
-        [query], show_progress=False
+        [[query]], show_progress=False
     )
     assert model.config._attn_implementation == before
     assert plain(model, query) == expected
@@ -119,8 +120,8 @@ def test_shares_of_all_processes_make_the_whole(model: Any) -> None:
         for _ in range(60)
     ]
     scorer = PackedScorer(PackedModel(model, torch.float32), window=WINDOW, pack_tokens=64)
-    alone = scorer.score(queries, show_progress=False).scores
-    shares = [scorer.score(queries, share=(rank, 3), show_progress=False) for rank in range(3)]
+    alone = scorer.score([queries], show_progress=False).scores
+    shares = [scorer.score([queries], share=(rank, 3), show_progress=False) for rank in range(3)]
     parts = [share.scores for share in shares]
     assert sum(len(part) for part in parts) == len(queries)
     assert {n: s for part in parts for n, s in part.items()} == alone
@@ -149,12 +150,42 @@ def test_out_of_memory_halves_the_packs_and_goes_on(model: Any) -> None:
     packed = PackedModel(model, torch.float32)
     limited = RunsOut(packed, 300)
     scorers = [PackedScorer(m, window=WINDOW, pack_tokens=1024) for m in (packed, limited)]  # type: ignore[arg-type]
-    expected, scored = (s.score(queries, show_progress=False) for s in scorers)
+    expected, scored = (s.score([queries], show_progress=False) for s in scorers)
     assert scorers[1].pack_tokens == 256
     assert limited.failed == 2
     assert scored.computed_tokens == expected.computed_tokens
     assert {n: s[0] for n, s in scored.scores.items()} == pytest.approx(
         {n: s[0] for n, s in expected.scores.items()}, abs=1e-5
+    )
+
+
+def test_parts_are_asked_for_while_a_gpu_computes(model: Any) -> None:
+    rng = np.random.default_rng(2)
+    queries = [Query(rng.integers(0, 40, size=30).tolist(), [1]) for _ in range(40)]
+    events: list[Any] = []
+
+    class Noted(RunsOut):
+        def start(self, pack: Any) -> Any:
+            events.append(len(pack.tokens) <= self.limit)
+            return super().start(pack)
+
+    def parts() -> Iterator[list[Query]]:
+        for number, (start, stop) in enumerate([(0, 5), (5, 30), (30, 40)]):
+            events.append(number)
+            yield queries[start:stop]
+
+    packed, scored = PackedModel(model, torch.float32), []
+    whole = PackedScorer(packed, window=WINDOW, pack_tokens=1024)
+    expected = whole.score([queries], show_progress=False).scores
+    limited: Any = Noted(packed, 300)
+    scorer = PackedScorer(limited, window=WINDOW, pack_tokens=1024)
+    scores = scorer.score(parts(), show_progress=False, on_scored=scored.extend).scores
+    # The second part is made while the first pack runs; it is too large for the memory, twice.
+    assert events[:5] == [0, True, 1, False, False]
+    assert set(events[5:]) == {True, 2}
+    assert sorted(n for n, _ in scored) == sorted(scores) == list(range(40))
+    assert {n: s[0] for n, s in scores.items()} == pytest.approx(
+        {n: s[0] for n, s in expected.items()}, abs=1e-5
     )
 
 

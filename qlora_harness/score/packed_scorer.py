@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -41,9 +42,14 @@ class PackedScorer:
         self._window = window
         self.pack_tokens = pack_tokens
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a GPU computes packs while the host works."""
+        return self._model.overlaps
+
     def build_ahead(self) -> None:
         """Starts to build a GPU's kernels; call `wait` before any other use."""
-        if self._model.overlaps:
+        if self.overlaps:
             self._model.build_ahead()
 
     def plan(self, queries: Sequence[Query]) -> list[PlannedPack]:
@@ -56,68 +62,106 @@ class PackedScorer:
 
     def score(
         self,
-        queries: Sequence[Query],
+        parts: Iterable[Sequence[Query]],
         *,
+        texts: int = 0,
         share: tuple[int, int] = (0, 1),
         show_progress: bool = True,
         on_scored: Callable[[Sequence[tuple[int, Score]]], None] = lambda scored: None,
     ) -> PackedScores:
-        """Scores this process's share of `queries`, which every process gets in full.
+        """Scores this process's share of the queries, which every process gets in full.
 
+        The parts are asked for one by one, while a GPU computes the packs of the ones before; their
+        queries are numbered on. `texts` is the number of queries for the progress bar, if known.
         `share` is (rank, processes); a share is a run of packs, so mostly of whole subtrees.
         `on_scored` gets the queries completed by each pack.
         """
-        pending = list(range(len(queries)))
+        work = _Work(self.plan, parts, share)
         scores: dict[int, Score] = {}
-        computed_tokens, started, own_tokens = 0, time.perf_counter(), 0
+        started, own_tokens = time.perf_counter(), 0
+        pending: list[int] = []
         with tqdm(desc="Scoring", unit=" texts", disable=not show_progress) as bar:
-            while pending:
-                open_queries = [queries[n] for n in pending]
-                planned = self.plan(open_queries)
-                computed_tokens = computed_tokens or sum(pack.tokens for pack in planned)
-                packs = _share(planned, *share)
-                mine = [pending[n] for pack in packs for n in pack.queries()]
-                bar.total = len(scores) + len(mine)
-                for pack, reads in self._computed(lay_out(pack, open_queries) for pack in packs):
-                    fresh = [(pending[n], score) for n, score in _sums(pack, reads)]
+            while True:
+                for pack, numbers, reads in self._computed(work.packs(pending)):
+                    fresh = [(numbers[n], score) for n, score in _sums(pack, reads)]
                     scores.update(fresh)
                     on_scored(fresh)
                     own_tokens += len(pack.tokens)
                     rate = own_tokens / (time.perf_counter() - started)
                     bar.set_postfix_str(f"{rate:,.0f} distinct tokens/s", refresh=False)
+                    bar.total = max(texts, len(work.mine))
                     bar.update(len(fresh))
-                pending = sorted(n for n in mine if n not in scores)
-                if pending:
-                    # Each process keeps its share, so it splits its own packs only.
-                    share = (0, 1)
-                    self.pack_tokens //= 2
-                    torch.cuda.empty_cache()
-                    logger.warning(
-                        "out of memory: continuing with packs of %d tokens", self.pack_tokens
-                    )
+                pending = sorted(n for n in work.mine if n not in scores)
+                if not pending:
+                    break
+                self.pack_tokens //= 2
+                torch.cuda.empty_cache()
+                logger.warning(
+                    "out of memory: continuing with packs of %d tokens", self.pack_tokens
+                )
         self._model.join()
-        return PackedScores(scores, computed_tokens)
+        return PackedScores(scores, work.computed_tokens)
 
-    def _computed(self, packs: Iterable[Pack]) -> Iterator[tuple[Pack, Reads]]:
+    def _computed(
+        self, packs: Iterator[tuple[Pack, Sequence[int]]]
+    ) -> Iterator[tuple[Pack, Sequence[int], Reads]]:
         """Yields packs with their results; stops early if memory runs out."""
-        running: tuple[Pack, Running] | None = None
-        for pack in packs:
+        running: deque[tuple[Pack, Sequence[int], Running]] = deque()
+        pack = next(packs, None)
+        while pack is not None:
             try:
-                started = self._model.start(pack)
+                running.append((*pack, self._model.start(pack[0])))
             except Exception as error:
                 smallest = self.pack_tokens <= _SMALLEST_PACK
                 if not is_out_of_memory(error) or smallest or self._model.is_sharded:
                     raise
                 break
-            # A GPU computes this pack while the host handles the results of the last one.
-            if running is not None:
-                yield running[0], running[1].reads()
-            running = pack, started
-            if not self._model.overlaps:
-                yield pack, started.reads()
-                running = None
-        if running is not None:
-            yield running[0], running[1].reads()
+            # A GPU computes while the host makes the next pack and handles the last one's results.
+            pack = next(packs, None)
+            if len(running) > self.overlaps:
+                yield _finished(*running.popleft())
+        while running:
+            yield _finished(*running.popleft())
+
+
+class _Work:
+    """The packs of one process, and the numbers of the queries that they answer."""
+
+    def __init__(
+        self,
+        plan: Callable[[Sequence[Query]], list[PlannedPack]],
+        parts: Iterable[Sequence[Query]],
+        share: tuple[int, int],
+    ) -> None:
+        self._plan, self._parts, self._share = plan, iter(parts), share
+        self._queries: list[Query] = []
+        self.mine: list[int] = []  # of all parts so far
+        self.computed_tokens = 0  # by all processes
+
+    def packs(self, pending: Sequence[int]) -> Iterator[tuple[Pack, Sequence[int]]]:
+        """Yields packs for the pending queries of earlier parts, then those of the next parts.
+
+        Each comes with the numbers of the queries that it was planned for.
+        """
+        # Each process keeps its share, so it splits its own packs only.
+        queries = [self._queries[n] for n in pending]
+        for planned in self._plan(queries):
+            yield lay_out(planned, queries), pending
+        for part in self._parts:
+            numbers = range(len(self._queries), len(self._queries) + len(part))
+            self._queries += part
+            packs = self._plan(part)
+            self.computed_tokens += sum(pack.tokens for pack in packs)
+            own = _share(packs, *self._share)
+            self.mine += [numbers[n] for pack in own for n in pack.queries()]
+            for planned in own:
+                yield lay_out(planned, part), numbers
+
+
+def _finished(
+    pack: Pack, numbers: Sequence[int], running: Running
+) -> tuple[Pack, Sequence[int], Reads]:
+    return pack, numbers, running.reads()
 
 
 def _share(packs: Sequence[PlannedPack], rank: int, world: int) -> list[PlannedPack]:
