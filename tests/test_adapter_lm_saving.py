@@ -78,8 +78,8 @@ def test_logprobs_that_are_no_numbers_are_refused_and_not_journaled(
     make_lm: MakeLm, manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     scoring: str,
 ) -> None:  # fmt: skip
-    def broken(self: PackedScorer, queries: Any, *, on_scored: Any, **options: Any) -> PackedScores:
-        scores = dict.fromkeys(range(len(queries)), (math.nan, False))
+    def broken(self: PackedScorer, parts: Any, *, on_scored: Any, **options: Any) -> PackedScores:
+        scores = dict.fromkeys(range(sum(map(len, parts))), (math.nan, False))
         on_scored(list(scores.items()))
         return PackedScores(scores, 1)
 
