@@ -80,7 +80,8 @@ class PackedScorer:
         scores: dict[int, Score] = {}
         started, own_tokens = time.perf_counter(), 0
         pending: list[int] = []
-        with tqdm(desc="Scoring", unit=" texts", disable=not show_progress) as bar:
+        total, off = texts or None, not show_progress
+        with tqdm(desc="Scoring", unit=" texts", total=total, disable=off) as bar:
             while True:
                 for pack, numbers, reads in self._computed(work.packs(pending)):
                     fresh = [(numbers[n], score) for n, score in _sums(pack, reads)]

@@ -217,7 +217,9 @@ class ScoringSession:
         overlaps = scorer is not None and scorer.overlaps and self.lm.world_size == 1
         size = _PART if overlaps else max(1, len(pairs))
         for start in range(0, max(1, len(pairs)), size):
-            yield self._of_all(self.encode(pairs[start : start + size]))
+            part = self._of_all(self.encode(pairs[start : start + size]))
+            describe_environment_ahead()
+            yield part
 
     def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
         """Encodes texts in batches."""
@@ -253,7 +255,6 @@ class ScoringSession:
         """Returns the texts with their scores, from HFLM's batches if there is no scorer."""
         if scorer is None:
             encoded = list(chain.from_iterable(parts))
-            describe_environment_ahead()
             plain = self.lm.score_plainly(encoded, show_progress=show_progress)
             return encoded, TokenScores(plain, None)
         encoded = []
@@ -264,7 +265,6 @@ class ScoringSession:
                 yield [Query(context, continuation) for _, context, continuation in part]
 
         def note(scored: Sequence[tuple[int, Score]]) -> None:
-            describe_environment_ahead()  # once the device is busy
             if journal is not None:
                 journal.append((question_key(*encoded[n][0]), *score) for n, score in scored)
 
