@@ -288,9 +288,12 @@ def known_answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     contexts: list[str] = []
 
-    def answer(self: ScoringSession, scorer: Any, encoded: Any, *options: Any) -> TokenScores:
+    def answer(
+        self: ScoringSession, scorer: Any, parts: Any, *more: Any, **options: Any
+    ) -> tuple[list[Any], TokenScores]:
+        encoded = [text for part in parts for text in part]
         contexts.extend(context for (context, _), _, _ in encoded)
-        return TokenScores([(KNOWN[more], False) for (_, more), _, _ in encoded], None)
+        return encoded, TokenScores([(KNOWN[k], False) for (_, k), _, _ in encoded], None)
 
     monkeypatch.setattr(ScoringSession, "_score_with", answer)
     return contexts

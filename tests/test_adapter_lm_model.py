@@ -117,26 +117,24 @@ def test_weights_stay_where_nothing_is_fused(make_lm: MakeLm, options: dict[str,
 PAIRS = [(f"text {n}", letter) for n in range(32) for letter in (" A", " B")]
 
 
-def score_pairs(lm: Any, count: int = 64) -> list[Any]:
+def score_pairs(lm: Any) -> list[Any]:
     from lm_eval.api.instance import Instance
 
-    requests = [Instance("loglikelihood", {}, pair, 0) for pair in PAIRS[:count]]
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in PAIRS]
     return lm.loglikelihood(requests, disable_tqdm=True)
 
 
 @pytest.mark.parametrize(
-    ("overlaps", "count", "processes", "expected"),
+    ("overlaps", "processes", "expected"),
     [
-        (True, 64, 1, [512]),
-        (True, 62, 1, []),  # may be one short pack
-        (True, 64, 2, []),  # all processes encode at once
-        (False, 64, 1, []),  # a CPU has no kernels to build
+        (True, 1, 1),
+        (True, 2, 0),  # all processes encode at once
+        (False, 1, 0),  # a CPU has no kernels to build
     ],
 )
-def test_kernels_are_built_ahead_for_many_texts_on_a_gpu(
-    make_lm: MakeLm, monkeypatch: pytest.MonkeyPatch, overlaps: bool, count: int, processes: int,
-    expected: list[int],
-) -> None:  # fmt: skip
+def test_kernels_are_built_ahead_on_a_gpu(
+    make_lm: MakeLm, monkeypatch: pytest.MonkeyPatch, overlaps: bool, processes: int, expected: int
+) -> None:
     class Begun(Exception):
         """Raised where texts are encoded, by when kernels are being built."""
 
@@ -144,17 +142,17 @@ def test_kernels_are_built_ahead_for_many_texts_on_a_gpu(
         raise Begun
 
     lm = make_lm(pack_tokens=512)
-    sizes: list[int] = []
+    begun: list[PackedModel] = []
     waited: list[bool] = []
     monkeypatch.setattr(PackedModel, "overlaps", overlaps)
-    monkeypatch.setattr(PackedModel, "build_ahead", lambda self, size: sizes.append(size))
+    monkeypatch.setattr(PackedModel, "build_ahead", lambda self: begun.append(self))
     monkeypatch.setattr(PackedModel, "wait", lambda self: waited.append(True))
     monkeypatch.setattr(type(lm), "world_size", processes)
     monkeypatch.setattr(lm.session, "_gather", lambda value: [value] * processes)
     monkeypatch.setattr(session, "encode_pairs", encode)
     with pytest.raises(Begun):
-        score_pairs(lm, count)
-    assert sizes == expected
+        score_pairs(lm)
+    assert len(begun) == expected
     assert waited == [True]  # also after an error
 
 
@@ -166,12 +164,16 @@ def test_model_that_was_begun_ahead_is_the_one_that_scores(
     starts: list[tuple[PackedModel, int]] = []
     start = PackedModel._start
 
-    def noted(self: PackedModel, pack: Any, pad_to: int | None) -> Any:
-        starts.append((self, pad_to))  # type: ignore[arg-type]
-        return start(self, pack, pad_to)
+    def noted(self: PackedModel, pack: Any) -> Any:
+        starts.append((self, len(pack.tokens)))
+        return start(self, pack)
 
     monkeypatch.setattr(PackedModel, "overlaps", True)
     monkeypatch.setattr(PackedModel, "_start", noted)
-    assert score_pairs(lm) == expected
+    monkeypatch.setattr(session, "_PART", 30)  # texts that a GPU would compute meanwhile
+    logprobs = [logprob for logprob, _ in score_pairs(lm)]
+    assert logprobs == pytest.approx([logprob for logprob, _ in expected], abs=1e-5)
     assert {model for model, _ in starts} == {lm.session._packed}
-    assert [size for _, size in starts] == [512, 128]  # built ahead, and the one short pack
+    first, *others = [size for _, size in starts]
+    assert first == 1 < min(others)  # built ahead, and the packs
+    assert len(others) == 3

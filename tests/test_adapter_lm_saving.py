@@ -27,11 +27,11 @@ def test_interrupted_run_scores_only_what_is_missing(
     packs: list[int] = []
     stop_after = -1
 
-    def counted(self: PackedModel, pack: Any, pad_to: int | None = None) -> Any:
+    def counted(self: PackedModel, pack: Any) -> Any:
         if len(packs) == stop_after:
             raise KeyboardInterrupt
         packs.append(len(pack.read_query))
-        return start_pack(self, pack, pad_to)
+        return start_pack(self, pack)
 
     def scored(stop: int = -1, **options: Any) -> int:
         nonlocal stop_after
@@ -78,8 +78,8 @@ def test_logprobs_that_are_no_numbers_are_refused_and_not_journaled(
     make_lm: MakeLm, manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     scoring: str,
 ) -> None:  # fmt: skip
-    def broken(self: PackedScorer, queries: Any, *, on_scored: Any, **options: Any) -> PackedScores:
-        scores = dict.fromkeys(range(len(queries)), (math.nan, False))
+    def broken(self: PackedScorer, parts: Any, *, on_scored: Any, **options: Any) -> PackedScores:
+        scores = dict.fromkeys(range(sum(map(len, parts))), (math.nan, False))
         on_scored(list(scores.items()))
         return PackedScores(scores, 1)
 

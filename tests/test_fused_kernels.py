@@ -1,4 +1,4 @@
-"""Triton kernels in Triton's interpreter, against plain torch; test_gpu.py has the others."""
+"""The Triton kernels of fused layers and packs, in Triton's interpreter, against plain torch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,55 @@ triton = pytest.importorskip("triton", reason="Triton comes with CUDA builds of 
 
 # Triton's loops then convert one-element arrays to numbers, which NumPy no longer allows.
 BROKEN = Version(triton.__version__) < Version("3.7") and Version(np.__version__) >= Version("2.4")
+
+LOAD = """
+from types import SimpleNamespace
+import torch
+from bitsandbytes.functional import quantize_4bit
+from qlora_harness.fused.bordered import Bordered, Projection, Scratch
+from qlora_harness.fused.triton_weights import Loader
+
+def layer(height, width, kind, nested):
+    weight = torch.nn.Parameter(torch.randn(height, width) * torch.rand(height, 1), False)
+    if kind is not None:
+        packed, state = quantize_4bit(weight.data, quant_type=kind, compress_statistics=nested)
+        weight = torch.nn.Parameter(packed, requires_grad=False)
+        weight.quant_state = state
+    return SimpleNamespace(weight=weight, in_features=width, out_features=height)
+
+def projection(height, width, rank, kind, nested, adapted):
+    down, up = (torch.nn.Parameter(torch.randn(s)) for s in ((rank, width), (height, rank)))
+    base = layer(height, width, kind, nested)
+    return Projection(base, down if adapted else None, up if adapted else None, 0.3, 0.0)
+
+torch.manual_seed(0)
+for kind, nested in (("nf4", True), ("nf4", False), ("fp4", True), (None, False)):
+    for width in (64, 2304):
+        for adapted in ((True,), (True, True), (True, False, True), (False, False)):
+            heights = (48, 16, 32)[: len(adapted)]
+            group = Bordered(
+                [
+                    projection(h, width, 3, kind, nested, a)
+                    for h, a in zip(heights, adapted, strict=True)
+                ],
+                Scratch(),
+            )
+            states = [getattr(p.layer.weight, "quant_state", None) for p in group.projections]
+            expected = group.load(torch.empty(0)).whole.clone()
+            matrix = group.loaded(torch.empty(0)).whole
+            matrix[: group.height, width:] = float("nan")
+            matrix[group.height :] = float("nan")
+            if kind is not None:
+                matrix[: group.height, :width] = float("nan")
+            loader = Loader(group, states)
+            assert loader.fits
+            loader(matrix)
+            rows, columns = group.height, width + group.border
+            a, b = matrix[:rows, :columns], expected[:rows, :columns]
+            assert torch.equal(a, b), (kind, nested, width, adapted)
+            assert torch.allclose(matrix[rows:, :width], expected[rows:, :width], rtol=1e-6)
+print("equal")
+"""
 
 ELEMENTWISE = """
 import torch
@@ -68,6 +117,44 @@ for heads, keys, size in ((4, 4, 8), (6, 2, 12), (3, 1, 2)):
     triton_ops.rotate(first, heads + keys, row.cos, row.sin)
     ops.rotate(second, heads + keys, row)
     near(first, second)
+print("equal")
+"""
+
+ATTENTION = """
+from itertools import accumulate
+import torch
+from qlora_harness.fused import attention, ops, triton_attention
+from qlora_harness.fused.packed_row import PackedRow
+from qlora_harness.fused.triton_attention import AttentionTiling
+
+torch.manual_seed(0)
+for lengths, heads, keys, size, tiling in (
+    ((1, 5, 64, 65, 130), 2, 1, 16, None),
+    ((130, 3), 1, 1, 64, None),
+    ((70, 1), 3, 1, 16, AttentionTiling(64, 32, 4, 1)),
+    ((33, 70), 2, 2, 16, AttentionTiling(32, 64, 4, 1)),
+):
+    if tiling is not None:
+        triton_attention.FORWARD = tiling
+        triton_attention.QUERY_GRADIENT = tiling
+        triton_attention.KEY_GRADIENT = tiling
+    starts = tuple(accumulate(lengths, initial=0))
+    tokens = starts[-1]
+    angles = torch.randn(tokens, size // 2).repeat(1, 2)
+    row = PackedRow(angles.cos(), angles.sin(), torch.tensor(starts), starts, max(lengths))
+    plain = torch.randn(tokens, (heads + 2 * keys) * size, requires_grad=True)
+    turned = plain.clone()
+    ops.rotate(turned, heads + keys, row)
+    expected, _ = attention.forward(turned, heads, keys, row, 0.3)
+    gradient = torch.randn(tokens, heads * size + 3)[:, :-3].unflatten(1, (heads, size))
+    (expected_back,) = torch.autograd.grad(expected, plain, gradient)
+    out, lse = triton_attention.forward(turned.detach(), heads, keys, row, 0.3)
+    assert torch.allclose(out, expected, atol=1e-4), lengths
+    for back in (
+        triton_attention.backward(gradient, turned.detach(), out, lse, row, 0.3),
+        attention.backward(gradient, turned.detach(), expected.detach(), None, row, 0.3),
+    ):
+        assert torch.allclose(back, expected_back, atol=1e-4), lengths
 print("equal")
 """
 
@@ -194,11 +281,45 @@ for rows, columns, adapters, rank, tiling in (
 print("equal")
 """
 
+TREE = """
+import numpy as np
+import torch
+from qlora_harness.fused.triton_attention import AttentionTiling
+from qlora_harness.score import triton_tree
+from qlora_harness.score.prefix_tree import Query, plan
+from qlora_harness.score.tree_attention import TreeAttention, tree_blocks
+
+torch.manual_seed(0)
+tilings = [triton_tree.tiling(torch.float32, 16, False)]
+tilings += [AttentionTiling(128, 64, 4, 1), AttentionTiling(64, 128, 4, 1)]
+triton_tree.tiling = lambda *which: tilings[-1]
+prefix = list(range(150))
+texts = [[*prefix, 1, n, *range(90)] for n in range(2)] + [[*prefix[:140], 2], [3] * 20]
+(pack,) = plan([Query(text, [0]) for text in texts], pack_tokens=10**6, window=10**6)
+size = len(pack.end)
+padded = -(-size // 128) * 128
+end = np.concatenate([pack.end, np.arange(size + 1, padded + 1, dtype=np.int32)])
+blocks = tree_blocks(end, torch.device("cpu"))
+assert blocks.seen.tolist() == [[0, 1, 0, 1, 2], [1, 2, 0, 1, 2], [0, 3, 0, 1, 2]]
+while tilings:
+    for heads, keys, width in ((2, 1, 16), (2, 2, 24)):
+        row = torch.randn(padded, (heads + 2 * keys) * width).unflatten(1, (-1, width))
+        q, k, v = row.split([heads, keys, keys], dim=1)
+        out = TreeAttention((), blocks)(q, k, v, 0.3)
+        expected = TreeAttention(pack.segments, None)(*(x[:size] for x in (q, k, v)), 0.3)
+        assert torch.allclose(out[:size], expected, atol=1e-5), (heads, keys, width)
+        assert torch.allclose(out[size:], v[size:].repeat_interleave(heads // keys, dim=1))
+        apart = k.contiguous(), v.transpose(0, 1).contiguous().transpose(0, 1)
+        assert torch.equal(TreeAttention((), blocks)(q, *apart, 0.3), out)
+    tilings.pop()
+print("equal")
+"""
+
 
 @pytest.mark.parametrize(
     "script",
-    [ELEMENTWISE, CROSS_ENTROPY, DROPOUT],
-    ids=["elementwise", "cross_entropy", "dropout"],
+    [LOAD, ELEMENTWISE, ATTENTION, CROSS_ENTROPY, DROPOUT, TREE],
+    ids=["load", "elementwise", "attention", "cross_entropy", "dropout", "tree"],
 )
 @pytest.mark.skipif(BROKEN, reason="the interpreter of Triton 3.6 fails with NumPy 2.4 and later")
 def test_kernels_agree_with_plain_torch(script: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from scoring_runs import MakeLm, refused
@@ -190,3 +192,20 @@ def test_keys_and_values_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = PackedModel(tiny_of_any_kind("llama"), None)
     with pytest.raises(generator.ModelError, match="no memory"):
         generated(model, [[1, 2, 3]], 4, -1)
+
+
+def test_any_number_of_prefixes_stays_compiled() -> None:
+    """In each thread, as torch's limits may belong to one."""
+    seen = []
+
+    def look() -> None:
+        paged_attention._keep_compiling()
+        limits = torch._dynamo.config
+        seen.append((limits.recompile_limit, limits.accumulated_recompile_limit))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    look()
+    assert len(seen) == 2
+    assert min(map(min, seen)) >= 1000

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from functools import reduce
+from functools import partial, reduce
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from qlora_harness.lm_eval_compat import NEEDS, Need, hook
+from qlora_harness.lm_eval_compat import NEEDS, Need, deferred, hook
 
 HOOK_FILE = Path(__file__).resolve().parent.parent / "qlora_harness_hook.pth"
 
@@ -245,12 +245,65 @@ def test_unknown_release_keeps_working_and_is_named(capsys: pytest.CaptureFixtur
         if name == "lm_eval.models":
             continue  # what is needed is in another module
         module = ModuleType(name)  # without anything to patch
-        hook._Loader(Loader(), patch).exec_module(module)
+        hook._Loader(Loader(), patch, None).exec_module(module)
         assert executed.pop() is module
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert error.startswith("qlora-harness: ")
         assert "AttributeError(" in error
+
+
+LIBRARIES = ["datasets", "pandas", "requests", "scipy", "sklearn", "torch._inductor.compile_fx"]
+IMPORTED = (
+    "import logging, sys; logging.disable()\n"
+    "import lm_eval.evaluator, lm_eval.loggers, transformers.modeling_utils, bitsandbytes\n"
+    "from transformers.generation import candidate_generator\n"
+    f"result = [sorted(set({LIBRARIES}) & set(sys.modules))]\n"
+)
+USED = """
+import datasets, pandas, torch
+from lm_eval import utils
+from lm_eval.api import task
+from lm_eval.loggers import evaluation_tracker as tracker, wandb_logger
+from transformers.loss import loss_for_object_detection as loss
+rows = task.datasets.Dataset.from_list([{"a": 1}])
+result += [
+    type(rows) is datasets.Dataset and rows[0]["a"],
+    task.datasets.__version__ == datasets.__version__,
+    tracker.load_dataset.__name__,
+    len(tracker.MetadataConfigs({"a": {}})),
+    wandb_logger.pd.DataFrame is pandas.DataFrame,
+    utils.requests.Session.__name__,
+    [int(n) for n, in loss.linear_sum_assignment([[1]])],
+    torch.compile(lambda x: x + 1, backend="eager")(1),
+]
+"""
+
+
+def test_libraries_are_imported_when_they_are_used() -> None:
+    result = run(f"import sys; sys.argv[1:] = ['--model', 'qlora_adapter']\n{IMPORTED}{USED}")[0]
+    assert result == [[], 1, True, "load_dataset", 1, True, "Session", [0, 0], 2]
+
+
+def test_libraries_are_not_deferred_for_other_models() -> None:
+    assert {"datasets", "pandas", "requests", "scipy"} <= set(run(IMPORTED)[0][0])
+
+
+def test_module_that_needs_a_library_at_once_gets_it() -> None:
+    executed: list[bool] = []
+
+    class Loader:
+        def exec_module(self, module: ModuleType) -> None:
+            import wave
+
+            executed.append(hasattr(wave, "deferred"))
+
+            class Derived(wave.Wave_read):
+                pass
+
+    sys.modules.pop("wave", None)
+    hook._Loader(Loader(), None, partial(deferred._without, "wave")).exec_module(ModuleType("x"))
+    assert executed == [True, False]
 
 
 def test_installing_twice_adds_one_finder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,9 @@ from hypothesis import strategies as st
 from tiny_models import tiny_of_any_kind
 
 from qlora_harness.score.packed_forward import PackedModel, why_unsupported
-from qlora_harness.score.packed_scorer import PackedScorer
+from qlora_harness.score.packed_scorer import PackedScorer, default_pack_tokens
 from qlora_harness.score.prefix_tree import Query, plan
-from qlora_harness.score.tree_attention import keep_compiling
+from qlora_harness.score.tree_attention import BLOCK, tree_blocks
 
 WINDOW = 48
 
@@ -49,18 +50,14 @@ QUERIES = st.lists(
 )
 
 
-@pytest.mark.parametrize("flex", [False, True])
 @settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(queries=QUERIES, pack_tokens=st.integers(1, 160))
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_packed_equals_plain(
-    model: Any, flex: bool, queries: list[Query], pack_tokens: int
-) -> None:
-    packed = PackedModel(model, torch.float32, flex=flex)
+def test_packed_equals_plain(model: Any, queries: list[Query], pack_tokens: int) -> None:
+    packed = PackedModel(model, torch.float32)
     scorer = PackedScorer(packed, window=WINDOW, pack_tokens=pack_tokens)
-    scores = scorer.score(queries, show_progress=False).scores
+    scores = scorer.score([queries], show_progress=False).scores
     assert sorted(scores) == list(range(len(queries)))
     for number, query in enumerate(queries):
         logprob, greedy = plain(model, query)
@@ -70,29 +67,38 @@ def test_packed_equals_plain(
 
 @settings(max_examples=30, deadline=None)
 @given(queries=QUERIES, filling=st.integers(0, 300))
-def test_blocks_of_the_mask_are_those_that_torch_finds(queries: list[Query], filling: int) -> None:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    from qlora_harness.score.tree_attention import BLOCK, block_mask
-
+def test_blocks_that_queries_see_whole_or_in_part(queries: list[Query], filling: int) -> None:
     # Long tails, so that whole blocks are seen, skipped, and seen in part.
     longer = [
         Query([*q.context, *range(i, i + filling)], q.continuation) for i, q in enumerate(queries)
     ]
     (pack,) = plan(longer, pack_tokens=10**6, window=10**6)
-    ends = torch.from_numpy(pack.end)
-
-    def sees(batch: Any, head: Any, q: Any, k: Any) -> Any:
-        return (k <= q) & (q < ends[k])
-
     size = len(pack.end) // BLOCK * BLOCK
     if not size:
         return
-    mask = block_mask(np.minimum(pack.end[:size], size), torch.device("cpu"))
-    expected = create_block_mask(sees, None, None, size, size, device="cpu", BLOCK_SIZE=BLOCK)
-    assert torch.equal(mask.to_dense(), expected.to_dense())
-    for name in ("kv_num_blocks", "full_kv_num_blocks"):
-        assert torch.equal(getattr(mask, name), getattr(expected, name))
+    end, seen = tree_blocks(np.minimum(pack.end[:size], size), torch.device("cpu"))
+    number = torch.arange(size)
+    sees = (number <= number[:, None]) & (number[:, None] < end)
+    tiles = sees.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).transpose(1, 2).flatten(2)
+    for (whole, some, *blocks), tile in zip(seen.tolist(), tiles, strict=True):
+        assert blocks[:whole] == tile.all(1).nonzero()[:, 0].tolist()
+        assert sorted(blocks[:some]) == tile.any(1).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [(60e9, 65536), (11e9, 51712), (1e6, 1024)],  # 169,984 bytes a token, in 80% of the memory
+)
+def test_packs_are_as_large_as_memory_allows(
+    monkeypatch: pytest.MonkeyPatch, free: float, expected: int
+) -> None:
+    model: Any = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
+    model.config = SimpleNamespace(hidden_size=4096, intermediate_size=11008)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3)
+    assert default_pack_tokens(model, torch.device("cuda")) == expected
+    assert default_pack_tokens(model, torch.device("cpu")) == 8192
 
 
 def test_the_model_is_left_as_it_was(model: Any) -> None:
@@ -101,7 +107,7 @@ def test_the_model_is_left_as_it_was(model: Any) -> None:
     query = Query([1, 2, 3], [4])
     expected = plain(model, query)
     PackedScorer(PackedModel(model, torch.float32), window=WINDOW, pack_tokens=64).score(
-        [query], show_progress=False
+        [[query]], show_progress=False
     )
     assert model.config._attn_implementation == before
     assert plain(model, query) == expected
@@ -114,8 +120,8 @@ def test_shares_of_all_processes_make_the_whole(model: Any) -> None:
         for _ in range(60)
     ]
     scorer = PackedScorer(PackedModel(model, torch.float32), window=WINDOW, pack_tokens=64)
-    alone = scorer.score(queries, show_progress=False).scores
-    shares = [scorer.score(queries, share=(rank, 3), show_progress=False) for rank in range(3)]
+    alone = scorer.score([queries], show_progress=False).scores
+    shares = [scorer.score([queries], share=(rank, 3), show_progress=False) for rank in range(3)]
     parts = [share.scores for share in shares]
     assert sum(len(part) for part in parts) == len(queries)
     assert {n: s for part in parts for n, s in part.items()} == alone
@@ -131,11 +137,11 @@ class RunsOut:
         self.inner, self.limit, self.failed = inner, limit, 0
         self.join = inner.join
 
-    def start(self, pack: Any, pad_to: int | None = None) -> Any:
+    def start(self, pack: Any) -> Any:
         if len(pack.tokens) > self.limit:
             self.failed += 1
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return self.inner.start(pack, pad_to)
+        return self.inner.start(pack)
 
 
 def test_out_of_memory_halves_the_packs_and_goes_on(model: Any) -> None:
@@ -144,7 +150,7 @@ def test_out_of_memory_halves_the_packs_and_goes_on(model: Any) -> None:
     packed = PackedModel(model, torch.float32)
     limited = RunsOut(packed, 300)
     scorers = [PackedScorer(m, window=WINDOW, pack_tokens=1024) for m in (packed, limited)]  # type: ignore[arg-type]
-    expected, scored = (s.score(queries, show_progress=False) for s in scorers)
+    expected, scored = (s.score([queries], show_progress=False) for s in scorers)
     assert scorers[1].pack_tokens == 256
     assert limited.failed == 2
     assert scored.computed_tokens == expected.computed_tokens
@@ -153,27 +159,34 @@ def test_out_of_memory_halves_the_packs_and_goes_on(model: Any) -> None:
     )
 
 
-def test_what_was_built_ahead_serves_the_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted with a compiler that builds nothing; what is reused is decided before it runs."""
-    from torch._dynamo.testing import CompileCounter
-    from torch.nn.attention.flex_attention import flex_attention
+def test_parts_are_asked_for_while_a_gpu_computes(model: Any) -> None:
+    rng = np.random.default_rng(2)
+    queries = [Query(rng.integers(0, 40, size=30).tolist(), [1]) for _ in range(40)]
+    events: list[Any] = []
 
-    torch.compiler.reset()
-    counter = CompileCounter()
-    compiled = torch.compile(flex_attention, backend=counter, dynamic=False)
-    monkeypatch.setattr("qlora_harness.score.tree_attention._flex", lambda on_gpu: compiled)
-    model = tiny_of_any_kind("llama")
-    query = Query([1, 2, 3], [4])
-    (pack,) = plan([query], pack_tokens=256, window=WINDOW)
-    packed = PackedModel(model, torch.float32, flex=True)
-    packed.build_ahead(256)
-    packed.wait()
-    assert counter.frame_count == 1
-    reads = packed.start(pack, 256).reads()
-    assert counter.frame_count == 1
-    assert reads.logprobs[0] == pytest.approx(plain(model, query)[0], abs=1e-4)
-    packed.start(pack, 128).reads()
-    assert counter.frame_count == 2  # another length is another kernel: the counter does count
+    class Noted(RunsOut):
+        def start(self, pack: Any) -> Any:
+            events.append(len(pack.tokens) <= self.limit)
+            return super().start(pack)
+
+    def parts() -> Iterator[list[Query]]:
+        for number, (start, stop) in enumerate([(0, 5), (5, 30), (30, 40)]):
+            events.append(number)
+            yield queries[start:stop]
+
+    packed, scored = PackedModel(model, torch.float32), []
+    whole = PackedScorer(packed, window=WINDOW, pack_tokens=1024)
+    expected = whole.score([queries], show_progress=False).scores
+    limited: Any = Noted(packed, 300)
+    scorer = PackedScorer(limited, window=WINDOW, pack_tokens=1024)
+    scores = scorer.score(parts(), show_progress=False, on_scored=scored.extend).scores
+    # The second part is made while the first pack runs; it is too large for the memory, twice.
+    assert events[:5] == [0, True, 1, False, False]
+    assert set(events[5:]) == {True, 2}
+    assert sorted(n for n, _ in scored) == sorted(scores) == list(range(40))
+    assert {n: s[0] for n, s in scores.items()} == pytest.approx(
+        {n: s[0] for n, s in expected.items()}, abs=1e-5
+    )
 
 
 def test_first_pack_waits_for_what_is_built_ahead() -> None:
@@ -190,11 +203,11 @@ def test_first_pack_waits_for_what_is_built_ahead() -> None:
         seen.append((thread, args[0].shape[1]))
 
     hook = model.model.embed_tokens.register_forward_pre_hook(forward)
-    packed.build_ahead(256)
+    packed.build_ahead()
     threading.Timer(0.2, goes_on.set).start()
     packed.start(pack).reads()
     hook.remove()
-    assert seen == [("qlora_harness kernels", 256), ("MainThread", len(pack.tokens))]
+    assert seen == [("qlora_harness kernels", 1), ("MainThread", len(pack.tokens))]
 
 
 def test_what_can_not_be_built_ahead_is_left_to_the_first_pack(
@@ -213,7 +226,7 @@ def test_what_can_not_be_built_ahead_is_left_to_the_first_pack(
     hook = model.model.embed_tokens.register_forward_pre_hook(forward)
     before = model.config._attn_implementation
     with caplog.at_level("INFO", logger="qlora_harness"):
-        packed.build_ahead(256)
+        packed.build_ahead()
         packed.wait()
     assert caplog.messages == ["kernels could not be built ahead (OutOfMemoryError)"]
     assert model.config._attn_implementation == before
@@ -242,20 +255,3 @@ def test_what_can_not_be_built_ahead_is_left_to_the_first_pack(
 )
 def test_models_it_cannot_take_are_refused(values: dict[str, Any], reason: str) -> None:
     assert reason in str(why_unsupported(SimpleNamespace(**values)))
-
-
-def test_packs_of_any_number_of_lengths_stay_compiled() -> None:
-    """In each thread: torch's limits may belong to a thread, and kernels are built in one ahead."""
-    seen = []
-
-    def look() -> None:
-        keep_compiling()
-        limits = torch._dynamo.config
-        seen.append((limits.recompile_limit, limits.accumulated_recompile_limit))
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    thread.join()
-    look()
-    assert len(seen) == 2
-    assert min(map(min, seen)) >= 1000

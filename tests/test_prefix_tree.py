@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_harness.score.prefix_tree import Pack, Query, Segment, plan
+from qlora_harness.score.prefix_tree import Pack, Query, Segment, plan, plan_packs
 
 SMALL = st.lists(st.integers(0, 2), min_size=1, max_size=8)
 QUERIES = st.lists(st.builds(Query, SMALL, SMALL), min_size=1, max_size=25)
@@ -58,7 +58,10 @@ def test_every_query_reads_its_own_tokens_after_its_own_text(
 ) -> None:
     packs = plan(queries, pack_tokens=pack_tokens, window=100)
     check(queries, packs, 100)
-    for pack in packs:
+    planned = plan_packs(queries, pack_tokens=pack_tokens, window=100)
+    assert [pack.tokens for pack in planned] == [len(pack.tokens) for pack in packs]
+    for pack, numbers in zip(packs, (pack.queries() for pack in planned), strict=True):
+        assert sorted(numbers) == np.unique(pack.read_query).tolist()
         # Only a single text that is longer than a pack may exceed it.
         assert len(pack.tokens) <= pack_tokens or len(pack.segments) == 1
 
@@ -113,8 +116,9 @@ def test_the_real_test_set_shrinks_sevenfold(mmlu_test_ids: list[list[int]]) -> 
     assert sum(map(len, mmlu_test_ids)) == 10_882_111
     (whole,) = plan(queries, pack_tokens=10**9, window=4096)
     assert len(whole.tokens) == 1_542_533
-    packs = plan(queries, pack_tokens=16384, window=4096)
-    assert sum(len(pack.tokens) for pack in packs) <= 1.07 * 1_542_533
+    for size, tokens in ((24_576, 1_603_466), (65_536, 1_564_054)):
+        packs = plan(queries, pack_tokens=size, window=4096)
+        assert sum(len(pack.tokens) for pack in packs) == tokens
     assert np.unique(np.concatenate([p.read_query for p in packs])).size == len(queries)
 
 

@@ -30,11 +30,11 @@ from qlora_harness.score.packed_forward import PackedModel
 
 start, packs = PackedModel.start, []
 
-def killed(self, pack, pad_to=None):
+def killed(self, pack):
     if len(packs) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     packs.append(pack)
-    return start(self, pack, pad_to)
+    return start(self, pack)
 
 PackedModel.start = killed
 sys.argv[0] = "lm_eval"

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,12 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 
 from qlora_harness.errors import DataError
 from qlora_harness.lm_eval_compat import tasks as compat_tasks
-from qlora_harness.lm_eval_compat.index_cache import cached_index
+from qlora_harness.lm_eval_compat.index_cache import cached_index, cached_structure
 from qlora_harness.lm_eval_compat.tasks import extend_index, task_entries
 from qlora_harness.locations import demo_dir
 from qlora_harness.schema.mmlu import families
@@ -141,7 +143,7 @@ def test_categories_are_those_of_lm_evals_own_mmlu(full_index: FullIndex) -> Non
     stock = {
         category: sorted(
             name.removeprefix("mmlu_")
-            for tag in index[f"mmlu_{category}"].cfg["task"]
+            for tag in TaskFactory()._load_full_config(index[f"mmlu_{category}"])["task"]
             for name in index[tag].tags
         )
         for category in CATEGORIES
@@ -340,7 +342,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def small_index(**cfg: Any) -> Index:
     path = Path("/x/arc.yaml")
     return {
-        "arc": Entry("arc", Kind.TASK, path, {"task": "arc", "n": [1, 2.5, None], **cfg}, {"t"}),
+        "arc": Entry("arc", Kind.TASK, path, {"task": "arc"}, {"t"}),
+        "inline": Entry("inline", Kind.TASK, None, {"task": "inline", "n": [1, 2.5, None], **cfg}),
         "t": Entry("t", Kind.TAG, None, None, {"arc"}),
         "group": Entry("group", Kind.GROUP, path, {"group": "group", "task": ["arc"]}, set()),
     }
@@ -356,7 +359,7 @@ def builds(folder: Path, index: Index, times: int = 1) -> int:
 
     for _ in range(times):
         cached = cached_index(folder, build)
-        assert cached == index
+        assert cached == {n: replace(e, cfg=None) if e.yaml_path else e for n, e in index.items()}
         assert list(cached) == list(index)
     return len(calls)
 
@@ -384,6 +387,15 @@ def test_index_is_built_anew_only_after_a_change_of_a_file(
     assert len(cached_files(folder)) == 1
 
 
+def test_lm_eval_reads_the_yaml_of_a_task_again(manager: TaskManager) -> None:
+    entry = manager.task_index["mmlu_anatomy"]
+    configs = [
+        TaskFactory()._load_full_config(replace(entry, cfg=cfg)) for cfg in (None, {"task": "x"})
+    ]
+    assert configs[0] == configs[1]
+    assert configs[0]["task"] == "mmlu_anatomy"
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": 1}', '{"arc": {}}'])
 def test_damaged_cache_is_passed_over(folder: Path, content: str) -> None:
     builds(folder, small_index())
@@ -406,6 +418,20 @@ def test_cache_that_cannot_be_written_does_no_harm(folder: Path) -> None:
 def test_index_that_lacks_most_files_is_not_cached(folder: Path) -> None:
     for n in range(5):
         (folder / "arc" / f"more{n}.yaml").write_text(f"task: t{n}\n")
-    assert builds(folder, small_index(), 2) == 2  # three entries for six files
+    assert builds(folder, small_index(), 2) == 2  # four entries for six files
     assert builds(folder, {}) == 1
     assert cached_files(folder) == []
+
+
+def test_import_structure_of_transformers_is_scanned_once(folder: Path) -> None:
+    from transformers.utils import import_utils
+
+    scan = import_utils.create_import_structure_from_path
+    models = Path(import_utils.__file__).parents[1] / "models" / "auto"
+    scanned = cached_structure(models, lambda: scan(str(models)))
+    assert scanned == scan(str(models)) != {}
+    (path,) = cached_files(folder)
+    assert cached_structure(models, dict) == scanned
+    small: dict[Any, Any] = {frozenset(): {"a": {"b"}}, frozenset({"torch"}): {}}
+    path.write_text("{")
+    assert cached_structure(models, lambda: small) == small

@@ -11,10 +11,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import wraps
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+from qlora_harness.lm_eval_compat.deferred import DEFERRED
 
 MODEL_NAME = "qlora_adapter"
 MODEL_TARGET = "qlora_harness.score.adapter_lm:QloraAdapterLM"
@@ -22,15 +25,18 @@ OFF_VARIABLE = "QLORA_HARNESS_NO_HOOK"
 
 
 def install() -> None:
-    """Adds the finder, once, unless QLORA_HARNESS_NO_HOOK is set."""
+    """Adds the finder, once, unless QLORA_HARNESS_NO_HOOK is set.
+
+    Libraries are deferred only in commands that name our model.
+    """
     if os.environ.get(OFF_VARIABLE, "") in ("", "0"):
-        add_finder()
+        add_finder(defers=any(MODEL_NAME in word for word in sys.argv))
 
 
-def add_finder() -> None:
-    """Adds the finder, once, for modules of lm_eval that have not been imported yet."""
+def add_finder(*, defers: bool = True) -> None:
+    """Adds the finder, once, for modules that have not been imported yet."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+        sys.meta_path.insert(0, _Finder(defers))
 
 
 def register_model(models: ModuleType) -> None:
@@ -93,13 +99,20 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _Finder:
-    """Finds the modules in `_PATCHES` with the other finders, and patches each after import."""
+    """Finds modules with the other finders, to patch those in `_PATCHES` after their import.
+
+    If it `defers`, those in `DEFERRED` are imported without a library each.
+    """
+
+    def __init__(self, defers: bool) -> None:
+        self._defers = defers
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         patch = _PATCHES.get(name)
-        if patch is None:
+        deferring = DEFERRED.get(name) if self._defers else None
+        if patch is None and deferring is None:
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
@@ -107,24 +120,30 @@ class _Finder:
             spec = finder.find_spec(name, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, patch)  # type: ignore[assignment]
+                    spec.loader = _Loader(spec.loader, patch, deferring)  # type: ignore[assignment]
                 return spec
         return None
 
 
 class _Loader:
-    """Patches the module that another loader has executed."""
+    """Executes a module with another loader, inside `deferring` if possible, and patches it."""
 
-    def __init__(self, loader: Any, patch: Callable[[ModuleType], None]) -> None:
-        self._loader = loader
-        self._patch = patch
+    def __init__(
+        self,
+        loader: Any,
+        patch: Callable[[ModuleType], None] | None,
+        deferring: Callable[[], AbstractContextManager[None]] | None,
+    ) -> None:
+        self._loader, self._patch, self._deferring = loader, patch, deferring
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         module: ModuleType | None = self._loader.create_module(spec)
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
+        self._execute(module)
+        if self._patch is None:
+            return
         try:
             self._patch(module)
         except Exception as error:  # noqa: BLE001  # lm_eval must work even if we can't patch it
@@ -133,6 +152,16 @@ class _Loader:
                 "work, ours are missing",
                 file=sys.stderr,
             )
+
+    def _execute(self, module: ModuleType) -> None:
+        if self._deferring is not None:
+            try:
+                with self._deferring():
+                    self._loader.exec_module(module)
+                return
+            except Exception:  # noqa: BLE001  # a release that needs the library at once
+                pass
+        self._loader.exec_module(module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -133,6 +134,12 @@ def _is_separable(tokenizer: Any) -> bool:
         return False
     if type(tokenizer.backend_tokenizer.model).__name__ != "BPE":
         return False
+    return _keeps_borders(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=1)
+def _keeps_borders(tokenizer: Any, tokens: int) -> bool:
+    """Looks through a vocabulary of so many tokens, which takes as long as encoding many texts."""
     # "▁" is a space for SentencePiece vocabularies, "Ġ" for byte-level ones. Before it may be
     # another kind of space, such as a tab, which only the decoded token shows.
     spaced = [token for token in tokenizer.get_vocab() if _SPACED.search(token)]

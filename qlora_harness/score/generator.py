@@ -172,16 +172,15 @@ class _Generator:
             lengths[row] = min(len(text.prompt) - self.prefix, last), last
         cache.upload(lengths)
         rows, texts = list(fresh), list(fresh.values())
-        size = _PACK if self._model.overlaps else None
         packs = plan(
             [Query(text.prompt, [0]) for text in texts],
             pack_tokens=_PACK,
             window=max(len(text.prompt) for text in texts),
         )
         for pack in packs:
-            self._fill(pack, [rows[n] for n in pack.read_query], size)
+            self._fill(pack, [rows[n] for n in pack.read_query])
 
-    def _fill(self, pack: Pack, rows: list[int], size: int | None) -> None:
+    def _fill(self, pack: Pack, rows: list[int]) -> None:
         """Computes a pack of prompts: their keys and values, and the token after each."""
         cache, model = self._cache, self._model
         # A token's ancestors in the pack, see `prefix_tree`, and itself.
@@ -193,7 +192,7 @@ class _Generator:
             to_device(torch.from_numpy(np.asarray(each, dtype=np.int64)), model.device)
             for each in (np.concatenate(own), np.concatenate(slots), pack.read_at, rows)
         )
-        tokens, positions, tree = model.lay_out(pack, size)
+        tokens, positions, tree = model.lay_out(pack)
         before = None if prefix is None else to_device(torch.from_numpy(prefix), model.device)
         attend = FillAttention(cache, tree, source, target, before)
         new = model.next_tokens(tokens, positions, attend, at)

@@ -25,8 +25,8 @@ from qlora_harness.model.plain_lora import FastLora
 from qlora_harness.model.rope import why_by_length
 from qlora_harness.model.sharded import sharded_layers
 from qlora_harness.score.output_head import OutputHead
-from qlora_harness.score.prefix_tree import Pack, Query, Segment, plan
-from qlora_harness.score.tree_attention import BLOCK, TreeAttention, attending, block_mask
+from qlora_harness.score.prefix_tree import Pack, Query, plan
+from qlora_harness.score.tree_attention import BLOCK, TreeAttention, attending, tree_blocks
 
 logger = logging.getLogger("qlora_harness")
 
@@ -84,8 +84,8 @@ class PackedModel:
 
     Args:
         softmax_dtype: dtype of the log-softmax; None is float32.
-        flex: Uses FlexAttention rather than scaled dot product attention by segment; by default
-            on GPUs that Triton supports.
+        flex: Generates with FlexAttention rather than with matrix products, and packs attend by a
+            Triton kernel on a GPU rather than by segment; by default on GPUs that Triton supports.
         fused: Uses fused layers rather than the model's modules; by default if they support it.
         compute: How fused layers multiply by the base; see `FusedDecoder`.
     """
@@ -111,6 +111,7 @@ class PackedModel:
         has_triton = self.device.type == "cuda" and has_bfloat16(self.device)
         fits = has_triton and head_size(model.config) >= _SMALLEST_HEAD
         self.flex = fits if flex is None else flex
+        self._by_block = has_triton and flex is not False
         if fused is None:
             fused = FusedDecoder.reason_against(model) is None
         self._fused = FusedDecoder(model, compute=compute) if fused else None
@@ -136,8 +137,8 @@ class PackedModel:
         if (sharded := sharded_layers(self._model)) is not None:
             sharded.join_passes()
 
-    def build_ahead(self, size: int) -> None:
-        """Builds the kernels for packs of `size` tokens in a thread, with a pack of one token.
+    def build_ahead(self) -> None:
+        """Builds the kernels in a thread, with a pack of one token.
 
         The first pack waits for the thread and raises its errors again. Until then nothing else may
         use the model.
@@ -149,7 +150,7 @@ class PackedModel:
                 if device is not None:
                     torch.cuda.set_device(device)  # each thread has its own setting
                 (one_token,) = plan([Query([0], [0])], pack_tokens=1, window=1)
-                self._start(one_token, size).reads()
+                self._start(one_token).reads()
             except Exception as error:  # noqa: BLE001  # the first pack raises it again
                 logger.info("kernels could not be built ahead (%s)", type(error).__name__)
 
@@ -169,14 +170,14 @@ class PackedModel:
         if self._fused is not None:
             self._fused.detach()
 
-    def start(self, pack: Pack, pad_to: int | None = None) -> Running:
-        """Starts a pack without waiting for a GPU; one length for all needs one set of kernels."""
+    def start(self, pack: Pack) -> Running:
+        """Starts a pack without waiting for a GPU."""
         self.wait()
-        return self._start(pack, pad_to)
+        return self._start(pack)
 
     @torch.inference_mode()
-    def _start(self, pack: Pack, pad_to: int | None) -> Running:
-        tokens, positions, tree = self.lay_out(pack, pad_to)
+    def _start(self, pack: Pack) -> Running:
+        tokens, positions, tree = self.lay_out(pack)
         # The head runs once for choices that follow the same token.
         distinct, which = map(self._moved, np.unique(pack.read_at, return_inverse=True))
         read = self._head.read(
@@ -188,23 +189,19 @@ class PackedModel:
         )
         return Running(*read)
 
-    def lay_out(
-        self, pack: Pack, pad_to: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor, TreeAttention]:
-        """Returns a pack's ids and positions on the device, padded, and its attention."""
-        size = max(len(pack.tokens), pad_to or 0)
-        mask = None
-        if self.flex:
-            size = -(-size // BLOCK) * BLOCK
-            # A padding token has no descendants, so no other token attends to it.
-            alone = np.arange(len(pack.tokens) + 1, size + 1, dtype=np.int32)
-            mask = block_mask(np.concatenate([pack.end, alone]), self.device)
-        segments = pack.segments
-        if size > len(pack.tokens) and not self.flex:
-            segments = (*segments, Segment(len(pack.tokens), size, ()))
-        padding = (0, size - len(pack.tokens))
+    def lay_out(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor, TreeAttention]:
+        """Returns a pack's ids and positions on the device, and its attention.
+
+        The kernel takes whole blocks, so it has padding tokens, which no other token sees.
+        """
+        size = len(pack.tokens)
+        padding = (0, -size % BLOCK if self._by_block else 0)
+        blocks = None
+        if self._by_block:
+            alone = np.arange(size + 1, size + padding[1] + 1, dtype=np.int32)
+            blocks = tree_blocks(np.concatenate([pack.end, alone]), self.device)
         tokens, positions = (self._moved(np.pad(x, padding)) for x in (pack.tokens, pack.positions))
-        return tokens, positions, TreeAttention(segments, mask)
+        return tokens, positions, TreeAttention(pack.segments, blocks)
 
     def next_tokens(
         self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend, at: torch.Tensor

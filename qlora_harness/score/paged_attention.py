@@ -19,9 +19,9 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from qlora_harness.fused.layer import Attend
 from qlora_harness.model.facts import head_size
-from qlora_harness.score.tree_attention import keep_compiling
 
 PAGE = 64  # tokens
+_MOST_COMPILED = 1000
 
 
 def pages_for(tokens: int) -> int:
@@ -156,7 +156,7 @@ class StepAttention:
             if self._mask is None:
                 self._mask = _mask(cache, grouped.shape[2])
             if q.is_cuda:
-                keep_compiling()
+                _keep_compiling()
             out = _flex(q.is_cuda)(grouped, keys, values, prefix, self._mask, scale)
         else:
             pages = self._gathered(keys, values)
@@ -246,3 +246,15 @@ def _joined(
 @lru_cache(maxsize=2)
 def _flex(compiled: bool) -> Callable[..., Tensor]:
     return torch.compile(_joined, dynamic=False) if compiled else _joined
+
+
+def _keep_compiling() -> None:
+    """Raises torch's limits on recompilation, in the calling thread.
+
+    Each prefix and each model needs a compilation. Beyond the limit torch would run FlexAttention
+    without a kernel, with memory for the full score matrix.
+    """
+    limits = torch._dynamo.config  # noqa: SLF001  # documented, despite its name
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        if getattr(limits, name) < _MOST_COMPILED:
+            setattr(limits, name, _MOST_COMPILED)

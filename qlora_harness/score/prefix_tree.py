@@ -49,11 +49,6 @@ class Pack:
     read_token: IntArray  # the token whose log-probability is read there, [R]
     read_query: IntArray  # its query, [R]; in the order of the query's tokens
 
-    def queries(self) -> list[int]:
-        """Returns the numbers of the queries that it answers."""
-        numbers: list[int] = np.unique(self.read_query).tolist()
-        return numbers
-
 
 class _Row(NamedTuple):
     """Input tokens and the queries that share them."""
@@ -62,27 +57,50 @@ class _Row(NamedTuple):
     queries: list[int]
 
 
+class PlannedPack(NamedTuple):
+    """The sorted rows of a pack, and the length of the prefix each shares with the one before."""
+
+    rows: list[_Row]
+    shared: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """The number of its tokens."""
+        return sum(len(row.tokens) for row in self.rows) - sum(self.shared)
+
+    def queries(self) -> list[int]:
+        """Returns the numbers of the queries that it answers."""
+        return [query for row in self.rows for query in row.queries]
+
+
 def plan(queries: Sequence[Query], *, pack_tokens: int, window: int) -> list[Pack]:
+    """Returns the forward passes that answer all queries; see `plan_packs`."""
+    planned = plan_packs(queries, pack_tokens=pack_tokens, window=window)
+    return [lay_out(pack, queries) for pack in planned]
+
+
+def plan_packs(queries: Sequence[Query], *, pack_tokens: int, window: int) -> list[PlannedPack]:
     """Plans the forward passes that answer all queries; duplicates cost nothing.
 
     A pack has at most `pack_tokens` tokens, unless one sequence is longer. Inputs longer than
-    `window` lose tokens on the left, as in HFLM.
+    `window` lose tokens on the left, as in HFLM. Laying packs out, with `lay_out`, takes longer
+    than planning them, so it can wait until a GPU is busy.
     """
     rows = _distinct_rows(queries, window)
     packs = []
     group: list[_Row] = []
-    shared: list[int] = []  # length of the prefix shared with the row before; 0 for the first
+    shared: list[int] = []  # 0 for the first
     size = 0
     for row in rows:
         common = _common(group[-1].tokens, row.tokens) if group else 0
         if group and size + len(row.tokens) - common > pack_tokens:
-            packs.append(_pack(group, shared, queries))
+            packs.append(PlannedPack(group, shared))
             group, shared, size, common = [], [], 0, 0
         group.append(row)
         shared.append(common)
         size += len(row.tokens) - common
     if group:
-        packs.append(_pack(group, shared, queries))
+        packs.append(PlannedPack(group, shared))
     return packs
 
 
@@ -113,8 +131,9 @@ def _common(a: IntArray, b: IntArray) -> int:
     return int(different[0]) if len(different) else length
 
 
-def _pack(rows: Sequence[_Row], shared: Sequence[int], queries: Sequence[Query]) -> Pack:
-    """Lays sorted rows out as one pack."""
+def lay_out(planned: PlannedPack, queries: Sequence[Query]) -> Pack:
+    """Lays out a pack that `plan_packs` planned for these queries."""
+    rows, shared = planned
     spans = [(common, len(row.tokens)) for row, common in zip(rows, shared, strict=True)]
     size = sum(length - common for common, length in spans)
     end = np.full(size, size, dtype=np.int32)

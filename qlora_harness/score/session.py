@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from qlora_harness.score.scoring_path import choose_path
 logger = logging.getLogger("qlora_harness")
 
 _FEW_PACKS = 6  # enough to time
-_FEW_TOKENS = 16  # a low guess of the tokens that a text adds to a shared prefix
+_PART = 8192  # texts that are encoded while a GPU computes those before
 # Largest mean difference, nats, between two ways of scoring that rounding can explain.
 _TOLERANCES = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 _FP8_TOLERANCE = 1.0
@@ -92,7 +93,7 @@ class ScoringSession:
     def score_tokens(self, encoded: Sequence[Encoded]) -> TokenScores:
         """Scores token ids without a journal or a record."""
         scorer = self._scorer() if self.path.packed else None
-        return self._score_with(scorer, encoded, journal=None, show_progress=False)
+        return self._score_with(scorer, [list(encoded)], journal=None, show_progress=False)[1]
 
     def projected_seconds(self, requests: Sequence[Request]) -> float:
         """Estimates how long `answer` takes, from a few packs or from a sample of the texts."""
@@ -104,7 +105,7 @@ class ScoringSession:
             packs = scorer.plan([Query(context, more) for _, context, more in encoded])
             middle = len(packs) // 2
             part = [n for pack in packs[middle : middle + _FEW_PACKS] for n in pack.queries()]
-            whole = sum(len(pack.tokens) for pack in packs)
+            whole = sum(pack.tokens for pack in packs)
         else:
             part = sorted(random.Random(0).sample(range(len(encoded)), min(256, len(encoded))))
             whole = len(encoded)
@@ -194,22 +195,31 @@ class ScoringSession:
         if not any(self._gather(len(own))):
             return known, set()
         scorer = self._scorer() if self.path.packed else None
-        if scorer is not None:
-            # Fewer texts may fit into one short pack, which needs other kernels.
-            texts = len({context for context, _ in own})
-            if self.lm.world_size == 1 and texts * _FEW_TOKENS >= scorer.pack_tokens:
-                scorer.build_ahead()
+        if scorer is not None and self.lm.world_size == 1:
+            scorer.build_ahead()
         try:
-            encoded = self._of_all(self.encode(own))
-            describe_environment_ahead()
-            scores = self._score_with(scorer, encoded, journal, show_progress).scores
+            parts = self._encoded(own, scorer)
+            encoded, scored = self._score_with(
+                scorer, parts, journal, show_progress, texts=len(own)
+            )
         finally:
             if scorer is not None:
                 scorer.wait()
         window = self.lm.max_length
         truncated = {pair[0] for pair, ids, more in encoded if len(ids) + len(more) > window + 1}
         pairs_scored = (pair for pair, _, _ in encoded)
-        return known | dict(zip(pairs_scored, scores, strict=True)), truncated
+        return known | dict(zip(pairs_scored, scored.scores, strict=True)), truncated
+
+    def _encoded(
+        self, pairs: Sequence[Pair], scorer: PackedScorer | None
+    ) -> Iterator[list[Encoded]]:
+        """Yields the texts of all processes, in parts if a GPU can compute one meanwhile."""
+        overlaps = scorer is not None and scorer.overlaps and self.lm.world_size == 1
+        size = _PART if overlaps else max(1, len(pairs))
+        for start in range(0, max(1, len(pairs)), size):
+            part = self._of_all(self.encode(pairs[start : start + size]))
+            describe_environment_ahead()
+            yield part
 
     def encode(self, pairs: Sequence[Pair]) -> list[Encoded]:
         """Encodes texts in batches.
@@ -248,20 +258,30 @@ class ScoringSession:
     def _score_with(
         self,
         scorer: PackedScorer | None,
-        encoded: Sequence[Encoded],
+        parts: Iterable[list[Encoded]],
         journal: Journal | None,
         show_progress: bool,
-    ) -> TokenScores:
-        """Scores with HFLM's batches if there is no scorer."""
+        texts: int = 0,
+    ) -> tuple[list[Encoded], TokenScores]:
+        """Returns the texts with their scores, from HFLM's batches if there is no scorer."""
         if scorer is None:
-            return TokenScores(self.lm.score_plainly(encoded, show_progress=show_progress), None)
+            encoded = list(chain.from_iterable(parts))
+            plain = self.lm.score_plainly(encoded, show_progress=show_progress)
+            return encoded, TokenScores(plain, None)
+        encoded = []
+
+        def queries() -> Iterator[list[Query]]:
+            for part in parts:
+                encoded.extend(part)
+                yield [Query(context, continuation) for _, context, continuation in part]
 
         def note(scored: Sequence[tuple[int, Score]]) -> None:
             if journal is not None:
                 journal.append((question_key(*encoded[n][0]), *score) for n, score in scored)
 
         mine = scorer.score(
-            [Query(context, continuation) for _, context, continuation in encoded],
+            queries(),
+            texts=texts if self.lm.world_size == 1 else 0,
             share=(self.lm.rank, self.lm.world_size),
             show_progress=show_progress,
             on_scored=note,
@@ -269,7 +289,8 @@ class ScoringSession:
         by_number = {n: score for part in self._gather(mine.scores) for n, score in part.items()}
         for number, (pair, _, _) in enumerate(encoded):
             self.lm.cache_hook.add_partial("loglikelihood", pair, by_number[number])
-        return TokenScores([by_number[n] for n in range(len(encoded))], mine.computed_tokens)
+        scores = [by_number[n] for n in range(len(encoded))]
+        return encoded, TokenScores(scores, mine.computed_tokens)
 
     def _gather(self, value: Any) -> list[Any]:
         """The values of all processes."""

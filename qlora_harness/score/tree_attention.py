@@ -1,31 +1,37 @@
-"""Attention along the paths of a prefix tree, by FlexAttention with a block mask or by segment.
+"""Attention along the paths of a prefix tree, by a Triton kernel or segment by segment.
 
 Fused layers call it; transformers' layers get it through its attention interface.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from qlora_harness.fused.host_memory import to_device
 from qlora_harness.fused.layer import Attend
 from qlora_harness.fused.products import linear, uses_onednn
 from qlora_harness.score.prefix_tree import Segment
 
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-
 BLOCK = 128
 _NAME = "qlora_harness_tree"  # in transformers' attention interface
-_MOST_COMPILED = 1000
 _ROWS = 384  # of scores in a block on a CPU
+
+
+class TreeBlocks(NamedTuple):
+    """What the B blocks of a pack of T tokens see, for the kernel; q sees k if k <= q < end[k]."""
+
+    end: Tensor  # index after the subtree of each token, [T] int32
+    seen: Tensor  # of each block's queries: the number of blocks seen whole, and of those seen at
+    # all, then these blocks, those seen whole first, [B, 2 + B] int32
 
 
 @dataclass
@@ -33,7 +39,7 @@ class TreeAttention:
     """Attention of one pack."""
 
     segments: tuple[Segment, ...]  # in order; they cover the pack
-    block_mask: BlockMask | None  # for FlexAttention; None attends segment by segment
+    blocks: TreeBlocks | None  # for the Triton kernel; None attends segment by segment
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
@@ -42,21 +48,17 @@ class TreeAttention:
 
         q is [T, H, D] with a dense last dimension; k and v are [T, K, D], and H is a multiple of K.
         """
-        if self.block_mask is None and uses_onednn(q):
+        if self.blocks is not None:
+            from qlora_harness.score import triton_tree
+
+            return triton_tree.attend(q, k, v, scale, *self.blocks)
+        if uses_onednn(q):
             out = torch.empty_like(q)
             for segment in self.segments:
                 _write_segment(q, k, v, segment, scale, out)
             return out
         query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
-        if self.block_mask is None:
-            return self._by_segment(query, key, value, scale)[0].transpose(0, 1)
-        on_gpu = q.device.type == "cuda"
-        if on_gpu:
-            keep_compiling()
-        out = _flex(on_gpu)(
-            query, key, value, block_mask=self.block_mask, scale=scale, enable_gqa=True
-        )
-        return out[0].transpose(0, 1)
+        return self._by_segment(query, key, value, scale)[0].transpose(0, 1)
 
     def _by_segment(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
@@ -179,61 +181,14 @@ def _write_segment(
             )
 
 
-@lru_cache(maxsize=2)
-def _flex(compiled: bool) -> Callable[..., torch.Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    function: Callable[..., torch.Tensor] = flex_attention
-    return torch.compile(function, dynamic=False) if compiled else function
-
-
-def keep_compiling() -> None:
-    """Raises torch's limits on recompilation, in the calling thread.
-
-    Each length of pack and each model needs a compilation. Beyond the limit torch would run
-    FlexAttention without a kernel, with memory for the full score matrix.
-    """
-    limits = torch._dynamo.config  # noqa: SLF001  # documented, despite its name
-    for name in ("recompile_limit", "accumulated_recompile_limit"):
-        if getattr(limits, name) < _MOST_COMPILED:
-            setattr(limits, name, _MOST_COMPILED)
-
-
-def block_mask(end: Any, device: torch.device) -> BlockMask:
-    """Returns FlexAttention's mask of a pack: q sees k when k <= q < end[k].
-
-    `end` [T] int32 is the index after each token's subtree. Its largest and smallest value in a
-    block of keys give what create_block_mask finds by trying all pairs.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    size = len(end)
-    blocks = -(-size // BLOCK)
-    filled = np.full(blocks * BLOCK, 0, dtype=np.int32)
-    filled[:size] = end
-    by_block = filled.reshape(blocks, BLOCK)
-    number = np.arange(blocks)
+def tree_blocks(end: NDArray[np.int32], device: torch.device) -> TreeBlocks:
+    """Returns the blocks of a pack whose tokens' subtrees end at `end`, whole blocks of them."""
+    by_block = end.reshape(-1, BLOCK)
+    number = np.arange(len(by_block))
     first = number[:, None] * BLOCK
     earlier = number[None, :] < number[:, None]
     some = (earlier & (by_block.max(axis=1)[None, :] > first)) | (number[:, None] == number)
-    every = earlier & (by_block.min(axis=1)[None, :] >= first + BLOCK)
-    ends = to_device(torch.from_numpy(filled), device)
-
-    def sees(batch: Any, head: Any, q: Any, k: Any) -> Any:
-        return (k <= q) & (q < ends[k])
-
-    # For each block of queries, the number of its key blocks, and their indices before the others.
-    partial_count, partial_blocks, full_count, full_blocks = (
-        to_device(torch.from_numpy(values.astype(np.int32))[None, None], device)
-        for blocks in (some & ~every, every)
-        for values in (blocks.sum(axis=1), np.argsort(~blocks, axis=1, kind="stable"))
-    )
-    return BlockMask.from_kv_blocks(
-        partial_count,
-        partial_blocks,
-        full_count,
-        full_blocks,
-        BLOCK_SIZE=BLOCK,
-        mask_mod=sees,
-        seq_lengths=(size, size),
-    )
+    whole = earlier & (by_block.min(axis=1)[None, :] >= first + BLOCK)
+    order = np.argsort(np.where(whole, 0, np.where(some, 1, 2)), axis=1, kind="stable")
+    seen = np.column_stack([whole.sum(axis=1), some.sum(axis=1), order]).astype(np.int32)
+    return TreeBlocks(*(to_device(torch.from_numpy(values), device) for values in (end, seen)))

@@ -1,0 +1,130 @@
+"""Defers what lm_eval, transformers and bitsandbytes import, but scoring our tasks doesn't use.
+
+It is a quarter of a command's imports, in modules and in seconds. While a module in `DEFERRED` is
+executed, a stand-in takes the place of the library; the first use of anything in it imports it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial, wraps
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class _Later:
+    """A name in a library, which is imported when this is called or an attribute is read."""
+
+    def __init__(self, library: str, name: str) -> None:
+        self._library, self._name = library, name
+
+    def _itself(self) -> Any:
+        library = import_module(self._library)
+        if isinstance(library, _StandIn):
+            raise ImportError(f"{self._library} is needed at once")
+        return getattr(library, self._name)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self._itself()(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._itself(), name)
+
+
+class _StandIn(ModuleType):
+    """A library for modules that import it while it is deferred."""
+
+    deferred = True
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__version__":
+            return version(self.__name__)
+        if self.deferred:
+            return _Later(self.__name__, name)
+        return getattr(import_module(self.__name__), name)
+
+
+@contextmanager
+def _without(library: str) -> Iterator[None]:
+    """Puts stand-ins in the place of a library that is installed and not imported yet."""
+    parts = library.split(".")
+    spec = None if parts[0] in sys.modules else find_spec(parts[0])
+    stand_ins = [] if spec is None else [_StandIn(".".join(parts[:n])) for n in _lengths(parts)]
+    for module in stand_ins:
+        module.__path__, module.__spec__ = [], spec
+        sys.modules[module.__name__] = module
+    try:
+        yield
+    finally:
+        for module in stand_ins:
+            del sys.modules[module.__name__]
+            module.deferred = False
+
+
+def _lengths(parts: list[str]) -> range:
+    return range(1, len(parts) + 1)
+
+
+@contextmanager
+def _compiling_later() -> Iterator[None]:
+    """Lets torch.compile, as a decorator, import torch's compiler at the function's first call."""
+    import torch
+
+    compile_now = torch.compile
+
+    def compile_later(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+        if function is None:
+            return partial(compile_later, **options)
+        compiled: list[Any] = []
+
+        @wraps(function)
+        def called(*args: Any, **more: Any) -> Any:
+            if not compiled:
+                compiled.append(compile_now(function, **options))
+            return compiled[0](*args, **more)
+
+        return called
+
+    torch.compile = compile_later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
+
+
+@contextmanager
+def _scanned_once() -> Iterator[None]:
+    """Takes transformers' index of its models from a cache."""
+    yield
+    utils: Any = sys.modules["transformers.utils.import_utils"]
+    scan = utils.create_import_structure_from_path
+
+    def from_cache(path: Any) -> Any:
+        folder = Path(path)
+        folder = folder.parent if folder.name == "__init__.py" else folder
+        if folder != Path(utils.__file__).parents[1] / "models":
+            return scan(path)
+        from qlora_harness.lm_eval_compat.index_cache import cached_structure
+
+        return cached_structure(folder, lambda: scan(path))
+
+    utils.create_import_structure_from_path = from_cache
+
+
+# By module. None of them inherits from a class of its library.
+DEFERRED: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "lm_eval.api.task": partial(_without, "datasets"),
+    "lm_eval.loggers.evaluation_tracker": partial(_without, "datasets.utils.metadata"),
+    "lm_eval.loggers.wandb_logger": partial(_without, "pandas"),
+    "lm_eval.utils": partial(_without, "requests"),
+    "transformers.generation.candidate_generator": partial(_without, "sklearn.metrics"),
+    "transformers.loss.loss_utils": partial(_without, "scipy.optimize"),
+    "transformers.utils.import_utils": _scanned_once,
+    "bitsandbytes.backends.default.ops": _compiling_later,
+}
