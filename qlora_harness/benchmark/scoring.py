@@ -100,7 +100,9 @@ def load_for_benchmark(plan: ScoringPlan) -> QloraAdapterLM:
         whole = [name for name in (*names, "generate") if getattr(plan, name)]
         if whole or plan.kernels == "none":
             flag = f"--{whole[0].replace('_', '-')}" if whole else "--kernels none"
-            raise SettingsError(f"{flag} needs a whole base; fsdp2 spreads it", "Leave it out")
+            raise SettingsError(
+                f"{flag} needs a whole base, which --engine fsdp2 spreads", "Leave it out"
+            )
         os.environ[USE_FSDP] = "true"  # as accelerate's launcher says it
     return QloraAdapterLM(
         pretrained=plan.model,
