@@ -42,23 +42,9 @@ class PackedScorer:
         self._window = window
         self.pack_tokens = pack_tokens
 
-    @property
-    def overlaps(self) -> bool:
-        """Whether a GPU computes packs while the host works."""
-        return self._model.overlaps
-
-    def build_ahead(self) -> None:
-        """Starts to build a GPU's kernels; call `wait` before any other use."""
-        if self.overlaps:
-            self._model.build_ahead()
-
     def plan(self, queries: Sequence[Query]) -> list[PlannedPack]:
         """Returns the packs that `score` computes on one process."""
         return plan_packs(queries, pack_tokens=self.pack_tokens, window=self._window)
-
-    def wait(self) -> None:
-        """Waits for `build_ahead`."""
-        self._model.wait()
 
     def score(
         self,
@@ -71,10 +57,10 @@ class PackedScorer:
     ) -> PackedScores:
         """Scores this process's share of the queries, which every process gets in full.
 
-        The parts are asked for one by one, while a GPU computes the packs of the ones before; their
-        queries are numbered on. `texts` is the number of queries for the progress bar, if known.
-        `share` is (rank, processes); a share is a run of packs, so mostly of whole subtrees.
-        `on_scored` gets the queries completed by each pack.
+        It takes a part of them while a GPU computes those before, and numbers them on. `texts` is
+        their number, if the progress bar shall know it before. `share` is (rank, processes); a
+        share is a run of packs, so mostly of whole subtrees. `on_scored` gets the queries completed
+        by each pack.
         """
         work = _Work(self.plan, parts, share)
         scores: dict[int, Score] = {}
@@ -83,8 +69,8 @@ class PackedScorer:
         total, off = texts or None, not show_progress
         with tqdm(desc="Scoring", unit=" texts", total=total, disable=off) as bar:
             while True:
-                for pack, numbers, reads in self._computed(work.packs(pending)):
-                    fresh = [(numbers[n], score) for n, score in _sums(pack, reads)]
+                for pack, numbers, running in self._computed(work.packs(pending)):
+                    fresh = [(numbers[n], score) for n, score in _sums(pack, running.reads())]
                     scores.update(fresh)
                     on_scored(fresh)
                     own_tokens += len(pack.tokens)
@@ -105,8 +91,8 @@ class PackedScorer:
 
     def _computed(
         self, packs: Iterator[tuple[Pack, Sequence[int]]]
-    ) -> Iterator[tuple[Pack, Sequence[int], Reads]]:
-        """Yields packs with their results; stops early if memory runs out."""
+    ) -> Iterator[tuple[Pack, Sequence[int], Running]]:
+        """Yields packs that are computed or about to be; stops early if memory runs out."""
         running: deque[tuple[Pack, Sequence[int], Running]] = deque()
         pack = next(packs, None)
         while pack is not None:
@@ -119,10 +105,9 @@ class PackedScorer:
                 break
             # A GPU computes while the host makes the next pack and handles the last one's results.
             pack = next(packs, None)
-            if len(running) > self.overlaps:
-                yield _finished(*running.popleft())
-        while running:
-            yield _finished(*running.popleft())
+            if len(running) > self._model.overlaps:
+                yield running.popleft()
+        yield from running
 
 
 class _Work:
@@ -157,12 +142,6 @@ class _Work:
             self.mine += [numbers[n] for pack in own for n in pack.queries()]
             for planned in own:
                 yield lay_out(planned, part), numbers
-
-
-def _finished(
-    pack: Pack, numbers: Sequence[int], running: Running
-) -> tuple[Pack, Sequence[int], Reads]:
-    return pack, numbers, running.reads()
 
 
 def _share(packs: Sequence[PlannedPack], rank: int, world: int) -> list[PlannedPack]:
