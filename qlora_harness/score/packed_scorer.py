@@ -23,6 +23,7 @@ _CPU_PACK = 8192
 # tokens that is 4.0% more than the distinct tokens in packs of 24,576, 1.4% in packs of this size,
 # and 0.7% in packs twice as large, whose results a killed run would lose for twice as long.
 _GPU_PACK = 65536
+_SHARED_GPU_PACK = 24576  # of several processes, whose shares are whole packs
 _SMALLEST_PACK = 256
 _ROUND = 128
 
@@ -160,7 +161,7 @@ def _sums(pack: Pack, reads: Reads) -> list[tuple[int, Score]]:
     return [(int(n), (float(total[n]), bool(misses[n] == 0))) for n in numbers]
 
 
-def default_pack_tokens(model: torch.nn.Module, device: torch.device) -> int:
+def default_pack_tokens(model: torch.nn.Module, device: torch.device, processes: int = 1) -> int:
     """Returns a pack size that fits into the device's free memory.
 
     In a layer a token takes at most ten vectors of the hidden and four of the intermediate size; in
@@ -175,4 +176,5 @@ def default_pack_tokens(model: torch.nn.Module, device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     fits = int(0.8 * free / (size * (10 * hidden + 4 * inner)))
-    return max(1024, min(_GPU_PACK, fits) // _ROUND * _ROUND)
+    most = _GPU_PACK if processes == 1 else _SHARED_GPU_PACK
+    return max(1024, min(most, fits) // _ROUND * _ROUND)

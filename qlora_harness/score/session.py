@@ -235,7 +235,9 @@ class ScoringSession:
 
     def _scorer(self) -> PackedScorer:
         packed = self.packed_model()
-        tokens = self.options.pack_tokens or default_pack_tokens(self.lm.model, self.lm.device)
+        tokens = self.options.pack_tokens or default_pack_tokens(
+            self.lm.model, self.lm.device, self.lm.world_size
+        )
         # All processes must plan the same packs.
         return PackedScorer(
             packed, window=self.lm.max_length, pack_tokens=min(self._gather(tokens))
