@@ -98,6 +98,7 @@ def test_packs_are_as_large_as_memory_allows(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3)
     assert default_pack_tokens(model, torch.device("cuda")) == expected
+    assert default_pack_tokens(model, torch.device("cuda"), 2) == min(expected, 24576)
     assert default_pack_tokens(model, torch.device("cpu")) == 8192
 
 

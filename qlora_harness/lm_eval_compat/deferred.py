@@ -13,6 +13,7 @@ from functools import partial, wraps
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,7 +56,8 @@ def _without(library: str) -> Iterator[None]:
     """Puts stand-ins in the place of a library that is installed and not imported yet."""
     parts = library.split(".")
     spec = None if parts[0] in sys.modules else find_spec(parts[0])
-    stand_ins = [] if spec is None else [_StandIn(".".join(parts[:n])) for n in _lengths(parts)]
+    names = [] if spec is None else accumulate(parts, "{}.{}".format)
+    stand_ins = [_StandIn(name) for name in names]
     for module in stand_ins:
         module.__path__, module.__spec__ = [], spec
         sys.modules[module.__name__] = module
@@ -65,10 +67,6 @@ def _without(library: str) -> Iterator[None]:
         for module in stand_ins:
             del sys.modules[module.__name__]
             module.deferred = False
-
-
-def _lengths(parts: list[str]) -> range:
-    return range(1, len(parts) + 1)
 
 
 @contextmanager

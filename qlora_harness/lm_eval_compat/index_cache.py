@@ -61,9 +61,9 @@ def _cached(
     try:
         files = sorted(_files(str(folder)))
         path = cache_dir() / "task-index" / f"{_digest(package, [folder])}.json"
-    except OSError:
+        key = _digest(package, files)
+    except (OSError, ImportError):  # the latter for a package without metadata
         return build()
-    key = _digest(package, files)
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["key"] == key:

@@ -23,6 +23,7 @@ _CPU_PACK = 8192
 # tokens that is 4.0% more than the distinct tokens in packs of 24,576, 1.4% in packs of this size,
 # and 0.7% in packs twice as large, whose results a killed run would lose for twice as long.
 _GPU_PACK = 65536
+_SHARED_GPU_PACK = 24576  # of several processes, whose shares are whole packs
 _SMALLEST_PACK = 256
 _ROUND = 128
 
@@ -42,23 +43,9 @@ class PackedScorer:
         self._window = window
         self.pack_tokens = pack_tokens
 
-    @property
-    def overlaps(self) -> bool:
-        """Whether a GPU computes packs while the host works."""
-        return self._model.overlaps
-
-    def build_ahead(self) -> None:
-        """Starts to build a GPU's kernels; call `wait` before any other use."""
-        if self.overlaps:
-            self._model.build_ahead()
-
     def plan(self, queries: Sequence[Query]) -> list[PlannedPack]:
         """Returns the packs that `score` computes on one process."""
         return plan_packs(queries, pack_tokens=self.pack_tokens, window=self._window)
-
-    def wait(self) -> None:
-        """Waits for `build_ahead`."""
-        self._model.wait()
 
     def score(
         self,
@@ -71,10 +58,10 @@ class PackedScorer:
     ) -> PackedScores:
         """Scores this process's share of the queries, which every process gets in full.
 
-        The parts are asked for one by one, while a GPU computes the packs of the ones before; their
-        queries are numbered on. `texts` is the number of queries for the progress bar, if known.
-        `share` is (rank, processes); a share is a run of packs, so mostly of whole subtrees.
-        `on_scored` gets the queries completed by each pack.
+        It takes a part of them while a GPU computes those before, and numbers them on. `texts` is
+        their number, if the progress bar shall know it before. `share` is (rank, processes); a
+        share is a run of packs, so mostly of whole subtrees. `on_scored` gets the queries completed
+        by each pack.
         """
         work = _Work(self.plan, parts, share)
         scores: dict[int, Score] = {}
@@ -83,8 +70,8 @@ class PackedScorer:
         total, off = texts or None, not show_progress
         with tqdm(desc="Scoring", unit=" texts", total=total, disable=off) as bar:
             while True:
-                for pack, numbers, reads in self._computed(work.packs(pending)):
-                    fresh = [(numbers[n], score) for n, score in _sums(pack, reads)]
+                for pack, numbers, running in self._computed(work.packs(pending)):
+                    fresh = [(numbers[n], score) for n, score in _sums(pack, running.reads())]
                     scores.update(fresh)
                     on_scored(fresh)
                     own_tokens += len(pack.tokens)
@@ -105,8 +92,8 @@ class PackedScorer:
 
     def _computed(
         self, packs: Iterator[tuple[Pack, Sequence[int]]]
-    ) -> Iterator[tuple[Pack, Sequence[int], Reads]]:
-        """Yields packs with their results; stops early if memory runs out."""
+    ) -> Iterator[tuple[Pack, Sequence[int], Running]]:
+        """Yields packs that are computed or about to be; stops early if memory runs out."""
         running: deque[tuple[Pack, Sequence[int], Running]] = deque()
         pack = next(packs, None)
         while pack is not None:
@@ -119,10 +106,9 @@ class PackedScorer:
                 break
             # A GPU computes while the host makes the next pack and handles the last one's results.
             pack = next(packs, None)
-            if len(running) > self.overlaps:
-                yield _finished(*running.popleft())
-        while running:
-            yield _finished(*running.popleft())
+            if len(running) > self._model.overlaps:
+                yield running.popleft()
+        yield from running
 
 
 class _Work:
@@ -159,12 +145,6 @@ class _Work:
                 yield lay_out(planned, part), numbers
 
 
-def _finished(
-    pack: Pack, numbers: Sequence[int], running: Running
-) -> tuple[Pack, Sequence[int], Reads]:
-    return pack, numbers, running.reads()
-
-
 def _share(packs: Sequence[PlannedPack], rank: int, world: int) -> list[PlannedPack]:
     """A run of packs with about 1 / world of the tokens."""
     sizes = np.array([pack.tokens for pack in packs], dtype=np.int64)
@@ -181,7 +161,7 @@ def _sums(pack: Pack, reads: Reads) -> list[tuple[int, Score]]:
     return [(int(n), (float(total[n]), bool(misses[n] == 0))) for n in numbers]
 
 
-def default_pack_tokens(model: torch.nn.Module, device: torch.device) -> int:
+def default_pack_tokens(model: torch.nn.Module, device: torch.device, processes: int = 1) -> int:
     """Returns a pack size that fits into the device's free memory.
 
     In a layer a token takes at most ten vectors of the hidden and four of the intermediate size; in
@@ -196,4 +176,5 @@ def default_pack_tokens(model: torch.nn.Module, device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     fits = int(0.8 * free / (size * (10 * hidden + 4 * inner)))
-    return max(1024, min(_GPU_PACK, fits) // _ROUND * _ROUND)
+    most = _GPU_PACK if processes == 1 else _SHARED_GPU_PACK
+    return max(1024, min(most, fits) // _ROUND * _ROUND)

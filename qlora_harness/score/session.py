@@ -195,27 +195,24 @@ class ScoringSession:
         if not any(self._gather(len(own))):
             return known, set()
         scorer = self._scorer() if self.path.packed else None
-        if scorer is not None and self.lm.world_size == 1:
-            scorer.build_ahead()
+        overlaps = scorer is not None and self.packed_model().overlaps and self.lm.world_size == 1
+        if overlaps:
+            self.packed_model().build_ahead()
         try:
-            parts = self._encoded(own, scorer)
+            parts = self._encoded(own, _PART if overlaps else max(1, len(own)))
             encoded, scored = self._score_with(
                 scorer, parts, journal, show_progress, texts=len(own)
             )
         finally:
-            if scorer is not None:
-                scorer.wait()
+            if self._packed is not None:
+                self._packed.wait()
         window = self.lm.max_length
         truncated = {pair[0] for pair, ids, more in encoded if len(ids) + len(more) > window + 1}
         pairs_scored = (pair for pair, _, _ in encoded)
         return known | dict(zip(pairs_scored, scored.scores, strict=True)), truncated
 
-    def _encoded(
-        self, pairs: Sequence[Pair], scorer: PackedScorer | None
-    ) -> Iterator[list[Encoded]]:
-        """Yields the texts of all processes, in parts if a GPU can compute one meanwhile."""
-        overlaps = scorer is not None and scorer.overlaps and self.lm.world_size == 1
-        size = _PART if overlaps else max(1, len(pairs))
+    def _encoded(self, pairs: Sequence[Pair], size: int) -> Iterator[list[Encoded]]:
+        """Yields texts of all processes, `size` of this one's at a time."""
         for start in range(0, max(1, len(pairs)), size):
             part = self._of_all(self.encode(pairs[start : start + size]))
             describe_environment_ahead()
@@ -249,7 +246,9 @@ class ScoringSession:
 
     def _scorer(self) -> PackedScorer:
         packed = self.packed_model()
-        tokens = self.options.pack_tokens or default_pack_tokens(self.lm.model, self.lm.device)
+        tokens = self.options.pack_tokens or default_pack_tokens(
+            self.lm.model, self.lm.device, self.lm.world_size
+        )
         # All processes must plan the same packs.
         return PackedScorer(
             packed, window=self.lm.max_length, pack_tokens=min(self._gather(tokens))
