@@ -5,14 +5,18 @@ The processes are forked from one that has imported everything, so a run takes a
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import time
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.nn.parallel import DistributedDataParallel
 from training_runs import Train, base, losses, on_ranks, read, steps, summary
@@ -20,6 +24,7 @@ from training_runs import Train, base, losses, on_ranks, read, steps, summary
 from qlora_harness.fused.layer import FusedLayer
 from qlora_harness.fused.model import FusedDecoder
 from qlora_harness.model.lora import attach_lora
+from qlora_harness.train import heartbeat
 from qlora_harness.train.batches import pack_batch
 from qlora_harness.train.order import StepBatches, deal
 
@@ -135,6 +140,57 @@ def test_gradients_of_a_layer_are_reduced_before_the_layer_below(
         torch.distributed.destroy_process_group()
     assert events[:2] == ["top", "reduced"]
     assert events.index("below") < len(events) - 1
+
+
+class SilentStore:
+    """A store whose machine vanished, or whose process ended."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    def set(self, key: str, value: str) -> None:
+        pass
+
+    def wait(self, keys: list[str]) -> None:
+        pass
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        if self.error is not None:
+            raise self.error
+        time.sleep(0.6)
+        return [b""] * len(keys)
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> Queue[int]:
+    """The statuses with which heartbeats, now quick, end the process."""
+    statuses: Queue[int] = Queue()
+    monkeypatch.setattr(heartbeat, "_EVERY", 0.02)
+    monkeypatch.setattr(os, "_exit", statuses.put)
+    return statuses
+
+
+def test_a_process_that_leaves_in_order_is_not_missed(exits: Queue[int]) -> None:
+    store = PrefixStore("run", torch.distributed.HashStore())
+    store.set("beat_0", "begun")
+    second = heartbeat.Heartbeat(store, 1, 2)
+    with heartbeat.Heartbeat(store, 0, 2) as first:
+        problems: Queue[str] = Queue()
+        first.on_loss = lambda error: problems.put(error.problem)
+        second.__exit__(None)
+        time.sleep(0.5)  # longer than a process that stops is waited for
+        assert exits.empty()
+        with contextlib.suppress(ValueError), heartbeat.Heartbeat(store, 1, 2):
+            raise ValueError
+        assert exits.get(timeout=10) == 3
+        assert "rank 1 of the 2 " in problems.get()
+
+
+@pytest.mark.parametrize("error", [None, torch.distributed.DistNetworkError("reset")])
+def test_a_lost_store_ends_the_process(error: Exception | None, exits: Queue[int]) -> None:
+    store: Any = SilentStore(error)
+    with heartbeat.Heartbeat(store, 1, 2):
+        assert exits.get(timeout=10) == 3
 
 
 def test_faults_leave_a_run_that_resumes(

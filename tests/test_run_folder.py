@@ -100,6 +100,17 @@ def test_where_a_run_starts(
     }.get(expected, StartingPoint(checkpoint, summary))
 
 
+def test_a_restarted_run_does_not_overwrite_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    summary = write_run(tmp_path, "running", 4)
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-4"
+    assert start(tmp_path, overwrite=True) == StartingPoint(checkpoint, summary)
+    write_run(tmp_path / "earlier", "completed", 8)
+    assert start(tmp_path / "earlier", overwrite=True) == StartingPoint(replace=True)
+
+
 @pytest.mark.parametrize(("status", "steps", "options", "words"), REFUSALS)
 def test_what_is_refused(
     tmp_path: Path, status: str, steps: tuple[int, ...], options: dict[str, Any], words: list[str]

@@ -129,6 +129,8 @@ class QloraAdapterLM(LoadedHFLM):
             softmax_dtype=softmax_dtype,
             **options,
         )
+        if self.rank > 0:
+            logger.setLevel(logging.ERROR)  # so that warnings appear once
         self.session = ScoringSession(self, scoring_options)
         verify_saved_results()
         logger.warning(

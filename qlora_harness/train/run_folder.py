@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import glob
 import json
+import os
 import reprlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -100,7 +101,9 @@ def find_start(
     _refuse_unrecorded_files(run_dir, previous)
     if named is not None:
         return _from_checkpoint(run_dir, named, previous, settings, processes)
-    if previous is None or overwrite:
+    # What torchrun restarts goes on: what it would overwrite are its own checkpoints.
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if previous is None or (overwrite and not (restarted and previous["status"] != "completed")):
         return StartingPoint(replace=previous is not None)
     if previous["status"] != "completed":
         return _from_newest(run_dir, previous, settings, processes)
