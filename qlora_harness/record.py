@@ -134,10 +134,9 @@ def _json_text(value: object, rows_at: int | None, depth: int = 0) -> str:
 
 
 def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
-    """Reads a JSON object, more strictly than `json.loads`, or raises ResultsError.
+    """Reads a JSON object, also from an .xz, or raises ResultsError.
 
-    The file may be an .xz. Refuses repeated keys, integers of more than 308 digits, deep nesting
-    and lone surrogates; with `finite` also NaN and infinity, which our own records never hold.
+    Refuses repeated keys, huge integers and deep nesting; with `finite` NaN and infinity, too.
     """
     try:
         if path.exists() and not path.is_file():  # reading a pipe would block

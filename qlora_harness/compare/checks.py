@@ -30,10 +30,9 @@ _INTERSECT = "--intersect to compare the questions that all runs answered"
 
 
 def choose_task(runs: Sequence[Run], name: str | None) -> str | None:
-    """Returns the task to compare first: the named one, or else one that all scored runs have.
+    """Returns the task to compare first: the named one, or one that all scored runs have, or None.
 
-    None if no run was scored. Raises ComparisonError if a run lacks the named task, or if the
-    scored runs have no task in common.
+    Raises ComparisonError if a run lacks the named task, or the runs have none in common.
     """
     if name is not None:
         for run in runs:
@@ -116,9 +115,8 @@ def check_limit(scored: Mapping[str, Scored], allow: bool, intersect: bool) -> l
 def check_results(
     scored: Mapping[str, Scored], paired: Sequence[str], intersect: bool
 ) -> list[str]:
-    """Returns notes on runs that can't be paired by question.
+    """Returns notes on runs that can't be paired by question; `paired` have recorded answers.
 
-    `paired` are the labels of runs with recorded answers, which are compared one by one later.
     Raises ComparisonError if metric, version, shots, prompts or numbers of questions differ.
     """
     labels, notes = list(scored), []

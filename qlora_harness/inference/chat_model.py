@@ -84,10 +84,9 @@ def compute_device() -> torch.device:
 
 
 class ChatModel:
-    """Base, unmerged adapter and tokenizer as the adapter's record names them.
+    """Base, unmerged adapter and tokenizer as the adapter's record names them, or the base alone.
 
-    With `base_alone`, the base answers without the adapter, in the same template. Weights are
-    loaded on first use, so prompts can be checked before. Raises HarnessError as scoring does.
+    Weights are loaded on first use. Raises HarnessError as scoring does.
     """
 
     def __init__(self, choice: ScoringChoice, *, base_alone: bool = False) -> None:
@@ -193,10 +192,9 @@ class ChatModel:
         sampling: Sampling,
         streamer: TextStreamer | None = None,
     ) -> list[str]:
-        """Returns the replies to a batch of prompts, without surrounding space.
+        """Returns the replies to a batch of prompts, each up to the end of its turn.
 
-        A reply ends at a token that ends a turn, before the next turn's marker, or after
-        `max_new_tokens`. Random choices follow torch's global seed.
+        Random choices follow torch's global seed.
         """
         tokens, marker = self.ends
         rows = {"input_ids": [list(ids) for ids in prompts]}

@@ -281,10 +281,9 @@ def _item_keys(frames: Sequence[pd.DataFrame]) -> list[pd.MultiIndex]:
 def align(
     frames: Mapping[str, pd.DataFrame], *, intersect: bool
 ) -> tuple[dict[str, pd.DataFrame], dict[str, int]]:
-    """Aligns the answers of runs, by label, to the same questions in the same order.
+    """Aligns the answers of runs to the same questions; returns them and how many were dropped.
 
-    Returns the frames and how many questions of each were dropped. Raises ComparisonError if the
-    runs answered different questions, unless `intersect` allows to drop those.
+    Raises ComparisonError if the runs answered different questions, unless `intersect`.
     """
     labels, parts = list(frames), list(frames.values())
     keys = _item_keys(parts)

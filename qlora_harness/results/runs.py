@@ -26,10 +26,9 @@ _AGREEMENT = 1e-9
 
 @dataclass(frozen=True)
 class Run:
-    """One run; `path` is its folder or results file, as given.
+    """One run; `path` is its folder or results file, `tasks` has groups instead of their parts.
 
-    `tasks` lists what was scored, a group instead of its parts. `scored` holds the results of both
-    by task, each read on first use.
+    `scored` holds the results of both by task, each read on first use.
     """
 
     path: Path

@@ -33,11 +33,9 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True)
 class Scored:
-    """One run's result on one task; what isn't recorded is None or missing.
+    """One run's result on one task: `value` over the `n` answered questions of `n_total`.
 
-    `value` is the metric over the `n` answered questions of `n_total`. `ended` is in seconds since
-    1970. A task without subjects is its own only subject. `conditions` are the recorded settings by
-    dotted name, `samples` the file of each subject in which lm_eval logs samples.
+    `ended` is in seconds since 1970. A task without subjects is its own only subject.
     """
 
     task: str

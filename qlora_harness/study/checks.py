@@ -39,8 +39,7 @@ class ArmPlan:
 def with_one_dtype(study: Study, devices: Sequence[Device]) -> Study:
     """Replaces the compute dtype "auto", once for all cells and all later commands.
 
-    Each run would choose for itself, and unlike GPUs, or noise on a CPU, could give two arms two
-    dtypes.
+    Unlike GPUs, or noise on a CPU, could otherwise give two arms two dtypes.
     """
     if devices[0].gpu is not None and all(device.has_bfloat16 for device in devices):
         return study

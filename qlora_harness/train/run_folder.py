@@ -82,9 +82,7 @@ def find_start(
 ) -> StartingPoint:
     """Decides how a run starts in a number of processes, without touching anything.
 
-    A completed run is refused unless --resume was given; then there is nothing to do. Raises
-    RunError if the folder is locked by another process, or holds a run that would be lost or can't
-    be resumed.
+    Raises RunError if the folder is locked, or holds a run that would be lost or can't go on.
     """
     resume, overwrite = settings.run.resume, settings.run.overwrite
     named = None if resume in ("auto", "never") else Path(resume)
@@ -196,10 +194,9 @@ def _read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 
 def earlier_steps(checkpoint: Path) -> tuple[list[dict[str, Any]], EvaluationLosses]:
-    """Returns the step rows and the evaluations up to a checkpoint.
+    """Returns the step rows and the evaluations up to a checkpoint, empty without a step log.
 
-    Both come from the step log of the checkpoint's run, and are empty without one. Raises RunError
-    if it is damaged.
+    Raises RunError if the log is damaged.
     """
     path, losses = run_of(checkpoint) / LOGS_FILE, EvaluationLosses()
     if not path.is_file():

@@ -85,8 +85,7 @@ class RunRecord:
     ) -> None:
         """Describes the run and writes the summary for the first time.
 
-        `model` is the base with its adapter. `fingerprint` is that of the base's weights; a base
-        without safetensors files has none.
+        `model` has its adapter; the weights' `fingerprint` is None for a base without safetensors.
         """
         settings, quant = self._settings, self._settings.quant
         self._summary.model = TrainedModel(
