@@ -102,10 +102,7 @@ def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 def with_recipe(
     recipe: str | None, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Overrides the settings of a recipe (its name or path, or None) with those given.
-
-    Returns all values, and the source of each recipe value. Raises SettingsError.
-    """
+    """Returns a recipe (name, path or None) overridden by settings, and the recipe's sources."""
     values, sources = ({}, {}) if recipe is None else read_recipe(find_recipe(recipe))
     return _merged(values, given), sources
 

@@ -88,10 +88,7 @@ def check_data(runs: Sequence[Run], allow_different: bool) -> list[str]:
 
 
 def check_limit(scored: Mapping[str, Scored], allow: bool, intersect: bool) -> list[str]:
-    """Returns a note if runs were limited.
-
-    Raises ComparisonError if that isn't allowed, or if the limits differ.
-    """
+    """Returns a note on limited runs; ComparisonError if that isn't allowed or limits differ."""
     limited = [(label, item) for label, item in scored.items() if item.limited]
     if not limited:
         return []

@@ -54,10 +54,7 @@ def questions_needed(
 def _power(
     margin: float, discordance: float, seed_sd: float, seeds: int, questions: int, *, same: bool
 ) -> float:
-    """The share of studies that show equivalence, or else a difference.
-
-    Averaged over the distribution of the estimated variances between seeds.
-    """
+    """The share of studies that show equivalence, or else a difference, over seeds' variances."""
     items = discordance / questions
     each = seed_sd**2 / seeds if seeds > 1 else 0.0
     spread = 2 * gammaincinv((seeds - 1) / 2, _GRID) / (seeds - 1) if each else np.zeros(1)

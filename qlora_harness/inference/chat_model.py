@@ -42,10 +42,7 @@ class Sampling:
 
 
 def choose_adapter(run: Path) -> ScoringChoice:
-    """Returns what a run folder or an adapter folder recorded about base and quantisation.
-
-    Raises RunError if there is no adapter with a record.
-    """
+    """Returns what a run or adapter folder recorded of base and quantisation; raises RunError."""
     folder = expanded(str(run))
     adapter = folder / ADAPTER_DIR if (folder / ADAPTER_DIR).is_dir() else folder
     if not (adapter / CONFIG_FILE).is_file():
@@ -192,10 +189,7 @@ class ChatModel:
         sampling: Sampling,
         streamer: TextStreamer | None = None,
     ) -> list[str]:
-        """Returns the replies to a batch of prompts, each up to the end of its turn.
-
-        Random choices follow torch's global seed.
-        """
+        """Returns the replies to a batch of prompts; random choices follow torch's global seed."""
         tokens, marker = self.ends
         rows = {"input_ids": [list(ids) for ids in prompts]}
         batch = self.tokenizer.pad(rows, return_tensors="pt").to(self.model.device)

@@ -32,10 +32,7 @@ _OTHER_RUN = "The file is half written or belongs to another run; score again or
 
 
 def read_answers(scored: Scored) -> pd.DataFrame | None:
-    """Reads the answers behind a result; None if they aren't recorded.
-
-    Raises ResultsError if a file is unreadable, contradicts itself, or belongs to another run.
-    """
+    """Reads the answers behind a result; None if they aren't recorded. Raises ResultsError."""
     frame = _read_progress(scored) if scored.path.name == EVALUATION_FILE else None
     return _read_logged(scored) if frame is None else frame
 

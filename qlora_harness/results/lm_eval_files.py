@@ -264,10 +264,7 @@ def _total(
 
 
 def other_metrics(scored: Scored) -> dict[str, Scored]:
-    """Returns the results with the other metrics of a task that lm_eval scored, by "name,filter".
-
-    Raises ResultsError as `read_scored` does.
-    """
+    """Returns the results with a task's other metrics in lm_eval's file, by "name,filter"."""
     if scored.path.name == EVALUATION_FILE:
         return {}
     file = read_file(scored.path)
@@ -316,10 +313,7 @@ def _choose_metric(file: HarnessFile, leaf: str, name: str | None) -> tuple[str,
 
 
 def read_samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the file and line of each logged sample, and the sample.
-
-    Raises ResultsError if the file is unreadable or a line is not a JSON object.
-    """
+    """Yields the file and line of each logged sample, and the sample; raises ResultsError."""
     try:
         with path.open("rb") as file:
             for line_number, line in enumerate(file, start=1):

@@ -83,10 +83,7 @@ def category_of(task: str) -> dict[str, str]:
 
 
 def read_evaluation(path: Path) -> dict[str, Scored]:
-    """Reads the results in evaluation_results.json by task.
-
-    Raises ResultsError if the file is unreadable, foreign, incomplete or contradicts itself.
-    """
+    """Reads the results in evaluation_results.json by task; raises ResultsError."""
     record = read_record(path, Evaluation)
     if not record.tasks:
         raise ResultsError(f"{path}: tasks is empty", "Score the run again")

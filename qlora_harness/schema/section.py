@@ -83,10 +83,7 @@ class Environment(Section):
 
 
 def read_record(path: Path, model: type[_Record]) -> _Record:
-    """Reads and checks one of this project's own records.
-
-    Raises ResultsError, which names a missing or wrong field, or a newer schema.
-    """
+    """Reads and checks one of this project's own records, or raises ResultsError with the field."""
     record = read_json(path, finite=True)
     kind = model.model_fields["kind"].default
     if record.get("kind") != kind:

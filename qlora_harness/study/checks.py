@@ -58,10 +58,7 @@ def with_one_dtype(study: Study, devices: Sequence[Device]) -> Study:
 
 
 def check_study_runs(study: Study, devices: Sequence[Device]) -> dict[str, ArmPlan]:
-    """Returns the plan of each arm.
-
-    Raises HarnessError if a task, the model or the data can't be read, or an arm can't run here.
-    """
+    """Returns each arm's plan; raises HarnessError if something is missing or an arm can't run."""
     for settings in study.arms().values():
         check_can_run(settings)
         if settings.model.compute == "fp8" and devices[0].gpu is None:

@@ -84,10 +84,7 @@ class MemoryPlan:
 
 
 def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
-    """Reads a model's configuration (a folder or a Hub id) and counts its parameters.
-
-    `targets` is the value of `--lora-targets`.
-    """
+    """Counts the parameters of a model's configuration, and those adapted by `targets`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

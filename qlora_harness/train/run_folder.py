@@ -194,10 +194,7 @@ def _read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 
 def earlier_steps(checkpoint: Path) -> tuple[list[dict[str, Any]], EvaluationLosses]:
-    """Returns the step rows and the evaluations up to a checkpoint, empty without a step log.
-
-    Raises RunError if the log is damaged.
-    """
+    """Returns the steps and evaluations up to a checkpoint; RunError if the step log is damaged."""
     path, losses = run_of(checkpoint) / LOGS_FILE, EvaluationLosses()
     if not path.is_file():
         return [], losses
@@ -254,10 +251,7 @@ def _same_step(
 def changed_settings(
     previous: Mapping[str, Any], settings: Settings
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yields each setting that differs from a run's summary: name, old and new value.
-
-    A setting that the summary lacks had its default then.
-    """
+    """Yields name, old (or default) and new value of settings that differ from the summary's."""
     before = dict(previous["settings"])
     if dtype := nested(previous, "quantization", "compute_dtype"):
         before["compute_dtype"] = dtype

@@ -135,10 +135,7 @@ class CountingTrainer(Trainer):
         return self._operations * float(inputs["input_ids"].numel())
 
     def measured_step(self, learning_rate: float | None) -> MeasuredStep:
-        """Returns the step just launched, and starts copying its numbers to the host.
-
-        Raises TrainingError if Trainer did not call one of the counting methods.
-        """
+        """Returns the step just launched, whose numbers are on their way; raises TrainingError."""
         device, step = self.args.device, self.state.global_step
         begun, counts, loss, grad_norm = self._begun, self._counts, self._loss, self._norm
         if begun is None or counts is None or loss is None:
