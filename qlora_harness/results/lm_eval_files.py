@@ -313,7 +313,10 @@ def _choose_metric(file: HarnessFile, leaf: str, name: str | None) -> tuple[str,
 
 
 def read_samples(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the file and line of each logged sample, and the sample; raises ResultsError."""
+    """Yields the file and line of each logged sample, and the sample.
+
+    Raises ResultsError if the file is unreadable or a line is not a JSON object.
+    """
     try:
         with path.open("rb") as file:
             for line_number, line in enumerate(file, start=1):
