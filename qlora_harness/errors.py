@@ -176,10 +176,7 @@ def _message_for(error: BaseException) -> HarnessError | None:
 
 
 def install_excepthook() -> None:
-    """Prints uncaught errors of the user as one line, for programs whose main is lm_eval's.
-
-    A second call does nothing.
-    """
+    """Prints uncaught errors of the user as one line, for programs whose main is lm_eval's."""
     previous = sys.excepthook
     if getattr(previous, "_qlora_harness", False):
         return

@@ -25,10 +25,7 @@ def check_above_zero(flag: str, number: float) -> None:
 
 
 def check_output_file(flag: str, path: Path | None) -> None:
-    """Raises SettingsError if a file can't be written, before hours of work rather than after.
-
-    The file and its folder need not exist.
-    """
+    """Raises SettingsError if a file, which may be new, can't be written, before hours of work."""
     if path is None:
         return
     try:

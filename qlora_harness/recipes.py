@@ -21,8 +21,7 @@ _LARGEST_RECIPE = 100_000  # bytes
 class _RecipeLoader(yaml.SafeLoader):
     """Reads every value but null as text, and refuses a repeated key.
 
-    YAML reads the revision 0123456 as 42798, 1.10 as 1.1, and the language no as false. Here the
-    type of the setting decides.
+    YAML reads the revision 0123456 as 42798, and the language no as false.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012  # declared in the base class
@@ -44,9 +43,7 @@ def read_recipe(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Reads a YAML recipe: its settings by name, and the file and key that each came from.
 
-    A recipe with `extends: NAME` states its differences from another one; `extending` are the
-    recipes on the way here. Raises SettingsError if the file is missing, not YAML, not a mapping,
-    or has an unknown key.
+    `extending` are the recipes whose `extends` led here. Raises SettingsError.
     """
     path = path.resolve()
     if path in extending:
@@ -105,11 +102,7 @@ def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 def with_recipe(
     recipe: str | None, given: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Overrides the settings of a recipe (its name or path, or None) with those given.
-
-    Returns all values, and the file and key of each recipe value. Raises SettingsError if the
-    recipe is missing or damaged.
-    """
+    """Returns a recipe (name, path or None) overridden by settings, and the recipe's sources."""
     values, sources = ({}, {}) if recipe is None else read_recipe(find_recipe(recipe))
     return _merged(values, given), sources
 

@@ -59,10 +59,7 @@ def now() -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text under a temporary name and renames it, so that no reader sees half a file.
-
-    Creates the folder if needed. Raises OSError.
-    """
+    """Writes a text under a temporary name and renames it, so that no reader sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -79,10 +76,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_leftovers(path: Path, seconds: float = 0.0) -> None:
-    """Removes the temporary files of killed writes of `path` that are at least `seconds` old.
-
-    A younger file may belong to another process.
-    """
+    """Removes temporary files of killed writes of `path`; younger ones may be in use."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(OSError):
             if time.time() - leftover.stat().st_mtime >= seconds:
@@ -91,10 +85,7 @@ def remove_leftovers(path: Path, seconds: float = 0.0) -> None:
 
 @contextmanager
 def new_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder and renames it to `folder` if the `with` block succeeds.
-
-    Raises OSError if `folder` exists, unless `replace` is set.
-    """
+    """Yields a folder, then renames it to `folder`, a new one unless `replace`; raises OSError."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
@@ -134,10 +125,9 @@ def _json_text(value: object, rows_at: int | None, depth: int = 0) -> str:
 
 
 def read_json(path: Path, *, finite: bool = False) -> dict[str, Any]:
-    """Reads a JSON object, more strictly than `json.loads`, or raises ResultsError.
+    """Reads a JSON object, also from an .xz, or raises ResultsError.
 
-    The file may be an .xz. Refuses repeated keys, integers of more than 308 digits, deep nesting
-    and lone surrogates; with `finite` also NaN and infinity, which our own records never hold.
+    Refuses repeated keys, huge integers and deep nesting; with `finite` NaN and infinity, too.
     """
     try:
         if path.exists() and not path.is_file():  # reading a pipe would block

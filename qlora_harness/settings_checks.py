@@ -29,11 +29,9 @@ _LARGEST_FACTOR = 10_000  # of a RoPE scaling
 
 
 def build_settings(values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> Settings:
-    """Checks values by name and fills in the defaults.
+    """Checks values by name and fills in the defaults; raises SettingsError.
 
-    `sources` says where each value came from (a flag, or a recipe file and key). Raises
-    SettingsError for an unknown name, a wrong type, a value out of range, or two values that
-    exclude each other.
+    `sources` says where each value came from: a flag, or a recipe file and key.
     """
     given = dict(sources or {})
     where = {name: flag_of(name) for name in values} | given

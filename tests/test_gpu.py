@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 from itertools import accumulate
 from pathlib import Path
@@ -32,6 +31,7 @@ from tiny_models import (
     tiny,
     tiny_of_any_kind,
 )
+from training_runs import as_if_killed, losses, steps
 
 from qlora_harness.fused import attention, dropout, fp8, fp8_weights, graphs, host_memory, ops
 from qlora_harness.fused.bordered import Bordered, Projection, Scratch
@@ -78,11 +78,6 @@ def skip_without_fp8() -> None:
     reason = fp8.why_unavailable(torch.device("cuda"))
     if reason is not None:
         pytest.skip(reason)
-
-
-def losses(folder: Path) -> list[float]:
-    rows = json.loads((folder / "training_logs.json").read_text())["steps"]
-    return [row["loss"] for row in rows]
 
 
 def test_nf4_weights_are_those_of_the_cpu(tiny_llama: Path) -> None:
@@ -134,10 +129,7 @@ def test_resumed_run_agrees_with_an_uninterrupted_one(
     assert whole["runtime"]["graph_passes"] == (8 if graphs else 0)
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "whole", resumed)
-    shutil.rmtree(resumed / "checkpoints" / "checkpoint-4")
-    summary = json.loads((resumed / "training_summary.json").read_text())
-    summary["status"] = "interrupted"
-    (resumed / "training_summary.json").write_text(json.dumps(summary))
+    as_if_killed(resumed, 4)
     second = train(model, resumed, **options)
     assert second["runtime"]["resumed"] is True
     assert losses(resumed) == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
@@ -160,22 +152,15 @@ def test_training_in_float16_resumes_with_the_scale_of_its_loss(
     for scale in (None, 2.0**10, 2.0**60):
         folder = tmp_path / f"resumed-{scale}"
         shutil.copytree(tmp_path / "whole", folder)
-        shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
+        as_if_killed(folder, 4)
         saved = folder / "checkpoints" / "checkpoint-2" / "scaler.pt"
         state = torch.load(saved)
         if scale is not None:
             state |= {"scale": scale, "_growth_tracker": 7}
             torch.save(state, saved)
-        summary = json.loads((folder / "training_summary.json").read_text())
-        (folder / "training_summary.json").write_text(
-            json.dumps(summary | {"status": "interrupted"})
-        )
         assert train(one_head, folder, compute_dtype="auto", **options)["runtime"]["resumed"]
         last = torch.load(folder / "checkpoints" / "checkpoint-4" / "scaler.pt")
-        norms = [
-            row["grad_norm"] is None
-            for row in json.loads((folder / "training_logs.json").read_text())["steps"]
-        ]
+        norms = [row["grad_norm"] is None for row in steps(folder)]
         if scale is None:
             whole_scaler = tmp_path / "whole" / "checkpoints" / "checkpoint-4" / "scaler.pt"
             assert last == torch.load(whole_scaler)

@@ -215,8 +215,6 @@ def test_shared_bases_differ_by_scaling(short_llama: Path) -> None:
     assert torch.equal(one, other)
     assert not torch.allclose(one, plain, atol=1e-3)
     assert torch.equal(plain, load_base(source, **options)(ids).logits)
-    short = ids[:, :30]
-    assert torch.equal(models[0](short).logits, models[2](short).logits)
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])

@@ -32,19 +32,9 @@ from qlora_harness.model.lora import load_adapter
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.train.process import host_id
 
-SUMMARY_KEYS = {
-    "computation", "plan",
-    "schema_version", "kind", "status", "arm", "quant", "started", "finished", "model", "process",
-    "quantization", "settings", "data", "environment", "failure", "results", "memory", "runtime",
-    "throughput",
-}  # fmt: skip
 STEP_KEYS = {
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens",
     "seconds", "tokens_per_second", "cpu_peak_rss_bytes",
-}  # fmt: skip
-PEAK_KEYS = {
-    "peak_allocated_bytes", "peak_reserved_bytes", "peak_device_used_bytes", "cpu_peak_rss_bytes",
-    "peak_managed_bytes", "peak_needed_bytes", "other_processes", "other_bytes",
 }  # fmt: skip
 
 
@@ -64,7 +54,6 @@ def test_files_and_numbers_of_a_run(
     record = summary(run_dir)
     is_4bit = quant == "nf4"
 
-    assert set(record) == SUMMARY_KEYS
     assert (record["schema_version"], record["kind"]) == (1, "training_summary")
     assert (record["status"], record["failure"]) == ("completed", None)
     assert (record["arm"], record["quant"]) == (run_dir.name, quant)
@@ -123,7 +112,6 @@ def test_files_and_numbers_of_a_run(
     assert losses(run_dir)[-1] < losses(run_dir)[0]
 
     memory = record["memory"]
-    assert set(memory) == {"device_type", "phases"} | PEAK_KEYS
     assert memory["device_type"] == "cpu"
     assert [(p["phase"], p["rank"]) for p in memory["phases"]] == [
         ("load", 0),
@@ -135,10 +123,6 @@ def test_files_and_numbers_of_a_run(
     assert memory["peak_allocated_bytes"] is memory["peak_reserved_bytes"] is None
 
     runtime = record["runtime"]
-    assert set(runtime) == {
-        "train_seconds", "load_seconds", "data_seconds", "eval_seconds", "total_seconds",
-        "resumed", "graph_passes",
-    }  # fmt: skip
     assert runtime["resumed"] is False
     parts = ("train_seconds", "load_seconds", "data_seconds", "eval_seconds")
     assert all(0 < runtime[name] < runtime["total_seconds"] for name in parts)

@@ -87,7 +87,7 @@ def loss_of(model: Any, examples: Sequence[Example]) -> float:
     ).loss  # fmt: skip
 
 
-def as_if_killed(run_dir: str, *lost: int) -> None:
+def as_if_killed(run_dir: str | Path, *lost: int) -> None:
     """Makes a completed run look as if killed; removes the checkpoints of the `lost` steps."""
     record = summary(run_dir)
     for name in ("results", "memory", "runtime", "throughput"):

@@ -30,10 +30,9 @@ _INTERSECT = "--intersect to compare the questions that all runs answered"
 
 
 def choose_task(runs: Sequence[Run], name: str | None) -> str | None:
-    """Returns the task to compare first: the named one, or else one that all scored runs have.
+    """Returns the task to compare first: the named one, or one that all scored runs have, or None.
 
-    None if no run was scored. Raises ComparisonError if a run lacks the named task, or if the
-    scored runs have no task in common.
+    Raises ComparisonError if a run lacks the named task, or the runs have none in common.
     """
     if name is not None:
         for run in runs:
@@ -89,10 +88,7 @@ def check_data(runs: Sequence[Run], allow_different: bool) -> list[str]:
 
 
 def check_limit(scored: Mapping[str, Scored], allow: bool, intersect: bool) -> list[str]:
-    """Returns a note if runs were limited.
-
-    Raises ComparisonError if that isn't allowed, or if the limits differ.
-    """
+    """Returns a note on limited runs; ComparisonError if that isn't allowed or limits differ."""
     limited = [(label, item) for label, item in scored.items() if item.limited]
     if not limited:
         return []
@@ -116,9 +112,8 @@ def check_limit(scored: Mapping[str, Scored], allow: bool, intersect: bool) -> l
 def check_results(
     scored: Mapping[str, Scored], paired: Sequence[str], intersect: bool
 ) -> list[str]:
-    """Returns notes on runs that can't be paired by question.
+    """Returns notes on runs that can't be paired by question; `paired` have recorded answers.
 
-    `paired` are the labels of runs with recorded answers, which are compared one by one later.
     Raises ComparisonError if metric, version, shots, prompts or numbers of questions differ.
     """
     labels, notes = list(scored), []

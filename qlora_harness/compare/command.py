@@ -62,8 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compares the runs, writes the comparison, and prints the answer.
 
-    Raises SettingsError for an unusable flag, ResultsError for a broken file, and ComparisonError
-    if the runs can't be compared; nothing is written then.
+    Raises SettingsError, ResultsError or ComparisonError; nothing is written then.
     """
     if not 0 < args.margin < 100:
         raise SettingsError(

@@ -33,9 +33,7 @@ def contrast(
 ) -> Contrast:
     """Compares an arm with its baseline on a task, and on other measures.
 
-    `answers` are the aligned ones by label of the run. Accuracies within `margin`, a share, count
-    as the same. `tests` is the number of contrasts for which intervals and p-values hold
-    together.
+    `answers` are aligned, by label; `margin` is a share; intervals hold for `tests` contrasts.
     """
     level = st.LEVEL / tests
     endpoints = costs(arm, baseline, level)

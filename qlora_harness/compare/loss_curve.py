@@ -11,10 +11,7 @@ from qlora_harness.compare.record import LossCurve
 
 
 def loss_curves(arms: Sequence[Arm]) -> list[LossCurve]:
-    """Returns the curves of the arms whose runs were all evaluated during training.
-
-    Empty if the arms were evaluated on different conversations.
-    """
+    """Returns the curves of arms whose runs were all evaluated on the same conversations."""
     held_out = {
         run.training.data.eval.fingerprint
         for arm in arms

@@ -85,10 +85,7 @@ def other_measures(
     allowed: Permissions,
     notes: list[str],
 ) -> list[Measure]:
-    """Returns what two or more runs have beside `first`, usual metrics first in each task.
-
-    What can't be compared is left out, and a note gives the reason.
-    """
+    """Returns what two or more runs have beside `first`; a note says what can't be compared."""
     measures = []
     task = next((one.task for one in first.values()), None)
     for name in dict.fromkeys(name for run in runs for name in (task, *run.tasks) if name):

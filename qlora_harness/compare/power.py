@@ -21,8 +21,7 @@ _GRID = (np.arange(40) + 0.5) / 40  # quantiles of a distribution
 class QuestionCount(NamedTuple):
     """Questions that a study needs; None if no number is enough.
 
-    `equivalence` shows that arms that don't differ are the same within the margin, `detection`
-    shows a difference as large as the margin.
+    `equivalence` shows that arms are the same within the margin, `detection` that they differ.
     """
 
     equivalence: int | None
@@ -55,11 +54,7 @@ def questions_needed(
 def _power(
     margin: float, discordance: float, seed_sd: float, seeds: int, questions: int, *, same: bool
 ) -> float:
-    """The share of studies that show equivalence, or else a difference.
-
-    The variances between seeds are themselves estimated: the power is averaged over their
-    distribution, with the interval that `compare` gives for each.
-    """
+    """The share of studies that show equivalence, or else a difference, over seeds' variances."""
     items = discordance / questions
     each = seed_sd**2 / seeds if seeds > 1 else 0.0
     spread = 2 * gammaincinv((seeds - 1) / 2, _GRID) / (seeds - 1) if each else np.zeros(1)

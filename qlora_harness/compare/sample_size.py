@@ -15,11 +15,9 @@ _SEEDS = (1, 2, 3, 5, 10)
 def report(
     runs: Sequence[Path], margin: float, discordance: float | None, seed_sd: float | None
 ) -> str:
-    """Returns the plan as text.
+    """Returns the plan as text; raises SettingsError and, for pilot runs, ComparisonError.
 
-    `margin` and `seed_sd` are percentage points, `discordance` is a share. The last two default to
-    those of the pilot runs, if there are any, else to 0.2 and 0.1. Raises SettingsError if a number
-    is out of range, and ComparisonError if the pilot runs can't be compared.
+    `margin` and `seed_sd` are points, `discordance` a share; the last two default to the pilots'.
     """
     source = ""
     if runs:

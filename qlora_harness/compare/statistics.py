@@ -162,8 +162,7 @@ def tango_interval(
 ) -> tuple[Floats, Floats]:
     """Returns the differences that the score test at a two-sided level doesn't reject.
 
-    `lost` counts the pairs that only the second arm got right, `won` those that only the first did,
-    `n` all pairs; any shape.
+    `lost` and `won` count the pairs that one arm alone got right, `n` all pairs; any shape.
     """
     b, c, size = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (lost, won, n)))
     z = float(ndtri(1 - level / 2))
@@ -191,10 +190,9 @@ def no_difference(lost: ArrayLike, won: ArrayLike, n: ArrayLike) -> Floats:
 
 
 def pair_counts(total: ArrayLike, squares: ArrayLike) -> tuple[Floats, Floats]:
-    """Returns how many questions only the second and only the first arm got right.
+    """Returns how many questions only the second and only the first arm got right; any shape.
 
-    Takes the sum and the sum of squares of credit differences, first less second; any shape. If
-    ties give partial credit, the counts are those with the same two sums.
+    Partial credit of ties counts so that sum and sum of squares of the differences are right.
     """
     net = np.asarray(total, dtype=np.float64)
     changed = np.maximum(np.asarray(squares, dtype=np.float64), np.abs(net))

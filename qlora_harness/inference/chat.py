@@ -43,10 +43,7 @@ class _ReplyStreamer(TextStreamer):
 
 
 def chat(run: Path, sampling: Sampling, *, seed: int) -> None:
-    """Answers the lines of standard input, each with the conversation before it.
-
-    Raises HarnessError if the run can't be loaded.
-    """
+    """Answers the lines of standard input, each with the conversation before it."""
     model = ChatModel(choose_adapter(run))
     if model.is_plain_text:
         raise SettingsError(
@@ -79,10 +76,7 @@ def _lines() -> Iterator[str]:
 
 
 def _answered(model: ChatModel, messages: list[Message], sampling: Sampling) -> list[Message]:
-    """Prints the reply and returns the conversation with it.
-
-    A turn that is too long, or not UTF-8, is left out.
-    """
+    """Prints the reply and returns the conversation, without the turn if that can't be answered."""
     try:
         check_text(messages[-1]["content"], "the turn")
         ids = model.encode(messages)

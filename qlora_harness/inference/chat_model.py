@@ -42,10 +42,7 @@ class Sampling:
 
 
 def choose_adapter(run: Path) -> ScoringChoice:
-    """Returns what a run folder or an adapter folder recorded about base and quantisation.
-
-    Raises RunError if there is no adapter with a record.
-    """
+    """Returns what a run or adapter folder recorded of base and quantisation; raises RunError."""
     folder = expanded(str(run))
     adapter = folder / ADAPTER_DIR if (folder / ADAPTER_DIR).is_dir() else folder
     if not (adapter / CONFIG_FILE).is_file():
@@ -84,10 +81,9 @@ def compute_device() -> torch.device:
 
 
 class ChatModel:
-    """Base, unmerged adapter and tokenizer as the adapter's record names them.
+    """Base, unmerged adapter and tokenizer as the adapter's record names them, or the base alone.
 
-    With `base_alone`, the base answers without the adapter, in the same template. Weights are
-    loaded on first use, so prompts can be checked before. Raises HarnessError as scoring does.
+    Weights are loaded on first use. Raises HarnessError as scoring does.
     """
 
     def __init__(self, choice: ScoringChoice, *, base_alone: bool = False) -> None:
@@ -193,11 +189,7 @@ class ChatModel:
         sampling: Sampling,
         streamer: TextStreamer | None = None,
     ) -> list[str]:
-        """Returns the replies to a batch of prompts, without surrounding space.
-
-        A reply ends at a token that ends a turn, before the next turn's marker, or after
-        `max_new_tokens`. Random choices follow torch's global seed.
-        """
+        """Returns the replies to a batch of prompts; random choices follow torch's global seed."""
         tokens, marker = self.ends
         rows = {"input_ids": [list(ids) for ids in prompts]}
         batch = self.tokenizer.pad(rows, return_tensors="pt").to(self.model.device)

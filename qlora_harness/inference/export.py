@@ -37,11 +37,9 @@ _MMLU_FILE = "five_shot_mmlu_test.json"
 
 
 def export(run: Path, output: Path, *, original_dtype: bool, gguf: bool) -> MergeRecord:
-    """Writes the merged model with its tokenizer and `merge.json` to a new folder.
+    """Writes the merged model, its tokenizer and `merge.json` to a new folder; raises HarnessError.
 
-    The weights are added in float32 and rounded once, to bfloat16 or to the checkpoint's own
-    dtype. Answers of the merged weights are compared with those of the adapter as trained. Raises
-    HarnessError.
+    The weights are added in float32 and rounded once.
     """
     choice = choose_adapter(run)
     if output.exists():

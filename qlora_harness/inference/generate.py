@@ -34,10 +34,7 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Reads rows in AlpacaEval's form, or a .txt with a prompt a line.
-
-    Raises DataError with the place of the first prompt that can't be used.
-    """
+    """Reads rows in AlpacaEval's form, or a .txt with a prompt a line; raises DataError."""
     if not path.is_file():
         raise DataError(f"--prompts {path} is not a file", _REMEDY)
     rows = _lines(path) if path.suffix == ".txt" else read_rows(path)

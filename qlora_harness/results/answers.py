@@ -32,10 +32,7 @@ _OTHER_RUN = "The file is half written or belongs to another run; score again or
 
 
 def read_answers(scored: Scored) -> pd.DataFrame | None:
-    """Reads the answers behind a result; None if they aren't recorded.
-
-    Raises ResultsError if a file is unreadable, contradicts itself, or belongs to another run.
-    """
+    """Reads the answers behind a result; None if they aren't recorded. Raises ResultsError."""
     frame = _read_progress(scored) if scored.path.name == EVALUATION_FILE else None
     return _read_logged(scored) if frame is None else frame
 
@@ -281,10 +278,9 @@ def _item_keys(frames: Sequence[pd.DataFrame]) -> list[pd.MultiIndex]:
 def align(
     frames: Mapping[str, pd.DataFrame], *, intersect: bool
 ) -> tuple[dict[str, pd.DataFrame], dict[str, int]]:
-    """Aligns the answers of runs, by label, to the same questions in the same order.
+    """Aligns the answers of runs to the same questions; returns them and how many were dropped.
 
-    Returns the frames and how many questions of each were dropped. Raises ComparisonError if the
-    runs answered different questions, unless `intersect` allows to drop those.
+    Raises ComparisonError if the runs answered different questions, unless `intersect`.
     """
     labels, parts = list(frames), list(frames.values())
     keys = _item_keys(parts)

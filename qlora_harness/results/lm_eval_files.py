@@ -156,8 +156,7 @@ def _tasks(record: _ResultsFile) -> tuple[dict[str, tuple[str, ...]], tuple[str,
 def newest(files: Sequence[HarnessFile], task: str, *, one_model: bool) -> HarnessFile | None:
     """Returns the file with the newest date in its name that holds a task; None without any.
 
-    With `one_model`, the files must name one model. Raises ResultsError if they don't, or if two
-    different files share the newest date.
+    Raises ResultsError for two files of that date, or of two models with `one_model`.
     """
     holding = sorted((f for f in files if task in f.tasks), key=lambda f: f.date, reverse=True)
     for rival in holding[1:]:
@@ -177,9 +176,8 @@ def newest(files: Sequence[HarnessFile], task: str, *, one_model: bool) -> Harne
 
 
 def read_scored(file: HarnessFile, task: str, metric: str | None = None) -> Scored:
-    """Reads the result on a task or group that the file holds.
+    """Reads the result on a task or group, by its usual metric or by "exact_match,FILTER".
 
-    The metric is "acc_norm" or "exact_match,flexible-extract"; by default the task's usual one.
     Raises ResultsError if a number is missing, NaN or of another type, or contradicts others.
     """
     record, leaves = file.record, file.tasks[task]
@@ -267,10 +265,7 @@ def _total(
 
 
 def other_metrics(scored: Scored) -> dict[str, Scored]:
-    """Returns the results with the other metrics of a task that lm_eval scored, by "name,filter".
-
-    Raises ResultsError as `read_scored` does.
-    """
+    """Returns the results with a task's other metrics in lm_eval's file, by "name,filter"."""
     if scored.path.name == EVALUATION_FILE:
         return {}
     file = read_file(scored.path)

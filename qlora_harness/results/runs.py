@@ -26,10 +26,9 @@ _AGREEMENT = 1e-9
 
 @dataclass(frozen=True)
 class Run:
-    """One run; `path` is its folder or results file, as given.
+    """One run; `path` is its folder or results file, `tasks` has groups instead of their parts.
 
-    `tasks` lists what was scored, a group instead of its parts. `scored` holds the results of both
-    by task, each read on first use.
+    `scored` holds the results of both by task, each read on first use.
     """
 
     path: Path
@@ -44,10 +43,7 @@ class Run:
         return replace(self, scored={t: self.scored[t] for t in tasks if t in self.scored})
 
     def answers(self, task: str) -> pd.DataFrame | None:
-        """Reads the answers to the questions of a task; None if they aren't recorded.
-
-        Raises ResultsError if the files are broken, or not those of the result.
-        """
+        """Reads the answers to a task's questions; None if they aren't recorded. Raises ResultsError."""
         from qlora_harness.results.answers import read_answers
 
         return read_answers(self.scored[task])
@@ -268,10 +264,7 @@ def _join(ours: Scored | None, file: HarnessFile | None, task: str, metric: str 
 
 
 def find_runs(folder: str | Path = "results") -> list[Path]:
-    """Returns the run folders below a folder, in the order of their paths.
-
-    Raises ResultsError if the folder does not exist or holds no run.
-    """
+    """Returns the run folders below a folder, in the order of their paths; ResultsError if none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ResultsError(f"{folder} does not exist", "Name the folder that holds the runs")

@@ -33,11 +33,9 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True)
 class Scored:
-    """One run's result on one task; what isn't recorded is None or missing.
+    """One run's result on one task: `value` over the `n` answered questions of `n_total`.
 
-    `value` is the metric over the `n` answered questions of `n_total`. `ended` is in seconds since
-    1970. A task without subjects is its own only subject. `conditions` are the recorded settings by
-    dotted name, `samples` the file of each subject in which lm_eval logs samples.
+    `ended` is in seconds since 1970. A task without subjects is its own only subject.
     """
 
     task: str
@@ -85,10 +83,7 @@ def category_of(task: str) -> dict[str, str]:
 
 
 def read_evaluation(path: Path) -> dict[str, Scored]:
-    """Reads the results in evaluation_results.json by task.
-
-    Raises ResultsError if the file is unreadable, foreign, incomplete or contradicts itself.
-    """
+    """Reads the results in evaluation_results.json by task; raises ResultsError."""
     record = read_record(path, Evaluation)
     if not record.tasks:
         raise ResultsError(f"{path}: tasks is empty", "Score the run again")

@@ -83,11 +83,7 @@ class Environment(Section):
 
 
 def read_record(path: Path, model: type[_Record]) -> _Record:
-    """Reads and checks one of this project's own records.
-
-    Raises ResultsError if the file is unreadable, of another kind or of a newer schema, or if a
-    field is missing or wrong; the message names it.
-    """
+    """Reads and checks one of this project's own records, or raises ResultsError with the field."""
     record = read_json(path, finite=True)
     kind = model.model_fields["kind"].default
     if record.get("kind") != kind:

@@ -39,8 +39,7 @@ class ArmPlan:
 def with_one_dtype(study: Study, devices: Sequence[Device]) -> Study:
     """Replaces the compute dtype "auto", once for all cells and all later commands.
 
-    Each run would choose for itself, and unlike GPUs, or noise on a CPU, could give two arms two
-    dtypes.
+    Unlike GPUs, or noise on a CPU, could otherwise give two arms two dtypes.
     """
     if devices[0].gpu is not None and all(device.has_bfloat16 for device in devices):
         return study
@@ -59,10 +58,7 @@ def with_one_dtype(study: Study, devices: Sequence[Device]) -> Study:
 
 
 def check_study_runs(study: Study, devices: Sequence[Device]) -> dict[str, ArmPlan]:
-    """Returns the plan of each arm.
-
-    Raises HarnessError if a task, the model or the data can't be read, or an arm can't run here.
-    """
+    """Returns each arm's plan; raises HarnessError if something is missing or an arm can't run."""
     for settings in study.arms().values():
         check_can_run(settings)
         if settings.model.compute == "fp8" and devices[0].gpu is None:

@@ -33,10 +33,7 @@ _FAILED = 3  # exit status
 
 
 def run(words: Sequence[str]) -> int:
-    """Runs the study of a command line; returns its exit status, 3 if a cell failed.
-
-    Raises HarnessError for a mistake in the study, before anything is loaded.
-    """
+    """Runs the study of a command line; returns its exit status, 3 if a cell failed."""
     began = time.monotonic()
     flags = vars(_parser().parse_args(words))
     file = flags.pop("study")

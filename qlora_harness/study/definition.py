@@ -199,10 +199,9 @@ def read_study(path: Path) -> dict[str, Any]:
 def build_study(
     content: Mapping[str, Any], flags: Mapping[str, Any], path: Path | None = None
 ) -> Study:
-    """Turns a study file's content, and flags that override it, into cells.
+    """Turns a study file's content into cells; raises SettingsError.
 
-    `flags` holds settings of `launch/train.py` by name. Raises SettingsError for unknown settings,
-    settings that can't differ between arms, identical arms and repeated seeds.
+    `flags` are settings of `launch/train.py` by name, which override it.
     """
     where = f"study {path}" if path else "study"
     file = check_study(content, where)

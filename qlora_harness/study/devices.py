@@ -24,11 +24,9 @@ class Device(NamedTuple):
     has_bfloat16: bool = True
 
     def environment(self, workers: int) -> dict[str, str]:
-        """Returns the variables that a worker on this device needs, one of several on a host.
+        """Returns the variables of a worker on this device, one of several on a host.
 
-        A GPU's worker gets one OpenMP thread, as `accelerate launch` sets it: otherwise each would
-        start one for every core, and OpenMP's threads spin while they wait. The tokenizers share
-        the cores.
+        One OpenMP thread, as OpenMP's threads spin while they wait; the tokenizers share the cores.
         """
         if self.gpu is None:
             return {}
@@ -46,10 +44,9 @@ def _cores() -> int:
 
 
 def visible_devices() -> list[Device]:
-    """Returns the GPUs that this process may use, or the CPU.
+    """Returns the GPUs that this process may use, or the CPU, without a CUDA context.
 
-    Creates no CUDA context: the runs would count it as another process on their GPU, and their
-    times and memory could not be compared.
+    Runs would count the context as another process on their GPU.
     """
     import torch
 

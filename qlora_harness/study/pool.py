@@ -40,8 +40,7 @@ class _Worker:
 class Pool:
     """Runs jobs on devices until all have ended; calls `report` at each change.
 
-    A worker on a GPU runs one job after another. On the CPU each job gets its own
-    process, so that the peak memory of the process is that of the cell.
+    On the CPU each job has its own process, whose peak memory is that of the cell.
     """
 
     def __init__(

@@ -42,10 +42,7 @@ def is_complete(cell: Cell, tasks: tuple[str, ...]) -> bool:
 
 
 def changes(cell: Cell, record: StudyRecord | None) -> Iterator[str]:
-    """Yields each setting in which a cell's records differ from the study, with both values.
-
-    A training record holds its settings; those of a base are in study.json.
-    """
+    """Yields each setting in which a cell's record, or a base's study.json, is not the study's."""
     summary = summary_of(cell)
     if summary is not None:
         before: dict[str, Any] = summary.model_dump(include={"settings", "quantization"})

@@ -47,10 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(words: Sequence[str]) -> None:
-    """Prints the survey of each data set and split.
-
-    Raises SettingsError for an unusable flag and DataError for unusable data.
-    """
+    """Prints the survey of each data set and split; raises SettingsError and DataError."""
     flags = vars(parser().parse_args(words))
     html, recipe = flags.pop("html"), flags.pop("recipe")
     if recipe is not None:

@@ -70,10 +70,7 @@ class Questions:
 
 
 def local_questions() -> Questions | None:
-    """Returns the questions of the files in QLORA_MMLU_DIR; None if it is not set.
-
-    Raises DataError if none of the files is there, or one is damaged.
-    """
+    """Returns the questions in QLORA_MMLU_DIR; None if it is not set. Raises DataError."""
     folder = os.environ.get(DIR_VARIABLE)
     if not folder:
         return None

@@ -68,10 +68,9 @@ class Survey:
 def take_surveys(
     name: str, settings: DataSettings, tokenizer: Tokenizer | None, questions: Questions | None
 ) -> Iterator[Survey]:
-    """Yields the survey of each split that training would use.
+    """Yields the survey of each split that training would use; characters without a `tokenizer`.
 
-    Without a `tokenizer`, lengths are in characters. Raises DataError for an unusable row, and
-    SettingsError for a template that the tokenizer can't write.
+    Raises DataError for an unusable row, and SettingsError for an unusable template.
     """
     splits = load_splits(name, settings.dataset_revision)
     unlimited = replace(settings, max_length=_UNLIMITED)

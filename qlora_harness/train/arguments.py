@@ -43,11 +43,9 @@ def training_arguments(
     kind: type[TrainingArguments] | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> TrainingArguments:
-    """Builds the TrainingArguments of a run; states every value that matters.
+    """Builds the TrainingArguments of a run, or a subclass `kind`; states every value that matters.
 
-    `steps` are those of the whole run, `save_steps` those between checkpoints. Fused layers do the
-    checkpointing themselves. `kind` is a subclass to build instead; `changes` are arguments to add
-    or replace.
+    `steps` are those of the whole run; `changes` are arguments to add or replace.
     """
     from transformers import TrainingArguments
 

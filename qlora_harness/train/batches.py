@@ -33,10 +33,9 @@ class ExampleSet(Dataset[dict[str, list[int]]]):
 
 
 def pad_batch(rows: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pads rows on the right.
+    """Pads rows on the right with any valid `pad_id`, which is neither attended to nor learned.
 
-    Returns `input_ids`, `attention_mask` and `labels` (-100 on padding), each [B, T] int64. Any
-    valid `pad_id` will do: padding is neither attended to nor learned.
+    Returns `input_ids`, `attention_mask` and `labels` (-100 on padding), each [B, T] int64.
     """
     input_ids = [torch.tensor(row["input_ids"], dtype=torch.int64) for row in rows]
     labels = [torch.tensor(row["labels"], dtype=torch.int64) for row in rows]

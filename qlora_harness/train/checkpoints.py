@@ -41,10 +41,7 @@ def all_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
-    """Returns the newest intact checkpoint, or None, and the faults of the newer ones.
-
-    Raises RunError if checkpoints were completed but none is intact.
-    """
+    """Returns the newest intact checkpoint and the newer ones' faults; RunError if all are bad."""
     faults: list[str] = []
     completed = False
     for path in all_checkpoints(folder):

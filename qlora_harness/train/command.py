@@ -86,10 +86,7 @@ def _add_flag(section: Any, f: dataclasses.Field[Any]) -> None:
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> tuple[Settings, bool]:
-    """Returns the settings of a command line, and whether --resume was given.
-
-    Raises SettingsError for a wrong flag, recipe key or value.
-    """
+    """Returns a command line's settings and whether it has --resume; raises SettingsError."""
     flags = vars(add_settings(flag_parser()).parse_args(argv))
     return settings_of(flags), "resume" in flags
 

@@ -13,10 +13,9 @@ from qlora_harness.train.ranks import device_of, on_main, say
 
 
 def with_compute_dtype(settings: Settings, state: PartialState, recorded: str | None) -> Settings:
-    """Replaces the compute dtype "auto", and sets the threads of a CPU.
+    """Replaces the compute dtype "auto", by that of a resumed run if `recorded`; sets CPU threads.
 
-    `recorded` is the dtype of a run that resumes. Raises SettingsError if the device can't train in
-    the dtype, or if other settings exclude it.
+    Raises SettingsError if the device can't train in it, or if other settings exclude it.
     """
     on_cpu = state.device.type == "cpu"
     if on_cpu and use_all_cores():

@@ -17,8 +17,7 @@ _REPETITIONS = 3
 def use_all_cores() -> bool:
     """Lets torch use every physical core; returns whether the number of threads changed.
 
-    `accelerate launch` and torchrun set OMP_NUM_THREADS to 1 if it is not set. A number from the
-    user stays.
+    Launchers set OMP_NUM_THREADS to 1 if it is not set; a number from the user stays.
     """
     if _user_set_threads():
         return False

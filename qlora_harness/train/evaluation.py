@@ -50,10 +50,9 @@ def evaluate_loss(
     autocast_dtype: torch.dtype | None,
     fused: bool = False,
 ) -> ConversationLosses:
-    """Computes the loss of a causal language model over examples, shared among the processes.
+    """Computes the losses of examples, which are the same on every process that shares them.
 
-    The mean is over tokens, not batches, so batch size and number of processes matter only to
-    rounding. `examples` are the same on every process. A `fused` model takes rows without padding.
+    Batch size and processes matter only to rounding. A `fused` model takes unpadded rows.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     order = sorted(range(len(examples)), key=lengths_of(examples).__getitem__)[rank::world]

@@ -24,10 +24,9 @@ def check_held_out(settings: Settings, data: TrainingData) -> None:
 
 
 class HeldOut:
-    """The evaluations of one run. They don't change the training: they draw no random numbers.
+    """The evaluations of one run, which draw no random numbers; `every` is --eval-steps.
 
-    `evaluate` computes the losses with the adapter as it is; every process must call it. `every`
-    is --eval-steps. `losses` are those up to the checkpoint of a resumed run.
+    Every process must call `evaluate`. `losses` are those up to the checkpoint of a resumed run.
     """
 
     def __init__(

@@ -84,10 +84,7 @@ class MemoryPlan:
 
 
 def measure_shape(path: str, revision: str | None, targets: str) -> Shape:
-    """Reads a model's configuration (a folder or a Hub id) and counts its parameters.
-
-    `targets` is the value of `--lora-targets`.
-    """
+    """Counts the parameters of a model's configuration, and those adapted by `targets`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -234,10 +231,8 @@ def choose_memory_plan(
 ) -> tuple[Settings, MemoryPlan, int]:
     """Applies `--memory`: returns the settings to run with, their plan and the tokens per pass.
 
-    Without padding, a step learns the same in one pass or several. So "fast" and "balanced" compute
-    a step in one pass, and a number of GiB prefers few passes to little recomputation. "lean"
-    leaves the number of passes alone. `lengths` are the tokens of each training example. Raises
-    SettingsError if nothing fits.
+    Without padding, a step learns the same in one pass or several: "fast" and "balanced" take
+    one. `lengths` are the tokens of each example. Raises SettingsError if nothing fits.
     """
     fused = uses_fused(shape, settings)
 
@@ -278,12 +273,10 @@ def rungs_of(fused: bool) -> list[dict[str, str]]:
 
 
 def with_rung(settings: Settings, rung: Mapping[str, str]) -> Settings:
-    """Returns settings with the values of a rung.
+    """Returns settings with the values of a rung; with compute dtype float16 the adapter keeps its.
 
-    A rung without an optimizer turns paged 32-bit AdamW into torch's: the update is the same, and
-    what fits needs no paging, for which bitsandbytes waits at each parameter. (torch's states have
-    the adapter's dtype, so a bfloat16 adapter stays with the paged one.) With compute dtype
-    float16, the adapter keeps its dtype.
+    Paged 32-bit AdamW becomes torch's, which updates alike without waiting at each parameter; its
+    states have the adapter's dtype, so a bfloat16 adapter stays with the paged one.
     """
     optimization, lora = settings.optimization, settings.lora
     optimizer = optimization.optimizer

@@ -68,11 +68,9 @@ def run_training(
     resume_given: bool = False,
     on_row: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Trains one arm, writes its run folder and returns the summary, as stored.
+    """Trains one arm, writes its run folder and returns the summary; `on_row` gets each step's row.
 
-    `resume_given` says whether the user gave --resume. `on_row` gets each row of the step log.
-    Raises HarnessError for anything the user can fix; the folder then says "failed", or is
-    untouched if training had not begun.
+    Raises HarnessError; the folder then says "failed", or is untouched if training had not begun.
     """
     try:
         return _run_training(settings, resume_given, on_row)

@@ -83,9 +83,7 @@ def find_start(
 ) -> StartingPoint:
     """Decides how a run starts in a number of processes, without touching anything.
 
-    A completed run is refused unless --resume was given; then there is nothing to do. Raises
-    RunError if the folder is locked by another process, or holds a run that would be lost or can't
-    be resumed.
+    Raises RunError if the folder is locked, or holds a run that would be lost or can't go on.
     """
     resume, overwrite = settings.run.resume, settings.run.overwrite
     named = None if resume in ("auto", "never") else Path(resume)
@@ -199,11 +197,7 @@ def _read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 
 def earlier_steps(checkpoint: Path) -> tuple[list[dict[str, Any]], EvaluationLosses]:
-    """Returns the step rows and the evaluations up to a checkpoint.
-
-    Both come from the step log of the checkpoint's run, and are empty without one. Raises RunError
-    if it is damaged.
-    """
+    """Returns the steps and evaluations up to a checkpoint; RunError if the step log is damaged."""
     path, losses = run_of(checkpoint) / LOGS_FILE, EvaluationLosses()
     if not path.is_file():
         return [], losses
@@ -260,10 +254,7 @@ def _same_step(
 def changed_settings(
     previous: Mapping[str, Any], settings: Settings
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yields each setting that differs from a run's summary: name, old and new value.
-
-    A setting that the summary lacks had its default then.
-    """
+    """Yields name, old (or default) and new value of settings that differ from the summary's."""
     before = dict(previous["settings"])
     if dtype := nested(previous, "quantization", "compute_dtype"):
         before["compute_dtype"] = dtype

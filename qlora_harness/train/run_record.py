@@ -40,10 +40,7 @@ _WARM_UP_STEPS = 3
 
 
 class RunRecord:
-    """The summary of a run, which the main process writes into its folder.
-
-    `previous` is the summary of the run that this one resumes, or None.
-    """
+    """The summary of a run, which the main process writes; `previous` is that of a resumed run."""
 
     def __init__(
         self,
@@ -85,8 +82,7 @@ class RunRecord:
     ) -> None:
         """Describes the run and writes the summary for the first time.
 
-        `model` is the base with its adapter. `fingerprint` is that of the base's weights; a base
-        without safetensors files has none.
+        `model` has its adapter; the weights' `fingerprint` is None for a base without safetensors.
         """
         settings, quant = self._settings, self._settings.quant
         self._summary.model = TrainedModel(
@@ -119,10 +115,7 @@ class RunRecord:
     def trained(
         self, rows: Sequence[Mapping[str, Any]], steps: int, loss_before: float | None
     ) -> None:
-        """Records the loss of the last step; `rows` are those of all steps.
-
-        `loss_before` is the evaluation loss before training, in nats per token.
-        """
+        """Records steps, last loss, and the evaluation loss before training, in nats per token."""
         self._summary.results = Results(
             steps=steps,
             final_train_loss=rows[-1]["loss"] if rows else None,
@@ -193,10 +186,7 @@ class RunRecord:
 
     @contextmanager
     def timed(self, name: Literal["data", "load", "train", "eval"]) -> Iterator[None]:
-        """Measures a `with` block, device work included, without the blocks timed inside it.
-
-        The times of blocks of one name are added.
-        """
+        """Adds a `with` block's time, device work included, without the blocks timed inside it."""
         began, before = time.perf_counter(), sum(self._seconds.values())
         try:
             yield

@@ -39,8 +39,7 @@ def sigterm_as_ctrl_c() -> contextlib.AbstractContextManager[None]:
 class StopOnSignal(TrainerCallback):
     """Ends a run after the current step, with a checkpoint, on SIGTERM or Ctrl-C.
 
-    So does the end of the launcher: `accelerate launch` does not forward SIGTERM. `received` is
-    then the signal's name, or whatever else stopped the run.
+    So does the end of `accelerate launch`, which forwards no SIGTERM. `received` names the cause.
     """
 
     def __init__(self) -> None:
