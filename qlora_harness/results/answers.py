@@ -174,9 +174,9 @@ def _row(where: str, sample: Mapping[str, Any], scored: Scored) -> dict[str, Any
     }
 
 
-def _score(where: str, logged: object, metric: str) -> tuple[float, float]:
+def _score(where: str, logged: Any, metric: str) -> tuple[float, float]:
     """Returns the value of a sample and its weight in the mean."""
-    values = logged if isinstance(logged, list) else [logged]
+    values: list[Any] = logged if isinstance(logged, list) else [logged]
     if all(map(_is_number, values)):
         if not isinstance(logged, list):
             return float(values[0]), 1.0
