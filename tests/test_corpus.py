@@ -263,7 +263,7 @@ def test_data_of_which_nothing_is_left_names_the_first_row(load: Loader, tmp_pat
     path = write_rows(tmp_path / "rows.jsonl", [{"conversations": said}] * 2)
     with pytest.raises(DataError) as caught:
         load(path)
-    assert f"of 2 rows; dropped: 2 role order, first {path}, line 1;" in str(caught.value)
+    assert f"of 2 rows; dropped: 2 no reply, first {path}, line 1;" in str(caught.value)
 
 
 def test_other_forms_take_the_same_way(load: Loader, tmp_path: Path) -> None:
