@@ -258,14 +258,19 @@ def test_base_without_4_bit_layers_needs_no_bitsandbytes(
     assert parameter_dtypes(model) == {"float32": QUANTISED + NOT_QUANTISED}
 
 
-def test_float32_checkpoint_is_rounded_to_bf16_first(copy: Callable[[str], Path]) -> None:
+def test_float32_checkpoint_is_rounded_to_bf16_first(
+    copy: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
     folder = copy("model")
     name = "model.layers.0.mlp.up_proj.weight"
     generator = torch.Generator().manual_seed(0)
     fine = torch.randn(128, 64, generator=generator)
     weights = {n: w.float() for n, w in load_file(folder / WEIGHTS).items()} | {name: fine}
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}))
     held = dict(load(folder, "bf16", "float32").named_parameters())[name]
+    assert f"float32 weights of {folder}" in caplog.text
     assert held.dtype == torch.float32
     assert torch.equal(held, fine.to(torch.bfloat16).float())
     assert not torch.equal(held, fine)

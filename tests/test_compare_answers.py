@@ -135,6 +135,34 @@ def test_continuous_metrics_and_those_of_which_less_is_better(tmp_path: Path) ->
     assert (endpoint.lower_is_better, endpoint.margin, endpoint.unit) == (True, None, "metric")
 
 
+def test_bits_per_byte_are_weighted_by_bytes(tmp_path: Path) -> None:
+    """As lm_eval logs them: the log-probability and the bytes, or the words, of each text."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(50, 500, 30)
+    bits, folders = [], []
+    for k in (0, 1):
+        nats = rng.normal(-1, 0.1, 30) * sizes
+        bits.append(-nats.sum() / sizes.sum() / math.log(2))
+        samples = [
+            sample(i, {name: [n, int(size)] for name in ("bits_per_byte", "word_perplexity")})
+            for i, (n, size) in enumerate(zip(nats, sizes, strict=True))
+        ]
+        folder = write_task(tmp_path / str(k), {"wiki": samples})
+        path = next((folder / "model").glob("results_*"))
+        record = json.loads(path.read_text())
+        values = {"bits_per_byte,none": bits[k], "word_perplexity,none": 2 ** bits[k]}
+        record["results"]["wiki"] |= values
+        record["higher_is_better"]["wiki"] = {"bits_per_byte": False, "word_perplexity": False}
+        write(path, record)
+        folders.append(folder)
+    comparison = compare(folders)
+    endpoint = accuracy(comparison)
+    assert (endpoint.name, endpoint.lower_is_better) == ("bits_per_byte", True)
+    assert endpoint.difference == pytest.approx(bits[1] - bits[0])
+    (note,) = [note for note in comparison.notes if "word_perplexity" in note]
+    assert "not one number for each question" in note
+
+
 def test_groups_are_tasks_with_subjects_and_categories(tmp_path: Path) -> None:
     groups = {"big": ["big_x", "big_y"], "big_x": ["big_a", "big_b"], "big_y": ["big_c"]}
     folders = []

@@ -263,7 +263,7 @@ def test_data_of_which_nothing_is_left_names_the_first_row(load: Loader, tmp_pat
     path = write_rows(tmp_path / "rows.jsonl", [{"conversations": said}] * 2)
     with pytest.raises(DataError) as caught:
         load(path)
-    assert f"of 2 rows; dropped: 2 role order, first {path}, line 1;" in str(caught.value)
+    assert f"of 2 rows; dropped: 2 no reply, first {path}, line 1;" in str(caught.value)
 
 
 def test_other_forms_take_the_same_way(load: Loader, tmp_path: Path) -> None:
@@ -286,13 +286,8 @@ def test_rows_of_another_form_are_no_rows_without_a_reply(load: Loader, tmp_path
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-@pytest.mark.parametrize(
-    ("column", "value", "empty"), [("history", [["q", "r"]], []), ("system", "S", None)]
-)
-def test_turns_in_columns_of_no_form_are_not_ignored(
-    load: Loader, tmp_path: Path, suffix: str, column: str, value: Any, empty: Any
-) -> None:
-    def write(*values: Any) -> Path:
+def test_columns_beside_a_pair(load: Loader, tmp_path: Path, suffix: str) -> None:
+    def write(column: str, *values: Any) -> Path:
         rows = [row | {column: each} for row, each in zip(alpaca_rows(2), values, strict=True)]
         path = tmp_path / f"rows{suffix}"
         if suffix == ".jsonl":
@@ -300,9 +295,14 @@ def test_turns_in_columns_of_no_form_are_not_ignored(
         datasets.Dataset.from_list(rows).to_parquet(path)
         return path
 
-    assert len(load(write(empty, empty)).train) == 2
-    with pytest.raises(DataError, match=f"(line|row) 2: field '{column}'"):
-        load(write(empty, value))
+    assert len(load(write("tools", "[]", None)).train) == 2
+    with pytest.raises(DataError, match=r"(line|row) 2: field 'tools'"):
+        load(write("tools", "[]", "[{}]"))
+    train = load(write("history", [], [["q", "r"]])).train
+    assert [example.turns for example in train] == [2, 4]
+    assert load(write("system", "", None)).train[0].input_ids == train[0].input_ids
+    with pytest.raises(DataError, match=r"(line|row) 2: .* system prompt"):  # guanaco has none
+        load(write("system", None, "S"))
 
 
 @pytest.fixture

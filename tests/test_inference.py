@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import BOS, EOS, token_ids
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from training_runs import data_of, read
@@ -184,6 +185,9 @@ def test_a_prompt_has_the_tokens_of_training(run: Path, tiny_llama: Path, rows: 
     assert len(examples) == 12
     for ids in examples:
         assert sum(ids[: len(prompt)] == prompt for prompt in prompts) == 1
+    typed = model.encode([{"role": "user", "content": "a</s>"}])
+    assert EOS not in typed
+    assert model.tokenizer.decode(typed).count("a</s>") == 1
 
 
 def test_a_reply_ends_before_the_marker(run: Path) -> None:
@@ -387,7 +391,8 @@ def test_a_run_on_plain_text_continues_prompts(
     path.write_text(json.dumps(read(path) | {"template": "none"}))
     (run / "adapter" / "chat_template.jinja").unlink()
     model = ChatModel(choose_adapter(run))
-    assert model.encode([{"role": "user", "content": "Hi"}]) == model.tokenizer.encode("Hi")
+    typed = model.encode([{"role": "user", "content": "Hi</s>"}])
+    assert typed == [BOS, *token_ids(" Hi</s>")]
     assert model.ends == ([model.tokenizer.eos_token_id], "")
     assert main(["chat", str(run)]) == 2
     path.write_text(json.dumps(read(path) | {"template": "guanaco"}))

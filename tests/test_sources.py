@@ -297,6 +297,7 @@ def test_many_damaged_files(tmp_path: Path, seed: int) -> None:
 def test_saved_datasets(tmp_path: Path) -> None:
     check_splits(save(tmp_path / "one"), ROWS)
     check_splits(save(tmp_path / "two", train=ROWS, validation=ROWS[:1]), ROWS, ROWS[:1])
+    check_splits(save(tmp_path / "sft", train_gen=ROWS[:1], train_sft=ROWS), ROWS)
     bad = save(tmp_path / "bad", train=[ROWS[0], BAD_ROLE])
     assert problem(bad) == f"{bad}, split train, row 2: field 'role' is 'user'"
     other = save(tmp_path / "other", test=ROWS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, cast
 
@@ -24,6 +24,51 @@ Offsets = Sequence[tuple[int, int]]
 Messages = list[dict[str, str]]
 
 
+class TypedTokens:
+    """Keeps special tokens that somebody typed in a message as text: they end no turn."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = tokenizer.added_tokens_decoder
+        self._tokens = {number: str(token) for number, token in added.items() if token.special}
+        self._any = re.compile("|".join(map(re.escape, self._tokens.values())) or r"(?!)")
+        self._texts = TextIds(tokenizer)
+
+    def occur(self, messages: Iterable[Mapping[str, str]]) -> bool:
+        """Returns whether a message has such a token."""
+        return any(self._any.search(message["content"]) for message in messages)
+
+    def as_text(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        render: Callable[[Messages], str],
+        ids: list[int],
+        offsets: Offsets,
+    ) -> tuple[list[int], Offsets]:
+        """Spells out such tokens in the ids and offsets of the rendered messages.
+
+        Raises DataError if the template changes one of them.
+        """
+        plain = [dict(message) for message in messages]
+        text = render([m | {"content": self._any.sub(_hide, m["content"])} for m in plain])
+        if len(text) != len(render(plain)):
+            raise DataError("it changes a special token in a message", _REMEDY)
+        spelled: list[tuple[int, tuple[int, int]]] = []
+        for number, (begin, end) in zip(ids, offsets, strict=True):
+            is_typed = number in self._tokens and _HIDDEN in text[begin:end]
+            pieces = self._characters(number) if is_typed else [number]
+            spelled += [(piece, (begin, end)) for piece in pieces]
+        return [number for number, _ in spelled], [offset for _, offset in spelled]
+
+    def _characters(self, number: int) -> list[int]:
+        """Returns the ids of a special token's characters, after others."""
+        before, whole = self._texts.plain(["a", "a" + self._tokens[number]])
+        return whole[len(before) :]
+
+
+def _hide(token: re.Match[str]) -> str:
+    return _HIDDEN * len(token[0])
+
+
 class OwnTemplate:
     """Spells conversations as `apply_chat_template` does.
 
@@ -41,10 +86,7 @@ class OwnTemplate:
         self._tokenizer = cast(Any, tokenizer)
         self._bos = leading_bos
         self._special = frozenset(self._tokenizer.all_special_ids)
-        added = self._tokenizer.added_tokens_decoder
-        self._typed = {number: str(token) for number, token in added.items() if token.special}
-        self._any_typed = re.compile("|".join(map(re.escape, self._typed.values())) or r"(?!)")
-        self._texts = TextIds(tokenizer)
+        self._typed = TypedTokens(tokenizer)
         self._marks_replies = _GENERATION.search(str(tokenizer.chat_template)) is not None
 
     def spell(self, conversations: Sequence[Conversation]) -> list[Spelling]:
@@ -67,8 +109,12 @@ class OwnTemplate:
     def _spelling(
         self, conversation: Conversation, spans: Spans, ids: list[int], offsets: Offsets
     ) -> Spelling:
-        if any(map(self._any_typed.search, _contents(conversation))):
-            ids, offsets = self._typed_as_text(conversation, ids, offsets)
+        messages = _messages(conversation)
+        if self._typed.occur(messages):
+            try:
+                ids, offsets = self._typed.as_text(messages, self._render, ids, offsets)
+            except DataError as error:
+                raise self._refusal(conversation, error.problem) from None
         lead = self._bos if ids[: len(self._bos)] == self._bos else []
         exchanges, done = [], len(lead)
         borders = self._token_spans(ids, offsets, spans)
@@ -76,31 +122,6 @@ class OwnTemplate:
             exchanges.append(Exchange(ids[done:begin], ids[begin:end], turn.supervised))
             done = end
         return Spelling(list(lead), exchanges)
-
-    def _typed_as_text(
-        self, conversation: Conversation, ids: list[int], offsets: Offsets
-    ) -> tuple[list[int], Offsets]:
-        """Spells out the special tokens that are typed in a message."""
-        messages = _messages(conversation)
-        hidden = self._render(
-            [
-                m | {"content": self._any_typed.sub(lambda t: _HIDDEN * len(t[0]), m["content"])}
-                for m in messages
-            ]
-        )
-        if len(hidden) != len(self._render(messages)):
-            raise self._refusal(conversation, "it changes a special token in a message")
-        spelled: list[tuple[int, tuple[int, int]]] = []
-        for number, (begin, end) in zip(ids, offsets, strict=True):
-            is_typed = number in self._typed and _HIDDEN in hidden[begin:end]
-            pieces = self._as_text(number) if is_typed else [number]
-            spelled += [(piece, (begin, end)) for piece in pieces]
-        return [number for number, _ in spelled], [offset for _, offset in spelled]
-
-    def _as_text(self, number: int) -> list[int]:
-        """Returns the ids of a special token's characters, after others."""
-        before, whole = self._texts.plain(["a", "a" + self._typed[number]])
-        return whole[len(before) :]
 
     def _rendered(self, conversation: Conversation) -> tuple[str, Spans]:
         """Returns the text and the borders of the replies in it.
@@ -178,12 +199,8 @@ class OwnTemplate:
         return cast(str, self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
-def _contents(conversation: Conversation) -> list[str]:
-    return [conversation.system, *map(_JOIN.user_text, conversation.turns)]
-
-
 def _messages(conversation: Conversation) -> Messages:
-    roles = ["system", *(turn.role for turn in conversation.turns)]
-    pairs = list(zip(roles, _contents(conversation), strict=True))
-    chosen = pairs if conversation.system else pairs[1:]
-    return [{"role": role, "content": content} for role, content in chosen]
+    messages = [{"role": "system", "content": conversation.system}]
+    messages = messages if conversation.system else []
+    turns = conversation.turns
+    return messages + [{"role": t.role, "content": _JOIN.user_text(t)} for t in turns]

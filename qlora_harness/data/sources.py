@@ -6,7 +6,7 @@ import glob
 import logging
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -52,6 +52,8 @@ KNOWN_SETS = {
     ),
     "longform": KnownSet("akoksal/LongForm"),
 }
+
+_TRAIN = ("train", "train_sft")  # the second in HuggingFaceH4's data sets, such as UltraChat
 
 _FOLDER = "It must be saved by datasets.save_to_disk, or hold .jsonl, .json, .csv or .parquet files"
 
@@ -176,9 +178,7 @@ def _folder_splits(path: Path) -> Splits:
             splits[str(name)] = _files_split(sorted(paths))
     if not splits:
         raise DataError(f"--dataset: folder {path} holds no data file", _FOLDER)
-    if "train" not in splits:
-        raise _no_train_split(str(path), splits)
-    return Splits(splits["train"], splits.get("validation"), str(path))
+    return Splits(splits[_train_of(splits, str(path))], splits.get("validation"), str(path))
 
 
 def _hub_splits(name: str, revision: str | None) -> Splits:
@@ -197,15 +197,14 @@ def _hub_splits(name: str, revision: str | None) -> Splits:
 def _loaded_splits(loaded: Any, source: str) -> Splits:
     if not isinstance(loaded, Mapping):
         return Splits(_loaded_split(loaded, source), None, source)
-    if "train" not in loaded:
-        raise _no_train_split(source, loaded)
-    train, validation = loaded["train"], loaded.get("validation")
+    name = _train_of(loaded, source)
+    train, validation = loaded[name], loaded.get("validation")
     info = getattr(train, "info", None)
     # Such as hf://datasets/OpenAssistant/oasst1@fdf7…/data/train.parquet.
     urls = " ".join(map(str, getattr(info, "download_checksums", None) or ()))
     commit = _COMMIT.search(urls)
     return Splits(
-        _loaded_split(train, f"{source}, split train"),
+        _loaded_split(train, f"{source}, split {name}"),
         None if validation is None else _loaded_split(validation, f"{source}, split validation"),
         source,
         commit[1] if commit else None,
@@ -217,10 +216,14 @@ def _loaded_split(rows: Any, place: str) -> Split:
     return Split(_loaded_rows(rows, place), tuple(files))
 
 
-def _no_train_split(source: str, names: Iterable[str]) -> DataError:
-    return DataError(
-        f"--dataset: {source} has the splits {', '.join(names)} but no 'train'",
-        "Name a data set with a train split",
+def _train_of(splits: Collection[str], source: str) -> str:
+    """Returns the name of the split to train on."""
+    for name in _TRAIN:
+        if name in splits:
+            return name
+    raise DataError(
+        f"--dataset: {source} has the splits {', '.join(splits)} but no 'train'",
+        "Name a data set with a train split, or one of its files",
     )
 
 

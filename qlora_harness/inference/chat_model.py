@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
+from qlora_harness.data.own_template import TypedTokens
 from qlora_harness.errors import AdapterError, DataError, ModelError, RunError, first_line
 from qlora_harness.locations import expanded
 from qlora_harness.model.adapter_folder import (
@@ -168,10 +169,19 @@ class ChatModel:
         return str(text)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the token ids of a conversation up to where the model's reply begins."""
+        """Returns the token ids of a conversation up to where the model's reply begins.
+
+        As in training, special tokens that are typed in a message are text.
+        """
         if self.is_plain_text:
-            return list(self.tokenizer.encode(messages[-1]["content"]))
-        return list(self.tokenizer.encode(self._render(messages), add_special_tokens=False))
+            text = messages[-1]["content"]
+            return list(self.tokenizer.encode(text, split_special_tokens=True))
+        text, typed = self._render(messages), TypedTokens(self.tokenizer)
+        if not typed.occur(messages):
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
+        encoded: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = encoded["input_ids"], encoded["offset_mapping"]
+        return typed.as_text(messages, self._render, *tokens)[0]
 
     def check_length(self, ids: Sequence[int], sampling: Sampling, what: str) -> None:
         """Raises DataError if a prompt leaves no room for `max_new_tokens` in the window."""

@@ -59,6 +59,8 @@ def load_base(
     )
     finish_scaling(model, rope_scaling, source.shown)
     if compute_dtype == "float32":
+        if not quant.is_quantised and read_config(source, None).dtype == torch.float32:
+            logger.warning("the float32 weights of %s are rounded to bfloat16", source.name)
         for parameter in model.parameters():
             if parameter.is_floating_point():  # quantised weights are stored as integers
                 parameter.data = parameter.data.to(torch.float32)

@@ -10,6 +10,7 @@ right choice is one of k tied best).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -115,9 +116,7 @@ def _read_logged(scored: Scored) -> pd.DataFrame | None:
             "Score again with --log_samples, or remove the other samples files",
         )
     rows = [
-        row
-        for subject, path in scored.samples.items()
-        for row in _read_leaf(path, subject, scored)
+        row for subject, path in scored.samples.items() for row in _read_leaf(path, subject, scored)
     ]
     frame = pd.DataFrame(rows)
     lines, logprobs = frame.pop("where"), frame.pop("logprobs")
@@ -150,13 +149,7 @@ def _read_leaf(path: Path, subject: str, scored: Scored) -> list[dict[str, Any]]
 
 
 def _row(where: str, sample: Mapping[str, Any], scored: Scored) -> dict[str, Any]:
-    score = sample.get(scored.metric)
-    values = score if isinstance(score, list) else [score]  # IFEval: one for each instruction
-    if not values or not all(_is_number(value) for value in values):
-        raise ResultsError(
-            f"{where}: {scored.metric} is {shown(score)}, not one number for each question",
-            "Choose another metric with --metric, or score again",
-        )
+    score, weight = _score(where, sample.get(scored.metric), scored.metric)
     try:
         known = _Sample.model_validate(sample)
     except ValidationError as error:
@@ -172,10 +165,27 @@ def _row(where: str, sample: Mapping[str, Any], scored: Scored) -> dict[str, Any
         "prompt": known.prompt_hash[:PROMPT_DIGITS],
         "target": known.target_hash,
         "answer": position if position < len(logprobs) else -1,
-        "score": sum(map(float, values)) / len(values),
-        "weight": float(len(values)),
+        "score": score,
+        "weight": weight,
         "logprobs": logprobs,
     }
+
+
+def _score(where: str, logged: Any, metric: str) -> tuple[float, float]:
+    """Returns the value of a sample and its weight in the mean."""
+    values: list[Any] = logged if isinstance(logged, list) else [logged]
+    if all(map(_is_number, values)):
+        if not isinstance(logged, list):
+            return float(values[0]), 1.0
+        if metric.startswith("inst_level_") and values:  # IFEval: one for each instruction
+            return sum(map(float, values)) / len(values), float(len(values))
+        if metric == "bits_per_byte" and len(values) == 2 and values[1] > 0:
+            logprob, size = values  # nats, bytes
+            return -logprob / size / math.log(2), float(size)
+    raise ResultsError(
+        f"{where}: {metric} is {shown(logged)}, not one number for each question",
+        "Choose another metric with --metric, or score again",
+    )
 
 
 def _is_number(value: object) -> bool:

@@ -25,7 +25,10 @@ _TORCH_VERSION = re.compile(r"^PyTorch version: (.+)$", re.MULTILINE)
 _GPU_NAME = re.compile(r"^(?:GPU models and configuration: )?GPU 0: (.+)$", re.MULTILINE)
 _DAMAGED = "The file is damaged or comes from another program; score again or remove it"
 # Preferred metrics and filters of a task that has several.
-_METRICS = ("acc", "exact_match", "pass@1", "pass_at_1", "prompt_level_strict_acc")
+_METRICS = (
+    *("acc", "exact_match", "pass@1", "pass_at_1", "prompt_level_strict_acc"),
+    "bits_per_byte",
+)
 _FILTERS = ("none", "strict-match")
 _CACHED = "scored with --use_cache, which isn't keyed by model: the answers may be another model's"
 
