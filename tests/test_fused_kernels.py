@@ -390,8 +390,39 @@ for capability, room, rank, dtype, numbers in (
 """
 
 
-def test_kernels_fit_the_shared_memory_of_each_device() -> None:
+TREE_SHARED_MEMORY = """
+import torch
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from qlora_harness.score.triton_tree import tiling, tree_kernel as kernel
+
+names = kernel.arg_names
+for capability, room in ((90, 232448), (80, 166912), (86, 101376)):
+    for kind, columns in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64)):
+        dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+        tiles = tiling(dtype, columns, capability != 86)
+        types = dict.fromkeys(names[:12], "i32") | dict.fromkeys(names[3:5], "*i32")
+        types |= dict.fromkeys((*names[:3], "out"), f"*{kind}") | {"factor": "fp32"}
+        fixed = {"GROUP": 1, "SIZE": columns, "COLUMNS": columns, "M": tiles.queries}
+        fixed |= {"N": tiles.keys, "BLOCK": 128, "PRECISION": "ieee" if kind == "fp32" else "tf32"}
+        assert set(names) == types.keys() | fixed.keys()
+        whole = [a for a in types if a not in ("blocks", "factor")]
+        source = ASTSource(
+            kernel,
+            {a: types.get(a, "constexpr") for a in names},
+            {(names.index(a),): value for a, value in fixed.items()},
+            {(names.index(a),): [["tt.divisibility", 16]] for a in whole},
+        )
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        target = GPUTarget("cuda", capability, 32)
+        assert compile(source, target=target, options=options).metadata.shared <= room
+"""
+
+
+@pytest.mark.parametrize("script", [SHARED_MEMORY, TREE_SHARED_MEMORY], ids=["dropout", "tree"])
+def test_kernels_fit_the_shared_memory_of_each_device(script: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SHARED_MEMORY], capture_output=True, text=True, timeout=280
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout + done.stderr
