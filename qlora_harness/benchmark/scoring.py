@@ -154,52 +154,56 @@ class _Way:
 class _ScoringBench:
     """Measures lm-eval's `hf`, packed scoring, and packed scoring with an unmerged adapter."""
 
-    _expected: Logprobs | None = None  # of the first way
-
     def __init__(
         self, lm: QloraAdapterLM, questions: Sequence[Question], plan: ScoringPlan
     ) -> None:
-        self._lm = lm
+        self._lm, self._questions = lm, questions
         self._sample = list(questions)
         if plan.baseline_questions is not None and plan.baseline_questions < len(questions):
             self._sample = random.Random(0).sample(self._sample, plan.baseline_questions)
-        warm = questions[:64]
-        lm.session.expand_base()
         self.measurements: list[ScoringMeasurement] = []
-        by_way: list[tuple[ScoringMeasurement, Logprobs]] = []
+        self._logprobs: list[Logprobs] = []  # of each on the sample, without the adapter's
+        lm.session.expand_base()
         sizes = [plan.batch_size, *filter(None, [plan.margin_batch_size])]
         for size in [] if plan.engine == "fsdp2" else sizes:
-            hf = _hf_way(lm, size)
-            if not by_way:
-                self._measure(hf, warm[: 2 * size])
-            measured, logprobs = self._measure(hf, self._sample)
-            by_way.append((self._add(measured, logprobs), logprobs))
-        exact: Logprobs | None = None
+            self._time(_hf_way(lm, size), self._sample, warm=2 * size)
         base = lm.model
         if plan.float32_reference:
             lm.take(copy.deepcopy(base).float(), plan.kernels)
-            way = _packed_way(lm, "packed, weights in float32")
-            self._measure(way, warm)
-            measured, exact = self._measure(way, self._sample)
-            by_way.append((self._add(measured, exact), exact))
+            self._time(_packed_way(lm, "packed, weights in float32"), self._sample)
+            exact = self._logprobs[-1]
         for compute in ("bf16", "fp8")[: 1 + plan.fp8]:
             lm.take(base, plan.kernels, compute)
-            way = _packed_way(lm, "packed" if compute == "bf16" else f"packed, compute={compute}")
-            self._measure(way, warm)
-            measured, logprobs = self._measure(way, questions)
-            by_prompt = {q.prompt: row for q, row in zip(questions, logprobs, strict=True)}
-            logprobs = [by_prompt[q.prompt] for q in self._sample]
-            by_way.append((self._add(measured, logprobs), logprobs))
-        if plan.adapter_rank is not None:
-            lm.take(with_random_adapter(lm.model, plan.adapter_rank), plan.kernels)
-            way = _packed_way(lm, f"packed, unmerged adapter of rank {plan.adapter_rank}")
-            self._measure(way, warm)
-            self._add(self._measure(way, questions)[0], None)
-        if exact is not None:
-            for measured, logprobs in by_way:
+            name = "packed" if compute == "bf16" else f"packed, compute={compute}"
+            self._time(_packed_way(lm, name), questions)
+        if plan.float32_reference:
+            for measured, logprobs in zip(self.measurements, self._logprobs, strict=True):
                 differences = list(_differences(logprobs, exact))
                 measured.float32_difference = sum(differences) / len(differences)
                 measured.float32_predictions = _agreement(logprobs, exact)
+        if plan.adapter_rank is not None:
+            lm.take(with_random_adapter(lm.model, plan.adapter_rank), plan.kernels)
+            name = f"packed, unmerged adapter of rank {plan.adapter_rank}"
+            self._time(_packed_way(lm, name), questions, compare=False)
+
+    def _time(
+        self, way: _Way, questions: Sequence[Question], *, warm: int = 64, compare: bool = True
+    ) -> None:
+        """Measures a way after a warm-up, and compares it with the first one."""
+        self._measure(way, self._questions[:warm])
+        measured, logprobs = self._measure(way, questions)
+        self.measurements.append(measured)
+        baseline = self.measurements[0]
+        scale = measured.prompt_tokens / baseline.prompt_tokens
+        seconds = measured.encoding_seconds + measured.scoring_seconds
+        baseline_seconds = baseline.encoding_seconds + baseline.scoring_seconds
+        measured.ratio = scale * baseline_seconds / seconds
+        measured.scoring_ratio = scale * baseline.scoring_seconds / measured.scoring_seconds
+        if compare:
+            by_prompt = {q.prompt: row for q, row in zip(questions, logprobs, strict=True)}
+            self._logprobs.append([by_prompt[q.prompt] for q in self._sample])
+        if compare and measured is not baseline:
+            self._compare(measured)
 
     def _measure(
         self, way: _Way, questions: Sequence[Question]
@@ -232,33 +236,22 @@ class _ScoringBench:
         )
         return measured, logprobs
 
-    def _add(self, measured: ScoringMeasurement, logprobs: Logprobs | None) -> ScoringMeasurement:
-        """Adds a measurement and compares it with the first on the sample's `logprobs`."""
-        self.measurements.append(measured)
-        baseline, expected = self.measurements[0], self._expected
-        if measured is baseline:
-            self._expected = logprobs
-            return measured
-        scale = measured.prompt_tokens / baseline.prompt_tokens
-        seconds = measured.encoding_seconds + measured.scoring_seconds
-        baseline_seconds = baseline.encoding_seconds + baseline.scoring_seconds
-        measured.ratio = scale * baseline_seconds / seconds
-        measured.scoring_ratio = scale * baseline.scoring_seconds / measured.scoring_seconds
-        if logprobs is not None and expected is not None:
-            measured.largest_difference = max(_differences(logprobs, expected))
-            measured.same_predictions = _agreement(logprobs, expected)
-            untied = [
-                (a, b)
-                for a, b in zip(logprobs, expected, strict=True)
-                if not is_tie(a) and not is_tie(b)
-            ]
-            measured.untied_predictions = _agreement(*zip(*untied, strict=True)) if untied else None
-            own, theirs = (
-                sum(predict(row) == q.answer for row, q in zip(rows, self._sample, strict=True))
-                for rows in (logprobs, expected)
-            )
-            measured.accuracy_difference = (own - theirs) / len(self._sample)
-        return measured
+    def _compare(self, measured: ScoringMeasurement) -> None:
+        """Compares the newest log-probabilities with the first."""
+        expected, logprobs = self._logprobs[0], self._logprobs[-1]
+        measured.largest_difference = max(_differences(logprobs, expected))
+        measured.same_predictions = _agreement(logprobs, expected)
+        untied = [
+            (a, b)
+            for a, b in zip(logprobs, expected, strict=True)
+            if not is_tie(a) and not is_tie(b)
+        ]
+        measured.untied_predictions = _agreement(*zip(*untied, strict=True)) if untied else None
+        own, theirs = (
+            sum(predict(row) == q.answer for row, q in zip(rows, self._sample, strict=True))
+            for rows in (logprobs, expected)
+        )
+        measured.accuracy_difference = (own - theirs) / len(self._sample)
 
 
 def _hf_way(lm: QloraAdapterLM, batch_size: int) -> _Way:

@@ -50,7 +50,6 @@ from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, paddi
 from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkpoint_step
 from qlora_harness.train.compute_dtype import with_compute_dtype
 from qlora_harness.train.evaluation import evaluate_loss
-from qlora_harness.train.heartbeat import Heartbeat
 from qlora_harness.train.held_out import HeldOut, check_held_out
 from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.memory_plan import (
@@ -63,6 +62,7 @@ from qlora_harness.train.model_card import refresh_card
 from qlora_harness.train.plan_text import describe, host_shortage, one_pass
 from qlora_harness.train.ranks import (
     device_of,
+    for_all,
     lost_process,
     on_main,
     say,
@@ -125,8 +125,9 @@ def _run_training(
             _check_fp8(fp8.why_unavailable(device_of(state)))
         recorded = start.recorded("quantization", "compute_dtype")
         settings = with_compute_dtype(settings, state, recorded)
-        with watched(state) as heartbeat:
-            return _Run(settings, state, start, find, on_row, heartbeat).execute()
+        run = _Run(settings, state, start, find, on_row)
+        with watched(state, run.record.fail):
+            return run.execute()
 
 
 def _check_fp8(reason: str | None) -> None:
@@ -160,7 +161,6 @@ class _Run:
         start: StartingPoint,
         find: Callable[..., StartingPoint],
         on_row: Callable[[Mapping[str, Any]], None] | None,
-        heartbeat: Heartbeat | None,
     ) -> None:
         self.settings = settings
         self.chosen = settings  # with the choices of --memory applied
@@ -168,7 +168,6 @@ class _Run:
         self.start = start
         self.find_start = find
         self.on_row = on_row
-        self.heartbeat = heartbeat
         self.run_dir = settings.run_dir
         self.trains_residual = settings.lora.init_lora_weights == "pissa"
         self.pissa_start = self.run_dir / CHECKPOINT_DIR / START_FILE
@@ -341,8 +340,6 @@ class _Run:
             computation=self.computation,
             plan=self.plan,
         )
-        if self.heartbeat is not None:
-            self.heartbeat.on_loss = self.record.fail
 
     def _take_folder(self) -> None:
         self.lock = lock_run_folder(self.run_dir)
@@ -435,11 +432,12 @@ class _Run:
         )
         if self.stop.received and last < self.steps:
             self.record.finish("interrupted", log.rows, self.earlier_rows)
-            raise TrainingError(
+            stopped = TrainingError(
                 f"{self.stop.received} stopped the run at step {last} of {self.steps}; a "
                 "checkpoint was saved",
                 "Run the same command again to resume",
             )
+            raise for_all(self.state, stopped)
 
     def _save_adapter(self, source: BaseSource, tokenizer: Any, data: TrainingData) -> None:
         if not self.state.is_main_process:
