@@ -25,7 +25,7 @@ from qlora_harness.train.heartbeat import Heartbeat, OnLoss
 
 _ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 _YES = ("1", "true", "yes")
-USE_FSDP = "ACCELERATEUSE_FSDP"
+USE_FSDP = "ACCELERATE_USE_FSDP"
 _Result = TypeVar("_Result")
 # The others wait so long for a process, also while the first one encodes the data.
 _TIMEOUT = timedelta(minutes=30)
