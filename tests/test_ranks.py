@@ -173,14 +173,17 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> Queue[int]:
 def test_a_process_that_leaves_in_order_is_not_missed(exits: Queue[int]) -> None:
     store = PrefixStore("run", torch.distributed.HashStore())
     store.set("beat_0", "begun")
-    second = heartbeat.Heartbeat(store, 1, 2)
-    with heartbeat.Heartbeat(store, 0, 2) as first:
-        problems: Queue[str] = Queue()
-        first.on_loss = lambda error: problems.put(error.problem)
+    problems: Queue[str] = Queue()
+
+    def begin(rank: int) -> heartbeat.Heartbeat:
+        return heartbeat.Heartbeat(store, rank, 2, lambda error: problems.put(error.problem))
+
+    second = begin(1)
+    with begin(0):
         second.__exit__(None)
         time.sleep(0.5)  # longer than a process that stops is waited for
         assert exits.empty()
-        with contextlib.suppress(ValueError), heartbeat.Heartbeat(store, 1, 2):
+        with contextlib.suppress(ValueError), begin(1):
             raise ValueError
         assert exits.get(timeout=10) == 3
         assert "rank 1 of the 2 " in problems.get()
@@ -189,7 +192,7 @@ def test_a_process_that_leaves_in_order_is_not_missed(exits: Queue[int]) -> None
 @pytest.mark.parametrize("error", [None, torch.distributed.DistNetworkError("reset")])
 def test_a_lost_store_ends_the_process(error: Exception | None, exits: Queue[int]) -> None:
     store: Any = SilentStore(error)
-    with heartbeat.Heartbeat(store, 1, 2):
+    with heartbeat.Heartbeat(store, 1, 2, lambda error: None):
         assert exits.get(timeout=10) == 3
 
 

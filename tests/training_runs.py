@@ -158,12 +158,8 @@ def on_ranks(
     """Runs the training command in processes joined by gloo, as torchrun does.
 
     What each prints goes to `folder`/rank0.txt and so on, errors to errors0.txt. A `fault`, "kill",
-    "stop" or "out of memory", befalls the last one in its fifth step. The server from which they
-    are forked imports everything once.
+    "stop" or "out of memory", befalls the last one in its fifth step.
     """
-    multiprocessing.set_forkserver_preload(
-        ["qlora_harness.train.run", "qlora_harness.train.command"]
-    )
     words = []
     for name, value in flags.items():
         flag = name.replace("_", "-")
@@ -175,7 +171,13 @@ def on_ranks(
 
 
 def launch(ranks: int, function: Callable[..., None], *args: Any, restarts: int = 0) -> None:
-    """Calls a function in processes joined by gloo."""
+    """Calls a function in processes joined by gloo.
+
+    The server from which they are forked imports everything once.
+    """
+    multiprocessing.set_forkserver_preload(
+        ["qlora_harness.train.run", "qlora_harness.train.command"]
+    )
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, max_restarts=restarts,
         rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1",

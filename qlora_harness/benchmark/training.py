@@ -41,13 +41,7 @@ from qlora_harness.train.memory_plan import (
     measure_shape,
     predict_memory,
 )
-from qlora_harness.train.ranks import (
-    device_of,
-    say,
-    shards_base,
-    start_processes,
-    watched,
-)
+from qlora_harness.train.ranks import device_of, say, shards_base, start_processes, watched
 from qlora_harness.train.trainer import CountingTrainer, StepLog
 
 _SHARED: dict[str, Any] = {

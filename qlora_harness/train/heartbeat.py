@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from qlora_harness.errors import TrainingError, print_error
 from qlora_harness.train.process import launcher_has_ended
 
+OnLoss = Callable[[TrainingError], None]
 _EVERY = 5.0  # seconds
 _MISSED = 10  # beats; not a time, as a job may be suspended as a whole
 _LEFT = "left"
@@ -31,9 +32,8 @@ class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
     `on_loss` gets the error, in that thread, before it ends the process.
     """
 
-    def __init__(self, store: PrefixStore, rank: int, processes: int) -> None:
-        self.on_loss: Callable[[TrainingError], None] = lambda error: None
-        self._store, self._rank = store, rank
+    def __init__(self, store: PrefixStore, rank: int, processes: int, on_loss: OnLoss) -> None:
+        self._store, self._rank, self._on_loss = store, rank, on_loss
         self._keys = [f"beat_{n}" for n in range(processes)]
         store.set(self._keys[rank], "begun")
         store.wait(self._keys)  # some may import their packages from a slow disk
@@ -58,30 +58,28 @@ class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
                 self._store.set(self._keys[self._rank], self._last if leaves else str(beat))
                 beats = self._store.multi_get(self._keys)
             except DistError:
-                beats = None
-            alarm.cancel()
-            if beats is None:
                 # It ended with a launcher. If its processes live, they stop after a step.
-                if not self._leaves.wait(_EVERY * _MISSED) and not launcher_has_ended():
-                    self._end([0])
+                leaves = self._leaves.wait()
+            alarm.cancel()
+            if leaves:
                 return
             for rank, (now, before) in enumerate(zip(beats, last, strict=True)):
                 missed[rank] = missed[rank] + 1 if now == before != _LEFT.encode() else 0
             last = beats
-            if leaves:
-                return
             if lost := [rank for rank, count in enumerate(missed) if count >= _MISSED]:
                 self._end(lost)
 
     def _end(self, lost: Sequence[int]) -> None:
         """Ends this process, whose main thread may wait for the lost ones for good."""
+        if launcher_has_ended():
+            return  # the run stops by itself
         numbers = ", ".join(map(str, lost))
         error = TrainingError(
             f"rank {numbers} of the {len(self._keys)} processes gave no sign of life for "
             f"{_EVERY * _MISSED:g} s: it was stopped, or its machine is gone",
             "See that machine; the same command resumes from the last checkpoint",
         )
-        self.on_loss(error)
+        self._on_loss(error)
         # Once on each machine.
         before = range(self._rank - int(os.environ.get("LOCAL_RANK", "0")), self._rank)
         if all(rank in lost for rank in before):

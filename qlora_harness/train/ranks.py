@@ -21,11 +21,11 @@ from qlora_harness.errors import (
     first_line,
     printable,
 )
-from qlora_harness.train.heartbeat import Heartbeat
+from qlora_harness.train.heartbeat import Heartbeat, OnLoss
 
 _ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 _YES = ("1", "true", "yes")
-USE_FSDP = "ACCELERATEUSE_FSDP"
+USE_FSDP = "ACCELERATE_USE_FSDP"
 _Result = TypeVar("_Result")
 # The others wait so long for a process, also while the first one encodes the data.
 _TIMEOUT = timedelta(minutes=30)
@@ -52,9 +52,10 @@ def start_processes(*, fsdp: bool = False) -> PartialState:
     return state
 
 
-def watched(state: PartialState) -> contextlib.AbstractContextManager[Heartbeat | None]:
-    """Inside the `with` block this process ends if another one is stopped or vanishes."""
-    return Heartbeat(*_meet("heartbeat")) if state.num_processes > 1 else contextlib.nullcontext()
+def watched(state: PartialState, on_loss: OnLoss = lambda error: None) -> Any:
+    """Returns a context in which this process ends if another one is stopped or vanishes."""
+    several = state.num_processes > 1
+    return Heartbeat(*_meet("heartbeat"), on_loss) if several else contextlib.nullcontext()
 
 
 def prepare_accelerate() -> bool:
@@ -112,11 +113,14 @@ def on_main(state: PartialState, work: Callable[[], _Result]) -> _Result:
 
         broadcast_object_list(outcome)
     if isinstance(outcome[0], HarnessError):
-        if state.is_main_process:
-            raise outcome[0]
-        raise SystemExit(outcome[0].exit_status)
+        raise for_all(state, outcome[0])
     result: _Result = outcome[0]
     return result
+
+
+def for_all(state: PartialState, error: HarnessError) -> BaseException:
+    """Returns what each process raises for an error of all of them, which is printed once."""
+    return error if state.is_main_process else SystemExit(error.exit_status)
 
 
 def lost_process(error: BaseException) -> TrainingError | None:

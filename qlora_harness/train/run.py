@@ -34,13 +34,13 @@ from qlora_harness.train.batches import ExampleSet, pack_batch, pad_batch, paddi
 from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkpoint_step
 from qlora_harness.train.compute_dtype import with_compute_dtype
 from qlora_harness.train.evaluation import evaluate_loss
-from qlora_harness.train.heartbeat import Heartbeat
 from qlora_harness.train.held_out import HeldOut, check_held_out
 from qlora_harness.train.loading import RunModel, check_fp8, load_model, plan_memory
 from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.model_card import refresh_card
 from qlora_harness.train.ranks import (
     device_of,
+    for_all,
     lost_process,
     on_main,
     say,
@@ -101,8 +101,9 @@ def _run_training(
             check_fp8(fp8.why_unavailable(device_of(state)))
         recorded = start.recorded("quantization", "compute_dtype")
         settings = with_compute_dtype(settings, state, recorded)
-        with watched(state) as heartbeat:
-            return _Run(settings, state, start, find, on_row, heartbeat).execute()
+        run = _Run(settings, state, start, find, on_row)
+        with watched(state, run.record.fail):
+            return run.execute()
 
 
 class _Run:
@@ -121,7 +122,6 @@ class _Run:
         start: StartingPoint,
         find: Callable[..., StartingPoint],
         on_row: Callable[[Mapping[str, Any]], None] | None,
-        heartbeat: Heartbeat | None,
     ) -> None:
         self.settings = settings
         self.chosen = settings  # with the choices of --memory applied
@@ -129,7 +129,6 @@ class _Run:
         self.start = start
         self.find_start = find
         self.on_row = on_row
-        self.heartbeat = heartbeat
         self.run_dir = settings.run_dir
         self.trains_residual = settings.lora.init_lora_weights == "pissa"
         self.pissa_start = self.run_dir / CHECKPOINT_DIR / START_FILE
@@ -212,8 +211,6 @@ class _Run:
             computation=self.loaded.computation(self.chosen),
             plan=plan,
         )
-        if self.heartbeat is not None:
-            self.heartbeat.on_loss = self.record.fail
 
     def _take_folder(self) -> None:
         self.lock = lock_run_folder(self.run_dir)
@@ -306,11 +303,12 @@ class _Run:
         )
         if self.stop.received and last < self.steps:
             self.record.finish("interrupted", log.rows, self.earlier_rows)
-            raise TrainingError(
+            stopped = TrainingError(
                 f"{self.stop.received} stopped the run at step {last} of {self.steps}; a "
                 "checkpoint was saved",
                 "Run the same command again to resume",
             )
+            raise for_all(self.state, stopped)
 
     def _save_adapter(self, source: BaseSource, tokenizer: Any, data: TrainingData) -> None:
         if not self.state.is_main_process:

@@ -165,8 +165,8 @@ class RunRecord:
         self.write()
 
     def fail(self, error: BaseException) -> None:
-        """Records what ended the run, unless it was recorded as interrupted."""
-        if self._summary.status != "running":
+        """Records what ended the run, unless it hasn't begun or was recorded as interrupted."""
+        if self._summary.status != "running" or not self._summary.computation:
             return
         text = str(error) if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
         interrupted = isinstance(error, KeyboardInterrupt)
