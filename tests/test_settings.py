@@ -44,7 +44,7 @@ OURS = {
     "eval_seed": 0, "eval_steps": None, "batch_size": 1,
     "grad_accum": 16, "eval_batch_size": 8, "warmup_ratio": 0.0, "adapter_dtype": "float32",
     "use_rslora": False, "use_dora": False, "init_lora_weights": "default",
-    "compute": "bf16", "kernels": "auto", "memory": None, "output_dir": None, "save_steps": 250,
+    "kernels": "auto", "memory": None, "output_dir": None, "save_steps": 250,
     "rope_scaling": None, "resume": "auto", "overwrite": False,
     "report_to": "none",
 }  # fmt: skip
