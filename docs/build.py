@@ -292,8 +292,8 @@ def vllm_sentence() -> str:
     peer, packed = against_vllm()
     return (
         f"{peer.name} scores 60 questions of each subject, {peer.questions:,} in all, in "
-        f"{peer.scoring_seconds:.1f} s, packed scoring in {packed.scoring_seconds:.1f} s, on the same "
-        f"H200, in bf16. vLLM computes {peer.computed_tokens:,} tokens, packed scoring "
+        f"{peer.scoring_seconds:.1f} s, packed scoring in {packed.scoring_seconds:.1f} s, on the "
+        f"same H200, in bf16. vLLM computes {peer.computed_tokens:,} tokens, packed scoring "
         f"{packed.computed_tokens:,}. Their log-probabilities differ by "
         f"{peer.packed_difference:.2g} nats in the mean, and the likeliest letter is the same for "
         f"{peer.packed_predictions:.0%} of the questions."
