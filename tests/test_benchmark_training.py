@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from training_runs import launch
 
 from qlora_harness.benchmark.record import TrainingBenchmark, TrainingMeasurement
 from qlora_harness.benchmark.training import WAYS, changed_settings
@@ -32,6 +33,19 @@ def test_ways_learn_alike_from_the_same_batches(
             ratio = measured["tokens_per_second"] / rows[0]["tokens_per_second"]
             assert measured["ratio"] == pytest.approx(ratio)
     assert capsys.readouterr().out.count("| fused-none | nf4 |") == 2  # as it comes, and at the end
+
+
+def test_every_base_is_spread_over_two_processes(tiny_llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "benchmark.json"
+    words = ["benchmark-training", "--model", str(tiny_llama), "--compute-dtype", "float32"]
+    words += ["--dataset", "demo", "--max-length", "64", "--batch-size", "1", "--lora-r", "4"]
+    words += ["--steps", "1", "--warm-up", "0", "--json", str(output), "--ways", "fused-full"]
+    launch(2, main, [*words, "--engine", "fsdp2"])
+    record = json.loads(output.read_text())
+    assert (record["processes"], record["engine"]) == (2, "fsdp2")  # also after the last one
+    assert [(m["quant"], m["failure"]) for m in record["measurements"]] == [
+        ("nf4", None), ("bf16", None),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def on_ranks(
     launch(ranks, _rank, words, folder, fault, fsdp, restarts=restarts)
 
 
-def launch(ranks: int, function: Callable[..., None], *args: Any, restarts: int = 0) -> None:
+def launch(ranks: int, function: Callable[..., Any], *args: Any, restarts: int = 0) -> None:
     """Calls a function in processes joined by gloo.
 
     The server from which they are forked imports everything once.

@@ -22,6 +22,7 @@ from qlora_harness.benchmark.vllm_peer import run_vllm
 from qlora_harness.errors import SettingsError
 from qlora_harness.lm_eval_compat.hflm import Encoded, StockHFLM
 from qlora_harness.model.lora import attach_lora
+from qlora_harness.model.sharded import sharded_layers
 from qlora_harness.schema.mmlu import LETTERS
 from qlora_harness.score.adapter_lm import QloraAdapterLM
 from qlora_harness.score.encoding import Pair
@@ -30,7 +31,7 @@ from qlora_harness.score.mmlu_files import Question, known_files, load_questions
 from qlora_harness.score.model_arguments import ScoringOptions, check_fp8, resolve_dtype
 from qlora_harness.score.session import TokenScores
 from qlora_harness.settings import Quant
-from qlora_harness.train.ranks import USE_FSDP
+from qlora_harness.train.ranks import FSDP
 
 Logprobs = list[list[float]]  # four of each question, nats
 
@@ -87,7 +88,8 @@ def measure_scoring(plan: ScoringPlan) -> str:
         benchmark_title(lm, plan, plan.file), measurements, device_name(lm)
     )
     record.processes = lm.world_size
-    record.engine = plan.engine if lm.world_size > 1 else None
+    if lm.world_size > 1:
+        record.engine = "ddp" if sharded_layers(lm.model) is None else "fsdp2"
     if plan.output is not None and lm.rank == 0:
         record.write(plan.output)
     return record.table()
@@ -103,7 +105,7 @@ def load_for_benchmark(plan: ScoringPlan) -> QloraAdapterLM:
             raise SettingsError(
                 f"{flag} needs a whole base, which --engine fsdp2 spreads", "Leave it out"
             )
-        os.environ[USE_FSDP] = "true"  # as accelerate's launcher says it
+        os.environ[FSDP] = "true"
     return QloraAdapterLM(
         pretrained=plan.model,
         quant=plan.quant,

@@ -115,12 +115,9 @@ class QloraAdapterLM(LoadedHFLM):
         if choice.rope_scaling is not None and not options.get("max_length"):
             options["max_length"] = window(read_config(source, choice.rope_scaling))
         tokenizer = load_scored_tokenizer(choice, source)
+        prepare_accelerate()
         super().__init__(
-            partial(
-                load_scored_model,
-                *(choice, source, len(tokenizer), compute_dtype),
-                fsdp=prepare_accelerate(),
-            ),
+            partial(load_scored_model, choice, source, len(tokenizer), compute_dtype),
             exact_logits=scoring_options.exact_logits,
             pretrained=source.path,
             revision=choice.revision or "main",

@@ -14,6 +14,7 @@ from qlora_harness.model.lora import load_adapter
 from qlora_harness.model.shared_base import take_base
 from qlora_harness.model.source import BaseSource, load_tokenizer
 from qlora_harness.score.run_choice import ScoringChoice
+from qlora_harness.train.ranks import shards_base
 
 if TYPE_CHECKING:
     import torch
@@ -67,12 +68,9 @@ def load_scored_model(
     tokens: int,
     compute_dtype: str,
     device: torch.device,
-    *,
-    fsdp: bool = False,
 ) -> ScoredModel:
     """Loads base and adapter; `tokens` is the size of the tokenizer.
 
-    `fsdp` spreads the base over the processes, if there are several.
     Raises ModelError if the base is missing, unreadable or too small for its tokenizer, and
     AdapterError if the adapter is broken or was trained on another base or with added tokens.
     """
@@ -85,7 +83,7 @@ def load_scored_model(
         compute_dtype=compute_dtype,
         device=device,
         rope_scaling=choice.rope_scaling,
-        sharded=fsdp and PartialState().num_processes > 1,
+        sharded=shards_base(PartialState()),
     )
     embedding: Any = base.get_input_embeddings()
     _check_vocabulary(choice, tokens, embedding.weight.shape[0])

@@ -25,7 +25,7 @@ from qlora_harness.train.heartbeat import Heartbeat, OnLoss
 
 _ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 _YES = ("1", "true", "yes")
-USE_FSDP = "ACCELERATE_USE_FSDP"
+FSDP = "QLORA_HARNESS_FSDP"  # in the environment: Trainer empties PartialState
 _Result = TypeVar("_Result")
 # The others wait so long for a process, also while the first one encodes the data.
 _TIMEOUT = timedelta(minutes=30)
@@ -37,11 +37,11 @@ def start_processes(*, fsdp: bool = False) -> PartialState:
     With `fsdp`, or a launcher that was told to use it, the base is spread over the processes, see
     `model.sharded`. Raises SettingsError if one process sees several GPUs: Trainer would use all.
     """
-    fsdp = prepare_accelerate() or fsdp
+    prepare_accelerate()
+    if fsdp:
+        os.environ[FSDP] = "true"
     cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in _YES or not torch.cuda.is_available()
     state = PartialState(cpu=cpu, timeout=_TIMEOUT, **_own_store())
-    if fsdp:
-        state.shards_base = True  # all instances share it
     if not state.is_main_process:
         logging.getLogger("qlora_harness").setLevel(logging.ERROR)  # so that warnings appear once
     if state.device.type == "cuda" and state.num_processes == 1 and torch.cuda.device_count() > 1:
@@ -58,19 +58,20 @@ def watched(state: PartialState, on_loss: OnLoss = lambda error: None) -> Any:
     return Heartbeat(*_meet("heartbeat"), on_loss) if several else contextlib.nullcontext()
 
 
-def prepare_accelerate() -> bool:
-    """Returns whether the launcher was told to use FSDP, which accelerate doesn't learn any more.
+def prepare_accelerate() -> None:
+    """Hides from accelerate that it was told to use FSDP, as its FSDP2 leaves packed weights whole.
 
-    Its FSDP2 leaves packed weights whole. Without a GPU it joins processes only if told so.
+    Without a GPU it joins processes only if told so.
     """
+    if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in _YES:
+        os.environ[FSDP] = "true"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    return os.environ.pop(USE_FSDP, "").lower() in _YES
 
 
 def shards_base(state: PartialState) -> bool:
     """Whether the base is spread over processes: several were launched, with FSDP."""
-    return state.num_processes > 1 and getattr(state, "shards_base", False)
+    return state.num_processes > 1 and FSDP in os.environ
 
 
 def _own_store() -> dict[str, Any]:

@@ -57,7 +57,7 @@ from qlora_harness.train.run_folder import (
     remove_temporary_files,
 )
 from qlora_harness.train.run_record import RunRecord
-from qlora_harness.train.signals import StopOnSignal, sigterm_as_ctrl_c
+from qlora_harness.train.signals import StopOnSignal, sigterm_as_ctrl_c, sigterm_ignored
 from qlora_harness.train.trainer import CountingTrainer, StepLog
 from qlora_harness.train.window import check_window
 
@@ -172,7 +172,8 @@ class _Run:
                     self.log.write()
                 self.record.finish("completed", self.log.rows, self.earlier_rows)
             except BaseException as error:
-                self._fail(lost_process(error) or error)
+                with sigterm_ignored():
+                    self._fail(lost_process(error) or error)
                 if is_out_of_memory(error):
                     raise self._memory_advice() from error
                 raise

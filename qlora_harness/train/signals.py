@@ -36,6 +36,11 @@ def sigterm_as_ctrl_c() -> contextlib.AbstractContextManager[None]:
     return _handled(signal.default_int_handler, signal.SIGTERM)
 
 
+def sigterm_ignored() -> contextlib.AbstractContextManager[None]:
+    """Inside the `with` block SIGTERM has no effect, as the launcher sends it after a failure."""
+    return _handled(signal.SIG_IGN, signal.SIGTERM)
+
+
 class StopOnSignal(TrainerCallback):
     """Ends a run after the current step, with a checkpoint, on SIGTERM or Ctrl-C.
 
