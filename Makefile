@@ -38,7 +38,7 @@ $(READY): pyproject.toml .ci/constraints.txt
 	touch $(READY)
 
 docs: $(READY)
-	$(BIN)/python docs/build.py
+	$(BIN)/python docs/from_records
 
 matrix:
 	.ci/matrix

@@ -164,7 +164,7 @@ def test_the_architecture_names_every_module() -> None:
     }
     named = set(re.findall(r"\b[a-z]\w*\.py\b", text))
     assert single - named == set()
-    others = {"build.py", "train.py", "test_imports.py", "plugin.py"}
+    others = {"train.py", "test_imports.py", "plugin.py"}
     assert named - {path.name for path in modules} == others
 
 
@@ -177,8 +177,9 @@ def test_tables_answer_and_picture_are_those_of_the_records(
 ) -> None:
     if not STUDY.is_dir():
         pytest.skip("results/ is not part of this copy")
-    monkeypatch.setattr("sys.argv", ["docs/build.py", "--check"])
-    assert (run_path(str(ROOT / "docs" / "build.py"))["main"](), capsys.readouterr().out) == (0, "")
+    monkeypatch.setattr("sys.argv", ["docs/from_records", "--check"])
+    status = run_path(str(ROOT / "docs" / "from_records"))["main"]()
+    assert (status, capsys.readouterr().out) == (0, "")
 
 
 def test_notebook_runs(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,21 +1,13 @@
-"""Writes the tables, the answer and the picture of README.md and docs/ from results/.
-
-    python docs/build.py            # writes them
-    python docs/build.py --check    # exits with 1 and names the files that would change
-
-A block is everything between `<!-- NAME -->`, one of `BLOCKS`, and `<!-- end -->`.
-"""
+"""The tables and sentences about the records of benchmarks."""
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import qlora_harness as qh
 from qlora_harness.benchmark.record import (
     GenerationBenchmark,
     GenerationMeasurement,
@@ -24,18 +16,9 @@ from qlora_harness.benchmark.record import (
     TrainingBenchmark,
     TrainingMeasurement,
 )
-from qlora_harness.compare.numbers import difference
-from qlora_harness.compare.record import Contrast, Endpoint
-from qlora_harness.compare.text import differences_line, title
-from qlora_harness.results.runs import find_runs
 from qlora_harness.results.terminal import gib, optional
 
-ROOT = Path(__file__).resolve().parent.parent
-RECORDS = ROOT / "results" / "benchmarks"
-STUDY = ROOT / "results" / "qwen2.5-coder-1.5b"
-ON_ALPACA = STUDY.with_name(f"{STUDY.name}-alpaca")
-IN_FP8 = ROOT / "results" / "qwen2.5-coder-1.5b-fp8"
-AT_CHANCE = ROOT / "results" / "published" / "smollm2"
+RECORDS = Path(__file__).resolve().parents[2] / "results" / "benchmarks"
 HF = "lm-eval hf, batch size 16"
 NOT_MEASURED = "Not measured yet."
 
@@ -348,139 +331,6 @@ def headline_table() -> str:
     return table(["NF4, 16 conversations a step", "others", "here"], rows)
 
 
-@cache
-def study(folder: Path) -> qh.Comparison:
-    """The comparison of all runs in a study's folder."""
-    return qh.compare(find_runs(folder))
-
-
-def answer(folder: Path = STUDY) -> str:
-    """What `qlora-harness compare` prints about a published study."""
-    printed = f"{study(folder)}\n{differences_line(study(folder))}"
-    return "\n".join(f"    {line}".rstrip() for line in printed.splitlines())
-
-
-def fp8_answer(arms: Iterable[str], lines: int) -> str:
-    """The comparison of arms in FP8 with the same seeds in bf16."""
-    runs = [run for arm in arms for run in find_runs(IN_FP8 / arm)]
-    same = [STUDY / run.relative_to(IN_FP8) for run in runs]
-    printed = str(qh.compare([*runs, *same])).splitlines()
-    return "\n".join(f"    {line}".rstrip() for line in printed[:lines])
-
-
-STYLE = """<style>
-text { font: 13px system-ui, sans-serif; fill: #1f2328 }
-.note { fill: #59636e; font-size: 12px }
-.title, .word { font-weight: 600 }
-line { stroke: #59636e; stroke-width: 3; stroke-linecap: round }
-.axis { stroke-width: 1; stroke-dasharray: 3 4 }
-circle { fill: #59636e }
-line.better { stroke: #1a7f37 } .better { fill: #1a7f37 }
-line.worse { stroke: #cf222e } .worse { fill: #cf222e }
-@media (prefers-color-scheme: dark) {
-text { fill: #f0f6fc } .note { fill: #9198a1 }
-line.better { stroke: #3fb950 } .better { fill: #3fb950 }
-line.worse { stroke: #f85149 } .worse { fill: #f85149 }
-line, circle { stroke: #9198a1 } circle { stroke: none }
-}
-</style>"""
-KEYS = (("eval_loss", "eval loss, nats"), ("nll", "NLL, nats"), ("accuracy", "accuracy, points"))
-
-
-def picture() -> str:
-    """The differences of the published study as an SVG, for light and dark pages."""
-    item = study(STUDY).headline
-    body, height = _rows(item) if len(study(STUDY).primary) == 1 else _panels(study(STUDY))
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 {height}" role="img"
- aria-label="{item.arm} minus {item.baseline} with 95% intervals">
-{STYLE}
-<text class="title" x="12" y="22">{title(study(STUDY), 90)}</text>
-{body}
-</svg>
-"""
-
-
-def _numbers(endpoint: Endpoint, factor: float) -> tuple[float, float, float]:
-    """Low end, difference and high end; without an interval, the difference three times."""
-    middle = endpoint.difference or 0.0
-    ends = (endpoint.low, middle, endpoint.high)
-    low, middle, high = (factor * (middle if end is None else end) for end in ends)
-    return low, middle, high
-
-
-def _interval(word: str, x: Iterable[float], y: float) -> str:
-    low, middle, high = x
-    return (
-        f'<line class="{word}" x1="{low:.1f}" x2="{high:.1f}" y1="{y}" y2="{y}"/>'
-        f'<circle class="{word}" cx="{middle:.1f}" cy="{y}" r="4.5"/>'
-    )
-
-
-def _rows(item: Contrast) -> tuple[str, int]:
-    """A row for each quantity of the only contrast, and the height of the picture."""
-    rows = []
-    for number, (key, name, (factor, digits), unit) in enumerate(
-        (
-            ("memory", "peak memory", (100, 1), "%"),
-            ("eval_loss", "eval loss", (1, 3), " nats"),
-            ("nll", "NLL, MMLU", (1, 3), " nats"),
-            ("accuracy", "accuracy, MMLU", (100, 2), " points"),
-        )
-    ):
-        endpoint = item[key]
-        low, middle, high = _numbers(endpoint, factor)
-        scale = 130 / max(abs(low), abs(high))
-        y = 66 + 34 * number
-        text = f"{middle:+.{digits}f}{unit}  [{low:+.{digits}f}, {high:+.{digits}f}]"
-        rows.append(
-            f'<text x="12" y="{y + 4}">{name}</text>'
-            + _interval(endpoint.word, [290 + scale * end for end in (low, middle, high)], y)
-            + f'<text x="440" y="{y + 4}">{text.replace("-", "−").replace("+0.00", "0.00")}</text>'
-            f'<text class="word {endpoint.word}" x="668" y="{y + 4}">{endpoint.word}'
-            + (" (letters)</text>" if endpoint.letters else "</text>")
-        )
-    body = "\n".join(rows)
-    note = f"{item.arm} minus {item.baseline}, 95% intervals; each row has its own scale"
-    return (
-        f"""<text class="note" x="12" y="42">{note}</text>
-<line class="axis" x1="290" x2="290" y1="52" y2="184"/>
-{body}
-<text class="note" x="290" y="200" text-anchor="middle">0</text>""",
-        206,
-    )
-
-
-def _panels(comparison: qh.Comparison) -> tuple[str, int]:
-    """A panel for each quantity with a row for each arm, and the height of the picture."""
-    note = f"minus {comparison.headline.baseline}; the 95% intervals hold for all arms together"
-    parts = [f'<text class="note" x="12" y="42">{note}</text>']
-    bottom = 84 + 44 * len(comparison.primary)
-    for row, item in enumerate(comparison.primary):
-        memory = item.measured("memory")
-        parts.append(f'<text class="word" x="12" y="{96 + 44 * row}">{item.arm}</text>')
-        if memory is not None:
-            size = f"{difference(memory)} memory"
-            parts.append(f'<text class="note" x="12" y="{112 + 44 * row}">{size}</text>')
-    for column, (key, name) in enumerate(KEYS):
-        left, factor = 150 + 220 * column, 100 if key == "accuracy" else 1
-        endpoints = [(r, e) for r, c in enumerate(comparison.primary) if (e := c.measured(key))]
-        ends = [0.0, *(end for _, e in endpoints for end in _numbers(e, factor))]
-        scale = 180 / ((max(ends) - min(ends)) or 1)
-        zero = left - scale * min(ends)
-        parts += [
-            f'<text class="note" x="{left}" y="66">{name}</text>',
-            f'<line class="axis" x1="{zero:.1f}" x2="{zero:.1f}" y1="74" y2="{bottom}"/>',
-        ]
-        for row, endpoint in endpoints:
-            x, y = [zero + scale * end for end in _numbers(endpoint, factor)], 100 + 44 * row
-            text = difference(endpoint).removesuffix(" pts")
-            parts.append(_interval(endpoint.word, x, y))
-            parts.append(
-                f'<text class="note" x="{x[1]:.1f}" y="{y - 9}" text-anchor="middle">{text}</text>'
-            )
-    return "\n".join(parts), bottom + 12
-
-
 def by_machine(kind: str, read: Callable[[Path], Any]) -> Iterator[tuple[Any, Any]]:
     """The records scale_KIND…_N.json of N processes, each after that of one on its machine."""
     for path in sorted(RECORDS.glob(f"scale_{kind}*_1.json")):
@@ -524,17 +374,9 @@ def scale_scoring_table() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "answer": answer,
-    "answer: at chance": partial(answer, AT_CHANCE),
-    "answer: on Alpaca": partial(answer, ON_ALPACA),
     "table: headline": headline_table,
     "table: training": partial(training_table, "training", TRAINING_ROWS),
     "table: fp8": partial(training_table, "training_fp8", FP8_ROWS),
-    "answer: bf16 in FP8": partial(fp8_answer, ["bf16"], 7),
-    "answer: NF4 in FP8": partial(fp8_answer, ["nf4"], 7),
-    "answer: in FP8": partial(fp8_answer, ["bf16", "nf4"], 5),
-    "answer: bf16 scored in FP8": partial(fp8_answer, ["base_bf16"], 4),
-    "answer: NF4 scored in FP8": partial(fp8_answer, ["base_nf4"], 4),
     "table: long": long_table,
     "table: small": small_table,
     "table: scale": scale_table,
@@ -549,35 +391,3 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "sentence: generation": generation_sentence,
     "table: agreement": agreement_table,
 }
-
-
-def filled(text: str) -> str:
-    """Returns a page with new contents in its blocks."""
-
-    def block(match: re.Match[str]) -> str:
-        return f"<!-- {match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- end -->"
-
-    names = "|".join(map(re.escape, BLOCKS))
-    return re.sub(rf"<!-- ({names}) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
-
-
-def main() -> int:
-    """Writes or checks every page and the picture."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    contents = {page: filled(page.read_text(encoding="utf-8")) for page in pages}
-    contents[ROOT / "docs" / "answer.svg"] = picture()
-    stale = [
-        path
-        for path, text in contents.items()
-        if not path.is_file() or path.read_text(encoding="utf-8") != text
-    ]
-    if "--check" in sys.argv[1:]:
-        print("\n".join(str(path.relative_to(ROOT)) for path in stale), end="")
-        return int(bool(stale))
-    for path in stale:
-        path.write_text(contents[path], encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
