@@ -103,7 +103,7 @@ def load_for_benchmark(plan: ScoringPlan) -> QloraAdapterLM:
             raise SettingsError(
                 f"{flag} needs a whole base, which --engine fsdp2 spreads", "Leave it out"
             )
-        os.environ[USE_FSDP] = "true"  # as accelerate's launcher says it
+        os.environ[USE_FSDP] = "true"  # as accelerate's launcher sets it
     return QloraAdapterLM(
         pretrained=plan.model,
         quant=plan.quant,

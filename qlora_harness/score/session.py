@@ -122,7 +122,7 @@ class ScoringSession:
             self._packed = None
 
     def expand_base(self) -> None:
-        """Dequantises a 4-bit base if the path says so."""
+        """Dequantises a 4-bit base if the path needs that."""
         if self.path.expanded:
             dequantise(self.lm.model, self.lm.loaded.compute_dtype)
 

@@ -27,7 +27,7 @@ _ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 _YES = ("1", "true", "yes")
 USE_FSDP = "ACCELERATE_USE_FSDP"
 _Result = TypeVar("_Result")
-# The others wait so long for a process, also while the first one encodes the data.
+# How long the others wait for a process, for example while the first one encodes the data.
 _TIMEOUT = timedelta(minutes=30)
 
 
@@ -59,9 +59,10 @@ def watched(state: PartialState, on_loss: OnLoss = lambda error: None) -> Any:
 
 
 def prepare_accelerate() -> bool:
-    """Returns whether the launcher was told to use FSDP, which accelerate doesn't learn any more.
+    """Returns whether the launcher was told to use FSDP, and hides that from accelerate.
 
-    Its FSDP2 leaves packed weights whole. Without a GPU it joins processes only if told so.
+    accelerate's FSDP2 leaves packed weights whole. Without a GPU it joins processes only if
+    ACCELERATE_USE_CPU is set.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"
