@@ -80,7 +80,8 @@ class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
             f"{_EVERY * _MISSED:g} s: it was stopped, or its machine is gone",
             "See that machine; the same command resumes from the last checkpoint",
         )
-        self._on_loss(error)
+        with contextlib.suppress(Exception):  # the run folder may be on the lost machine
+            self._on_loss(error)
         # Once on each machine.
         before = range(self._rank - int(os.environ.get("LOCAL_RANK", "0")), self._rank)
         if all(rank in lost for rank in before):
