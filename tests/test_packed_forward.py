@@ -160,7 +160,7 @@ def test_out_of_memory_halves_the_packs_and_goes_on(model: Any) -> None:
     )
 
 
-def test_parts_are_asked_for_while_a_gpu_computes(model: Any) -> None:
+def test_parts_are_made_while_a_gpu_computes(model: Any) -> None:
     rng = np.random.default_rng(2)
     queries = [Query(rng.integers(0, 40, size=30).tolist(), [1]) for _ in range(40)]
     events: list[Any] = []
