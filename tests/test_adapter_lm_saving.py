@@ -37,7 +37,8 @@ def test_interrupted_run_scores_only_what_is_missing(
         nonlocal stop_after
         stop_after = stop
         packs.clear()
-        lm = make_lm(**{"pack_tokens": 1024, "results_dir": str(tmp_path / "killed")} | options)
+        fixed = {"pack_tokens": 256, "max_length": 64, "results_dir": str(tmp_path / "killed")}
+        lm = make_lm(**fixed | options)
         if stop < 0:
             evaluate(lm, manager, limit=3)
         else:

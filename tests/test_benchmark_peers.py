@@ -213,7 +213,7 @@ def test_vllm_that_fails_is_one_line(
         (["--peer-path", "/not/there"], "--peer-path: folder /not/there does not exist"),
     ],
 )
-def test_vllm_is_refused_before_the_model_is_looked_for(
+def test_vllm_is_refused_before_the_model_is_read(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main(scoring_command(tmp_path / "none", tmp_path, *words)) == 2

@@ -315,7 +315,10 @@ def test_turns_cut_from_both_ends_are_counted() -> None:
 
 def test_nested_trees_are_read_as_their_messages() -> None:
     def node(name: str, role: str, *replies: Values, rank: int | None = None) -> Values:
-        return {"message_id": name, "role": role, "text": name, "rank": rank, "replies": replies}
+        return {
+            **{"message_id": name, "role": role, "text": name},
+            **{"rank": rank, "replies": list(replies)},
+        }
 
     tree = node(
         "q", "prompter", node("worse", "assistant", rank=1),
@@ -327,6 +330,11 @@ def test_nested_trees_are_read_as_their_messages() -> None:
         (user("q"), reply("r"), user("t"), reply("u"))
     ]
     assert (reading.corpus.messages, reading.corpus.trees) == (5, 1)
+    for damaged in ({}, {"prompt": {"replies": 1}}):
+        split = Split([*rows, Row("damaged", damaged)])
+        reading = read_conversations(split, DataSettings(), "rows")
+        with pytest.raises(DataError, match="damaged"):
+            list(reading.conversations)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])

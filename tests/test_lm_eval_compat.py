@@ -253,19 +253,16 @@ def test_unknown_release_keeps_working_and_is_named(capsys: pytest.CaptureFixtur
         assert "AttributeError(" in error
 
 
-LIBRARIES = ["datasets", "pandas", "requests", "scipy", "sklearn", "torch._inductor.compile_fx"]
+LIBRARIES = ["datasets", "pandas", "torch._inductor.compile_fx"]
 IMPORTED = (
     "import logging, sys; logging.disable()\n"
     "import lm_eval.evaluator, lm_eval.loggers, transformers.modeling_utils, bitsandbytes\n"
-    "from transformers.generation import candidate_generator\n"
     f"result = [sorted(set({LIBRARIES}) & set(sys.modules))]\n"
 )
 USED = """
 import datasets, pandas, torch
-from lm_eval import utils
 from lm_eval.api import task
 from lm_eval.loggers import evaluation_tracker as tracker, wandb_logger
-from transformers.loss import loss_for_object_detection as loss
 rows = task.datasets.Dataset.from_list([{"a": 1}])
 result += [
     type(rows) is datasets.Dataset and rows[0]["a"],
@@ -273,8 +270,6 @@ result += [
     tracker.load_dataset.__name__,
     len(tracker.MetadataConfigs({"a": {}})),
     wandb_logger.pd.DataFrame is pandas.DataFrame,
-    utils.requests.Session.__name__,
-    [int(n) for n, in loss.linear_sum_assignment([[1]])],
     torch.compile(lambda x: x + 1, backend="eager")(1),
 ]
 """
@@ -282,11 +277,11 @@ result += [
 
 def test_libraries_are_imported_when_they_are_used() -> None:
     result = run(f"import sys; sys.argv[1:] = ['--model', 'qlora_adapter']\n{IMPORTED}{USED}")[0]
-    assert result == [[], 1, True, "load_dataset", 1, True, "Session", [0, 0], 2]
+    assert result == [[], 1, True, "load_dataset", 1, True, 2]
 
 
 def test_libraries_are_not_deferred_for_other_models() -> None:
-    assert {"datasets", "pandas", "requests", "scipy"} <= set(run(IMPORTED)[0][0])
+    assert {"datasets", "pandas"} <= set(run(IMPORTED)[0][0])
 
 
 def test_module_that_needs_a_library_at_once_gets_it() -> None:

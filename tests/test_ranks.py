@@ -192,7 +192,11 @@ def test_a_process_that_leaves_in_order_is_not_missed(exits: Queue[int]) -> None
 @pytest.mark.parametrize("error", [None, torch.distributed.DistNetworkError("reset")])
 def test_a_lost_store_ends_the_process(error: Exception | None, exits: Queue[int]) -> None:
     store: Any = SilentStore(error)
-    with heartbeat.Heartbeat(store, 1, 2, lambda error: None):
+
+    def fails(error: Exception) -> None:
+        raise OSError("the folder of the run was on the lost machine")
+
+    with heartbeat.Heartbeat(store, 1, 2, fails):
         assert exits.get(timeout=10) == 3
 
 

@@ -202,7 +202,7 @@ def _add_random_model(commands: Any) -> None:
         "random-model",
         help="write a model of a known shape with random weights, for measurements",
         description="Writes a LLaMA folder with random bfloat16 weights. Loss and accuracy of such "
-        "a model mean nothing, and every record of it says so.",
+        "a model mean nothing; its records note the random weights.",
         allow_abbrev=False,
     )
     add = parser.add_argument

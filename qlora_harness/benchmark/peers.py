@@ -28,7 +28,7 @@ PEERS = ("trl", "unsloth")
 # Padded batches; the same batches in one row without padding; batches of rows of --max-length
 # tokens, into which whole conversations were packed.
 LAYOUTS = ("pad", "free", "pack")
-_SHOWN_LINES = 100  # vLLM tells the cause some fifty lines before its end
+_SHOWN_LINES = 100  # vLLM prints the cause some fifty lines before its end
 _LONGEST_FAILURE = 160  # characters
 
 

@@ -51,13 +51,13 @@ def run_vllm(lm: QloraAdapterLM, encoded: Sequence[Encoded], folder: Path) -> di
     if "failure" in result:
         raise SettingsError(
             f"--peer-path {folder}: vllm {result['failure']}",
-            "Mend that, from the lines above, or leave the flag out",
+            "See the lines above, or leave the flag out",
         )
     return result
 
 
 def score_prompts(request: dict[str, Any]) -> dict[str, Any]:
-    """Is the process: returns log-probabilities of `answers` after each of `prompts`, and times."""
+    """Returns log-probabilities of `answers` after each of `prompts`, and times; runs there."""
     from vllm import LLM, SamplingParams
 
     started = time.perf_counter()

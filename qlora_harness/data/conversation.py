@@ -40,7 +40,7 @@ class Conversation:
 class Corpus:
     """The conversations of a data set, in file order, and what was left out.
 
-    `dropped` counts messages (or trees, or rows, if the reason says so) by reason; `resolved`
+    `dropped` counts messages, or the trees or rows that the reason names, by reason; `resolved`
     counts the choices that no rank decided, by kind.
     """
 

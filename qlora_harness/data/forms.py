@@ -188,9 +188,9 @@ def recognise(first: Row, name: str = "auto") -> Form:
 
 
 def check_columns(row: Row, form: Form) -> None:
-    """Raises DataError if a row lacks a column of the form, or has turns in one that it has not.
+    """Raises DataError if a row lacks a column of the form, or has turns in one of another form.
 
-    A null is no missing column, and holds no turns.
+    A column of nulls isn't missing, and holds no turns.
     """
     if missing := sorted(form.columns - row.values.keys()):
         raise DataError(
@@ -220,7 +220,7 @@ class _Said(NamedTuple):
 
 
 def _messages(row: Row, column: str) -> list[_Said]:
-    """Returns a list of messages; texts without roles, as in LIMA, are the user's and replies."""
+    """Returns a list of messages; texts without roles, as in LIMA, alternate from the user's."""
     items = row.values.get(column)
     if isinstance(items, list) and items and isinstance(items[0], str):
         texts = [check_text(item, f"{row.place}: {column}[{n}]") for n, item in enumerate(items)]

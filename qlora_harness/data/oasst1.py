@@ -80,13 +80,15 @@ def check_row(row: _Row, place: str) -> _Row:
 
 def messages_of(row: Row) -> Iterator[Row]:
     """Yields the messages of a row that is a tree, nested in `prompt`, each before its replies."""
-    stack: list[tuple[Any, Any]] = [(row.values["prompt"], None)]
+    stack: list[tuple[Any, Any]] = [(row.values.get("prompt"), None)]
     while stack:
         message, parent = stack.pop()
         if not isinstance(message, Mapping):
             raise DataError(f"{row.place}: a message is {shown(message)}", _SCHEMA_REMEDY)
         yield Row(row.place, {**message, "parent_id": parent})
-        replies = message.get("replies") or ()
+        replies = message.get("replies") or []
+        if not isinstance(replies, list):
+            raise DataError(f"{row.place}: 'replies' is {shown(replies)}", "It must be a list")
         stack += [(reply, message.get("message_id")) for reply in reversed(replies)]
 
 

@@ -51,7 +51,7 @@ class TypedTokens:
         plain = [dict(message) for message in messages]
         text = render([m | {"content": self._any.sub(_hide, m["content"])} for m in plain])
         if len(text) != len(render(plain)):
-            raise DataError("it changes a special token in a message", _REMEDY)
+            raise DataError("the template changes a special token in a message", _REMEDY)
         spelled: list[tuple[int, tuple[int, int]]] = []
         for number, (begin, end) in zip(ids, offsets, strict=True):
             is_typed = number in self._tokens and _HIDDEN in text[begin:end]

@@ -27,7 +27,7 @@ _REMEDY = 'Give rows with "instruction", such as JSON Lines, or a .txt with a pr
 
 @dataclass(frozen=True)
 class Prompt:
-    """An instruction, and the data set that it comes from if the file says so."""
+    """An instruction, and the data set that it comes from, if the file has it."""
 
     instruction: str
     dataset: str | None = None

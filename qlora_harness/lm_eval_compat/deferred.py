@@ -1,7 +1,8 @@
-"""Defers what lm_eval, transformers and bitsandbytes import, but scoring our tasks doesn't use.
+"""Defers what lm_eval, transformers and bitsandbytes do on import, but our tasks don't need.
 
-It is a quarter of a command's imports, in modules and in seconds. While a module in `DEFERRED` is
-executed, a stand-in takes the place of the library; the first use of anything in it imports it.
+On import, bitsandbytes loads torch's compiler, which takes a second. transformers scans its models,
+and lm_eval imports datasets and pandas, which takes a quarter of a second each. While a module in
+`DEFERRED` is executed, a stand-in takes the place of a library, which is imported on first use.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
@@ -44,8 +44,6 @@ class _StandIn(ModuleType):
     deferred = True
 
     def __getattr__(self, name: str) -> Any:
-        if name == "__version__":
-            return version(self.__name__)
         if self.deferred:
             return _Later(self.__name__, name)
         return getattr(import_module(self.__name__), name)
@@ -115,14 +113,12 @@ def _scanned_once() -> Iterator[None]:
     utils.create_import_structure_from_path = from_cache
 
 
-# By module. None of them inherits from a class of its library.
+# By module. None of them inherits from a class of its library, or checks whether a value is one of
+# a class that it imports by name. An entry saves at least 0.2 s, alone or with others.
 DEFERRED: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "lm_eval.api.task": partial(_without, "datasets"),
     "lm_eval.loggers.evaluation_tracker": partial(_without, "datasets.utils.metadata"),
     "lm_eval.loggers.wandb_logger": partial(_without, "pandas"),
-    "lm_eval.utils": partial(_without, "requests"),
-    "transformers.generation.candidate_generator": partial(_without, "sklearn.metrics"),
-    "transformers.loss.loss_utils": partial(_without, "scipy.optimize"),
     "transformers.utils.import_utils": _scanned_once,
     "bitsandbytes.backends.default.ops": _compiling_later,
 }

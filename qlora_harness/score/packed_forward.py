@@ -84,9 +84,9 @@ class PackedModel:
 
     Args:
         softmax_dtype: dtype of the log-softmax; None is float32.
-        flex: Generates with FlexAttention rather than with matrix products, and packs attend by a
-            Triton kernel on a GPU rather than by segment; by default on GPUs that Triton supports.
-        fused: Uses fused layers rather than the model's modules; by default if they support it.
+        flex: On a GPU that Triton supports, the default: packs attend with a kernel rather than by
+            segment, and generation with FlexAttention rather than with matrix products.
+        fused: Uses fused layers rather than the model's modules; the default if they support it.
         compute: How fused layers multiply by the base; see `FusedDecoder`.
     """
 

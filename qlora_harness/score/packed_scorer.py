@@ -19,13 +19,12 @@ from qlora_harness.score.prefix_tree import Pack, PlannedPack, Query, Score, lay
 logger = logging.getLogger("qlora_harness")
 
 _CPU_PACK = 8192
-# Each pack computes the prefixes that it needs. For the five-shot prompts of MMLU and LLaMA's
-# tokens that is 4.0% more than the distinct tokens in packs of 24,576, 1.4% in packs of this size,
-# and 0.7% in packs twice as large, whose results a killed run would lose for twice as long.
+# Each pack computes its prefixes again. For MMLU's five-shot prompts and LLaMA's tokens that adds
+# 4.0% to the distinct tokens in packs of 24,576, 1.4% in packs of this size and 0.7% in packs twice
+# as large. A killed run loses the packs that it computes, so larger ones would cost it more.
 _GPU_PACK = 65536
 _SHARED_GPU_PACK = 24576  # of several processes, whose shares are whole packs
 _SMALLEST_PACK = 256
-_ROUND = 128
 
 
 class PackedScores(NamedTuple):
@@ -58,10 +57,10 @@ class PackedScorer:
     ) -> PackedScores:
         """Scores this process's share of the queries, which every process gets in full.
 
-        It takes a part of them while a GPU computes those before, and numbers them on. `texts` is
-        their number, if the progress bar shall know it before. `share` is (rank, processes); a
-        share is a run of packs, so mostly of whole subtrees. `on_scored` gets the queries completed
-        by each pack.
+        It takes the next part while a GPU computes the packs of the last; queries are numbered
+        across parts. `texts` is their number, for the progress bar, if it is known. `share` is
+        (rank, processes); a share is a run of packs, so mostly of whole subtrees. `on_scored` gets
+        the queries completed by each pack.
         """
         work = _Work(self.plan, parts, share)
         scores: dict[int, Score] = {}
@@ -177,4 +176,4 @@ def default_pack_tokens(model: torch.nn.Module, device: torch.device, processes:
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     fits = int(0.8 * free / (size * (10 * hidden + 4 * inner)))
     most = _GPU_PACK if processes == 1 else _SHARED_GPU_PACK
-    return max(1024, min(most, fits) // _ROUND * _ROUND)
+    return max(1024, min(most, fits))

@@ -122,7 +122,7 @@ class ScoringSession:
             self._packed = None
 
     def expand_base(self) -> None:
-        """Dequantises a 4-bit base if the path says so."""
+        """Dequantises a 4-bit base if the path needs that."""
         if self.path.expanded:
             dequantise(self.lm.model, self.lm.loaded.compute_dtype)
 
@@ -192,8 +192,9 @@ class ScoringSession:
         distinct = list(dict.fromkeys(pairs))
         known = {} if journal is None else _known(journal, distinct)
         own = [pair for pair in distinct if pair not in known]
+        earlier = self.encode(list(known))
         if not any(self._gather(len(own))):
-            return known, set()
+            return known, self._cut(earlier)
         scorer = self._scorer() if self.path.packed else None
         overlaps = scorer is not None and self.packed_model().overlaps and self.lm.world_size == 1
         if overlaps:
@@ -206,10 +207,14 @@ class ScoringSession:
         finally:
             if self._packed is not None:
                 self._packed.wait()
-        window = self.lm.max_length
-        truncated = {pair[0] for pair, ids, more in encoded if len(ids) + len(more) > window + 1}
         pairs_scored = (pair for pair, _, _ in encoded)
-        return known | dict(zip(pairs_scored, scored.scores, strict=True)), truncated
+        scores = known | dict(zip(pairs_scored, scored.scores, strict=True))
+        return scores, self._cut([*earlier, *encoded])
+
+    def _cut(self, encoded: Sequence[Encoded]) -> set[str]:
+        """Returns the contexts that are cut to the window; the last token is never an input."""
+        most = self.lm.max_length + 1
+        return {pair[0] for pair, ids, more in encoded if len(ids) + len(more) > most}
 
     def _encoded(self, pairs: Sequence[Pair], size: int) -> Iterator[list[Encoded]]:
         """Yields texts of all processes, `size` of this one's at a time."""

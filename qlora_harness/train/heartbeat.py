@@ -1,8 +1,9 @@
 """Ends a run of several processes when one of them is stopped or vanishes with its machine.
 
-A thread of each says every few seconds that it lives, in the store through which they met, whatever
-the process is busy with. The timeout of collectives can't be as short: the others wait in one while
-the first encodes or saves, and NCCL's clock starts when the host queues it, up to a step early.
+A thread of each process writes a beat every few seconds into the store through which they met,
+whatever the process is busy with. The timeout of collectives can't be as short: the others wait in
+one while the first encodes or saves, and NCCL counts from when the host queues it, up to a step
+before the GPU begins it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
         self._thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Says that this process is done, but not after an error: the others wait for it then."""
+        """Tells the others that this process is done, unless it failed: then they end, too."""
         self._last = _LEFT if kind is None else "failed"
         self._leaves.set()
         self._thread.join()
@@ -58,7 +59,7 @@ class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
                 self._store.set(self._keys[self._rank], self._last if leaves else str(beat))
                 beats = self._store.multi_get(self._keys)
             except DistError:
-                # It ended with a launcher. If its processes live, they stop after a step.
+                # It ended with its launcher. Unless that is also ours, the alarm goes off.
                 leaves = self._leaves.wait()
             alarm.cancel()
             if leaves:
@@ -79,7 +80,8 @@ class Heartbeat(contextlib.AbstractContextManager["Heartbeat"]):
             f"{_EVERY * _MISSED:g} s: it was stopped, or its machine is gone",
             "See that machine; the same command resumes from the last checkpoint",
         )
-        self._on_loss(error)
+        with contextlib.suppress(Exception):  # the run folder may be on the lost machine
+            self._on_loss(error)
         # Once on each machine.
         before = range(self._rank - int(os.environ.get("LOCAL_RANK", "0")), self._rank)
         if all(rank in lost for rank in before):

@@ -115,7 +115,7 @@ def load_model(
     # PEFT writes this name into every adapter folder. Users upload those: no local path.
     model.peft_config["default"].base_model_name_or_path = public_name(source.name)
     model.config.name_or_path = public_name(source.name)
-    # The vocabulary never grows, and "auto" would ask the Hub at every checkpoint.
+    # The vocabulary never grows, and "auto" would query the Hub at every checkpoint.
     model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
     # Otherwise PEFT replaces bfloat16 parameters, and fused layers hold on to the old ones.
     model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)

@@ -27,7 +27,7 @@ _ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 _YES = ("1", "true", "yes")
 FSDP = "QLORA_HARNESS_FSDP"  # in the environment: Trainer empties PartialState
 _Result = TypeVar("_Result")
-# The others wait so long for a process, also while the first one encodes the data.
+# How long the others wait for a process, for example while the first one encodes the data.
 _TIMEOUT = timedelta(minutes=30)
 
 

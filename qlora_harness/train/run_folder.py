@@ -99,7 +99,7 @@ def find_start(
     _refuse_unrecorded_files(run_dir, previous)
     if named is not None:
         return _from_checkpoint(run_dir, named, previous, settings, processes)
-    # What torchrun restarts goes on: what it would overwrite are its own checkpoints.
+    # A run that torchrun restarts resumes: --overwrite would remove its own checkpoints.
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if previous is None or (overwrite and not (restarted and previous["status"] != "completed")):
         return StartingPoint(replace=previous is not None)
