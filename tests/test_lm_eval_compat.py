@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial, reduce
+from functools import reduce
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.metadata import entry_points
@@ -18,8 +18,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
-from qlora_harness.lm_eval_compat import NEEDS, Need, deferred, hook
+from qlora_harness.lm_eval_compat import NEEDS, Need, hook
+from qlora_harness.lm_eval_compat.start_up import compiling_later
 
 HOOK_FILE = Path(__file__).resolve().parent.parent / "qlora_harness_hook.pth"
 
@@ -253,52 +255,46 @@ def test_unknown_release_keeps_working_and_is_named(capsys: pytest.CaptureFixtur
         assert "AttributeError(" in error
 
 
-LIBRARIES = ["datasets", "pandas", "torch._inductor.compile_fx"]
 IMPORTED = (
     "import logging, sys; logging.disable()\n"
-    "import lm_eval.evaluator, lm_eval.loggers, transformers.modeling_utils, bitsandbytes\n"
-    f"result = [sorted(set({LIBRARIES}) & set(sys.modules))]\n"
+    "import lm_eval.evaluator, transformers.modeling_utils, bitsandbytes\n"
+    "result = ['torch._inductor.compile_fx' in sys.modules]\n"
 )
 USED = """
-import datasets, pandas, torch
-from lm_eval.api import task
-from lm_eval.loggers import evaluation_tracker as tracker, wandb_logger
-rows = task.datasets.Dataset.from_list([{"a": 1}])
+import torch
+from bitsandbytes.backends.default import ops
+from transformers.utils import import_utils
 result += [
-    type(rows) is datasets.Dataset and rows[0]["a"],
-    task.datasets.__version__ == datasets.__version__,
-    tracker.load_dataset.__name__,
-    len(tracker.MetadataConfigs({"a": {}})),
-    wandb_logger.pd.DataFrame is pandas.DataFrame,
+    import_utils.create_import_structure_from_path.__name__,
     torch.compile(lambda x: x + 1, backend="eager")(1),
 ]
 """
 
 
-def test_libraries_are_imported_when_they_are_used() -> None:
+def test_torch_compiles_when_a_function_is_called() -> None:
     result = run(f"import sys; sys.argv[1:] = ['--model', 'qlora_adapter']\n{IMPORTED}{USED}")[0]
-    assert result == [[], 1, True, "load_dataset", 1, True, 2]
+    assert result == [False, "from_cache", 2]
 
 
-def test_libraries_are_not_deferred_for_other_models() -> None:
-    assert {"datasets", "pandas"} <= set(run(IMPORTED)[0][0])
+def test_imports_of_other_models_are_as_ever() -> None:
+    assert run(IMPORTED)[0] == [True]
 
 
-def test_module_that_needs_a_library_at_once_gets_it() -> None:
-    executed: list[bool] = []
+def test_a_function_compiled_later_keeps_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[dict[str, Any]] = []
 
-    class Loader:
-        def exec_module(self, module: ModuleType) -> None:
-            import wave
+    def compile_now(function: Any, **options: Any) -> Any:
+        compiled.append(options)
+        return function
 
-            executed.append(hasattr(wave, "deferred"))
-
-            class Derived(wave.Wave_read):
-                pass
-
-    sys.modules.pop("wave", None)
-    hook._Loader(Loader(), None, partial(deferred._without, "wave")).exec_module(ModuleType("x"))
-    assert executed == [True, False]
+    monkeypatch.setattr(torch, "compile", compile_now)
+    with compiling_later():
+        first = torch.compile(abs)
+        second = torch.compile(dynamic=True)(abs)
+    assert torch.compile is compile_now
+    assert not compiled
+    assert [first(-1), first(-2), second(-3)] == [1, 2, 3]
+    assert compiled == [{}, {"dynamic": True}]
 
 
 def test_installing_twice_adds_one_finder(monkeypatch: pytest.MonkeyPatch) -> None:

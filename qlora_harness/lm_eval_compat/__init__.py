@@ -2,7 +2,7 @@
 
     hook.py         patches lm_eval on import: model registry, task index, early reading of files
     tasks.py        adds our tasks from the YAML in tasks/ to lm_eval's index
-    deferred.py     defers libraries that lm_eval imports at once, and scoring doesn't use
+    start_up.py     shortens two imports of a scoring command
     index_cache.py  caches lm_eval's own index between commands, and transformers'
     saving.py       patches the tracker that saves results
     hflm.py         the subclass of HFLM with our loading

@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from functools import wraps
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from qlora_harness.lm_eval_compat.deferred import DEFERRED
+from qlora_harness.lm_eval_compat.start_up import COMPILES, SCANS, compiling_later, scan_once
 
 MODEL_NAME = "qlora_adapter"
 MODEL_TARGET = "qlora_harness.score.adapter_lm:QloraAdapterLM"
@@ -27,16 +27,16 @@ OFF_VARIABLE = "QLORA_HARNESS_NO_HOOK"
 def install() -> None:
     """Adds the finder, once, unless QLORA_HARNESS_NO_HOOK is set.
 
-    Libraries are deferred only in commands that name our model.
+    Imports are shortened only in commands that name our model.
     """
     if os.environ.get(OFF_VARIABLE, "") in ("", "0"):
-        add_finder(defers=any(MODEL_NAME in word for word in sys.argv))
+        add_finder(fast=any(MODEL_NAME in word for word in sys.argv))
 
 
-def add_finder(*, defers: bool = True) -> None:
+def add_finder(*, fast: bool = True) -> None:
     """Adds the finder, once, for modules that have not been imported yet."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder(defers))
+        sys.meta_path.insert(0, _Finder(fast))
 
 
 def register_model(models: ModuleType) -> None:
@@ -101,18 +101,18 @@ _PATCHES: dict[str, Callable[[ModuleType], None]] = {
 class _Finder:
     """Finds modules with the other finders, to patch those in `_PATCHES` after their import.
 
-    If it `defers`, those in `DEFERRED` are imported without a library each.
+    If it is `fast`, it also shortens the imports of `start_up`.
     """
 
-    def __init__(self, defers: bool) -> None:
-        self._defers = defers
+    def __init__(self, fast: bool) -> None:
+        self._fast = fast
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        patch = _PATCHES.get(name)
-        deferring = DEFERRED.get(name) if self._defers else None
-        if patch is None and deferring is None:
+        patch = scan_once if self._fast and name == SCANS else _PATCHES.get(name)
+        compiles = self._fast and name == COMPILES
+        if patch is None and not compiles:
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
@@ -120,28 +120,26 @@ class _Finder:
             spec = finder.find_spec(name, path, target)
             if spec is not None:
                 if spec.loader is not None:
-                    spec.loader = _Loader(spec.loader, patch, deferring)  # type: ignore[assignment]
+                    spec.loader = _Loader(spec.loader, patch, compiles)  # type: ignore[assignment]
                 return spec
         return None
 
 
 class _Loader:
-    """Executes a module with another loader, inside `deferring` if possible, and patches it."""
+    """Executes a module with another loader, without torch's compiler if it `compiles`."""
 
     def __init__(
-        self,
-        loader: Any,
-        patch: Callable[[ModuleType], None] | None,
-        deferring: Callable[[], AbstractContextManager[None]] | None,
+        self, loader: Any, patch: Callable[[ModuleType], None] | None, compiles: bool
     ) -> None:
-        self._loader, self._patch, self._deferring = loader, patch, deferring
+        self._loader, self._patch, self._compiles = loader, patch, compiles
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         module: ModuleType | None = self._loader.create_module(spec)
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        self._execute(module)
+        with compiling_later() if self._compiles else nullcontext():
+            self._loader.exec_module(module)
         if self._patch is None:
             return
         try:
@@ -152,16 +150,6 @@ class _Loader:
                 "work, ours are missing",
                 file=sys.stderr,
             )
-
-    def _execute(self, module: ModuleType) -> None:
-        if self._deferring is not None:
-            try:
-                with self._deferring():
-                    self._loader.exec_module(module)
-                return
-            except Exception:  # noqa: BLE001  # a release that needs the library at once
-                pass
-        self._loader.exec_module(module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

@@ -61,7 +61,7 @@ def watched(state: PartialState, on_loss: OnLoss = lambda error: None) -> Any:
 def prepare_accelerate() -> None:
     """Hides from accelerate that it was told to use FSDP, as its FSDP2 leaves packed weights whole.
 
-    Without a GPU it joins processes only if told so.
+    Without a GPU, accelerate joins processes only if ACCELERATE_USE_CPU is set.
     """
     if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() in _YES:
         os.environ[FSDP] = "true"
