@@ -171,10 +171,10 @@ def _memory_and_loss(comparison: ComparisonRecord, colours: dict[str, str]) -> F
             hovertemplate=f"{arm}: %{{x:.2f}} GiB, %{{y:.4f}}<extra></extra>",
         )
     figure.update_xaxes(title="peak memory, GiB", rangemode="tozero")
-    losses = [loss for _, loss, _ in points.values()]
-    room = max(max(losses) - min(losses), 0.01)
-    ends = [min(losses) - room / 2, max(losses) + room]
-    figure.update_yaxes(title="evaluation loss, nats", range=ends)
+    low = min(loss - half for _, loss, half in points.values())
+    high = max(loss + half for _, loss, half in points.values())
+    room = max(high - low, 0.01) / 8
+    figure.update_yaxes(title="evaluation loss, nats", range=[low - room, high + room])
     alt = "; ".join(f"{arm} {m / 2**30:.2f} GiB, loss {v:.3f}" for arm, (m, v, _) in points.items())
     return Figure("Memory and loss", alt, _layout(figure, 320 + 12 * len(points)))
 
