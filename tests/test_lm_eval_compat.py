@@ -247,7 +247,7 @@ def test_unknown_release_keeps_working_and_is_named(capsys: pytest.CaptureFixtur
         if name == "lm_eval.models":
             continue  # what is needed is in another module
         module = ModuleType(name)  # without anything to patch
-        hook._Loader(Loader(), patch, None).exec_module(module)
+        hook._Loader(Loader(), patch, False).exec_module(module)
         assert executed.pop() is module
         error = capsys.readouterr().err
         assert error.count("\n") == 1

@@ -175,7 +175,8 @@ def test_parts_are_made_while_a_gpu_computes(model: Any) -> None:
             events.append(number)
             yield queries[start:stop]
 
-    packed, scored = PackedModel(model, torch.float32), []
+    packed = PackedModel(model, torch.float32)
+    scored: list[Any] = []
     whole = PackedScorer(packed, window=WINDOW, pack_tokens=1024)
     expected = whole.score([queries], show_progress=False).scores
     limited: Any = Noted(packed, 300)
