@@ -192,7 +192,7 @@ class ScoringSession:
         distinct = list(dict.fromkeys(pairs))
         known = {} if journal is None else _known(journal, distinct)
         own = [pair for pair in distinct if pair not in known]
-        earlier = self.encode(list(known))
+        earlier = self.encode(list(known)) if known else []
         if not any(self._gather(len(own))):
             return known, self._cut(earlier)
         scorer = self._scorer() if self.path.packed else None
