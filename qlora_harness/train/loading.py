@@ -58,8 +58,8 @@ class RunModel:
         }
 
 
-def check_fp8(reason: str | None) -> None:
-    """Raises SettingsError if there is a reason against FP8 products."""
+def refuse_fp8(reason: str | None) -> None:
+    """Raises SettingsError with the reason against FP8 products, if there is one."""
     if reason is not None:
         raise SettingsError(f"--compute fp8: {reason}", "Use --compute bf16")
 
@@ -78,7 +78,7 @@ def plan_memory(
         return settings, None
     shape = measure_shape(source.path, source.revision, settings.lora.lora_targets)
     if settings.model.compute == "fp8" and not shape.fused:
-        check_fp8(f"{source.name} has no fused layers")
+        refuse_fp8(f"{source.name} has no fused layers")
     ranks = Ranks(state.num_processes, shards_base(state))
     chosen, plan, tokens = choose_memory_plan(shape, settings, lengths, ranks)
     check_combination(chosen)
@@ -131,7 +131,7 @@ def _fuse(
     auto = optimization.kernels == "auto"
     reason = FusedDecoder.reason_against(model) if auto else "--kernels none"
     if compute == "fp8":
-        check_fp8(FusedDecoder.reason_against_fp8(model))
+        refuse_fp8(FusedDecoder.reason_against_fp8(model))
     if reason is None:
         longest = largest_pass(lengths, settings, fused=True)
         return FusedDecoder.attach(model, optimization.checkpointing, longest, compute=compute)

@@ -34,6 +34,11 @@ def this_process() -> dict[str, Any]:
     return {"id": os.getpid(), "host": host_id(), "started": psutil.Process().create_time()}
 
 
+def restarts() -> int:
+    """Returns how often torchrun has restarted the processes of this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def _find_launcher() -> psutil.Process | None:
     if not any(name in os.environ for name in _LAUNCHER_VARIABLES):
         return None

@@ -22,8 +22,8 @@ from qlora_harness.errors import (
     printable,
 )
 from qlora_harness.train.heartbeat import Heartbeat, OnLoss
+from qlora_harness.train.process import restarts
 
-_ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 _YES = ("1", "true", "yes")
 FSDP = "QLORA_HARNESS_FSDP"  # in the environment: Trainer empties PartialState
 _Result = TypeVar("_Result")
@@ -79,7 +79,7 @@ def _own_store() -> dict[str, Any]:
 
     torch 2.13 leaves the addresses of those before in the launcher's store.
     """
-    if os.environ.get(_ATTEMPT, "0") == "0" or torch.distributed.is_initialized():
+    if restarts() == 0 or torch.distributed.is_initialized():
         return {}
     return dict(zip(("store", "rank", "world_size"), _meet("attempt"), strict=True))
 
@@ -87,7 +87,7 @@ def _own_store() -> dict[str, Any]:
 def _meet(name: str) -> tuple[PrefixStore, int, int]:
     """Returns the store of the processes of this attempt, the rank, and their number."""
     store, rank, processes = next(rendezvous("env://", timeout=_TIMEOUT))
-    return PrefixStore(f"{name}_{os.environ.get(_ATTEMPT, '0')}", store), rank, processes
+    return PrefixStore(f"{name}_{restarts()}", store), rank, processes
 
 
 def device_of(state: PartialState) -> torch.device:

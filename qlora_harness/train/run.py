@@ -35,7 +35,7 @@ from qlora_harness.train.checkpoints import cannot_be_loaded, check_fits, checkp
 from qlora_harness.train.compute_dtype import with_compute_dtype
 from qlora_harness.train.evaluation import evaluate_loss
 from qlora_harness.train.held_out import HeldOut, check_held_out
-from qlora_harness.train.loading import RunModel, check_fp8, load_model, plan_memory
+from qlora_harness.train.loading import RunModel, load_model, plan_memory, refuse_fp8
 from qlora_harness.train.memory_meter import MemoryMeter
 from qlora_harness.train.model_card import refresh_card
 from qlora_harness.train.ranks import (
@@ -98,7 +98,7 @@ def _run_training(
             say(state, f"{settings.run_dir} holds this run, completed; nothing is left to do")
             return start.previous
         if settings.model.compute == "fp8":
-            check_fp8(fp8.why_unavailable(device_of(state)))
+            refuse_fp8(fp8.why_unavailable(device_of(state)))
         recorded = start.recorded("quantization", "compute_dtype")
         settings = with_compute_dtype(settings, state, recorded)
         run = _Run(settings, state, start, find, on_row)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import glob
 import json
-import os
 import reprlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -43,6 +42,7 @@ from qlora_harness.train.checkpoints import (
     newest_intact,
     run_of,
 )
+from qlora_harness.train.process import restarts
 
 LOCK_FILE = ".qlora_harness.lock"
 STALE = "replaced_"  # prefix for lm_eval's files about a replaced adapter
@@ -100,8 +100,8 @@ def find_start(
     if named is not None:
         return _from_checkpoint(run_dir, named, previous, settings, processes)
     # A run that torchrun restarts resumes: --overwrite would remove its own checkpoints.
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if previous is None or (overwrite and not (restarted and previous["status"] != "completed")):
+    goes_on = restarts() > 0 and previous is not None and previous["status"] != "completed"
+    if previous is None or (overwrite and not goes_on):
         return StartingPoint(replace=previous is not None)
     if previous["status"] != "completed":
         return _from_newest(run_dir, previous, settings, processes)
